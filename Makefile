@@ -1,0 +1,56 @@
+# Thin wrappers: each target prints the real command. `make repro` and `make test` are all that a fresh clone needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint params report ablations clean
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+STAMP := .venv/requirements.lock.sha256
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+repro: setup ## run the whole pipeline; only what changed runs again
+	python -m pipeline_steps.params
+	dvc repro
+	@echo "Report: $(CURDIR)/reports/report.html"
+
+test: setup ## run the test suite
+	python -m pytest
+
+lint: setup ## ruff
+	ruff check .
+
+params: setup ## write params.yaml from conf/
+	python -m pipeline_steps.params --compose
+
+report: setup ## rebuild the report and what it needs
+	dvc repro report
+	@echo "Report: $(CURDIR)/reports/report.html"
+
+ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, the workspace stays as it is
+	@for ablation in $$(basename -s .yaml conf/ablation/*.yaml | grep -vx none); do \
+		echo "dvc exp run --temp --message ablation=$$ablation --set-param ablation=$$ablation"; \
+		dvc exp run --temp --message "ablation=$$ablation" --set-param "ablation=$$ablation"; \
+	done
+	dvc exp show --only-changed --no-pager
+
+clean: ## remove scratch files and tool caches (not .venv, not results)
+	rm -rf .scratch .pytest_cache .ruff_cache .snakemake
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+setup: ## .venv with exactly requirements.lock (nothing to do while the lock is unchanged)
+	@if [ -x .venv/bin/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(sha256sum < requirements.lock)" ]; then exit 0; fi; \
+	fail() { echo "make setup: $$*" >&2; exit 1; }; \
+	if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+		base=; \
+		for candidate in python3.11 python3; do \
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then base=$$candidate; break; fi; \
+		done; \
+		[ -n "$$base" ] || fail "Python 3.11 is needed: neither python3.11 nor python3 is one (python3: $$(python3 --version 2>&1 || true)). Install it and put it on PATH."; \
+		"$$base" -c 'import ensurepip, venv' 2>/dev/null || fail "$$base has no ensurepip, so it cannot make a virtual environment with pip. Install it (Debian, Ubuntu: apt-get install python3.11-venv)."; \
+		echo "$$base -m venv --clear .venv"; "$$base" -m venv --clear .venv; \
+	fi; \
+	echo "python -m pip install -r requirements.lock"; \
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock; \
+	sha256sum < requirements.lock > $(STAMP)

@@ -1,0 +1,254 @@
+"""A DINOv2 vision encoder that a query can walk through.
+
+Shapes: F frames, N patches (without the class token), K query rows per frame, D vision width, H heads, C = D / H, Q
+query width, L layers.
+
+The modules below are DINOv2's (Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision") and
+carry the key
+names of the published checkpoints, so that weights load by name on any version of `transformers`. The walk is our own:
+it keeps the keys and values of every layer, computed once, and lets query rows ride along. A query row attends to the
+class token and to the patches of its frame; neither the patches nor the other query rows ever attend to it, so the
+patch features do not depend on it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class VisionWalk:
+    """What one pass over the vision encoder leaves behind."""
+
+    keys: list[Tensor]  # L x [F, H, N + 1, C]
+    values: list[Tensor]  # L x [F, H, N + 1, C]
+    query_output: Tensor | None = None  # [F, K, D], after the final layer norm
+    patch_features: Tensor | None = None  # [F, N + 1, D], after the final layer norm; row 0 is the class token
+    attention_weights: Tensor | None = None  # [L, F, H, K, N + 1]
+
+    def select_frames(self, index: Tensor) -> "VisionWalk":
+        """The walk of a subset of the frames (index: int64 [f])."""
+        return VisionWalk([key[index] for key in self.keys], [value[index] for value in self.values])
+
+
+class PatchEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        size = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # [F, N, D]
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.register_buffer("mask_token", torch.zeros(1, config.hidden_size))  # published, never used here
+        self.patch_embeddings = PatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        height, width = pixel_values.shape[-2:]
+        patches = self.patch_embeddings(pixel_values)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + self.interpolated_positions(height, width)
+
+    def interpolated_positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings for a frame of another size than the pretraining one, bicubic as in DINOv2."""
+        patch, trained = self.config.patch_size, self.config.image_size
+        if (height, width) == (trained, trained):
+            return self.position_embeddings
+        side = trained // patch
+        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        grid = patch_positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid.float(), size=(height // patch, width // patch), mode="bicubic", align_corners=False)
+        return torch.cat([class_position, grid.to(class_position.dtype).flatten(2).transpose(1, 2)], dim=1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, bias = config.hidden_size, config.qkv_bias
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+
+
+class AttentionOutput(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class Attention(nn.Module):
+    """Attention of any rows to the class token and the patches of their frame."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.attention = SelfAttention(config)
+        self.output = AttentionOutput(config)
+
+    def split_heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [F, H, rows, C]
+
+    def keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split_heads(self.attention.key(rows)), self.split_heads(self.attention.value(rows))
+
+    def forward(self, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries = self.split_heads(self.attention.query(rows))
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        return self.output.dense(mixed.transpose(1, 2).flatten(2))
+
+    def weights(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """The softmax weights that `forward` applies: [F, H, rows, N + 1]."""
+        queries = self.split_heads(self.attention.query(rows))
+        return (queries @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5).softmax(dim=-1)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self.lambda1
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        inner = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, inner)
+        self.fc2 = nn.Linear(inner, config.hidden_size)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(rows)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.layer_scale1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.layer_scale2 = LayerScale(config)
+
+    def forward(self, rows: Tensor, normed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """rows, normed = norm1(rows): [F, rows, D] -> [F, rows, D]."""
+        rows = rows + self.layer_scale1(self.attention(normed, keys, values))
+        return rows + self.layer_scale2(self.mlp(self.norm2(rows)))
+
+
+class LayerStack(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+
+
+class FoveatedEncoder(nn.Module):
+    """DINOv2 with query rows. `config` is a `Dinov2Config`; queries enter at the vision width D."""
+
+    def __init__(self, config):
+        super().__init__()
+        if getattr(config, "use_swiglu_ffn", False) or config.hidden_act != "gelu":
+            raise ValueError(
+                f"the vision encoder's feed-forward (hidden_act={config.hidden_act!r}, use_swiglu_ffn="
+                f"{config.use_swiglu_ffn}) is not supported: use dinov2-small, -base or -large, which have gelu"
+            )
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = LayerStack(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def walk(
+        self,
+        pixel_values: Tensor,
+        query_rows: Tensor | None = None,
+        need_patch_features: bool = False,
+        output_attentions: bool = False,
+    ) -> VisionWalk:
+        """One pass over the layers: the keys and values of every layer, and `query_rows` riding along.
+
+        pixel_values [F, 3, height, width] (multiples of the patch size), query_rows [F, K, D] or None.
+        Without `need_patch_features` the patches' own last layer is skipped: nothing reads it.
+        """
+        self._check_frames(pixel_values)
+        rows = self.embeddings(pixel_values)  # [F, N + 1, D]
+        num_patch_rows = rows.shape[1]
+        if query_rows is not None:
+            rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
+        walk, weights = VisionWalk([], []), []
+        last = self.encoder.layer[-1]
+        for layer in self.encoder.layer:
+            normed = layer.norm1(rows)
+            keys, values = layer.attention.keys_and_values(normed[:, :num_patch_rows])
+            walk.keys.append(keys)
+            walk.values.append(values)
+            if output_attentions and query_rows is not None:
+                weights.append(layer.attention.weights(normed[:, num_patch_rows:], keys))
+            if layer is last and not need_patch_features:
+                if query_rows is None:
+                    return walk
+                rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
+            rows = layer(rows, normed, keys, values)
+        rows = self.layernorm(rows)
+        if query_rows is not None:
+            walk.query_output = rows[:, num_patch_rows:]
+        if need_patch_features:
+            walk.patch_features = rows[:, :num_patch_rows]
+        walk.attention_weights = torch.stack(weights) if weights else None
+        return walk
+
+    def attend(self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False):
+        """Query rows [F, K, D] walk through all layers over the cached keys and values.
+
+        Returns (features [F, K, D] after the final layer norm, attention weights [L, F, H, K, N + 1] or None).
+        """
+        rows, weights = query_rows, []
+        for layer, keys, values in zip(self.encoder.layer, walk.keys, walk.values, strict=True):
+            normed = layer.norm1(rows)
+            if output_attentions:
+                weights.append(layer.attention.weights(normed, keys))
+            rows = layer(rows, normed, keys, values)
+        return self.layernorm(rows), torch.stack(weights) if output_attentions else None
+
+    def _check_frames(self, pixel_values: Tensor) -> None:
+        patch = self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected [frames, {self.config.num_channels}, "
+                f"height, width] with height and width multiples of the patch size {patch}: resize the frames first"
+            )
+
+
+class ShallowQueryAttention(nn.Module):
+    """The control of ablation A1: one cross-attention layer from the query to the final patch features.
+
+    It has its own projections and a residual, as one decoder layer would; keys and values are computed once per frame.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def prepare(self, walk: VisionWalk) -> VisionWalk:
+        """Keys and values of the patch features: a walk of one layer. Needs `walk.patch_features`."""
+        keys, values = self.attention.keys_and_values(walk.patch_features)
+        return VisionWalk([keys], [values], patch_features=walk.patch_features)
+
+    def attend(self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False):
+        """As `FoveatedEncoder.attend`, over one layer."""
+        normed = self.query_norm(query_rows)
+        features = self.layernorm(query_rows + self.attention(normed, walk.keys[0], walk.values[0]))
+        return features, self.attention.weights(normed, walk.keys[0])[None] if output_attentions else None

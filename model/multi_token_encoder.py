@@ -1,0 +1,23 @@
+"""The baseline's eyes: average-pooled patch tokens, 16 (B1) or 49 (B2) per frame, and no query.
+
+Shapes: F frames, N patches, K pooled tokens per frame, D vision width.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pool_patches(patch_features: Tensor, num_tokens: int) -> Tensor:
+    """Patch features with the class token first [F, N + 1, D] -> [F, K, D], averaged over a square grid of K cells.
+
+    Raises ValueError when K is not a square or the frame has fewer patches than K.
+    """
+    side, patches = round(num_tokens**0.5), patch_features[:, 1:]
+    grid = round(patches.shape[1] ** 0.5)
+    if side * side != num_tokens or side > grid:
+        raise ValueError(
+            f"num_visual_tokens_per_frame={num_tokens} must be a square number of at most {grid * grid}, "
+            "the number of patches of a frame: choose a smaller one or larger frames"
+        )
+    cells = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # [F, D, grid, grid]
+    return F.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2)

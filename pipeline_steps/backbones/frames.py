@@ -1,0 +1,84 @@
+"""Batches of single frames for the vision warm-up, drawn ahead by one more process.
+
+Shapes: B frames, N patches.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from pipeline_steps import world
+
+JITTER = world.PATCH - world.GLYPH
+CROWDED_FILL = 0.85  # share of a crowded frame's patches that hold a digit
+
+
+class Frames(Dataset):
+    """First `num_crowded` batches of crowded frames, then batches of the world's own.
+
+    Item i is the same whichever process draws it: {name: tensor} with the fields of `world.FrameBatch`; a crowded batch
+    has frames, patch_digit and patch_colour only.
+    """
+
+    def __init__(self, split: str, num_batches: int, batch_size: int, seed: int, num_crowded: int = 0):
+        self.split, self.num_batches, self.batch_size, self.seed = split, num_batches, batch_size, seed
+        self.num_crowded = num_crowded
+        self.digits = world.Digits()
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, world.SPLITS.index(self.split), index])
+        if index < self.num_crowded:
+            batch = crowded_batch(rng, self.digits, self.batch_size, self.split)
+        else:
+            batch = vars(world.render_batch(rng, self.digits, self.batch_size, self.split))
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def crowded_batch(rng: np.random.Generator, digits: world.Digits, batch_size: int, split: str) -> dict[str, np.ndarray]:
+    """Frames with a digit in most patches, in any colours: four times the digits in a frame.
+
+    {"frames": uint8 [B, 56, 56, 3], "patch_digit": int64 [B, N], "patch_colour": int64 [B, N]}.
+    """
+    frames = np.empty((batch_size, world.UNITS, world.UNITS, 3), np.uint8)
+    patch_digit = np.full((batch_size, world.GRID**2), world.NO_DIGIT)
+    patch_colour = np.full((batch_size, world.GRID**2), world.NO_COLOUR)
+    for b in range(batch_size):
+        empty = world.sample_scene(rng, "gist", split, digits, num_frames=1, num_objects=1)
+        objects = []
+        for patch in np.flatnonzero(rng.random(world.GRID**2) < CROWDED_FILL).tolist():
+            digit, colour = int(rng.integers(world.NO_DIGIT)), int(rng.integers(world.NO_COLOUR))
+            row, column = divmod(patch, world.GRID)
+            x, y = world.PATCH * np.array([column, row]) + rng.integers(0, JITTER + 1, 2)
+            objects.append(
+                world.SceneObject(
+                    colour=world.COLOUR_NAMES[colour],
+                    place=world.PLACES[0],  # not drawn
+                    digits=(digit,),
+                    digit_images=(int(rng.choice(digits.pools[split][digit])),),
+                    corners=((int(x), int(y)),),
+                )
+            )
+            patch_digit[b, patch], patch_colour[b, patch] = digit, colour
+        scene = world.Scene(
+            kind="gist",
+            split=split,
+            background=empty.background,
+            objects=tuple(objects),
+            target=0,
+            bars=empty.bars,
+            slope=empty.slope,
+            noise_seed=empty.noise_seed,
+        )
+        frames[b] = world.render(scene, digits, world.UNITS)[0]
+    return {"frames": frames, "patch_digit": patch_digit, "patch_colour": patch_colour}
+
+
+def pixel_values(frames: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], normalised as for every DINOv2 (ImageNet mean and deviation)."""
+    mean, deviation = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    return ((frames / 255 - mean) / deviation).permute(0, 3, 1, 2)

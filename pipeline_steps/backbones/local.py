@@ -1,0 +1,103 @@
+"""Backbones that exist already: a folder pair in Hugging Face format, checked and copied.
+
+Any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`HuggingFaceTB/SmolLM2-*-Instruct`) saved to disk fits.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline_steps.params import UserError
+
+from .schema import Local
+
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
+COPIED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+# role: (model_type, needed files, a weight that tells the architecture)
+VISION = ("dinov2", ("config.json",), "embeddings.patch_embeddings.projection.weight")
+LANGUAGE = ("llama", ("config.json", "tokenizer.json", "tokenizer_config.json"), "model.embed_tokens.weight")
+
+
+def copy_backbones(local: Local, folder: Path) -> dict:
+    """Check both folders, copy them below `folder`, return their files' sizes and sha256. UserError if one is unfit."""
+    paths = {"vision_encoder": local.vision_path, "language_model": local.language_path}
+    for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
+        if paths[role] is None:
+            raise UserError(
+                f"backbones.local.{key} is null, expected the folder of the {role}. Set it or use kind embedded."
+            )
+    check_folder(Path(paths["vision_encoder"]), *VISION)
+    check_folder(Path(paths["language_model"]), *LANGUAGE)
+    check_chat_format(Path(paths["language_model"]))
+    metrics = {"kind": "local"}
+    for role, path in paths.items():
+        (folder / role).mkdir(parents=True)
+        metrics[role] = {}
+        for file in sorted(file for pattern in COPIED for file in Path(path).glob(pattern)):
+            shutil.copyfile(file, folder / role / file.name)
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            metrics[role][file.name] = {"size": file.stat().st_size, "sha256": digest}
+    return metrics
+
+
+def check_folder(folder: Path, model_type: str, needed: tuple[str, ...], weight: str) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, expected a {model_type} model. Correct backbones.local.")
+    files = sorted(file.name for file in folder.iterdir())
+    missing = [name for name in needed if name not in files]
+    if missing:
+        found = ", ".join(files) or "nothing"
+        raise UserError(f"{folder}: {', '.join(missing)} missing, found {found}. Save the whole model there.")
+    found = read_json(folder / "config.json").get("model_type")
+    if found != model_type:
+        raise UserError(f"{folder}: model_type is {found!r}, expected {model_type!r}. Correct backbones.local.")
+    names = weight_names(folder)
+    if weight not in {name.removeprefix("dinov2.") for name in names}:
+        raise UserError(
+            f"{folder}: expected a weight {weight!r}, found {len(names)} others ({', '.join(sorted(names)[:3])}). "
+            f"Save the {model_type} backbone itself."
+        )
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of all weights of model.safetensors, or of the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = []
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise UserError(f"{folder}: {shard} missing. Save the weights as safetensors (save_pretrained does).")
+        try:
+            with safe_open(folder / shard, framework="pt") as weights:
+                names += weights.keys()
+        except SafetensorError as error:
+            raise UserError(f"{folder / shard}: not a whole safetensors file ({error}). Copy it again.") from None
+    return names
+
+
+def check_chat_format(folder: Path) -> None:
+    """The chat template and the ChatML tokens that every later stage writes and reads."""
+    settings = read_json(folder / "tokenizer_config.json")
+    if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template, expected chat_template.jinja or the key chat_template in "
+            f"tokenizer_config.json, found {', '.join(sorted(settings)) or 'no keys'}. Use an instruction-tuned model."
+        )
+    added = [token.get("content") for token in read_json(folder / "tokenizer.json").get("added_tokens", [])]
+    missing = [token for token in SPECIAL_TOKENS if token not in added]
+    if missing:
+        raise UserError(
+            f"{folder}: tokenizer.json lacks {', '.join(missing)} among its added tokens, found "
+            f"{', '.join(added) or 'none'}. Use a tokenizer in ChatML format, as SmolLM2-Instruct's."
+        )
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Save the model again.") from None

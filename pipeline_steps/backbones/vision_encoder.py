@@ -1,0 +1,167 @@
+"""A tiny DINOv2, warmed up to be promptable: a query that names a colour or a place finds that object's digit.
+
+Trained together on single frames of the procedural world (training digits only):
+- patch features -> digit and colour in that patch (first on crowded frames, where most patches hold a digit),
+- class token -> which digits and colours are in the frame, the card's border, the box and the background,
+- query rows from a throw-away table (6 colours, 4 places) -> the digit of the named object, through the same walk that
+  the foveated model uses later.
+The heads and the table are thrown away. What stays is an encoder whose query pathway can select, which a randomly
+initialised one does not learn in minutes: THE WARM-UP PRE-TRAINS SELECTION, and every arm starts from the same file.
+
+Shapes: B frames, N patches, D vision width, Q = 10 table rows.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Dinov2Config
+
+from model.foveated_encoder import FoveatedEncoder, VisionWalk
+from pipeline_steps import world
+from pipeline_steps.params import UserError
+
+from .frames import Frames, pixel_values
+from .schema import Embedded
+from .warm_up import optimise
+
+CROWDED_SHARE = 0.4  # of the steps, the first ones
+QUERY_WEIGHT, CLASS_TOKEN_WEIGHT = 6.0, 0.3  # of their losses, beside 1 for the patches
+NUM_HELD_OUT = 1024  # frames of digits that no training ever sees
+NUM_DIGITS, NUM_COLOURS, NUM_PLACES = world.NO_DIGIT, world.NO_COLOUR, world.NO_PLACE  # 10, 6, 4
+CLASS_TOKEN_SIZES = {
+    "digits": NUM_DIGITS,
+    "colours": NUM_COLOURS,
+    "border": NUM_COLOURS + 1,
+    "box": NUM_PLACES + 1,
+    "background": len(world.BACKGROUNDS),
+}
+
+
+def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
+    """A randomly initialised DINOv2. UserError for a patch grid other than the world's."""
+    if (options.image_size, options.patch_size) != (world.UNITS, world.PATCH):
+        raise UserError(
+            f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected "
+            f"{world.UNITS} and {world.PATCH}: the warm-up's labels are one digit per patch of the world's frames."
+        )
+    config = Dinov2Config(
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        hidden_size=options.vision_width,
+        num_hidden_layers=options.vision_layers,
+        num_attention_heads=options.vision_heads,
+        mlp_ratio=4,
+        layerscale_value=1.0,
+        architectures=["Dinov2Model"],
+    )
+    encoder = FoveatedEncoder(config)
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(encoder.embeddings.cls_token, std=0.02)
+    rows, columns = torch.randn(2, world.GRID, options.vision_width)
+    grid = rows[:, None] + columns[None]  # a row plus a column: queries that name a place are learned much sooner
+    encoder.embeddings.position_embeddings.data[0, 1:] = grid.flatten(0, 1)
+    return encoder
+
+
+class Heads(nn.Module):
+    """The throw-away part: the query table and the linear heads."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(NUM_COLOURS + NUM_PLACES, width))  # unit variance, as the model's queries
+        self.patch_digit = nn.Linear(width, NUM_DIGITS + 1)
+        self.patch_colour = nn.Linear(width, NUM_COLOURS + 1)
+        self.query_digit = nn.Linear(width, NUM_DIGITS + 1)
+        self.class_token = nn.ModuleDict({name: nn.Linear(width, size) for name, size in CLASS_TOKEN_SIZES.items()})
+
+
+def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """class_token [B, D] -> summed losses of everything that the whole frame tells."""
+    logits = {name: head(class_token) for name, head in heads.class_token.items()}
+    digits = F.one_hot(batch["colour_digit"], NUM_DIGITS + 1).amax(1)[:, :NUM_DIGITS]
+    colours = batch["colour_digit"] != NUM_DIGITS
+    return (
+        F.binary_cross_entropy_with_logits(logits["digits"], digits.float())
+        + F.binary_cross_entropy_with_logits(logits["colours"], colours.float())
+        + F.cross_entropy(logits["border"], batch["border_colour"])
+        + F.cross_entropy(logits["box"], batch["box_place"])
+        + F.cross_entropy(logits["background"], batch["background"])
+    )
+
+
+def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded) -> dict[str, float]:
+    """Train in place; returns {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
+    heads, steps = Heads(options.vision_width), options.vision_steps
+    frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded=round(CROWDED_SHARE * steps))
+    stream = iter(DataLoader(frames, batch_size=None, num_workers=1, prefetch_factor=8))
+    encoder.train()
+    loss = optimise(
+        [*encoder.parameters(), *heads.parameters()],
+        lambda step: batch_loss(encoder, heads, next(stream)),
+        num_steps=steps,
+        learning_rate=options.vision_learning_rate,
+        title="vision warm-up",
+    )
+    return {"loss": loss, **held_out_accuracies(encoder, heads, options)}
+
+
+def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the losses that a batch has labels for."""
+    if "colour_digit" not in batch:
+        walk = encoder.walk(pixel_values(batch["frames"]), need_patch_features=True)
+        return patch_loss(heads, walk, batch)
+    walk = walk_with_table(encoder, heads, batch)
+    query_loss = F.cross_entropy(heads.query_digit(walk.query_output).flatten(0, 1), query_labels(batch).flatten())
+    class_loss = class_token_loss(heads, walk.patch_features[:, 0], batch)
+    return patch_loss(heads, walk, batch) + QUERY_WEIGHT * query_loss + CLASS_TOKEN_WEIGHT * class_loss
+
+
+def walk_with_table(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> VisionWalk:
+    frames = pixel_values(batch["frames"])
+    return encoder.walk(frames, heads.table.expand(len(frames), -1, -1), need_patch_features=True)
+
+
+def query_labels(batch: dict[str, Tensor]) -> Tensor:
+    """Digit that each row of the table asks for, 10 where its colour or place is empty: int64 [B, Q]."""
+    return torch.cat([batch["colour_digit"], batch["place_digit"]], dim=1)
+
+
+def patch_loss(heads: Heads, walk: VisionWalk, batch: dict[str, Tensor]) -> Tensor:
+    patches = walk.patch_features[:, 1:]
+    return F.cross_entropy(heads.patch_digit(patches).flatten(0, 1), batch["patch_digit"].flatten()) + F.cross_entropy(
+        heads.patch_colour(patches).flatten(0, 1), batch["patch_colour"].flatten()
+    )
+
+
+@torch.no_grad()
+def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedded) -> dict[str, float]:
+    """Shares of right digits and colours on frames with digits of the validation pool; empty places do not count."""
+    encoder.eval()
+    frames = Frames("validation", 1, NUM_HELD_OUT, options.seed)[0]
+    walk = walk_with_table(encoder, heads, frames)
+    patches = walk.patch_features[:, 1:]
+
+    def accuracy(logits: Tensor, labels: Tensor, none: int) -> float:
+        shown = labels != none
+        return (logits.argmax(-1)[shown] == labels[shown]).float().mean().item()
+
+    return {
+        "query_digit_accuracy": accuracy(heads.query_digit(walk.query_output), query_labels(frames), NUM_DIGITS),
+        "patch_digit_accuracy": accuracy(heads.patch_digit(patches), frames["patch_digit"], NUM_DIGITS),
+        "patch_colour_accuracy": accuracy(heads.patch_colour(patches), frames["patch_colour"], NUM_COLOURS),
+    }
+
+
+def save_vision_encoder(encoder: FoveatedEncoder, folder: Path) -> None:
+    """Write config.json and model.safetensors under the key names of the published DINOv2 checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.config.save_pretrained(folder)
+    weights = {name: tensor.detach().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,47 @@
+"""The optimisation loop that both warm-ups share."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from pipeline_steps.params import UserError
+
+WARM_UP_SHARE = 0.1  # of the steps, linear, then a cosine to zero
+GRADIENT_CLIP = 1.0
+
+
+def optimise(
+    parameters: list[torch.nn.Parameter],
+    batch_loss: Callable[[int], torch.Tensor],
+    *,
+    num_steps: int,
+    learning_rate: float,
+    title: str,
+) -> float:
+    """AdamW on `batch_loss(step)` (a scalar tensor); returns the last loss. UserError when a loss is not finite."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    num_warm_up = max(1, round(WARM_UP_SHARE * num_steps))
+
+    def schedule(step: int) -> float:
+        if step < num_warm_up:
+            return (step + 1) / num_warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - num_warm_up) / max(1, num_steps - num_warm_up)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=1.0)
+    for step in progress:
+        loss = batch_loss(step)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"{title}: the loss is {loss.item()} at step {step} of {num_steps}. Lower its learning rate "
+                f"(now {learning_rate}) in section backbones of params.yaml."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+        optimizer.step()
+        scheduler.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return loss.item()

@@ -1,0 +1,18 @@
+"""Parameters of the `evaluation` stage (section `evaluation` of params.yaml)."""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from pipeline_steps.params import StrictModel
+
+
+class Section(StrictModel):
+    split: Literal["validation", "test"]
+    batch_size: PositiveInt
+    max_items_per_family: PositiveInt  # a seeded sample of larger families is scored
+    max_answers_per_family: NonNegativeInt  # greedy answers written out, autoregressive mode; 0: none
+    max_answer_tokens: PositiveInt
+    bootstrap_samples: PositiveInt
+    seed: NonNegativeInt  # of the sample of items, the random queries and the bootstrap
+    num_threads: PositiveInt

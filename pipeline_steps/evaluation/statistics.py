@@ -1,0 +1,77 @@
+"""Token-weighted aggregates, bootstrap intervals and the chance baseline.
+
+A group of n items is three arrays: loss_sum [n] (nats summed over the item's scored tokens), num_correct [n],
+num_tokens [n].
+"""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from pipeline_steps.metrics import Gap, Score
+
+BLOCK = 100  # resamples drawn at a time: bounds the memory at BLOCK x num_items counts
+INTERVAL = (2.5, 97.5)
+
+
+def bootstrap_sums(values, num_samples, seed):
+    """Sums of values [n, c] over `num_samples` resamples of the n items with replacement: [num_samples, c]."""
+    values = np.asarray(values, dtype=np.float64)
+    num_items = len(values)
+    rng = np.random.default_rng(seed)
+    sums = []
+    for start in range(0, num_samples, BLOCK):
+        drawn = rng.integers(0, num_items, (min(BLOCK, num_samples - start), num_items))
+        counts = np.stack([np.bincount(row, minlength=num_items) for row in drawn])
+        sums.append(counts @ values)
+    return np.concatenate(sums)
+
+
+def ratio_interval(numerator, denominator, num_samples, seed):
+    """95 % percentile interval of sum(numerator) / sum(denominator), items resampled in pairs. A resample whose
+    denominator is 0 is left out."""
+    sums = bootstrap_sums(np.stack([numerator, denominator], axis=1), num_samples, seed)
+    sums = sums[sums[:, 1] > 0]
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], INTERVAL)
+    return float(low), float(high)
+
+
+def score(loss_sum, num_correct, num_tokens, num_samples, seed):
+    """`Score` of a group of items; every scored token weighs the same, so an item weighs its number of scored
+    tokens."""
+    total = float(np.sum(num_tokens))
+    return Score(
+        loss=float(np.sum(loss_sum)) / total,
+        accuracy=float(np.sum(num_correct)) / total,
+        num_items=len(num_tokens),
+        num_tokens=int(total),
+        loss_interval=ratio_interval(loss_sum, num_tokens, num_samples, seed),
+        accuracy_interval=ratio_interval(num_correct, num_tokens, num_samples, seed),
+    )
+
+
+def gap(autoregressive_loss_sum, fine_loss_sum, num_samples, seed):
+    """`Gap`: both arrays hold the same items in the same order."""
+    return Gap(
+        loss_ratio=float(np.sum(autoregressive_loss_sum) / np.sum(fine_loss_sum)),
+        interval=ratio_interval(autoregressive_loss_sum, fine_loss_sum, num_samples, seed),
+    )
+
+
+def most_frequent_tokens(answers):
+    """Most frequent scored token at each position of the answer.
+
+    answers: iterable of (position, token id) over the scored tokens of a family's training items, position counted
+    from the answer's start. Returns {position: token id}; of equally frequent tokens the smallest id.
+    """
+    counts = defaultdict(Counter)
+    for position, token in answers:
+        counts[position][token] += 1
+    return {position: min(counter, key=lambda token: (-counter[token], token)) for position, counter in counts.items()}
+
+
+def chance_accuracy(guesses, answers):
+    """Share of (position, token id) in `answers` that `guesses` {position: token id} gets right; a position never
+    seen counts as wrong."""
+    answers = list(answers)
+    return sum(guesses.get(position) == token for position, token in answers) / len(answers)

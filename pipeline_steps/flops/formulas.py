@@ -1,0 +1,148 @@
+"""Floating-point operations of one sample, from shapes alone. One multiply-accumulate = 2 FLOPs.
+
+Counted: every matrix product and convolution that the code runs, at the sizes it runs them (attention over the whole
+context, as the kernels compute it; the vocabulary projection only where a loss is asked). Not counted: norms,
+softmax, activations, residual additions, rotary embeddings, the loss itself, and the attention weights that are
+computed a second time for pictures. tests/pipeline_steps/test_flops.py holds the sums against
+`torch.utils.flop_counter.FlopCounterMode` on the real network.
+
+Names: T frames, N patches, D vision width, K visual tokens per frame, Q query width, E language width.
+"""
+
+from dataclasses import dataclass
+
+from pipeline_steps.metrics import Components, ModeFlops
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Lengths of one sample, in tokens and frames."""
+
+    num_frames: int
+    num_text_tokens: int  # everything but the visual tokens
+    num_tokens_before: int  # text tokens before the first visual token
+    num_labels: int  # tokens with a loss
+
+
+def linear(rows, inputs, outputs):
+    """A matrix product [rows, inputs] x [inputs, outputs]."""
+    return 2 * rows * inputs * outputs
+
+
+def attention(rows, context, width):
+    """Scores and mixture: `rows` queries over `context` keys, all heads together `width` wide."""
+    return 2 * linear(rows, width, context)
+
+
+def vision_rows(config, rows):
+    """One vision layer without its keys and values: query and output projection, attention, feed-forward, for `rows`
+    rows of one frame."""
+    width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    return (
+        2 * linear(rows, width, width)
+        + attention(rows, num_vision_rows(config), width)
+        + 2 * linear(rows, width, inner)
+    )
+
+
+def vision_keys_and_values(config):
+    """Keys and values of one layer for one frame."""
+    return 2 * linear(num_vision_rows(config), config.hidden_size, config.hidden_size)
+
+
+def num_vision_rows(config):
+    """Patches and the class token."""
+    return (config.image_size // config.patch_size) ** 2 + 1
+
+
+def vision_walk(config, need_last_layer):
+    """The pass over one frame that leaves the keys and values of every layer; without `need_last_layer` the patches
+    skip the rest of it."""
+    full_layers = config.num_hidden_layers - (not need_last_layer)
+    keys_and_values = config.num_hidden_layers * vision_keys_and_values(config)
+    return patch_embedding(config) + keys_and_values + full_layers * vision_rows(config, num_vision_rows(config))
+
+
+def patch_embedding(config):
+    """The convolution that makes the patches of one frame."""
+    return linear(num_vision_rows(config) - 1, config.num_channels * config.patch_size**2, config.hidden_size)
+
+
+def query_walk(config):
+    """The K queries of one frame: their projection into the vision encoder and their way through it."""
+    vision, k = config.vision_config, config.num_visual_tokens_per_frame
+    projection = linear(k, config.query_dim, vision.hidden_size)
+    if config.attention == "deep":
+        return projection + vision.num_hidden_layers * vision_rows(vision, k)
+    width = vision.hidden_size
+    return projection + 2 * linear(k, width, width) + attention(k, num_vision_rows(vision), width)
+
+
+def language_pass(config, rows, context):
+    """`rows` new positions over a context of `context` positions (themselves included): grouped-query attention,
+    gated feed-forward."""
+    width, head = (
+        config.hidden_size,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+    query_width, key_width = config.num_attention_heads * head, config.num_key_value_heads * head
+    projections = 2 * linear(rows, width, query_width) + 2 * linear(rows, width, key_width)
+    feed_forward = 3 * linear(rows, width, config.intermediate_size)
+    return config.num_hidden_layers * (projections + attention(rows, context, query_width) + feed_forward)
+
+
+def forward(config, sample, mode, num_plans=1):
+    """`ModeFlops` of one forward pass with loss. mode: coarse, fine or autoregressive; num_plans: times that the
+    fine mode plans.
+
+    A `multi_token` network and one trained coarse-only have a single way to look, whatever the mode.
+    """
+    vision, text = config.vision_config, config.text_config
+    frames, k = sample.num_frames, config.num_visual_tokens_per_frame
+    total = sample.num_text_tokens + frames * k
+    read_until = sample.num_tokens_before + frames * k  # planning reads up to the last visual token
+    multi_token = config.architecture == "multi_token"
+    planning = frames and not multi_token and not config.coarse_only and mode != "coarse"
+    shallow = not multi_token and config.attention == "shallow"
+
+    looks = 0 if multi_token else 1  # every frame is looked at once, in fine mode once more per plan
+    planned = language = 0
+    if planning and mode == "fine":
+        looks, planned = 1 + num_plans, num_plans * frames * k
+        language = num_plans * language_pass(text, read_until, read_until)
+    elif planning:
+        planned = frames * k
+        language = language_pass(text, sample.num_tokens_before, sample.num_tokens_before)
+        language += sum(language_pass(text, k, sample.num_tokens_before + (t + 1) * k) for t in range(frames))
+    components = Components(
+        vision_walk=frames * (vision_walk(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
+        query_walk=frames * looks * query_walk(config) if looks else 0,
+        connector=max(looks, 1) * linear(frames * k, vision.hidden_size, text.hidden_size),
+        planner=linear(planned, text.hidden_size, config.query_dim),
+        language_model=language + language_pass(text, total, total),
+        vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
+    )
+    return ModeFlops(components=components, total=sum(components.model_dump().values()))
+
+
+def training_step(config, sample):
+    """FLOPs of one training sample when every weight is trained: forward, and twice that for backward (the pixels
+    need no gradient).
+
+    The second planning counts with its probability.
+    """
+    once, twice = (forward(config, sample, "fine", num_plans).total for num_plans in (1, 2))
+    step = once + config.second_pass_probability * (twice - once)
+    if config.lambda_coarse > 0 and not config.coarse_only and config.architecture == "foveated":
+        length = sample.num_text_tokens + sample.num_frames * config.num_visual_tokens_per_frame
+        step += language_pass(config.text_config, length, length)
+        step += linear(sample.num_labels, config.text_config.hidden_size, config.text_config.vocab_size)
+    return 3 * step - sample.num_frames * patch_embedding(config.vision_config)
+
+
+def mean(results):
+    """Mean `ModeFlops` of several samples."""
+    results = list(results)
+    components = [result.components.model_dump() for result in results]
+    averaged = {name: sum(c[name] for c in components) / len(components) for name in components[0]}
+    return ModeFlops(components=Components(**averaged), total=sum(averaged.values()))

@@ -1,0 +1,131 @@
+"""Does attention fall on the object that the answer needs? Ground-truth boxes on the patch grid.
+
+Boxes are [x0, y0, x1, y1], each 0..1 of the picture's width or height. T frames, L layers, H heads, K queries per
+frame, N patches in row-major order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline_steps.metrics import Gaze
+
+SHARES = ("peak_on_target", "peak_on_any_object", "mass_on_target", "chance", "chance_among_objects")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where the objects of one item are, frame by frame."""
+
+    target: np.ndarray  # bool [T, N], patches that show the target; all False: out of the picture
+    any_object: np.ndarray  # bool [T, N]
+    boxes: np.ndarray  # [T, 4], the target's box in the cropped picture
+
+
+def truth(sample, item, num_frames, grid):
+    """`Truth` of one item of a PackedSample on a grid x grid picture, or None: no target named, or no boxes known."""
+    target = sample.items[item].target
+    if target is None or not sample.objects:
+        return None
+    boxes = np.stack([object_boxes(sample, entry, num_frames) for entry in sample.objects])  # [objects, T, 4]
+    patches = np.stack([[box_patches(box, grid) for box in track] for track in boxes])  # [objects, T, N]
+    return Truth(patches[target], patches.any(axis=0), boxes[target])
+
+
+def object_boxes(sample, entry, num_frames):
+    """The boxes of one object in the `num_frames` frames that were packed, in the centre crop: [num_frames, 4]."""
+    sources = [source_frame(index, num_frames, len(entry.boxes)) for index in range(num_frames)]
+    return np.stack([crop_box(entry.boxes[source], sample.width, sample.height) for source in sources])
+
+
+def source_frame(index, num_frames, num_source_frames):
+    """The source frame that frame `index` of `num_frames`, sampled uniformly over the whole clip, was taken from."""
+    return min(num_source_frames - 1, int((index + 0.5) * num_source_frames / num_frames))
+
+
+def crop_box(box, width, height):
+    """A box of the source picture (width x height pixels) in the centre square that is cut out of it; what sticks
+    out is cut off."""
+    side = min(width, height)
+    scale = np.array([width, height] * 2) / side
+    shift = np.array([(width - side) / 2, (height - side) / 2] * 2) / side
+    return np.clip(np.asarray(box, dtype=np.float64) * scale - shift, 0, 1)
+
+
+def box_patches(box, grid):
+    """Which patches of a grid x grid picture show the box: bool [grid * grid].
+
+    A patch counts when the overlap is at least half of the patch or half of the box, whichever is smaller; when no
+    patch reaches that (a box on a corner of four patches), the ones with the largest overlap do. A box without area
+    (outside of the crop) has no patch.
+    """
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        return np.zeros(grid * grid, dtype=bool)
+    edges = np.arange(grid + 1) / grid
+    along_x = np.clip(np.minimum(edges[1:], x1) - np.maximum(edges[:-1], x0), 0, None)
+    along_y = np.clip(np.minimum(edges[1:], y1) - np.maximum(edges[:-1], y0), 0, None)
+    overlap = np.outer(along_y, along_x).ravel()
+    shown = overlap >= 0.5 * min(grid**-2, (x1 - x0) * (y1 - y0)) - 1e-9
+    return shown if shown.any() else overlap >= overlap.max() - 1e-9
+
+
+def attention_maps(weights):
+    """Attention as maps over the patches: weights [L, T, H, K, 1 + N] -> [L, T, N].
+
+    Mean over heads and queries; the class token (first column) is left out and the rest is scaled to sum to 1.
+    """
+    patches = np.asarray(weights, dtype=np.float64).mean(axis=(2, 3))[..., 1:]
+    return patches / patches.sum(axis=-1, keepdims=True)
+
+
+def on_patches(maps, patches):
+    """maps [L, T, N], patches bool [T, N] -> (is the strongest patch one of them: bool [L, T], attention mass on
+    them: [L, T])."""
+    peaks = np.broadcast_to(maps.argmax(-1)[..., None], (*maps.shape[:2], 1))
+    hits = np.take_along_axis(np.broadcast_to(patches, maps.shape), peaks, axis=-1)[..., 0]
+    return hits, (maps * patches).sum(-1)
+
+
+def summary(maps, truth):
+    """Sums of one item over the frames that show the target, the first frame (no planned query yet) left out. maps
+    [L, T, N]."""
+    hits, mass = on_patches(maps, truth.target)
+    any_hits, _ = on_patches(maps, truth.any_object)
+    visible = truth.target.any(-1)
+    planned = visible & (np.arange(len(visible)) > 0)
+    return {
+        "gaze_frames": int(planned.sum()),
+        "peak_on_target": int(hits[-1, planned].sum()),
+        "peak_on_any_object": int(any_hits[-1, planned].sum()),
+        "mass_on_target": float(mass[-1, planned].sum()),
+        "chance": float(truth.target[planned].mean(-1).sum()),
+        "chance_among_objects": float((truth.target[planned].sum(-1) / truth.any_object[planned].sum(-1)).sum()),
+        "per_layer": hits[:, planned].sum(-1).tolist(),
+        "per_frame": np.where(visible, hits[-1], np.nan).tolist(),
+    }
+
+
+def aggregate(rows, interval):
+    """`Gaze` of the items in a DataFrame of `summary` columns, or None when no frame shows a target.
+
+    interval: function of (numerators, denominators) per item.
+    """
+    rows = rows[rows["gaze_frames"] > 0]
+    if rows.empty:
+        return None
+    frames = int(rows["gaze_frames"].sum())
+    tracks = rows["per_frame"].tolist()
+    longest = max(map(len, tracks))
+    # NaN: not visible, or the clip is shorter
+    padded = np.array([[*track, *[np.nan] * (longest - len(track))] for track in tracks])
+    seen = ~np.isnan(padded)
+    return Gaze(
+        **{name: float(rows[name].sum()) / frames for name in SHARES},
+        peak_on_target_interval=interval(rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy()),
+        num_frames=frames,
+        per_layer=(np.array(rows["per_layer"].tolist()).sum(0) / frames).tolist(),
+        per_frame=[
+            float(np.nansum(padded[:, t]) / seen[:, t].sum()) if seen[:, t].any() else None for t in range(longest)
+        ],
+    )

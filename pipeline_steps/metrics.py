@@ -1,0 +1,141 @@
+"""Schemas of the result files (docs/metrics.md) and their deterministic JSON form.
+
+`reports/metrics/evaluation.json` is an `EvaluationResult`, `reports/metrics/flops.json` a `FlopsResult`. The stage
+that writes a file and the report that reads it both validate it here. The same inputs give the same bytes: floats
+are rounded to 6 decimals, keys are sorted, and nothing that changes between two runs (times, paths, commits) is
+stored.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline_steps import records
+from pipeline_steps.params import UserError
+
+MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
+GAZE_MODES = ("coarse", "fine", "autoregressive")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[float, float]
+
+
+class Result(BaseModel):
+    """Base of everything in a result file: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Score(Result):
+    """Loss and accuracy over the scored answer tokens of a group of items, each token counting the same."""
+
+    loss: float  # nats per scored answer token
+    accuracy: Share  # share of scored answer tokens that are the most likely one, given the true answer so far
+    num_items: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    loss_interval: Interval  # 95 %, bootstrap over items
+    accuracy_interval: Interval
+
+
+class MeanScore(Result):
+    """Unweighted mean over the families."""
+
+    loss: float
+    accuracy: Share
+
+
+class Gap(Result):
+    """Autoregressive loss divided by fine loss: what the parallel form of training hides. 1 = nothing."""
+
+    loss_ratio: float
+    interval: Interval  # 95 %, paired bootstrap over items
+
+
+class Gaze(Result):
+    """Where the last vision layer's attention (mean over heads) lies, over the frames that a planned query looks at
+    (all but the first)."""
+
+    peak_on_target: Share  # share of frames whose strongest patch is one of the target's
+    peak_on_target_interval: Interval
+    peak_on_any_object: Share
+    mass_on_target: Share  # share of the attention to patches (class token left out)
+    chance: Share  # share of the patches that are the target's: a peak anywhere
+    chance_among_objects: Share  # the same among the patches of all objects: a peak on some object
+    num_frames: int = Field(ge=1)
+    per_layer: list[Share]  # peak_on_target of each vision layer
+    per_frame: list[Share | None]  # peak_on_target of each frame position, the first one included; null: never visible
+
+
+class Generation(Result):
+    """Greedy answers in autoregressive mode."""
+
+    exact_match: Share
+    num_items: int = Field(ge=1)
+
+
+class EvaluationResult(Result):
+    families: dict[str, dict[str, Score]] = Field(min_length=1)
+    mean: dict[str, MeanScore]
+    gap: dict[str, Gap]
+    text: Score | None  # text-only samples; null where the split has none
+    chance: dict[str, Share | None]  # null for a family that the training split does not have
+    gaze: dict[str, dict[str, Gaze]]  # families whose items name a target with known boxes
+    generation: dict[str, Generation]
+    provenance: dict
+
+
+class Components(Result):
+    """FLOPs per sample (2 per multiply-accumulate)."""
+
+    vision_walk: float
+    query_walk: float
+    connector: float
+    planner: float
+    language_model: float
+    vocabulary_projection: float
+
+
+class ModeFlops(Result):
+    components: Components
+    total: float
+
+
+class FlopsResult(Result):
+    modes: dict[str, ModeFlops]  # this model: coarse, fine, autoregressive
+    arms: dict[str, ModeFlops]  # autoregressive (or only) mode of the networks that a fair comparison trains separately
+    training: dict[str, float]  # one training sample of each arm
+    curves: dict[str, list[float]]  # "num_frames", and each arm's total over it at the mean text length
+    per: str
+    assumptions: dict
+
+
+def write_json(path, result):
+    """Writes a `Result` as deterministic JSON, whole or not at all."""
+    records.write_json(path, _rounded(result.model_dump(mode="json")))
+
+
+def read_json(path, schema, made_by):
+    """The file as a `schema` object. UserError when it is absent (naming the command that makes it) or does not
+    match."""
+    try:
+        return schema.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `{made_by}` first") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UserError(
+            f"{path}: {error.error_count()} problem(s), the first one at '{key}': {first['msg']}. The file is of "
+            f"another version of docs/metrics.md: make it again with `{made_by}`"
+        ) from None
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return round(value, 6) + 0.0  # + 0.0: no negative zero
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,244 @@
+"""The figures, each drawn twice (light and dark, transparent ground) as SVG that is the same for the same numbers."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from pipeline_steps.metrics import GAZE_MODES, MODES
+from pipeline_steps.report.tables import COMPONENT_NAMES, MODE_NAMES, ordered_arms
+
+WIDTH = 6.2  # inches: legible when shrunk to a phone
+INK = {"light": "#1f2933", "dark": "#e6e9ee"}
+FAINT = {"light": "#c9d0d8", "dark": "#414a55"}
+COLOURS = {  # distinct for colour-blind readers, legible on white and on black
+    "autoregressive": "#2f80ed",
+    "fine": "#12a594",
+    "coarse": "#8b95a3",
+    "blind": "#d97706",
+    "random_query": "#b05cc6",
+}
+MARKERS = {"autoregressive": "o", "fine": "D", "coarse": "s", "blind": "X", "random_query": "^"}
+COMPONENT_COLOURS = ["#2f80ed", "#7cc4fa", "#12a594", "#a3d977", "#d97706", "#b05cc6"]
+FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#4c6ef5"]
+STYLE = {
+    "svg.hashsalt": "report",
+    "svg.fonttype": "path",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def svg(draw, theme, width, height):
+    """draw(figure) under a theme: the SVG text."""
+    ink, faint = INK[theme], FAINT[theme]
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    with matplotlib.rc_context({**STYLE, **colours, "axes.edgecolor": faint, "grid.color": faint}):
+        figure = plt.figure(figsize=(width, height))
+        draw(figure, ink)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def families(result):
+    """(draw, width, height): accuracy of every family in every mode, with intervals, and chance."""
+    names = list(result.families)
+
+    def draw(figure, ink):
+        axes = figure.subplots()
+        for offset, mode in enumerate(reversed(MODES)):
+            scores = [result.families[name][mode] for name in names]
+            y = np.arange(len(names)) + (2 - offset) * -0.14
+            values = np.array([score.accuracy for score in scores])
+            low, high = np.array([score.accuracy_interval for score in scores]).T
+            errors = np.abs(np.array([values - low, high - values]))
+            axes.errorbar(
+                values,
+                y,
+                xerr=errors,
+                fmt=MARKERS[mode],
+                color=COLOURS[mode],
+                label=MODE_NAMES[mode],
+                markersize=6,
+                elinewidth=1.4,
+            )
+        for row, name in enumerate(names):
+            if result.chance.get(name) is not None:
+                label = "chance" if row == 0 else None
+                axes.plot(
+                    [result.chance[name]] * 2,
+                    [row - 0.42, row + 0.42],
+                    color=ink,
+                    linewidth=1.4,
+                    linestyle=":",
+                    label=label,
+                )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(-0.01, 1.01)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axes.set_xlabel("accuracy on held-out items")
+        axes.grid(axis="x", linewidth=0.6)
+        axes.set_axisbelow(True)
+        handles, labels = axes.get_legend_handles_labels()
+        order = [labels.index(MODE_NAMES[mode]) for mode in MODES] + [
+            i for i, label in enumerate(labels) if label == "chance"
+        ]
+        figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside upper center", ncols=3)
+
+    return draw, WIDTH, 1.4 + 0.75 * len(names)
+
+
+def gaze(result):
+    """(draw, width, height) of peak-on-target per family and per frame position, or None without ground truth."""
+    names = list(result.gaze)
+    if not names:
+        return None
+
+    def draw(figure, ink):
+        left, right = figure.subplots(2, 1, height_ratios=[len(names) + 1, 3])
+        for offset, mode in enumerate(GAZE_MODES):
+            shown = [(row, result.gaze[name][mode]) for row, name in enumerate(names) if mode in result.gaze[name]]
+            if not shown:
+                continue
+            y = np.array([row for row, _ in shown]) + (offset - 1) * 0.2
+            values = np.array([entry.peak_on_target for _, entry in shown])
+            low, high = np.array([entry.peak_on_target_interval for _, entry in shown]).T
+            errors = np.abs(np.array([values - low, high - values]))
+            left.errorbar(
+                values, y, xerr=errors, fmt=MARKERS[mode], color=COLOURS[mode], label=mode, markersize=6, elinewidth=1.4
+            )
+            tracks = [entry.per_frame for _, entry in shown]
+            longest = max(map(len, tracks))
+            padded = np.array(
+                [[*(np.nan if v is None else v for v in track), *[np.nan] * (longest - len(track))] for track in tracks]
+            )
+            frames = np.flatnonzero(~np.isnan(padded).all(0))
+            right.plot(
+                frames, np.nanmean(padded[:, frames], axis=0), marker=MARKERS[mode], color=COLOURS[mode], markersize=5
+            )
+        for row, name in enumerate(names):
+            entry = next(iter(result.gaze[name].values()))
+            for value, style, label in (
+                (entry.chance, ":", "any patch"),
+                (entry.chance_among_objects, "--", "any object"),
+            ):
+                shown = label if row == 0 else None
+                left.plot([value] * 2, [row - 0.42, row + 0.42], color=ink, linestyle=style, linewidth=1.3, label=shown)
+        left.set_yticks(range(len(names)), names)
+        left.set_ylim(len(names) - 0.5, -0.5)
+        left.set_xlim(-0.01, 1.01)
+        right.set_ylim(-0.02, 1.02)
+        left.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        left.set_xlabel("frames whose attention peak is on the target")
+        right.set_xlabel("frame (mean of the families)")
+        for axes in (left, right):
+            axes.grid(axis="both" if axes is right else "x", linewidth=0.6)
+            axes.set_axisbelow(True)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+    return draw, WIDTH, 3.8 + 0.55 * len(names)
+
+
+def curves(tables):
+    """(draw, width, height): training loss and validation accuracy over the samples of all stages, or None without a
+    table."""
+    if not tables:
+        return None
+
+    def draw(figure, ink):
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
+        start, colours, mode_of_lines = 0, {}, set()
+        for stage, table in tables.items():
+            train = table[table["event"] == "train"]
+            x = start + train["samples"].to_numpy()
+            loss = train["loss"].to_numpy()
+            top.plot(x, loss, color=COLOURS["coarse"], alpha=0.5, linewidth=0.8)
+            top.plot(x, smooth(loss), color=COLOURS["autoregressive"], linewidth=1.8)
+            per_step = float(train["samples"].iloc[-1] / train["step"].iloc[-1])
+            checks = table[(table["event"] == "validation") & (table["mode"] == "fine")]
+            for family, rows in checks.groupby("family", sort=True):
+                colour = colours.setdefault(family, FAMILY_COLOURS[len(colours) % len(FAMILY_COLOURS)])
+                label = family if family not in mode_of_lines else None
+                mode_of_lines.add(family)
+                bottom.plot(
+                    start + rows["step"] * per_step,
+                    rows["accuracy"],
+                    "o-",
+                    color=colour,
+                    markersize=3.5,
+                    linewidth=1.3,
+                    label=label,
+                )
+            end = start + float(train["samples"].iloc[-1])
+            for axes in (top, bottom):
+                axes.axvline(end, color=ink, linewidth=0.8, linestyle=":")
+            top.text((start + end) / 2, 1.02, stage, transform=top.get_xaxis_transform(), ha="center", va="bottom")
+            start = end
+        top.set_ylabel("training loss (nats)")
+        bottom.set_ylabel("validation accuracy (fine)")
+        bottom.set_xlabel("training samples")
+        bottom.set_ylim(-0.02, 1.02)
+        bottom.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        bottom.xaxis.set_major_formatter(
+            matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+        )
+        for axes in (top, bottom):
+            axes.grid(linewidth=0.6)
+            axes.set_axisbelow(True)
+        if colours:
+            figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+    return draw, WIDTH, 6.4
+
+
+def smooth(values, span=9):
+    """Running mean over at most `span` neighbours (an eighth of all where these are few), fewer at the ends."""
+    half = min(span, len(values) // 8) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def flops(result):
+    """(draw, width, height): FLOPs by component for modes and arms, and over the number of frames."""
+    arms = ordered_arms(result)
+
+    def draw(figure, ink):
+        left, right = figure.subplots(2, 1, height_ratios=[1.1, 1])
+        entries = [(mode, result.modes[mode]) for mode in GAZE_MODES] + [(name, result.arms[name]) for name in arms]
+        names = [*GAZE_MODES, *(f"arm: {name.split('_')[0]}" for name in arms)]
+        bottom = np.zeros(len(entries))
+        for (component, label), colour in zip(COMPONENT_NAMES.items(), COMPONENT_COLOURS, strict=True):
+            values = np.array([getattr(entry.components, component) for _, entry in entries]) / 1e6
+            left.barh(range(len(entries)), values, left=bottom, color=colour, label=label, height=0.68)
+            bottom += values
+        left.set_yticks(range(len(entries)), names)
+        left.invert_yaxis()
+        left.set_xlabel("MFLOP per sample")
+        for name, colour, marker in zip(arms, ("#2f80ed", "#8b95a3", "#d97706"), "os^", strict=True):
+            totals = np.array(result.curves[name]) / 1e6
+            right.plot(
+                result.curves["num_frames"], totals, marker + "-", color=colour, markersize=4, label=name.split("_")[0]
+            )
+        right.set_xscale("log", base=2)
+        right.set_yscale("log")
+        right.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        right.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        right.set_xlabel("frames")
+        right.set_ylabel("MFLOP per sample")
+        right.legend(fontsize=9)
+        for axes in (left, right):
+            axes.grid(axis="both" if axes is right else "x", linewidth=0.6)
+            axes.set_axisbelow(True)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+    return draw, WIDTH, 6.4

@@ -1,0 +1,129 @@
+"""Everything that the report reads, in one place.
+
+Required: evaluation.json, flops.json and the manifests of shards and tokens; a missing one is a UserError.
+Everything else is optional: what is missing is listed in `Inputs.missing` and said on the page.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline_steps.metrics import EvaluationResult, FlopsResult, read_json
+from pipeline_steps.params import UserError
+from pipeline_steps.records import ShardsManifest, TokensManifest, read_record
+
+STAGES = ("stage1", "stage2", "stage3")
+RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
+
+
+@dataclass
+class Run:
+    """The evaluation of one trained model."""
+
+    name: str
+    ablation: str  # "none": the default recipe
+    seed: int
+    result: EvaluationResult
+    items: pd.DataFrame | None  # one row per item and mode; None: not kept
+
+
+@dataclass
+class Inputs:
+    current: Run
+    runs: list[Run]  # other runs, from reports/runs
+    flops: FlopsResult
+    shards: ShardsManifest
+    tokens: TokensManifest
+    curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # stage -> its csv
+    stages: dict[str, dict] = field(default_factory=dict)  # stage -> its json
+    timings: dict[str, dict] = field(default_factory=dict)  # stage -> seconds, samples_per_second, device
+    backbones: dict | None = None
+    heatmaps: dict | None = None
+    answers: list[dict] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def read_inputs(root, ablation, seed):
+    """`Inputs` from the folders under `root`. Raises UserError for a missing required file or a malformed one."""
+    root, missing = Path(root), []
+    metrics = root / "reports/metrics"
+    evaluation = root / "outputs/evaluation"
+    current = Run(
+        name="this run",
+        ablation=ablation,
+        seed=seed,
+        result=read_json(metrics / "evaluation.json", EvaluationResult, "dvc repro evaluation"),
+        items=read_items(evaluation / "items.parquet", missing),
+    )
+    inputs = Inputs(
+        current=current,
+        runs=read_runs(root / "reports/runs", missing),
+        flops=read_json(metrics / "flops.json", FlopsResult, "dvc repro flops"),
+        shards=read_record(ShardsManifest, root / "data/shards/manifest.json", "shards"),
+        tokens=read_record(TokensManifest, root / "data/tokens/manifest.json", "tokens"),
+        backbones=read_optional(metrics / "backbones.json", missing),
+        heatmaps=read_optional(root / "reports/heatmaps/index.json", missing),
+        missing=missing,
+    )
+    for stage in STAGES:
+        if (metrics / f"{stage}.csv").exists():
+            inputs.curves[stage] = pd.read_csv(metrics / f"{stage}.csv")
+        else:
+            missing.append(f"reports/metrics/{stage}.csv (learning curve; `dvc repro {stage}`)")
+        if values := read_optional(metrics / f"{stage}.json", missing):
+            inputs.stages[stage] = values
+        if values := read_optional(root / f"outputs/timings/{stage}.json", missing):
+            inputs.timings[stage] = values
+    if (evaluation / "answers.jsonl").exists():
+        lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+        inputs.answers = [json.loads(line) for line in lines if line]
+    else:
+        missing.append("outputs/evaluation/answers.jsonl (written answers; `dvc repro evaluation`)")
+    return inputs
+
+
+def read_optional(path, missing):
+    """The JSON file, or None and a line in `missing`."""
+    if not path.exists():
+        missing.append(
+            path.name
+            if path.parent.name != "timings"
+            else f"outputs/timings/{path.name} (wall times of a training run here)"
+        )
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): make it again with `dvc repro`") from None
+
+
+def read_items(path, missing):
+    if path.exists():
+        return pd.read_parquet(path)
+    missing.append(f"{path.name} beside {path.parent.name} (paired intervals; `dvc repro evaluation`)")
+    return None
+
+
+def read_runs(folder, missing):
+    """Every folder reports/runs/<ablation>-seed<k> with an evaluation.json."""
+    runs = []
+    for path in sorted(folder.glob("*/evaluation.json")):
+        name = path.parent.name
+        match = RUN_NAME.fullmatch(name)
+        if not match:
+            raise UserError(f"{path.parent}: name the folder <ablation>-seed<number>, such as A6-seed2")
+        runs.append(
+            Run(
+                name=name,
+                ablation=match["ablation"],
+                seed=int(match["seed"]),
+                result=read_json(
+                    path, EvaluationResult, f"dvc exp run -S ablation={match['ablation']} -S seed={match['seed']}"
+                ),
+                items=read_items(path.with_name("items.parquet"), missing),
+            )
+        )
+    return runs

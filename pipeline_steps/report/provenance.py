@@ -1,0 +1,79 @@
+"""Where the numbers come from: commit, machine, files. Facts of this place and moment: they go into report.html
+only."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline_steps.records import sha256_file
+
+
+def git(root, *arguments):
+    """The answer of git, or None where there is no git or no repository."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip()
+
+
+def commit(root):
+    """(short hash or None, list of changed tracked files other than results)."""
+    changed = git(root, "status", "--porcelain", "--untracked-files=no") or ""
+    files = [line[2:].strip() for line in changed.split("\n") if line]
+    return git(root, "rev-parse", "--short=12", "HEAD"), [
+        name for name in files if not name.startswith(("reports/", "dvc.lock"))
+    ]
+
+
+def machine():
+    """One line about the machine that wrote the report."""
+    names = [line.partition(":")[2].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = [int(line.split()[1]) for line in read_lines("/proc/meminfo") if line.startswith("MemTotal")]
+    cores = len(os.sched_getaffinity(0))
+    parts = [names[0] if names else platform.processor() or platform.machine(), f"{cores} cores"]
+    if memory:
+        parts.append(f"{memory[0] / 2**20:.0f} GiB of memory")
+    return ", ".join([*parts, platform.system(), f"Python {platform.python_version()}"])
+
+
+def read_lines(path):
+    return Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
+
+
+def facts(root, inputs):
+    """[(name, value)] for the page."""
+    head, changed = commit(root)
+    origin = inputs.current.result.provenance
+    state = "not a git repository" if head is None else head
+    if changed:
+        state += f" with {len(changed)} changed files: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}"
+    rows = [
+        ("commit", state),
+        ("ablation, seed", f"{inputs.current.ablation}, {inputs.current.seed}"),
+        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("machine", machine()),
+        ("torch, transformers", f"{origin.get('torch')}, {origin.get('transformers')}"),
+        ("evaluated checkpoint", origin.get("checkpoint_sha256")),
+        ("shards manifest", origin.get("shards_sha256")),
+        ("tokens manifest", origin.get("tokens_sha256")),
+    ]
+    lock = Path(root) / "dvc.lock"
+    if lock.exists():
+        rows.append(("dvc.lock", sha256_file(lock)))
+    return [(name, str(value)) for name, value in rows]
+
+
+def wall_times(inputs):
+    """[(stage, minutes and throughput)] of the trainings that ran on this machine."""
+    return [
+        (
+            stage,
+            f"{entry['seconds'] / 60:.1f} min, {entry['samples_per_second']:.0f} samples per second, {entry['device']}",
+        )
+        for stage, entry in inputs.timings.items()
+    ]

@@ -1,0 +1,317 @@
+"""The tables of the report: built once, shown as HTML and as Markdown."""
+
+from dataclasses import dataclass, field
+
+from pipeline_steps.metrics import GAZE_MODES
+
+MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
+
+MODE_NAMES = {
+    "coarse": "coarse",
+    "fine": "fine",
+    "autoregressive": "autoregressive",
+    "blind": "blind",
+    "random_query": "random query",
+}
+COMPONENT_NAMES = {
+    "vision_walk": "vision encoder",
+    "query_walk": "queries",
+    "connector": "connector",
+    "planner": "planner",
+    "language_model": "language model",
+    "vocabulary_projection": "vocabulary",
+}
+
+
+@dataclass
+class Table:
+    """Cells are text, numbers come with the value that they sort by: (text, value)."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list]
+    note: str = ""
+    strong: list[int] = field(default_factory=list)  # columns to stress
+
+    def markdown(self):
+        lines = [f"# {self.title}", ""]
+        lines += ["| " + " | ".join(self.columns) + " |", "|" + "|".join(" --- " for _ in self.columns) + "|"]
+        lines += ["| " + " | ".join(text_of(cell).replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+
+def text_of(cell):
+    return cell[0] if isinstance(cell, tuple) else str(cell)
+
+
+def share(value, interval=None):
+    """A share as per cent, with its interval in brackets."""
+    if value is None:
+        return ("–", -1.0)
+    text = f"{value:.1%}"
+    return (f"{text} [{interval[0] * 100:.0f}–{interval[1] * 100:.0f}]" if interval else text, value)
+
+
+def number(value, digits=3, interval=None):
+    text = f"{value:.{digits}f}"
+    return (f"{text} [{interval[0]:.{digits}f}–{interval[1]:.{digits}f}]" if interval else text, value)
+
+
+def count(value):
+    return (f"{value:,}".replace(",", " "), value)  # thin spaces would break in Markdown viewers
+
+
+def targets(result, settings):
+    """What the run was expected to reach and what it reached; a run on other data is not judged."""
+    absent = [family for family in settings.families if family not in result.families]
+    note = "Held-out items, autoregressive mode. These targets are of the embedded world."
+    if absent:
+        return Table(
+            "targets",
+            "Targets",
+            ["target", "", "required", "reached"],
+            [],
+            f"Not judged: the targets are of the embedded world, and this split has no {', '.join(absent)}.",
+        )
+    chosen = {family: result.families[family] for family in settings.families}
+    scores = {family: modes["autoregressive"] for family, modes in chosen.items()}
+    worst = min(scores, key=lambda family: scores[family].accuracy)
+    accuracy = sum(score.accuracy for score in scores.values()) / len(scores)
+    losses = {mode: sum(modes[mode].loss for modes in chosen.values()) for mode in ("fine", "autoregressive")}
+    gap = losses["autoregressive"] / losses["fine"] - 1
+    excess = {family: modes["blind"].accuracy - (result.chance[family] or 0) for family, modes in chosen.items()}
+    blind = max(excess, key=excess.get)
+    rows = [
+        ("mean accuracy", f"≥ {settings.mean_accuracy:.0%}", f"{accuracy:.1%}", accuracy >= settings.mean_accuracy),
+        (
+            "accuracy of every family",
+            f"≥ {settings.family_accuracy:.0%}",
+            f"{scores[worst].accuracy:.1%} ({worst}, the lowest)",
+            scores[worst].accuracy >= settings.family_accuracy,
+        ),
+        (
+            "loss of card",
+            f"< {settings.card_loss}",
+            f"{scores['card'].loss:.3f}",
+            scores["card"].loss < settings.card_loss,
+        )
+        if "card" in scores
+        else ("loss of card", f"< {settings.card_loss}", "no such family", False),
+        (
+            "autoregressive loss above fine",
+            f"≤ {settings.gap:.0%}",
+            f"{gap:+.1%}",
+            gap <= settings.gap,
+        ),
+        (
+            "blind accuracy above chance, every family",
+            f"≤ {settings.blind_excess:.0%}",
+            f"{excess[blind]:+.1%} ({blind}, the highest)",
+            excess[blind] <= settings.blind_excess,
+        ),
+        (
+            "loss of text-only samples is reported",
+            "yes",
+            "no text-only samples"
+            if result.text is None
+            else f"{result.text.loss:.3f} nats ({result.text.accuracy:.1%})",
+            result.text is not None,
+        ),
+    ]
+    cells = [[name, "met" if met else "missed", required, reached] for name, required, reached, met in rows]
+    return Table("targets", "Targets", ["target", "", "required", "reached"], cells, note)
+
+
+def accuracies(result):
+    """Accuracy of every family and mode."""
+    rows = []
+    for family, modes in result.families.items():
+        row = [family, count(modes["autoregressive"].num_items)]
+        row += [share(modes[mode].accuracy, modes[mode].accuracy_interval) for mode in MODES]
+        row += [share(result.chance.get(family))]
+        generated = result.generation.get(family)
+        rows.append([*row, share(generated.exact_match) if generated else share(None)])
+    mean = [share(result.mean[mode].accuracy) for mode in MODES]
+    rows.append(
+        [
+            "mean of families",
+            count(sum(m["autoregressive"].num_items for m in result.families.values())),
+            *mean,
+            share(None),
+            share(None),
+        ]
+    )
+    if result.text:
+        text = share(result.text.accuracy, result.text.accuracy_interval)
+        generated = result.generation.get("text")
+        cells = [text if mode == "autoregressive" else share(None) for mode in MODES]
+        exact = share(generated.exact_match) if generated else share(None)
+        rows.append(
+            [
+                "text only (no frames)",
+                count(result.text.num_items),
+                *cells,
+                share(result.chance.get("text")),
+                exact,
+            ]
+        )
+    return Table(
+        "accuracy",
+        "Accuracy by family and mode",
+        ["family", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact answers"],
+        rows,
+        "Share of scored answer tokens that are the most likely one, given the true answer so far; in brackets 95% "
+        "bootstrap intervals over items, in per cent. Chance: the training split's most frequent token at each "
+        "answer position. Exact answers: generated greedily, the whole answer the same, on fewer items.",
+        strong=[MODES.index("autoregressive") + 2],
+    )
+
+
+def losses(result):
+    """Loss of every family and mode, and the gap between fine and autoregressive."""
+    rows = []
+    for family, modes in result.families.items():
+        row = [
+            family,
+            *(
+                number(modes[mode].loss, 3, modes[mode].loss_interval if mode == "autoregressive" else None)
+                for mode in MODES
+            ),
+        ]
+        rows.append([*row, number(result.gap[family].loss_ratio, 2, result.gap[family].interval)])
+    mean = result.mean
+    ratio = number(mean["autoregressive"].loss / mean["fine"].loss, 2)
+    rows.append(["mean of families", *(number(mean[mode].loss) for mode in MODES), ratio])
+    if result.text:
+        text = number(result.text.loss, 3, result.text.loss_interval)
+        cells = [text if mode == "autoregressive" else ("–", -1.0) for mode in MODES]
+        rows.append(["text only (no frames)", *cells, ("–", -1.0)])
+    return Table(
+        "loss",
+        "Loss by family and mode",
+        ["family", *(MODE_NAMES[mode] for mode in MODES), "autoregressive / fine"],
+        rows,
+        "Nats per scored answer token. The last column is what the parallel form of training hides: 1 = nothing; "
+        "paired bootstrap intervals.",
+        strong=[MODES.index("autoregressive") + 1],
+    )
+
+
+def gaze(result):
+    """Where attention lies, against chance."""
+    rows = []
+    for family, modes in result.gaze.items():
+        shown = modes.get("autoregressive") or next(iter(modes.values()))
+        row = [family, count(shown.num_frames)]
+        for mode in reversed(GAZE_MODES):
+            row.append(
+                share(modes[mode].peak_on_target, modes[mode].peak_on_target_interval) if mode in modes else share(None)
+            )
+        rows.append(
+            [
+                *row,
+                share(shown.chance),
+                share(shown.chance_among_objects),
+                share(shown.peak_on_any_object),
+                share(shown.mass_on_target),
+            ]
+        )
+    return Table(
+        "gaze",
+        "Gaze: is the strongest patch the target's?",
+        [
+            "family",
+            "frames",
+            *reversed(GAZE_MODES),
+            "any patch",
+            "any object",
+            "peak on an object",
+            "attention on target",
+        ],
+        rows,
+        "Share of frames whose most attended patch (last vision layer, mean over heads) shows the target; frame 0, "
+        "which no planned query looks at, is left out. Any patch, any object: what a peak on any patch, or on any "
+        "object, would reach by chance. The last two columns are of the autoregressive mode."
+        if rows
+        else "No item of this split names a target whose place is known, or the network has no queries.",
+        strong=[2],
+    )
+
+
+def ordered_arms(result):
+    """Names of the arms of a `FlopsResult`, the foveated one first."""
+    return sorted(result.arms, key=lambda name: (name != "foveated", name))
+
+
+def flops(result):
+    """Cost of each mode and arm by component."""
+    rows = []
+    for kind, entries, names in (
+        ("this network", result.modes, GAZE_MODES),
+        ("arm", result.arms, ordered_arms(result)),
+    ):
+        for name in names:
+            entry = entries[name]
+            parts = [number(getattr(entry.components, component) / 1e6, 2) for component in COMPONENT_NAMES]
+            training = number(result.training[name] / 1e6, 1) if kind == "arm" else ("–", -1.0)
+            rows.append([f"{kind}: {name.replace('_', ' ')}", *parts, number(entry.total / 1e6, 2), training])
+    facts = result.assumptions
+    return Table(
+        "flops",
+        "Compute per sample",
+        ["", *COMPONENT_NAMES.values(), "total", "training"],
+        rows,
+        f"MFLOP, 2 per multiply-accumulate, mean over the {facts['num_samples']} samples with frames of the "
+        f"{facts['split']} split ({facts['mean_num_frames']:.1f} frames, {facts['mean_num_text_tokens']:.1f} text "
+        f"tokens, {facts['mean_num_labels']:.1f} with a loss on average). Training: one sample forward and "
+        f"backward, all weights trained. Not counted: {facts['not_counted']}.",
+    )
+
+
+def data(shards, tokens):
+    """What was seen, packed and turned into items."""
+    rows = []
+    for split, entry in shards.splits.items():
+        items = tokens.splits.get(split)
+        values = [
+            len(entry.shards),
+            entry.num_samples,
+            entry.num_frames,
+            items.num_items if items else 0,
+            items.num_tokens if items else 0,
+        ]
+        rows.append([split, *map(count, values)])
+    quarantined = "; ".join(f"{entry.key} ({entry.reason})" for entry in shards.quarantined[:5])
+    more = f" and {len(shards.quarantined) - 5} more" if len(shards.quarantined) > 5 else ""
+    return Table(
+        "data",
+        "Data",
+        ["split", "shards", "samples", "frames", "items", "text tokens"],
+        rows,
+        f"Samples: {shards.seen} seen = {shards.packed} packed + {len(shards.quarantined)} quarantined"
+        + (f": {quarantined}{more}" if quarantined else "")
+        + f". Items: {tokens.seen} seen = {tokens.kept} kept + {len(tokens.dropped)} dropped. Sources: "
+        + ", ".join(f"{name} {number_}" for name, number_ in shards.sources.items())
+        + ".",
+    )
+
+
+def mixture(stages):
+    """What every training stage served, from its own record."""
+    families = sorted({name for values in stages.values() for name in values.get("mixture", {})})
+    rows = []
+    for family in families:
+        row = [family]
+        for values in stages.values():
+            entry = values.get("mixture", {}).get(family)
+            row += [count(entry["num_samples"]), share(entry["share"])] if entry else [count(0), share(None)]
+        rows.append(row)
+    columns = ["family", *(f"{stage} {what}" for stage in stages for what in ("samples", "share"))]
+    return Table(
+        "mixture",
+        "What training served",
+        columns,
+        rows,
+        "Samples that each stage trained on; text: the samples without frames.",
+    )

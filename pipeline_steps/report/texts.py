@@ -1,0 +1,120 @@
+"""The sentences of the report that are made of numbers."""
+
+
+def lead(inputs):
+    """What this run alone shows, in two or three sentences."""
+    result = inputs.current.result
+    mean = result.mean
+    text = (
+        f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
+        f"{len(result.families)} families of held-out items with a mean accuracy of "
+        f"{mean['autoregressive'].accuracy:.1%} when it looks frame by frame, where it chooses. With the frames "
+        f"blanked it reaches {mean['blind'].accuracy:.1%}, with random queries {mean['random_query'].accuracy:.1%}."
+    )
+    if result.gaze:
+        seen = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
+        if seen:
+            peak, chance = (
+                sum(getattr(entry, name) for entry in seen) / len(seen)
+                for name in ("peak_on_target", "chance_among_objects")
+            )
+            text += f" Its attention peak is on the target in {peak:.0%} of the frames (any object: {chance:.0%})."
+    return text
+
+
+def tiles(result):
+    """Key figures: name, value, note."""
+    mean = result.mean
+    entries = [
+        {"name": f"{name} accuracy", "value": f"{mean[mode].accuracy:.1%}", "note": note}
+        for mode, name, note in (
+            ("autoregressive", "Autoregressive", "mean of the families"),
+            ("fine", "Fine", "all frames in parallel"),
+            ("blind", "Blind", "grey frames"),
+            ("random_query", "Random query", "looks anywhere"),
+        )
+    ]
+    ratio = mean["autoregressive"].loss / mean["fine"].loss
+    entries.append(
+        {"name": "Loss, autoregressive / fine", "value": f"{ratio:.3f}", "note": "1 = training hides nothing"}
+    )
+    seen = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
+    if seen:
+        peak, chance = (
+            sum(getattr(entry, name) for entry in seen) / len(seen)
+            for name in ("peak_on_target", "chance_among_objects")
+        )
+        entries.append(
+            {"name": "Gaze on target", "value": f"{peak:.0%}", "note": f"any object by chance: {chance:.0%}"}
+        )
+    return entries
+
+
+def controls(result, targets):
+    """Sentences on what blind and random queries leave over, family by family; `targets`: schema.Targets."""
+    lines = []
+    chances = {
+        family: value for family, value in result.chance.items() if value is not None and family in result.families
+    }
+    near = [
+        family
+        for family, value in chances.items()
+        if result.families[family]["blind"].accuracy <= value + targets.blind_excess
+    ]
+    far = [family for family in chances if family not in near]
+    if chances:
+        lines.append(
+            f"Blind is within {100 * targets.blind_excess:.0f} points of chance in {len(near)} of {len(chances)} "
+            "families" + (f"; not in {', '.join(far)}." if far else ".")
+        )
+    lost = {
+        family: modes["autoregressive"].accuracy - modes["random_query"].accuracy
+        for family, modes in result.families.items()
+    }
+    needed = [
+        family
+        for family, modes in result.families.items()
+        if modes["random_query"].accuracy_interval[1] < modes["autoregressive"].accuracy_interval[0]
+    ]
+    largest = max(lost, key=lost.get)
+    lines.append(
+        f"Random queries of the same norm cost {100 * lost[largest]:.1f} points in {largest} (the most), "
+        f"{100 * sum(lost.values()) / len(lost):.1f} on average; the intervals lie apart in {len(needed)} of "
+        f"{len(lost)} families. A model that never needed its gaze would lose nothing."
+    )
+    wide = [family for family, entry in result.gap.items() if entry.interval[0] > 1 + targets.gap]
+    lines.append(
+        f"Autoregressive loss is within {targets.gap:.0%} of fine in every family, or not distinguishable from that."
+        if not wide
+        else f"Autoregressive loss is more than {targets.gap:.0%} above fine in {', '.join(wide)}."
+    )
+    return lines
+
+
+def verdict_markdown(found):
+    """The verdicts for review in a pull request."""
+    lines = ["# Verdict", ""]
+    for verdict in found:
+        lines += [f"**{verdict.question}** {verdict.status.capitalize()}. {verdict.statement}", ""]
+        if verdict.reasons:
+            lines += [f"Undecided because: {'; '.join(verdict.reasons)}.", ""]
+        if verdict.commands:
+            lines += [
+                "Commands that produce the missing runs:",
+                "",
+                "```",
+                *verdict.commands,
+                "dvc repro report",
+                "```",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def flattened(values, prefix=""):
+    """(dotted name, text) of every leaf of a nested dict, floats with three decimals."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}".replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,17 @@
+"""Parameters of the `shards` stage (section `shards` of params.yaml)."""
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline_steps.params import StrictModel
+
+
+class Section(StrictModel):
+    image_size: PositiveInt  # px
+    fps: PositiveFloat
+    max_frames: PositiveInt
+    jpeg_quality: int = Field(ge=1, le=100)
+    samples_per_shard: PositiveInt
+    validation_share: float = Field(ge=0, lt=1)
+    test_share: float = Field(ge=0, lt=1)
+    max_quarantined: float = Field(ge=0, le=1)  # share of a source's media files
+    seed: NonNegativeInt

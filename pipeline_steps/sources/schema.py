@@ -1,0 +1,58 @@
+"""Parameters of the `sources` stage (section `sources` of params.yaml)."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline_steps.params import StrictModel
+
+
+class TrainMix(StrictModel):
+    """Relative numbers of training clips whose first question is of this family."""
+
+    card: NonNegativeFloat
+    follow: NonNegativeFloat
+    ask_colour: NonNegativeFloat
+    ask_place: NonNegativeFloat
+    caption: NonNegativeFloat
+    gist: NonNegativeFloat
+    image: NonNegativeFloat
+
+
+class Procedural(StrictModel):
+    """The rendered world; read only when collect lists procedural."""
+
+    seed: NonNegativeInt
+    num_train_clips: PositiveInt  # video clips and stills together
+    train_mix: TrainMix
+    num_validation_clips: PositiveInt  # of each family
+    num_test_clips: PositiveInt  # of each family
+    num_ask_items: NonNegativeInt  # more ask_* questions on each training clip whose digits hop
+    frame_size: Literal[56, 112, 224]  # px
+    fps: PositiveFloat
+    num_frames: int = Field(ge=2)
+    noise: NonNegativeFloat  # standard deviation of the grain, 0..1
+    target_alone: float = Field(ge=0, le=1)  # share of those training clips that show the target alone
+
+
+class Chat(StrictModel):
+    """Text-only questions; read only when collect lists chat."""
+
+    seed: NonNegativeInt
+    num_train: int = Field(ge=1, le=100_000)  # no question is asked twice
+    num_validation: PositiveInt
+    num_test: PositiveInt
+
+
+class Folder(StrictModel):
+    """The user's own files; read only when collect lists folder."""
+
+    path: str | None
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")  # the name of this source in keys and reports
+
+
+class Section(StrictModel):
+    collect: list[Literal["procedural", "chat", "folder"]] = Field(min_length=1)
+    procedural: Procedural
+    chat: Chat
+    folder: Folder

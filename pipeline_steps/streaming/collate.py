@@ -1,0 +1,100 @@
+"""Items -> one batch of tensors, for training, evaluation and questions asked by hand.
+
+Shapes: B batch, S sequence, F frames of the whole batch. Visual placeholders are put into the text here, so the layout
+is decided where the batch is made; frames are concatenated, never padded.
+"""
+
+import numpy as np
+import torch
+
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
+IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IGNORED = -100
+
+
+def normalise(frames: np.ndarray) -> np.ndarray:
+    """uint8 [F, height, width, 3] -> float32 [F, 3, height, width] as DINOv2 expects it."""
+    scaled = (frames.astype(np.float32) * (1 / 255) - IMAGE_MEAN) / IMAGE_STD
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+class Collator:
+    """Turns items of `TokenizedShards` into a batch.
+
+    `loss`: `all_text` labels every text token but the first, `answer_only` the answer with its end-of-turn token.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str,
+        loss: str,
+        image_replication: int,
+        tokens_per_frame: int,
+        visual_id: int,
+        bos_id: int,
+        pad_id: int,
+    ):
+        self.layout, self.loss, self.image_replication = layout, loss, image_replication
+        self.tokens_per_frame, self.visual_id, self.bos_id, self.pad_id = tokens_per_frame, visual_id, bos_id, pad_id
+
+    @classmethod
+    def for_model(cls, config, *, loss: str, image_replication: int) -> "Collator":
+        """The collator that fits a FoveatedVLMConfig."""
+        text = config.text_config
+        return cls(
+            layout=config.layout,
+            loss=loss,
+            image_replication=image_replication,
+            tokens_per_frame=config.num_visual_tokens_per_frame,
+            visual_id=config.visual_token_id,
+            bos_id=text.bos_token_id,
+            pad_id=text.pad_token_id if text.pad_token_id is not None else text.eos_token_id,
+        )
+
+    def __call__(self, items: list[dict]) -> dict:
+        """input_ids, attention_mask, labels, score_mask: [B, S]; pixel_values [F, 3, height, width]; num_frames [B];
+        keys."""
+        frames = [self._replicate(item) for item in items]
+        rows = [self._insert(item, len(pictures)) for item, pictures in zip(items, frames, strict=True)]
+        length = max(len(row["ids"]) for row in rows)
+        shape = (len(rows), length)
+        batch = {
+            "input_ids": np.full(shape, self.pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "labels": np.full(shape, IGNORED, np.int64),
+            "score_mask": np.zeros(shape, bool),
+        }
+        for number, row in enumerate(rows):
+            size = len(row["ids"])
+            batch["input_ids"][number, :size] = row["ids"]
+            batch["attention_mask"][number, :size] = 1
+            batch["labels"][number, :size] = row["labels"]
+            batch["score_mask"][number, :size] = row["scored"]
+        shown = [pictures for pictures in frames if len(pictures)]
+        batch["pixel_values"] = normalise(np.concatenate(shown)) if shown else np.zeros((0, 3, 1, 1), np.float32)
+        batch["num_frames"] = np.array([len(pictures) for pictures in frames], np.int64)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {**tensors, "keys": [item["key"] for item in items]}
+
+    def _replicate(self, item: dict) -> np.ndarray:
+        frames = item["frames"]
+        return np.repeat(frames, self.image_replication, axis=0) if item["kind"] == "image" else frames
+
+    def _insert(self, item: dict, num_frames: int) -> dict:
+        """The text's ids with the placeholders in place, and which of them are labels and which are scored."""
+        ids = np.asarray(item["input_ids"], np.int64)
+        answer, scored = np.asarray(item["answer_mask"], bool), np.asarray(item["score_mask"], bool)
+        if self.loss == "all_text":
+            answer = np.ones(len(ids), bool)
+            answer[0] = False
+        labels = np.where(answer, ids, IGNORED)
+        places = np.full(num_frames * self.tokens_per_frame, self.visual_id, np.int64)
+        at = item["visual_position"]
+        if self.layout == "vision_first" and num_frames:
+            places, at = np.concatenate([[self.bos_id], places]), 0
+        return {
+            "ids": np.insert(ids, at, places) if num_frames else ids,
+            "labels": np.insert(labels, at, np.full(len(places), IGNORED)) if num_frames else labels,
+            "scored": np.insert(scored, at, np.zeros(len(places), bool)) if num_frames else scored,
+        }

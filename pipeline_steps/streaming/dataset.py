@@ -1,0 +1,119 @@
+"""Random access to packed shards and their token sidecars.
+
+An item is one question with its answer; several items may share the frames of one clip, which are stored once. Frames
+are read from the tar by byte offset: opening a data set reads the tar headers once and nothing is unpacked.
+"""
+
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import PackedSample, ShardsManifest, TokensManifest, parse, read_record
+
+COLUMNS = (
+    "key",
+    "item",
+    "source",
+    "family",
+    "kind",
+    "num_frames",
+    "input_ids",
+    "visual_position",
+    "answer_mask",
+    "score_mask",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one file of a tar lies."""
+
+    tar: Path
+    offset: int  # bytes
+    size: int  # bytes
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class TokenizedShards:
+    """The items of one split.
+
+    Raises UserError when a stage's output is missing, or when a sidecar does not belong to the shard beside it.
+    """
+
+    def __init__(self, shards_dir: str | Path, tokens_dir: str | Path, split: str):
+        self.shards_dir, self.tokens_dir, self.split = Path(shards_dir), Path(tokens_dir), split
+        shards = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards").splits.get(split)
+        tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
+        if shards is None or tokens is None or tokens.num_items == 0:
+            raise UserError(
+                f"{self.tokens_dir}: split '{split}' has no items. Give it samples (sources, shards sections)."
+            )
+        self._members: dict[str, dict[str, Member]] = {}  # key -> member suffix -> place
+        rows = []
+        for shard, sidecar in zip(shards.shards, tokens.shards, strict=True):
+            if sidecar.shard_sha256 != shard.sha256:
+                raise UserError(
+                    f"{self.tokens_dir / split / sidecar.name} was made for a shard with sha256 "
+                    f"{sidecar.shard_sha256[:12]}..., but {self.shards_dir / split / shard.name} has "
+                    f"{shard.sha256[:12]}...: rerun `python -m pipeline_steps.tokens`."
+                )
+            self._members |= index_tar(self.shards_dir / split / shard.name)
+            table = pq.read_table(self.tokens_dir / split / sidecar.name, columns=list(COLUMNS))
+            rows += table.to_pylist()
+        self.rows: list[dict] = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def families(self) -> dict[str, list[int]]:
+        """Row numbers of every family, text-only samples under their own families."""
+        families: dict[str, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            families.setdefault(row["family"], []).append(number)
+        return families
+
+    def is_text(self, number: int) -> bool:
+        return self.rows[number]["kind"] == "text"
+
+    def frames(self, key: str) -> np.ndarray:
+        """uint8 [T, height, width, 3]; T = 0 for a text-only sample."""
+        members = self._members[key]
+        pictures = [_decode(members[suffix], key, suffix) for suffix in sorted(members) if suffix.endswith("jpg")]
+        return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
+
+    def sample(self, key: str) -> PackedSample:
+        """The packed sample with its ground truth."""
+        return parse(PackedSample, self._members[key]["json"].read().decode(), f"{key}.json")
+
+    def __getitem__(self, number: int) -> dict:
+        """The row's fields, with `frames` uint8 [T, height, width, 3]."""
+        row = self.rows[number]
+        return {**row, "frames": self.frames(row["key"])}
+
+
+def index_tar(path: Path) -> dict[str, dict[str, Member]]:
+    """Where every member of a tar lies, by sample key and by what follows the key's dot."""
+    members: dict[str, dict[str, Member]] = {}
+    with tarfile.open(path) as tar:
+        for entry in tar:
+            key, _, suffix = entry.name.partition(".")
+            members.setdefault(key, {})[suffix] = Member(path, entry.offset_data, entry.size)
+    return members
+
+
+def _decode(member: Member, key: str, suffix: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(member.read())) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{member.tar}: {key}.{suffix} cannot be decoded ({error}): rebuild the shards.") from None

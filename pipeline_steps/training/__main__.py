@@ -1,0 +1,193 @@
+"""One training stage: alignment (stage1), instruction tuning (stage2) or video refinement (stage3).
+
+    python -m pipeline_steps.training --stage stage1
+
+Reads params.yaml, data/shards and data/tokens; stage1 starts from data/backbones, the others from the stage before.
+Writes the model as a Hugging Face folder, outputs/<stage>, and its curves to reports/metrics/<stage>.{csv,json}.
+Interrupted, it goes on from its last state. Cost at the embedded scale: one to four minutes a stage on two cores,
+below 1 GB of memory. Needs only torch, transformers and pyarrow.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+os.environ.setdefault(
+    "MKL_DYNAMIC", "FALSE"
+)  # the same number of threads, so the same sums, whatever else the machine does
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from model import FoveatedVLMForConditionalGeneration
+from pipeline_steps import params
+from pipeline_steps.params import UserError
+from pipeline_steps.records import locked_scratch, replaced_folder, write_json, write_text
+from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.training.engine import Run, train
+from pipeline_steps.training.parameters import format_table, trainable_parameters
+from pipeline_steps.training.state import run_fingerprint
+
+STAGES = ("stage1", "stage2", "stage3")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")
+COLUMNS = (
+    "event",
+    "step",
+    "samples",
+    "family",
+    "mode",
+    "loss",
+    "loss_coarse",
+    "accuracy",
+    "grad_norm",
+    "num_plans",
+    "lr_connector",
+    "lr_vision",
+    "lr_language",
+)
+
+
+def main() -> None:
+    arguments = read_arguments()
+    parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
+    common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
+    params.check_outputs(
+        folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings"],
+        files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
+    )
+    torch.set_num_threads(common.num_threads)
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(parameters.seed)
+    started = time.time()
+    mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
+    with locked_scratch(arguments.stage, mark) as (folder, _):
+        device = "cuda" if common.device == "cuda" or (common.device == "auto" and torch.cuda.is_available()) else "cpu"
+        run = Run(
+            stage=arguments.stage,
+            model=load_model(arguments, parameters).to(device),
+            train=TokenizedShards(arguments.shards, arguments.tokens, "train"),
+            validation=TokenizedShards(arguments.shards, arguments.tokens, "validation"),
+            seed=parameters.seed,
+            common=common,
+            settings=settings,
+            streaming=parameters.streaming,
+            folder=folder,
+            device=device,
+        )
+        _, table = trainable_parameters(run.model, settings.learning_rate.model_dump(), common.weight_decay)
+        print(
+            f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps of {common.batch_size} "
+            f"on {device}\n{format_table(table)}"
+        )
+        result = train(run)
+        publish(arguments, run, {**result, "parameters": table}, time.time() - started)
+        shutil.rmtree(folder)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train one stage.")
+    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--backbones", type=Path, default=Path("data/backbones"))
+    parser.add_argument("--shards", type=Path, default=Path("data/shards"))
+    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages' models")
+    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    return parser.parse_args()
+
+
+def previous(arguments: argparse.Namespace) -> Path | None:
+    """The folder of the stage before, None for the first."""
+    number = STAGES.index(arguments.stage)
+    return arguments.outputs / STAGES[number - 1] if number else None
+
+
+def input_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files whose content determines the run: manifests hold the hashes of all shards."""
+    before = previous(arguments)
+    folders = [before] if before else [arguments.backbones / name for name in ("vision_encoder", "language_model")]
+    models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+    files = [*models, arguments.shards / "manifest.json", arguments.tokens / "manifest.json"]
+    for path in files:
+        if not path.exists():
+            raise UserError(
+                f"{path}: missing. {arguments.stage} starts from it: run the stages before "
+                f"(`dvc repro {arguments.stage}`)."
+            )
+    return files
+
+
+def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForConditionalGeneration:
+    """The model to train: new around the backbones, or the previous stage's, whose network options must be the same."""
+    options = parameters.model.model_dump()
+    before = previous(arguments)
+    if before is None:
+        return FoveatedVLMForConditionalGeneration.from_backbones(
+            arguments.backbones / "vision_encoder", arguments.backbones / "language_model", **options
+        )
+    model, loaded = FoveatedVLMForConditionalGeneration.from_pretrained(
+        before, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = [
+        f"{kind}: {', '.join(sorted(map(str, loaded[kind]))[:5])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if loaded[kind]
+    ]
+    wrong += [
+        f"{name} is {getattr(model.config, name)!r}, the parameters say {value!r}"
+        for name, value in options.items()
+        if value != "auto" and getattr(model.config, name) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{before}: not the model that {arguments.stage} goes on from ({'; '.join(wrong)}). Rerun the stage before."
+        )
+    return model
+
+
+def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: float) -> None:
+    """The finished model and its curves, each whole or not at all. Wall time goes beside them: it is no result."""
+    with replaced_folder(arguments.outputs / arguments.stage) as folder:
+        run.model.save_pretrained(folder)
+        for name in TOKENIZER_FILES:  # as they are: loading and saving may change a tokenizer of another class
+            source = (previous(arguments) or arguments.backbones / "language_model") / name
+            if source.exists():
+                shutil.copyfile(source, folder / name)
+        (folder / "training.json").write_text(
+            json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
+        )
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in run.history
+    )
+    write_text(arguments.metrics / f"{arguments.stage}.csv", table.getvalue())
+    families: dict[str, dict] = {}
+    for row in result["validation"]:
+        scores = {"loss": round(row["loss"], 6), "accuracy": round(row["accuracy"], 6)}
+        families.setdefault(row["family"], {})[row["mode"]] = scores
+    summary = {
+        "validation": families,
+        "mixture": result["mixture"],
+        "parameters": result["parameters"],
+        "num_steps": run.num_steps,
+    }
+    write_json(arguments.metrics / f"{arguments.stage}.json", summary)
+    timing = {
+        "seconds": round(seconds, 1),
+        "samples_per_second": round(run.settings.num_samples / seconds, 1),
+        "device": run.device,
+    }
+    write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
+
+
+if __name__ == "__main__":
+    params.run(main)

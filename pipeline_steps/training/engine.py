@@ -1,0 +1,226 @@
+"""The training loop of all stages.
+
+Everything random is a function of (seed, stage, step), so the state of a run is its step, weights and optimizer; a run
+that is killed anywhere and started again ends with the same weights, bit by bit (CPU, same number of threads).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from pipeline_steps.params import UserError
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.streaming.loader import prefetch
+from pipeline_steps.streaming.mixture import Mixture
+from pipeline_steps.training.parameters import trainable_parameters
+from pipeline_steps.training.schedule import learning_rate_factor
+from pipeline_steps.training.state import load_state, save_state
+
+TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels")
+
+
+@dataclass
+class Run:
+    """One stage: what is trained, on what, and how far it is."""
+
+    stage: str
+    model: torch.nn.Module
+    train: TokenizedShards
+    validation: TokenizedShards
+    seed: int
+    common: object  # training.common
+    settings: object  # training.<stage>
+    streaming: object
+    folder: Path  # scratch, for the state
+    device: str = "cpu"
+    history: list[dict] = field(default_factory=list)  # rows of the metrics table
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.settings.num_samples // self.common.batch_size)
+
+    def generator(self, *names: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
+
+
+def mixture_weights(data: TokenizedShards, settings) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """Item numbers and weight of every family that a stage trains on, the text-only share included.
+
+    Raises UserError when a family of the mixture, or text for the share, is not in the data.
+    """
+    families = data.families()
+    visual = {name: items for name, items in families.items() if not data.is_text(items[0])}
+    text = [number for name, items in families.items() if name not in visual for number in items]
+    repeated = [name for name, count in Counter(entry.family for entry in settings.mixture).items() if count > 1]
+    if repeated:
+        raise UserError(f"training mixture: {', '.join(repeated)} stands there more than once: give it one weight.")
+    named = {entry.family: entry.weight for entry in settings.mixture if entry.family != "*"}
+    others = {name: len(items) for name, items in visual.items() if name not in named}
+    weights = dict(named)
+    for entry in settings.mixture:
+        if entry.family == "*":
+            weights |= {name: entry.weight * size / sum(others.values()) for name, size in sorted(others.items())}
+    absent = [name for name in weights if name not in visual]
+    if absent or not weights:
+        raise UserError(
+            f"training mixture: no items of {', '.join(absent) or 'any family'} in {data.tokens_dir}/{data.split}, "
+            f"which has {', '.join(sorted(visual)) or 'none'}. Correct the mixture ('*' stands for all families) or "
+            "the sources."
+        )
+    total = sum(weights.values())
+    weights = {name: (1 - settings.text_share) * weight / total for name, weight in weights.items()}
+    if settings.text_share:
+        if not text:
+            raise UserError(
+                f"text_share is {settings.text_share} but {data.tokens_dir}/{data.split} has 0 text-only samples: "
+                "collect some (sources.collect: [..., chat]) or set text_share to 0."
+            )
+        weights["text"], visual["text"] = settings.text_share, text
+    return visual, weights
+
+
+def train(run: Run) -> dict:
+    """Train to the end of the sample budget, from the saved state if there is one. Returns the final validation
+    result."""
+    groups, weights = mixture_weights(run.train, run.settings)
+    mixture = Mixture(groups, weights, run.settings.num_samples, seed=int(run.generator().integers(2**32)))
+    optimizer = make_optimizer(run)
+    first = restore(run, optimizer)
+    collate = Collator.for_model(
+        run.model.config, loss=run.settings.loss, image_replication=run.streaming.image_replication
+    )
+    size = run.common.batch_size
+
+    def make(step: int) -> dict:
+        positions = range(step * size, min((step + 1) * size, run.settings.num_samples))
+        return collate([run.train[mixture[position]] for position in positions])
+
+    batches = prefetch(make, range(first, run.num_steps), run.streaming.prefetch_batches)
+    progress = tqdm(
+        batches, desc=run.stage, total=run.num_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
+    )
+    for step, batch in enumerate(progress, start=first):
+        row = train_step(run, optimizer, batch, step)
+        if step % 10 == 0 or step == run.num_steps - 1:
+            run.history.append(row)
+            progress.set_postfix(loss=f"{row['loss']:.3f}")
+        done = step + 1
+        if done % run.common.validate_every == 0 and done < run.num_steps:
+            run.history += validate(run, done)
+        if done % run.common.checkpoint_every == 0 and done < run.num_steps:
+            save_state(
+                run.folder,
+                {
+                    "step": done,
+                    "model": run.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": run.history,
+                },
+            )
+    final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
+    run.history += final
+    return {"validation": final, "mixture": mixture.statistics()}
+
+
+def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: int) -> dict:
+    """One optimizer step; returns its row of the metrics table."""
+    model, config = run.model.train(), run.model.config
+    factor = learning_rate_factor(step, run.num_steps, run.settings.warmup_share, run.settings.final_learning_rate)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+    num_plans = 1 + int(run.generator(step).random() < config.second_pass_probability)
+    with torch.autocast(run.device, torch.bfloat16, enabled=run.common.precision == "bf16"):
+        output = model(
+            **to_device(batch, run.device), mode="coarse" if config.coarse_only else "fine", num_plans=num_plans
+        )
+    optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()
+    norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], run.common.clip_norm)
+    loss = output.loss.item()
+    if not (np.isfinite(loss) and torch.isfinite(norm)):
+        raise UserError(
+            f"{run.stage} step {step}: loss {loss}, gradient norm {norm.item()} on samples {', '.join(batch['keys'])}. "
+            f"Lower training.{run.stage}.learning_rate or look at these samples; the last state is in {run.folder}."
+        )
+    optimizer.step()
+    rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+    seen = min((step + 1) * run.common.batch_size, run.settings.num_samples)
+    return {
+        "event": "train",
+        "step": step + 1,
+        "samples": seen,
+        "loss": loss,
+        "loss_coarse": "" if output.loss_coarse is None else output.loss_coarse.item(),
+        "grad_norm": norm.item(),
+        "num_plans": num_plans,
+        **rates,
+    }
+
+
+def validate(run: Run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
+    """Loss per scored token and accuracy of every family, token-weighted: one row per family and mode.
+
+    A family without any scored token (answers of punctuation only) has no row.
+    """
+    collate = Collator.for_model(
+        run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
+    )
+    rows = []
+    for family, numbers in sorted(run.validation.families().items()):
+        scored = [number for number in numbers if any(run.validation.rows[number]["score_mask"])]
+        items = [run.validation[number] for number in scored[: run.common.max_validation_items]]
+        for mode in modes if items else ():
+            loss, correct, tokens = evaluate_loss(run, items, collate, mode)
+            rows.append(
+                {
+                    "event": "validation",
+                    "step": step,
+                    "family": family,
+                    "mode": mode,
+                    "loss": loss / tokens,
+                    "accuracy": correct / tokens,
+                }
+            )
+    return rows
+
+
+@torch.no_grad()
+def evaluate_loss(run: Run, items: list[dict], collate: Collator, mode: str) -> tuple[float, int, int]:
+    """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
+    run.model.eval()
+    loss = correct = tokens = 0
+    for start in range(0, len(items), run.common.batch_size):
+        batch = collate(items[start : start + run.common.batch_size])
+        scored = batch["score_mask"].to(run.device)
+        output = run.model(**to_device(batch, run.device), mode=mode)
+        loss += output.token_loss[scored].double().sum().item()
+        correct += int(output.correct[scored].sum())
+        tokens += int(scored.sum())
+    return loss, correct, tokens
+
+
+def make_optimizer(run: Run) -> torch.optim.AdamW:
+    groups, _ = trainable_parameters(run.model, run.settings.learning_rate.model_dump(), run.common.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=run.common.betas, fused=True)
+
+
+def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
+    """Put the saved state back, if there is one; returns the step to go on from."""
+    state = load_state(run.folder)
+    if state is None:
+        return 0
+    run.model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    run.history = state["history"]
+    print(f"{run.stage}: going on from step {state['step']} of {run.num_steps} ({run.folder})")
+    return state["step"]
+
+
+def to_device(batch: dict, device: str) -> dict:
+    return {name: batch[name].to(device, non_blocking=True) for name in TENSORS}

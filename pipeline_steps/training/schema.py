@@ -1,0 +1,56 @@
+"""Parameters of the `training` stages (section `training` of params.yaml)."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from pipeline_steps.params import StrictModel
+
+
+class Common(StrictModel):
+    batch_size: PositiveInt  # samples per optimizer step
+    weight_decay: NonNegativeFloat  # on matrices only
+    betas: tuple[float, float]  # AdamW
+    clip_norm: PositiveFloat  # of the gradient
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is one
+    precision: Literal["fp32", "bf16"]  # of the forward pass (autocast); weights and optimizer are fp32
+    num_threads: PositiveInt  # of torch on the CPU; results are exact for a given number
+    checkpoint_every: PositiveInt  # steps
+    validate_every: PositiveInt  # steps
+    max_validation_items: PositiveInt  # per family
+
+
+class LearningRate(StrictModel):
+    """Peak learning rates of the three groups; 0 freezes a group."""
+
+    connector: NonNegativeFloat
+    vision: NonNegativeFloat
+    language: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _something_is_trained(self):
+        if not (self.connector or self.vision or self.language):
+            raise ValueError("all learning rates are 0: nothing would be trained")
+        return self
+
+
+class MixtureEntry(StrictModel):
+    family: str  # or "*": every visual family of the data that no other entry names, in proportion to their items
+    weight: PositiveFloat
+
+
+class Stage(StrictModel):
+    num_samples: PositiveInt
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    text_share: float = Field(ge=0, lt=1)  # share of text-only samples
+    loss: Literal["all_text", "answer_only"]
+    learning_rate: LearningRate
+    warmup_share: float = Field(ge=0, lt=1)  # of the steps, linear
+    final_learning_rate: float = Field(ge=0, le=1)  # floor of the cosine, as a share of the peak
+
+
+class Section(StrictModel):
+    common: Common
+    stage1: Stage
+    stage2: Stage
+    stage3: Stage

@@ -1,0 +1,12 @@
+import pytest
+
+from tests import pipeline
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A folder in which every stage but the report has run, at a size of seconds. Read-only for the tests."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline.write_params(folder)
+    pipeline.run_all(folder, *pipeline.STAGES)
+    return folder

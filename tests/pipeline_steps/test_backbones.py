@@ -1,0 +1,382 @@
+"""The backbones stage: file formats, the tokenizer, warm-ups that learn and repeat, local folders."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
+
+from model.foveated_encoder import FoveatedEncoder
+from pipeline_steps import params, world
+from pipeline_steps.backbones import __main__ as stage
+from pipeline_steps.backbones import language_model, vision_encoder
+from pipeline_steps.backbones.frames import Frames, pixel_values
+from pipeline_steps.backbones.schema import Embedded, Local
+from pipeline_steps.backbones.tokenizer import train_tokenizer
+from pipeline_steps.params import UserError
+from pipeline_steps.sources.chat import KINDS, make_question
+
+TINY = Embedded(
+    seed=3,
+    num_threads=1,
+    image_size=56,
+    patch_size=14,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_steps=5,
+    vision_batch_size=4,
+    vision_learning_rate=1e-3,
+    language_width=48,
+    language_layers=2,
+    language_heads=4,
+    language_kv_heads=2,
+    language_steps=3,
+    language_batch_size=4,
+    language_learning_rate=1e-3,
+    vocabulary_size=512,
+    max_positions=64,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_held_out_sets_and_torch_as_it_was():
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision_encoder, "NUM_HELD_OUT", 16)
+        patch.setattr(language_model, "NUM_HELD_OUT", 32)
+        yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One short run: (folder with both backbones, metrics)."""
+    folder = tmp_path_factory.mktemp("backbones")
+    return folder, stage.train_backbones(TINY, folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return AutoTokenizer.from_pretrained(trained[0] / "language_model")
+
+
+# ---- file formats ----
+
+
+def test_vision_weights_have_the_published_dinov2_names(trained):
+    with safe_open(trained[0] / "vision_encoder" / "model.safetensors", framework="pt") as weights:
+        names = set(weights.keys())
+    layer = {
+        f"encoder.layer.{index}.{name}"
+        for index in range(TINY.vision_layers)
+        for name in (
+            *(f"attention.attention.{p}.{kind}" for p in ("query", "key", "value") for kind in ("weight", "bias")),
+            *(f"{p}.{kind}" for p in ("attention.output.dense", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+            *(f"{p}.{kind}" for p in ("norm1", "norm2") for kind in ("weight", "bias")),
+            "layer_scale1.lambda1",
+            "layer_scale2.lambda1",
+        )
+    }
+    embeddings = {"cls_token", "mask_token", "position_embeddings"} | {
+        f"patch_embeddings.projection.{kind}" for kind in ("weight", "bias")
+    }
+    assert names == layer | {f"embeddings.{name}" for name in embeddings} | {"layernorm.weight", "layernorm.bias"}
+
+
+def test_library_dinov2_gives_the_features_of_our_walk(trained):
+    folder = trained[0] / "vision_encoder"
+    library, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ours = FoveatedEncoder(library.config)
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        ours.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+    frames = pixel_values(Frames("validation", 1, 3, seed=0)[0]["frames"])
+    with torch.no_grad():
+        expected = library.eval()(frames).last_hidden_state
+        found = ours.walk(frames, need_patch_features=True).patch_features
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_language_model_loads_with_tied_embeddings_and_grouped_queries(trained, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(trained[0] / "language_model")
+    assert model.config.model_type == "llama"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.num_key_value_heads == TINY.language_kv_heads < TINY.language_heads
+    assert model.config.vocab_size == len(tokenizer)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+
+
+# ---- tokenizer ----
+
+
+@pytest.mark.parametrize(
+    "text", ["", "red: 31415", "héllo 世界 🦊 \x00\x7f", " \n\t  a  1２½ ", "𝔘𝔫𝔦 \u202eאב\r\n", "<|im_x|>"]
+)
+def test_tokenizer_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_random_bytes_of_unicode_round_trip(tokenizer):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1, 0x110000, 3000)
+    text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_digit_is_one_token(tokenizer):
+    for digit in "0123456789":
+        assert len(tokenizer.encode(digit)) == 1
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("red: 31415")) == ["red", ":", "Ġ", *"31415"]
+    assert not [token for token in tokenizer.get_vocab() if len(token) > 1 and any(c.isdigit() for c in token)]
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    digits, rng = world.Digits(), np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, kind, "train", digits) for kind in world.KINDS for _ in range(50)]
+    items = [item for scene in scenes for item in world.scene_items(scene, rng, 4)]
+    questions = {"user\n" + make_question(rng, kind)[0] for kind in KINDS}
+    texts = (
+        questions | {f"user\n{item['user']}" for item in items if item["user"]} | {item["assistant"] for item in items}
+    )
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert len(texts) > 100
+    for text in texts:
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode(text)) == [word for word, _ in split(text)]
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (2, 0)
+    assert tokenizer.encode("a<|im_end|>b")[1] == 2
+    assert tokenizer.encode("a")[0] > 2  # nothing is put in front
+
+
+def test_chat_template_is_smollm2s(tokenizer):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    turns = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == default + turns
+    system = [{"role": "system", "content": "You watch videos."}]
+    assert tokenizer.apply_chat_template(system + chat, tokenize=False) == (
+        "<|im_start|>system\nYou watch videos.<|im_end|>\n" + turns
+    )
+    asked = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_vocabulary_size_is_kept():
+    assert len(train_tokenizer(300, 64)) == 300
+
+
+# ---- warm-ups ----
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_two_runs_are_equal_byte_for_byte_and_another_seed_is_not(trained, tmp_path):
+    folder, metrics = trained
+    assert stage.train_backbones(TINY, tmp_path / "again") == metrics
+    assert contents(tmp_path / "again") == contents(folder)
+    stage.train_backbones(TINY.model_copy(update={"seed": 4}), tmp_path / "other")
+    other = contents(tmp_path / "other")
+    assert other["vision_encoder/model.safetensors"] != contents(folder)["vision_encoder/model.safetensors"]
+    assert other["language_model/model.safetensors"] != contents(folder)["language_model/model.safetensors"]
+
+
+def test_vision_warm_up_learns():
+    options = TINY.model_copy(update={"vision_steps": 50, "vision_batch_size": 12, "vision_learning_rate": 5e-3})
+    torch.manual_seed(0)
+    metrics = vision_encoder.warm_up_vision_encoder(vision_encoder.build_vision_encoder(options), options)
+    assert metrics["patch_colour_accuracy"] > 0.6  # a sixth by chance
+
+
+def test_queries_are_trained_through_the_walk():
+    options = TINY.model_copy(update={"vision_steps": 1})
+    encoder, heads = vision_encoder.build_vision_encoder(options), vision_encoder.Heads(options.vision_width)
+    vision_encoder.batch_loss(encoder, heads, Frames("train", 1, 4, seed=0)[0]).backward()
+    assert heads.table.grad.abs().sum(1).gt(0).all()
+    missing = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+    assert missing == []
+
+
+def test_language_warm_up_learns(tokenizer):
+    options = TINY.model_copy(update={"language_steps": 100, "language_batch_size": 16, "language_learning_rate": 5e-3})
+    torch.manual_seed(0)
+    metrics = language_model.warm_up_language_model(
+        language_model.build_language_model(options, tokenizer), tokenizer, options
+    )
+    assert metrics["loss"] < 5.3  # ln(512) = 6.2 untrained
+    assert metrics["copy_accuracy"] > 0.15  # 0.002 by chance
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(tokenizer):
+    options = TINY.model_copy(update={"language_steps": 30, "language_learning_rate": 1e30})
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+ of 30.*1e\+30"):
+        language_model.warm_up_language_model(
+            language_model.build_language_model(options, tokenizer), tokenizer, options
+        )
+
+
+def test_another_patch_grid_is_refused():
+    with pytest.raises(UserError, match="image_size is 112 and patch_size 14, expected 56 and 14"):
+        vision_encoder.build_vision_encoder(TINY.model_copy(update={"image_size": 112}))
+
+
+@pytest.mark.parametrize("num_crowded", [0, 1])
+def test_training_frames_show_training_digits_only(monkeypatch, num_crowded):
+    drawn, render = [], world.render
+    monkeypatch.setattr(world, "render", lambda scene, *rest: drawn.append(scene) or render(scene, *rest))
+    frames = Frames("train", 1, 64, seed=0, num_crowded=num_crowded)
+    frames[0]
+    shown = {image for scene in drawn for item in scene.objects for image in item.digit_images}
+    assert len(shown) > 50
+    assert shown <= set(frames.digits.splits["train"].tolist())
+
+
+@pytest.mark.parametrize("num_crowded", [0, 1])
+def test_patch_labels_are_where_the_pixels_are(num_crowded):
+    batch = Frames("train", 1, 32, seed=0, num_crowded=num_crowded)[0]
+    side = world.PATCH
+    patches = batch["frames"].unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2)
+    pixels = patches.flatten(2, 3).float()  # [B, N, side * side, 3]
+    palette = torch.tensor(list(world.COLOURS.values())).float()
+    distance = (pixels[..., None, :] - palette).abs().sum(-1).amin(2)  # [B, N, 6]: nearest pixel to each colour
+    labelled = batch["patch_colour"] != world.NO_COLOUR
+    assert (labelled == (batch["patch_digit"] != world.NO_DIGIT)).all()
+    right = distance.argmin(-1)[labelled] == batch["patch_colour"][labelled]
+    assert right.float().mean() > 0.9
+    assert labelled.float().mean() > 0.7 if num_crowded else labelled.float().mean() < 0.3
+
+
+def test_a_process_that_draws_ahead_gives_the_same_frames():
+    frames = Frames("train", 4, 2, seed=1, num_crowded=2)
+    for drawn, batch in zip(
+        DataLoader(frames, batch_size=None, num_workers=1), map(frames.__getitem__, range(4)), strict=True
+    ):
+        assert drawn.keys() == batch.keys()
+        assert all(torch.equal(drawn[name], batch[name]) for name in batch)
+
+
+# ---- local folders and the entry point ----
+
+
+def run_stage(monkeypatch, tmp_path, **changes):
+    """Run the entry point with changed backbones parameters, into tmp_path/out and tmp_path/metrics/backbones.json."""
+    document = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+    document["backbones"] |= changes
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document))
+    arguments = [
+        "backbones",
+        "--params",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--metrics",
+        tmp_path / "metrics/backbones.json",
+    ]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    stage.main()
+
+
+def test_embedded_stage_replaces_an_older_result(monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    run_stage(monkeypatch, tmp_path, kind="embedded", embedded=TINY.model_dump())
+    assert sorted(os.listdir(tmp_path / "out")) == ["language_model", "vision_encoder"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics", "out", "params.yaml"]
+    metrics = json.loads((tmp_path / "metrics/backbones.json").read_text())
+    assert 0 <= metrics["vision_encoder"]["query_digit_accuracy"] <= 1
+    assert 0 <= metrics["language_model"]["copy_accuracy"] <= 1
+
+
+def test_local_folders_are_copied(monkeypatch, tmp_path, trained):
+    folder = trained[0]
+    local = Local(vision_path=str(folder / "vision_encoder"), language_path=str(folder / "language_model"))
+    run_stage(monkeypatch, tmp_path, kind="local", local=local.model_dump())
+    assert contents(tmp_path / "out") == contents(folder)
+    metrics = json.loads((tmp_path / "metrics/backbones.json").read_text())
+    assert metrics["kind"] == "local"
+    assert len(metrics["vision_encoder"]["model.safetensors"]["sha256"]) == 64
+
+
+def edit(file, **changes):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | changes))
+
+
+BROKEN = {
+    "no folder": (lambda v, t: shutil.rmtree(v), "vision.*no such folder, expected a dinov2 model"),
+    "empty": (lambda v, t: [f.unlink() for f in v.iterdir()], "vision.*config.json missing, found nothing"),
+    "another vision model": (
+        lambda v, t: edit(v / "config.json", model_type="vit"),
+        "model_type is 'vit', expected 'dinov2'",
+    ),
+    "another language model": (
+        lambda v, t: edit(t / "config.json", model_type="gpt2"),
+        "model_type is 'gpt2', expected 'llama'",
+    ),
+    "config is no JSON": (lambda v, t: (v / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "no vision weights": (lambda v, t: (v / "model.safetensors").unlink(), "vision.*model.safetensors missing"),
+    "no language weights": (lambda v, t: (t / "model.safetensors").unlink(), "language.*model.safetensors missing"),
+    "truncated weights": (lambda v, t: os.truncate(v / "model.safetensors", 5000), "not a whole safetensors file"),
+    "another model's weights": (
+        lambda v, t: shutil.copy(t / "model.safetensors", v / "model.safetensors"),
+        "expected a weight 'embeddings.patch_embeddings.projection.weight', found",
+    ),
+    "no tokenizer": (lambda v, t: (t / "tokenizer.json").unlink(), "tokenizer.json missing, found .*config.json"),
+    "no chat template": (lambda v, t: (t / "chat_template.jinja").unlink(), "no chat template, expected"),
+    "no special tokens": (
+        lambda v, t: edit(t / "tokenizer.json", added_tokens=[]),
+        r"lacks <\|im_start\|>, <\|im_end\|> among its added tokens, found none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("breaking", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_local_folder_that_does_not_fit_is_named_and_nothing_is_written(
+    monkeypatch, tmp_path, trained, breaking, message
+):
+    pair = tmp_path / "pair"
+    shutil.copytree(trained[0], pair)
+    (pair / "vision_encoder").rename(pair / "vision")
+    (pair / "language_model").rename(pair / "language")
+    breaking(pair / "vision", pair / "language")
+    local = {"vision_path": str(pair / "vision"), "language_path": str(pair / "language")}
+    with pytest.raises(UserError, match=message) as error:
+        run_stage(monkeypatch, tmp_path, kind="local", local=local)
+    assert str(pair) in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+    assert not list((tmp_path / "metrics").iterdir())
+
+
+@pytest.mark.parametrize("key", ["vision_path", "language_path"])
+def test_a_local_path_that_is_not_given(monkeypatch, tmp_path, trained, key):
+    folder = trained[0]
+    local = {"vision_path": str(folder / "vision_encoder"), "language_path": str(folder / "language_model"), key: None}
+    with pytest.raises(UserError, match=f"backbones.local.{key} is null"):
+        run_stage(monkeypatch, tmp_path, kind="local", local=local)
+
+
+def test_an_output_path_that_cannot_be_written_is_one_paragraph(monkeypatch, tmp_path, capsys):
+    (tmp_path / "metrics").mkdir()
+    monkeypatch.setattr(
+        "sys.argv", ["backbones", "--out", "/dev/null/backbones", "--metrics", str(tmp_path / "m.json")]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        params.run(stage.main)
+    assert exit_.value.code == 1
+    assert "error: /dev/null" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""Collation: placeholders per layout, labels per loss, frames without padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline_steps.streaming.collate import IGNORED, Collator, normalise
+
+VISUAL, BOS, PAD = 99, 1, 2
+
+
+def make_item(kind: str, num_frames: int, answer: list[int]) -> dict:
+    """Ids: 1 10 11 (question) | 20 (between) | answer; the frames go after the question in question_first."""
+    ids = [1, 10, 11, 20, *answer]
+    return {
+        "key": f"{kind}-{num_frames}",
+        "kind": kind,
+        "input_ids": ids,
+        "visual_position": 3,
+        "answer_mask": [False] * 4 + [True] * len(answer),
+        "score_mask": [False] * 5 + [True] * (len(answer) - 1),
+        "frames": np.full((num_frames, 14, 14, 3), 10 * num_frames, np.uint8),
+    }
+
+
+ITEMS = [make_item("video", 3, [30, 31, 2]), make_item("text", 0, [32, 2]), make_item("image", 1, [33, 2])]
+
+
+def make_collator(layout: str = "question_first", loss: str = "answer_only", tokens_per_frame: int = 1) -> Collator:
+    return Collator(
+        layout=layout,
+        loss=loss,
+        image_replication=4,
+        tokens_per_frame=tokens_per_frame,
+        visual_id=VISUAL,
+        bos_id=BOS,
+        pad_id=PAD,
+    )
+
+
+def rows_of(batch: dict, name: str) -> list[list[int]]:
+    lengths = batch["attention_mask"].sum(1)
+    return [row[:length].tolist() for row, length in zip(batch[name], lengths, strict=True)]
+
+
+def test_question_first_puts_the_frames_after_the_question():
+    batch = make_collator()(ITEMS)
+    assert rows_of(batch, "input_ids") == [
+        [1, 10, 11, VISUAL, VISUAL, VISUAL, 20, 30, 31, 2],
+        [1, 10, 11, 20, 32, 2],
+        [1, 10, 11, VISUAL, VISUAL, VISUAL, VISUAL, 20, 33, 2],
+    ]
+    assert rows_of(batch, "labels")[0] == [IGNORED] * 7 + [30, 31, 2]
+    assert rows_of(batch, "score_mask")[0] == [False] * 8 + [True, True]
+    assert batch["num_frames"].tolist() == [3, 0, 4]  # the still is shown four times
+    assert batch["pixel_values"].shape == (7, 3, 14, 14)
+    assert (batch["input_ids"][1, 6:] == PAD).all()
+    assert (batch["labels"][1, 6:] == IGNORED).all()
+
+
+def test_vision_first_puts_a_bos_and_the_frames_in_front():
+    batch = make_collator("vision_first")(ITEMS)
+    assert rows_of(batch, "input_ids")[0] == [BOS, VISUAL, VISUAL, VISUAL, 1, 10, 11, 20, 30, 31, 2]
+    assert rows_of(batch, "input_ids")[1] == [1, 10, 11, 20, 32, 2]  # text only: as in the other layout
+
+
+@pytest.mark.parametrize("layout", ["question_first", "vision_first"])
+def test_the_same_tokens_are_labelled_in_every_layout(layout):
+    for loss in ("answer_only", "all_text"):
+        labels = rows_of(make_collator(layout, loss, tokens_per_frame=2)(ITEMS), "labels")
+        asked = [[token for token in row if token != IGNORED] for row in labels]
+        expected = [30, 31, 2] if loss == "answer_only" else [10, 11, 20, 30, 31, 2]
+        assert asked[0] == expected
+        assert all(VISUAL not in row for row in labels)
+
+
+def test_several_tokens_per_frame():
+    batch = make_collator(tokens_per_frame=2)(ITEMS)
+    assert (batch["input_ids"] == VISUAL).sum(1).tolist() == [6, 0, 8]
+    assert batch["num_frames"].tolist() == [3, 0, 4]
+
+
+def test_a_batch_without_frames():
+    batch = make_collator()([ITEMS[1]])
+    assert len(batch["pixel_values"]) == 0
+    assert batch["num_frames"].tolist() == [0]
+
+
+def test_normalisation_is_imagenets():
+    frames = np.zeros((1, 2, 2, 3), np.uint8)
+    frames[..., 0] = 255
+    pixels = torch.from_numpy(normalise(frames))
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))

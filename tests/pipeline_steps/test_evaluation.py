@@ -1,0 +1,284 @@
+"""Statistics and gaze geometry with known answers, and a whole scoring pass of a small network."""
+
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tqdm import tqdm
+from transformers import Dinov2Config, LlamaConfig
+
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from pipeline_steps import gaze, metrics
+from pipeline_steps.answers import answer_span, up_to_answer
+from pipeline_steps.evaluation import __main__ as evaluation
+from pipeline_steps.evaluation import scoring, statistics
+from pipeline_steps.params import UserError
+from pipeline_steps.records import PackedSample
+from pipeline_steps.streaming.collate import Collator
+
+GRID = 4
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_every_scored_token_weighs_the_same():
+    score = statistics.score(np.array([1.0, 6.0]), np.array([1, 0]), np.array([1, 3]), 50, 1)
+    assert score.loss == pytest.approx(7 / 4)
+    assert score.accuracy == pytest.approx(1 / 4)
+    assert (score.num_items, score.num_tokens) == (2, 4)
+
+
+def test_interval_of_a_mean_is_that_of_the_normal_law():
+    rng = np.random.default_rng(0)
+    hits = rng.binomial(1, 0.7, 2000)
+    low, high = statistics.ratio_interval(hits, np.ones(2000), 2000, 1)
+    error = 1.96 * (hits.mean() * (1 - hits.mean()) / 2000) ** 0.5
+    assert (low, high) == pytest.approx((hits.mean() - error, hits.mean() + error), abs=0.003)
+    assert statistics.ratio_interval(hits, np.ones(2000), 2000, 1) == (low, high)
+
+
+def test_gap_is_paired():
+    fine = np.random.default_rng(0).uniform(0.1, 5, 200)
+    gap = statistics.gap(1.1 * fine, fine, 500, 1)
+    assert gap.loss_ratio == pytest.approx(1.1)
+    assert gap.interval == pytest.approx((1.1, 1.1))  # unpaired resampling would spread it
+
+
+def test_chance_is_the_most_frequent_token_of_each_position():
+    guesses = statistics.most_frequent_tokens([(1, 7), (1, 7), (1, 8), (2, 9), (2, 5)])
+    assert guesses == {1: 7, 2: 5}
+    assert statistics.chance_accuracy(guesses, [(1, 7), (1, 8), (2, 5), (3, 7)]) == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------- gaze
+
+
+def peak_at(*patches):
+    """Weights [1 layer, T, 2 heads, 1 query, 1 + 16] whose strongest patch is given per frame; the class token gets
+    most."""
+    weights = np.full((1, len(patches), 2, 1, 1 + GRID * GRID), 0.01)
+    weights[..., 0] = 0.5
+    for t, patch in enumerate(patches):
+        weights[0, t, :, 0, 1 + patch] = 0.3
+    return weights
+
+
+def truth_at(*patches):
+    target = np.zeros((len(patches), GRID * GRID), bool)
+    target[np.arange(len(patches)), patches] = True
+    others = target.copy()
+    others[:, 15] = True
+    return gaze.Truth(target, others, np.zeros((len(patches), 4)))
+
+
+def test_boxes_fall_on_their_patches():
+    assert np.flatnonzero(gaze.box_patches((0.27, 0.02, 0.48, 0.23), GRID)).tolist() == [1]
+    assert np.flatnonzero(gaze.box_patches((0.5, 0.5, 1, 1), GRID)).tolist() == [10, 11, 14, 15]
+    assert np.flatnonzero(gaze.box_patches((0.2, 0.2, 0.3, 0.3), GRID)).tolist() == [0, 1, 4, 5]  # on a corner of four
+    assert not gaze.box_patches((1, 0.2, 1, 0.3), GRID).any()
+
+
+def test_boxes_move_with_the_centre_crop():
+    assert gaze.crop_box((0.25, 0, 0.75, 1), 200, 100) == pytest.approx([0, 0, 1, 1])
+    assert gaze.crop_box((0, 0.5, 0.25, 0.75), 200, 100)[2] == 0  # cut off
+    assert gaze.crop_box((0.1, 0.2, 0.3, 0.4), 112, 112) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_frames_keep_their_source():
+    assert [gaze.source_frame(t, 6, 6) for t in range(6)] == list(range(6))
+    assert [gaze.source_frame(t, 3, 6) for t in range(3)] == [1, 3, 5]
+
+
+def test_peak_on_and_off_the_target():
+    maps = gaze.attention_maps(peak_at(0, 3, 5, 15))
+    assert maps.sum(-1) == pytest.approx(np.ones((1, 4)))  # without the class token
+    seen = gaze.summary(maps, truth_at(0, 3, 6, 6))
+    assert (seen["gaze_frames"], seen["peak_on_target"], seen["peak_on_any_object"]) == (3, 1, 2)  # frame 0 is left out
+    assert seen["per_frame"] == [1, 1, 0, 0]
+    assert seen["chance"] == pytest.approx(3 / 16)
+    assert seen["chance_among_objects"] == pytest.approx(3 / 2)
+    assert seen["mass_on_target"] == pytest.approx(0.3 / 0.45 + 2 * 0.01 / 0.45)
+
+
+def test_aggregate_weighs_frames():
+    rows = [
+        gaze.summary(gaze.attention_maps(peak_at(0, *hit)), truth_at(0, *[3] * len(hit))) for hit in ((3, 3, 3), (5,))
+    ]
+    result = gaze.aggregate(pd.DataFrame(rows), lambda top, bottom: (0.0, 1.0))
+    assert result.peak_on_target == pytest.approx(3 / 4)
+    assert result.per_frame == [1.0, 0.5, 1.0, 1.0]
+    assert gaze.aggregate(pd.DataFrame(rows).assign(gaze_frames=0), None) is None
+
+
+# ---------------------------------------------------------------- scoring
+
+
+class Data:
+    """Six items of two families and one text-only item, in memory, with the interface of `TokenizedShards`."""
+
+    tokens_dir, split = "data/tokens", "test"
+
+    def __init__(self):
+        self.rows = [self.row(number) for number in range(7)]
+
+    def row(self, number):
+        text = number == 6
+        ids = [1, 20 + number, 21, 2, 1, 30, 31, 32, 2]
+        return {
+            "key": f"k{number}",
+            "item": 0,
+            "source": "test",
+            "family": "text" if text else ("card", "gist")[number % 2],
+            "kind": "text" if text else "video",
+            "num_frames": 0 if text else 2 + number % 3,
+            "input_ids": ids,
+            "visual_position": 3,
+            "answer_mask": [False] * 5 + [True] * 4,
+            "score_mask": [False] * 6 + [True] * 2 + [False],
+        }
+
+    def __getitem__(self, number):
+        row = self.rows[number]
+        frames = np.random.default_rng(number).integers(0, 255, (row["num_frames"], 56, 56, 3)).astype(np.uint8)
+        return {**row, "frames": frames}
+
+    def sample(self, key):
+        number = int(key[1:])
+        frames = self.rows[number]["num_frames"]
+        card = number % 2 == 0 and number < 6
+        entry = {
+            "colour": "red",
+            "place": "top left",
+            "digits": [1] * frames,
+            "boxes": [[0.02, 0.02, 0.23, 0.23]] * frames,
+        }
+        return PackedSample(
+            key=key,
+            source="test",
+            split="test",
+            video_id=key,
+            path=None if number == 6 else "x",
+            kind=self.rows[number]["kind"],
+            sha256=None if number == 6 else "x",
+            items=[{"assistant": "a", "family": "card", "target": 0 if card else None}],
+            objects=[entry] if card else None,
+            frame_count=frames,
+            timestamps=[0.0] * frames,
+            width=112,
+            height=112,
+        )
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    vision = Dinov2Config(image_size=56, patch_size=14, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    config = FoveatedVLMConfig(vision, text, query_dim=16, visual_scale=0.5, visual_token_id=63)
+    return FoveatedVLMForConditionalGeneration(config).eval()
+
+
+def score(network, batch_size):
+    data = Data()
+    collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
+    chosen = scoring.choose_items(data, 100, 1)
+    with tqdm(disable=True) as progress:
+        table = scoring.score_items(
+            network, collate, data, chosen, batch_size=batch_size, seed=1, ahead=0, progress=progress
+        )
+    return data, chosen, table
+
+
+def test_scores_cover_all_modes_and_do_not_depend_on_the_batch(network):
+    _, chosen, table = score(network, 4)
+    assert chosen == {"card": [0, 2, 4], "gist": [1, 3, 5], "text": [6]}
+    counts = table.groupby(["family", "mode"]).size().to_dict()
+    assert counts == {
+        **{(family, mode): 3 for family in ("card", "gist") for mode in metrics.MODES},
+        ("text", "text"): 1,
+    }
+    assert set(table["num_tokens"]) == {2}
+    single = score(network, 1)[2]
+    fixed = table["mode"] != "random_query"  # its queries are drawn batch by batch
+    assert table["loss_sum"][fixed].to_numpy() == pytest.approx(single["loss_sum"][fixed].to_numpy(), abs=1e-4)
+    assert table.equals(score(network, 4)[2])
+
+
+def test_scored_loss_is_the_networks_own(network):
+    data, _, table = score(network, 4)
+    collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
+    batch = collate([data[0]])
+    with torch.no_grad():
+        logits = network(
+            **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "num_frames")},
+            mode="fine",
+            return_logits=True,
+        ).logits
+    losses = torch.nn.functional.cross_entropy(logits[0, :-1], batch["input_ids"][0, 1:], reduction="none")
+    row = table[(table["key"] == "k0") & (table["mode"] == "fine")].iloc[0]
+    assert row["loss_sum"] == pytest.approx(losses[batch["score_mask"][0, 1:]].sum().item(), abs=1e-4)
+
+
+def test_controls_differ_and_gaze_is_measured_where_the_truth_is(network):
+    table = score(network, 4)[2]
+    losses = table[table["family"] == "card"].groupby("mode")["loss_sum"].sum()
+    assert losses["blind"] != losses["autoregressive"] != losses["random_query"]
+    measured = table[table["gaze_frames"] > 0]
+    assert set(measured["family"]) == {"card"}
+    assert set(measured["mode"]) == set(metrics.GAZE_MODES)
+    assert measured["gaze_frames"].tolist() == [n - 1 for n in measured["num_frames"]]
+
+
+def test_result_is_valid_and_deterministic(network, tmp_path):
+    data, chosen, table = score(network, 4)
+    settings = types.SimpleNamespace(bootstrap_samples=50, seed=1)
+    chance = evaluation.chance(data.rows[:5], data, chosen)
+    assert chance == {"card": 1.0, "gist": 1.0, "text": None}
+    answers = [
+        {"family": "card", "generated": "a", "expected": "a"},
+        {"family": "card", "generated": "b", "expected": "a"},
+    ]
+    result = evaluation.summarise(table, answers, chance, settings, {"seed": 1})
+    assert result.generation["card"].exact_match == 0.5
+    assert result.text.num_items == 1
+    assert set(result.gaze) == {"card"}
+    for name in ("a", "b"):
+        metrics.write_json(tmp_path / f"{name}.json", result)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    metrics.read_json(tmp_path / "a.json", metrics.EvaluationResult, "evaluation")
+
+
+def test_sample_of_large_families_is_seeded():
+    data = Data()
+    assert scoring.choose_items(data, 2, 1) == scoring.choose_items(data, 2, 1)
+    assert all(len(numbers) <= 2 for numbers in scoring.choose_items(data, 2, 1).values())
+
+
+def test_nothing_to_score_is_a_user_error():
+    data = Data()
+    data.rows = [row for row in data.rows if row["kind"] == "text"]
+    with pytest.raises(UserError, match="nothing to score"):
+        scoring.choose_items(data, 2, 1)
+
+
+def test_prompt_ends_where_the_last_answer_starts():
+    item = {
+        "input_ids": list(range(8)),
+        "answer_mask": [False, True, True, False, False, True, True, True],
+        "score_mask": [False] * 8,
+    }
+    assert answer_span(item) == (5, 8)
+    assert up_to_answer(item)["input_ids"] == [0, 1, 2, 3, 4]

@@ -1,0 +1,111 @@
+"""Pictures of maps with a known peak."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline_steps.heatmaps import __main__ as heatmaps
+from pipeline_steps.heatmaps import drawing
+from pipeline_steps.params import UserError
+
+NUM_FRAMES, SIDE = 3, 96
+
+
+def make_clip(boxes=True, num_frames=NUM_FRAMES, modes=("coarse", "fine", "autoregressive")):
+    maps = {}
+    for number, mode in enumerate(modes):
+        maps[mode] = np.full((num_frames, 16), 0.02)
+        maps[mode][:, 5 * number] = 0.7  # patches 0, 5, 10
+    return drawing.Clip(
+        frames=np.full((num_frames, 56, 56, 3), 90, np.uint8),
+        maps=maps,
+        boxes=np.tile([0.5, 0.5, 0.74, 0.74], (num_frames, 1)) if boxes else None,
+        title="card · k",
+        question="Which?",
+        answer="red: 1",
+        prediction="red: 1",
+    )
+
+
+def brightest(picture):
+    values = np.asarray(picture.convert("L"), int)
+    return np.unravel_index(values.argmax(), values.shape)
+
+
+def test_heat_is_where_the_attention_is():
+    clip = make_clip()
+    tile = drawing.heat_picture(clip.maps["fine"][0], clip.scale, SIDE)
+    y, x = brightest(tile)
+    assert (y * 4 // SIDE, x * 4 // SIDE) == (1, 1)
+
+
+def test_sheet_geometry_finds_every_tile():
+    clip = make_clip()
+    sheet, geometry = drawing.contact_sheet(clip, SIDE)
+    assert geometry["rows"] == ["frame", "coarse", "fine", "autoregressive", "autoregressive, over the frame"]
+    for row, patch in ((1, 0), (2, 5), (3, 10)):
+        left, top = geometry["left"] + geometry["step"], geometry["top"] + row * geometry["step"]
+        tile = np.asarray(sheet.crop((left, top, left + SIDE, top + SIDE)), int)
+        cells = tile.reshape(4, SIDE // 4, 4, SIDE // 4, 3).mean(axis=(1, 3, 4))
+        assert cells.argmax() == patch
+    plain, _ = drawing.contact_sheet(make_clip(boxes=False), SIDE)
+    assert plain.size == sheet.size
+    assert plain.tobytes() != sheet.tobytes()  # the box is drawn
+
+
+def test_an_even_spread_is_not_drawn_bright():
+    clip = make_clip()
+    clip.maps = {"coarse": np.full((NUM_FRAMES, 16), 1 / 16)}
+    assert clip.scale == pytest.approx(0.25)
+
+
+def test_long_clips_are_thinned_in_the_sheet_and_whole_in_the_animation():
+    clip = make_clip(num_frames=20)
+    _, geometry = drawing.contact_sheet(clip, SIDE)
+    assert len(geometry["frames"]) == drawing.MAX_COLUMNS
+    assert geometry["frames"][0] == 0
+    assert geometry["frames"][-1] == 19
+    assert len(drawing.animation(clip, SIDE)) == 20
+
+
+@pytest.mark.parametrize("modes", [("coarse",), ("coarse", "fine", "autoregressive")])
+def test_files_are_written_and_the_animation_moves(tmp_path, modes):
+    settings = type("S", (), {"tile_pixels": SIDE, "frame_milliseconds": 300})
+    clip = make_clip(modes=modes)
+    clip.frames[1] = 200
+    entry = heatmaps.draw(clip, tmp_path, "k-0", settings)
+    json.dumps(entry)
+    with Image.open(tmp_path / entry["animation"]) as picture:
+        assert (picture.n_frames, picture.info["duration"], picture.info["loop"]) == (NUM_FRAMES, 300, 0)
+    drawing.overview(clip, 64).save(tmp_path / "overview.png")
+
+
+class Data:
+    tokens_dir, split = "data/tokens", "test"
+
+    def __init__(self, rows, targets):
+        self.rows = [{"key": key, "item": 0, "family": family, "kind": kind} for key, family, kind in rows]
+        self.targets = targets
+
+    def sample(self, key):
+        item = type("I", (), {"target": self.targets.get(key)})
+        return type("S", (), {"objects": ["object"], "items": [item]})
+
+
+ROWS = [("c", "card", "video"), ("a", "card", "video"), ("b", "gist", "video"), ("t", "text", "text")]
+
+
+def test_first_clips_by_key_of_families_with_a_target():
+    assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 1) == [1]
+    assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 5) == [1, 0]
+
+
+def test_all_families_where_no_target_is_known():
+    assert heatmaps.choose_clips(Data(ROWS, {}), 1) == [1, 2]
+
+
+def test_no_frames_is_a_user_error():
+    with pytest.raises(UserError, match="nothing to draw"):
+        heatmaps.choose_clips(Data(ROWS[3:], {}), 1)

@@ -1,0 +1,69 @@
+"""Records survive a round trip, bad ones are named, and files and folders are written whole or not at all."""
+
+import pytest
+
+from pipeline_steps import records
+from pipeline_steps.params import UserError
+from pipeline_steps.records import RawSample
+from tests.pipeline_steps.clips import text_row
+
+
+def test_round_trip_with_every_kind_of_line_break(tmp_path):
+    sample = RawSample(**text_row("a", "one\u2028two\x85three\nfour", "π", "train"))
+    records.write_jsonl(tmp_path / "deep" / "index.jsonl", [sample, sample.model_copy(update={"key": "b"})])
+    assert [s.key for s in records.read_samples(tmp_path / "deep" / "index.jsonl")] == ["a", "b"]
+    assert records.read_samples(tmp_path / "deep" / "index.jsonl")[0] == sample
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": "a.b"}, "key: String should match pattern"),
+        ({"extra": 1}, "extra: Extra inputs"),
+        ({"split": "dev"}, "split: Input should be 'train', 'validation' or 'test'"),
+        ({"kind": "video", "path": "a.mp4"}, "needs its sha256"),
+        ({"items": []}, "items: Tuple should have at least 1 item"),
+        ({"items": [{"family": "f"}]}, "either 'assistant' .* or 'messages'"),
+        ({"items": [{"family": "f", "assistant": "a", "target": 0}]}, "target 0 of 0 objects"),
+    ],
+)
+def test_bad_records_are_named(change, message):
+    with pytest.raises(UserError, match=rf"^index line 3: .*{message}"):
+        records.parse(RawSample, records.to_json({**text_row("a", "q", "a"), **change}), "index line 3")
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    with records.replaced_folder(tmp_path / "out") as folder:
+        (folder / "one").touch()
+    with pytest.raises(FileNotFoundError), records.replaced_folder(tmp_path / "out") as folder:
+        (folder / "two").rename(folder / "three")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["one"]
+    with records.replaced_folder(tmp_path / "out") as folder:
+        (folder / "three").touch()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["three"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_in_the_way_of_a_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="out: is a file, but a folder"), records.replaced_folder(tmp_path / "out"):
+        pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: cannot be written"):
+        records.write_text(tmp_path / "folder", "text")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "folder"}
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_fingerprint_depends_on_values_and_bytes(tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text("a")
+    first = records.fingerprint({"x": 1, "y": 2}, path)
+    assert first == records.fingerprint({"y": 2, "x": 1}, path)
+    assert first != records.fingerprint({"x": 1, "y": 3}, path)
+    path.write_text("b")
+    assert first != records.fingerprint({"x": 1, "y": 2}, path)
+
+
+def test_slug():
+    assert records.slug("My clips/été 1.mp4") == "My-clips-t-1-mp4"

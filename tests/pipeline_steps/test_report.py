@@ -1,0 +1,369 @@
+"""The report on synthetic results with known answers: verdicts, self-containedness, missing inputs."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pipeline_steps import metrics
+from pipeline_steps.metrics import MODES
+from pipeline_steps.params import UserError
+from pipeline_steps.report import __main__ as report
+from pipeline_steps.report import verdicts
+from pipeline_steps.report.inputs import Run, read_inputs
+from pipeline_steps.report.schema import Section
+
+FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
+LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
+ACCURACY = {"coarse": 0.42, "fine": 0.915, "autoregressive": 0.91, "blind": 0.12, "random_query": 0.38}
+SETTINGS = Section(
+    title="Foveated <model>",
+    min_seeds=3,
+    margin=0.05,
+    bootstrap_samples=200,
+    seed=1,
+    targets={
+        "families": list(FAMILIES),
+        "mean_accuracy": 0.75,
+        "family_accuracy": 0.45,
+        "card_loss": 0.7,
+        "gap": 0.05,
+        "blind_excess": 0.1,
+    },
+)
+
+
+def item_table(scale=1.0, seed=0, num_items=40):
+    """Items whose loss is LOSS times `scale` on average."""
+    rng, rows = np.random.default_rng(seed), []
+    for family in FAMILIES:
+        for mode in MODES:
+            for item in range(num_items):
+                loss = LOSS[mode] * scale * 5 * rng.uniform(0.8, 1.2)
+                correct = int(rng.binomial(5, ACCURACY[mode]))
+                rows.append((f"{family}-{item:03}", 0, family, mode, 5, loss, correct))
+    return pd.DataFrame(rows, columns=["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct"])
+
+
+def result_of(table, data="d1"):
+    families = {}
+    for (family, mode), rows in table.groupby(["family", "mode"]):
+        loss, accuracy = rows.loss_sum.sum() / rows.num_tokens.sum(), rows.num_correct.sum() / rows.num_tokens.sum()
+        families.setdefault(family, {})[mode] = metrics.Score(
+            loss=loss,
+            accuracy=accuracy,
+            num_items=len(rows),
+            num_tokens=int(rows.num_tokens.sum()),
+            loss_interval=(loss * 0.9, loss * 1.1),
+            accuracy_interval=(max(accuracy - 0.04, 0), min(accuracy + 0.04, 1)),
+        )
+    mean = {
+        mode: metrics.MeanScore(
+            loss=float(np.mean([entry[mode].loss for entry in families.values()])),
+            accuracy=float(np.mean([entry[mode].accuracy for entry in families.values()])),
+        )
+        for mode in MODES
+    }
+    peaks = {"coarse": 0.2, "fine": 0.93, "autoregressive": 0.92}
+    gaze = {
+        mode: metrics.Gaze(
+            peak_on_target=peak,
+            peak_on_target_interval=(peak - 0.03, peak + 0.03),
+            peak_on_any_object=0.97,
+            mass_on_target=peak * 0.8,
+            chance=0.0625,
+            chance_among_objects=0.25,
+            num_frames=600,
+            per_layer=[0.1, 0.5, peak],
+            per_frame=[0.2, peak, peak, peak, peak, peak],
+        )
+        for mode, peak in peaks.items()
+    }
+    return metrics.EvaluationResult(
+        families=families,
+        mean=mean,
+        gap={family: metrics.Gap(loss_ratio=1.03, interval=(0.99, 1.07)) for family in families},
+        text=families["card"]["fine"],
+        chance=dict.fromkeys((*FAMILIES, "text"), 0.11),
+        gaze=dict.fromkeys(FAMILIES[:4], gaze),
+        generation={family: metrics.Generation(exact_match=0.7, num_items=20) for family in FAMILIES},
+        provenance={"shards_sha256": data, "tokens_sha256": data, "split": "test", "torch": "2", "transformers": "5"},
+    )
+
+
+def make_run(name, ablation, seed, scale=1.0, items=True, data="d1"):
+    table = item_table(scale, seed)
+    return Run(name, ablation, seed, result_of(table, data), table if items else None)
+
+
+class Found:
+    """What `verdicts` needs of `Inputs`."""
+
+    def __init__(self, current, runs):
+        self.current, self.runs = current, runs
+
+
+def write_root(root, *, curves=True, heatmaps=True):
+    """The folders of a finished run, with invented numbers."""
+    table = item_table()
+    metrics.write_json(root / "reports/metrics/evaluation.json", result_of(table))
+    (root / "outputs/evaluation").mkdir(parents=True)
+    table.to_parquet(root / "outputs/evaluation/items.parquet")
+    answer = {
+        "key": "a",
+        "item": 0,
+        "family": "card",
+        "question": "Which?",
+        "expected": "red: 1",
+        "generated": "red: 2",
+    }
+    (root / "outputs/evaluation/answers.jsonl").write_text(json.dumps(answer) + "\n")
+    parts = dict.fromkeys(metrics.Components.model_fields, 1e6)
+    entry = metrics.ModeFlops(components=metrics.Components(**parts), total=6e6)
+    arms = ("foveated", "A6_coarse_only", "B1_16_tokens")
+    flops = metrics.FlopsResult(
+        modes=dict.fromkeys(metrics.GAZE_MODES, entry),
+        arms=dict.fromkeys(arms, entry),
+        training=dict.fromkeys(arms, 18e6),
+        curves={"num_frames": [1, 2, 4], **{arm: [1e6, 2e6, 4e6] for arm in arms}},
+        per="sample",
+        assumptions={
+            "flop": "2 per multiply-accumulate",
+            "not_counted": "norms",
+            "split": "test",
+            "num_samples": 10,
+            **dict.fromkeys(("mean_num_frames", "mean_num_text_tokens", "mean_num_labels"), 6.0),
+        },
+    )
+    metrics.write_json(root / "reports/metrics/flops.json", flops)
+    write_manifests(root)
+    if curves:
+        for stage in ("stage1", "stage2", "stage3"):
+            rows = [{"event": "train", "step": s, "samples": 32 * s, "loss": 3 / s**0.5} for s in range(1, 60)]
+            rows += [
+                {"event": "validation", "step": s, "family": family, "mode": "fine", "loss": 1, "accuracy": s / 80}
+                for s in (20, 40, 59)
+                for family in FAMILIES
+            ]
+            pd.DataFrame(rows).to_csv(root / f"reports/metrics/{stage}.csv", index=False)
+            mixture = {"card": {"num_samples": 100, "share": 0.86, "epochs": 1.0}}
+            mixture["text"] = {"num_samples": 14, "share": 0.14, "epochs": 1.0}
+            (root / f"reports/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
+    if heatmaps:
+        write_heatmaps(root / "reports/heatmaps")
+    (root / "params.yaml").write_text("seed: 1\n")
+
+
+def write_manifests(root):
+    shard = {"name": "000000.tar", "num_samples": 9, "num_frames": 54, "bytes": 1, "sha256": "a"}
+    split = {"shards": [shard], "num_samples": 9, "num_frames": 54}
+    bad = {"key": "x", "source": "folder", "path": "x.mp4", "reason": "truncated"}
+    shards = {
+        "splits": {"test": split},
+        "seen": 10,
+        "packed": 9,
+        "quarantined": [bad],
+        "sources": {"folder": 9},
+        "image_size": 56,
+    }
+    token = {"name": "000000.parquet", "num_items": 9, "num_tokens": 99, "shard_sha256": "a", "sha256": "b"}
+    tokens = {
+        "splits": {"test": {"shards": [token], "num_items": 9, "num_tokens": 99}},
+        "seen": 9,
+        "kept": 9,
+        "dropped": [],
+        "families": {"card": 9},
+        "tokenizer_sha256": "c",
+        "vocabulary_size": 512,
+        "max_tokens": 256,
+    }
+    for name, content in (("shards", shards), ("tokens", tokens)):
+        (root / "data" / name).mkdir(parents=True)
+        (root / "data" / name / "manifest.json").write_text(json.dumps(content))
+
+
+def write_heatmaps(folder):
+    folder.mkdir(parents=True)
+    picture = Image.new("RGB", (64, 64), "#345")
+    picture.save(folder / "c.png")
+    picture.save(folder / "c.gif")
+    geometry = {"left": 0, "top": 0, "side": 10, "step": 12, "rows": ["frame", "coarse", "overlay"], "frames": [0, 1]}
+    clip = {
+        "key": "c",
+        "item": 0,
+        "family": "card",
+        "question": "Which <b>?",
+        "answer": "red: 1",
+        "prediction": "red: 1",
+    }
+    clip |= {"num_frames": 2, "sheet": "c.png", "animation": "c.gif", "geometry": geometry, "frame_milliseconds": 700}
+    (folder / "index.json").write_text(json.dumps({"clips": [clip], "rule": "the first", "split": "test"}))
+
+
+def build(root, monkeypatch):
+    """Runs the stage on `root` with SETTINGS and returns the page."""
+    parameters = type("P", (), {"report": SETTINGS, "ablation": "none", "seed": 1})
+    monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
+    monkeypatch.setattr("sys.argv", ["report", "--root", str(root), "--params", str(root / "params.yaml")])
+    report.main()
+    return (root / "reports/report.html").read_text()
+
+
+class Text(HTMLParser):
+    """Text of the body in order, and every address that the page refers to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.words, self.addresses, self.skip = [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.skip += tag in ("style", "script", "title")
+        self.addresses += [
+            value for name, value in attributes if name in ("src", "srcset", "href", "poster", "data") and value
+        ]
+
+    def handle_endtag(self, tag):
+        self.skip -= tag in ("style", "script", "title")
+
+    def handle_data(self, data):
+        if not self.skip and data.strip():
+            self.words.append(data.strip())
+
+
+def test_page_is_self_contained_and_starts_with_the_verdict(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    page = build(tmp_path, monkeypatch)
+    text = Text(page)
+    assert text.words[0] == "Foveated <model>"
+    assert text.words[1] == "Verdict"
+    assert text.words[2] == "undecided"
+    assert "Does looking where you choose help?" in text.words[:5]
+    assert all(address.startswith(("data:", "#")) for address in text.addresses)
+    assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
+    assert "Which &lt;b&gt;?" in page  # text from the data is escaped
+    assert (tmp_path / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(FAMILIES)
+
+
+def test_missing_runs_are_undecided_and_name_their_command(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    page = build(tmp_path, monkeypatch)
+    assert "dvc exp run --temp --name A6-seed1 -S ablation=A6 -S seed=1" in page
+    assert "dvc exp run --temp --name B1-seed1" in page
+
+
+def test_missing_optional_inputs_are_said(tmp_path, monkeypatch):
+    write_root(tmp_path, curves=False, heatmaps=False)
+    page = build(tmp_path, monkeypatch)
+    assert "No learning curves" in page
+    assert "No heatmaps" in page
+    assert "stage2.csv" in page
+
+
+@pytest.mark.parametrize(
+    "name", ["reports/metrics/evaluation.json", "reports/metrics/flops.json", "data/shards/manifest.json"]
+)
+def test_missing_required_input_is_a_user_error(tmp_path, name):
+    write_root(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        read_inputs(tmp_path, "none", 1)
+
+
+def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
+    write_root(tmp_path)
+    path = tmp_path / "reports/metrics/evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
+    with pytest.raises(UserError, match="extra"):
+        read_inputs(tmp_path, "none", 1)
+
+
+def test_runs_are_read_from_their_folders(tmp_path):
+    write_root(tmp_path)
+    for name in ("A6-seed1", "A6-seed2"):
+        metrics.write_json(tmp_path / f"reports/runs/{name}/evaluation.json", result_of(item_table()))
+    item_table().to_parquet(tmp_path / "reports/runs/A6-seed2/items.parquet")
+    runs = read_inputs(tmp_path, "none", 1).runs
+    assert [(run.ablation, run.seed, run.items is not None) for run in runs] == [("A6", 1, False), ("A6", 2, True)]
+    (tmp_path / "reports/runs/A6-seed2").rename(tmp_path / "reports/runs/A6")
+    with pytest.raises(UserError, match=r"runs/A6: name the folder <ablation>-seed<number>"):
+        read_inputs(tmp_path, "none", 1)
+
+
+def three_seeds(arm, scale, **options):
+    base = [make_run(f"none-seed{seed}", "none", seed) for seed in (1, 2, 3)]
+    return Found(base[0], base[1:] + [make_run(f"{arm}-seed{seed}", arm, seed, scale, **options) for seed in (1, 2, 3)])
+
+
+def test_clear_difference_on_three_seeds_is_validated():
+    verdict = verdicts.verdicts(three_seeds("A6", 3.0), SETTINGS)[0]
+    assert verdict.status == verdicts.VALIDATED
+    assert verdict.comparison.ratio == pytest.approx(3.0, rel=0.02)
+    assert verdict.comparison.interval[0] < 3.0 < verdict.comparison.interval[1]
+
+
+def test_no_difference_is_not_validated_help_but_one_token_equal():
+    assert verdicts.verdicts(three_seeds("A6", 1.0), SETTINGS)[0].status == verdicts.NOT_VALIDATED
+    assert verdicts.verdicts(three_seeds("B1", 1.0), SETTINGS)[1].status == verdicts.VALIDATED
+
+
+def test_better_sixteen_tokens_are_not_validated():
+    assert verdicts.verdicts(three_seeds("B1", 0.6), SETTINGS)[1].status == verdicts.NOT_VALIDATED
+
+
+def test_interval_over_the_border_is_undecided():
+    verdict = verdicts.verdicts(three_seeds("A6", 1.05), SETTINGS)[0]
+    assert verdict.status == verdicts.UNDECIDED
+    assert "border" in verdict.reasons[0]
+
+
+def test_one_seed_or_no_items_is_undecided():
+    one = Found(make_run("none", "none", 1), [make_run("A6", "A6", 1, 3.0)])
+    verdict = verdicts.verdicts(one, SETTINGS)[0]
+    assert verdict.status == verdicts.UNDECIDED
+    assert verdict.reasons == ["1 of 3 seeds"]
+    assert any("A6-seed2" in command for command in verdict.commands)
+    blind = verdicts.verdicts(three_seeds("A6", 3.0, items=False), SETTINGS)[0]
+    assert blind.status == verdicts.UNDECIDED
+    assert blind.comparison.interval is None
+
+
+def test_other_data_is_not_compared():
+    verdict = verdicts.verdicts(three_seeds("A6", 3.0, data="d2"), SETTINGS)[0]
+    assert verdict.status == verdicts.UNDECIDED
+    assert verdict.comparison is None
+    assert "shards_sha256 differs" in verdict.reasons[0]
+
+
+def test_other_items_are_not_compared():
+    found = three_seeds("A6", 3.0)
+    found.runs[-1].items["key"] = "other-" + found.runs[-1].items["key"]
+    verdict = verdicts.verdicts(found, SETTINGS)[0]
+    assert verdict.status == verdicts.UNDECIDED
+    assert verdict.comparison is None
+    assert "different items" in verdict.reasons[0]
+
+
+def test_a_kept_run_that_is_not_the_run_of_this_page_is_not_compared():
+    found = three_seeds("A6", 3.0)
+    found.runs.append(make_run("none-seed1", "none", 1))
+    assert verdicts.verdicts(found, SETTINGS)[0].status == verdicts.VALIDATED
+    found.runs[-1].result.provenance["checkpoint_sha256"] = "another"
+    verdict = verdicts.verdicts(found, SETTINGS)[0]
+    assert verdict.status == verdicts.UNDECIDED
+    assert "reports/runs/none-seed1 is not the run of this page" in verdict.reasons[0]
+
+
+def test_targets_are_judged_on_the_embedded_world_only():
+    result = result_of(item_table())
+    assert {row[1] for row in report.tables.targets(result, SETTINGS.targets).rows} == {"met"}
+    bad = result.model_copy(deep=True)
+    bad.families["card"]["autoregressive"].loss = 9.0
+    judged = {row[0]: row[1] for row in report.tables.targets(bad, SETTINGS.targets).rows}
+    assert judged["loss of card"] == "missed"
+    del bad.families["gist"]
+    assert report.tables.targets(bad, SETTINGS.targets).rows == []

@@ -1,0 +1,354 @@
+"""The sources stage: media files, text-only questions and the user's folder."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import yaml
+
+from pipeline_steps import frames, params, world
+from pipeline_steps.records import read_samples
+from pipeline_steps.sources import chat, folder, procedural, schema
+from pipeline_steps.sources.__main__ import collect
+
+MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
+
+
+def section(collect=("procedural", "chat"), path=None, **changes):
+    values = {
+        "collect": list(collect),
+        "procedural": {
+            "seed": 1,
+            "num_train_clips": 18,
+            "train_mix": MIX,
+            "num_validation_clips": 1,
+            "num_test_clips": 2,
+            "num_ask_items": 2,
+            "frame_size": 112,
+            "fps": 2.0,
+            "num_frames": 6,
+            "noise": 0.06,
+            "target_alone": 0.4,
+            **changes,
+        },
+        "chat": {"seed": 1, "num_train": 40, "num_validation": 8, "num_test": 8},
+        "folder": {"path": path and str(path), "name": "mine"},
+    }
+    return schema.Section.model_validate(values)
+
+
+def content(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    output = tmp_path_factory.mktemp("raw") / "raw"
+    collect(section(), output, num_processes=1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def samples(raw):
+    return read_samples(raw / "index.jsonl")
+
+
+# ---------------------------------------------------------------- the procedural world as files
+
+
+def test_bytes_do_not_depend_on_run_or_processes(raw, tmp_path):
+    collect(section(), tmp_path / "raw", num_processes=2)
+    assert content(tmp_path / "raw") == content(raw)
+
+
+def test_bytes_depend_on_the_seed(raw, tmp_path):
+    collect(section(["procedural"], seed=2), tmp_path / "raw")
+    name = "procedural/train/card-000000.mp4"
+    assert content(tmp_path / "raw")[name] != content(raw)[name]
+
+
+def test_more_clips_leave_the_others_as_they_are(raw, tmp_path):
+    collect(section(["procedural"], num_train_clips=20), tmp_path / "raw")
+    more, media = content(tmp_path / "raw"), {k: v for k, v in content(raw).items() if k.endswith((".mp4", ".jpg"))}
+    assert media.items() <= more.items()
+    assert len(media) == 18 + 7 * 3
+
+
+def test_index_counts(samples, raw):
+    assert [sample.key for sample in samples] == sorted({sample.key for sample in samples})
+    visual = [sample for sample in samples if sample.kind != "text"]
+    assert Counter(sample.split for sample in visual) == {"train": 18, "validation": 7, "test": 14}
+    for split in ("validation", "test"):
+        items = Counter(item.family for sample in visual if sample.split == split for item in sample.items)
+        assert items == dict.fromkeys(world.KINDS, 1 if split == "validation" else 2)
+    for sample in visual:
+        assert sample.size == (raw / sample.path).stat().st_size
+        assert (sample.kind == "image") == sample.path.endswith(".jpg")
+        for item in sample.items:
+            if item.target is not None:
+                asked = sample.objects[item.target]
+                assert item.assistant == f"{item.cue} {''.join(map(str, asked.digits[1:]))}"
+                assert item.cue in (f"{asked.colour}:", f"{asked.place}:")
+    summary = json.loads((raw / "summary.json").read_text())
+    assert summary["sources"]["procedural"]["samples"] == {"train": 18, "validation": 7, "test": 14}
+
+
+def test_held_out_digit_images_are_never_trained_on(raw):
+    seen, digits = {split: set() for split in world.SPLITS}, world.Digits()
+    for line in (raw / "procedural/metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for thing, images in zip(row.get("objects", ()), row.get("digit_images", ()), strict=True):
+            assert digits.values[images].tolist() == thing["digits"]
+            seen[row["split"]] |= set(images)
+    assert all(len(images) > 50 for images in seen.values())
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert not seen["validation"] & seen["test"]
+
+
+def test_boxes_are_where_the_colours_are_in_decoded_clips(raw, samples):
+    clips = [s for s in samples if s.kind == "video" and s.items[0].family in ("ask_colour", "ask_place", "gist")]
+    assert len(clips) > 8
+    for sample in clips:
+        with av.open(str(raw / sample.path)) as container:
+            decoded = list(container.decode(video=0))
+        assert [frame.time for frame in decoded] == [0, 0.5, 1, 1.5, 2, 2.5]
+        pixels = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded]).astype(float)
+        assert pixels.shape == (6, 112, 112, 3)
+        for thing in sample.objects:
+            near = np.abs(pixels - np.array(world.COLOURS[thing.colour])).max(-1) < 60  # [T, H, W]
+            for t, box in enumerate(thing.boxes):
+                x0, y0, x1, y1 = np.round(112 * np.array(box)).astype(int)
+                assert near[t].sum() > 20
+                assert near[t, max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1].sum() > 0.95 * near[t].sum(), (
+                    sample.key,
+                    t,
+                    thing,
+                )
+
+
+def test_clips_are_ordinary_h264(raw):
+    with av.open(str(raw / "procedural/train/card-000000.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.canonical_name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate == 2
+        assert container.duration == 3_000_000  # microseconds
+
+
+def test_train_mix_and_balance_of_held_out_items():
+    settings = section(num_train_clips=100, num_test_clips=120).procedural
+    clips = procedural.plan(settings)
+    train = Counter(kind for split, kind, _ in clips if split == "train")
+    assert train == {"card": 25, "follow": 25, "ask_colour": 9, "ask_place": 8, "caption": 11, "gist": 11, "image": 11}
+    for kind in world.KINDS:
+        scenes = [procedural.sample_clip(settings, *clip)[0] for clip in clips if clip[:2] == ("test", kind)]
+        assert len(scenes) == 120
+        if kind == "gist":
+            assert set(Counter((s.background, len(s.objects)) for s in scenes).values()) <= {7, 8}
+        else:
+            targets = [s.objects[s.target] for s in scenes]
+            assert set(Counter(t.colour for t in targets).values()) == {20}
+            assert set(Counter(t.place for t in targets).values()) == {30}
+            assert len({(t.colour, t.place) for t in targets}) == 24
+            assert all(len(s.objects) == 4 for s in scenes)
+
+
+def test_chat_answers_are_right_and_no_question_occurs_twice():
+    samples = chat.collect(section().chat)
+    assert Counter(sample.split for sample in samples) == {"train": 40, "validation": 8, "test": 8}
+    items = [item for sample in samples for item in sample.items]
+    assert len({item.user for item in items}) == len(items)
+    kinds = Counter()
+    for item in items:
+        row = [character for character in item.user if character.isdigit()]
+        if item.user.endswith("backwards"):
+            expected, kind = "".join(reversed(row)), "backwards"
+        elif item.user.startswith("Say"):
+            expected, kind = "".join(row), "repeat"
+        elif "largest" in item.user:
+            expected, kind = max(row), "largest"
+        else:
+            expected, kind = row[1:][row[1:].index(row[0]) + 1], "next"
+        assert item.assistant == expected
+        kinds[kind] += 1
+    assert set(kinds.values()) == {14}
+
+
+# ---------------------------------------------------------------- the user's folder
+
+
+def media(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def jsonl(root, *rows):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_folder_rows_become_items(tmp_path):
+    media(tmp_path, "a.mp4", "deep/er/b.jpg", "c.MKV", "README.md", ".hidden")
+    jsonl(
+        tmp_path,
+        {"file_name": "a.mp4", "caption": "A dog.", "question": "What?", "answer": "A dog.", "family": "pets", "x": 1},
+        {"file_name": "./deep/er/b.jpg", "caption": "A cat.", "split": "test", "video_id": "cats", "question": None},
+        {"file_name": "a.mp4", "question": "Where?", "answer": "Here."},
+    )
+    found = folder.read(tmp_path, "mine")
+    assert found.unreferenced == ["README.md", "c.MKV"]
+    a, b = found.samples
+    assert (a.key, a.kind, a.split, a.video_id, a.path) == ("mine-a", "video", None, "a.mp4", str(tmp_path / "a.mp4"))
+    assert (b.key, b.kind, b.split, b.video_id) == ("mine-deep-er-b", "image", "test", "cats")
+    assert a.size == 5
+    assert [(i.user, i.assistant, i.family) for i in a.items] == [
+        (None, "A dog.", "caption"),
+        ("What?", "A dog.", "pets"),
+        ("Where?", "Here.", "question"),
+    ]
+    assert [(i.user, i.assistant, i.family) for i in b.items] == [(None, "A cat.", "caption")]
+
+
+def test_known_endings_are_those_that_can_be_decoded():
+    assert set(frames.VIDEO_SUFFIXES) == folder.VIDEO_SUFFIXES
+    assert set(frames.IMAGE_SUFFIXES) == folder.IMAGE_SUFFIXES
+
+
+def test_csv_reads_like_jsonl(tmp_path):
+    media(tmp_path, "a.mp4", "b.mp4")
+    rows = '\ufefffile_name,caption,question,answer\r\na.mp4,"A dog, and\na cat",,\r\nb.mp4,,What?,Bär\r\n'
+    (tmp_path / "metadata.csv").write_bytes(rows.encode())
+    from_csv = folder.read(tmp_path, "mine").samples
+    (tmp_path / "metadata.csv").unlink()
+    jsonl(
+        tmp_path,
+        {"file_name": "a.mp4", "caption": "A dog, and\na cat"},
+        {"file_name": "b.mp4", "question": "What?", "answer": "Bär"},
+    )
+    assert folder.read(tmp_path, "mine").samples == from_csv
+
+
+def test_keys_are_unique_and_stable(tmp_path):
+    names = ["a b.mp4", "a-b.mp4", "a-b.mkv", "视频.mp4", "動画.mp4", "v1.2.mp4"]
+    media(tmp_path, *names)
+    jsonl(tmp_path, *({"file_name": name, "caption": "x"} for name in names))
+    keys = {sample.video_id: sample.key for sample in folder.read(tmp_path, "mine").samples}
+    assert len(set(keys.values())) == len(names)
+    assert keys["v1.2.mp4"] == "mine-v1-2"
+    jsonl(tmp_path, *({"file_name": name, "caption": "x"} for name in reversed(names)))
+    assert {sample.video_id: sample.key for sample in folder.read(tmp_path, "mine").samples} == keys
+
+
+OK = '{"file_name": "a.mp4", "caption": "x"}\n'
+ERRORS = {
+    "no metadata": (None, None, r"no metadata among its 1 files \(a.mp4\)"),
+    "metadata too deep": ("sub/metadata.jsonl", OK, "There is sub/metadata.jsonl"),
+    "no rows": ("metadata.jsonl", "\n", "has no rows"),
+    "missing file": ("metadata.jsonl", OK + OK.replace("a.mp4", "gone.mp4"), "line 2.*gone.mp4.*does not exist"),
+    "a folder": ("metadata.jsonl", OK.replace("a.mp4", "sub.mp4"), "sub.mp4 is a folder"),
+    "no text column": ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}', "columns are file_name, text"),
+    "no file_name": ("metadata.jsonl", '{"file": "a.mp4", "caption": "x"}', "columns are caption, file"),
+    "question only": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x"}', "columns are file_name, question"),
+    "row without text": ("metadata.jsonl", OK + '{"file_name": "a.mp4"}', "line 2.*found no text"),
+    "row without answer": ("metadata.jsonl", OK + '{"file_name": "a.mp4", "question": "x"}', "a question only"),
+    "blank caption": ("metadata.jsonl", OK.replace('"x"', '" "'), r"line 1 \(a.mp4\): caption is blank"),
+    "blank answer": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x", "answer": ""}', "answer is blank"),
+    "invisible caption": ("metadata.jsonl", OK.replace("x", "\\u200b\\u0000"), "caption is blank"),
+    "not text": ("metadata.jsonl", OK.replace('"x"', "3"), "caption is 3, expected text"),
+    "invalid JSON": ("metadata.jsonl", OK + "\n{", "line 3: not valid JSON"),
+    "half a character": ("metadata.jsonl", OK.replace("x", "\\ud800"), "line 1: cannot be read.*surrogates"),
+    "huge number": ("metadata.jsonl", OK.replace('"x"', "9" * 5000), "line 1: cannot be read.*4300 digits"),
+    "deeply nested": ("metadata.jsonl", "[" * 100_000, "line 1: cannot be read.*recursion"),
+    "not an object": ("metadata.jsonl", "[1]", r"line 1: expected an object.*\[1\]"),
+    "not UTF-8": ("metadata.jsonl", OK.encode() + b'{"caption": "\xff"}', "line 2: not UTF-8"),
+    "escapes": ("metadata.jsonl", OK.replace("a.mp4", "../a.mp4"), "'../a.mp4' leads out of"),
+    "absolute": ("metadata.jsonl", OK.replace("a.mp4", "/a.mp4"), "'/a.mp4' leads out of"),
+    "long name": ("metadata.jsonl", OK.replace("a.mp4", "a" * 300 + ".mp4"), "longer than a file's name can be"),
+    "family of all": ("metadata.jsonl", OK.replace("}", ', "family": "*"}'), r"family '\*' stands for all"),
+    "unknown ending": ("metadata.jsonl", OK.replace("a.mp4", "a.txt"), "neither a video nor an image"),
+    "unknown split": ("metadata.jsonl", OK.replace("}", ', "split": "dev"}'), "line 1.*split.*'dev'"),
+    "two splits": (
+        "metadata.jsonl",
+        OK.replace("}", ', "split": "test"}') + OK.replace("}", ', "split": "train"}'),
+        "'test' in line 1 and 'train' in line 2",
+    ),
+    "wrong cue": ("metadata.jsonl", OK.replace("}", ', "cue": "red"}'), "does not start with the cue 'red'"),
+    "csv: blank": ("metadata.csv", "file_name,caption\na.mp4,\n", "line 2.*found no text"),
+    "csv: comma": ("metadata.csv", "file_name,caption\na.mp4,x,y\n", "line 2: 3 cells, the header has 2"),
+    "csv: short": ("metadata.csv", "file_name,question,answer\na.mp4,x\n", "line 2: 2 cells, the header has 3"),
+    "csv: twice": ("metadata.csv", "file_name,caption,caption\na.mp4,x,y\n", "column 'caption' is there twice"),
+    "csv: target": ("metadata.csv", "file_name,caption,target\na.mp4,x,²\n", "target.*valid integer"),
+    "csv: columns": ("metadata.csv", "file_name;caption\na.mp4;x\n", "columns are file_name;caption"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_wrong_folders(tmp_path, name, text, message):
+    root, output = tmp_path / "videos", tmp_path / "out" / "raw"
+    media(root, "a.mp4")
+    if name:
+        media(root, name)
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (root / "sub.mp4").mkdir()
+    with pytest.raises(params.UserError, match=message) as error:
+        collect(section(["folder", "chat"], root), output)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []  # nothing half-written
+
+
+def test_other_wrong_folders(tmp_path):
+    for path, message in (
+        (None, "sources.folder.path is not set"),
+        (tmp_path / "no", "does not exist"),
+        (Path(__file__), "is a file"),
+        (tmp_path, "the folder is empty"),
+    ):
+        with pytest.raises(params.UserError, match=message):
+            folder.read(path, "mine")
+    media(tmp_path, "a.mp4", "metadata.jsonl", "metadata.csv")
+    with pytest.raises(params.UserError, match="both"):
+        folder.read(tmp_path, "mine")
+
+
+def test_a_file_name_that_is_not_utf8_is_listed(tmp_path):
+    media(tmp_path, "a.mp4")
+    jsonl(tmp_path, {"file_name": "a.mp4", "caption": "x"})
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))).touch()
+    assert folder.read(tmp_path, "mine").unreferenced == ["\\udcff.txt"]
+
+
+def test_a_failure_leaves_the_old_output(tmp_path):
+    collect(section(["chat"]), tmp_path / "raw")
+    before = content(tmp_path)
+    with pytest.raises(params.UserError):
+        collect(section(["chat", "folder"], tmp_path / "no"), tmp_path / "raw")
+    with pytest.raises(params.UserError, match="twice"):
+        collect(section(["chat", "chat"]), tmp_path / "raw")
+    assert content(tmp_path) == before
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(params.UserError, match="file/raw"):
+        collect(section(["chat"]), tmp_path / "file" / "raw")
+
+
+def test_command_reports_one_paragraph_and_exit_code_1(tmp_path):
+    values = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+    values["sources"]["collect"] = ["folder"]
+    values["sources"]["folder"]["path"] = str(tmp_path / "no")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "pipeline_steps.sources", "--params", str(tmp_path / "params.yaml")]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "raw")], cwd=params.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: sources.folder.path")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "raw").exists()

@@ -1,0 +1,57 @@
+"""Learning-rate schedule, parameter groups and the state file."""
+
+import pytest
+import torch
+
+from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
+from pipeline_steps.training.schedule import learning_rate_factor
+from pipeline_steps.training.state import load_state, save_state
+from tests.model.test_modeling_foveated_vlm import make_model
+
+RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
+
+
+def test_schedule_warms_up_and_ends_at_the_floor():
+    factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[99] == pytest.approx(0.2)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert learning_rate_factor(0, 1, 0.0, 0.1) == 1.0
+
+
+def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_connector():
+    model = make_model(attention="shallow", tie_first_query=False)
+    groups, table = trainable_parameters(model, RATES, weight_decay=0.01)
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    assert sum(row["trainable"] for row in table) == sum(p.numel() for p in model.parameters())
+    connector = {name.split(".")[0] for name, _ in model.named_parameters() if group_of(name) == "connector"}
+    assert connector == {
+        "connector", "static_query", "first_query", "query_projection", "planner", "shallow_attention"
+    }  # fmt: skip
+    assert all(group["weight_decay"] == 0 for group in groups for p in group["params"] if p.ndim < 2)
+
+
+@pytest.mark.parametrize("frozen", GROUPS)
+def test_rate_zero_freezes_a_group(frozen):
+    model = make_model()
+    groups, table = trainable_parameters(model, RATES | {frozen: 0.0}, weight_decay=0.01)
+    assert frozen not in {group["name"] for group in groups}
+    assert all(p.requires_grad == (group_of(name) != frozen) for name, p in model.named_parameters())
+    assert next(row["trainable"] for row in table if row["group"] == frozen) == 0
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="all learning rates are 0"):
+        trainable_parameters(make_model(), dict.fromkeys(GROUPS, 0.0), 0.0)
+
+
+def test_state_is_replaced_whole(tmp_path):
+    assert load_state(tmp_path) is None
+    save_state(tmp_path, {"step": 1, "model": {"w": torch.ones(3)}})
+    save_state(tmp_path, {"step": 2, "model": {"w": torch.zeros(3)}})
+    (tmp_path / "state.partial").write_bytes(b"a kill during the next write leaves this")
+    state = load_state(tmp_path)
+    assert state["step"] == 2
+    assert torch.equal(state["model"]["w"], torch.zeros(3))

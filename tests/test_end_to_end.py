@@ -1,0 +1,124 @@
+"""The stages one after another, on real files, at a size of seconds."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline_steps.metrics import MODES, EvaluationResult
+from pipeline_steps.world import KINDS
+from tests import pipeline
+
+pytestmark = pytest.mark.slow
+
+
+def copy_of(finished_run, tmp_path, *folders):
+    for name in folders:
+        shutil.copytree(finished_run / name, tmp_path / name)
+    shutil.copy(finished_run / "params.yaml", tmp_path / "params.yaml")
+    return tmp_path
+
+
+def test_evaluation_has_every_family_in_every_mode(finished_run):
+    text = (finished_run / "reports/metrics/evaluation.json").read_text()
+    EvaluationResult.model_validate_json(text)
+    result = json.loads(text)
+    assert set(result["families"]) == set(KINDS)
+    for scores in result["families"].values():
+        assert set(scores) == set(MODES)
+        assert all(score["num_items"] == 3 for score in scores.values())
+    assert result["text"]["num_items"] == 4
+
+
+def test_every_stage_changed_the_weights_and_served_its_text_share(finished_run):
+    weights = [load_file(finished_run / f"outputs/stage{n}/model.safetensors") for n in (1, 2, 3)]
+    for before, after in itertools.pairwise(weights):
+        assert before.keys() == after.keys()
+        assert any(not before[name].equal(after[name]) for name in before)
+    summary = json.loads((finished_run / "reports/metrics/stage2.json").read_text())
+    assert summary["mixture"]["text"]["num_samples"] == pytest.approx(0.14 * 60, abs=1)
+    assert sum(row["num_samples"] for row in summary["mixture"].values()) == 60
+    assert summary["num_steps"] == 8  # 60 samples in batches of 8: the budget is exact, the last batch is short
+
+
+def test_report_is_one_self_contained_page(finished_run, tmp_path):
+    folder = copy_of(finished_run, tmp_path, "data", "outputs", "reports")
+    done = pipeline.run(folder, "report")
+    assert done.returncode == 0, done.stderr
+    page = (folder / "reports/report.html").read_text()
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+
+def test_a_second_run_gives_the_same_bytes(finished_run, tmp_path):
+    pipeline.write_params(tmp_path)
+    pipeline.run_all(tmp_path, *pipeline.STAGES[:-2])
+    for name in ("data", "outputs", "reports/metrics"):
+        files = [path.relative_to(finished_run) for path in (finished_run / name).rglob("*") if path.is_file()]
+        assert files
+        for file in files:
+            if "timings" not in file.parts and file.name != "flops.json":
+                assert (tmp_path / file).read_bytes() == (finished_run / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(finished_run, tmp_path, seed):
+    folder = copy_of(finished_run, tmp_path, "data")
+    shutil.copytree(finished_run / "outputs/stage1", folder / "outputs/stage1")
+    rng, kills = random.Random(seed), 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            pipeline.command("stage2"),
+            cwd=folder,
+            env=pipeline.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:  # kill it once it has written a state, or soon after
+            if list(folder.glob(".scratch/stage2/*/state*")):
+                time.sleep(rng.uniform(0, 0.6))
+                break
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills or (folder / "outputs/stage2/model.safetensors").exists()
+    pipeline.run_all(folder, "stage2")
+    for name in ("outputs/stage2/model.safetensors", "reports/metrics/stage2.csv", "reports/metrics/stage2.json"):
+        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), name
+    assert not list(folder.glob(".scratch/stage2/*/"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("training.stage2.mixture=[{family: cards, weight: 1.0}]",), "no items of cards"),
+        (("ablation=A6",), "coarse_only is False, the parameters say True"),
+    ],
+)
+def test_wrong_training_parameters_are_refused(finished_run, tmp_path, overrides, message):
+    folder = copy_of(finished_run, tmp_path, "data")
+    shutil.copytree(finished_run / "outputs/stage1", folder / "outputs/stage1")
+    pipeline.write_params(folder, *overrides)
+    done = pipeline.run(folder, "stage2")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "outputs/stage2").exists()
+
+
+def test_a_missing_stage_is_named(finished_run, tmp_path):
+    folder = copy_of(finished_run, tmp_path, "data")
+    done = pipeline.run(folder, "stage3")
+    assert done.returncode == 1
+    assert "outputs/stage2/model.safetensors: missing" in done.stderr

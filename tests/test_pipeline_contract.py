@@ -1,0 +1,196 @@
+"""dvc.yaml against the code: every stage lists exactly the code and the parameters that it reads (found statically)."""
+
+import ast
+import json
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline_steps import params
+from pipeline_steps.params import ROOT, StrictModel
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SHARED = {"streaming"}  # packages that several stages use; every other package belongs to one stage
+EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
+DATA = ("data/", "outputs/", "reports/", "params.yaml")
+WRITTEN_BY_HAND = {"reports/runs", "params.yaml"}
+
+
+def package(stage):
+    """The package of a stage, from its command."""
+    return re.match(r"python -m pipeline_steps\.(\w+)", STAGES[stage]["cmd"]).group(1)
+
+
+def paths(entries):
+    """Paths of a dvc.yaml list, whose entries are strings or {path: options}."""
+    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
+
+
+def outs(stage):
+    return paths(STAGES[stage].get("outs", [])) | paths(STAGES[stage].get("metrics", []))
+
+
+def find(module):
+    """The file of a module of this repository, or None."""
+    place = ROOT / module.replace(".", "/")
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()), None)
+
+
+def module_of(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def imports(file):
+    """Names of this repository's modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module_of(file).split(".")
+            if node.level:
+                above = above[: len(above) - node.level + (file.name == "__init__.py")]
+            base = ".".join((above if node.level else []) + ([node.module] if node.module else []))
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name for name in names if name.split(".")[0] in ("model", "pipeline_steps") and find(name)}
+    return found
+
+
+def closure(files):
+    """These files and all that they import of this repository, with the __init__.py of packages on the way."""
+    found, todo = set(), list(files)
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            names = {".".join(name.split(".")[: n + 1]) for name in imports(file) for n in range(name.count(".") + 1)}
+            todo += [find(name) for name in names]
+    return found
+
+
+def unit(file):
+    """The path under which dvc.yaml lists a file: its package, or the file itself where several stages share it."""
+    top, *rest = file.relative_to(ROOT).parts
+    return top if top == "model" else f"{top}/{rest[0]}"
+
+
+@cache
+def code_of(stage):
+    files = closure((ROOT / "pipeline_steps" / package(stage)).rglob("*.py"))
+    return {unit(file) for file in files} - {"pipeline_steps/__init__.py"}
+
+
+def constant(name, stage):
+    """The value of a literal constant of the stage's entry module."""
+    file = ROOT / "pipeline_steps" / package(stage) / "__main__.py"
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+            return ast.literal_eval(node.value)
+    pytest.fail(f"{file} has no constant {name}")
+
+
+def leaves(model, prefix=""):
+    """Dotted keys of all values that a schema describes."""
+    for name, field in model.model_fields.items():
+        inner = [
+            part
+            for part in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(part, type) and issubclass(part, StrictModel)
+        ]
+        if inner:
+            yield from leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def readers(key):
+    """Stages whose params in dvc.yaml hold this dotted key."""
+    return [name for name, stage in STAGES.items() if any(f"{key}.".startswith(f"{own}.") for own in stage["params"])]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_dependencies_are_the_imports(stage):
+    listed = {path for path in paths(STAGES[stage]["deps"]) if not path.startswith(DATA)}
+    assert listed == code_of(stage) | EXTRA_CODE.get(stage, set())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_are_the_constant(stage):
+    assert set(STAGES[stage]["params"]) == {key.format(stage=stage) for key in constant("PARAMS", stage)}
+
+
+@pytest.mark.parametrize("key", list(leaves(params.schema())))
+def test_every_parameter_is_read(key):
+    """Some stage lists the key, and the code of such a stage uses its name (outside schemas)."""
+    stages = readers(key)
+    assert stages, f"no stage of dvc.yaml has {key} in its params"
+    name = re.compile(rf"\b{key.split('.')[-1]}\b")
+    for place in {place for stage in stages for place in code_of(stage)}:
+        for file in (ROOT / place).rglob("*.py") if (ROOT / place).is_dir() else [ROOT / place]:
+            if file.name not in ("schema.py", "params.py") and name.search(file.read_text()):
+                return
+    pytest.fail(f"{key}: listed by {', '.join(stages)}, but its name is nowhere in their code")
+
+
+@pytest.mark.parametrize("folder", sorted({unit(file) for file in (ROOT / "pipeline_steps").rglob("*.py")} | {"model"}))
+def test_imports_point_one_way(folder):
+    """model imports nothing of pipeline_steps; a package imports no other stage's package."""
+    place = ROOT / folder
+    own = place.name if place.is_dir() else None
+    for file in place.rglob("*.py") if place.is_dir() else [place]:
+        for name in imports(file):
+            top, *rest = name.split(".")
+            if folder == "model":
+                assert top == "model", f"{file} imports {name}"
+            elif top == "pipeline_steps" and rest and (ROOT / "pipeline_steps" / rest[0]).is_dir():
+                assert rest[0] in {own} | SHARED, f"{file} imports {name}, which belongs to another stage"
+
+
+def test_the_shared_packages_import_no_stage():
+    for name in SHARED:
+        files = closure((ROOT / "pipeline_steps" / name).rglob("*.py"))
+        assert not {package(stage) for stage in STAGES} & {file.relative_to(ROOT).parts[1] for file in files}
+
+
+def test_every_stage_has_its_package_and_every_package_its_stage():
+    with_entry = {file.parent.name for file in (ROOT / "pipeline_steps").glob("*/__main__.py")}
+    assert {package(stage) for stage in STAGES} == with_entry
+    shared = ast.walk(ast.parse((ROOT / "pipeline_steps/__init__.py").read_text()))  # in no stage's deps: Ctrl-C only
+    names = {name.name for node in shared if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
+    assert names == {"signal", "sys"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_data_dependencies_are_outs_of_other_stages(stage):
+    made = {out for other in STAGES if other != stage for out in outs(other)}
+    for path in paths(STAGES[stage]["deps"]):
+        if path.startswith(DATA) and path not in WRITTEN_BY_HAND:
+            assert made & {path, *map(str, Path(path).parents)}, f"{path} is no stage's out"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_git_ignores_what_dvc_caches_and_nothing_else(stage):
+    entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+    for entry in entries:
+        path = next(iter(paths([entry])))
+        cached = isinstance(entry, str) or entry[path].get("cache", True)
+        ignored = subprocess.run(["git", "check-ignore", "-q", f"{path}/x"], cwd=ROOT, check=False).returncode == 0
+        assert ignored == cached, f"{path}: cache is {cached}, ignored by git is {ignored}"
+        assert isinstance(entry, str) or "persist" not in entry[path]
+
+
+def test_the_lock_file_knows_every_stage():
+    lock = ROOT / "dvc.lock"
+    if not lock.exists():
+        pytest.skip("no run has been committed yet")
+    assert set(yaml.safe_load(lock.read_text())["stages"]) == set(STAGES)
+    for name in ("evaluation", "flops"):
+        json.loads((ROOT / f"reports/metrics/{name}.json").read_text())
