@@ -136,7 +136,6 @@ def sample_scene(
     split: str,
     digits: Digits,
     num_frames: int = 6,
-    target_alone: float = 0.0,
     colour: int | None = None,
     place: int | None = None,
     background: int | None = None,
@@ -144,13 +143,11 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene. `colour` and `place` (of the target), `background` and `num_objects` are drawn if None.
 
-    Four objects; one, with probability `target_alone`, in kinds whose question is about one object; 1 to 4 in `gist`.
+    Four objects where no number is given, 1 to 4 in `gist`.
     """
     if kind not in KINDS or split not in SPLITS:
         raise ValueError(f"kind {kind!r} and split {split!r}: known are {KINDS} and {SPLITS}")
-    alone = rng.random() < target_alone and kind in HOPPING_KINDS
-    drawn = int(rng.integers(1, 5)) if kind == "gist" else 1 if alone else 4
-    num_objects = num_objects or drawn
+    num_objects = num_objects or (int(rng.integers(1, 5)) if kind == "gist" else 4)
 
     lanes, colours = rng.permutation(4), rng.permutation(6)  # the first is the target's
     for names, wanted in ((lanes, place), (colours, colour)):

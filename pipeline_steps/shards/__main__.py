@@ -9,6 +9,7 @@ two cores.
 """
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
@@ -51,6 +52,7 @@ def build(section, raw_dir, output):
     with records.locked_scratch("shards", mark) as (scratch, lock_file):
         with records.replaced_folder(output) as published:
             write_plan(plan, settings, scratch)
+            wait_for_jobs(scratch)
             paths = {place: scratch / "packed" / place[0] / place[1] for place in plan}
             progress = [path.with_suffix(".progress") for path in paths.values()]
             run_snakemake("shards", scratch, len(samples), progress, lock_file)
@@ -73,6 +75,12 @@ def write_plan(plan, settings, scratch):
     for (split, name), group in plan.items():
         records.write_jsonl(scratch / "plan" / split / f"{name}.jsonl", group)
     records.write_json(scratch / "settings.json", settings)  # last: says that the plan is complete
+
+
+def wait_for_jobs(scratch):
+    """Jobs of a killed run finish their shard: each holds a shared lock on settings.json meanwhile."""
+    with open(scratch / "settings.json") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
 
 
 def make_manifest(reports, seen, image_size):

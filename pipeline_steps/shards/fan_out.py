@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pipeline_steps.params import ROOT, UserError
 
 PROFILES = ROOT / "workflow" / "profiles"
+GRACE = 10  # seconds that Snakemake gets to cancel its jobs
 
 
 def run_snakemake(target, scratch, total, progress, lock_file):
@@ -39,8 +40,7 @@ def run_snakemake(target, scratch, total, progress, lock_file):
             _show_progress(process, target, total, progress)
         finally:
             if process.poll() is None:
-                process.terminate()
-                process.wait()
+                _stop(process)
     if process.returncode != 0:
         raise UserError(_explain(scratch, process.returncode, log))
 
@@ -52,9 +52,22 @@ def _profile():
 
 
 def _stop_with_parent():
-    """In the child: SIGTERM when the stage dies, so that a killed stage does not go on in the background (Linux)."""
+    """In the child: SIGKILL when the stage dies, so that a killed stage does not go on in the background (Linux).
+
+    Not SIGTERM: Snakemake's handler of it takes a lock that the interrupted thread may hold, and then waits for ever.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _stop(process):
+    """Interrupt Snakemake, which then cancels its jobs; kill it if that takes too long (a job ends with its shard)."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _show_progress(process, target, total, progress):

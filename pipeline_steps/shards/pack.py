@@ -7,6 +7,7 @@ quarantined samples). The same plan gives the same bytes. About 5 ms a sample on
 """
 
 import argparse
+import fcntl
 import io
 import os
 import tarfile
@@ -119,8 +120,10 @@ def main():
     parser.add_argument("--plan", required=True)
     parser.add_argument("--output", required=True, type=Path, help="path of the shard without its suffix")
     arguments = parser.parse_args()
-    settings = records.read_record(Settings, arguments.settings, "shards")
-    pack_shard(records.read_samples(arguments.plan), settings, arguments.output)
+    with open(arguments.settings) as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage: the next run waits for it
+        settings = records.read_record(Settings, arguments.settings, "shards")
+        pack_shard(records.read_samples(arguments.plan), settings, arguments.output)
 
 
 if __name__ == "__main__":

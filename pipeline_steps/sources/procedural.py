@@ -61,11 +61,13 @@ def plan(section) -> list[tuple[str, str, int]]:
 
 
 def sample_clip(section, split: str, kind: str, number: int) -> tuple[world.Scene, list[dict]]:
-    """The scene of one clip and its items. Held-out clips: one item, balanced answers, the target never alone."""
+    """The scene of one clip and its items. Held-out clips: one item, balanced answers; four objects but in `gist`."""
     key = (section.seed, world.SPLITS.index(split), world.KINDS.index(kind), number)
     rng = np.random.default_rng(key)
     if split == "train":
-        chosen = {"target_alone": section.target_alone}
+        weights = np.array(section.num_objects_weights)
+        drawn = 1 + int(rng.choice(4, p=weights / weights.sum()))
+        chosen = {"num_objects": drawn if kind in world.HOPPING_KINDS else None}
     elif kind == "gist":
         chosen = {"background": number % 4, "num_objects": 1 + number // 4 % 4}
     else:

@@ -32,7 +32,8 @@ class Procedural(StrictModel):
     fps: PositiveFloat
     num_frames: int = Field(ge=2)
     noise: NonNegativeFloat  # standard deviation of the grain, 0..1
-    target_alone: float = Field(ge=0, le=1)  # share of those training clips that show the target alone
+    num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
+    # relative numbers of those training clips with 1, 2, 3 and 4 objects; held-out ones always have 4
 
 
 class Chat(StrictModel):

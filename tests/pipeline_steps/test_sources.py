@@ -34,7 +34,7 @@ def section(collect=("procedural", "chat"), path=None, **changes):
             "fps": 2.0,
             "num_frames": 6,
             "noise": 0.06,
-            "target_alone": 0.4,
+            "num_objects_weights": [2, 1, 1, 1],
             **changes,
         },
         "chat": {"seed": 1, "num_train": 40, "num_validation": 8, "num_test": 8},
