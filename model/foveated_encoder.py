@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .queries import QueryAttention
+
+PLAIN = QueryAttention()
+
 
 @dataclass
 class VisionWalk:
@@ -101,15 +105,29 @@ class Attention(nn.Module):
     def keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.split_heads(self.attention.key(rows)), self.split_heads(self.attention.value(rows))
 
-    def forward(self, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        how: QueryAttention,
+        layer: int = 0,
+        num_patch_rows: int = 0,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """rows [F, rows, D], of which the first `num_patch_rows` are the class token and patches and the rest query
+        rows, which attend as `how` says. Returns (output [F, rows, D], weights of the query rows or None)."""
         queries = self.split_heads(self.attention.query(rows))
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
-        return self.output.dense(mixed.transpose(1, 2).flatten(2))
-
-    def weights(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """The softmax weights that `forward` applies: [F, H, rows, N + 1]."""
-        queries = self.split_heads(self.attention.query(rows))
-        return (queries @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5).softmax(dim=-1)
+        looking = queries[:, :, num_patch_rows:]
+        weights = None
+        if looking.shape[2] and (output_attentions or not how.is_plain):
+            weights = how.weights(looking, keys, layer)
+        if how.is_plain or not looking.shape[2]:
+            mixed = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            patches = F.scaled_dot_product_attention(queries[:, :, :num_patch_rows], keys, values)
+            mixed = torch.cat([patches, weights @ values], dim=2) if num_patch_rows else weights @ values
+        return self.output.dense(mixed.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
 
 class LayerScale(nn.Module):
@@ -142,10 +160,45 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.layer_scale2 = LayerScale(config)
 
-    def forward(self, rows: Tensor, normed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """rows, normed = norm1(rows): [F, rows, D] -> [F, rows, D]."""
-        rows = rows + self.layer_scale1(self.attention(normed, keys, values))
-        return rows + self.layer_scale2(self.mlp(self.norm2(rows)))
+    def forward(
+        self,
+        rows: Tensor,
+        how: QueryAttention,
+        index: int,
+        num_patch_rows: int,
+        skip_patches: bool,
+        output_attentions: bool,
+    ):
+        """One layer of the walk: rows [F, N + 1 + K, D] (K may be 0) -> (rows, keys, values, weights of the query
+        rows or None). `skip_patches`: only the query rows come out, nothing reads the patches any more."""
+        normed = self.norm1(rows)
+        keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows])
+        if skip_patches:
+            rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
+        rows, weights = self.read(rows, normed, keys, values, how, index, num_patch_rows, output_attentions)
+        return rows, keys, values, weights
+
+    def read(
+        self,
+        rows: Tensor,
+        normed: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        how: QueryAttention,
+        index: int,
+        num_patch_rows: int,
+        output_attentions: bool,
+    ):
+        """rows, normed = norm1(rows): [F, rows, D] -> (rows, weights of the query rows or None)."""
+        mixed, weights = self.attention(normed, keys, values, how, index, num_patch_rows, output_attentions)
+        rows = rows + self.layer_scale1(mixed)
+        return rows + self.layer_scale2(self.mlp(self.norm2(rows))), weights
+
+    def attend(
+        self, rows: Tensor, keys: Tensor, values: Tensor, how: QueryAttention, index: int, output_attentions: bool
+    ):
+        """Query rows alone, over the layer's cached keys and values: [F, K, D] -> (rows, weights or None)."""
+        return self.read(rows, self.norm1(rows), keys, values, how, index, 0, output_attentions)
 
 
 class LayerStack(nn.Module):
@@ -168,6 +221,7 @@ class FoveatedEncoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False  # switched by PreTrainedModel.gradient_checkpointing_enable
 
     def walk(
         self,
@@ -175,6 +229,7 @@ class FoveatedEncoder(nn.Module):
         query_rows: Tensor | None = None,
         need_patch_features: bool = False,
         output_attentions: bool = False,
+        how: QueryAttention = PLAIN,
     ) -> VisionWalk:
         """One pass over the layers: the keys and values of every layer, and `query_rows` riding along.
 
@@ -187,39 +242,41 @@ class FoveatedEncoder(nn.Module):
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
         walk, weights = VisionWalk([], []), []
-        last = self.encoder.layer[-1]
-        for layer in self.encoder.layer:
-            normed = layer.norm1(rows)
-            keys, values = layer.attention.keys_and_values(normed[:, :num_patch_rows])
+        last = len(self.encoder.layer) - 1
+        for index, layer in enumerate(self.encoder.layer):
+            skip_patches = index == last and not need_patch_features
+            rows, keys, values, seen = self._run(
+                layer, rows, how, index, num_patch_rows, skip_patches, output_attentions
+            )
             walk.keys.append(keys)
             walk.values.append(values)
-            if output_attentions and query_rows is not None:
-                weights.append(layer.attention.weights(normed[:, num_patch_rows:], keys))
-            if layer is last and not need_patch_features:
-                if query_rows is None:
-                    return walk
-                rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
-            rows = layer(rows, normed, keys, values)
+            weights.append(seen)
         rows = self.layernorm(rows)
         if query_rows is not None:
-            walk.query_output = rows[:, num_patch_rows:]
+            walk.query_output = rows[:, -query_rows.shape[1] :]
+            walk.attention_weights = torch.stack(weights) if output_attentions else None
         if need_patch_features:
             walk.patch_features = rows[:, :num_patch_rows]
-        walk.attention_weights = torch.stack(weights) if weights else None
         return walk
 
-    def attend(self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False):
+    def attend(
+        self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False, how: QueryAttention = PLAIN
+    ) -> tuple[Tensor, Tensor | None]:
         """Query rows [F, K, D] walk through all layers over the cached keys and values.
 
         Returns (features [F, K, D] after the final layer norm, attention weights [L, F, H, K, N + 1] or None).
         """
         rows, weights = query_rows, []
-        for layer, keys, values in zip(self.encoder.layer, walk.keys, walk.values, strict=True):
-            normed = layer.norm1(rows)
-            if output_attentions:
-                weights.append(layer.attention.weights(normed, keys))
-            rows = layer(rows, normed, keys, values)
+        for index, (layer, keys, values) in enumerate(zip(self.encoder.layer, walk.keys, walk.values, strict=True)):
+            rows, seen = self._run(layer.attend, rows, keys, values, how, index, output_attentions)
+            weights.append(seen)
         return self.layernorm(rows), torch.stack(weights) if output_attentions else None
+
+    def _run(self, function, *arguments):
+        """function(*arguments), recomputed in the backward pass when gradient checkpointing is on."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *arguments)
+        return function(*arguments)
 
     def _check_frames(self, pixel_values: Tensor) -> None:
         patch = self.config.patch_size
@@ -247,8 +304,10 @@ class ShallowQueryAttention(nn.Module):
         keys, values = self.attention.keys_and_values(walk.patch_features)
         return VisionWalk([keys], [values], patch_features=walk.patch_features)
 
-    def attend(self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False):
+    def attend(
+        self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False, how: QueryAttention = PLAIN
+    ) -> tuple[Tensor, Tensor | None]:
         """As `FoveatedEncoder.attend`, over one layer."""
         normed = self.query_norm(query_rows)
-        features = self.layernorm(query_rows + self.attention(normed, walk.keys[0], walk.values[0]))
-        return features, self.attention.weights(normed, walk.keys[0])[None] if output_attentions else None
+        mixed, weights = self.attention(normed, walk.keys[0], walk.values[0], how, output_attentions=output_attentions)
+        return self.layernorm(query_rows + mixed), weights[None] if output_attentions else None

@@ -1,10 +1,11 @@
 """The foveated vision-language model: one visual token per frame, and the language model decides where to look next.
 
-Shapes: B batch, F frames of the whole batch, T frames of one sample, K visual tokens per frame, N patches, D vision
-width, Q query width, E language width, S sequence, V vocabulary.
+Shapes: B batch, F frames of the whole batch, T frames of one sample, K queries per frame, P visual tokens per frame
+(K, or 1 where they are aggregated), N patches, D vision width, Q query width, E language width, S sequence,
+V vocabulary.
 
 Frames are not padded: `pixel_values` holds the frames of all samples one after another and `num_frames` [B] says how
-many belong to which. `input_ids` holds K placeholders per frame where the visual tokens go, so the layout (question
+many belong to which. `input_ids` holds P placeholders per frame where the visual tokens go, so the layout (question
 first, vision first) is the input's business and every mode below is the same code for any of them:
 
 coarse           the static query looks at every frame
@@ -13,6 +14,7 @@ autoregressive   frame by frame: the query of frame t is planned from what frame
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_foveated_vlm import MODES, QUERY_SOURCES, FoveatedVLMConfig
+from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
+from .input_checks import check_inputs
+from .losses import contrastive_loss, entropy_margin_loss
 from .multi_token_encoder import pool_patches
+from .preference import PreferenceMixin
+from .queries import QueryAttention, QuerySource
+from .visual_sequence import VisualSequence, frame_indices, position_ids
+
+TIME_FEATURES = 32  # sines and cosines of a frame's time, periods from 2 pi to 2 pi * 1000
 
 
 @dataclass
@@ -36,8 +45,12 @@ class FoveatedVLMOutput(ModelOutput):
     token_loss: Tensor | None = None  # [B, S] nats, 0 where not labelled
     correct: Tensor | None = None  # [B, S] bool: the most likely token is the label
     logits: Tensor | None = None  # [B, S, V], only with return_logits
-    loss_coarse: Tensor | None = None  # loss of the coarse pass, only with lambda_coarse > 0
-    visual_tokens: Tensor | None = None  # [F, K, E]
+    loss_coarse: Tensor | None = None  # text loss of the coarse pass, only with lambda_coarse > 0
+    loss_entropy: Tensor | None = None  # only with lambda_entropy > 0
+    loss_contrastive: Tensor | None = None  # only with lambda_contrastive > 0
+    log_probs: Tensor | None = None  # [B, 2] of the chosen and the rejected answer, only with rejected_input_ids
+    reward_margin: Tensor | None = None  # [B] nats by which the chosen answer is preferred, as `log_probs`
+    visual_tokens: Tensor | None = None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1], only with output_attentions
 
@@ -46,17 +59,18 @@ class FoveatedVLMOutput(ModelOutput):
 class Look:
     """Visual tokens and how they came about."""
 
-    visual_tokens: Tensor  # [F, K, E]
+    visual_tokens: Tensor | None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
 
 
-class FoveatedVLMForConditionalGeneration(PreTrainedModel):
+class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("video", "text")
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config: FoveatedVLMConfig):
@@ -65,17 +79,29 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
         self.vision_encoder = FoveatedEncoder(vision)
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.connector = nn.Linear(vision.hidden_size, text.hidden_size)
+        if config.frame_time_embedding == "sinusoidal":
+            self.time_projection = nn.Linear(TIME_FEATURES, text.hidden_size, bias=False)
         if config.architecture == "foveated":
-            k = config.num_visual_tokens_per_frame
-            self.static_query = nn.Parameter(torch.empty(k, config.query_dim))
-            self.query_projection = nn.Linear(config.query_dim, vision.hidden_size, bias=config.query_bias)
-            if not config.coarse_only:
-                self.planner = nn.Linear(text.hidden_size, config.query_dim)
-                if not config.tie_first_query:
-                    self.first_query = nn.Parameter(torch.empty(k, config.query_dim))
-            if config.attention == "shallow":
-                self.shallow_attention = ShallowQueryAttention(vision)
+            self._build_query_path(config)
+        self._compiled_reading = None  # set by compile_hot_paths
         self.post_init()
+
+    def _build_query_path(self, config: FoveatedVLMConfig) -> None:
+        vision, text = config.vision_config, config.text_config
+        queries = config.num_visual_tokens_per_frame
+        self.static_query = nn.Parameter(torch.empty(queries, config.query_dim))
+        self.query_projection = nn.Linear(config.query_dim, vision.hidden_size, bias=config.query_bias)
+        if not config.coarse_only:
+            self.planner = nn.Linear(text.hidden_size, queries // config.tokens_per_frame * config.query_dim)
+            if not config.tie_first_query:
+                self.first_query = nn.Parameter(torch.empty(queries, config.query_dim))
+        if config.attention == "shallow":
+            self.shallow_attention = ShallowQueryAttention(vision)
+        if config.learnable_temperature:
+            layers = 1 if config.attention == "shallow" else vision.num_hidden_layers
+            self.log_temperature = nn.Parameter(torch.empty(layers))
+        if config.token_aggregation == "weighted":
+            self.aggregation_score = nn.Linear(vision.hidden_size, 1, bias=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Random start of everything that no pretrained backbone brings: unit-variance outputs for unit-variance
@@ -84,6 +110,10 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
             for name in ("static_query", "first_query"):
                 if hasattr(self, name):
                     nn.init.normal_(getattr(self, name), std=self.config.query_init_std)
+            if hasattr(self, "log_temperature"):
+                nn.init.constant_(self.log_temperature, math.log(self.config.attention_temperature))
+            if hasattr(self, "time_projection"):
+                nn.init.zeros_(self.time_projection.weight)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -122,75 +152,113 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
         pixel_values: Tensor,
         num_frames: Tensor,
         mode: str,
-        num_plans: int = 1,
-        query_source: str = "planned",
+        num_plans: int | None = None,
+        query_source: str | None = None,
         generator: torch.Generator | None = None,
         output_attentions: bool = False,
+        frame_times: Tensor | None = None,
+        target_patches: Tensor | None = None,
     ) -> list[Look]:
         """The visual tokens of all frames: one `Look` per pass, the last one being the mode's own.
 
         input_ids [B, S], attention_mask [B, S], pixel_values [F, 3, height, width], num_frames [B]. `num_plans` is the
-        number of times that the fine mode plans its queries (2: once more from the fine tokens).
+        number of times that the fine mode plans its queries (default: the configuration's num_passes). frame_times [F]
+        seconds; target_patches bool [F, N], for the query source `oracle`.
         """
-        if self.config.architecture == "multi_token":
+        config = self.config
+        times = frame_indices(num_frames) if frame_times is None else frame_times  # [F]
+        if config.blind:
+            pixel_values = torch.zeros_like(pixel_values)
+        if config.architecture == "multi_token":
             walk = self.vision_encoder.walk(pixel_values, need_patch_features=True)
-            pooled = pool_patches(walk.patch_features, self.config.num_visual_tokens_per_frame)
-            return [Look(self.connect(pooled))]
-        num_total = len(pixel_values)
-        static = self.static_query.expand(num_total, -1, -1)  # [F, K, Q]
-        first = (
-            static
-            if self.config.coarse_only or self.config.tie_first_query
-            else self.first_query.expand(num_total, -1, -1)
-        )
-        choose = _QueryChoice(query_source, static, generator)
-        if mode == "coarse" or self.config.coarse_only:
-            return [self._walk(pixel_values, choose(static), output_attentions)[1]]
-        language = _VisualSequence(self, input_ids, attention_mask, num_frames)
+            pooled = pool_patches(walk.patch_features, config.num_visual_tokens_per_frame)
+            return [Look(self.connect(pooled, times))]
+        static = self.static_query.expand(len(pixel_values), -1, -1)  # [F, K, Q]
+        has_first = not (config.coarse_only or config.tie_first_query)
+        first = self.first_query.expand(len(pixel_values), -1, -1) if has_first else static
+        choose = QuerySource(query_source or config.query_source, static, generator)
+        how = self._query_attention()
+        chosen = self._query_attention(target_patches if choose.source == "oracle" else None)
+        if mode == "coarse" or config.coarse_only:
+            return [self._walk(pixel_values, times, choose(static), chosen, output_attentions)[1]]
+        language = VisualSequence(self, input_ids, attention_mask, num_frames)
         if mode == "autoregressive":
-            walk, _ = self._walk(pixel_values, None, output_attentions)
-            return [self._look_autoregressively(walk, first, language, choose, output_attentions)]
-        walk, coarse = self._walk(pixel_values, static, output_attentions)
+            walk, _ = self._walk(pixel_values, times, None, how, output_attentions)
+            return [self._look_autoregressively(walk, times, first, language, choose, chosen, output_attentions)]
+        walk, coarse = self._walk(pixel_values, times, static, how, output_attentions)
         looks = [coarse]
-        for _ in range(num_plans):
-            planned = self.planner(language.hidden_states(looks[-1].visual_tokens))  # [F, K, Q]
+        for _ in range(config.num_passes if num_plans is None else num_plans):
+            planned = self._plan(language.hidden_states(looks[-1].visual_tokens))  # [F, K, Q]
             queries = choose(language.shift_by_one_frame(planned, first))
-            looks.append(self._attend(queries, walk, output_attentions))
+            looks.append(self._attend(queries, walk, times, chosen, output_attentions))
         return looks
 
-    def connect(self, features: Tensor) -> Tensor:
-        """Vision features [F, K, D] -> visual tokens [F, K, E] on the scale of the language model's embeddings."""
-        return self.connector(features) * self.config.visual_scale
+    def connect(self, features: Tensor, times: Tensor) -> Tensor:
+        """Vision features [F, P, D] at times [F] -> visual tokens [F, P, E] on the scale of the language model's
+        embeddings."""
+        tokens = self.connector(features) * self.config.visual_scale
+        if self.config.frame_time_embedding == "none":
+            return tokens
+        return tokens + self.time_projection(_sinusoids(times).to(tokens.dtype))[:, None] * self.config.visual_scale
+
+    def _query_attention(self, target_patches: Tensor | None = None) -> QueryAttention:
+        """How the configuration lets queries attend, limited to the target's patches where they are given and show."""
+        config, temperature, allowed = self.config, None, None
+        if config.learnable_temperature:
+            temperature = self.log_temperature.exp()
+        elif config.attention_temperature != 1.0:
+            layers = self.config.vision_config.num_hidden_layers
+            temperature = self.static_query.new_full((layers,), config.attention_temperature)
+        if target_patches is not None:
+            visible = target_patches.any(1, keepdim=True)  # [F, 1]: elsewhere the query looks where it likes
+            allowed = torch.cat([~visible, target_patches | ~visible], dim=1)  # [F, N + 1], the class token first
+        return QueryAttention(temperature, config.hard_attention, config.attention_top_k, allowed, self.training)
+
+    def _plan(self, hidden: Tensor) -> Tensor:
+        """Hidden states at the visual tokens [f, P, E] -> the queries of the next frame [f, K, Q]."""
+        planned = self.planner(hidden)  # [f, P, K / P * Q]
+        return planned.reshape(len(planned), self.config.num_visual_tokens_per_frame, self.config.query_dim)
 
     def _walk(
-        self, pixel_values: Tensor, queries: Tensor | None, output_attentions: bool
+        self, pixel_values: Tensor, times: Tensor, queries: Tensor | None, how: QueryAttention, output_attentions: bool
     ) -> tuple[VisionWalk, Look | None]:
         """The one pass over the vision encoder, with the look of the queries [F, K, Q] that ride along, if any."""
         if self.config.attention == "shallow":
             walk = self.vision_encoder.walk(pixel_values, need_patch_features=True)
             walk = self.shallow_attention.prepare(walk)
-            return walk, None if queries is None else self._attend(queries, walk, output_attentions)
+            return walk, None if queries is None else self._attend(queries, walk, times, how, output_attentions)
         if queries is None:
             return self.vision_encoder.walk(pixel_values), None
-        walk = self.vision_encoder.walk(
-            pixel_values, self.query_projection(queries), output_attentions=output_attentions
-        )
-        return walk, Look(self.connect(walk.query_output), queries, walk.attention_weights)
+        rows = self.query_projection(queries)
+        walk = self.vision_encoder.walk(pixel_values, rows, output_attentions=output_attentions, how=how)
+        return walk, Look(self._tokens(walk.query_output, times), queries, walk.attention_weights)
 
-    def _attend(self, queries: Tensor, walk: VisionWalk, output_attentions: bool) -> Look:
+    def _attend(
+        self, queries: Tensor, walk: VisionWalk, times: Tensor, how: QueryAttention, output_attentions: bool
+    ) -> Look:
         attention = self.shallow_attention if self.config.attention == "shallow" else self.vision_encoder
-        features, weights = attention.attend(self.query_projection(queries), walk, output_attentions)
-        return Look(self.connect(features), queries, weights)
+        features, weights = attention.attend(self.query_projection(queries), walk, output_attentions, how)
+        return Look(self._tokens(features, times), queries, weights)
 
-    def _look_autoregressively(self, walk, first, language: "_VisualSequence", choose, output_attentions: bool) -> Look:
+    def _tokens(self, features: Tensor, times: Tensor) -> Tensor:
+        """What the queries of a frame found [F, K, D] -> its visual tokens [F, P, E]."""
+        if self.config.token_aggregation == "mean":
+            features = features.mean(1, keepdim=True)
+        elif self.config.token_aggregation == "weighted":
+            features = (self.aggregation_score(features).softmax(1) * features).sum(1, keepdim=True)
+        return self.connect(features, times)
+
+    def _look_autoregressively(
+        self, walk: VisionWalk, times: Tensor, first: Tensor, language: VisualSequence, choose, how, output_attentions
+    ) -> Look:
         """Frame by frame with the language model's key-value cache: linear in the number of frames."""
         order, looks = [], []
         planned, cache = None, language.start_cache()
         for frames in language.frames_by_time():  # frames: int64 [samples that have this frame], indices into F
-            queries = first[frames] if planned is None else planned[language.samples_of(frames)]
-            look = self._attend(choose(queries, frames), walk.select_frames(frames), output_attentions)
-            hidden = language.step(look.visual_tokens, frames, cache)  # [B', K, E]
-            planned = self.planner(hidden)
+            queries = choose(first[frames] if planned is None else planned[language.samples_of(frames)], frames)
+            seen = walk.select_frames(frames)
+            look = self._attend(queries, seen, times[frames], how.select_frames(frames), output_attentions)
+            planned = self._plan(language.step(look.visual_tokens, frames, cache))  # [B', K, Q]
             order.append(frames)
             looks.append(look)
         back = torch.cat(order).argsort()
@@ -210,7 +278,8 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
         """Hidden states [B, S, E] of the language model over text and visual tokens."""
-        return self.language_model.model(
+        reading = self._compiled_reading or self.language_model.model
+        return reading(
             inputs_embeds=self.embed(input_ids, visual_tokens),
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask),
@@ -225,21 +294,35 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
         num_frames: Tensor | None = None,
         labels: Tensor | None = None,
         mode: str = "fine",
-        num_plans: int = 1,
-        query_source: str = "planned",
+        num_plans: int | None = None,
+        query_source: str | None = None,
         generator: torch.Generator | None = None,
         output_attentions: bool = False,
         return_logits: bool = False,
+        frame_times: Tensor | None = None,
+        target_patches: Tensor | None = None,
+        rejected_input_ids: Tensor | None = None,
+        rejected_attention_mask: Tensor | None = None,
+        rejected_labels: Tensor | None = None,
+        reference_log_probs: Tensor | None = None,
     ) -> FoveatedVLMOutput:
-        """Loss of the labelled tokens in one of the modes.
+        """Loss of the labelled tokens in one of the modes, or of a preference between two answers.
 
-        input_ids [B, S] with K placeholders per frame, attention_mask [B, S] (1 = real token; default all),
+        input_ids [B, S] with P placeholders per frame, attention_mask [B, S] (1 = real token; default all),
         pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with -100
-        where nothing is asked. Raises ValueError when placeholders and frames do not match or a mode or query source
-        is unknown.
+        where nothing is asked. query_source, num_plans: the configuration's unless given. frame_times [F] seconds,
+        target_patches bool [F, N].
+
+        With rejected_input_ids [B, S'] (and its mask and labels) the arguments above are the chosen answers, and the
+        loss is direct preference optimisation against reference_log_probs [B, 2] (chosen, rejected), from
+        `preference_log_probs` of a frozen copy or computed before; without them `log_probs` is all that comes out. The
+        frames are looked at once for both answers.
+
+        Raises ValueError when placeholders and frames do not match, a frame limit is exceeded, chosen and rejected
+        differ before the last frame, or a mode or query source is unknown.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._check_inputs(input_ids, pixel_values, num_frames, mode, query_source)
+        check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
         looks: list[Look] = []
         if pixel_values is not None and len(pixel_values):
             looks = self.look(
@@ -251,35 +334,65 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
                 num_plans,
                 query_source,
                 generator,
-                output_attentions,
+                output_attentions or (self.training and self.config.lambda_entropy > 0),
+                frame_times,
+                target_patches,
             )
         look = looks[-1] if looks else Look(None)
-        output = self._losses(self.read(input_ids, attention_mask, look.visual_tokens), labels, return_logits)
-        if labels is not None and self.config.lambda_coarse > 0 and self.training and len(looks) > 1:
-            coarse = self._losses(self.read(input_ids, attention_mask, looks[0].visual_tokens), labels, False)
-            output.loss_coarse = coarse.loss
-            output.loss = output.loss + self.config.lambda_coarse * coarse.loss
+        if rejected_input_ids is not None:
+            rejected = (rejected_input_ids, rejected_attention_mask, rejected_labels)
+            chosen = (input_ids, attention_mask, labels)
+            output = FoveatedVLMOutput(**self._preference(chosen, rejected, look.visual_tokens, reference_log_probs))
+        else:
+            hidden = self.read(input_ids, attention_mask, look.visual_tokens)
+            output = self._losses(hidden, labels, return_logits)
+            if labels is not None and self.training and len(looks) > 1:
+                self._add_training_losses(output, input_ids, attention_mask, labels, looks[0], look)
         output.visual_tokens, output.queries = look.visual_tokens, look.queries
-        output.attention_weights = look.attention_weights
+        output.attention_weights = look.attention_weights if output_attentions else None
         return output
 
     def _losses(self, hidden: Tensor, labels: Tensor | None, return_logits: bool) -> FoveatedVLMOutput:
-        """Cross-entropy at the labelled positions only: the vocabulary projection of the others is never computed."""
         output = FoveatedVLMOutput()
         if return_logits:
             output.logits = self.language_model.lm_head(hidden)
         if labels is None:
             return output
-        asked = labels[:, 1:] != -100  # [B, S - 1]: the state at s predicts the token at s + 1
-        logits = self.language_model.lm_head(hidden[:, :-1][asked]).float()  # [labelled, V]
-        targets = labels[:, 1:][asked]
-        losses = F.cross_entropy(logits, targets, reduction="none")
+        asked, losses, correct = self._token_losses(hidden, labels)
         output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
         output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
         output.token_loss[:, 1:][asked] = losses.detach()
         output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)
-        output.correct[:, 1:][asked] = logits.argmax(-1) == targets
+        output.correct[:, 1:][asked] = correct
         return output
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy at the labelled positions only: the vocabulary projection of the others is never computed.
+
+        Returns (asked: bool [B, S - 1], losses [labelled] in nats, correct: bool [labelled]).
+        """
+        asked = labels[:, 1:] != -100  # the state at s predicts the token at s + 1
+        logits = self.language_model.lm_head(hidden[:, :-1][asked]).float()  # [labelled, V]
+        targets = labels[:, 1:][asked]
+        return asked, F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+    def _add_training_losses(self, output, input_ids, attention_mask, labels, coarse: Look, fine: Look) -> None:
+        """Adds what the configuration weighs beside the text loss of the last pass."""
+        config = self.config
+        if config.lambda_coarse > 0:
+            hidden = self.read(input_ids, attention_mask, coarse.visual_tokens)
+            output.loss_coarse = self._losses(hidden, labels, False).loss
+            output.loss = output.loss + config.lambda_coarse * output.loss_coarse
+        if config.lambda_entropy > 0:
+            weights = fine.attention_weights, coarse.attention_weights
+            output.loss_entropy = entropy_margin_loss(*weights, config.entropy_margin)
+            output.loss = output.loss + config.lambda_entropy * output.loss_entropy
+        if config.lambda_contrastive > 0:
+            tokens = fine.visual_tokens, coarse.visual_tokens
+            output.loss_contrastive = contrastive_loss(*tokens, config.contrastive_margin)
+            output.loss = output.loss + config.lambda_contrastive * output.loss_contrastive
+
+    # ---- answering
 
     @torch.no_grad()
     def generate(
@@ -289,143 +402,56 @@ class FoveatedVLMForConditionalGeneration(PreTrainedModel):
         pixel_values: Tensor | None = None,
         num_frames: Tensor | None = None,
         mode: str = "autoregressive",
-        query_source: str = "planned",
+        query_source: str | None = None,
+        generator: torch.Generator | None = None,
+        frame_times: Tensor | None = None,
+        target_patches: Tensor | None = None,
         **generation_options,
     ) -> Tensor:
-        """Answer with the library's own generation (greedy, sampling, beams: its options apply). Returns new tokens
-        [B, S'].
+        """Answer with the library's own generation (greedy, sampling, beams, streamers: its options apply). Returns
+        new tokens [B, S'].
 
-        `input_ids` [B, S] must be left-padded, as for any batched generation.
+        `input_ids` [B, S] must be left-padded, as for any batched generation. The other arguments are `forward`'s.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._check_inputs(input_ids, pixel_values, num_frames, mode, query_source)
+        check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
         tokens = None
         if pixel_values is not None and len(pixel_values):
-            tokens = self.look(input_ids, attention_mask, pixel_values, num_frames, mode, query_source=query_source)[
-                -1
-            ].visual_tokens
+            looks = self.look(
+                input_ids,
+                attention_mask,
+                pixel_values,
+                num_frames,
+                mode,
+                query_source=query_source,
+                generator=generator,
+                frame_times=frame_times,
+                target_patches=target_patches,
+            )
+            tokens = looks[-1].visual_tokens
         embeddings = self.embed(input_ids, tokens)
         return self.language_model.generate(
             inputs_embeds=embeddings, attention_mask=attention_mask, **generation_options
         )
 
-    def _check_inputs(self, input_ids, pixel_values, num_frames, mode: str, query_source: str) -> None:
-        if mode not in MODES or query_source not in QUERY_SOURCES:
-            raise ValueError(
-                f"mode={mode!r} must be one of {', '.join(MODES)}; "
-                f"query_source={query_source!r} must be one of {', '.join(QUERY_SOURCES)}"
-            )
-        frames = 0 if pixel_values is None else len(pixel_values)
-        if frames and (num_frames is None or int(num_frames.sum()) != frames):
-            told = None if num_frames is None else int(num_frames.sum())
-            raise ValueError(f"num_frames adds up to {told} but pixel_values holds {frames} frames")
-        per_frame = self.config.num_visual_tokens_per_frame
-        places = (input_ids == self.config.visual_token_id).sum(1)
-        expected = torch.zeros_like(places) if num_frames is None else num_frames.to(places.device) * per_frame
-        if not torch.equal(places, expected):
-            row = int((places != expected).nonzero()[0])
-            raise ValueError(
-                f"sample {row} has {int(places[row])} visual placeholders for {int(expected[row]) // per_frame} frames "
-                f"of {per_frame} visual tokens each: give input_ids exactly {int(expected[row])} of them"
-            )
+    def compile_hot_paths(self, **options) -> None:
+        """torch.compile for the vision walk, the queries' walk and the parallel reading of the language model.
 
-
-class _QueryChoice:
-    """Which queries are used in place of the planned ones: the controls of the evaluation."""
-
-    def __init__(self, source: str, static: Tensor, generator: torch.Generator | None):
-        self.source, self.static, self.noise = source, static, None
-        if source == "random":  # drawn once for all frames, so that every mode and batch order sees the same
-            self.noise = torch.randn(static.shape, generator=generator, device=static.device, dtype=static.dtype)
-
-    def __call__(self, queries: Tensor, frames: Tensor | None = None) -> Tensor:
-        """queries [f, K, Q] of the given frames (all by default) -> the queries to use; random ones keep each query's
-        norm."""
-        if self.source == "planned":
-            return queries
-        if self.source == "static":
-            return self.static[: len(queries)]
-        noise = self.noise if frames is None else self.noise[frames]
-        return noise / noise.norm(dim=-1, keepdim=True) * queries.norm(dim=-1, keepdim=True)
-
-
-class _VisualSequence:
-    """The part of a batch that planning reads: samples with frames, up to their last visual token."""
-
-    def __init__(
-        self, model: FoveatedVLMForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, num_frames: Tensor
-    ):
-        self.model = model
-        rows = (num_frames > 0).nonzero()[:, 0]  # [B']
-        ids = input_ids[rows]
-        is_visual = ids == model.config.visual_token_id
-        length = int(is_visual.any(0).nonzero()[-1]) + 1
-        self.input_ids, self.attention_mask, self.is_visual = (
-            ids[:, :length],
-            attention_mask[rows, :length],
-            is_visual[:, :length],
-        )
-        self.num_frames = num_frames[rows]
-        self.sample_of_frame = torch.repeat_interleave(
-            torch.arange(len(rows), device=ids.device), self.num_frames
-        )  # [F]
-        starts = self.num_frames.cumsum(0) - self.num_frames  # [B'] index of each sample's first frame
-        self.time_of_frame = torch.arange(len(self.sample_of_frame), device=ids.device) - starts[self.sample_of_frame]
-        self.tokens_per_frame = model.config.num_visual_tokens_per_frame
-
-    def hidden_states(self, visual_tokens: Tensor) -> Tensor:
-        """Hidden states at the visual tokens, in parallel: [F, K, E] -> [F, K, E]."""
-        hidden = self.model.read(self.input_ids, self.attention_mask, visual_tokens)
-        return hidden[self.is_visual].unflatten(0, (-1, self.tokens_per_frame))
-
-    def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:
-        """Frame t gets the query planned after frame t - 1, frame 0 the first query: [F, K, Q] -> [F, K, Q]."""
-        return torch.where((self.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
-
-    def frames_by_time(self) -> list[Tensor]:
-        """For every time t, the frame indices of the samples that have a frame t."""
-        return [(self.time_of_frame == t).nonzero()[:, 0] for t in range(int(self.num_frames.max()))]
-
-    def samples_of(self, frames: Tensor) -> Tensor:
-        return self.sample_of_frame[frames]
-
-    def start_cache(self) -> dict:
-        """Read the text before the first visual token of every sample into a cache, aligned at its right end."""
-        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual one, padding included
-        longest = int(before.max())
-        source = torch.arange(longest, device=before.device) - (longest - before)[:, None]  # [B', longest]
-        prefix = self.input_ids.gather(1, source.clamp(min=0))
-        mask = torch.where(source >= 0, self.attention_mask.gather(1, source.clamp(min=0)), 0)
-        cache = {"keys_and_values": DynamicCache(config=self.model.config.text_config), "mask": mask}
-        if longest:
-            self._run(self.model.embed(prefix, None), position_ids(mask), cache)
-        return cache
-
-    def step(self, visual_tokens: Tensor, frames: Tensor, cache: dict) -> Tensor:
-        """Read one frame of every sample that still has one: visual_tokens [f, K, E] -> hidden states [B', K, E].
-
-        A sample without this frame gets a masked place, which no later token attends to.
+        Each becomes one graph: an operation that cannot be compiled is an error, no silent fall-back. `options` are
+        torch.compile's. The weights and their names stay as they are. Not compiled: the autoregressive mode's reading
+        frame by frame, whose cache grows.
         """
-        shape = (len(self.num_frames), self.tokens_per_frame)
-        samples = self.samples_of(frames)
-        embeddings = visual_tokens.new_zeros(*shape, visual_tokens.shape[-1]).index_copy(0, samples, visual_tokens)
-        present = torch.zeros(shape, dtype=cache["mask"].dtype, device=embeddings.device).index_fill(0, samples, 1)
-        cache["mask"] = torch.cat([cache["mask"], present], dim=1)
-        return self._run(embeddings, position_ids(cache["mask"])[:, -self.tokens_per_frame :], cache)
-
-    def _run(self, embeddings: Tensor, positions: Tensor, cache: dict) -> Tensor:
-        return self.model.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=cache["mask"],
-            position_ids=positions,
-            past_key_values=cache["keys_and_values"],
-            use_cache=True,
-        ).last_hidden_state
+        options = {"fullgraph": True, "dynamic": True, **options}
+        self.vision_encoder.walk = torch.compile(self.vision_encoder.walk, **options)
+        self.vision_encoder.attend = torch.compile(self.vision_encoder.attend, **options)
+        self._compiled_reading = torch.compile(self.language_model.model.forward, **options)
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions [B, S] that count real tokens only, so that padding on either side changes nothing."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+def _sinusoids(times: Tensor) -> Tensor:
+    """times [F] -> sines and cosines of them at geometric frequencies: [F, TIME_FEATURES]."""
+    steps = torch.arange(TIME_FEATURES // 2, device=times.device) / (TIME_FEATURES // 2 - 1)
+    angles = times.float()[:, None] * 1000.0**-steps
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def read_vision_weights(path: str | Path) -> dict[str, Tensor]:

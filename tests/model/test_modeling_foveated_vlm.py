@@ -3,70 +3,20 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig
+from transformers import AutoModelForImageTextToText
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.multi_token_encoder import pool_patches
-
-VISUAL, PAD = 64, 2
-MODES = ("coarse", "fine", "autoregressive")
-NUM_FRAMES = (3, 0, 1, 2)
-LENGTHS = (20, 15, 12, 18)  # tokens of each sample, placeholders not counted
-FIRST_VISUAL = (4, 0, 6, 2)  # where the placeholders of each sample go
-
-
-def make_model(**options) -> FoveatedVLMForConditionalGeneration:
-    torch.manual_seed(0)
-    vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=PAD,
-        pad_token_id=PAD,
-    )
-    defaults = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": VISUAL}
-    return FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(vision, text, **(defaults | options))).eval()
-
-
-def make_batch(tokens_per_frame: int = 1) -> dict:
-    """Four samples of 3, 0, 1 and 2 frames and different lengths, right-padded."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = [length + n * tokens_per_frame for length, n in zip(LENGTHS, NUM_FRAMES, strict=True)]
-    ids = torch.randint(3, 64, (4, max(sizes)), generator=generator)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (size, n, at) in enumerate(zip(sizes, NUM_FRAMES, FIRST_VISUAL, strict=True)):
-        ids[row, at : at + n * tokens_per_frame] = VISUAL
-        mask[row, :size] = 1
-        ids[row, size:] = PAD
-        labels[row, size - 4 : size] = ids[row, size - 4 : size]
-    pixels = torch.randn(sum(NUM_FRAMES), 3, 56, 56, generator=generator)
-    names = ("input_ids", "attention_mask", "labels", "pixel_values", "num_frames")
-    return dict(zip(names, (ids, mask, labels, pixels, torch.tensor(NUM_FRAMES)), strict=True))
-
-
-def one_sample(batch: dict, row: int) -> dict:
-    """The sample alone, without its padding."""
-    size = int(batch["attention_mask"][row].sum())
-    start = int(batch["num_frames"][:row].sum())
-    frames = int(batch["num_frames"][row])
-    text = {name: batch[name][row : row + 1, :size] for name in ("input_ids", "attention_mask", "labels")}
-    return {
-        **text,
-        "pixel_values": batch["pixel_values"][start : start + frames],
-        "num_frames": batch["num_frames"][row : row + 1],
-    }
-
+from tests.model.tiny import FIRST_VISUAL, MODES, PAD, make_batch, make_model, one_sample
 
 OPTIONS = [
     {},
     {"num_visual_tokens_per_frame": 2},
+    {"num_visual_tokens_per_frame": 4, "token_aggregation": "mean"},
+    {"num_visual_tokens_per_frame": 2, "token_aggregation": "weighted", "attention_temperature": 0.5},
     {"attention": "shallow"},
+    {"hard_attention": "top_k", "attention_top_k": 3, "num_passes": 2, "frame_time_embedding": "sinusoidal"},
+    {"attention": "shallow", "hard_attention": "gumbel", "learnable_temperature": True},
     {"tie_first_query": False, "query_bias": True},
     {"coarse_only": True},
     {"architecture": "multi_token", "num_visual_tokens_per_frame": 4},
@@ -78,7 +28,7 @@ OPTIONS = [
 @torch.no_grad()
 def test_loss_and_logits_of_a_sample_do_not_depend_on_its_batch(mode, options):
     model = make_model(**options)
-    batch = make_batch(options.get("num_visual_tokens_per_frame", 1))
+    batch = make_batch(model.config.tokens_per_frame)
     together = model(**batch, mode=mode, return_logits=True)
     for row in range(4):
         sample = one_sample(batch, row)

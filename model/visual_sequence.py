@@ -1,0 +1,90 @@
+"""The part of a batch that planning reads: its samples with frames, up to their last visual token.
+
+Shapes: B' samples with frames, F their frames, P visual tokens per frame, K queries per frame, E language width,
+Q query width, S sequence up to the last visual token.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class VisualSequence:
+    """Reads visual tokens with the language model, in parallel or frame by frame.
+
+    model: the FoveatedVLMForConditionalGeneration; input_ids, attention_mask [B, S']; num_frames [B].
+    """
+
+    def __init__(self, model, input_ids: Tensor, attention_mask: Tensor, num_frames: Tensor):
+        self.model = model
+        rows = (num_frames > 0).nonzero()[:, 0]  # [B']
+        ids = input_ids[rows]
+        is_visual = ids == model.config.visual_token_id
+        length = int(is_visual.any(0).nonzero()[-1]) + 1
+        self.input_ids, self.attention_mask = ids[:, :length], attention_mask[rows, :length]
+        self.is_visual = is_visual[:, :length]
+        self.num_frames = num_frames[rows]
+        self.sample_of_frame = torch.repeat_interleave(torch.arange(len(rows), device=ids.device), self.num_frames)
+        self.time_of_frame = frame_indices(self.num_frames)  # [F]
+        self.tokens_per_frame = model.config.tokens_per_frame
+
+    def hidden_states(self, visual_tokens: Tensor) -> Tensor:
+        """Hidden states at the visual tokens, in parallel: [F, P, E] -> [F, P, E]."""
+        hidden = self.model.read(self.input_ids, self.attention_mask, visual_tokens)
+        return hidden[self.is_visual].unflatten(0, (-1, self.tokens_per_frame))
+
+    def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:
+        """Frame t gets the query planned after frame t - 1, frame 0 the first query: [F, K, Q] -> [F, K, Q]."""
+        return torch.where((self.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
+
+    def frames_by_time(self) -> list[Tensor]:
+        """For every time t, the frame indices of the samples that have a frame t."""
+        return [(self.time_of_frame == t).nonzero()[:, 0] for t in range(int(self.num_frames.max()))]
+
+    def samples_of(self, frames: Tensor) -> Tensor:
+        return self.sample_of_frame[frames]
+
+    def start_cache(self) -> dict:
+        """Read the text before the first visual token of every sample into a cache, aligned at its right end."""
+        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual one, padding included
+        longest = int(before.max())
+        source = torch.arange(longest, device=before.device) - (longest - before)[:, None]  # [B', longest]
+        prefix = self.input_ids.gather(1, source.clamp(min=0))
+        mask = torch.where(source >= 0, self.attention_mask.gather(1, source.clamp(min=0)), 0)
+        cache = {"keys_and_values": DynamicCache(config=self.model.config.text_config), "mask": mask}
+        if longest:
+            self._run(self.model.embed(prefix, None), position_ids(mask), cache)
+        return cache
+
+    def step(self, visual_tokens: Tensor, frames: Tensor, cache: dict) -> Tensor:
+        """Read one frame of every sample that still has one: visual_tokens [f, P, E] -> hidden states [B', P, E].
+
+        A sample without this frame gets a masked place, which no later token attends to.
+        """
+        shape = (len(self.num_frames), self.tokens_per_frame)
+        samples = self.samples_of(frames)
+        embeddings = visual_tokens.new_zeros(*shape, visual_tokens.shape[-1]).index_copy(0, samples, visual_tokens)
+        present = torch.zeros(shape, dtype=cache["mask"].dtype, device=embeddings.device).index_fill(0, samples, 1)
+        cache["mask"] = torch.cat([cache["mask"], present], dim=1)
+        return self._run(embeddings, position_ids(cache["mask"])[:, -self.tokens_per_frame :], cache)
+
+    def _run(self, embeddings: Tensor, positions: Tensor, cache: dict) -> Tensor:
+        return self.model.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=cache["mask"],
+            position_ids=positions,
+            past_key_values=cache["keys_and_values"],
+            use_cache=True,
+        ).last_hidden_state
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions [B, S] that count real tokens only, so that padding on either side changes nothing."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def frame_indices(num_frames: Tensor) -> Tensor:
+    """num_frames [B] -> index of every frame within its sample, all samples one after another: int64 [F]."""
+    starts = num_frames.cumsum(0) - num_frames
+    total = int(num_frames.sum())
+    return torch.arange(total, device=num_frames.device) - torch.repeat_interleave(starts, num_frames)

@@ -1,0 +1,405 @@
+"""Every option of the configuration does what it says; the baselines; preferences; checkpointing and compilation."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from model import FoveatedVLMConfig
+from model.losses import attention_entropy, contrastive_loss, dpo_loss, entropy_margin_loss
+from model.queries import QueryAttention
+from tests.model.tiny import FIRST_VISUAL, MODES, PAD, VISUAL, make_batch, make_model, one_sample
+
+
+def random_targets(seed=0):
+    """One target patch in every frame of `make_batch` but the last, which shows none: bool [6, 16]."""
+    targets = torch.zeros(6, 16, dtype=torch.bool)
+    places = torch.randint(0, 16, (5,), generator=torch.Generator().manual_seed(seed))
+    targets[torch.arange(5), places] = True
+    return targets
+
+
+def fine(model, **changes):
+    return model(**(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))
+
+
+# ---------------------------------------------------------------- queries
+
+
+def test_query_dim_and_bias_shape_the_projection():
+    model = make_model(query_dim=10, query_bias=True)
+    assert model.static_query.shape == (1, 10)
+    assert (model.planner.out_features, model.query_projection.in_features) == (10, 10)
+    assert model.query_projection.bias is not None
+    assert make_model().query_projection.bias is None
+
+
+def test_query_init_std_is_the_spread_of_the_learned_queries():
+    for std in (0.02, 1.0):
+        model = make_model(query_dim=2000, query_init_std=std, tie_first_query=False)
+        for query in (model.static_query, model.first_query):
+            assert query.std().item() == pytest.approx(std, rel=0.1)
+
+
+@torch.no_grad()
+def test_an_untied_first_query_looks_at_frame_0():
+    tied, untied = make_model(), make_model(tie_first_query=False)
+    assert not hasattr(tied, "first_query")
+    queries = fine(untied).queries
+    for first_frame in (0, 3, 4):
+        assert torch.equal(queries[first_frame], untied.first_query)
+        assert torch.equal(fine(tied).queries[first_frame], tied.static_query)
+
+
+@pytest.mark.parametrize("attention", ["deep", "shallow"])
+@torch.no_grad()
+def test_temperature_sharpens_the_queries_and_leaves_the_patches_alone(attention):
+    entropies, keys = [], []
+    for temperature in (0.2, 1.0, 5.0):
+        model = make_model(attention=attention, attention_temperature=temperature)
+        output = fine(model, output_attentions=True)
+        entropies.append(attention_entropy(output.attention_weights).mean().item())
+        keys.append(model.vision_encoder.walk(make_batch()["pixel_values"]).keys[-1])
+    assert entropies[0] < entropies[1] < entropies[2]
+    assert torch.equal(keys[0], keys[1])
+
+
+def test_a_learnable_temperature_starts_at_the_fixed_one_and_learns():
+    fixed, learned = make_model(attention_temperature=0.5), make_model(attention_temperature=0.5)
+    learned = make_model(attention_temperature=0.5, learnable_temperature=True)
+    assert learned.log_temperature.tolist() == pytest.approx([math.log(0.5)] * 2)
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    torch.testing.assert_close(fine(learned).token_loss, fine(fixed).token_loss)
+    fine(learned).loss.backward()
+    assert learned.log_temperature.grad.abs().min() > 0
+    assert len(make_model(attention="shallow", learnable_temperature=True).log_temperature) == 1
+
+
+@pytest.mark.parametrize("attention", ["deep", "shallow"])
+@pytest.mark.parametrize(("hard", "places"), [("top_k", 3), ("gumbel", 1)])
+@torch.no_grad()
+def test_hard_attention_takes_so_many_places(attention, hard, places):
+    model = make_model(attention=attention, hard_attention=hard, attention_top_k=3)
+    for mode in MODES:
+        weights = fine(model, mode=mode, output_attentions=True).attention_weights
+        assert ((weights > 0).sum(-1) == places).all()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert not torch.equal(fine(model).token_loss, fine(make_model(attention=attention)).token_loss)
+
+
+def test_gumbel_is_sampled_in_training_only_and_straight_through():
+    model = make_model(hard_attention="gumbel")
+    assert torch.equal(fine(model).token_loss, fine(model).token_loss)
+    model.train()
+    torch.manual_seed(1)
+    one, other = fine(model), fine(model)
+    assert not torch.equal(one.token_loss, other.token_loss)
+    one.loss.backward()
+    assert model.planner.weight.grad.abs().max() > 0  # the soft gradient reaches the planner through the hard choice
+    torch.manual_seed(1)
+    assert torch.equal(fine(model).token_loss, one.token_loss)
+
+
+def test_weights_of_query_attention():
+    queries, keys = torch.eye(3)[None, None, :1] * 3, torch.eye(3)[None, None]  # logits [sqrt 3, 0, 0]
+    soft = QueryAttention().weights(queries, keys)
+    torch.testing.assert_close(soft[0, 0, 0], torch.tensor([3**0.5, 0, 0]).softmax(0))
+    allowed = torch.tensor([[False, True, True]])
+    assert QueryAttention(allowed=allowed).weights(queries, keys)[0, 0, 0].tolist() == [0, 0.5, 0.5]
+    assert QueryAttention(hard="top_k", top_k=1).weights(queries, keys)[0, 0, 0].tolist() == [1, 0, 0]
+
+
+@torch.no_grad()
+def test_sources_of_queries():
+    model = make_model()
+    by_source = {
+        source: fine(model, query_source=source, generator=torch.Generator().manual_seed(0)).queries
+        for source in ("planned", "static", "random", "fixed")
+    }
+    assert (by_source["static"] == model.static_query).all()
+    directions = {name: queries / queries.norm(dim=-1, keepdim=True) for name, queries in by_source.items()}
+    torch.testing.assert_close(directions["fixed"], directions["fixed"][:1].expand_as(directions["fixed"]))
+    assert (directions["random"][1:] - directions["random"][:1]).abs().amax((1, 2)).min() > 0.05
+    for source in ("random", "fixed"):
+        torch.testing.assert_close(by_source[source][0].norm(), by_source["planned"][0].norm())
+    for source, queries in by_source.items():  # as an option of the configuration, the same
+        configured = fine(make_model(query_source=source), generator=torch.Generator().manual_seed(0)).queries
+        assert torch.equal(configured, queries)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention", ["deep", "shallow"])
+@torch.no_grad()
+def test_the_oracle_looks_at_the_target_and_nowhere_else(mode, attention):
+    model, targets = make_model(query_source="oracle", attention=attention), random_targets()
+    weights = fine(model, mode=mode, target_patches=targets, output_attentions=True).attention_weights
+    on_target = (weights[..., 1:] * targets[None, :, None, None]).sum(-1)  # [L, F, H, K]
+    torch.testing.assert_close(on_target[:, :5], torch.ones_like(on_target[:, :5]))
+    free = weights[:, 5]  # the frame without a target
+    assert ((free > 0).sum(-1) == 17).all()
+    with pytest.raises(ValueError, match="needs target_patches for 6 frames, got None"):
+        fine(model, mode=mode)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+@pytest.mark.parametrize("aggregation", ["none", "mean", "weighted"])
+@torch.no_grad()
+def test_several_queries_per_frame(count, aggregation):
+    model = make_model(num_visual_tokens_per_frame=count, token_aggregation=aggregation)
+    per_frame = count if aggregation == "none" else 1
+    assert model.config.tokens_per_frame == per_frame
+    for mode in MODES:
+        output = fine(model, mode=mode)
+        assert output.visual_tokens.shape == (6, per_frame, 48)
+        assert output.queries.shape == (6, count, 24)
+        assert len(torch.unique(output.queries[1], dim=0)) == count  # different looks at one frame
+
+
+@torch.no_grad()
+def test_mean_aggregation_is_the_mean_of_the_looks():
+    several = make_model(num_visual_tokens_per_frame=3, token_aggregation="mean")
+    apart = make_model(num_visual_tokens_per_frame=3)
+    apart.load_state_dict({k: v for k, v in several.state_dict().items() if not k.startswith("planner")}, strict=False)
+    pixels = make_batch()["pixel_values"]
+    one, three = (fine(model, mode="coarse", pixel_values=pixels).visual_tokens for model in (several, apart))
+    torch.testing.assert_close(one, three.mean(1, keepdim=True))
+
+
+@torch.no_grad()
+def test_more_passes_come_closer_to_the_autoregressive_tokens():
+    sample = one_sample(make_batch(), 0)
+    models = [make_model(num_passes=n) for n in (1, 2, 3)]
+    tokens = [model(**sample, mode="fine").visual_tokens for model in models]
+    autoregressive = models[0](**sample, mode="autoregressive").visual_tokens
+    distances = [(token - autoregressive).abs().max().item() for token in tokens]
+    assert distances[0] > 1e-4
+    assert distances[2] < 1e-5
+    torch.testing.assert_close(tokens[1], models[0](**sample, mode="fine", num_plans=2).visual_tokens)
+
+
+@torch.no_grad()
+def test_visual_scale_scales_the_tokens():
+    one, ten = make_model(visual_scale=0.1), make_model(visual_scale=1.0)
+    torch.testing.assert_close(fine(ten, mode="coarse").visual_tokens, 10 * fine(one, mode="coarse").visual_tokens)
+
+
+@torch.no_grad()
+def test_frame_times_start_silent_and_tell_frames_apart():
+    model, plain = make_model(frame_time_embedding="sinusoidal"), make_model()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "time_projection.weight"})
+    assert torch.equal(fine(model).token_loss, fine(plain).token_loss)  # zero at the start
+    torch.nn.init.normal_(model.time_projection.weight)
+    still = {"pixel_values": torch.zeros(6, 3, 56, 56), "mode": "coarse"}
+    tokens = fine(model, **still).visual_tokens
+    assert (tokens[0] - tokens[1]).abs().max() > 1e-3
+    assert torch.equal(tokens[0], tokens[3])  # frame 0 of two samples
+    later = fine(model, **still, frame_times=torch.tensor([5.0, 6, 7, 5, 5, 6])).visual_tokens
+    assert (later[0] - tokens[0]).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_coarse_entropy_and_contrastive_losses_are_added_in_training():
+    weights = {"lambda_coarse": 0.3, "lambda_entropy": 0.7, "lambda_contrastive": 0.2}
+    margins = {"entropy_margin": 1.0, "contrastive_margin": 0.0}
+    model = make_model(**weights, **margins).train()
+    output = fine(model)
+    assert output.attention_weights is None  # computed for the loss, not asked for
+    text = fine(make_model()).loss
+    parts = 0.3 * output.loss_coarse + 0.7 * output.loss_entropy + 0.2 * output.loss_contrastive
+    torch.testing.assert_close(output.loss, text + parts)
+    coarse, looked = (fine(make_model(), mode=mode, output_attentions=True) for mode in ("coarse", "fine"))
+    expected = entropy_margin_loss(looked.attention_weights, coarse.attention_weights, 1.0)
+    torch.testing.assert_close(output.loss_entropy, expected)
+    expected = contrastive_loss(looked.visual_tokens, coarse.visual_tokens, 0.0)
+    torch.testing.assert_close(output.loss_contrastive, expected)
+    assert torch.equal(fine(model.eval()).loss, text)
+    for name in weights:
+        model = make_model(**{name: weights[name]}, **margins).train()
+        fine(model).loss.backward()
+        assert model.planner.weight.grad.abs().max() > 0
+
+
+def test_entropy_margin_and_contrastive_values():
+    uniform, sharp = torch.full((1, 1, 1, 1, 4), 0.25), torch.tensor([[[[[1.0, 0, 0, 0]]]]])
+    assert entropy_margin_loss(sharp, uniform, 1.0).item() == 0
+    assert entropy_margin_loss(sharp, uniform, 2.0).item() == pytest.approx(2 - math.log(4))
+    assert entropy_margin_loss(uniform, uniform, 0.5).item() == pytest.approx(0.5)
+    one, other = torch.tensor([[[1.0, 0]]]), torch.tensor([[[0, 2.0]]])
+    assert contrastive_loss(one, one, 0.25).item() == pytest.approx(0.75)
+    assert contrastive_loss(one, other, 0.25).item() == 0
+
+
+# ---------------------------------------------------------------- baselines
+
+
+@torch.no_grad()
+def test_sixteen_and_forty_nine_pooled_tokens():
+    for side, count in ((56, 16), (98, 49)):
+        model = make_model(architecture="multi_token", num_visual_tokens_per_frame=count)
+        batch = make_batch()
+        sample = one_sample(batch, 2)
+        ids = sample["input_ids"]
+        places = torch.full((1, count), VISUAL)
+        ids = torch.cat([ids[:, : FIRST_VISUAL[2]], places, ids[:, FIRST_VISUAL[2] + 1 :]], dim=1)
+        output = model(ids, pixel_values=torch.randn(1, 3, side, side), num_frames=torch.tensor([1]))
+        assert output.visual_tokens.shape == (1, count, 48)
+        assert not any(
+            "query" in name or "planner" in name for name, _ in model.named_parameters() if "encoder" not in name
+        )
+
+
+@torch.no_grad()
+def test_a_blind_model_sees_the_mean_colour():
+    blind, seeing = make_model(blind=True), make_model()
+    for mode in MODES:
+        black = torch.zeros(6, 3, 56, 56)
+        torch.testing.assert_close(
+            fine(blind, mode=mode).token_loss, fine(seeing, mode=mode, pixel_values=black).token_loss
+        )
+    assert (fine(blind).token_loss - fine(seeing).token_loss).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
+    for attention in ("deep", "shallow"):
+        model = make_model(coarse_only=True, attention=attention)
+        assert not hasattr(model, "planner")
+        losses = [fine(model, mode=mode).token_loss for mode in MODES]
+        assert torch.equal(losses[0], losses[1])
+        assert torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_passes": 4}, "num_passes=4 is above 3"),
+        ({"num_passes": 0}, "num_passes=0 is below 1"),
+        ({"attention_temperature": 0.0}, "attention_temperature=0.0 is below"),
+        ({"lambda_entropy": -1.0}, "lambda_entropy=-1.0 is below 0"),
+        ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
+        ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
+    ],
+)
+def test_configuration_names_the_value_and_the_limit(change, message):
+    with pytest.raises(ValueError, match=message):
+        FoveatedVLMConfig(**change)
+
+
+@torch.no_grad()
+def test_too_many_frames_or_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"sample 0 has 3 frames, the model takes at most 2 \(max_num_frames\)"):
+        fine(make_model(max_num_frames=2))
+    ids = torch.full((1, 129), 5)
+    with pytest.raises(ValueError, match="129 tokens but the language model reads at most 128"):
+        make_model()(ids)
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def preference_batch():
+    """`make_batch` with other, shorter answers as the rejected ones."""
+    batch = make_batch()
+    rejected = {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
+    for row in range(4):
+        asked = (rejected["labels"][row] != -100).nonzero()[:, 0]
+        rejected["input_ids"][row, asked] = (rejected["input_ids"][row, asked] + 7) % 60 + 3
+        rejected["labels"][row, asked] = rejected["input_ids"][row, asked]
+        rejected["labels"][row, asked[-1]] = -100
+        rejected["attention_mask"][row, asked[-1]] = 0
+        rejected["input_ids"][row, asked[-1]] = PAD
+    return batch | {f"rejected_{name}": value for name, value in rejected.items()}
+
+
+def test_preferences_are_scored_after_one_look():
+    model, batch, walks = make_model(), preference_batch(), []
+    model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_: walks.append(1))
+    reference = model.preference_log_probs(**batch)
+    assert len(walks) == 1  # chosen and rejected share the look
+    output = model(**batch, reference_log_probs=reference)
+    assert output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert output.reward_margin.abs().max() < 1e-5
+    for column, prefix in enumerate(("", "rejected_")):
+        text = {name: batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")}
+        alone = model(**text, pixel_values=batch["pixel_values"], num_frames=batch["num_frames"])
+        torch.testing.assert_close(output.log_probs[:, column], -alone.token_loss.sum(1), atol=1e-4, rtol=0)
+
+
+def test_training_on_preferences_prefers_the_chosen_answers():
+    model, batch = make_model(dpo_beta=0.5).train(), preference_batch()
+    frozen = copy.deepcopy(model)
+    reference = frozen.preference_log_probs(**batch)
+    assert frozen.training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        output = model(**batch, reference_log_probs=reference)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.loss < 0.6
+    assert (output.reward_margin > 0).all()
+    assert torch.equal(frozen.preference_log_probs(**batch), reference)  # the frozen copy has not moved
+    chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
+    loss, margin = dpo_loss(chosen, rejected, torch.tensor([-2.0]), torch.tensor([-2.0]), 0.1)
+    assert (loss.item(), margin.item()) == pytest.approx((math.log(1 + math.exp(-0.2)), 0.2))
+
+
+def test_preferences_with_another_question_are_refused():
+    batch = preference_batch()
+    batch["rejected_input_ids"][0, 1] = (batch["rejected_input_ids"][0, 1] + 1) % 60 + 3
+    with pytest.raises(ValueError, match="sample 0: up to the last frame the chosen sequence has 7 tokens"):
+        make_model()(**batch)
+
+
+# ---------------------------------------------------------------- the library's and torch's machinery
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "shallow"}, {"hard_attention": "top_k"}], ids=str)
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(options):
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = make_model(**options).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.vision_encoder.gradient_checkpointing
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = fine(model, num_plans=2).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+    assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "shallow"}], ids=str)
+@torch.no_grad()
+def test_compiled_hot_paths_are_whole_graphs_with_the_same_results(options):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = make_model(**options)
+    names = set(model.state_dict())
+    expected = {mode: fine(model, mode=mode) for mode in MODES}
+    model.compile_hot_paths(backend=count)
+    for mode in MODES:
+        torch.testing.assert_close(fine(model, mode=mode).token_loss, expected[mode].token_loss, atol=1e-5, rtol=0)
+    assert len(graphs) >= (3 if not options else 2)
+    before = len(graphs)
+    for mode in MODES:
+        fine(model, mode=mode)
+    assert len(graphs) == before  # nothing is compiled again
+    assert set(model.state_dict()) == names  # B27: no prefix in a checkpoint
+    torch._dynamo.reset()
