@@ -45,7 +45,7 @@ def main():
     torch.set_num_threads(settings.num_threads)
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(arguments.checkpoint)
-    dataset = TokenizedShards(arguments.shards, arguments.tokens, settings.split)
+    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split)
     training_rows = TokenizedShards(arguments.shards, arguments.tokens, "train").rows
     chosen = choose_items(dataset, settings.max_items_per_family, settings.seed)
     collate = Collator.for_model(

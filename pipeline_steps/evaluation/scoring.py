@@ -13,6 +13,7 @@ import torch
 from pipeline_steps import gaze
 from pipeline_steps.metrics import GAZE_MODES, MODES
 from pipeline_steps.params import UserError
+from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.loader import prefetch
 
 TEXT = "text"  # family and mode of text-only samples: without frames all modes are the same
@@ -76,7 +77,7 @@ def load(dataset, collate, patch_size, family, numbers):
     samples = [dataset.sample(item["key"]) for item in items]
     grid = batch["pixel_values"].shape[-1] // patch_size
     truths = [
-        gaze.truth(sample, item["item"], num_frames, grid)
+        targets.truth(sample, item["item"], num_frames, grid)
         for sample, item, num_frames in zip(samples, items, batch["num_frames"].tolist(), strict=True)
     ]
     return family, items, batch, truths
@@ -95,8 +96,9 @@ def run_mode(model, batch, mode, generator, output_attentions):
         num_frames=batch["num_frames"],
         labels=batch["labels"].masked_fill(~batch["score_mask"], -100),
         mode="autoregressive" if control else mode,
-        query_source="random" if mode == "random_query" else "planned",
+        query_source="random" if mode == "random_query" else None,
         generator=generator,
+        target_patches=batch.get("target_patches"),
         output_attentions=output_attentions,
     )
 

@@ -6,11 +6,12 @@ softmax, activations, residual additions, rotary embeddings, the loss itself, an
 computed a second time for pictures. tests/pipeline_steps/test_flops.py holds the sums against
 `torch.utils.flop_counter.FlopCounterMode` on the real network.
 
-Names: T frames, N patches, D vision width, K visual tokens per frame, Q query width, E language width.
+Names: T frames, N patches, D vision width, K queries and P visual tokens per frame, Q query width, E language width.
 """
 
 from dataclasses import dataclass
 
+from model.modeling_foveated_vlm import TIME_FEATURES
 from pipeline_steps.metrics import Components, ModeFlops
 
 
@@ -78,6 +79,17 @@ def query_walk(config):
     return projection + 2 * linear(k, width, width) + attention(k, num_vision_rows(vision), width)
 
 
+def connector(config):
+    """From what was found in one frame to its visual tokens."""
+    vision, text = config.vision_config, config.text_config
+    flops = linear(config.tokens_per_frame, vision.hidden_size, text.hidden_size)
+    if config.frame_time_embedding != "none":
+        flops += linear(1, TIME_FEATURES, text.hidden_size)
+    if config.architecture == "foveated" and config.token_aggregation == "weighted":
+        flops += linear(config.num_visual_tokens_per_frame, vision.hidden_size, 1)
+    return flops
+
+
 def language_pass(config, rows, context):
     """`rows` new positions over a context of `context` positions (themselves included): grouped-query attention,
     gated feed-forward."""
@@ -91,16 +103,17 @@ def language_pass(config, rows, context):
     return config.num_hidden_layers * (projections + attention(rows, context, query_width) + feed_forward)
 
 
-def forward(config, sample, mode, num_plans=1):
+def forward(config, sample, mode, num_plans=None):
     """`ModeFlops` of one forward pass with loss. mode: coarse, fine or autoregressive; num_plans: times that the
-    fine mode plans.
+    fine mode plans (default: the configuration's num_passes).
 
     A `multi_token` network and one trained coarse-only have a single way to look, whatever the mode.
     """
     vision, text = config.vision_config, config.text_config
-    frames, k = sample.num_frames, config.num_visual_tokens_per_frame
-    total = sample.num_text_tokens + frames * k
-    read_until = sample.num_tokens_before + frames * k  # planning reads up to the last visual token
+    num_plans = config.num_passes if num_plans is None else num_plans
+    frames, tokens = sample.num_frames, config.tokens_per_frame
+    total = sample.num_text_tokens + frames * tokens
+    read_until = sample.num_tokens_before + frames * tokens  # planning reads up to the last visual token
     multi_token = config.architecture == "multi_token"
     planning = frames and not multi_token and not config.coarse_only and mode != "coarse"
     shallow = not multi_token and config.attention == "shallow"
@@ -108,17 +121,18 @@ def forward(config, sample, mode, num_plans=1):
     looks = 0 if multi_token else 1  # every frame is looked at once, in fine mode once more per plan
     planned = language = 0
     if planning and mode == "fine":
-        looks, planned = 1 + num_plans, num_plans * frames * k
+        looks, planned = 1 + num_plans, num_plans * frames
         language = num_plans * language_pass(text, read_until, read_until)
     elif planning:
-        planned = frames * k
+        planned = frames
         language = language_pass(text, sample.num_tokens_before, sample.num_tokens_before)
-        language += sum(language_pass(text, k, sample.num_tokens_before + (t + 1) * k) for t in range(frames))
+        contexts = (sample.num_tokens_before + (t + 1) * tokens for t in range(frames))
+        language += sum(language_pass(text, tokens, context) for context in contexts)
     components = Components(
         vision_walk=frames * (vision_walk(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
         query_walk=frames * looks * query_walk(config) if looks else 0,
-        connector=max(looks, 1) * linear(frames * k, vision.hidden_size, text.hidden_size),
-        planner=linear(planned, text.hidden_size, config.query_dim),
+        connector=max(looks, 1) * frames * connector(config),
+        planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
         language_model=language + language_pass(text, total, total),
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
     )
@@ -131,10 +145,10 @@ def training_step(config, sample):
 
     The second planning counts with its probability.
     """
-    once, twice = (forward(config, sample, "fine", num_plans).total for num_plans in (1, 2))
+    once, twice = (forward(config, sample, "fine", config.num_passes + more).total for more in (0, 1))
     step = once + config.second_pass_probability * (twice - once)
     if config.lambda_coarse > 0 and not config.coarse_only and config.architecture == "foveated":
-        length = sample.num_text_tokens + sample.num_frames * config.num_visual_tokens_per_frame
+        length = sample.num_text_tokens + sample.num_frames * config.tokens_per_frame
         step += language_pass(config.text_config, length, length)
         step += linear(sample.num_labels, config.text_config.hidden_size, config.text_config.vocab_size)
     return 3 * step - sample.num_frames * patch_embedding(config.vision_config)

@@ -25,6 +25,7 @@ from pipeline_steps.heatmaps import drawing
 from pipeline_steps.metrics import GAZE_MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.records import replaced_folder, write_json
+from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
@@ -45,7 +46,7 @@ def main():
         )
     model = FoveatedVLMForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, config=model.config)
-    dataset = TokenizedShards(arguments.shards, arguments.tokens, settings.split)
+    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split)
     collate = Collator.for_model(
         model.config, loss="answer_only", image_replication=parameters.streaming.image_replication
     )
@@ -102,13 +103,14 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
     item = dataset[number]
     batch = collate([item])
     num_frames = int(batch["num_frames"][0])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "num_frames")}
+    wanted = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
+    inputs = {name: batch[name] for name in wanted if name in batch}
     maps = {}
     for mode in ("coarse",) if model.config.coarse_only else GAZE_MODES:
         weights = model(**inputs, mode=mode, output_attentions=True).attention_weights
         maps[mode] = gaze.attention_maps(weights.numpy())
     grid = round(maps["coarse"].shape[-1] ** 0.5)
-    truth = gaze.truth(dataset.sample(item["key"]), item["item"], num_frames, grid)
+    truth = targets.truth(dataset.sample(item["key"]), item["item"], num_frames, grid)
     frames = item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
     clip = drawing.Clip(
         frames=frames,

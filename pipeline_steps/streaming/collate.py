@@ -46,7 +46,7 @@ class Collator:
             layout=config.layout,
             loss=loss,
             image_replication=image_replication,
-            tokens_per_frame=config.num_visual_tokens_per_frame,
+            tokens_per_frame=config.tokens_per_frame,
             visual_id=config.visual_token_id,
             bos_id=text.bos_token_id,
             pad_id=text.pad_token_id if text.pad_token_id is not None else text.eos_token_id,
@@ -54,8 +54,8 @@ class Collator:
 
     def __call__(self, items: list[dict]) -> dict:
         """input_ids, attention_mask, labels, score_mask: [B, S]; pixel_values [F, 3, height, width]; num_frames [B];
-        keys."""
-        frames = [self._replicate(item) for item in items]
+        keys; target_patches bool [F, N] where the items have them."""
+        frames = [self._replicate(item, "frames") for item in items]
         rows = [self._insert(item, len(pictures)) for item, pictures in zip(items, frames, strict=True)]
         length = max(len(row["ids"]) for row in rows)
         shape = (len(rows), length)
@@ -74,12 +74,17 @@ class Collator:
         shown = [pictures for pictures in frames if len(pictures)]
         batch["pixel_values"] = normalise(np.concatenate(shown)) if shown else np.zeros((0, 3, 1, 1), np.float32)
         batch["num_frames"] = np.array([len(pictures) for pictures in frames], np.int64)
+        if "target_patches" in items[0]:
+            targets = [self._replicate(item, "target_patches") for item in items]
+            batch["target_patches"] = np.concatenate(
+                [rows for rows in targets if len(rows)] or [np.zeros((0, 1), bool)]
+            )
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         return {**tensors, "keys": [item["key"] for item in items]}
 
-    def _replicate(self, item: dict) -> np.ndarray:
-        frames = item["frames"]
-        return np.repeat(frames, self.image_replication, axis=0) if item["kind"] == "image" else frames
+    def _replicate(self, item: dict, name: str) -> np.ndarray:
+        """A value per frame of the item; a still is shown several times."""
+        return np.repeat(item[name], self.image_replication, axis=0) if item["kind"] == "image" else item[name]
 
     def _insert(self, item: dict, num_frames: int) -> dict:
         """The text's ids with the placeholders in place, and which of them are labels and which are scored."""

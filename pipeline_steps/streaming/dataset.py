@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample, ShardsManifest, TokensManifest, parse, read_record
+from pipeline_steps.streaming.targets import truth
 
 COLUMNS = (
     "key",
@@ -47,11 +48,15 @@ class Member:
 class TokenizedShards:
     """The items of one split.
 
-    Raises UserError when a stage's output is missing, or when a sidecar does not belong to the shard beside it.
+    `target_patch_size` (px): items say where their target is, as the query source `oracle` needs it. Raises UserError
+    when a stage's output is missing, or when a sidecar does not belong to the shard beside it.
     """
 
-    def __init__(self, shards_dir: str | Path, tokens_dir: str | Path, split: str):
+    def __init__(
+        self, shards_dir: str | Path, tokens_dir: str | Path, split: str, target_patch_size: int | None = None
+    ):
         self.shards_dir, self.tokens_dir, self.split = Path(shards_dir), Path(tokens_dir), split
+        self.target_patch_size = target_patch_size
         shards = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards").splits.get(split)
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
@@ -71,6 +76,12 @@ class TokenizedShards:
             table = pq.read_table(self.tokens_dir / split / sidecar.name, columns=list(COLUMNS))
             rows += table.to_pylist()
         self.rows: list[dict] = rows
+
+    @classmethod
+    def for_model(cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str) -> "TokenizedShards":
+        """With targets where the FoveatedVLMConfig asks for them."""
+        oracle = config.query_source == "oracle"
+        return cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,9 +107,15 @@ class TokenizedShards:
         return parse(PackedSample, self._members[key]["json"].read().decode(), f"{key}.json")
 
     def __getitem__(self, number: int) -> dict:
-        """The row's fields, with `frames` uint8 [T, height, width, 3]."""
+        """The row's fields, with `frames` uint8 [T, height, width, 3] and, where asked for, `target_patches` bool
+        [T, N], all False in frames of no known target."""
         row = self.rows[number]
-        return {**row, "frames": self.frames(row["key"])}
+        item = {**row, "frames": self.frames(row["key"])}
+        if self.target_patch_size is not None:
+            num_frames, grid = len(item["frames"]), item["frames"].shape[1] // self.target_patch_size
+            known = truth(self.sample(row["key"]), row["item"], num_frames, grid) if num_frames else None
+            item["target_patches"] = np.zeros((num_frames, grid * grid), bool) if known is None else known.target
+        return item
 
 
 def index_tar(path: Path) -> dict[str, dict[str, Member]]:

@@ -29,7 +29,7 @@ from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import locked_scratch, replaced_folder, write_json, write_text
 from pipeline_steps.streaming.dataset import TokenizedShards
-from pipeline_steps.training.engine import Run, train
+from pipeline_steps.training.engine import EXTRA_LOSSES, Run, train
 from pipeline_steps.training.parameters import format_table, trainable_parameters
 from pipeline_steps.training.state import run_fingerprint
 
@@ -43,7 +43,7 @@ COLUMNS = (
     "family",
     "mode",
     "loss",
-    "loss_coarse",
+    *EXTRA_LOSSES,
     "accuracy",
     "grad_norm",
     "num_plans",
@@ -68,11 +68,16 @@ def main() -> None:
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
     with locked_scratch(arguments.stage, mark) as (folder, _):
         device = "cuda" if common.device == "cuda" or (common.device == "auto" and torch.cuda.is_available()) else "cpu"
+        model = load_model(arguments, parameters).to(device)
+        train_split, validation_split = (
+            TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, split)
+            for split in ("train", "validation")
+        )
         run = Run(
             stage=arguments.stage,
-            model=load_model(arguments, parameters).to(device),
-            train=TokenizedShards(arguments.shards, arguments.tokens, "train"),
-            validation=TokenizedShards(arguments.shards, arguments.tokens, "validation"),
+            model=model,
+            train=train_split,
+            validation=validation_split,
             seed=parameters.seed,
             common=common,
             settings=settings,

@@ -22,7 +22,8 @@ from pipeline_steps.training.parameters import trainable_parameters
 from pipeline_steps.training.schedule import learning_rate_factor
 from pipeline_steps.training.state import load_state, save_state
 
-TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels")
+EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive")  # of the configuration's lambdas
+TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels", "target_patches")
 
 
 @dataclass
@@ -134,7 +135,8 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: in
     factor = learning_rate_factor(step, run.num_steps, run.settings.warmup_share, run.settings.final_learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
-    num_plans = 1 + int(run.generator(step).random() < config.second_pass_probability)
+    num_plans = config.num_passes + int(run.generator(step).random() < config.second_pass_probability)
+    torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # random queries, sampled attention
     with torch.autocast(run.device, torch.bfloat16, enabled=run.common.precision == "bf16"):
         output = model(
             **to_device(batch, run.device), mode="coarse" if config.coarse_only else "fine", num_plans=num_plans
@@ -156,7 +158,7 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: in
         "step": step + 1,
         "samples": seen,
         "loss": loss,
-        "loss_coarse": "" if output.loss_coarse is None else output.loss_coarse.item(),
+        **{name: output[name].item() for name in EXTRA_LOSSES if name in output},
         "grad_norm": norm.item(),
         "num_plans": num_plans,
         **rates,
@@ -223,4 +225,4 @@ def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
 
 
 def to_device(batch: dict, device: str) -> dict:
-    return {name: batch[name].to(device, non_blocking=True) for name in TENSORS}
+    return {name: batch[name].to(device, non_blocking=True) for name in TENSORS if name in batch}

@@ -16,6 +16,7 @@ from pipeline_steps.evaluation import __main__ as evaluation
 from pipeline_steps.evaluation import scoring, statistics
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample
+from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.collate import Collator
 
 GRID = 4
@@ -71,25 +72,30 @@ def truth_at(*patches):
     target[np.arange(len(patches)), patches] = True
     others = target.copy()
     others[:, 15] = True
-    return gaze.Truth(target, others, np.zeros((len(patches), 4)))
+    return targets.Truth(target, others, np.zeros((len(patches), 4)))
 
 
 def test_boxes_fall_on_their_patches():
-    assert np.flatnonzero(gaze.box_patches((0.27, 0.02, 0.48, 0.23), GRID)).tolist() == [1]
-    assert np.flatnonzero(gaze.box_patches((0.5, 0.5, 1, 1), GRID)).tolist() == [10, 11, 14, 15]
-    assert np.flatnonzero(gaze.box_patches((0.2, 0.2, 0.3, 0.3), GRID)).tolist() == [0, 1, 4, 5]  # on a corner of four
-    assert not gaze.box_patches((1, 0.2, 1, 0.3), GRID).any()
+    assert np.flatnonzero(targets.box_patches((0.27, 0.02, 0.48, 0.23), GRID)).tolist() == [1]
+    assert np.flatnonzero(targets.box_patches((0.5, 0.5, 1, 1), GRID)).tolist() == [10, 11, 14, 15]
+    assert np.flatnonzero(targets.box_patches((0.2, 0.2, 0.3, 0.3), GRID)).tolist() == [
+        0,
+        1,
+        4,
+        5,
+    ]  # on a corner of four
+    assert not targets.box_patches((1, 0.2, 1, 0.3), GRID).any()
 
 
 def test_boxes_move_with_the_centre_crop():
-    assert gaze.crop_box((0.25, 0, 0.75, 1), 200, 100) == pytest.approx([0, 0, 1, 1])
-    assert gaze.crop_box((0, 0.5, 0.25, 0.75), 200, 100)[2] == 0  # cut off
-    assert gaze.crop_box((0.1, 0.2, 0.3, 0.4), 112, 112) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert targets.crop_box((0.25, 0, 0.75, 1), 200, 100) == pytest.approx([0, 0, 1, 1])
+    assert targets.crop_box((0, 0.5, 0.25, 0.75), 200, 100)[2] == 0  # cut off
+    assert targets.crop_box((0.1, 0.2, 0.3, 0.4), 112, 112) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 def test_frames_keep_their_source():
-    assert [gaze.source_frame(t, 6, 6) for t in range(6)] == list(range(6))
-    assert [gaze.source_frame(t, 3, 6) for t in range(3)] == [1, 3, 5]
+    assert [targets.source_frame(t, 6, 6) for t in range(6)] == list(range(6))
+    assert [targets.source_frame(t, 3, 6) for t in range(3)] == [1, 3, 5]
 
 
 def test_peak_on_and_off_the_target():

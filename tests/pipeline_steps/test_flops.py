@@ -30,7 +30,7 @@ def make_config(**options):
 
 
 def batch_of(config, sample):
-    k = config.num_visual_tokens_per_frame
+    k = config.tokens_per_frame
     after = sample.num_text_tokens - sample.num_tokens_before
     ids = [5] * sample.num_tokens_before + [VISUAL] * (sample.num_frames * k) + [7] * after
     labels = [-100] * (len(ids) - sample.num_labels) + [7] * sample.num_labels
@@ -62,8 +62,10 @@ def counted(config, sample, backward=False, **options):
         {"coarse_only": True},
         {"architecture": "multi_token", "num_visual_tokens_per_frame": 16},
         {"num_visual_tokens_per_frame": 3},
+        {"num_visual_tokens_per_frame": 3, "token_aggregation": "weighted", "frame_time_embedding": "sinusoidal"},
+        {"num_passes": 2, "attention_temperature": 0.5, "hard_attention": "top_k"},
     ],
-    ids=["deep", "shallow", "coarse_only", "multi_token", "three_queries"],
+    ids=["deep", "shallow", "coarse_only", "multi_token", "three_queries", "aggregated", "passes"],
 )
 def test_forward_agrees_with_the_counter(mode, options):
     config = make_config(**options)

@@ -1,0 +1,65 @@
+"""Where the objects of an item are, frame by frame, on the patch grid: the ground truth of gaze, where data has it.
+
+Boxes are [x0, y0, x1, y1], each 0..1 of the picture's width or height. T frames, N patches in row-major order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where the objects of one item are, frame by frame."""
+
+    target: np.ndarray  # bool [T, N], patches that show the target; all False: out of the picture
+    any_object: np.ndarray  # bool [T, N]
+    boxes: np.ndarray  # [T, 4], the target's box in the cropped picture
+
+
+def truth(sample, item, num_frames, grid):
+    """`Truth` of one item of a PackedSample on a grid x grid picture, or None: no target named, or no boxes known."""
+    target = sample.items[item].target
+    if target is None or not sample.objects:
+        return None
+    boxes = np.stack([object_boxes(sample, entry, num_frames) for entry in sample.objects])  # [objects, T, 4]
+    patches = np.stack([[box_patches(box, grid) for box in track] for track in boxes])  # [objects, T, N]
+    return Truth(patches[target], patches.any(axis=0), boxes[target])
+
+
+def object_boxes(sample, entry, num_frames):
+    """The boxes of one object in the `num_frames` frames that were packed, in the centre crop: [num_frames, 4]."""
+    sources = [source_frame(index, num_frames, len(entry.boxes)) for index in range(num_frames)]
+    return np.stack([crop_box(entry.boxes[source], sample.width, sample.height) for source in sources])
+
+
+def source_frame(index, num_frames, num_source_frames):
+    """The source frame that frame `index` of `num_frames`, sampled uniformly over the whole clip, was taken from."""
+    return min(num_source_frames - 1, int((index + 0.5) * num_source_frames / num_frames))
+
+
+def crop_box(box, width, height):
+    """A box of the source picture (width x height pixels) in the centre square that is cut out of it; what sticks
+    out is cut off."""
+    side = min(width, height)
+    scale = np.array([width, height] * 2) / side
+    shift = np.array([(width - side) / 2, (height - side) / 2] * 2) / side
+    return np.clip(np.asarray(box, dtype=np.float64) * scale - shift, 0, 1)
+
+
+def box_patches(box, grid):
+    """Which patches of a grid x grid picture show the box: bool [grid * grid].
+
+    A patch counts when the overlap is at least half of the patch or half of the box, whichever is smaller; when no
+    patch reaches that (a box on a corner of four patches), the ones with the largest overlap do. A box without area
+    (outside of the crop) has no patch.
+    """
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        return np.zeros(grid * grid, dtype=bool)
+    edges = np.arange(grid + 1) / grid
+    along_x = np.clip(np.minimum(edges[1:], x1) - np.maximum(edges[:-1], x0), 0, None)
+    along_y = np.clip(np.minimum(edges[1:], y1) - np.maximum(edges[:-1], y0), 0, None)
+    overlap = np.outer(along_y, along_x).ravel()
+    shown = overlap >= 0.5 * min(grid**-2, (x1 - x0) * (y1 - y0)) - 1e-9
+    return shown if shown.any() else overlap >= overlap.max() - 1e-9
