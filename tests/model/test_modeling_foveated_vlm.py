@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.multi_token_encoder import pool_patches
-from tests.model.tiny import FIRST_VISUAL, MODES, PAD, make_batch, make_model, one_sample
+from tests.model.tiny import BOS, LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
 
 OPTIONS = [
     {},
@@ -23,30 +23,39 @@ OPTIONS = [
 ]
 
 
+BATCHES = [  # rows, further padding on the left and on the right
+    ([0, 1, 2, 3], 0, 0),
+    ([3, 2, 1, 0], 3, 2),
+    ([1, 0], 0, 7),
+    ([2, 1, 1, 2, 0], 4, 0),
+    ([1], 2, 1),
+]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_loss_and_logits_of_a_sample_do_not_depend_on_its_batch(mode, options):
+def test_loss_and_logits_of_a_sample_do_not_depend_on_its_batch(mode, layout, options):
     model = make_model(**options)
-    batch = make_batch(model.config.tokens_per_frame)
-    together = model(**batch, mode=mode, return_logits=True)
-    for row in range(4):
-        sample = one_sample(batch, row)
-        alone = model(**sample, mode=mode, return_logits=True)
-        size = sample["input_ids"].shape[1]
-        torch.testing.assert_close(alone.token_loss[0], together.token_loss[row, :size], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.logits[0], together.logits[row, :size], atol=1e-5, rtol=0)
+    batch = make_batch(model.config.tokens_per_frame, layout)
+    alone = [model(**one_sample(batch, row), mode=mode, return_logits=True) for row in range(4)]
+    for rows, left, right in BATCHES:
+        together = model(**rows_of(batch, rows, left, right), mode=mode, return_logits=True)
+        for place, row in enumerate(rows):
+            own = slice(left, left + alone[row].token_loss.shape[1])
+            assert alone[row].loss > 0
+            torch.testing.assert_close(together.token_loss[place, own], alone[row].token_loss[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(together.logits[place, own], alone[row].logits[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_left_padding_changes_nothing():
-    model, batch = make_model(), make_batch()
-    padded = dict(batch)
-    for name, value in (("input_ids", PAD), ("attention_mask", 0), ("labels", -100)):
-        padded[name] = torch.nn.functional.pad(batch[name], (5, 0), value=value)
-    for mode in MODES:
-        expected, got = model(**batch, mode=mode), model(**padded, mode=mode)
-        torch.testing.assert_close(got.token_loss[:, 5:], expected.token_loss, atol=1e-5, rtol=0)
+def test_what_stands_in_the_padding_is_never_read(mode):
+    model, batch = make_model(), rows_of(make_batch(), [0, 1, 2, 3], 3, 2)
+    filled = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
+    expected, got = model(**batch, mode=mode), model(**filled, mode=mode)
+    torch.testing.assert_close(got.token_loss, expected.token_loss, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -60,53 +69,98 @@ def test_fine_equals_autoregressive_for_one_frame_and_not_for_three():
     assert difference[0] > 1e-4
 
 
+SHAPES = [{}, {"num_visual_tokens_per_frame": 2}, {"attention": "shallow"}, {"tie_first_query": False}]
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
 @torch.no_grad()
-def test_planning_as_often_as_there_are_frames_ends_at_the_autoregressive_tokens():
+def test_planning_as_often_as_there_are_frames_ends_at_the_autoregressive_tokens(options):
+    model = make_model(**options)
+    for layout in LAYOUTS:
+        batch = make_batch(model.config.tokens_per_frame, layout)
+        fine, autoregressive = model(**batch, mode="fine", num_plans=3), model(**batch, mode="autoregressive")
+        torch.testing.assert_close(fine.visual_tokens, autoregressive.visual_tokens, atol=1e-5, rtol=0)
+        torch.testing.assert_close(fine.queries, autoregressive.queries, atol=1e-5, rtol=0)
+        torch.testing.assert_close(fine.token_loss, autoregressive.token_loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_autoregressive_look_at_a_prefix_is_the_prefix_of_the_look(layout, options):
+    model = make_model(**options)
+    per_frame = model.config.tokens_per_frame
+    sample, at = one_sample(make_batch(per_frame, layout), 0), LAYOUTS[layout][0]
+    whole = model(**sample, mode="autoregressive")
+    assert (whole.visual_tokens[1] - whole.visual_tokens[2]).abs().max() > 1e-3
+    for frames in (1, 2):
+        cut = [sample["input_ids"][:, : at + frames * per_frame], sample["input_ids"][:, at + 3 * per_frame :]]
+        prefix = model(
+            torch.cat(cut, dim=1),
+            pixel_values=sample["pixel_values"][:frames],
+            num_frames=torch.tensor([frames]),
+            mode="autoregressive",
+        )
+        torch.testing.assert_close(prefix.visual_tokens, whole.visual_tokens[:frames], atol=1e-5, rtol=0)
+        torch.testing.assert_close(prefix.queries, whole.queries[:frames], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_later_frames_do_not_reach_earlier_looks():
     model, sample = make_model(), one_sample(make_batch(), 0)
-    fine, autoregressive = model(**sample, mode="fine", num_plans=3), model(**sample, mode="autoregressive")
-    torch.testing.assert_close(fine.visual_tokens, autoregressive.visual_tokens, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_autoregressive_look_at_a_prefix_is_the_prefix_of_the_look():
-    model, sample = make_model(), one_sample(make_batch(), 0)
-    whole = model(**sample, mode="autoregressive").visual_tokens
-    at = FIRST_VISUAL[0]
-    ids = torch.cat([sample["input_ids"][:, : at + 2], sample["input_ids"][:, at + 3 :]], dim=1)
-    prefix = model(ids, pixel_values=sample["pixel_values"][:2], num_frames=torch.tensor([2]), mode="autoregressive")
-    torch.testing.assert_close(prefix.visual_tokens, whole[:2], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_queries_depend_on_the_question_that_stands_first():
-    model, sample = make_model(), one_sample(make_batch(), 0)
-    other = {**sample, "input_ids": sample["input_ids"].clone()}
-    other["input_ids"][0, 1] = 5 if sample["input_ids"][0, 1] != 5 else 6
-    for mode in ("fine", "autoregressive"):
-        first, second = model(**sample, mode=mode).queries, model(**other, mode=mode).queries
-        assert torch.equal(first[0], second[0])  # frame 0 has the learned first query
-        assert (first[1:] - second[1:]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_identical_frames_get_different_queries_over_time():
-    model, sample = make_model(), one_sample(make_batch(), 0)
-    still = {**sample, "pixel_values": sample["pixel_values"][:1].expand(3, -1, -1, -1)}
-    queries = model(**still, mode="fine").queries
-    assert (queries[1] - queries[2]).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_keys_and_values_are_computed_once_per_frame():
-    model, batch, calls = make_model(), make_batch(), []
-    for layer in model.vision_encoder.encoder.layer:
-        layer.attention.attention.key.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+    other = {**sample, "pixel_values": torch.cat([sample["pixel_values"][:2], torch.zeros(1, 3, 56, 56)])}
     for mode in MODES:
-        calls.clear()
-        model(**batch, mode=mode, num_plans=2)
-        assert [tuple(shape[:2]) for shape in calls] == [
-            (6, 17)
-        ] * 2  # two layers, six frames, class token + 16 patches
+        one, changed = (model(**inputs, mode=mode).visual_tokens for inputs in (sample, other))
+        torch.testing.assert_close(one[:2], changed[:2], atol=1e-6, rtol=0)
+        assert (one[2] - changed[2]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_queries_depend_on_the_question_that_stands_first_and_on_none_that_stands_last():
+    model = make_model()
+    for layout, place in (("question_first", 1), ("vision_first", 6)):
+        sample = one_sample(make_batch(layout=layout), 0)
+        other = {**sample, "input_ids": sample["input_ids"].clone()}
+        other["input_ids"][0, place] = 5 if sample["input_ids"][0, place] != 5 else 6
+        for mode in ("fine", "autoregressive"):
+            first, second = model(**sample, mode=mode).queries, model(**other, mode=mode).queries
+            assert torch.equal(first[0], second[0])  # frame 0 has the learned first query
+            if layout == "question_first":
+                assert (first[1:] - second[1:]).abs().amax((1, 2)).min() > 1e-3
+            else:
+                assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["fine", "autoregressive"])
+@torch.no_grad()
+def test_identical_frames_get_different_queries_over_time_after_a_bos_or_a_question(mode):
+    """With nothing in front, attention over equal tokens is equal at every place: then all planned queries are one."""
+    model, differences = make_model(tie_first_query=True), {}
+    for layout in LAYOUTS:
+        sample = one_sample(make_batch(layout=layout), 0)
+        assert layout != "vision_first" or sample["input_ids"][0, 0] == BOS
+        still = {**sample, "pixel_values": sample["pixel_values"][:1].expand(3, -1, -1, -1)}
+        queries = model(**still, mode=mode).queries
+        differences[layout] = (queries[1] - queries[2]).abs().max().item()
+    assert differences["question_first"] > 1e-4
+    assert differences["vision_first"] > 1e-4
+    assert mode == "autoregressive" or differences["nothing in front"] < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["deep", "shallow"])
+@torch.no_grad()
+def test_keys_and_values_are_computed_once_per_frame(attention):
+    model, batch, rows = make_model(attention=attention), make_batch(), []
+    attentions = [layer.attention.attention for layer in model.vision_encoder.encoder.layer]
+    attentions += [model.shallow_attention.attention.attention] if attention == "shallow" else []
+    for module in attentions:
+        for projection in (module.key, module.value):
+            projection.register_forward_hook(lambda module, args, output: rows.append((module, args[0].shape[:2])))
+    for mode in MODES:
+        rows.clear()
+        model(**batch, mode=mode, num_plans=3)
+        assert len({id(module) for module, _ in rows}) == len(rows) == 2 * len(attentions)  # each projection once
+        assert all(shape == (6, 17) for _, shape in rows)  # six frames, class token + 16 patches
 
 
 @torch.no_grad()
@@ -136,18 +190,60 @@ def test_controls_replace_the_planned_queries():
     assert (static == static[0]).all()
 
 
-def test_gradients_reach_every_part_and_the_end_of_turn_token():
-    model, batch = make_model(tie_first_query=False).train(), make_batch()
+def ask_for_the_end_of_turn_only(batch: dict) -> dict:
+    """Only the last token is asked for: the end of turn, which is also the padding's id."""
     batch["labels"][:, :] = -100
-    size = batch["attention_mask"].sum(1) - 1
-    batch["input_ids"][torch.arange(4), size] = PAD
-    batch["labels"][torch.arange(4), size] = PAD  # only the end of turn is asked for, and it is the pad id
+    last = batch["attention_mask"].sum(1) - 1
+    batch["input_ids"][torch.arange(4), last] = PAD
+    batch["labels"][torch.arange(4), last] = PAD
+    return batch
+
+
+def without_gradient(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+
+
+ALL_PARTS = [
+    {"tie_first_query": False},
+    {"tie_first_query": False, "attention": "shallow", "query_bias": True},
+    {"tie_first_query": False, "num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"},
+    {"learnable_temperature": True, "frame_time_embedding": "sinusoidal"},
+]
+
+
+@pytest.mark.parametrize("options", ALL_PARTS, ids=str)
+def test_gradients_reach_every_parameter(options):
+    model = make_model(**options).train()
+    batch = ask_for_the_end_of_turn_only(make_batch(model.config.tokens_per_frame))
     model(**batch, mode="fine").loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    last = "vision_encoder.encoder.layer.1."
-    assert [name for name in without if not name.startswith(last)] == []
-    assert model.static_query.grad.abs().max() > 0
+    assert without_gradient(model) == set()
+
+
+def test_the_static_query_learns_through_what_is_planned_from_its_tokens():
+    """Its own tokens reach the loss of the fine pass by way of the planner only."""
+    model = make_model(tie_first_query=False).train()
+    model.planner.requires_grad_(False).weight.zero_()
+    model(**make_batch(), mode="fine").loss.backward()
+    assert model.static_query.grad.abs().max() == 0
     assert model.first_query.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("frozen", [{"vision"}, {"language"}, {"connector"}, {"vision", "language"}], ids=sorted)
+def test_frozen_parts_get_no_gradient_and_let_it_through(frozen):
+    model = make_model(tie_first_query=False).train()
+    parts = {
+        "vision": [model.vision_encoder],
+        "language": [model.language_model],
+        "connector": [model.connector, model.planner, model.query_projection],
+    }
+    for part in frozen:
+        for module in parts[part]:
+            module.requires_grad_(False)
+    model(**make_batch(), mode="fine").loss.backward()
+    expected = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert expected
+    assert without_gradient(model) == expected
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_lambda_coarse_adds_the_loss_of_the_coarse_pass():

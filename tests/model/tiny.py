@@ -1,6 +1,7 @@
 """A tiny random network and a batch for it, shared by the tests of the model."""
 
 import torch
+from torch.nn import functional as F
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
@@ -10,6 +11,8 @@ MODES = ("coarse", "fine", "autoregressive")
 NUM_FRAMES = (3, 0, 1, 2)
 LENGTHS = (20, 15, 12, 18)  # tokens of each sample, placeholders not counted
 FIRST_VISUAL = (4, 0, 6, 2)  # where the placeholders of each sample go
+LAYOUTS = {"question_first": FIRST_VISUAL, "vision_first": (1, 0, 1, 1), "nothing in front": (0, 0, 0, 0)}
+BOS = 1
 
 
 def make_model(**options) -> FoveatedVLMForConditionalGeneration:
@@ -31,13 +34,15 @@ def make_model(**options) -> FoveatedVLMForConditionalGeneration:
     return FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(vision, text, **(defaults | options))).eval()
 
 
-def make_batch(tokens_per_frame: int = 1) -> dict:
+def make_batch(tokens_per_frame: int = 1, layout: str = "question_first") -> dict:
     """Four samples of 3, 0, 1 and 2 frames and different lengths, right-padded."""
     generator = torch.Generator().manual_seed(1)
     sizes = [length + n * tokens_per_frame for length, n in zip(LENGTHS, NUM_FRAMES, strict=True)]
     ids = torch.randint(3, 64, (4, max(sizes)), generator=generator)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (size, n, at) in enumerate(zip(sizes, NUM_FRAMES, FIRST_VISUAL, strict=True)):
+    for row, (size, n, at) in enumerate(zip(sizes, NUM_FRAMES, LAYOUTS[layout], strict=True)):
+        if layout == "vision_first":
+            ids[row, 0] = BOS
         ids[row, at : at + n * tokens_per_frame] = VISUAL
         mask[row, :size] = 1
         ids[row, size:] = PAD
@@ -58,3 +63,12 @@ def one_sample(batch: dict, row: int) -> dict:
         "pixel_values": batch["pixel_values"][start : start + frames],
         "num_frames": batch["num_frames"][row : row + 1],
     }
+
+
+def rows_of(batch: dict, rows: list[int], left: int = 0, right: int = 0) -> dict:
+    """These samples of a batch in this order, with so many more padding places on either side."""
+    starts = batch["num_frames"].cumsum(0) - batch["num_frames"]
+    frames = [batch["pixel_values"][starts[row] : starts[row] + batch["num_frames"][row]] for row in rows]
+    padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    text = {name: F.pad(batch[name][rows], (left, right), value=value) for name, value in padding.items()}
+    return {**text, "pixel_values": torch.cat(frames), "num_frames": batch["num_frames"][rows]}
