@@ -279,10 +279,11 @@ class FoveatedEncoder(nn.Module):
         return function(*arguments)
 
     def _check_frames(self, pixel_values: Tensor) -> None:
-        patch = self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
+        patch, channels = self.config.patch_size, self.config.num_channels
+        shape = pixel_values.shape
+        if pixel_values.ndim != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected [frames, {self.config.num_channels}, "
+                f"pixel_values has shape {tuple(shape)}, expected [frames, {channels}, "
                 f"height, width] with height and width multiples of the patch size {patch}: resize the frames first"
             )
 

@@ -1,6 +1,7 @@
 """What `forward` and `generate` refuse, each with both numbers and the next step."""
 
 import torch
+from torch import Tensor
 
 from .configuration_foveated_vlm import MODES, QUERY_SOURCES
 
@@ -14,9 +15,16 @@ def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_s
             f"query_source={source!r} must be one of {', '.join(QUERY_SOURCES)}"
         )
     frames = 0 if pixel_values is None else len(pixel_values)
+    if num_frames is not None and len(num_frames) != len(input_ids):
+        raise ValueError(
+            f"num_frames has {len(num_frames)} entries for {len(input_ids)} samples: give the number of frames of each"
+        )
     if frames and (num_frames is None or int(num_frames.sum()) != frames):
         told = None if num_frames is None else int(num_frames.sum())
-        raise ValueError(f"num_frames adds up to {told} but pixel_values holds {frames} frames")
+        raise ValueError(
+            f"num_frames adds up to {told} but pixel_values holds {frames} frames: give the frames of all samples one "
+            "after another and the number of each in num_frames"
+        )
     if source == "oracle" and frames and (target_patches is None or len(target_patches) != frames):
         told = None if target_patches is None else len(target_patches)
         raise ValueError(
@@ -29,7 +37,8 @@ def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_s
             "shorter text"
         )
     per_frame = config.tokens_per_frame
-    places = (input_ids == config.visual_token_id).sum(1)
+    is_visual = input_ids == config.visual_token_id
+    places = is_visual.sum(1)
     expected = torch.zeros_like(places) if num_frames is None else num_frames.to(places.device) * per_frame
     if not torch.equal(places, expected):
         row = int((places != expected).nonzero()[0])
@@ -42,4 +51,22 @@ def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_s
         raise ValueError(
             f"sample {row} has {int(num_frames[row])} frames, the model takes at most {config.max_num_frames} "
             "(max_num_frames): sample fewer frames of the clip"
+        )
+    starts = (is_visual[:, 1:] & ~is_visual[:, :-1]).sum(1) + is_visual[:, 0]  # blocks of placeholders
+    if len(starts) and int(starts.max()) > 1:
+        row = int(starts.argmax())
+        raise ValueError(
+            f"sample {row} has its visual placeholders in {int(starts[row])} blocks, expected 1: frame by frame, text "
+            "between frames would not be read. Put it before or after all of them"
+        )
+
+
+def check_left_padded(attention_mask: Tensor) -> None:
+    """Raises ValueError where generation would go on from padding instead of a sample's last token."""
+    ends = attention_mask[:, -1].bool()
+    if not ends.all():
+        row = int((~ends).nonzero()[0])
+        length, real = attention_mask.shape[1], int(attention_mask[row].bool().sum())
+        raise ValueError(
+            f"sample {row} has {real} tokens in a row of {length} and ends in padding: pad on the left to generate"
         )

@@ -13,21 +13,20 @@ fine             the queries are planned from the coarse tokens, shifted by one 
 autoregressive   frame by frame: the query of frame t is planned from what frames 0..t-1 showed; needs no coarse pass
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .backbones import backbone_config, check_weights, load_whole, read_vision_weights
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
-from .input_checks import check_inputs
+from .input_checks import check_inputs, check_left_padded
 from .losses import contrastive_loss, entropy_margin_loss
 from .multi_token_encoder import pool_patches
 from .preference import PreferenceMixin
@@ -130,17 +129,18 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
 
         Raises ValueError when a folder holds another architecture or its weights do not fit its configuration.
         """
-        vision_config, text_config = AutoConfig.from_pretrained(vision_path), AutoConfig.from_pretrained(language_path)
-        if vision_config.model_type != "dinov2":
-            raise ValueError(f"{vision_path} holds a {vision_config.model_type!r} model, expected 'dinov2'")
+        vision_config, text_config = backbone_config(vision_path, "dinov2"), backbone_config(language_path, "llama")
         vision_config.dtype = text_config.dtype = torch.float32  # master weights, whatever the folder was saved in
-        language_model = AutoModelForCausalLM.from_pretrained(language_path, dtype=torch.float32)
+        language_model, loaded = AutoModelForCausalLM.from_pretrained(
+            language_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_weights(language_path, *(loaded[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
         if options.get("visual_scale", "auto") == "auto":
             options["visual_scale"] = float(language_model.get_input_embeddings().weight.detach().std())
         options.setdefault("visual_token_id", text_config.vocab_size)
         model = cls(FoveatedVLMConfig(vision_config, text_config, **options))
         model.language_model.load_state_dict(language_model.state_dict())
-        model.vision_encoder.load_state_dict(read_vision_weights(vision_path))
+        load_whole(model.vision_encoder, read_vision_weights(vision_path), vision_path)
         return model
 
     # ---- looking: frames -> visual tokens
@@ -318,8 +318,8 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
         `preference_log_probs` of a frozen copy or computed before; without them `log_probs` is all that comes out. The
         frames are looked at once for both answers.
 
-        Raises ValueError when placeholders and frames do not match, a frame limit is exceeded, chosen and rejected
-        differ before the last frame, or a mode or query source is unknown.
+        Raises ValueError when placeholders and frames do not match, text stands between frames, a frame limit is
+        exceeded, chosen and rejected differ before the last frame, or a mode or query source is unknown.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
@@ -412,8 +412,11 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
         new tokens [B, S'].
 
         `input_ids` [B, S] must be left-padded, as for any batched generation. The other arguments are `forward`'s.
+
+        Raises ValueError as `forward` does, and for padding on the right.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_left_padded(attention_mask)
         check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
         tokens = None
         if pixel_values is not None and len(pixel_values):
@@ -452,19 +455,3 @@ def _sinusoids(times: Tensor) -> Tensor:
     steps = torch.arange(TIME_FEATURES // 2, device=times.device) / (TIME_FEATURES // 2 - 1)
     angles = times.float()[:, None] * 1000.0**-steps
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def read_vision_weights(path: str | Path) -> dict[str, Tensor]:
-    """The DINOv2 weights of a folder by published key names, in fp32. Raises ValueError for a folder without
-    safetensors."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    if not (folder / names[0]).exists():
-        raise ValueError(f"{folder} has no model.safetensors: save the DINOv2 backbone there with safetensors weights")
-    weights = {}
-    for name in names:
-        weights.update(load_file(folder / name))
-    return {key.removeprefix("dinov2."): value.float() for key, value in weights.items()}

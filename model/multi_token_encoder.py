@@ -10,10 +10,15 @@ from torch.nn import functional as F
 def pool_patches(patch_features: Tensor, num_tokens: int) -> Tensor:
     """Patch features with the class token first [F, N + 1, D] -> [F, K, D], averaged over a square grid of K cells.
 
-    Raises ValueError when K is not a square or the frame has fewer patches than K.
+    Raises ValueError when K is not a square, the frame has fewer patches than K, or its patches are no square.
     """
     side, patches = round(num_tokens**0.5), patch_features[:, 1:]
     grid = round(patches.shape[1] ** 0.5)
+    if grid * grid != patches.shape[1]:
+        raise ValueError(
+            f"the frames have {patches.shape[1]} patches, which is not a square (nearest {grid * grid}): resize or "
+            "crop them to squares"
+        )
     if side * side != num_tokens or side > grid:
         raise ValueError(
             f"num_visual_tokens_per_frame={num_tokens} must be a square number of at most {grid * grid}, "

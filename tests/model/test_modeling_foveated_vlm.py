@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
@@ -289,37 +288,6 @@ def test_save_and_load_round_trip(tmp_path):
     assert again.config.query_dim == 24
     assert again.config.vision_config.hidden_size == 32
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), FoveatedVLMForConditionalGeneration)
-
-
-def test_backbones_saved_in_bf16_are_trained_in_fp32(tmp_path):
-    """N05: bf16 weights under a bf16 optimizer lose most small steps."""
-    model = make_model()
-    model.language_model.to(torch.bfloat16).save_pretrained(tmp_path / "language")
-    model.vision_encoder.config.save_pretrained(tmp_path / "vision")
-    weights = {name: value.to(torch.bfloat16) for name, value in model.vision_encoder.state_dict().items()}
-    save_file(weights, tmp_path / "vision/model.safetensors")
-    new = FoveatedVLMForConditionalGeneration.from_backbones(tmp_path / "vision", tmp_path / "language", query_dim=24)
-    assert {p.dtype for p in new.parameters()} == {torch.float32}
-    new.save_pretrained(tmp_path / "whole")
-    again = FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32)
-    assert {p.dtype for p in again.parameters()} == {torch.float32}
-    assert again.config.visual_token_id == 64
-    assert again.config.visual_scale > 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mode": "fin"}, "mode='fin' must be one of coarse, fine, autoregressive"),
-        ({"query_source": "oracel"}, "query_source='oracel'"),
-        ({"num_frames": torch.tensor([3, 0, 1, 1])}, "adds up to 5 but pixel_values holds 6 frames"),
-        ({"num_frames": torch.tensor([2, 1, 1, 2])}, "sample 0 has 3 visual placeholders for 2 frames"),
-        ({"pixel_values": torch.zeros(6, 3, 50, 56)}, "multiples of the patch size 14"),
-    ],
-)
-def test_wrong_input_names_both_numbers(change, message):
-    with pytest.raises(ValueError, match=message):
-        make_model()(**(make_batch() | change))
 
 
 @pytest.mark.parametrize("change", [{"layout": "question"}, {"attention": "depe"}, {"architecture": "fovea"}])

@@ -291,15 +291,6 @@ def test_configuration_names_the_value_and_the_limit(change, message):
         FoveatedVLMConfig(**change)
 
 
-@torch.no_grad()
-def test_too_many_frames_or_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"sample 0 has 3 frames, the model takes at most 2 \(max_num_frames\)"):
-        fine(make_model(max_num_frames=2))
-    ids = torch.full((1, 129), 5)
-    with pytest.raises(ValueError, match="129 tokens but the language model reads at most 128"):
-        make_model()(ids)
-
-
 # ---------------------------------------------------------------- preferences
 
 

@@ -1,0 +1,157 @@
+"""Wrong input to the model: an error with both numbers and the next step, never a silent other result."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+
+from model import FoveatedVLMForConditionalGeneration
+from tests.model.tiny import MODES, VISUAL, make_batch, make_model, one_sample
+
+
+def refuse(message: str, model=None, **changes) -> None:
+    model = model or make_model()
+    for mode in MODES:
+        with pytest.raises(ValueError, match=message):
+            model(**(make_batch(model.config.tokens_per_frame) | {"mode": mode} | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "fin"}, "mode='fin' must be one of coarse, fine, autoregressive"),
+        ({"query_source": "oracel"}, "query_source='oracel'"),
+        ({"num_frames": torch.tensor([3, 0, 1, 1])}, "adds up to 5 but pixel_values holds 6 frames: give the frames"),
+        ({"num_frames": None}, "adds up to None but pixel_values holds 6 frames: give the frames"),
+        ({"num_frames": torch.tensor([3, 0, 3])}, "num_frames has 3 entries for 4 samples: give the number"),
+        (
+            {"num_frames": torch.tensor([2, 1, 1, 2])},
+            "sample 0 has 3 visual placeholders for 2 frames of 1 visual tokens each: give input_ids exactly 2",
+        ),
+        (
+            {"pixel_values": None, "num_frames": torch.zeros(4, dtype=torch.long)},
+            "sample 0 has 3 visual placeholders for 0 frames of 1 visual tokens each: give input_ids exactly 0",
+        ),
+        ({"pixel_values": torch.zeros(6, 3, 50, 56)}, r"\(6, 3, 50, 56\).*multiples of the patch size 14: resize"),
+        ({"pixel_values": torch.zeros(6, 1, 56, 56)}, r"\(6, 1, 56, 56\), expected \[frames, 3, height, width\]"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named_with_both_numbers(change, message):
+    refuse(message, **change)
+
+
+def test_too_many_frames_or_tokens():
+    limited = make_model(max_num_frames=2)
+    refuse(r"sample 0 has 3 frames, the model takes at most 2 \(max_num_frames\): sample fewer", limited)
+    with pytest.raises(ValueError, match="129 tokens but the language model reads at most 128: take fewer"):
+        make_model()(torch.full((1, 129), 5))
+
+
+def test_frames_that_are_no_squares_cannot_be_pooled():
+    model = make_model(architecture="multi_token", num_visual_tokens_per_frame=4)
+    refuse(r"24 patches, which is not a square \(nearest 25\): resize", model, pixel_values=torch.zeros(6, 3, 56, 84))
+
+
+def test_text_between_frames_is_refused_in_every_mode():
+    """Frame by frame it would not be read, so the modes would answer different questions."""
+    batch = make_batch()
+    ids = batch["input_ids"]
+    ids[0, 6], ids[0, 9] = 5, VISUAL  # places 4, 5 and 9 instead of 4, 5 and 6
+    refuse("sample 0 has its visual placeholders in 2 blocks, expected 1: .* Put it before or after", input_ids=ids)
+
+
+def test_generation_from_padding_is_refused():
+    batch = make_batch()
+    batch.pop("labels")
+    message = r"sample 1 has 15 tokens in a row of 23 and ends in padding: pad on the left"
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**batch, max_new_tokens=2)
+
+
+def test_generation_checks_what_forward_checks():
+    sample = one_sample(make_batch(), 0)
+    sample.pop("labels")
+    with pytest.raises(ValueError, match="sample 0 has 3 visual placeholders for 2 frames"):
+        make_model().generate(**sample | {"pixel_values": sample["pixel_values"][:2], "num_frames": torch.tensor([2])})
+
+
+# ---------------------------------------------------------------- backbone folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A vision and a language backbone in Hugging Face format."""
+    model = make_model()
+    model.language_model.save_pretrained(tmp_path / "language")
+    model.vision_encoder.config.save_pretrained(tmp_path / "vision")
+    save_file(model.vision_encoder.state_dict(), tmp_path / "vision/model.safetensors")
+    return tmp_path
+
+
+def load(folder):
+    return FoveatedVLMForConditionalGeneration.from_backbones(folder / "vision", folder / "language", query_dim=24)
+
+
+def test_backbones_saved_in_bf16_are_trained_in_fp32(folders):
+    """N05: bf16 weights under a bf16 optimizer lose most small steps."""
+    model = make_model().to(torch.bfloat16)
+    model.language_model.save_pretrained(folders / "language")
+    save_file(model.vision_encoder.state_dict(), folders / "vision/model.safetensors")
+    new = load(folders)
+    assert {p.dtype for p in new.parameters()} == {torch.float32}
+    new.save_pretrained(folders / "whole")
+    again = FoveatedVLMForConditionalGeneration.from_pretrained(folders / "whole", dtype=torch.float32)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert again.config.visual_token_id == 64
+    assert again.config.visual_scale > 0
+
+
+def test_backbones_bring_all_of_their_weights(folders):
+    new, model = load(folders), make_model()
+    for part in ("vision_encoder", "language_model"):
+        theirs, own = getattr(model, part).state_dict(), getattr(new, part).state_dict()
+        assert theirs.keys() == own.keys()
+        assert all(torch.equal(theirs[name], own[name]) for name in own)
+
+
+def test_a_backbone_of_another_architecture_is_refused(folders):
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(hidden_size=32, image_size=56, patch_size=14, **small)).save_pretrained(folders / "vision")
+    with pytest.raises(ValueError, match="vision holds a 'vit' model, expected 'dinov2': give the folder"):
+        load(folders)
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folders / "language")
+    make_model().vision_encoder.config.save_pretrained(folders / "vision")
+    with pytest.raises(ValueError, match="language holds a 'gpt2' model, expected 'llama': give the folder"):
+        load(folders)
+
+
+@pytest.mark.parametrize("role", ["vision", "language"])
+def test_a_backbone_folder_that_is_not_there_is_named(folders, role):
+    (folders / role).rename(folders / "elsewhere")
+    with pytest.raises(ValueError, match=f"{role} has no config.json: give the folder"):
+        load(folders)
+
+
+@pytest.mark.parametrize("role", ["vision", "language"])
+@pytest.mark.parametrize(
+    ("layers", "message"), [(3, r"do not fit config.json: \d+ missing, 0"), (1, r"0 missing, \d+ un")]
+)
+def test_a_backbone_with_too_few_or_too_many_weights_is_refused(folders, role, layers, message):
+    """Layers without weights would be trained from a random start without a word."""
+    path = folders / role / "config.json"
+    config = json.loads(path.read_text()) | {"num_hidden_layers": layers}
+    path.write_text(json.dumps({key: value for key, value in config.items() if not key.startswith("out_")}))
+    with pytest.raises(ValueError, match=f"{role}: the weights .*{message}"):
+        load(folders)
+
+
+def test_a_backbone_with_weights_of_another_shape_is_refused(folders):
+    for role, name in (("language", "model.norm.weight"), ("vision", "layernorm.weight")):
+        path = folders / role / "model.safetensors"
+        weights = load_file(path)
+        save_file(weights | {name: torch.ones(7)}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{role}: .* 0 missing, 0 unexpected, 1 of another shape .*{name}"):
+            load(folders)
+        save_file(weights, path, metadata={"format": "pt"})
