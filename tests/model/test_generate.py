@@ -1,0 +1,140 @@
+"""Answers by the library's own generation, in every mode; and that all modes score exactly the same tokens."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.model.tiny import LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
+
+QUESTION = ("input_ids", "attention_mask", "pixel_values", "num_frames")
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 2.0, "top_k": 20},
+    "beam": {"do_sample": False, "num_beams": 3},
+}
+
+
+def question(row: int = 0, layout: str = "question_first") -> dict:
+    sample = one_sample(make_batch(layout=layout), row)
+    return {name: sample[name] for name in QUESTION}
+
+
+def left_padded(batch: dict) -> dict:
+    """The same samples with their padding moved to the left."""
+    moved = {name: batch[name] for name in QUESTION}
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        padding = int((~mask).sum())
+        moved["input_ids"][row] = batch["input_ids"][row].roll(padding)
+        moved["attention_mask"][row] = batch["attention_mask"][row].roll(padding)
+    return moved
+
+
+def log_probs(model, sample: dict, answer: torch.Tensor, mode: str) -> torch.Tensor:
+    """Teacher-forced log-probability of every token of the answer [S'], by `forward`."""
+    ids = torch.cat([sample["input_ids"], answer[None]], dim=1)
+    logits = model(
+        ids, None, sample["pixel_values"], sample["num_frames"], mode=mode, return_logits=True
+    ).logits.log_softmax(-1)
+    return logits[0, -len(answer) - 1 : -1].gather(1, answer[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Visual tokens large enough that the modes answer differently."""
+    return make_model(visual_scale=3.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_what_is_generated_has_the_probability_that_forward_gives_it(model, mode, strategy):
+    for layout in LAYOUTS:
+        sample = question(layout=layout)
+        torch.manual_seed(3)
+        out = model.generate(
+            **sample,
+            mode=mode,
+            max_new_tokens=5,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+            **STRATEGIES[strategy],
+        )
+        answer = out.sequences[0]
+        assert answer.shape == (5,)
+        expected = log_probs(model, sample, answer, mode)
+        if strategy == "beam":
+            torch.testing.assert_close(out.sequences_scores[0], expected.mean(), atol=1e-4, rtol=0)
+        else:
+            got = torch.stack(out.logits, dim=1)[0].log_softmax(-1).gather(1, answer[:, None])[:, 0]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+        if strategy == "greedy":
+            best = torch.stack(out.logits, dim=1)[0].log_softmax(-1).amax(-1)
+            torch.testing.assert_close(expected, best, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_mode_and_the_frames_decide_what_is_generated(model):
+    def logits(sample, mode):
+        options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        return model.generate(**sample, mode=mode, **options).logits[0]
+
+    by_mode = [logits(question(), mode) for mode in MODES]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (by_mode[one] - by_mode[other]).abs().max() > 1e-3
+    black = question() | {"pixel_values": torch.zeros(3, 3, 56, 56)}
+    for mode, seen in zip(MODES, by_mode, strict=True):
+        assert (logits(black, mode) - seen).abs().max() > 1e-3
+
+
+def test_sampling_follows_the_seed(model):
+    def sampled(seed):
+        torch.manual_seed(seed)
+        return model.generate(**question(), max_new_tokens=8, eos_token_id=None, **STRATEGIES["sampling"]).tolist()
+
+    assert sampled(1) == sampled(1)
+    assert len({str(sampled(seed)) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch(model, mode, strategy):
+    options = {"mode": mode, "max_new_tokens": 5, "eos_token_id": None, **STRATEGIES[strategy]}
+    together = model.generate(**left_padded(rows_of(make_batch(), [0, 1, 2, 3], 0, 2)), **options)
+    for row in range(4):
+        assert model.generate(**question(row), **options)[0].tolist() == together[row].tolist()
+
+
+def test_generation_stops_at_the_end_of_turn(model):
+    bias = torch.zeros(64)
+    bias[PAD] = 100.0
+    always_ends = [lambda ids, scores: scores + bias]
+    answer = model.generate(**question(), max_new_tokens=5, do_sample=False, logits_processor=always_ends)
+    assert answer.tolist() == [[PAD]]
+
+
+def test_options_come_as_the_librarys_configuration(model):
+    options = GenerationConfig(max_new_tokens=4, num_beams=2, num_return_sequences=2, eos_token_id=None)
+    assert model.generate(**question(), generation_config=options).shape == (2, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_all_modes_score_exactly_the_labelled_tokens(model, layout):
+    """Every labelled token once, the first one too, and none besides, whether it follows text or a visual token."""
+    batch = make_batch(layout=layout)
+    batch["labels"] = torch.where(
+        (batch["attention_mask"] == 1) & (batch["input_ids"] != model.config.visual_token_id), batch["input_ids"], -100
+    )
+    batch["labels"][:, 0] = -100  # nothing comes before it
+    asked = batch["labels"] != -100
+    for mode in MODES:
+        output = model(**batch, mode=mode, return_logits=True)
+        assert torch.equal(output.token_loss > 0, asked)
+        torch.testing.assert_close(output.loss, output.token_loss[asked].mean())
+        before = output.logits.log_softmax(-1).roll(1, dims=1)  # the state at s - 1 predicts the token at s
+        expected = -before.gather(2, batch["labels"].clamp_min(0)[..., None])[..., 0]
+        torch.testing.assert_close(output.token_loss[asked], expected[asked], atol=1e-5, rtol=0)
+        assert torch.equal(output.correct, (before.argmax(-1) == batch["labels"]) & asked)
