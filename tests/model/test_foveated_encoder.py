@@ -21,27 +21,70 @@ def published(name: str) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def pair():
+SHAPES = {  # width, heads, layers, image size of the position embeddings
+    "tiny": (48, 4, 3, 56),
+    "small": (384, 6, 3, 518),
+    "base": (768, 12, 2, 518),
+    "no bias": (48, 3, 2, 70),
+}
+
+
+def make_pair(name: str):
+    """(our walk, the library's model) with the same random weights."""
     torch.manual_seed(0)
+    width, heads, layers, size = SHAPES[name]
     config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, layerscale_value=0.5
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=size,
+        patch_size=14,
+        layerscale_value=0.5,
+        qkv_bias=name != "no bias",
     )
     theirs = Dinov2Model(config).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for key, parameter in theirs.named_parameters():  # every part counts: biases and positions too
+        mean = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+        torch.nn.init.normal_(parameter, mean, std=0.1 if width < 100 else 0.03)
     ours = FoveatedEncoder(config).eval()
-    ours.load_state_dict({published(name): value for name, value in theirs.state_dict().items()})
+    ours.load_state_dict({published(key): value for key, value in theirs.state_dict().items()})
     return ours, theirs
 
 
-@pytest.mark.parametrize("side", [56, 84])
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair("tiny")
+
+
+@pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
-def test_patch_features_equal_the_librarys(pair, side):
-    ours, theirs = pair
-    frames = torch.randn(3, 3, side, side)
-    features = ours.walk(frames, need_patch_features=True).patch_features
-    torch.testing.assert_close(features, theirs(frames).last_hidden_state, atol=1e-5, rtol=0)
+def test_patch_features_equal_the_librarys(name):
+    """At the size of the position embeddings, smaller, larger and not square; the shapes of dinov2-small and -base."""
+    ours, theirs = make_pair(name)
+    size = ours.config.image_size
+    for height, width in {(size, size), (224, 224), (84, 56)}:
+        frames = torch.randn(1 if size == height else 2, 3, height, width)
+        walk = ours.walk(frames, need_patch_features=True)
+        expected = theirs(frames).last_hidden_state
+        assert 0.5 < expected.std() < 2
+        torch.testing.assert_close(walk.patch_features, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "base"])
+@torch.no_grad()
+def test_a_query_row_is_what_the_librarys_layers_make_of_a_further_token(name):
+    """A row like any other, but that no patch sees it: the library's layers, with a mask that hides it from them."""
+    ours, theirs = make_pair(name)
+    frames, query = torch.randn(2, 3, 84, 84), torch.randn(2, 1, ours.config.hidden_size)
+    rows = torch.cat([theirs.embeddings(frames), query], dim=1)
+    mask = torch.zeros(2, 1, rows.shape[1], rows.shape[1])
+    mask[..., -1] = torch.finfo(mask.dtype).min  # nobody, the query itself included, attends to the query
+    for layer in theirs.encoder.layer:
+        rows = layer(rows, mask)
+        rows = rows if isinstance(rows, torch.Tensor) else rows[0]
+    expected = theirs.layernorm(rows)[:, -1:]
+    torch.testing.assert_close(ours.walk(frames, query).query_output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.attend(query, ours.walk(frames))[0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
