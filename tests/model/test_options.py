@@ -1,15 +1,14 @@
-"""Every option of the configuration does what it says; the baselines; preferences; checkpointing and compilation."""
+"""Every option of the configuration does what it says; the baselines; checkpointing and compilation."""
 
-import copy
 import math
 
 import pytest
 import torch
 
 from model import FoveatedVLMConfig
-from model.losses import attention_entropy, contrastive_loss, dpo_loss, entropy_margin_loss
+from model.losses import attention_entropy, contrastive_loss, entropy_margin_loss
 from model.queries import QueryAttention
-from tests.model.tiny import FIRST_VISUAL, MODES, PAD, VISUAL, make_batch, make_model, one_sample
+from tests.model.tiny import FIRST_VISUAL, MODES, VISUAL, make_batch, make_model, one_sample
 
 
 def random_targets(seed=0):
@@ -289,63 +288,6 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
 def test_configuration_names_the_value_and_the_limit(change, message):
     with pytest.raises(ValueError, match=message):
         FoveatedVLMConfig(**change)
-
-
-# ---------------------------------------------------------------- preferences
-
-
-def preference_batch():
-    """`make_batch` with other, shorter answers as the rejected ones."""
-    batch = make_batch()
-    rejected = {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
-    for row in range(4):
-        asked = (rejected["labels"][row] != -100).nonzero()[:, 0]
-        rejected["input_ids"][row, asked] = (rejected["input_ids"][row, asked] + 7) % 60 + 3
-        rejected["labels"][row, asked] = rejected["input_ids"][row, asked]
-        rejected["labels"][row, asked[-1]] = -100
-        rejected["attention_mask"][row, asked[-1]] = 0
-        rejected["input_ids"][row, asked[-1]] = PAD
-    return batch | {f"rejected_{name}": value for name, value in rejected.items()}
-
-
-def test_preferences_are_scored_after_one_look():
-    model, batch, walks = make_model(), preference_batch(), []
-    model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_: walks.append(1))
-    reference = model.preference_log_probs(**batch)
-    assert len(walks) == 1  # chosen and rejected share the look
-    output = model(**batch, reference_log_probs=reference)
-    assert output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert output.reward_margin.abs().max() < 1e-5
-    for column, prefix in enumerate(("", "rejected_")):
-        text = {name: batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")}
-        alone = model(**text, pixel_values=batch["pixel_values"], num_frames=batch["num_frames"])
-        torch.testing.assert_close(output.log_probs[:, column], -alone.token_loss.sum(1), atol=1e-4, rtol=0)
-
-
-def test_training_on_preferences_prefers_the_chosen_answers():
-    model, batch = make_model(dpo_beta=0.5).train(), preference_batch()
-    frozen = copy.deepcopy(model)
-    reference = frozen.preference_log_probs(**batch)
-    assert frozen.training
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(5):
-        output = model(**batch, reference_log_probs=reference)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-    assert output.loss < 0.6
-    assert (output.reward_margin > 0).all()
-    assert torch.equal(frozen.preference_log_probs(**batch), reference)  # the frozen copy has not moved
-    chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
-    loss, margin = dpo_loss(chosen, rejected, torch.tensor([-2.0]), torch.tensor([-2.0]), 0.1)
-    assert (loss.item(), margin.item()) == pytest.approx((math.log(1 + math.exp(-0.2)), 0.2))
-
-
-def test_preferences_with_another_question_are_refused():
-    batch = preference_batch()
-    batch["rejected_input_ids"][0, 1] = (batch["rejected_input_ids"][0, 1] + 1) % 60 + 3
-    with pytest.raises(ValueError, match="sample 0: up to the last frame the chosen sequence has 7 tokens"):
-        make_model()(**batch)
 
 
 # ---------------------------------------------------------------- the library's and torch's machinery

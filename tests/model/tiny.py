@@ -71,4 +71,19 @@ def rows_of(batch: dict, rows: list[int], left: int = 0, right: int = 0) -> dict
     frames = [batch["pixel_values"][starts[row] : starts[row] + batch["num_frames"][row]] for row in rows]
     padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     text = {name: F.pad(batch[name][rows], (left, right), value=value) for name, value in padding.items()}
-    return {**text, "pixel_values": torch.cat(frames), "num_frames": batch["num_frames"][rows]}
+    shown = {**text, "pixel_values": torch.cat(frames), "num_frames": batch["num_frames"][rows]}
+    return shown | {name: batch[name][rows] for name in batch if name.startswith(("rejected_", "reference_"))}
+
+
+def preference_batch():
+    """`make_batch` with other, shorter answers as the rejected ones."""
+    batch = make_batch()
+    rejected = {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
+    for row in range(4):
+        asked = (rejected["labels"][row] != -100).nonzero()[:, 0]
+        rejected["input_ids"][row, asked] = (rejected["input_ids"][row, asked] + 7) % 60 + 3
+        rejected["labels"][row, asked] = rejected["input_ids"][row, asked]
+        rejected["labels"][row, asked[-1]] = -100
+        rejected["attention_mask"][row, asked[-1]] = 0
+        rejected["input_ids"][row, asked[-1]] = PAD
+    return batch | {f"rejected_{name}": value for name, value in rejected.items()}
