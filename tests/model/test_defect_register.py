@@ -252,6 +252,7 @@ CHANGES = {
     "entropy_margin": (2.0, {"lambda_entropy": 0.5}),
     "lambda_contrastive": (0.5, {"contrastive_margin": -1.0}),
     "contrastive_margin": (-0.5, {"lambda_contrastive": 0.5}),
+    "query_update": ("add", {}),
     "coarse_only": (True, {}),
     "blind": (True, {}),
     "frame_time_embedding": ("sinusoidal", {}),
