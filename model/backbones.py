@@ -26,7 +26,7 @@ def check_weights(path: str | Path, missing, unexpected, mismatched=()) -> None:
         names = [*sorted(missing), *sorted(unexpected), *map(str, sorted(mismatched))]
         raise ValueError(
             f"{path}: the weights do not fit config.json: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(mismatched)} of another shape ({', '.join(names[:3])}). Save the backbone's weights and "
+            f"{len(mismatched)} of another shape ({', '.join(names[:3])}). Save the model's weights and "
             "configuration together"
         )
 

@@ -15,7 +15,6 @@ autoregressive   frame by frame: the query of frame t is planned from what frame
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .backbones import backbone_config, check_weights, load_whole, read_vision_weights
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
 from .input_checks import check_inputs, check_left_padded
+from .loading import LoadingMixin
 from .losses import contrastive_loss, entropy_margin_loss
 from .multi_token_encoder import pool_patches
 from .preference import PreferenceMixin
@@ -63,7 +62,7 @@ class Look:
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
 
 
-class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
+class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrainedModel):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -120,28 +119,6 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-
-    @classmethod
-    def from_backbones(
-        cls, vision_path: str | Path, language_path: str | Path, **options
-    ) -> "FoveatedVLMForConditionalGeneration":
-        """A new model around two pretrained folders in Hugging Face format; `options` are FoveatedVLMConfig fields.
-
-        Raises ValueError when a folder holds another architecture or its weights do not fit its configuration.
-        """
-        vision_config, text_config = backbone_config(vision_path, "dinov2"), backbone_config(language_path, "llama")
-        vision_config.dtype = text_config.dtype = torch.float32  # master weights, whatever the folder was saved in
-        language_model, loaded = AutoModelForCausalLM.from_pretrained(
-            language_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        check_weights(language_path, *(loaded[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
-        if options.get("visual_scale", "auto") == "auto":
-            options["visual_scale"] = float(language_model.get_input_embeddings().weight.detach().std())
-        options.setdefault("visual_token_id", text_config.vocab_size)
-        model = cls(FoveatedVLMConfig(vision_config, text_config, **options))
-        model.language_model.load_state_dict(language_model.state_dict())
-        load_whole(model.vision_encoder, read_vision_weights(vision_path), vision_path)
-        return model
 
     # ---- looking: frames -> visual tokens
 

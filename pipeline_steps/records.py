@@ -132,6 +132,15 @@ class SplitEntry(Record):
     num_frames: Count
 
 
+class FramePolicy(Record):
+    """How packed frames were made of the media, and so how a question's video has to be prepared."""
+
+    image_size: Count  # px, packed frames are square
+    fps: float  # frames per second taken of a video
+    max_frames: Count  # of one video
+    jpeg_quality: Count  # 1 to 100
+
+
 class ShardsManifest(Record):
     """data/shards/manifest.json. seen = packed + len(quarantined)."""
 
@@ -140,7 +149,7 @@ class ShardsManifest(Record):
     packed: Count
     quarantined: tuple[Quarantined, ...]
     sources: dict[str, Count]  # packed samples of each source
-    image_size: Count  # px, packed frames are square
+    frames: FramePolicy
 
     @model_validator(mode="after")
     def _all_accounted_for(self):
@@ -183,6 +192,7 @@ class TokensManifest(Record):
     tokenizer_sha256: str
     vocabulary_size: Count
     max_tokens: Count
+    system: str  # the chats' system line
 
     @model_validator(mode="after")
     def _all_accounted_for(self):

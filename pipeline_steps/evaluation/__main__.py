@@ -22,14 +22,12 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
+from pipeline_steps.checkpoint import load_checkpoint
 from pipeline_steps.evaluation import statistics
 from pipeline_steps.evaluation.scoring import TEXT, choose_items, score_items
-from pipeline_steps.params import UserError
 from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -96,13 +94,8 @@ def read_arguments():
 
 def load_model(checkpoint):
     """(model, tokenizer) of a trained folder, in fp32, on the GPU where there is one."""
-    if not (checkpoint / "config.json").exists():
-        raise UserError(
-            f"{checkpoint} holds no model: train it first (`dvc repro stage3`) or give another folder with --checkpoint"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = FoveatedVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval().to(device)
-    return model, AutoTokenizer.from_pretrained(checkpoint, config=model.config)
+    model, processor = load_checkpoint(checkpoint)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor.tokenizer
 
 
 def chance(training_rows, dataset, chosen):

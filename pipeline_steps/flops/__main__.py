@@ -40,7 +40,7 @@ def main():
     config = FoveatedVLMConfig.from_pretrained(arguments.checkpoint)
     config.vision_config.image_size = read_record(
         ShardsManifest, arguments.shards / "manifest.json", "shards"
-    ).image_size
+    ).frames.image_size
     rows = TokenizedShards(arguments.shards, arguments.tokens, settings.split).rows
     samples = [
         measure(row, config.layout, parameters.streaming.image_replication) for row in rows if row["kind"] != "text"

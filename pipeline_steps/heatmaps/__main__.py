@@ -15,13 +15,11 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # the same number of threads, so 
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from model import FoveatedVLMForConditionalGeneration
-from pipeline_steps import gaze, params
+from pipeline_steps import drawing, gaze, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
-from pipeline_steps.heatmaps import drawing
+from pipeline_steps.checkpoint import load_checkpoint
 from pipeline_steps.metrics import GAZE_MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.records import replaced_folder, write_json
@@ -39,13 +37,7 @@ def main():
     settings = parameters.heatmaps
     torch.set_num_threads(settings.num_threads)
     transformers_logging.disable_progress_bar()
-    if not (arguments.checkpoint / "config.json").exists():
-        raise UserError(
-            f"{arguments.checkpoint} holds no model: train it first (`dvc repro stage3`) or name another folder "
-            "with --checkpoint"
-        )
-    model = FoveatedVLMForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, config=model.config)
+    model, processor = load_checkpoint(arguments.checkpoint)
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split)
     collate = Collator.for_model(
         model.config, loss="answer_only", image_replication=parameters.streaming.image_replication
@@ -54,7 +46,7 @@ def main():
     with replaced_folder(arguments.outputs) as folder:
         entries = []
         for number in tqdm(numbers, desc="heatmaps", unit="clip", dynamic_ncols=True):
-            clip, entry = look(model, tokenizer, collate, dataset, number, settings.max_answer_tokens)
+            clip, entry = look(model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens)
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
             if len(entries) == 1:
                 drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")

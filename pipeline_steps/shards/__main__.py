@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline_steps import params, records
 from pipeline_steps.params import UserError
-from pipeline_steps.records import SPLITS, ShardsManifest, SplitEntry
+from pipeline_steps.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
 from pipeline_steps.shards.fan_out import run_snakemake
 from pipeline_steps.shards.pack import Settings, ShardReport
 from pipeline_steps.shards.plan import plan_shards
@@ -37,10 +37,12 @@ def build(section, raw_dir, output):
     plan = plan_shards(samples, section.validation_share, section.test_share, section.seed, section.samples_per_shard)
     settings = Settings(
         raw_dir=str(Path(raw_dir).resolve()),
-        image_size=section.image_size,
-        fps=section.fps,
-        max_frames=section.max_frames,
-        jpeg_quality=section.jpeg_quality,
+        frames=FramePolicy(
+            image_size=section.image_size,
+            fps=section.fps,
+            max_frames=section.max_frames,
+            jpeg_quality=section.jpeg_quality,
+        ),
     )
     mark = records.fingerprint(
         section.model_dump(exclude={"max_quarantined"}),
@@ -60,7 +62,7 @@ def build(section, raw_dir, output):
                 place: records.read_record(ShardReport, path.with_suffix(".json"), "shards")
                 for place, path in paths.items()
             }
-            manifest = make_manifest(reports, len(samples), section.image_size)
+            manifest = make_manifest(reports, len(samples), settings.frames)
             media = Counter(sample.source for sample in samples if sample.kind != "text")
             check_quarantine(manifest, media, section.max_quarantined)
             publish(manifest, scratch / "packed", published)
@@ -83,7 +85,7 @@ def wait_for_jobs(scratch):
         fcntl.flock(lock_file, fcntl.LOCK_EX)
 
 
-def make_manifest(reports, seen, image_size):
+def make_manifest(reports, seen, frames):
     """One ShardsManifest of all reports {(split, name): ShardReport}; shards in which nothing was left are left out."""
     splits = {}
     for split in SPLITS:
@@ -101,7 +103,7 @@ def make_manifest(reports, seen, image_size):
         packed=sources.total(),
         quarantined=tuple(quarantined),
         sources=dict(sorted(sources.items())),
-        image_size=image_size,
+        frames=frames,
     )
 
 

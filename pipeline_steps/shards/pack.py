@@ -15,19 +15,16 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline_steps import params, records
-from pipeline_steps.frames import Media, MediaError, read_media
+from pipeline_steps.frames import Media, MediaError, jpeg, read_media
 from pipeline_steps.params import UserError
-from pipeline_steps.records import PackedSample, Quarantined, Record, ShardEntry
+from pipeline_steps.records import FramePolicy, PackedSample, Quarantined, Record, ShardEntry
 
 
 class Settings(Record):
     """What a job needs besides its plan: settings.json in the scratch folder."""
 
     raw_dir: str  # absolute
-    image_size: int
-    fps: float
-    max_frames: int
-    jpeg_quality: int
+    frames: FramePolicy
 
 
 class ShardReport(Record):
@@ -50,7 +47,7 @@ def pack_shard(samples, settings, output):
         for sample in samples:
             try:
                 media = _load(sample, settings)
-                _add_sample(tar, sample, media, settings.jpeg_quality)
+                _add_sample(tar, sample, media, settings.frames.jpeg_quality)
                 sources[sample.source] += 1
                 num_frames += len(media.frames)
             except MediaError as error:
@@ -86,18 +83,16 @@ def _load(sample, settings):
     return read_media(
         path,
         sample.kind,
-        fps=settings.fps,
-        max_frames=settings.max_frames,
-        image_size=settings.image_size,
+        fps=settings.frames.fps,
+        max_frames=settings.frames.max_frames,
+        image_size=settings.frames.image_size,
     )
 
 
 def _add_sample(tar, sample, media, jpeg_quality):
     for i, frame in enumerate(media.frames):
         name = f"{sample.key}.jpg" if sample.kind == "image" else f"{sample.key}.{i:03d}.jpg"
-        buffer = io.BytesIO()
-        frame.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
-        _add_member(tar, name, buffer.getvalue())
+        _add_member(tar, name, jpeg(frame, jpeg_quality))
     packed = PackedSample(
         **dict(sample),
         frame_count=len(media.frames),

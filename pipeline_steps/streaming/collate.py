@@ -7,15 +7,9 @@ is decided where the batch is made; frames are concatenated, never padded.
 import numpy as np
 import torch
 
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
-IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+from model.processing_foveated_vlm import normalise, visual_places
+
 IGNORED = -100
-
-
-def normalise(frames: np.ndarray) -> np.ndarray:
-    """uint8 [F, height, width, 3] -> float32 [F, 3, height, width] as DINOv2 expects it."""
-    scaled = (frames.astype(np.float32) * (1 / 255) - IMAGE_MEAN) / IMAGE_STD
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 class Collator:
@@ -94,12 +88,10 @@ class Collator:
             answer = np.ones(len(ids), bool)
             answer[0] = False
         labels = np.where(answer, ids, IGNORED)
-        places = np.full(num_frames * self.tokens_per_frame, self.visual_id, np.int64)
-        at = item["visual_position"]
-        if self.layout == "vision_first" and num_frames:
-            places, at = np.concatenate([[self.bos_id], places]), 0
+        num_places = num_frames * self.tokens_per_frame
+        at, places = visual_places(self.layout, num_places, item["visual_position"], self.visual_id, self.bos_id)
         return {
-            "ids": np.insert(ids, at, places) if num_frames else ids,
-            "labels": np.insert(labels, at, np.full(len(places), IGNORED)) if num_frames else labels,
-            "scored": np.insert(scored, at, np.zeros(len(places), bool)) if num_frames else scored,
+            "ids": np.insert(ids, at, places),
+            "labels": np.insert(labels, at, np.full(len(places), IGNORED)),
+            "scored": np.insert(scored, at, np.zeros(len(places), bool)),
         }

@@ -80,6 +80,7 @@ def build(section, shards_dir, tokenizer_dir, output):
             tokenizer_sha256=records.sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
             vocabulary_size=len(tokenizer),
             max_tokens=section.max_tokens,
+            system=section.system,
         )
         check_dropped(manifest, section.max_dropped)
         records.write_json(folder / "manifest.json", manifest)

@@ -3,7 +3,8 @@
     python -m pipeline_steps.training --stage stage1
 
 Reads params.yaml, data/shards and data/tokens; stage1 starts from data/backbones, the others from the stage before.
-Writes the model as a Hugging Face folder, outputs/<stage>, and its curves to reports/metrics/<stage>.{csv,json}.
+Writes the model with its processor and code as a Hugging Face folder, outputs/<stage>, and its curves to
+reports/metrics/<stage>.{csv,json}.
 Interrupted, it goes on from its last state. Cost at the embedded scale: one to four minutes a stage on two cores,
 below 1 GB of memory. Needs only torch, transformers and pyarrow.
 """
@@ -25,16 +26,23 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from model import FoveatedVLMForConditionalGeneration
-from pipeline_steps import params
+from pipeline_steps import checkpoint, params
 from pipeline_steps.params import UserError
-from pipeline_steps.records import locked_scratch, replaced_folder, write_json, write_text
+from pipeline_steps.records import (
+    ShardsManifest,
+    TokensManifest,
+    locked_scratch,
+    read_record,
+    replaced_folder,
+    write_json,
+    write_text,
+)
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.training.engine import EXTRA_LOSSES, Run, train
 from pipeline_steps.training.parameters import format_table, trainable_parameters
 from pipeline_steps.training.state import run_fingerprint
 
 STAGES = ("stage1", "stage2", "stage3")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")
 COLUMNS = (
     "event",
@@ -136,15 +144,8 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
         return FoveatedVLMForConditionalGeneration.from_backbones(
             arguments.backbones / "vision_encoder", arguments.backbones / "language_model", **options
         )
-    model, loaded = FoveatedVLMForConditionalGeneration.from_pretrained(
-        before, dtype=torch.float32, output_loading_info=True
-    )
+    model = checkpoint.load_model(before)
     wrong = [
-        f"{kind}: {', '.join(sorted(map(str, loaded[kind]))[:5])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if loaded[kind]
-    ]
-    wrong += [
         f"{name} is {getattr(model.config, name)!r}, the parameters say {value!r}"
         for name, value in options.items()
         if value != "auto" and getattr(model.config, name) != value
@@ -159,11 +160,16 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
 def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: float) -> None:
     """The finished model and its curves, each whole or not at all. Wall time goes beside them: it is no result."""
     with replaced_folder(arguments.outputs / arguments.stage) as folder:
-        run.model.save_pretrained(folder)
-        for name in TOKENIZER_FILES:  # as they are: loading and saving may change a tokenizer of another class
-            source = (previous(arguments) or arguments.backbones / "language_model") / name
-            if source.exists():
-                shutil.copyfile(source, folder / name)
+        shards = read_record(ShardsManifest, arguments.shards / "manifest.json", "shards")
+        tokens = read_record(TokensManifest, arguments.tokens / "manifest.json", "tokens")
+        checkpoint.save_checkpoint(
+            folder,
+            run.model,
+            previous(arguments) or arguments.backbones / "language_model",
+            **shards.frames.model_dump(),
+            image_replication=run.streaming.image_replication,
+            system=tokens.system,
+        )
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )

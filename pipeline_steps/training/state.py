@@ -13,6 +13,7 @@ CODE = (
     "model",
     "pipeline_steps/streaming",
     "pipeline_steps/training",
+    "pipeline_steps/checkpoint.py",
     "pipeline_steps/params.py",
     "pipeline_steps/records.py",
 )

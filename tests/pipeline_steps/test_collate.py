@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.streaming.collate import IGNORED, Collator, normalise
+from model.processing_foveated_vlm import normalise
+from pipeline_steps.streaming.collate import IGNORED, Collator
 
 VISUAL, BOS, PAD = 99, 1, 2
 

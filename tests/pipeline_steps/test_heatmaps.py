@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline_steps import drawing
 from pipeline_steps.heatmaps import __main__ as heatmaps
-from pipeline_steps.heatmaps import drawing
 from pipeline_steps.params import UserError
 
 NUM_FRAMES, SIDE = 3, 96

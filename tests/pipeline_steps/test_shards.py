@@ -19,7 +19,15 @@ from PIL import Image
 
 from pipeline_steps import records
 from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import PackedSample, Quarantined, RawSample, ShardEntry, ShardsManifest, SplitEntry
+from pipeline_steps.records import (
+    FramePolicy,
+    PackedSample,
+    Quarantined,
+    RawSample,
+    ShardEntry,
+    ShardsManifest,
+    SplitEntry,
+)
 from pipeline_steps.shards import fan_out
 from pipeline_steps.shards.__main__ import build, check_quarantine
 from pipeline_steps.shards.pack import Settings, pack_shard
@@ -27,6 +35,7 @@ from pipeline_steps.shards.plan import assign_splits, plan_shards
 from pipeline_steps.shards.schema import Section
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
 
+FRAMES = FramePolicy(image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "image_size": 16,
     "fps": 2.0,
@@ -126,7 +135,7 @@ def raw(tmp_path):
 
 
 def settings_for(raw):
-    return Settings(raw_dir=str(raw), image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
+    return Settings(raw_dir=str(raw), frames=FRAMES)
 
 
 def read_tar(path):
@@ -329,7 +338,7 @@ def test_nothing_left_to_train_on():
         packed=1,
         quarantined=(Quarantined(key="a", source="s", path="a.mp4", reason="empty file"),),
         sources={"s": 1},
-        image_size=16,
+        frames=FRAMES,
     )
     with pytest.raises(UserError, match="no training sample is left of 2, 1 of them damaged"):
         check_quarantine(manifest, {"s": 2}, 0.5)

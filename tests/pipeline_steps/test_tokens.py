@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline_steps import records
 from pipeline_steps.params import UserError
-from pipeline_steps.records import RawSample, ShardsManifest, TokensManifest
+from pipeline_steps.records import FramePolicy, RawSample, ShardsManifest, TokensManifest
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.tokens.__main__ import build
@@ -21,6 +21,7 @@ TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+FRAMES = FramePolicy(image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "max_tokens": 64,
     "max_dropped": 0.5,
@@ -182,7 +183,7 @@ def shards_dir(tmp_path):
     rows += [index_row(raw, "c.jpg", kind="image", split="train")]
     rows += [text_row("chat-1", "Say 1", "1", "train"), text_row("chat-2", "Count", "1 2 3 " * 20, "train")]
     samples = [RawSample(**row) for row in rows]
-    settings = Settings(raw_dir=str(raw), image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
+    settings = Settings(raw_dir=str(raw), frames=FRAMES)
     groups = {
         ("train", "000000"): samples[:1] + samples[3:],
         ("train", "000001"): [samples[2]],
@@ -191,7 +192,7 @@ def shards_dir(tmp_path):
     reports = {
         place: pack_shard(group, settings, tmp_path / "packed" / place[0] / place[1]) for place, group in groups.items()
     }
-    manifest = make_manifest(reports, len(samples), 16)
+    manifest = make_manifest(reports, len(samples), FRAMES)
     (tmp_path / "shards").mkdir()
     publish(manifest, tmp_path / "packed", tmp_path / "shards")
     return tmp_path / "shards"

@@ -1,0 +1,49 @@
+"""Where a model comes from: two pretrained backbones, or a checkpoint of its own."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .backbones import backbone_config, check_weights, load_whole, read_vision_weights
+from .configuration_foveated_vlm import FoveatedVLMConfig
+
+
+class LoadingMixin:
+    """`from_backbones` and `from_pretrained` of `FoveatedVLMForConditionalGeneration`."""
+
+    @classmethod
+    def from_backbones(cls, vision_path: str | Path, language_path: str | Path, **options):
+        """A new model around two pretrained folders in Hugging Face format; `options` are FoveatedVLMConfig fields.
+
+        Raises ValueError when a folder holds another architecture or its weights do not fit its configuration.
+        """
+        vision_config, text_config = backbone_config(vision_path, "dinov2"), backbone_config(language_path, "llama")
+        vision_config.dtype = text_config.dtype = torch.float32  # master weights, whatever the folder was saved in
+        vision_config.name_or_path = text_config.name_or_path = ""  # a checkpoint does not tell where it was made
+        language_model, loaded = AutoModelForCausalLM.from_pretrained(
+            language_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_weights(language_path, *(loaded[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+        if options.get("visual_scale", "auto") == "auto":
+            options["visual_scale"] = float(language_model.get_input_embeddings().weight.detach().std())
+        options.setdefault("visual_token_id", text_config.vocab_size)
+        model = cls(FoveatedVLMConfig(vision_config, text_config, **options))
+        model.language_model.load_state_dict(language_model.state_dict())
+        load_whole(model.vision_encoder, read_vision_weights(vision_path), vision_path)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **options):
+        """A saved model, as the library's own `from_pretrained` with its options, but never with random weights.
+
+        Raises ValueError when the checkpoint lacks weights of the network, holds others, or some have another shape,
+        naming and counting them.
+        """
+        with_report = options.pop("output_loading_info", False)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are an error here
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+        shapes = {name: f"{name} {list(found)} for {list(needed)}" for name, found, needed in report["mismatched_keys"]}
+        missing, unexpected = set(report["missing_keys"]) - shapes.keys(), report["unexpected_keys"]
+        check_weights(pretrained_model_name_or_path, missing, unexpected, shapes.values())
+        return (model, report) if with_report else model

@@ -1,0 +1,222 @@
+"""Questions and videos -> the tensors that the model's `forward` and `generate` take.
+
+Shapes: B questions, S sequence, T frames of one video, F frames of the whole batch, P visual tokens per frame. Frames
+are sampled, cut and compressed as in the training data (model/frames.py), and the chat is the training data's chat, so
+that a question asked by hand gives the very tensors that the pipeline gives for the same video.
+"""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from .configuration_foveated_vlm import LAYOUTS
+from .frames import IMAGE_SUFFIXES, MediaError, jpeg, read_media, square
+
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
+IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+PROBE = "\N{REPLACEMENT CHARACTER}"
+
+
+def normalise(frames: np.ndarray) -> np.ndarray:
+    """uint8 [F, height, width, 3] -> float32 [F, 3, height, width] as DINOv2 expects it."""
+    scaled = (frames.astype(np.float32) * (1 / 255) - IMAGE_MEAN) / IMAGE_STD
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def visual_places(
+    layout: str, num_places: int, question_end: int, visual_id: int, bos_id: int
+) -> tuple[int, np.ndarray]:
+    """Where the placeholders of a sample go in its text's ids, and the ids to insert there: (position, int64 ids).
+
+    question_end: position of the question's end-of-turn token. No places, nothing to insert.
+    """
+    places = np.full(num_places, visual_id, np.int64)
+    if layout == "vision_first" and num_places:
+        return 0, np.concatenate([[bos_id], places])
+    return question_end, places
+
+
+class FoveatedVLMProcessor(ProcessorMixin):
+    """Tokenizer, chat and frames of a FoveatedVLM checkpoint, as it was trained with them.
+
+    Args:
+        tokenizer: the language model's, with a chat template.
+        image_size: px, side of the square frames.
+        chat_template: Jinja text; the tokenizer's by default.
+        fps: frames per second that are taken of a video file, uniformly over the whole clip.
+        max_frames: at most so many frames of a video file.
+        jpeg_quality: 1 to 100, of the compression that frames pass through as the training data's did; None: none.
+        image_replication: frames that a still becomes.
+        system: the chat's system line; "" leaves it to the chat template.
+        layout: `question_first` or `vision_first`, the model's.
+        tokens_per_frame: placeholders per frame, the model's.
+        visual_token_id, bos_token_id: of the placeholder, and of the token before the frames in `vision_first`.
+
+    Raises ValueError for an unknown layout or a tokenizer without chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        image_size,
+        chat_template=None,
+        fps=2.0,
+        max_frames=64,
+        jpeg_quality=95,
+        image_replication=1,
+        system="",
+        layout="question_first",
+        tokens_per_frame=1,
+        visual_token_id=None,
+        bos_token_id=None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: give one (chat_template)")
+        self.image_size, self.fps, self.max_frames, self.jpeg_quality = image_size, fps, max_frames, jpeg_quality
+        self.image_replication, self.system, self.layout = image_replication, system, layout
+        self.tokens_per_frame = tokens_per_frame
+        self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
+        self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
+
+    @classmethod
+    def for_model(cls, config, tokenizer, **options) -> "FoveatedVLMProcessor":
+        """The processor that fits a FoveatedVLMConfig; `options` are what the network does not determine."""
+        return cls(
+            tokenizer,
+            layout=config.layout,
+            tokens_per_frame=config.tokens_per_frame,
+            visual_token_id=config.visual_token_id,
+            bos_token_id=config.text_config.bos_token_id,
+            **options,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
+
+    def __call__(self, text, videos=None, return_tensors: str | None = "pt") -> BatchFeature:
+        """One question, or a list of B, each with its video, still or none.
+
+        text: str, or a list of them. videos: for one question the path of a video or image file, a list of PIL images
+        (the frames), one PIL image (a still), a uint8 array [T, height, width, 3], or None; for a list of questions a
+        list of as many of these. Frames that are given are all taken, whatever `fps` and `max_frames` say.
+
+        Returns input_ids and attention_mask int64 [B, S], left-padded, num_frames int64 [B], and pixel_values float32
+        [F, 3, image_size, image_size] where there are frames. Raises ValueError for a question without text or with a
+        control token, a file that cannot be read, or frames of another form, naming what was found.
+        """
+        questions, videos = _as_batch(text, videos)
+        frames = [self._frames(video) for video in videos]
+        rows = [self._ids(question, len(shown)) for question, shown in zip(questions, frames, strict=True)]
+        length = max(map(len, rows))
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        batch = {
+            "input_ids": np.stack([np.pad(row, (length - len(row), 0), constant_values=pad_id) for row in rows]),
+            "attention_mask": np.stack([np.arange(length) >= length - len(row) for row in rows]).astype(np.int64),
+            "num_frames": np.array([len(shown) for shown in frames], np.int64),
+        }
+        if batch["num_frames"].any():
+            batch["pixel_values"] = normalise(np.concatenate([shown for shown in frames if len(shown)]))
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+    def pictures(self, pixel_values) -> np.ndarray:
+        """The frames behind pixel_values [F, 3, height, width], to draw them: uint8 [F, height, width, 3]."""
+        scaled = np.asarray(pixel_values).transpose(0, 2, 3, 1) * IMAGE_STD + IMAGE_MEAN
+        return np.clip(scaled * 255, 0, 255).round().astype(np.uint8)
+
+    def _ids(self, question: str, num_frames: int) -> np.ndarray:
+        """The chat up to the answer, with the placeholders in place: int64 [S]."""
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"text: expected a question, found {question!r}")
+        question = question.strip()
+        control = [token for token in self.tokenizer.all_special_tokens if token in question]
+        if control:
+            raise ValueError(
+                f"text: {question!r} holds the control token {control[0]}. Give the question alone: the processor "
+                "writes the chat around it"
+            )
+        before = self._chat(PROBE).partition(PROBE)[0]
+        chat = self._chat(question)
+        if not chat.startswith(before + question):
+            raise ValueError(f"the chat template changes the question {question!r}: it gives {chat!r}")
+        encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True)
+        end = len(before) + len(question)
+        question_end = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= end)
+        num_places = num_frames * self.tokens_per_frame
+        at, places = visual_places(self.layout, num_places, question_end, self.visual_token_id, self.bos_token_id)
+        return np.insert(np.asarray(encoded["input_ids"], np.int64), at, places)
+
+    def _chat(self, question: str) -> str:
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": question})
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+
+    def _frames(self, video) -> np.ndarray:
+        """The frames that the model sees of a file, of pictures or of an array: uint8 [T, image_size, image_size, 3],
+        T = 0 for None."""
+        if video is None:
+            return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        pictures, is_still = self._pictures(video)
+        frames = np.stack([np.asarray(self._compressed(picture)) for picture in pictures])
+        return frames.repeat(self.image_replication, axis=0) if is_still else frames
+
+    def _pictures(self, video) -> tuple[list[Image.Image], bool]:
+        """(square RGB pictures, whether it is a still)."""
+        if isinstance(video, str | os.PathLike):
+            is_still = os.path.splitext(video)[1].lower() in IMAGE_SUFFIXES
+            try:
+                media = read_media(
+                    video,
+                    "image" if is_still else "video",
+                    fps=self.fps,
+                    max_frames=self.max_frames,
+                    image_size=self.image_size,
+                )
+            except MediaError as error:
+                raise ValueError(f"{os.fspath(video)}: {error.reason}. Give a whole video or image file") from None
+            return media.frames, is_still
+        if isinstance(video, Image.Image):
+            return [square(video.convert("RGB"), self.image_size)], True
+        if _is_pictures(video):
+            pictures = list(video)
+        else:
+            array = np.asarray(video)
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
+                raise ValueError(
+                    f"videos: found {type(video).__name__} of shape {list(array.shape)} and type {array.dtype}, "
+                    "expected a path, PIL images, or an array [frames, height, width, 3] of type uint8"
+                )
+            pictures = [Image.fromarray(frame) for frame in array]
+        return [square(picture.convert("RGB"), self.image_size) for picture in pictures], False
+
+    def _compressed(self, picture: Image.Image) -> Image.Image:
+        """The picture after the compression of the training data's frames."""
+        return picture if self.jpeg_quality is None else Image.open(io.BytesIO(jpeg(picture, self.jpeg_quality)))
+
+
+def _as_batch(text, videos) -> tuple[list, list]:
+    """The questions and as many videos."""
+    if isinstance(text, str):
+        single = isinstance(videos, list | tuple) and not _is_pictures(videos)  # [path] instead of path
+        return _as_batch([text], videos if single else [videos])
+    questions = list(text or ())
+    videos = [None] * len(questions) if videos is None else videos
+    if isinstance(videos, str | os.PathLike | Image.Image) or len(videos) != len(questions) or not questions:
+        found = len(videos) if hasattr(videos, "__len__") and not isinstance(videos, str) else 1
+        raise ValueError(
+            f"{len(questions)} questions but {found} videos: give a list with one video (or None) for every question"
+        )
+    return questions, list(videos)
+
+
+def _is_pictures(video) -> bool:
+    """Whether it is a list of PIL images, the frames of one video."""
+    return isinstance(video, list | tuple) and bool(video) and all(isinstance(frame, Image.Image) for frame in video)
