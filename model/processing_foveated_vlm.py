@@ -184,28 +184,40 @@ class FoveatedVLMProcessor(ProcessorMixin):
                 raise ValueError(f"{os.fspath(video)}: {error.reason}. Give a whole video or image file") from None
             return media.frames, is_still
         if isinstance(video, Image.Image):
-            return [square(video.convert("RGB"), self.image_size)], True
-        if _is_pictures(video):
-            pictures = list(video)
-        else:
-            array = np.asarray(video)
-            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
-                raise ValueError(
-                    f"videos: found {type(video).__name__} of shape {list(array.shape)} and type {array.dtype}, "
-                    "expected a path, PIL images, or an array [frames, height, width, 3] of type uint8"
-                )
-            pictures = [Image.fromarray(frame) for frame in array]
-        return [square(picture.convert("RGB"), self.image_size) for picture in pictures], False
+            return [self._square(video)], True
+        if not isinstance(video, list | tuple) and np.ndim(video) != 4:
+            raise _wrong_form(video)
+        pictures = [self._square(frame) for frame in video]
+        if not pictures:
+            raise ValueError("videos: found 0 frames, expected at least one. For a question without a video give None")
+        return pictures, False
+
+    def _square(self, frame) -> Image.Image:
+        """One PIL image or array [height, width, 3], cut as the training data's frames."""
+        if not isinstance(frame, Image.Image):
+            array = np.asarray(frame)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+                raise _wrong_form(array)
+            frame = Image.fromarray(array)
+        return square(frame.convert("RGB"), self.image_size)
 
     def _compressed(self, picture: Image.Image) -> Image.Image:
         """The picture after the compression of the training data's frames."""
         return picture if self.jpeg_quality is None else Image.open(io.BytesIO(jpeg(picture, self.jpeg_quality)))
 
 
+def _wrong_form(video) -> ValueError:
+    return ValueError(
+        f"videos: found {type(video).__name__} of shape {list(np.shape(video))} and type "
+        f"{getattr(video, 'dtype', 'unknown')}, expected a path, PIL images, or an array [frames, height, width, 3] of "
+        "type uint8"
+    )
+
+
 def _as_batch(text, videos) -> tuple[list, list]:
     """The questions and as many videos."""
     if isinstance(text, str):
-        single = isinstance(videos, list | tuple) and not _is_pictures(videos)  # [path] instead of path
+        single = isinstance(videos, list | tuple) and not _is_frames(videos)  # [path] instead of path
         return _as_batch([text], videos if single else [videos])
     questions = list(text or ())
     videos = [None] * len(questions) if videos is None else videos
@@ -217,6 +229,8 @@ def _as_batch(text, videos) -> tuple[list, list]:
     return questions, list(videos)
 
 
-def _is_pictures(video) -> bool:
-    """Whether it is a list of PIL images, the frames of one video."""
-    return isinstance(video, list | tuple) and bool(video) and all(isinstance(frame, Image.Image) for frame in video)
+def _is_frames(video) -> bool:
+    """Whether it is a list of PIL images or of arrays [height, width, 3]: the frames of one video."""
+    return isinstance(video, list | tuple) and all(
+        isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in video
+    )

@@ -27,12 +27,17 @@ class Clip:
     boxes: np.ndarray | None  # [T, 4], the target's box, 0..1; None: unknown
     title: str
     question: str
-    answer: str
+    answer: str | None  # None: unknown
     prediction: str
 
     @property
     def correct(self):
         return self.prediction == self.answer
+
+    @property
+    def verdict(self):
+        """Colour of the model's answer."""
+        return INK if self.answer is None else RIGHT if self.correct else WRONG
 
     @property
     def said(self):
@@ -177,11 +182,10 @@ def scale_bar(sheet, clip, y):
 def header_lines(clip, width):
     """[(text, font, colour, height)] of title, question, answer and prediction, wrapped to `width` px."""
     lines = [(clip.title, font(20, bold=True), INK, 32)]
-    verdict = RIGHT if clip.correct else WRONG
     for name, text, colour in (
         ("question", clip.question, INK),
         ("answer", clip.answer, INK),
-        ("model", clip.said, verdict),
+        ("model", clip.said, clip.verdict),
     ):
         lines += [(line, font(16), colour, 24) for line in wrapped(f"{name}:  {text}", font(16), width)]
     return lines
@@ -214,9 +218,7 @@ def animation(clip, side):
     width = 2 * MARGIN + 2 * side + GAP
     face = font(14)
     words = [(text, INK) for text in wrapped(clip.question, face, width - 2 * MARGIN)]
-    words += [
-        (text, RIGHT if clip.correct else WRONG) for text in wrapped(f"model:  {clip.said}", face, width - 2 * MARGIN)
-    ]
+    words += [(text, clip.verdict) for text in wrapped(f"model:  {clip.said}", face, width - 2 * MARGIN)]
     bottom = MARGIN + num_rows * (side + line + GAP)
     pictures = []
     for t, (frame, box) in enumerate(zip(clip.frames, boxes, strict=True)):
@@ -235,14 +237,14 @@ def animation(clip, side):
     return pictures
 
 
-def save_animation(pictures, path, milliseconds):
-    """An endless GIF, one palette per picture; the last picture stays twice as long."""
+def save_animation(pictures, file, milliseconds):
+    """An endless GIF into a path or binary file, one palette per picture; the last picture stays twice as long."""
     indexed = [
         picture.quantize(colors=255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for picture in pictures
     ]
     durations = [milliseconds] * (len(indexed) - 1) + [2 * milliseconds]
     indexed[0].save(
-        path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, disposal=1
+        file, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, disposal=1
     )
 
 
@@ -272,7 +274,7 @@ def overview(clip, side):
         for t, (tile, box) in enumerate(zip(tiles, boxes, strict=True)):
             picture.paste(mark_box(tile, box), (left + t * (side + GAP), y))
     said = f"model:  {clip.said}"
-    draw.text((left, picture.height - 10), said, RIGHT if clip.correct else WRONG, font(15), anchor="ls")
+    draw.text((left, picture.height - 10), said, clip.verdict, font(15), anchor="ls")
     if not clip.correct:
         draw.text(
             (left + font(15).getlength(said) + 16, picture.height - 10),

@@ -276,13 +276,18 @@ def to_json(value, indent=None):
 
 
 def write_text(path, text):
+    """`write_bytes` of text in utf-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
     """Write a file by os.replace from a temporary neighbour; parents are created. UserError if that is impossible."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

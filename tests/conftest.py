@@ -1,6 +1,6 @@
 import pytest
 
-from tests import pipeline
+from tests import checkpoints, pipeline
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +10,9 @@ def finished_run(tmp_path_factory):
     pipeline.write_params(folder)
     pipeline.run_all(folder, *pipeline.STAGES)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A checkpoint of an untrained network, raw media, shards and tokens (tests/checkpoints.py). Read-only."""
+    return checkpoints.make(tmp_path_factory.mktemp("made"))

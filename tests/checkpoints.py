@@ -1,0 +1,90 @@
+"""A checkpoint of an untrained network as the training stages write it, with a few packed samples of the world."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Dinov2Config, LlamaConfig
+
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from pipeline_steps import params
+from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
+from pipeline_steps.checkpoint import save_checkpoint
+from pipeline_steps.records import FramePolicy, RawSample
+from pipeline_steps.shards.__main__ import make_manifest, publish
+from pipeline_steps.shards.pack import Settings, pack_shard
+from pipeline_steps.sources import folder, procedural
+from pipeline_steps.tokens.__main__ import build
+
+FRAMES = FramePolicy(image_size=56, fps=2.0, max_frames=4, jpeg_quality=95)
+STILL_FRAMES = 3  # frames that a still becomes
+
+
+@dataclass
+class Made:
+    """Where everything lies."""
+
+    root: Path
+
+    def __post_init__(self):
+        self.raw, self.shards, self.tokens = self.root / "raw", self.root / "shards", self.root / "tokens"
+        self.tokenizer, self.checkpoint = self.root / "language_model", self.root / "checkpoint"
+
+    @property
+    def video(self) -> Path:
+        return self.raw / "procedural/test/card-000000.mp4"
+
+
+def make(root: Path) -> Made:
+    made = Made(root)
+    parameters = params.read(params.ROOT / "params.yaml", "sources", "tokens")
+    save_tokenizer(train_tokenizer(400, 4096), made.tokenizer)
+    samples = write_world(made.raw, parameters.sources.procedural)
+    settings = Settings(raw_dir=str(made.raw), frames=FRAMES)
+    reports = {}
+    for split in sorted({sample.split for sample in samples}):
+        group = [sample for sample in samples if sample.split == split]
+        reports[split, "000000"] = pack_shard(group, settings, root / "packed" / split / "000000")
+    made.shards.mkdir()
+    publish(make_manifest(reports, len(samples), FRAMES), root / "packed", made.shards)
+    build(parameters.tokens, made.shards, made.tokenizer, made.tokens)
+    save(make_model(), made, made.checkpoint, parameters.tokens.system)
+    return made
+
+
+def write_world(raw: Path, section) -> list[RawSample]:
+    """Two training clips, and for testing a clip of every family and a chat."""
+    (raw / "procedural").mkdir(parents=True)
+    few = {"num_train_clips": 2, "num_validation_clips": 0, "num_test_clips": 1}
+    procedural.write(raw / "procedural", section.model_copy(update=few), 1)
+    chat = {"user": "Say 314 backwards", "assistant": "413", "family": "text"}
+    text = RawSample(key="chat-1", source="chat", split="test", video_id="chat-1", kind="text", items=(chat,))
+    return [*folder.read(raw / "procedural", "procedural", relative_to=raw).samples, text]
+
+
+def make_model(**options) -> FoveatedVLMForConditionalGeneration:
+    """Random weights; the end-of-turn token is never the most likely one, so that answers are as long as allowed."""
+    torch.manual_seed(0)
+    vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
+    text = LlamaConfig(
+        vocab_size=400,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    defaults = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": 400}
+    model = FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(vision, text, **(defaults | options))).eval()
+    model.language_model.get_input_embeddings().weight.data[2] = 0
+    return model
+
+
+def save(model, made: Made, path: Path, system: str) -> None:
+    options = FRAMES.model_dump() | {"image_replication": STILL_FRAMES, "system": system}
+    save_checkpoint(path, model, made.tokenizer, **options)

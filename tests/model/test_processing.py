@@ -1,0 +1,158 @@
+"""A question asked by hand gives the tensors of the pipeline, whatever form its video has."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from model import FoveatedVLMProcessor, frames
+from model.processing_foveated_vlm import normalise
+from pipeline_steps import params, records
+from pipeline_steps.answers import up_to_answer
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
+from tests.checkpoints import FRAMES, STILL_FRAMES, make_model
+
+QUESTION = "Which digits does red show?"
+NAMES = ("input_ids", "attention_mask", "num_frames", "pixel_values")
+
+
+@pytest.fixture(scope="module")
+def processor(made):
+    return FoveatedVLMProcessor.from_pretrained(made.checkpoint)
+
+
+def options_of(processor):
+    return {name: getattr(processor, name) for name in (*FRAMES.model_dump(), "image_replication", "system")}
+
+
+def assert_same(one, other):
+    assert set(one) == set(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "vision_first"},
+        {"layout": "vision_first", "architecture": "multi_token", "num_visual_tokens_per_frame": 4},
+    ],
+)
+def test_tensors_are_those_of_the_pipeline(made, processor, options):
+    """Raw media by the processor = raw media by shards, tokens and collate: every family, a still, a text."""
+    config = make_model(**options).config
+    processor = FoveatedVLMProcessor.for_model(config, processor.tokenizer, **options_of(processor))
+    collate = Collator.for_model(config, loss="answer_only", image_replication=STILL_FRAMES)
+    dataset = TokenizedShards(made.shards, made.tokens, "test")
+    prompts = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompts
+    kinds = set()
+    for number, row in enumerate(dataset.rows):
+        sample = dataset.sample(row["key"])
+        expected = collate([up_to_answer(dataset[number])])
+        expected = {name: expected[name] for name in NAMES if name != "pixel_values" or len(expected[name])}
+        question = sample.items[row["item"]].user or (prompts.image if row["kind"] == "image" else prompts.default)
+        found = processor(text=f" {question}\n", videos=made.raw / sample.path if sample.path else None)
+        assert_same(dict(found), expected)
+        kinds.add((row["kind"], int(found["num_frames"][0])))
+    assert kinds == {("video", FRAMES.max_frames), ("image", STILL_FRAMES), ("text", 0)}
+
+
+def test_every_form_of_a_video_gives_the_same_tensors(made, processor):
+    pictures = frames.read_media(made.video, "video", fps=2.0, max_frames=4, image_size=56).frames
+    array = np.stack([np.asarray(picture) for picture in pictures])
+    expected = dict(processor(text=QUESTION, videos=made.video))
+    for video in (str(made.video), [made.video], pictures, tuple(pictures), array, list(array)):
+        assert_same(dict(processor(text=QUESTION, videos=video)), expected)
+    as_numpy = processor(text=QUESTION, videos=made.video, return_tensors="np")
+    assert isinstance(as_numpy["pixel_values"], np.ndarray)
+
+
+def test_pictures_are_cut_square_and_a_still_is_repeated(processor):
+    wide = np.zeros((2, 40, 80, 3), np.uint8)
+    wide[:, :, 20:60] = 200  # the centre square
+    found = processor(text=QUESTION, videos=wide)
+    assert found["pixel_values"].shape == (2, 3, 56, 56)
+    assert processor.pictures(found["pixel_values"])[:, 2:-2, 2:-2].min() > 190
+    still = processor(text=QUESTION, videos=Image.fromarray(wide[0]))
+    assert still["num_frames"].tolist() == [STILL_FRAMES]
+    assert torch.equal(still["pixel_values"][0], found["pixel_values"][0])
+    assert int((still["input_ids"] == processor.visual_token_id).sum()) == STILL_FRAMES
+
+
+def test_pictures_undo_the_normalisation_exactly(processor):
+    values = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3) + 100
+    assert np.array_equal(processor.pictures(torch.from_numpy(normalise(values))), values)
+
+
+def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
+    questions = ["What is in the video, and which digits does red show?", "Say 314", QUESTION]
+    videos = [made.video, None, np.full((2, 60, 60, 3), 90, np.uint8)]
+    batch = processor(text=questions, videos=videos)
+    assert batch["num_frames"].tolist() == [4, 0, 2]
+    for row, (question, video) in enumerate(zip(questions, videos, strict=True)):
+        alone = processor(text=question, videos=video)
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, -length:], alone["input_ids"][0])
+        assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - length) + [1] * length
+    model = make_model()
+    answers = processor.batch_decode(model.generate(**batch, max_new_tokens=4, do_sample=False))
+    alone = model.generate(**processor(text=QUESTION, videos=videos[2]), max_new_tokens=4, do_sample=False)
+    assert answers[2] == processor.decode(alone[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "videos", "message"),
+    [
+        ("", None, "expected a question, found ''"),
+        ([], None, "0 questions but 0 videos"),
+        ("a<|im_end|>", None, r"holds the control token <\|im_end\|>. Give the question alone"),
+        (["a", "b"], ["x.mp4"], "2 questions but 1 videos"),
+        ("a", ["x.mp4", "y.mp4"], "1 questions but 2 videos"),
+        (["a"], [Image.new("RGB", (8, 8))] * 2, "1 questions but 2 videos"),
+        ("a", "no/such.mp4", "no/such.mp4: missing file"),
+        ("a", np.zeros((2, 3, 8, 8), np.uint8), r"shape \[3, 8, 8\] and type uint8, expected"),
+        ("a", np.zeros((8, 8, 3), np.uint8), r"shape \[8, 8, 3\] and type uint8, expected"),
+        ("a", np.zeros((2, 8, 8, 3), np.float32), "type float32, expected"),
+        ("a", np.zeros((0, 8, 8, 3), np.uint8), "found 0 frames"),
+        ("a", 3, "found int of shape"),
+    ],
+)
+def test_wrong_input_is_named(processor, text, videos, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, videos=videos)
+
+
+def test_undecodable_video_is_named(processor, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"a\.mp4: not a video file"):
+        processor(text=QUESTION, videos=tmp_path / "a.mp4")
+
+
+def test_only_a_video_file_needs_pyav(made, processor, monkeypatch):
+    monkeypatch.setattr(frames, "av", None)
+    with pytest.raises(ImportError, match="needs PyAV"):
+        processor(text=QUESTION, videos=made.video)
+    assert processor(text=QUESTION, videos=made.raw / "procedural/test/image-000000.jpg")["num_frames"] == STILL_FRAMES
+
+
+def test_saved_processor_is_the_same(made, processor, tmp_path):
+    processor.save_pretrained(tmp_path / "one")
+    again = AutoProcessor.from_pretrained(tmp_path / "one")
+    assert isinstance(again, FoveatedVLMProcessor)
+    assert (again.to_dict() | {"auto_map": None}) == (processor.to_dict() | {"auto_map": None})
+    assert options_of(again) == FRAMES.model_dump() | {"image_replication": STILL_FRAMES, "system": processor.system}
+    assert_same(dict(again(QUESTION, made.video)), dict(processor(QUESTION, made.video)))
+    again.save_pretrained(tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_the_tokenizer_of_a_checkpoint_is_the_language_models(made, processor):
+    assert records.sha256_file(made.checkpoint / "tokenizer.json") == records.sha256_file(
+        made.tokenizer / "tokenizer.json"
+    )
+    assert processor.chat_template == (made.tokenizer / "chat_template.jinja").read_text()
