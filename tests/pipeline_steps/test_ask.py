@@ -1,0 +1,130 @@
+"""The command that asks a checkpoint: answer, animation, errors, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline_steps import ask, params
+from pipeline_steps.checkpoint import load_checkpoint
+from tests import checkpoints
+from tests.pipeline import ROOT
+
+QUESTION = "Which digits does red show?"
+
+
+@pytest.fixture
+def run(made, tmp_path, monkeypatch):
+    """Runs the command in an empty folder: function of its further arguments -> exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, checkpoint=made.checkpoint, question=QUESTION):
+        words = ["ask", "--checkpoint", str(checkpoint), "--question", question, *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as caught:
+            params.run(ask.main)
+        return caught.value.code or 0
+
+    return call
+
+
+def expected_answer(made, mode="autoregressive", videos=None, num_tokens=6):
+    model, processor = load_checkpoint(made.checkpoint)
+    inputs = processor(text=QUESTION, videos=videos)
+    ids = model.generate(**inputs, mode=mode, max_new_tokens=num_tokens, do_sample=False)
+    return processor.decode(ids[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "coarse"])
+def test_answer_and_animation(made, run, tmp_path, capsys, mode):
+    assert run("--video", made.video, "--mode", mode, "--max-new-tokens", 6) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(expected_answer(made, mode, made.video))
+    assert "card-000000.heatmap.gif: where the model looked" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["card-000000.heatmap.gif"]
+    with Image.open(tmp_path / "card-000000.heatmap.gif") as picture:
+        assert picture.n_frames == checkpoints.FRAMES.max_frames
+
+
+def test_a_question_without_a_video_is_answered_from_the_text(made, run, tmp_path, capsys):
+    assert run("--max-new-tokens", 6) == 0
+    assert capsys.readouterr().out.rstrip("\n") == expected_answer(made).rstrip("\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_animation_shows_the_look_that_was_answered_from(made, monkeypatch):
+    """Also where queries are drawn at random."""
+    model, processor = load_checkpoint(made.checkpoint)
+    model.config.query_source = "random"
+    inputs = processor(text=QUESTION, videos=made.video)
+    looks, look = [], model.look
+    monkeypatch.setattr(model, "look", lambda *args, **options: looks.append(look(*args, **options)) or looks[-1])
+    ask.stream_answer(model, processor, inputs, "autoregressive", 3)
+    ask.animation(model, processor, inputs, "autoregressive", QUESTION, "")
+    assert len(looks) == 2
+    assert torch.equal(looks[0][-1].queries, looks[1][-1].queries)
+
+
+def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, capsys):
+    baseline = checkpoints.make_model(architecture="multi_token", num_visual_tokens_per_frame=4)
+    checkpoints.save(baseline, made, tmp_path / "baseline", "")
+    assert run("--video", made.video, "--max-new-tokens", 3, checkpoint=tmp_path / "baseline") == 0
+    assert "not written, a model without queries" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.gif"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {"checkpoint": "nowhere"}, "nowhere/config.json: missing, so nowhere holds no model"),
+        ((), {"question": "  "}, "--question is empty"),
+        ((), {"question": "a<|im_end|>"}, "holds the control token"),
+        (("--video", "no.mp4"), {}, "no.mp4: no such file"),
+        (("--video", "bad.mp4"), {}, "bad.mp4: not a video file"),
+        (("--video", "bad.mp4", "--output", "a.png"), {}, "a.png: the animation is a GIF file"),
+        (("--video", "bad.mp4", "--output", "bad.mp4/a.gif"), {}, "bad.mp4/a.gif: cannot be written"),
+        (("--output", "a.gif"), {}, "there is no look to draw without --video"),
+        (("--max-new-tokens", "0"), {}, "--max-new-tokens is 0, expected at least 1"),
+        (("--max-new-tokens", "5000"), {}, "of the language model's 4096 places"),
+    ],
+)
+def test_wrong_input_is_one_paragraph(run, tmp_path, capsys, arguments, options, message):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    assert run(*arguments, **options) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ")
+    assert message in told.err
+    assert not list(tmp_path.glob("*.gif"))
+
+
+def test_ctrl_c_while_the_answer_streams(made, tmp_path):
+    """Words arrive before the end, and an interrupt ends the command with code 130, quietly and without a file."""
+    command = [sys.executable, "-u", "-m", "pipeline_steps.ask", "--checkpoint", made.checkpoint, "--video", made.video]
+    command += ["--question", QUESTION, "--max-new-tokens", "4000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    first = process.stdout.read(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted\n"
+    assert len(first + rest) > 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_animation_is_written(made, run, tmp_path, monkeypatch, capsys):
+    def interrupted(pictures, file, milliseconds):
+        file.write(b"GIF89a half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask.drawing, "save_animation", interrupted)
+    assert run("--video", made.video, "--max-new-tokens", 3) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
