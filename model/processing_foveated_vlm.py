@@ -53,7 +53,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
         system: the chat's system line; "" leaves it to the chat template.
         layout: `question_first` or `vision_first`, the model's.
         tokens_per_frame: placeholders per frame, the model's.
-        visual_token_id, bos_token_id: of the placeholder, and of the token before the frames in `vision_first`.
+        visual_token_id: id of the placeholder, the model's; None: the first id after the tokenizer's.
+        bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
 
     Raises ValueError for an unknown layout or a tokenizer without chat template.
     """

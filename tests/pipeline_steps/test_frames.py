@@ -1,10 +1,14 @@
 """Which frames are taken, how they are cut, and what is refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline_steps.frames import MediaError, choose_times, decode_video, load_image, read_media, square
+from pipeline_steps.params import ROOT
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 
 LOSSLESS = {"crf": "4", "preset": "ultrafast"}
@@ -192,3 +196,9 @@ def test_damaged_images(tmp_path):
     deep = Image.fromarray(np.full((8, 8), 40000, np.uint16))
     deep.save(tmp_path / "deep.png")
     assert reason(tmp_path / "deep.png", "image") == "unsupported pixel mode I;16"
+
+
+def test_packing_imports_neither_torch_nor_the_network():
+    code = "import sys, pipeline_steps.shards.pack; print({'torch', 'transformers', 'model'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
