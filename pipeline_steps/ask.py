@@ -5,7 +5,7 @@
 Prints the answer as it is generated (greedy) and writes an animation of where the model looked, NAME.heatmap.gif in the
 current folder unless --output says otherwise. Without --video the model answers from the text alone. Needs no shards
 and no parameters: the checkpoint knows how its frames and chats are made. Cost: the import of the libraries and two
-looks at the frames; on an embedded checkpoint about five seconds and 0.6 GB.
+looks at the frames; on an embedded checkpoint about five seconds and 0.5 GB.
 """
 
 import argparse
