@@ -133,7 +133,7 @@ def test_missing_and_unexpected_weights_are_an_error(broken, load):
 
     with pytest.raises((ValueError, UserError), match=r"2 missing.*1 unexpected.*0 of another shape") as caught:
         load(broken(edit))
-    for words in ("planner.bias, planner.weight", "stranger.weight", "broken", "Save the model again"):
+    for words in ("planner.bias, planner.weight, stranger.weight", "broken", "Save the model's weights"):
         assert words in str(caught.value)
 
 
