@@ -9,6 +9,7 @@ ARCHITECTURES = ("foveated", "multi_token")
 ATTENTIONS = ("deep", "shallow")
 QUERY_SOURCES = ("planned", "static", "random", "fixed", "oracle")
 HARD_ATTENTIONS = ("none", "top_k", "gumbel")
+QUERY_UPDATES = ("replace", "add")
 TOKEN_AGGREGATIONS = ("none", "mean", "weighted")
 FRAME_TIMES = ("none", "sinusoidal")
 MAX_PASSES = 3
@@ -29,6 +30,7 @@ class FoveatedVLMConfig(PreTrainedConfig):
         query_init_std: standard deviation of the learned static and first query at the start.
         query_bias: whether the projection of the query into the vision encoder has a bias.
         tie_first_query: whether frame 0 of the fine pass uses the static query (else a query of its own).
+        query_update: whether the planner's output is the next query (`replace`) or is added to the last one (`add`).
         query_source: what stands in for the planned queries, in training and in use: `planned` (the model itself),
             `static` (the static query on every frame), `random` (new for every frame), `fixed` (one random query for
             all frames) or `oracle` (planned, and limited to the target's patches: an upper bound where they are known).
@@ -74,6 +76,7 @@ class FoveatedVLMConfig(PreTrainedConfig):
         query_init_std: float = 1.0,
         query_bias: bool = False,
         tie_first_query: bool = True,
+        query_update: str = "replace",
         query_source: str = "planned",
         attention_temperature: float = 1.0,
         learnable_temperature: bool = False,
@@ -111,6 +114,7 @@ class FoveatedVLMConfig(PreTrainedConfig):
         self.query_init_std = query_init_std
         self.query_bias = query_bias
         self.tie_first_query = tie_first_query
+        self.query_update = _choice("query_update", query_update, QUERY_UPDATES)
         self.query_source = _choice("query_source", query_source, QUERY_SOURCES)
         self.attention_temperature = _at_least("attention_temperature", attention_temperature, 1e-3)
         self.learnable_temperature = learnable_temperature

@@ -189,6 +189,8 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
         looks = [coarse]
         for _ in range(config.num_passes if num_plans is None else num_plans):
             planned = self._plan(language.hidden_states(looks[-1].visual_tokens))  # [F, K, Q]
+            if config.query_update == "add":
+                planned = first + language.running_sum(planned)
             queries = choose(language.shift_by_one_frame(planned, first))
             looks.append(self._attend(queries, walk, times, chosen, output_attentions))
         return looks
@@ -258,7 +260,11 @@ class FoveatedVLMForConditionalGeneration(PreferenceMixin, PreTrainedModel):
             queries = choose(first[frames] if planned is None else planned[language.samples_of(frames)], frames)
             seen = walk.select_frames(frames)
             look = self._attend(queries, seen, times[frames], how.select_frames(frames), output_attentions)
-            planned = self._plan(language.step(look.visual_tokens, frames, cache))  # [B', K, Q]
+            steps = self._plan(language.step(look.visual_tokens, frames, cache))  # [B', K, Q]
+            if self.config.query_update == "add":
+                planned = steps + (first[: len(steps)] if planned is None else planned)
+            else:
+                planned = steps
             order.append(frames)
             looks.append(look)
         back = torch.cat(order).argsort()

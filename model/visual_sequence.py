@@ -37,6 +37,12 @@ class VisualSequence:
         """Frame t gets the query planned after frame t - 1, frame 0 the first query: [F, K, Q] -> [F, K, Q]."""
         return torch.where((self.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
 
+    def running_sum(self, values: Tensor) -> Tensor:
+        """Sum over the frames of a sample up to and including each: [F, K, Q] -> [F, K, Q]."""
+        padded = values.new_zeros(len(self.num_frames), int(self.num_frames.max()), *values.shape[1:])
+        places = self.sample_of_frame, self.time_of_frame
+        return padded.index_put(places, values).cumsum(1)[places]
+
     def frames_by_time(self) -> list[Tensor]:
         """For every time t, the frame indices of the samples that have a frame t."""
         return [(self.time_of_frame == t).nonzero()[:, 0] for t in range(int(self.num_frames.max()))]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -97,6 +98,25 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(finished_run,
     for name in ("outputs/stage2/model.safetensors", "reports/metrics/stage2.csv", "reports/metrics/stage2.json"):
         assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), name
     assert not list(folder.glob(".scratch/stage2/*/"))
+
+
+def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):
+    """The oracle, with several aggregated looks, a learned temperature, frame times and every further loss."""
+    folder = copy_of(finished_run, tmp_path, "data")
+    options = {"query_source": "oracle", "num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"}
+    options |= {"learnable_temperature": True, "frame_time_embedding": "sinusoidal", "num_passes": 2}
+    options |= dict.fromkeys(("lambda_coarse", "lambda_entropy", "lambda_contrastive"), 0.1)
+    overrides = [f"model.{name}={value}" for name, value in options.items()]
+    overrides += [f"training.stage{n}.num_samples=16" for n in (1, 2, 3)]
+    pipeline.write_params(folder, *overrides)
+    pipeline.run_all(folder, "stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps")
+    rows = pd.read_csv(folder / "reports/metrics/stage2.csv").query("event == 'train'")
+    assert rows[["loss_coarse", "loss_entropy", "loss_contrastive"]].notna().all().all()
+    assert set(rows["num_plans"]) <= {2, 3}
+    result = json.loads((folder / "reports/metrics/evaluation.json").read_text())
+    for family in ("card", "follow", "ask_colour", "ask_place"):  # the oracle's queries see the target alone
+        assert result["gaze"][family]["autoregressive"]["peak_on_target"] == 1.0
+        assert result["gaze"][family]["autoregressive"]["mass_on_target"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

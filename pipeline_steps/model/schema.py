@@ -15,6 +15,7 @@ class Section(StrictModel):
     query_init_std: PositiveFloat
     query_bias: bool
     tie_first_query: bool
+    query_update: Literal["replace", "add"]
     query_source: Literal["planned", "static", "random", "fixed", "oracle"]
     attention_temperature: PositiveFloat
     learnable_temperature: bool

@@ -52,6 +52,20 @@ def test_an_untied_first_query_looks_at_frame_0():
         assert torch.equal(fine(tied).queries[first_frame], tied.static_query)
 
 
+@torch.no_grad()
+def test_an_added_update_sums_the_plans_of_the_frames_before():
+    """Sample 0 of the batch has frames 0 to 2, sample 1 frame 3, sample 3 frames 4 and 5."""
+    added, replaced = make_model(query_update="add"), make_model()
+    plans, sums = fine(replaced).queries, fine(added).queries
+    first = added.static_query
+    assert torch.equal(sums[[0, 3, 4]], first.expand(3, -1, -1))
+    for frame in (1, 2, 5):  # the coarse tokens, and so the plans, are those of the other model
+        torch.testing.assert_close(sums[frame], sums[frame - 1] + plans[frame])
+    iterated = fine(added, num_plans=3).queries  # frame t is final after t passes
+    torch.testing.assert_close(iterated, fine(added, mode="autoregressive").queries)
+    assert not torch.allclose(iterated[2], fine(replaced, mode="autoregressive").queries[2])
+
+
 @pytest.mark.parametrize("attention", ["deep", "shallow"])
 @torch.no_grad()
 def test_temperature_sharpens_the_queries_and_leaves_the_patches_alone(attention):

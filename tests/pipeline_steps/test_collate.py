@@ -74,6 +74,14 @@ def test_the_same_tokens_are_labelled_in_every_layout(layout):
         assert all(VISUAL not in row for row in labels)
 
 
+def test_targets_follow_the_frames():
+    items = [item | {"target_patches": np.eye(len(item["frames"]), 4, dtype=bool)} for item in ITEMS]
+    batch = make_collator()(items)
+    assert batch["target_patches"].dtype == torch.bool
+    assert batch["target_patches"].int().argmax(1).tolist() == [0, 1, 2, 0, 0, 0, 0]  # the still's four times
+    assert len(make_collator()([items[1]])["target_patches"]) == 0
+
+
 def test_several_tokens_per_frame():
     batch = make_collator(tokens_per_frame=2)(ITEMS)
     assert (batch["input_ids"] == VISUAL).sum(1).tolist() == [6, 0, 8]

@@ -1,12 +1,15 @@
 """Learning-rate schedule, parameter groups and the state file."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from pipeline_steps.training.engine import Run, train_step
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate_factor
 from pipeline_steps.training.state import load_state, save_state
-from tests.model.test_modeling_foveated_vlm import make_model
+from tests.model.tiny import make_batch, make_model
 
 RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
@@ -55,3 +58,19 @@ def test_state_is_replaced_whole(tmp_path):
     state = load_state(tmp_path)
     assert state["step"] == 2
     assert torch.equal(state["model"]["w"], torch.zeros(3))
+
+
+def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
+    """Whatever was drawn before: so a resumed run draws the same."""
+    settings = SimpleNamespace(num_samples=8, warmup_share=0.0, final_learning_rate=1.0, learning_rate=RATES)
+    common = SimpleNamespace(batch_size=4, clip_norm=1.0, precision="fp32", weight_decay=0.0, betas=(0.9, 0.98))
+    losses = {}
+    for step in (0, 1, 0):
+        model = make_model(query_source="random", hard_attention="gumbel")
+        run = Run("stage1", model, None, None, 1, common, settings, None, tmp_path)
+        groups, _ = trainable_parameters(model, RATES, 0.0)
+        torch.rand(step + 5)
+        row = train_step(run, torch.optim.AdamW(groups), make_batch() | {"keys": list("abcd")}, step)
+        losses.setdefault(step, set()).add(row["loss"])
+    assert len(losses[0]) == 1
+    assert losses[0] != losses[1]
