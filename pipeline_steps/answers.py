@@ -16,10 +16,9 @@ def answer_batch(model, tokenizer, collate, items, max_tokens):
         for name, value in pad.items()
     }
     batch["num_frames"] = torch.cat([row["num_frames"] for row in rows])
-    shown = [row["pixel_values"] for row in rows if len(row["pixel_values"])]
-    batch["pixel_values"] = torch.cat(shown) if shown else None
-    if "target_patches" in rows[0]:
-        batch["target_patches"] = torch.cat([row["target_patches"] for row in rows if len(row["target_patches"])])
+    shown = [row for row in rows if len(row["pixel_values"])]
+    for name in ("pixel_values", "target_patches"):
+        batch[name] = torch.cat([row[name] for row in shown]) if shown and name in shown[0] else None
     device = next(model.parameters()).device
     batch = {name: value if value is None else value.to(device) for name, value in batch.items()}
     options = {
