@@ -70,7 +70,9 @@ def main() -> None:
         device = "cuda" if common.device == "cuda" or (common.device == "auto" and torch.cuda.is_available()) else "cpu"
         model = load_model(arguments, parameters).to(device)
         train_split, validation_split = (
-            TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, split)
+            TokenizedShards.for_model(
+                model.config, arguments.shards, arguments.tokens, split, parameters.streaming.image_replication
+            )
             for split in ("train", "validation")
         )
         run = Run(
