@@ -88,5 +88,5 @@ def test_the_device_is_chosen(monkeypatch, wanted, there, device):
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="training.common.device is cuda"):
+    with pytest.raises(UserError, match=r"training\.common\.device is cuda"):
         choose_device("cuda")
