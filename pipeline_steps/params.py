@@ -25,9 +25,10 @@ import tempfile
 import typing
 from functools import reduce
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
@@ -79,7 +80,8 @@ def schema():
         path.parent.name: (importlib.import_module(f"pipeline_steps.{path.parent.name}.schema").Section, ...)
         for path in sorted((ROOT / "pipeline_steps").glob("*/schema.py"))
     }
-    return create_model("Params", __base__=StrictModel, seed=(int, ...), ablation=(str, ...), **sections)
+    seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and NumPy both take
+    return create_model("Params", __base__=StrictModel, seed=(seed, ...), ablation=(str, ...), **sections)
 
 
 def read(path, *keys):

@@ -318,21 +318,42 @@ def writable(path):
 def replaced_folder(path):
     """Yields an empty folder beside `path`; when the block ends well it becomes `path`, else nothing is left of it.
 
-    A crash leaves `path` as it was (and a hidden `.NAME.partial` that the next run removes).
+    A crash leaves `path` as it was (and a hidden `.NAME.partial` that the next run empties). While another process
+    fills the folder, such as a stage that outlived a killed `dvc repro`, this one waits.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     check_outputs(folders=[path])
     with writable(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        lock = _lock_empty(partial)
     try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    with writable(path):
-        _swap_in(partial, path)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with writable(path):
+            _swap_in(partial, path)
+    finally:
+        os.close(lock)
+
+
+def _lock_empty(folder):
+    """Creates or empties `folder`; returns the open descriptor that locks it (flock: until closed, or the end)."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder)):
+            break
+        os.close(lock)  # the other process has renamed or removed it: make a new one
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
 
 
 def _swap_in(partial, path):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pipeline_steps import params
 from pipeline_steps.params import ROOT, StrictModel, UserError
+from pipeline_steps.world import KINDS
 
 PARAMS_FILE = ROOT / "params.yaml"
 GROUP_FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -155,6 +156,27 @@ def test_all_problems_are_named_at_once_in_one_paragraph(edited):
     ):
         assert part in text
     assert "\n\n" not in text
+
+
+@pytest.mark.parametrize(("seed", "bound"), [(-1, "greater than or equal to 0"), (2**63, f"less than {2**63}")])
+def test_a_seed_that_no_generator_takes(edited, seed, bound):
+    assert f"seed: should be {bound}, found {seed}" in message(edited("seed", seed), "seed")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("backbones.embedded.vision_heads", 7, "backbones.embedded: vision_heads is 7, which does not divide"),
+        ("backbones.embedded.language_heads", 32, "language_width is 96, no multiple of twice the language_heads 32"),
+        ("backbones.embedded.language_kv_heads", 3, "language_kv_heads is 3, which does not divide language_heads 4"),
+        ("backbones.embedded.vocabulary_size", 258, "vocabulary_size: should be greater than or equal to 259"),
+        ("sources.procedural.train_mix", dict.fromkeys(KINDS, 0), "train_mix: all families have the weight 0"),
+        ("shards.test_share", 0.9, "shards: validation_share and test_share add up to 1"),
+        ("training.common.betas", [0.9, 1.0], "training.common.betas.1: should be less than 1"),
+    ],
+)
+def test_values_that_could_not_work(edited, key, value, expected):
+    assert expected in message(edited(key, value), "seed")
 
 
 def test_values_are_not_converted(edited):

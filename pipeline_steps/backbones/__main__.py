@@ -14,13 +14,12 @@ whole or not at all. Exit code 1 with one paragraph for a folder that does not f
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from pipeline_steps import params
+from pipeline_steps.records import replaced_folder, write_text
 
 from .language_model import build_language_model, save_language_model, warm_up_language_model
 from .local import copy_backbones
@@ -65,27 +64,13 @@ def main() -> None:
     section = params.read(arguments.params, *PARAMS).backbones
 
     params.check_outputs(folders=[arguments.out], files=[arguments.metrics])
-    unfinished = arguments.out.with_name(f".{arguments.out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with replaced_folder(arguments.out) as folder:
         if section.kind == "embedded":
-            metrics = train_backbones(section.embedded, unfinished)
+            metrics = train_backbones(section.embedded, folder)
         else:
-            metrics = copy_backbones(section.local, unfinished)
-        if arguments.out.exists():
-            shutil.rmtree(arguments.out)
-        os.replace(unfinished, arguments.out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    write_metrics(metrics, arguments.metrics)
+            metrics = copy_backbones(section.local, folder)
+    write_text(arguments.metrics, json.dumps(metrics, indent=2) + "\n")
     print(f"{arguments.out}: {json.dumps(metrics)}")
-
-
-def write_metrics(metrics: dict, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

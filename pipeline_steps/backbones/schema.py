@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
 
@@ -34,8 +34,26 @@ class Embedded(StrictModel):
     language_steps: PositiveInt
     language_batch_size: PositiveInt  # chats
     language_learning_rate: PositiveFloat
-    vocabulary_size: PositiveInt
+    vocabulary_size: int = Field(ge=259)  # at most; 3 special tokens, the 256 bytes, then merges
     max_positions: PositiveInt
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.vision_width % self.vision_heads:
+            raise ValueError(
+                f"vision_heads is {self.vision_heads}, which does not divide vision_width {self.vision_width}"
+            )
+        if self.language_width % (2 * self.language_heads):  # rotary embeddings turn pairs
+            raise ValueError(
+                f"language_width is {self.language_width}, no multiple of twice the "
+                f"language_heads {self.language_heads}"
+            )
+        if self.language_heads % self.language_kv_heads:
+            raise ValueError(
+                f"language_kv_heads is {self.language_kv_heads}, which does not divide language_heads "
+                f"{self.language_heads}"
+            )
+        return self
 
 
 class Section(StrictModel):

@@ -43,12 +43,11 @@ def main():
     torch.set_num_threads(settings.num_threads)
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(arguments.checkpoint)
-    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split)
+    replication = parameters.streaming.image_replication
+    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
     training_rows = TokenizedShards(arguments.shards, arguments.tokens, "train").rows
     chosen = choose_items(dataset, settings.max_items_per_family, settings.seed)
-    collate = Collator.for_model(
-        model.config, loss="answer_only", image_replication=parameters.streaming.image_replication
-    )
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_family) for numbers in chosen.values())
     with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:

@@ -38,10 +38,9 @@ def main():
     torch.set_num_threads(settings.num_threads)
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
-    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split)
-    collate = Collator.for_model(
-        model.config, loss="answer_only", image_replication=parameters.streaming.image_replication
-    )
+    replication = parameters.streaming.image_replication
+    dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
     numbers = choose_clips(dataset, settings.num_clips) if model.config.architecture == "foveated" else []
     with replaced_folder(arguments.outputs) as folder:
         entries = []

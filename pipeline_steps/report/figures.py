@@ -231,7 +231,7 @@ def flops(result):
             )
         right.set_xscale("log", base=2)
         right.set_yscale("log")
-        right.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        right.set_xticks(result.curves["num_frames"], [f"{count:.0f}" for count in result.curves["num_frames"]])
         right.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         right.set_xlabel("frames")
         right.set_ylabel("MFLOP per sample")

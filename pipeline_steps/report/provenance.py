@@ -51,7 +51,8 @@ def facts(root, inputs):
     origin = inputs.current.result.provenance
     state = "not a git repository" if head is None else head
     if changed:
-        state += f" with {len(changed)} changed files: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}"
+        files = "1 changed file" if len(changed) == 1 else f"{len(changed)} changed files"
+        state += f" with {files}: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}"
     rows = [
         ("commit", state),
         ("ablation, seed", f"{inputs.current.ablation}, {inputs.current.seed}"),
@@ -69,11 +70,10 @@ def facts(root, inputs):
 
 
 def wall_times(inputs):
-    """[(stage, minutes and throughput)] of the trainings that ran on this machine."""
-    return [
-        (
-            stage,
-            f"{entry['seconds'] / 60:.1f} min, {entry['samples_per_second']:.0f} samples per second, {entry['device']}",
-        )
-        for stage, entry in inputs.timings.items()
-    ]
+    """[(stage, time and throughput)] of the trainings that ran on this machine."""
+    rows = []
+    for stage, entry in inputs.timings.items():
+        seconds = entry["seconds"]
+        time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+        rows.append((stage, f"{time}, {entry['samples_per_second']:.0f} samples per second, {entry['device']}"))
+    return rows

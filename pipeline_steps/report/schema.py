@@ -1,6 +1,6 @@
 """Parameters of the `report` stage (section `report` of params.yaml)."""
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline_steps.params import StrictModel
 
@@ -22,5 +22,5 @@ class Section(StrictModel):
     min_seeds: PositiveInt  # seeds of both arms that a verdict needs
     margin: PositiveFloat  # loss ratios within 1 +- margin count as equal
     bootstrap_samples: PositiveInt
-    seed: int
+    seed: NonNegativeInt
     targets: Targets

@@ -53,6 +53,11 @@ def share(value, interval=None):
     return (f"{text} [{interval[0] * 100:.0f}–{interval[1] * 100:.0f}]" if interval else text, value)
 
 
+def of_several(score, quantity):
+    """The interval of a Score's `quantity`, or None for one item, whose resamples are all the same."""
+    return getattr(score, f"{quantity}_interval") if score.num_items > 1 else None
+
+
 def number(value, digits=3, interval=None):
     text = f"{value:.{digits}f}"
     return (f"{text} [{interval[0]:.{digits}f}–{interval[1]:.{digits}f}]" if interval else text, value)
@@ -128,7 +133,7 @@ def accuracies(result):
     rows = []
     for family, modes in result.families.items():
         row = [family, count(modes["autoregressive"].num_items)]
-        row += [share(modes[mode].accuracy, modes[mode].accuracy_interval) for mode in MODES]
+        row += [share(modes[mode].accuracy, of_several(modes[mode], "accuracy")) for mode in MODES]
         row += [share(result.chance.get(family))]
         generated = result.generation.get(family)
         rows.append([*row, share(generated.exact_match) if generated else share(None)])
@@ -143,7 +148,7 @@ def accuracies(result):
         ]
     )
     if result.text:
-        text = share(result.text.accuracy, result.text.accuracy_interval)
+        text = share(result.text.accuracy, of_several(result.text, "accuracy"))
         generated = result.generation.get("text")
         cells = [text if mode == "autoregressive" else share(None) for mode in MODES]
         exact = share(generated.exact_match) if generated else share(None)
@@ -175,16 +180,17 @@ def losses(result):
         row = [
             family,
             *(
-                number(modes[mode].loss, 3, modes[mode].loss_interval if mode == "autoregressive" else None)
+                number(modes[mode].loss, 3, of_several(modes[mode], "loss") if mode == "autoregressive" else None)
                 for mode in MODES
             ),
         ]
-        rows.append([*row, number(result.gap[family].loss_ratio, 2, result.gap[family].interval)])
+        interval = result.gap[family].interval if modes["autoregressive"].num_items > 1 else None
+        rows.append([*row, number(result.gap[family].loss_ratio, 2, interval)])
     mean = result.mean
     ratio = number(mean["autoregressive"].loss / mean["fine"].loss, 2)
     rows.append(["mean of families", *(number(mean[mode].loss) for mode in MODES), ratio])
     if result.text:
-        text = number(result.text.loss, 3, result.text.loss_interval)
+        text = number(result.text.loss, 3, of_several(result.text, "loss"))
         cells = [text if mode == "autoregressive" else ("–", -1.0) for mode in MODES]
         rows.append(["text only (no frames)", *cells, ("–", -1.0)])
     return Table(

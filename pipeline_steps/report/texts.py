@@ -75,6 +75,7 @@ def controls(result, targets):
         family
         for family, modes in result.families.items()
         if modes["random_query"].accuracy_interval[1] < modes["autoregressive"].accuracy_interval[0]
+        and modes["autoregressive"].num_items > 1
     ]
     largest = max(lost, key=lost.get)
     lines.append(

@@ -26,7 +26,8 @@ def run_snakemake(target, scratch, total, progress, lock_file):
     log = scratch / "snakemake.log"
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", scratch, "--profile", _profile(), "--workflow-profile", "none"]
-    command += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime"]
+    command += ["--nolock", "--rerun-triggers", "mtime"]
+    command += ["--ignore-incomplete"]  # a job renames whole files into place, its report last: what is there is whole
     command += ["--config", f"python={sys.executable}", f"root={ROOT}"]
     with open(log, "w") as output:
         process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Parameters of the `shards` stage (section `shards` of params.yaml)."""
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
 
@@ -15,3 +15,10 @@ class Section(StrictModel):
     test_share: float = Field(ge=0, lt=1)
     max_quarantined: float = Field(ge=0, le=1)  # share of a source's media files
     seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self):
+        total = self.validation_share + self.test_share
+        if total >= 1:
+            raise ValueError(f"validation_share and test_share add up to {total:g}, nothing is left to train on")
+        return self

@@ -135,7 +135,9 @@ def _read_jsonl(metadata: Path) -> list[tuple[int, dict]]:
             row = json.loads(text)
             json.dumps(row, ensure_ascii=False).encode()  # refuses half of a character, such as "\\ud800"
         except json.JSONDecodeError as error:
-            raise UserError(f"{metadata} line {line}: not valid JSON ({error.msg}, column {error.colno}).") from None
+            raise UserError(
+                f"{metadata} line {line}: not valid JSON ({error.msg}, column {error.colno}). One object per line."
+            ) from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
             raise UserError(f"{metadata} line {line}: cannot be read ({str(error).split(';')[0]}).") from None
         if not isinstance(row, dict):
@@ -173,7 +175,11 @@ def _check_columns(metadata: Path, lines: list[tuple[int, dict]]) -> None:
     columns = {name for _, row in lines for name in row}
     if "file_name" not in columns or not ("caption" in columns or {"question", "answer"} <= columns):
         found = ", ".join(sorted(columns)) or "none"
-        raise UserError(f"{metadata}: the columns are {found}. Expected file_name and caption, or question and answer.")
+        hint = " The cells of a csv are separated by commas, its names stand without spaces, in lower case."
+        hint = hint if metadata.suffix == ".csv" else ""
+        raise UserError(
+            f"{metadata}: the columns are {found}. Expected file_name and caption, or question and answer.{hint}"
+        )
 
 
 def _file_name(folder: Path, metadata: Path, line: int, row: dict) -> str:
@@ -191,7 +197,7 @@ def _file_name(folder: Path, metadata: Path, line: int, row: dict) -> str:
         raise UserError(f"{where}: file_name {name[:50]!r}... is longer than a file's name can be (255 bytes).")
     if not (folder / path).is_file():
         problem = "is a folder" if (folder / path).is_dir() else "does not exist"
-        raise UserError(f"{where}: file_name {name!r}: {folder / path} {problem}. Add the file or remove the row.")
+        raise UserError(f"{where}: file_name {name!r} {problem} in {folder}. Add the file or remove the row.")
     return str(path)
 
 
@@ -202,6 +208,11 @@ def _file_values(metadata: Path, rows: list[tuple[int, dict]]) -> dict:
         for name in FILE_COLUMNS:
             if row.get(name) is None:
                 continue
+            if name == "source" and (not isinstance(row[name], str) or not slug(row[name])):
+                raise UserError(
+                    f"{metadata} line {line} ({row['file_name']}): source is {row[name]!r}. It begins the keys of its "
+                    "samples: give it a name with letters or digits, or leave it out."
+                )
             if name in values and values[name] != row[name]:
                 both = f"{values[name]!r} in line {given_in[name]} and {row[name]!r} in line {line}"
                 raise UserError(f"{metadata}: {row['file_name']} has {name} {both[:300]}. A file has one {name}.")
@@ -225,6 +236,8 @@ def _items(metadata: Path, line: int, row: dict) -> list[dict]:
         raise UserError(f"{where}: the family 'text' is kept for samples without media. Give this one another name.")
     if row.get("family") == "*":
         raise UserError(f"{where}: the family '*' stands for all families in mixtures. Give this one another name.")
+    if isinstance(row.get("family"), str) and not row["family"].strip():
+        raise UserError(f"{where}: family is blank. Name it, or leave it out.")
     extra = {name: row[name] for name in ("family", "cue", "target") if row.get(name) is not None}
     items = []
     if "caption" in texts:

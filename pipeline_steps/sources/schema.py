@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
 
@@ -17,6 +17,12 @@ class TrainMix(StrictModel):
     caption: NonNegativeFloat
     gist: NonNegativeFloat
     image: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _something_is_rendered(self):
+        if not any(getattr(self, family) for family in type(self).model_fields):
+            raise ValueError("all families have the weight 0: nothing would be rendered to train on")
+        return self
 
 
 class Procedural(StrictModel):

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample, ShardsManifest, TokensManifest, parse, read_record
+from pipeline_steps.streaming.fit import check_fit
 from pipeline_steps.streaming.targets import truth
 
 COLUMNS = (
@@ -57,7 +58,8 @@ class TokenizedShards:
     ):
         self.shards_dir, self.tokens_dir, self.split = Path(shards_dir), Path(tokens_dir), split
         self.target_patch_size = target_patch_size
-        shards = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards").splits.get(split)
+        manifest = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards")
+        self.image_size, shards = manifest.frames.image_size, manifest.splits.get(split)
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
             raise UserError(
@@ -78,10 +80,14 @@ class TokenizedShards:
         self.rows: list[dict] = rows
 
     @classmethod
-    def for_model(cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str) -> "TokenizedShards":
-        """With targets where the FoveatedVLMConfig asks for them."""
+    def for_model(
+        cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str, image_replication: int
+    ) -> "TokenizedShards":
+        """With targets where the FoveatedVLMConfig asks for them. UserError when a sample does not fit the network."""
         oracle = config.query_source == "oracle"
-        return cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None)
+        dataset = cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None)
+        check_fit(config, dataset, image_replication)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -49,6 +49,7 @@ def build(section, shards_dir, tokenizer_dir, output):
     tokenizer = load_tokenizer(tokenizer_dir)
     renderer = ChatRenderer(tokenizer, section.system, section.prompts)
     splits, dropped, families, scorable = {}, [], Counter(), Counter()
+    seen_of, dropped_of = Counter(), Counter()  # items of each source
     with (
         records.replaced_folder(output) as folder,
         tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar,
@@ -58,7 +59,11 @@ def build(section, shards_dir, tokenizer_dir, output):
             written = []
             for shard in entry.shards:
                 samples = read_shard(Path(shards_dir) / split / shard.name, shard)
+                before = len(dropped)
                 rows = tokenize_samples(samples, renderer, section.max_tokens, dropped)
+                source_of = {sample.key: sample.source for sample in samples}
+                seen_of.update(sample.source for sample in samples for _ in sample.items)
+                dropped_of.update(source_of[entry.key] for entry in dropped[before:])
                 families.update(row["family"] for row in rows)
                 scorable[split] += sum(row["kind"] != "text" and any(row["score_mask"]) for row in rows)
                 path = folder / split / Path(shard.name).with_suffix(".parquet").name
@@ -82,7 +87,7 @@ def build(section, shards_dir, tokenizer_dir, output):
             max_tokens=section.max_tokens,
             system=section.system,
         )
-        check_dropped(manifest, section.max_dropped)
+        check_dropped(manifest, seen_of, dropped_of, section.max_dropped)
         records.write_json(folder / "manifest.json", manifest)
     for split in sorted(set(splits) - set(+scorable)):
         print(
@@ -157,17 +162,18 @@ def _entry(path, rows, shard):
     )
 
 
-def check_dropped(manifest, max_dropped):
-    """Lists the dropped items; UserError if they are too many or if nothing is left to train on."""
+def check_dropped(manifest, seen_of, dropped_of, max_dropped):
+    """Lists the dropped items; UserError if they are too many of a source's, or if nothing is left to train on."""
     lines = [f"  {d.key} item {d.item}: {d.reason}" for d in manifest.dropped[:MAX_LISTED]]
     if len(manifest.dropped) > MAX_LISTED:
         lines.append(f"  ... and {len(manifest.dropped) - MAX_LISTED} more")
     listing = "\n".join(lines)
-    if len(manifest.dropped) > max_dropped * manifest.seen:
-        raise UserError(
-            f"{len(manifest.dropped)} of {manifest.seen} items were dropped, more than tokens.max_dropped allows "
-            f"({max_dropped:.1%}):\n{listing}\nRaise tokens.max_tokens or tokens.max_dropped, or shorten the texts."
-        )
+    for source, count in dropped_of.items():
+        if count > max_dropped * seen_of[source]:
+            raise UserError(
+                f"{count} of {seen_of[source]} items of '{source}' were dropped, more than tokens.max_dropped allows "
+                f"({max_dropped:.1%}):\n{listing}\nRaise tokens.max_tokens or tokens.max_dropped, or shorten the texts."
+            )
     if manifest.splits["train"].num_items == 0:
         raise UserError(f"no training item is left of {manifest.seen}.\n{listing}")
     if manifest.dropped:

@@ -16,6 +16,6 @@ class Section(StrictModel):
     max_tokens: (
         PositiveInt  # of an item's whole chat text, visual tokens not counted; longer items are dropped, never cut
     )
-    max_dropped: float = Field(ge=0, le=1)  # share of the items
+    max_dropped: float = Field(ge=0, le=1)  # share of a source's items
     system: str  # "": what the chat template puts there by itself
     prompts: Prompts

@@ -69,16 +69,18 @@ def main() -> None:
         folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings"],
         files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
     )
+    device = choose_device(common.device)
     torch.set_num_threads(common.num_threads)
     transformers_logging.disable_progress_bar()
     torch.manual_seed(parameters.seed)
     started = time.time()
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
     with locked_scratch(arguments.stage, mark) as (folder, _):
-        device = "cuda" if common.device == "cuda" or (common.device == "auto" and torch.cuda.is_available()) else "cpu"
         model = load_model(arguments, parameters).to(device)
         train_split, validation_split = (
-            TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, split)
+            TokenizedShards.for_model(
+                model.config, arguments.shards, arguments.tokens, split, parameters.streaming.image_replication
+            )
             for split in ("train", "validation")
         )
         run = Run(
@@ -113,6 +115,16 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages' models")
     parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
     return parser.parse_args()
+
+
+def choose_device(wanted: str) -> str:
+    """`cpu` or `cuda` for the parameter training.common.device. UserError for a GPU that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "training.common.device is cuda, but torch finds no such GPU here. Set it to auto or cpu, or install the "
+            "driver and a torch that is built for it."
+        )
+    return "cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def previous(arguments: argparse.Namespace) -> Path | None:

@@ -1,16 +1,18 @@
 """Parameters of the `training` stages (section `training` of params.yaml)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Common(StrictModel):
     batch_size: PositiveInt  # samples per optimizer step
     weight_decay: NonNegativeFloat  # on matrices only
-    betas: tuple[float, float]  # AdamW
+    betas: tuple[Momentum, Momentum]  # AdamW
     clip_norm: PositiveFloat  # of the gradient
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is one
     precision: Literal["fp32", "bf16"]  # of the forward pass (autocast); weights and optimizer are fp32

@@ -1,5 +1,7 @@
 """Records survive a round trip, bad ones are named, and files and folders are written whole or not at all."""
 
+import threading
+
 import pytest
 
 from pipeline_steps import records
@@ -42,6 +44,42 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
         (folder / "three").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_waits_and_finds_the_folder_empty(tmp_path):
+    inside, go, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with records.replaced_folder(tmp_path / "out") as folder:
+            (folder / "one").touch()
+            inside.set()
+            go.wait(20)
+
+    def second():
+        with records.replaced_folder(tmp_path / "out") as folder:
+            seen.extend(folder.iterdir())
+            (folder / "two").touch()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert threads[1].is_alive()
+    assert not (tmp_path / "out").exists()
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert seen == []
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["out", "out/two"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / ".out.partial" / "folder").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "file").touch()
+    with records.replaced_folder(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+    assert [p.name for p in tmp_path.rglob("*")] == ["out"]
 
 
 def test_a_file_in_the_way_of_a_folder_is_left_alone(tmp_path):

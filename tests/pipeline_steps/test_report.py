@@ -187,7 +187,7 @@ def write_manifests(root):
         (root / "data" / name / "manifest.json").write_text(json.dumps(content))
 
 
-def write_heatmaps(folder):
+def write_heatmaps(folder, peaks=None):
     folder.mkdir(parents=True)
     picture = Image.new("RGB", (64, 64), "#345")
     picture.save(folder / "c.png")
@@ -200,6 +200,7 @@ def write_heatmaps(folder):
         "question": "Which <b>?",
         "answer": "red: 1",
         "prediction": "red: 1",
+        "peak_on_target": peaks,
     }
     clip |= {"num_frames": 2, "sheet": "c.png", "animation": "c.gif", "geometry": geometry, "frame_milliseconds": 700}
     (folder / "index.json").write_text(json.dumps({"clips": [clip], "rule": "the first", "split": "test"}))
@@ -255,6 +256,13 @@ def test_missing_runs_are_undecided_and_name_their_command(tmp_path, monkeypatch
     page = build(tmp_path, monkeypatch)
     assert "dvc exp run --temp --name A6-seed1 -S ablation=A6 -S seed=1" in page
     assert "dvc exp run --temp --name B1-seed1" in page
+
+
+@pytest.mark.parametrize(("peaks", "legend"), [(None, "Ring: the patch"), ({"fine": 0.9}, "White box: the target")])
+def test_the_legend_names_a_box_where_there_is_one(tmp_path, monkeypatch, peaks, legend):
+    write_root(tmp_path, heatmaps=False)
+    write_heatmaps(tmp_path / "reports/heatmaps", peaks)
+    assert f"the first. {legend}" in build(tmp_path, monkeypatch)
 
 
 def test_missing_optional_inputs_are_said(tmp_path, monkeypatch):
@@ -368,3 +376,12 @@ def test_targets_are_judged_on_the_embedded_world_only():
     assert judged["loss of card"] == "missed"
     del bad.families["gist"]
     assert report.tables.targets(bad, SETTINGS.targets).rows == []
+
+
+def test_one_item_has_no_interval_and_decides_nothing():
+    several, one = (result_of(item_table(num_items=count)) for count in (40, 1))
+    for build_table in (report.tables.accuracies, report.tables.losses):
+        assert " [" in build_table(several).markdown()
+        assert " [" not in build_table(one).markdown()
+    assert "apart in 7 of 7" in " ".join(report.texts.controls(several, SETTINGS.targets))
+    assert "apart in 0 of 7" in " ".join(report.texts.controls(one, SETTINGS.targets))

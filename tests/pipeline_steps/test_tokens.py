@@ -168,6 +168,17 @@ def test_unusable_tokenizers(tokenizer_dir, tmp_path):
 # ---------------------------------------------------------------- the stage
 
 
+def pack(folder, groups):
+    """folder/shards from folder/raw: {(split, shard): samples}."""
+    settings = Settings(raw_dir=str(folder / "raw"), frames=FRAMES)
+    reports = {
+        place: pack_shard(group, settings, folder / "packed" / place[0] / place[1]) for place, group in groups.items()
+    }
+    (folder / "shards").mkdir()
+    publish(make_manifest(reports, sum(map(len, groups.values())), FRAMES), folder / "packed", folder / "shards")
+    return folder / "shards"
+
+
 @pytest.fixture
 def shards_dir(tmp_path):
     """Shards with two clips, one still and two chats, one of which does not fit max_tokens."""
@@ -183,19 +194,12 @@ def shards_dir(tmp_path):
     rows += [index_row(raw, "c.jpg", kind="image", split="train")]
     rows += [text_row("chat-1", "Say 1", "1", "train"), text_row("chat-2", "Count", "1 2 3 " * 20, "train")]
     samples = [RawSample(**row) for row in rows]
-    settings = Settings(raw_dir=str(raw), frames=FRAMES)
     groups = {
         ("train", "000000"): samples[:1] + samples[3:],
         ("train", "000001"): [samples[2]],
         ("test", "000000"): [samples[1]],
     }
-    reports = {
-        place: pack_shard(group, settings, tmp_path / "packed" / place[0] / place[1]) for place, group in groups.items()
-    }
-    manifest = make_manifest(reports, len(samples), FRAMES)
-    (tmp_path / "shards").mkdir()
-    publish(manifest, tmp_path / "packed", tmp_path / "shards")
-    return tmp_path / "shards"
+    return pack(tmp_path, groups)
 
 
 def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, capsys):
@@ -227,13 +231,24 @@ def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, c
 
 
 def test_too_many_dropped_or_none_left(tokenizer_dir, shards_dir, tmp_path):
-    with pytest.raises(UserError, match=r"1 of 6 items were dropped, more than tokens\.max_dropped allows \(10\.0%\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 6 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
+    ):
         build(Section(**{**SECTION, "max_dropped": 0.1}), shards_dir, tokenizer_dir, tmp_path / "tokens")
     with pytest.raises(UserError, match="no training item is left of 6"):
         build(
             Section(**{**SECTION, "max_dropped": 1.0, "max_tokens": 5}), shards_dir, tokenizer_dir, tmp_path / "tokens"
         )
     assert not (tmp_path / "tokens").exists()
+
+
+def test_dropped_items_are_counted_by_source(tokenizer_dir, tmp_path):
+    """What a small folder loses is not hidden by the many items of another source."""
+    rows = [text_row(f"chat-{i}", "One?", "1", "train") for i in range(30)]
+    rows.append(text_row("mine-0", "Long?", "x" * 99, "train") | {"source": "mine"})
+    shards_dir = pack(tmp_path, {("train", "000000"): [RawSample(**row) for row in rows]})
+    with pytest.raises(UserError, match="1 of 1 items of 'mine' were dropped"):
+        build(Section(**SECTION), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
 
 def test_control_tokens_in_a_text_are_dropped_not_obeyed(tokenizer_dir, shards_dir, tmp_path):

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline_steps.params import UserError
+from pipeline_steps.training.__main__ import choose_device
 from pipeline_steps.training.engine import Run, train_step
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate_factor
@@ -74,3 +76,17 @@ def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
         losses.setdefault(step, set()).add(row["loss"])
     assert len(losses[0]) == 1
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "device"), [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu")]
+)
+def test_the_device_is_chosen(monkeypatch, wanted, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert choose_device(wanted) == device
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"training\.common\.device is cuda"):
+        choose_device("cuda")
