@@ -57,6 +57,26 @@ def test_what_stands_in_the_padding_is_never_read(mode):
     torch.testing.assert_close(got.token_loss, expected.token_loss, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layout", ["question_first", "vision_first"])
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_padding_within_a_sample_changes_nothing(mode, layout):
+    """Positions count real tokens, and no token attends to padding: the text's distances stay as they were."""
+    model, batch = make_model(), make_batch(layout=layout)
+    expected = model(**batch, mode=mode).token_loss
+    for at in (1, 14, 17):  # none is between frames
+        holes = {
+            name: torch.cat([batch[name][:, :at], torch.full((4, 2), value), batch[name][:, at:]], dim=1)
+            for name, value in (("input_ids", PAD), ("attention_mask", 0), ("labels", -100))
+        }
+        got = model(**batch | holes, mode=mode).token_loss
+        got = torch.cat([got[:, :at], got[:, at + 2 :]], dim=1)
+        labelled_first = batch["labels"][:, at] != -100  # its loss is read off the hole before it
+        got[labelled_first, at], wanted = 0, expected.clone()
+        wanted[labelled_first, at] = 0
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_fine_equals_autoregressive_for_one_frame_and_not_for_three():
     model, batch = make_model(), make_batch()
