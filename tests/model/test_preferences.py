@@ -115,6 +115,7 @@ def train_in_one_of_two_processes(rank: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
     batch = preference_batch()
     model = make_model(tie_first_query=False).train()
