@@ -101,10 +101,16 @@ def test_sampling_follows_the_seed(model):
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_answers_do_not_depend_on_the_batch(model, mode, strategy):
+    """Neither the tokens nor their logits: many answers stay the same when the padding is read by mistake."""
     options = {"mode": mode, "max_new_tokens": 5, "eos_token_id": None, **STRATEGIES[strategy]}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
     together = model.generate(**left_padded(rows_of(make_batch(), [0, 1, 2, 3], 0, 2)), **options)
+    beams = STRATEGIES[strategy].get("num_beams", 1)
     for row in range(4):
-        assert model.generate(**question(row), **options)[0].tolist() == together[row].tolist()
+        alone = model.generate(**question(row), **options)
+        assert alone.sequences[0].tolist() == together.sequences[row].tolist()
+        for one, all_rows in zip(alone.logits, together.logits, strict=True):
+            torch.testing.assert_close(one, all_rows[row * beams : (row + 1) * beams], atol=1e-4, rtol=0)
 
 
 def test_generation_stops_at_the_end_of_turn(model):

@@ -86,6 +86,15 @@ def test_a_frozen_copy_and_a_reference_computed_before_agree():
     assert all(p.grad is None for p in frozen.parameters())
 
 
+def test_the_reference_is_that_of_evaluation_whatever_is_sampled_in_training():
+    model, batch = make_model(hard_attention="gumbel"), preference_batch()
+    expected = model.preference_log_probs(**batch)
+    model.train()
+    assert torch.equal(model.preference_log_probs(**batch), expected)
+    assert model.training
+    assert not torch.equal(model(**batch).log_probs, expected)  # sampled looks
+
+
 SPLITS = {"frames everywhere": ([0, 1], [2, 3]), "text only on one": ([1, 1], [0, 3])}  # samples of each process
 
 
@@ -106,6 +115,7 @@ def train_in_one_of_two_processes(rank: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
     batch = preference_batch()
     model = make_model(tie_first_query=False).train()
