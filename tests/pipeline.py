@@ -50,7 +50,7 @@ def environment() -> dict:
 
 def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
     """Run one stage's command in `folder`, as DVC would."""
-    return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def run_all(folder: Path, *stages: str) -> None:

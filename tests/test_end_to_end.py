@@ -17,7 +17,7 @@ from pipeline_steps.metrics import MODES, EvaluationResult
 from pipeline_steps.world import KINDS
 from tests import pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # on a busy machine; a quiet one needs a tenth
 
 
 def copy_of(finished_run, tmp_path, *folders):
