@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint params report ablations clean
+.PHONY: help setup repro test lint params report ablations bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
@@ -34,6 +34,9 @@ ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, the work
 		dvc exp run --temp --message "ablation=$$ablation" --set-param "ablation=$$ablation"; \
 	done
 	dvc exp show --only-changed --no-pager
+
+bench: setup ## time and memory of the three modes against the number of frames
+	python -m benchmarks.modes
 
 clean: ## remove scratch files and tool caches (not .venv, not results)
 	rm -rf .scratch .pytest_cache .ruff_cache .snakemake
