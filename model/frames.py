@@ -36,6 +36,7 @@ VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif"
 )  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+DAMAGED = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises for a damaged file
 SAME_TIME = 1e-4  # seconds; containers round timestamps
 UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -73,14 +74,22 @@ def load_image(path):
     _check_file(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            _check_size(image.width, image.height)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                raise MediaError(f"unsupported pixel mode {image.mode}")
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright(image)
     except Image.UnidentifiedImageError:
         raise MediaError("not an image file") from None
-    except (OSError, SyntaxError, ValueError, struct.error):
+    except DAMAGED:
+        raise MediaError("truncated or damaged image") from None
+
+
+def upright(image):
+    """An opened PIL image of any common mode as an upright RGB image. Raises MediaError."""
+    _check_size(image.width, image.height)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise MediaError(f"unsupported pixel mode {image.mode}")
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except DAMAGED:
         raise MediaError("truncated or damaged image") from None
 
 

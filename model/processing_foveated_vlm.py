@@ -5,15 +5,18 @@ are sampled, cut and compressed as in the training data (model/frames.py), and t
 that a question asked by hand gives the very tensors that the pipeline gives for the same video.
 """
 
+import inspect
 import io
+import math
 import os
+from numbers import Integral, Real
 
 import numpy as np
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_foveated_vlm import LAYOUTS
-from .frames import IMAGE_SUFFIXES, MediaError, jpeg, read_media, square
+from .frames import IMAGE_SUFFIXES, MediaError, jpeg, read_media, square, upright
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
 IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -56,7 +59,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         visual_token_id: id of the placeholder, the model's; None: the first id after the tokenizer's.
         bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
 
-    Raises ValueError for an unknown layout or a tokenizer without chat template.
+    Raises ValueError for an option outside its range, an unknown layout or a tokenizer without chat template.
     """
 
     def __init__(
@@ -79,9 +82,13 @@ class FoveatedVLMProcessor(ProcessorMixin):
             raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template: give one (chat_template)")
-        self.image_size, self.fps, self.max_frames, self.jpeg_quality = image_size, fps, max_frames, jpeg_quality
-        self.image_replication, self.system, self.layout = image_replication, system, layout
-        self.tokens_per_frame = tokens_per_frame
+        self.image_size = _whole("image_size", image_size)
+        self.fps = _positive("fps", fps)
+        self.max_frames = _whole("max_frames", max_frames)
+        self.jpeg_quality = None if jpeg_quality is None else _whole("jpeg_quality", jpeg_quality, 100, " or None")
+        self.image_replication = _whole("image_replication", image_replication)
+        self.tokens_per_frame = _whole("tokens_per_frame", tokens_per_frame)
+        self.system, self.layout = system, layout
         self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
         self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
 
@@ -96,6 +103,16 @@ class FoveatedVLMProcessor(ProcessorMixin):
             bos_token_id=config.text_config.bos_token_id,
             **options,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """The saved processor; options of `FoveatedVLMProcessor` among `kwargs` replace the saved ones."""
+        names = [name for name in inspect.signature(cls).parameters if name != "tokenizer"]
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}  # the library gives them to the config too
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if not given:
+            return processor
+        return cls(processor.tokenizer, **({name: getattr(processor, name) for name in names} | given))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -146,7 +163,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         chat = self._chat(question)
         if not chat.startswith(before + question):
             raise ValueError(f"the chat template changes the question {question!r}: it gives {chat!r}")
-        encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         end = len(before) + len(question)
         question_end = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= end)
         num_places = num_frames * self.tokens_per_frame
@@ -172,6 +189,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
     def _pictures(self, video) -> tuple[list[Image.Image], bool]:
         """(square RGB pictures, whether it is a still)."""
         if isinstance(video, str | os.PathLike):
+            if os.path.isdir(video):
+                raise ValueError(f"{os.fspath(video)}: is a folder, give a file")
             is_still = os.path.splitext(video)[1].lower() in IMAGE_SUFFIXES
             try:
                 media = read_media(
@@ -186,7 +205,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
             return media.frames, is_still
         if isinstance(video, Image.Image):
             return [self._square(video)], True
-        if not isinstance(video, list | tuple) and np.ndim(video) != 4:
+        if not isinstance(video, list | tuple) and not _is_rgb(np.asarray(video), 4):
             raise _wrong_form(video)
         pictures = [self._square(frame) for frame in video]
         if not pictures:
@@ -195,16 +214,37 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
     def _square(self, frame) -> Image.Image:
         """One PIL image or array [height, width, 3], cut as the training data's frames."""
-        if not isinstance(frame, Image.Image):
-            array = np.asarray(frame)
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-                raise _wrong_form(array)
-            frame = Image.fromarray(array)
-        return square(frame.convert("RGB"), self.image_size)
+        if isinstance(frame, Image.Image):
+            try:
+                return square(upright(frame), self.image_size)
+            except MediaError as error:
+                raise ValueError(f"videos: a PIL image: {error.reason}. Give a whole picture of 8 bits") from None
+        array = np.asarray(frame)
+        if not _is_rgb(array, 3):
+            raise _wrong_form(array)
+        return square(Image.fromarray(array), self.image_size)
 
     def _compressed(self, picture: Image.Image) -> Image.Image:
         """The picture after the compression of the training data's frames."""
         return picture if self.jpeg_quality is None else Image.open(io.BytesIO(jpeg(picture, self.jpeg_quality)))
+
+
+def _whole(name: str, value, largest=math.inf, otherwise="") -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= largest:
+        allowed = "of at least 1" if largest == math.inf else f"from 1 to {largest}"
+        raise ValueError(f"{name}={value!r}, expected a whole number {allowed}{otherwise}")
+    return value
+
+
+def _positive(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}, expected a finite number above 0")
+    return value
+
+
+def _is_rgb(array: np.ndarray, ndim: int) -> bool:
+    """Whether it is uint8 [..., height, width, 3] of `ndim` axes with at least one pixel per frame."""
+    return array.dtype == np.uint8 and array.ndim == ndim and array.shape[-1] == 3 and 0 not in array.shape[-3:]
 
 
 def _wrong_form(video) -> ValueError:
@@ -220,10 +260,13 @@ def _as_batch(text, videos) -> tuple[list, list]:
     if isinstance(text, str):
         single = isinstance(videos, list | tuple) and not _is_frames(videos)  # [path] instead of path
         return _as_batch([text], videos if single else [videos])
-    questions = list(text or ())
+    if not isinstance(text, list | tuple):
+        raise ValueError(f"text: expected a question or a list of questions, found {type(text).__name__} {text!r}")
+    questions = list(text)
     videos = [None] * len(questions) if videos is None else videos
-    if isinstance(videos, str | os.PathLike | Image.Image) or len(videos) != len(questions) or not questions:
-        found = len(videos) if hasattr(videos, "__len__") and not isinstance(videos, str) else 1
+    is_list = hasattr(videos, "__len__") and not isinstance(videos, str)
+    found = len(videos) if is_list else 1
+    if not is_list or found != len(questions) or not questions:
         raise ValueError(
             f"{len(questions)} questions but {found} videos: give a list with one video (or None) for every question"
         )

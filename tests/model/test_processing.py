@@ -114,9 +114,18 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
         ("a", ["x.mp4", "y.mp4"], "1 questions but 2 videos"),
         (["a"], [Image.new("RGB", (8, 8))] * 2, "1 questions but 2 videos"),
         ("a", "no/such.mp4", "no/such.mp4: missing file"),
-        ("a", np.zeros((2, 3, 8, 8), np.uint8), r"shape \[3, 8, 8\] and type uint8, expected"),
+        ("a", np.zeros((2, 3, 8, 8), np.uint8), r"shape \[2, 3, 8, 8\] and type uint8, expected"),
         ("a", np.zeros((8, 8, 3), np.uint8), r"shape \[8, 8, 3\] and type uint8, expected"),
-        ("a", np.zeros((2, 8, 8, 3), np.float32), "type float32, expected"),
+        ("a", np.zeros((2, 8, 8, 3), np.float32), r"shape \[2, 8, 8, 3\] and type float32, expected"),
+        ("a", [np.zeros((8, 8, 3), np.float32)], r"shape \[8, 8, 3\] and type float32, expected"),
+        ("a", Image.new("I;16", (8, 8)), "unsupported pixel mode I;16"),
+        ("a", [Image.new("F", (8, 8))], "unsupported pixel mode F"),
+        ("a", "/", "/: is a folder, give a file"),
+        (5, None, "expected a question or a list of questions, found int 5"),
+        (None, None, "expected a question or a list of questions, found NoneType None"),
+        ({"a": 1}, None, "expected a question or a list of questions, found dict"),
+        (["a", 5], None, "expected a question, found 5"),
+        (["a"], 5, "1 questions but 1 videos: give a list"),
         ("a", np.zeros((0, 8, 8, 3), np.uint8), "found 0 frames"),
         ("a", 3, "found int of shape"),
     ],
@@ -124,6 +133,62 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
 def test_wrong_input_is_named(processor, text, videos, message):
     with pytest.raises(ValueError, match=message):
         processor(text=text, videos=videos)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("image_size", 0, "a whole number of at least 1"),
+        ("image_replication", 0, "a whole number of at least 1"),
+        ("max_frames", 2.5, "a whole number of at least 1"),
+        ("tokens_per_frame", True, "a whole number of at least 1"),
+        ("jpeg_quality", 0, "a whole number from 1 to 100 or None"),
+        ("jpeg_quality", 101, "a whole number from 1 to 100 or None"),
+        ("fps", 0, "a finite number above 0"),
+        ("fps", float("nan"), "a finite number above 0"),
+        ("fps", "2", "a finite number above 0"),
+    ],
+)
+def test_an_option_outside_its_range_is_named(processor, option, value, allowed):
+    with pytest.raises(ValueError, match=f"^{option}={value!r}, expected {allowed}$"):
+        FoveatedVLMProcessor(processor.tokenizer, **({"image_size": 56} | {option: value}))
+
+
+def test_an_unknown_layout_is_named(processor):
+    with pytest.raises(ValueError, match="layout='sideways' is not one of question_first, vision_first"):
+        FoveatedVLMProcessor(processor.tokenizer, 56, layout="sideways")
+
+
+def test_options_replace_the_saved_ones(made, processor):
+    given = {"tokens_per_frame": 4, "fps": 1.0, "jpeg_quality": None}
+    changed = AutoProcessor.from_pretrained(made.checkpoint, **given)
+    assert changed.to_dict() == processor.to_dict() | given
+    inputs = changed(text=QUESTION, videos=made.video)
+    assert int((inputs["input_ids"] == changed.visual_token_id).sum()) == 4 * int(inputs["num_frames"][0])
+    with pytest.raises(ValueError, match="tokens_per_frame=0, expected"):
+        AutoProcessor.from_pretrained(made.checkpoint, tokens_per_frame=0)
+
+
+def test_a_pil_image_is_the_same_as_its_file(processor, tmp_path):
+    """Also where an EXIF tag turns it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = processor(text=QUESTION, videos=tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert_same(dict(processor(text=QUESTION, videos=picture)), dict(expected))
+        listed = processor(text=QUESTION, videos=[picture])
+    assert torch.equal(listed["pixel_values"][0], expected["pixel_values"][0])
+    plain = processor(text=QUESTION, videos=Image.fromarray(pixels))
+    assert not torch.equal(plain["pixel_values"], expected["pixel_values"])
+
+
+def test_a_cut_pil_image_is_an_error(processor, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    with Image.open(tmp_path / "a.png") as cut, pytest.raises(ValueError, match="truncated or damaged image"):
+        processor(text=QUESTION, videos=cut)
 
 
 def test_undecodable_video_is_named(processor, tmp_path):
