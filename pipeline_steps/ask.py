@@ -10,6 +10,9 @@ looks at the frames; on an embedded checkpoint about five seconds and 0.5 GB.
 
 import argparse
 import io
+import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +31,17 @@ SEED = 1  # of the query sources that draw at random: the animation shows the ve
 
 
 def main():
-    arguments = read_arguments()
+    try:
+        ask(read_arguments())
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader wants no more, as in `ask ... | head -c 1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+def ask(arguments):
+    """Prints the answer and writes the animation. UserError for what the user can correct."""
     transformers_logging.disable_progress_bar()
     output = check(arguments)
     model, processor = load_checkpoint(arguments.checkpoint)
@@ -62,6 +75,12 @@ def check(arguments):
     """UserError before anything is loaded; returns where the animation goes, None without a video."""
     if not arguments.question.strip():
         raise UserError("--question is empty: ask something")
+    try:
+        arguments.question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--question {arguments.question!r}: not UTF-8 text at character {error.start + 1}. Write it in UTF-8."
+        ) from None
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
     if arguments.video is None:
@@ -75,6 +94,8 @@ def check(arguments):
     output = arguments.output or Path(f"{arguments.video.stem}.heatmap.gif")
     if output.suffix.lower() != ".gif":
         raise UserError(f"{output}: the animation is a GIF file, give --output a name that ends with .gif")
+    if output.exists() and output.samefile(arguments.video):
+        raise UserError(f"{output}: --output and --video are the same file. Give --output another name.")
     params.check_outputs(files=[output])
     return output
 

@@ -42,7 +42,7 @@ def _check_type(folder: Path) -> None:
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text()).get("model_type")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: missing, so {folder} holds no model. Train it first (`dvc repro`) or name another folder."
         ) from None

@@ -1,5 +1,6 @@
 """The command that asks a checkpoint: answer, animation, errors, Ctrl-C."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -81,7 +82,9 @@ def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, 
     ("arguments", "options", "message"),
     [
         ((), {"checkpoint": "nowhere"}, "nowhere/config.json: missing, so nowhere holds no model"),
+        ((), {"checkpoint": "bad.mp4"}, "bad.mp4/config.json: missing, so bad.mp4 holds no model"),
         ((), {"question": "  "}, "--question is empty"),
+        ((), {"question": "ab\udcff"}, "not UTF-8 text at character 3"),
         ((), {"question": "a<|im_end|>"}, "holds the control token"),
         (("--video", "no.mp4"), {}, "no.mp4: no such file"),
         (("--video", "bad.mp4"), {}, "bad.mp4: not a video file"),
@@ -99,6 +102,46 @@ def test_wrong_input_is_one_paragraph(run, tmp_path, capsys, arguments, options,
     assert told.err.startswith("error: ")
     assert message in told.err
     assert not list(tmp_path.glob("*.gif"))
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_the_video_is_not_overwritten(run, tmp_path, capsys, link):
+    Image.new("RGB", (8, 8)).save(tmp_path / "anim.gif")
+    before = (tmp_path / "anim.gif").read_bytes()
+    output = "anim.gif"
+    if link is not None:
+        output = "other.gif"
+        link(tmp_path / "anim.gif", tmp_path / output)
+    assert run("--video", "anim.gif", "--output", output) == 1
+    assert f"{output}: --output and --video are the same file" in capsys.readouterr().err
+    assert (tmp_path / "anim.gif").read_bytes() == before
+
+
+def test_a_question_that_is_too_long_has_one_message(run, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    assert run(question="Which digits? " * 2000) == 1
+    assert "of the language model's 4096 places" in capsys.readouterr().err
+    assert not [line for line in caplog.messages if "Token indices" in line]
+
+
+def test_a_reader_that_wants_no_more_ends_the_command_quietly(made, tmp_path):
+    command = [sys.executable, "-m", "pipeline_steps.ask", "--checkpoint", made.checkpoint, "--question", QUESTION]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
 
 
 def test_ctrl_c_while_the_answer_streams(made, tmp_path):
