@@ -1,5 +1,7 @@
 """Configuration of the foveated vision-language model."""
 
+import math
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 
@@ -12,7 +14,34 @@ HARD_ATTENTIONS = ("none", "top_k", "gumbel")
 QUERY_UPDATES = ("replace", "add")
 TOKEN_AGGREGATIONS = ("none", "mean", "weighted")
 FRAME_TIMES = ("none", "sinusoidal")
-MAX_PASSES = 3
+CHOICES = {
+    "architecture": ARCHITECTURES,
+    "attention": ATTENTIONS,
+    "layout": LAYOUTS,
+    "query_update": QUERY_UPDATES,
+    "query_source": QUERY_SOURCES,
+    "hard_attention": HARD_ATTENTIONS,
+    "token_aggregation": TOKEN_AGGREGATIONS,
+    "frame_time_embedding": FRAME_TIMES,
+}
+LARGE = 1e9
+RANGES = {
+    "query_dim": (1, LARGE),
+    "query_init_std": (0, LARGE),
+    "attention_temperature": (1e-3, LARGE),
+    "attention_top_k": (1, LARGE),
+    "num_visual_tokens_per_frame": (1, LARGE),
+    "num_passes": (1, 3),
+    "second_pass_probability": (0, 1),
+    "lambda_coarse": (0, LARGE),
+    "lambda_entropy": (0, LARGE),
+    "entropy_margin": (-LARGE, LARGE),
+    "lambda_contrastive": (0, LARGE),
+    "contrastive_margin": (-1, 1),
+    "max_num_frames": (1, LARGE),
+    "dpo_beta": (0, LARGE),
+}
+WHOLE = ("query_dim", "attention_top_k", "num_visual_tokens_per_frame", "num_passes", "max_num_frames")
 
 
 class FoveatedVLMConfig(PreTrainedConfig):
@@ -33,7 +62,8 @@ class FoveatedVLMConfig(PreTrainedConfig):
         query_update: whether the planner's output is the next query (`replace`) or is added to the last one (`add`).
         query_source: what stands in for the planned queries, in training and in use: `planned` (the model itself),
             `static` (the static query on every frame), `random` (new for every frame), `fixed` (one random query for
-            all frames) or `oracle` (planned, and limited to the target's patches: an upper bound where they are known).
+            all frames of a batch) or `oracle` (planned, and limited to the target's patches: an upper bound where they
+            are known).
         attention_temperature: the logits of the queries' attention are divided by it; below 1 is sharper.
         learnable_temperature: whether every layer learns its temperature, from `attention_temperature` on.
         hard_attention: `none`; `top_k` keeps the `attention_top_k` strongest places of every head; `gumbel` takes one.
@@ -43,7 +73,8 @@ class FoveatedVLMConfig(PreTrainedConfig):
         token_aggregation: how the looks of several queries become tokens: `none` (a token each), `mean`, or `weighted`
             (by a learned score): one token per frame, from which all queries of the next one are planned.
         num_passes: fine passes in parallel training and use, 1 to 3: each plans anew from the tokens of the one before.
-        second_pass_probability: share of training steps on which the queries are planned once more, from fine tokens.
+        second_pass_probability: share of training steps on which the queries are planned once more, from fine tokens
+            (the training loop gives `forward` such a step's `num_plans`).
         lambda_coarse: weight of the text loss of the coarse pass in training.
         lambda_entropy: weight of the entropy-margin loss (planned looks sharper than coarse ones) in training.
         entropy_margin: by how many nats.
@@ -107,39 +138,71 @@ class FoveatedVLMConfig(PreTrainedConfig):
             else CONFIG_MAPPING["llama"]
         )
         self.text_config = _as_config(text_config, text_class)
-        self.architecture = _choice("architecture", architecture, ARCHITECTURES)
-        self.attention = _choice("attention", attention, ATTENTIONS)
-        self.layout = _choice("layout", layout, LAYOUTS)
+        self.architecture = architecture
+        self.attention = attention
+        self.layout = layout
         self.query_dim = query_dim
         self.query_init_std = query_init_std
         self.query_bias = query_bias
         self.tie_first_query = tie_first_query
-        self.query_update = _choice("query_update", query_update, QUERY_UPDATES)
-        self.query_source = _choice("query_source", query_source, QUERY_SOURCES)
-        self.attention_temperature = _at_least("attention_temperature", attention_temperature, 1e-3)
+        self.query_update = query_update
+        self.query_source = query_source
+        self.attention_temperature = attention_temperature
         self.learnable_temperature = learnable_temperature
-        self.hard_attention = _choice("hard_attention", hard_attention, HARD_ATTENTIONS)
-        self.attention_top_k = _at_least("attention_top_k", attention_top_k, 1)
-        self.num_visual_tokens_per_frame = _at_least("num_visual_tokens_per_frame", num_visual_tokens_per_frame, 1)
-        self.token_aggregation = _choice("token_aggregation", token_aggregation, TOKEN_AGGREGATIONS)
-        self.num_passes = _at_least("num_passes", num_passes, 1)
-        if num_passes > MAX_PASSES:
-            raise ValueError(f"num_passes={num_passes} is above {MAX_PASSES}: use autoregressive mode, their limit")
+        self.hard_attention = hard_attention
+        self.attention_top_k = attention_top_k
+        self.num_visual_tokens_per_frame = num_visual_tokens_per_frame
+        self.token_aggregation = token_aggregation
+        self.num_passes = num_passes
         self.second_pass_probability = second_pass_probability
-        self.lambda_coarse = _at_least("lambda_coarse", lambda_coarse, 0)
-        self.lambda_entropy = _at_least("lambda_entropy", lambda_entropy, 0)
+        self.lambda_coarse = lambda_coarse
+        self.lambda_entropy = lambda_entropy
         self.entropy_margin = entropy_margin
-        self.lambda_contrastive = _at_least("lambda_contrastive", lambda_contrastive, 0)
+        self.lambda_contrastive = lambda_contrastive
         self.contrastive_margin = contrastive_margin
         self.coarse_only = coarse_only
         self.blind = blind
-        self.frame_time_embedding = _choice("frame_time_embedding", frame_time_embedding, FRAME_TIMES)
+        self.frame_time_embedding = frame_time_embedding
         self.visual_scale = visual_scale
-        self.max_num_frames = _at_least("max_num_frames", max_num_frames, 1)
-        self.dpo_beta = _at_least("dpo_beta", dpo_beta, 0)
+        self.max_num_frames = max_num_frames
+        self.dpo_beta = dpo_beta
         self.visual_token_id = visual_token_id
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Raises ValueError for an unknown choice, a number out of its range, or options that exclude each other. The
+        network asks again, because options may be set after the start (`from_pretrained(path, option=...)`)."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name, (smallest, largest) in RANGES.items():
+            value = getattr(self, name)
+            wrong = isinstance(value, bool) or not isinstance(value, int if name in WHOLE else (int, float))
+            if wrong or not smallest <= value <= largest:
+                kind = "a whole number" if name in WHOLE else "a number"
+                raise ValueError(f"{name}={value!r} must be {kind} from {smallest} to {largest}")
+        scale = self.visual_scale
+        if scale != "auto" and (isinstance(scale, (str, bool)) or not 0 < scale < math.inf):
+            raise ValueError(f"visual_scale={scale!r} must be a number above 0, or auto")
+        vocabulary = self.text_config.vocab_size
+        if self.visual_token_id is not None and self.visual_token_id < vocabulary:
+            raise ValueError(
+                f"visual_token_id={self.visual_token_id} is a token of the vocabulary of {vocabulary}: take "
+                f"{vocabulary} or more, so that no text can hold a placeholder"
+            )
+        side = math.isqrt(self.num_visual_tokens_per_frame)
+        if self.architecture == "multi_token" and side**2 != self.num_visual_tokens_per_frame:
+            raise ValueError(
+                f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for the "
+                f"architecture multi_token: {side**2} or {(side + 1) ** 2}"
+            )
+        if self.coarse_only or self.architecture == "multi_token":
+            for name in ("lambda_coarse", "lambda_entropy", "lambda_contrastive"):
+                if getattr(self, name) > 0:
+                    what = "coarse_only=True" if self.coarse_only else "architecture='multi_token'"
+                    raise ValueError(f"{name}={getattr(self, name)} has no planned looks to act on with {what}: set 0")
 
     @property
     def tokens_per_frame(self) -> int:
@@ -155,15 +218,3 @@ def _as_config(value, config_class):
     if value is None:
         return config_class()
     return config_class(**value) if isinstance(value, dict) else value
-
-
-def _choice(name: str, value, allowed: tuple[str, ...]):
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-    return value
-
-
-def _at_least(name: str, value, smallest):
-    if value < smallest:
-        raise ValueError(f"{name}={value} is below {smallest}, the smallest value that makes sense")
-    return value

@@ -6,8 +6,29 @@ from torch import Tensor
 from .configuration_foveated_vlm import MODES, QUERY_SOURCES
 
 
-def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_source, target_patches) -> None:
+def check_inputs(
+    config,
+    input_ids,
+    pixel_values,
+    num_frames,
+    mode: str,
+    query_source,
+    target_patches,
+    frame_times=None,
+    attention_mask=None,
+    labels=None,
+    num_plans=None,
+) -> None:
     """Raises ValueError where the arguments of `forward` or `generate` do not fit each other or the configuration."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [samples, tokens] and at least one")
+    for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: give one entry per token"
+            )
+    if num_plans is not None and num_plans < 1:
+        raise ValueError(f"num_plans={num_plans} must be at least 1: for no plan at all take mode='coarse'")
     source = query_source or config.query_source
     if mode not in MODES or source not in QUERY_SOURCES:
         raise ValueError(
@@ -15,21 +36,37 @@ def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_s
             f"query_source={source!r} must be one of {', '.join(QUERY_SOURCES)}"
         )
     frames = 0 if pixel_values is None else len(pixel_values)
+    if num_frames is not None and (
+        not torch.is_tensor(num_frames) or num_frames.ndim != 1 or num_frames.is_floating_point()
+    ):
+        found = f"{num_frames.dtype} {list(num_frames.shape)}" if torch.is_tensor(num_frames) else repr(num_frames)
+        raise ValueError(f"num_frames is {found}, expected a tensor of whole numbers, one for each sample")
     if num_frames is not None and len(num_frames) != len(input_ids):
         raise ValueError(
             f"num_frames has {len(num_frames)} entries for {len(input_ids)} samples: give the number of frames of each"
         )
-    if frames and (num_frames is None or int(num_frames.sum()) != frames):
-        told = None if num_frames is None else int(num_frames.sum())
+    told = None if num_frames is None else int(num_frames.sum())
+    if (told or 0) != frames:
         raise ValueError(
             f"num_frames adds up to {told} but pixel_values holds {frames} frames: give the frames of all samples one "
             "after another and the number of each in num_frames"
         )
-    if source == "oracle" and frames and (target_patches is None or len(target_patches) != frames):
-        told = None if target_patches is None else len(target_patches)
+    if frames and not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values are {pixel_values.dtype}, expected normalised floats: the processor makes them")
+    if frames and frame_times is not None and tuple(frame_times.shape) != (frames,):
         raise ValueError(
-            f"query_source='oracle' needs target_patches for {frames} frames, got {told}: pass bool [frames, patches]"
+            f"frame_times has shape {list(frame_times.shape)}, expected [{frames}]: the time of each frame"
         )
+    if source == "oracle" and config.architecture == "foveated" and frames:
+        patch = config.vision_config.patch_size
+        wanted = (frames, (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch))
+        found = None if target_patches is None else tuple(target_patches.shape)
+        if found != wanted or target_patches.dtype != torch.bool:
+            raise ValueError(
+                f"query_source='oracle' needs target_patches for {frames} frames, bool {list(wanted)} [frames, "
+                f"patches], got {None if found is None else f'{target_patches.dtype} {list(found)}'}: pass the patches "
+                "that show the target"
+            )
     limit, length = config.text_config.max_position_embeddings, input_ids.shape[1]
     if length > limit:
         raise ValueError(
@@ -46,6 +83,12 @@ def check_inputs(config, input_ids, pixel_values, num_frames, mode: str, query_s
             f"sample {row} has {int(places[row])} visual placeholders for {int(expected[row]) // per_frame} frames "
             f"of {per_frame} visual tokens each: give input_ids exactly {int(expected[row])} of them"
         )
+    if attention_mask is not None and bool((is_visual & (attention_mask == 0)).any()):
+        row = int((is_visual & (attention_mask == 0)).any(1).nonzero()[0])
+        raise ValueError(f"sample {row} has visual placeholders that attention_mask hides: set it to 1 at its frames")
+    if labels is not None and bool((labels == config.visual_token_id).any()):
+        row = int((labels == config.visual_token_id).any(1).nonzero()[0])
+        raise ValueError(f"sample {row} has visual placeholders in labels: set them to -100, nothing is said there")
     if num_frames is not None and int(num_frames.max()) > config.max_num_frames:
         row = int(num_frames.argmax())
         raise ValueError(
@@ -69,4 +112,41 @@ def check_left_padded(attention_mask: Tensor) -> None:
         length, real = attention_mask.shape[1], int(attention_mask[row].bool().sum())
         raise ValueError(
             f"sample {row} has {real} tokens in a row of {length} and ends in padding: pad on the left to generate"
+        )
+
+
+def check_preference(config, chosen, rejected, reference: Tensor | None) -> None:
+    """Raises ValueError unless the two answers, each (input_ids, attention_mask, labels), and reference_log_probs
+    fit."""
+    if any(labels is None for _, _, labels in (chosen, rejected)):
+        raise ValueError("labels and rejected_labels are both needed: they say which tokens are the answers")
+    samples, others = len(chosen[0]), len(rejected[0])
+    if samples != others:
+        raise ValueError(f"{samples} chosen answers but {others} rejected ones: give both for every sample")
+    length, limit = rejected[0].shape[1], config.text_config.max_position_embeddings
+    if length > limit:
+        raise ValueError(f"rejected_input_ids has {length} tokens but the language model reads at most {limit}")
+    if reference is not None and tuple(reference.shape) != (samples, 2):
+        raise ValueError(
+            f"reference_log_probs has shape {list(reference.shape)}, expected [{samples}, 2]: of the chosen and the "
+            "rejected answer of every sample"
+        )
+
+
+def check_cache(model) -> None:
+    """Raises ValueError where the library would drop the cache that frame-by-frame reading and answering need."""
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "autoregressive mode and generate read with a cache, which gradient checkpointing drops in training: call "
+            "eval() first, gradient_checkpointing_disable(), or train in mode='fine'"
+        )
+
+
+def check_room(config, length: int, new_tokens: int | None) -> None:
+    """Raises ValueError where an answer may run past the positions of the language model."""
+    limit = config.text_config.max_position_embeddings
+    if new_tokens is not None and length + new_tokens > limit:
+        raise ValueError(
+            f"question and frames take {length} of the language model's {limit} places, so that max_new_tokens="
+            f"{new_tokens} does not fit: at most {max(0, limit - length)} tokens are left"
         )

@@ -1,8 +1,10 @@
 """Where a model comes from: two pretrained backbones, or a checkpoint of its own."""
 
+import inspect
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .backbones import backbone_config, check_weights, load_whole, read_vision_weights
@@ -10,7 +12,7 @@ from .configuration_foveated_vlm import FoveatedVLMConfig
 
 
 class LoadingMixin:
-    """`from_backbones` and `from_pretrained` of `FoveatedVLMForConditionalGeneration`."""
+    """`from_backbones`, `from_pretrained` and `resize_token_embeddings` of `FoveatedVLMForConditionalGeneration`."""
 
     @classmethod
     def from_backbones(cls, vision_path: str | Path, language_path: str | Path, **options):
@@ -18,6 +20,9 @@ class LoadingMixin:
 
         Raises ValueError when a folder holds another architecture or its weights do not fit its configuration.
         """
+        unknown = sorted(set(options) - set(inspect.signature(FoveatedVLMConfig).parameters))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such option of FoveatedVLMConfig, probably a typo")
         vision_config, text_config = backbone_config(vision_path, "dinov2"), backbone_config(language_path, "llama")
         vision_config.dtype = text_config.dtype = torch.float32  # master weights, whatever the folder was saved in
         vision_config.name_or_path = text_config.name_or_path = ""  # a checkpoint does not tell where it was made
@@ -32,6 +37,15 @@ class LoadingMixin:
         model.language_model.load_state_dict(language_model.state_dict())
         load_whole(model.vision_encoder, read_vision_weights(vision_path), vision_path)
         return model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **options) -> nn.Module:
+        """The library's, for a vocabulary that stays below the placeholder's id: ValueError for a larger one."""
+        if new_num_tokens is not None and new_num_tokens > self.config.visual_token_id:
+            raise ValueError(
+                f"{new_num_tokens} tokens would take in the visual placeholder, id {self.config.visual_token_id}: "
+                f"build with from_backbones(..., visual_token_id={new_num_tokens}) or more to add tokens"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **options):

@@ -19,20 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
-from .input_checks import check_inputs, check_left_padded
+from .input_checks import check_cache, check_inputs, check_left_padded, check_room
 from .loading import LoadingMixin
 from .losses import contrastive_loss, entropy_margin_loss
 from .multi_token_encoder import pool_patches
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
-from .visual_sequence import VisualSequence, frame_indices, position_ids
-
-TIME_FEATURES = 32  # sines and cosines of a frame's time, periods from 2 pi to 2 pi * 1000
+from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
 
 
 @dataclass
@@ -62,7 +60,7 @@ class Look:
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
 
 
-class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrainedModel):
+class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrainedModel, GenerationMixin):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -72,6 +70,12 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config: FoveatedVLMConfig):
+        config.check_options()
+        if config.visual_token_id is None or config.visual_scale == "auto":
+            raise ValueError(
+                f"visual_token_id={config.visual_token_id} and visual_scale={config.visual_scale!r} depend on the "
+                "language model: build with from_backbones, or give both numbers"
+            )
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
         self.vision_encoder = FoveatedEncoder(vision)
@@ -143,6 +147,7 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         seconds; target_patches bool [F, N], for the query source `oracle`.
         """
         config = self.config
+        pixel_values = pixel_values.to(self.connector.weight.dtype)
         times = frame_indices(num_frames) if frame_times is None else frame_times  # [F]
         if config.blind:
             pixel_values = torch.zeros_like(pixel_values)
@@ -160,6 +165,7 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
             return [self._walk(pixel_values, times, choose(static), chosen, output_attentions)[1]]
         language = VisualSequence(self, input_ids, attention_mask, num_frames)
         if mode == "autoregressive":
+            check_cache(self)
             walk, _ = self._walk(pixel_values, times, None, how, output_attentions)
             return [self._look_autoregressively(walk, times, first, language, choose, chosen, output_attentions)]
         walk, coarse = self._walk(pixel_values, times, static, how, output_attentions)
@@ -178,7 +184,7 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         tokens = self.connector(features) * self.config.visual_scale
         if self.config.frame_time_embedding == "none":
             return tokens
-        return tokens + self.time_projection(_sinusoids(times).to(tokens.dtype))[:, None] * self.config.visual_scale
+        return tokens + self.time_projection(sinusoids(times).to(tokens.dtype))[:, None] * self.config.visual_scale
 
     def _query_attention(self, target_patches: Tensor | None = None) -> QueryAttention:
         """How the configuration lets queries attend, limited to the target's patches where they are given and show."""
@@ -305,7 +311,11 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         exceeded, chosen and rejected differ before the last frame, or a mode or query source is unknown.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
+        checked = (pixel_values, num_frames, mode, query_source, target_patches, frame_times)
+        check_inputs(self.config, input_ids, *checked, attention_mask, labels, num_plans)
+        further = (rejected_attention_mask, rejected_labels, reference_log_probs)
+        if rejected_input_ids is None and any(given is not None for given in further):
+            raise ValueError("rejected_input_ids is missing, but arguments that belong to it are given: give it too")
         looks: list[Look] = []
         if pixel_values is not None and len(pixel_values):
             looks = self.look(
@@ -400,7 +410,12 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_left_padded(attention_mask)
-        check_inputs(self.config, input_ids, pixel_values, num_frames, mode, query_source, target_patches)
+        check_cache(self)
+        checked = (pixel_values, num_frames, mode, query_source, target_patches, frame_times)
+        check_inputs(self.config, input_ids, *checked, attention_mask)
+        generation_options.setdefault("generation_config", self.generation_config)
+        configured = generation_options["generation_config"].max_new_tokens
+        check_room(self.config, input_ids.shape[1], generation_options.get("max_new_tokens", configured))
         tokens = None
         if pixel_values is not None and len(pixel_values):
             looks = self.look(
@@ -431,10 +446,3 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         self.vision_encoder.walk = torch.compile(self.vision_encoder.walk, **options)
         self.vision_encoder.attend = torch.compile(self.vision_encoder.attend, **options)
         self._compiled_reading = torch.compile(self.language_model.model.forward, **options)
-
-
-def _sinusoids(times: Tensor) -> Tensor:
-    """times [F] -> sines and cosines of them at geometric frequencies: [F, TIME_FEATURES]."""
-    steps = torch.arange(TIME_FEATURES // 2, device=times.device) / (TIME_FEATURES // 2 - 1)
-    angles = times.float()[:, None] * 1000.0**-steps
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, E language width.
 import torch
 from torch import Tensor
 
+from .input_checks import check_preference
 from .losses import dpo_loss
 
 
@@ -19,6 +20,7 @@ class PreferenceMixin:
         labels)."""
         ids, mask, labels = rejected
         rejected = ids, torch.ones_like(ids) if mask is None else mask, labels
+        check_preference(self.config, chosen, rejected, reference)
         self._check_shared_prefix(chosen, rejected)
         log_probs = torch.stack(
             [self._answer_log_probs(*answer, visual_tokens) for answer in (chosen, rejected)], dim=1

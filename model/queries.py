@@ -64,7 +64,7 @@ class QuerySource:
     def __init__(self, source: str, static: Tensor, generator: torch.Generator | None):
         """static [F, K, Q]; generator: for `random` and `fixed` (None: torch's own)."""
         self.source, self.static, self.noise = source, static, None
-        if source in ("random", "fixed"):  # drawn once, so that every mode and batch order sees the same
+        if source in ("random", "fixed"):  # drawn once: every pass of a call sees the same
             shape = static.shape if source == "random" else (1, *static.shape[1:])
             noise = torch.randn(shape, generator=generator, device=static.device, dtype=static.dtype)
             self.noise = (noise / noise.norm(dim=-1, keepdim=True)).expand(static.shape)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+TIME_FEATURES = 32  # sines and cosines of a frame's time, periods from 2 pi to 2 pi * 1000
+
 
 class VisualSequence:
     """Reads visual tokens with the language model, in parallel or frame by frame.
@@ -94,3 +96,10 @@ def frame_indices(num_frames: Tensor) -> Tensor:
     starts = num_frames.cumsum(0) - num_frames
     total = int(num_frames.sum())
     return torch.arange(total, device=num_frames.device) - torch.repeat_interleave(starts, num_frames)
+
+
+def sinusoids(times: Tensor) -> Tensor:
+    """times [F] -> sines and cosines of them at geometric frequencies: [F, TIME_FEATURES]."""
+    steps = torch.arange(TIME_FEATURES // 2, device=times.device) / (TIME_FEATURES // 2 - 1)
+    angles = times.float()[:, None] * 1000.0**-steps
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -259,7 +259,7 @@ CHANGES = {
     "visual_scale": (0.3, {}),
     "max_num_frames": (2, {}),
     "dpo_beta": (0.5, {}),
-    "visual_token_id": (63, {}),
+    "visual_token_id": (65, {}),
 }
 READ_BY_THE_PIPELINE = {
     "layout": "pipeline_steps/streaming/collate.py",

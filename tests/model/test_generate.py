@@ -1,9 +1,13 @@
 """Answers by the library's own generation, in every mode; and that all modes score exactly the same tokens."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from model import FoveatedVLMForConditionalGeneration
 from tests.model.tiny import LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
 
 QUESTION = ("input_ids", "attention_mask", "pixel_values", "num_frames")
@@ -144,3 +148,22 @@ def test_all_modes_score_exactly_the_labelled_tokens(model, layout):
         expected = -before.gather(2, batch["labels"].clamp_min(0)[..., None])[..., 0]
         torch.testing.assert_close(output.token_loss[asked], expected[asked], atol=1e-5, rtol=0)
         assert torch.equal(output.correct, (before.argmax(-1) == batch["labels"]) & asked)
+
+
+def test_the_models_own_generation_configuration_counts(model, tmp_path):
+    asked = question()
+    model = copy.deepcopy(model)
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    again = FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for kept in (model, again):
+        assert kept.generate(**asked, do_sample=False).shape == (1, 3)
+    with pytest.raises(ValueError, match="of the language model's 128 places, so that max_new_tokens=500 does not fit"):
+        model.generate(**asked, max_new_tokens=500)
+
+
+def test_a_model_can_be_pickled(model):
+    again = pickle.loads(pickle.dumps(model))
+    assert again.can_generate()
+    assert torch.equal(again.static_query, model.static_query)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import FoveatedVLMConfig
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.losses import attention_entropy, contrastive_loss, entropy_margin_loss
 from model.queries import QueryAttention
 from tests.model.tiny import FIRST_VISUAL, MODES, VISUAL, make_batch, make_model, one_sample
@@ -151,7 +151,7 @@ def test_the_oracle_looks_at_the_target_and_nowhere_else(mode, attention):
     torch.testing.assert_close(on_target[:, :5], torch.ones_like(on_target[:, :5]))
     free = weights[:, 5]  # the frame without a target
     assert ((free > 0).sum(-1) == 17).all()
-    with pytest.raises(ValueError, match="needs target_patches for 6 frames, got None"):
+    with pytest.raises(ValueError, match=r"needs target_patches for 6 frames.*got None"):
         fine(model, mode=mode)
 
 
@@ -291,10 +291,18 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_passes": 4}, "num_passes=4 is above 3"),
-        ({"num_passes": 0}, "num_passes=0 is below 1"),
-        ({"attention_temperature": 0.0}, "attention_temperature=0.0 is below"),
-        ({"lambda_entropy": -1.0}, "lambda_entropy=-1.0 is below 0"),
+        ({"num_passes": 4}, "num_passes=4 must be a whole number from 1 to 3"),
+        ({"num_passes": 0}, "num_passes=0 must be a whole number from 1 to 3"),
+        ({"num_passes": 1.5}, "num_passes=1.5 must be a whole number"),
+        ({"query_dim": 0}, "query_dim=0 must be a whole number from 1"),
+        ({"attention_temperature": 0.0}, "attention_temperature=0.0 must be a number from 0.001"),
+        ({"attention_temperature": math.nan}, "attention_temperature=nan must be a number"),
+        ({"second_pass_probability": 7}, "second_pass_probability=7 must be a number from 0 to 1"),
+        ({"lambda_entropy": -1.0}, "lambda_entropy=-1.0 must be a number from 0"),
+        ({"visual_scale": "big"}, "visual_scale='big' must be a number above 0, or auto"),
+        ({"visual_token_id": 10}, "visual_token_id=10 is a token of the vocabulary of 32000: take 32000 or more"),
+        ({"architecture": "multi_token", "num_visual_tokens_per_frame": 5}, "must be a square number.*: 4 or 9"),
+        ({"coarse_only": True, "lambda_coarse": 0.5}, "lambda_coarse=0.5 has no planned looks to act on with coarse_"),
         ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
         ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
     ],
@@ -302,6 +310,26 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
 def test_configuration_names_the_value_and_the_limit(change, message):
     with pytest.raises(ValueError, match=message):
         FoveatedVLMConfig(**change)
+
+
+def test_options_set_after_the_start_are_checked_too(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hard_attention='topk' is not one of"):
+        FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path, hard_attention="topk")
+
+
+@pytest.mark.parametrize("option", [{"visual_token_id": None}, {"visual_scale": "auto"}])
+def test_a_network_needs_what_its_language_model_decides(option):
+    with pytest.raises(ValueError, match="build with from_backbones, or give both numbers"):
+        make_model(**option)
+
+
+def test_the_placeholder_stays_outside_a_resized_vocabulary():
+    model = make_model()
+    assert len(model.resize_token_embeddings(60).weight) == 60
+    with pytest.raises(ValueError, match="80 tokens would take in the visual placeholder, id 64"):
+        model.resize_token_embeddings(80)
 
 
 # ---------------------------------------------------------------- the library's and torch's machinery

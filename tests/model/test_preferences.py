@@ -52,6 +52,24 @@ def test_preferences_with_another_question_are_refused():
         make_model()(**batch)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_log_probs": torch.zeros(1, 2)}, r"reference_log_probs has shape \[1, 2\], expected \[4, 2\]"),
+        ({"reference_log_probs": torch.zeros(4)}, r"reference_log_probs has shape \[4\], expected \[4, 2\]"),
+        ({"rejected_labels": None}, "labels and rejected_labels are both needed"),
+        ({"rejected_input_ids": torch.full((2, 9), 5)}, "4 chosen answers but 2 rejected ones"),
+        ({"rejected_input_ids": torch.full((4, 200), 5)}, "rejected_input_ids has 200 tokens .* at most 128"),
+    ],
+)
+def test_preference_arguments_that_do_not_fit_are_named(change, message):
+    batch = preference_batch() | change
+    if "rejected_input_ids" in change:
+        batch["rejected_attention_mask"] = None
+    with pytest.raises(ValueError, match=message):
+        make_model()(**batch)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_log_probabilities_do_not_depend_on_the_batch(mode):

@@ -92,7 +92,11 @@ def test_the_baseline_and_the_fixed_look_differ_by_the_query_path_alone():
         "sixteen tokens": {"architecture": "multi_token", "num_visual_tokens_per_frame": 16},
     }.items():
         config = FoveatedVLMConfig(
-            Dinov2Config(**DINOV2_SMALL), LlamaConfig(**SMOLLM2_135M), visual_scale=0.14, visual_token_id=0, **options
+            Dinov2Config(**DINOV2_SMALL),
+            LlamaConfig(**SMOLLM2_135M),
+            visual_scale=0.14,
+            visual_token_id=49152,
+            **options,
         )
         with torch.device("meta"):
             sizes[name] = count(FoveatedVLMForConditionalGeneration(config))

@@ -34,12 +34,56 @@ def refuse(message: str, model=None, **changes) -> None:
             {"pixel_values": None, "num_frames": torch.zeros(4, dtype=torch.long)},
             "sample 0 has 3 visual placeholders for 0 frames of 1 visual tokens each: give input_ids exactly 0",
         ),
+        ({"pixel_values": None}, "num_frames adds up to 6 but pixel_values holds 0 frames"),
+        ({"num_frames": [3, 0, 1, 2]}, r"num_frames is \[3, 0, 1, 2\], expected a tensor of whole numbers"),
+        ({"num_frames": torch.ones(4)}, r"num_frames is torch.float32 \[4\], expected a tensor of whole numbers"),
+        ({"num_plans": 0}, "num_plans=0 must be at least 1"),
+        ({"frame_times": torch.zeros(1)}, r"frame_times has shape \[1\], expected \[6\]"),
+        ({"attention_mask": torch.ones(4, 3)}, r"attention_mask has shape \[4, 3\], input_ids \[4, 23\]"),
+        ({"labels": torch.ones(4, 3)}, r"labels has shape \[4, 3\], input_ids \[4, 23\]"),
+        ({"attention_mask": torch.zeros(4, 23)}, "sample 0 has visual placeholders that attention_mask hides"),
+        ({"labels": make_batch()["input_ids"]}, "sample 0 has visual placeholders in labels: set them to -100"),
+        ({"pixel_values": torch.zeros(6, 3, 56, 56, dtype=torch.uint8)}, "pixel_values are torch.uint8, expected norm"),
+        ({"reference_log_probs": torch.zeros(4, 2)}, "rejected_input_ids is missing"),
         ({"pixel_values": torch.zeros(6, 3, 50, 56)}, r"\(6, 3, 50, 56\).*multiples of the patch size 14: resize"),
         ({"pixel_values": torch.zeros(6, 1, 56, 56)}, r"\(6, 1, 56, 56\), expected \[frames, 3, height, width\]"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named_with_both_numbers(change, message):
     refuse(message, **change)
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.ones(6, 5, dtype=torch.bool), torch.ones(6, 16), torch.ones(3, 16, dtype=torch.bool)]
+)
+def test_targets_of_another_kind_or_shape_are_refused(targets):
+    refuse(
+        r"needs target_patches for 6 frames, bool \[6, 16\].*got torch.*\[",
+        make_model(query_source="oracle"),
+        target_patches=targets,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_pixels_are_taken_in_the_type_of_the_weights(mode):
+    model, batch = make_model().to(torch.bfloat16), make_batch()
+    cast = batch | {"pixel_values": batch["pixel_values"].to(torch.bfloat16)}
+    assert torch.equal(model(**batch, mode=mode).loss, model(**cast, mode=mode).loss)
+
+
+def test_checkpointing_in_training_is_refused_where_a_cache_is_needed():
+    """The library would drop the cache, and frame t would be planned without the frames before."""
+    model, sample = make_model().train(), one_sample(make_batch(), 0)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="read with a cache, which gradient checkpointing drops"):
+        model(**sample, mode="autoregressive")
+    question = {name: value for name, value in sample.items() if name != "labels"}
+    for mode in MODES:
+        with pytest.raises(ValueError, match="read with a cache, which gradient checkpointing drops"):
+            model.generate(**question, mode=mode, max_new_tokens=2)
+    model(**sample, mode="fine").loss.backward()
+    assert len(model.eval().generate(**question, max_new_tokens=2, do_sample=False)[0]) == 2
 
 
 def test_too_many_frames_or_tokens():
