@@ -13,6 +13,7 @@ fine             the queries are planned from the coarse tokens, shifted by one 
 autoregressive   frame by frame: the query of frame t is planned from what frames 0..t-1 showed; needs no coarse pass
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -413,9 +414,9 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         check_cache(self)
         checked = (pixel_values, num_frames, mode, query_source, target_patches, frame_times)
         check_inputs(self.config, input_ids, *checked, attention_mask)
-        generation_options.setdefault("generation_config", self.generation_config)
-        configured = generation_options["generation_config"].max_new_tokens
-        check_room(self.config, input_ids.shape[1], generation_options.get("max_new_tokens", configured))
+        settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
+        others = settings.update(**generation_options)  # streamers and the like
+        check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         tokens = None
         if pixel_values is not None and len(pixel_values):
             looks = self.look(
@@ -432,7 +433,7 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
             tokens = looks[-1].visual_tokens
         embeddings = self.embed(input_ids, tokens)
         return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=attention_mask, **generation_options
+            inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others
         )
 
     def compile_hot_paths(self, **options) -> None:

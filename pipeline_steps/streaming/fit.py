@@ -13,10 +13,10 @@ def check_fit(config, dataset, image_replication: int) -> None:
             f"Set shards.image_size to {max(size // patch, 1) * patch}."
         )
     tokens, grid = config.num_visual_tokens_per_frame, size // patch
-    if config.architecture == "multi_token" and (round(tokens**0.5) ** 2 != tokens or tokens > grid * grid):
+    if config.architecture == "multi_token" and tokens > grid * grid:
         raise UserError(
-            f"model.num_visual_tokens_per_frame is {tokens}, but a network of the architecture multi_token needs a "
-            f"square number of at most {grid * grid}, the patches of a frame of {size} px. Choose another one, or a "
+            f"model.num_visual_tokens_per_frame is {tokens}, but a network of the architecture multi_token takes "
+            f"at most {grid * grid}, the patches of a frame of {size} px. Choose another one, or a "
             "larger shards.image_size."
         )
     limit = config.text_config.max_position_embeddings

@@ -153,9 +153,11 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
     options = parameters.model.model_dump()
     before = previous(arguments)
     if before is None:
-        return FoveatedVLMForConditionalGeneration.from_backbones(
-            arguments.backbones / "vision_encoder", arguments.backbones / "language_model", **options
-        )
+        folders = (arguments.backbones / "vision_encoder", arguments.backbones / "language_model")
+        try:
+            return FoveatedVLMForConditionalGeneration.from_backbones(*folders, **options)
+        except ValueError as error:
+            raise UserError(f"{arguments.stage} cannot build the network of section model: {error}") from None
     model = checkpoint.load_model(before)
     wrong = [
         f"{name} is {getattr(model.config, name)!r}, the parameters say {value!r}"

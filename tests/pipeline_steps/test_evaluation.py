@@ -193,7 +193,7 @@ def network():
         pad_token_id=0,
         eos_token_id=2,
     )
-    config = FoveatedVLMConfig(vision, text, query_dim=16, visual_scale=0.5, visual_token_id=63)
+    config = FoveatedVLMConfig(vision, text, query_dim=16, visual_scale=0.5, visual_token_id=64)
     return FoveatedVLMForConditionalGeneration(config).eval()
 
 

@@ -11,7 +11,7 @@ from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
 from pipeline_steps.flops import formulas
 from pipeline_steps.flops.formulas import Sample
 
-VISUAL = 120
+VISUAL = 128
 SAMPLE = Sample(num_frames=5, num_text_tokens=23, num_tokens_before=9, num_labels=7)
 
 
