@@ -20,6 +20,7 @@ from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from model.configuration_foveated_vlm import MODES
+from model.input_checks import check_room
 from pipeline_steps import drawing, gaze, params
 from pipeline_steps.checkpoint import load_checkpoint
 from pipeline_steps.params import UserError
@@ -104,12 +105,7 @@ def check(arguments):
 def stream_answer(model, processor, inputs, mode, max_new_tokens):
     """Prints the greedy answer word by word and returns it."""
     tokenizer = processor.tokenizer
-    used, places = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if used + max_new_tokens > places:
-        raise ValueError(
-            f"question and frames take {used} of the language model's {places} places, so that --max-new-tokens "
-            f"{max_new_tokens} does not fit: at most {max(0, places - used)} tokens are left"
-        )
+    check_room(model.config, inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         ids = model.generate(

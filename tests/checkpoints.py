@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import Dinov2Config, LlamaConfig
-
-from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps import params
 from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
 from pipeline_steps.checkpoint import save_checkpoint
@@ -15,8 +12,10 @@ from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import folder, procedural
 from pipeline_steps.tokens.__main__ import build
+from tests.model import tiny
 
 FRAMES = FramePolicy(image_size=56, fps=2.0, max_frames=4, jpeg_quality=95)
+VOCABULARY, MAX_POSITIONS = 400, 4096  # tokens
 STILL_FRAMES = 3  # frames that a still becomes
 
 
@@ -38,7 +37,7 @@ class Made:
 def make(root: Path) -> Made:
     made = Made(root)
     parameters = params.read(params.ROOT / "params.yaml", "sources", "tokens")
-    save_tokenizer(train_tokenizer(400, 4096), made.tokenizer)
+    save_tokenizer(train_tokenizer(VOCABULARY, MAX_POSITIONS), made.tokenizer)
     samples = write_world(made.raw, parameters.sources.procedural)
     settings = Settings(raw_dir=str(made.raw), frames=FRAMES)
     reports = {}
@@ -64,23 +63,7 @@ def write_world(raw: Path, section) -> list[RawSample]:
 
 def make_model(**options) -> FoveatedVLMForConditionalGeneration:
     """Random weights; the end-of-turn token is never the most likely one, so that answers are as long as allowed."""
-    torch.manual_seed(0)
-    vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-    text = LlamaConfig(
-        vocab_size=400,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    defaults = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": 400}
-    model = FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(vision, text, **(defaults | options))).eval()
+    model = tiny.make_model(VOCABULARY, MAX_POSITIONS, **options)
     model.language_model.get_input_embeddings().weight.data[2] = 0
     return model
 

@@ -15,22 +15,23 @@ LAYOUTS = {"question_first": FIRST_VISUAL, "vision_first": (1, 0, 1, 1), "nothin
 BOS = 1
 
 
-def make_model(**options) -> FoveatedVLMForConditionalGeneration:
+def make_model(vocab_size: int = VISUAL, max_positions: int = 128, **options) -> FoveatedVLMForConditionalGeneration:
+    """Random weights, the same at every call; the placeholder is the first id after the vocabulary."""
     torch.manual_seed(0)
     vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
     text = LlamaConfig(
-        vocab_size=64,
+        vocab_size=vocab_size,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         eos_token_id=PAD,
         pad_token_id=PAD,
     )
-    defaults = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": VISUAL}
+    defaults = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": vocab_size}
     return FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(vision, text, **(defaults | options))).eval()
 
 
