@@ -53,6 +53,7 @@ class MediaError(Exception):
 class Media:
     frames: list  # PIL RGB images, image_size x image_size
     timestamps: list  # seconds from the first frame of the source, one per frame
+    duration: float  # seconds; 0 for a still
     width: int  # of the upright source, px
     height: int
 
@@ -63,7 +64,7 @@ def read_media(path, kind, *, fps, max_frames, image_size):
     if kind == "video":
         return decode_video(path, fps, max_frames, image_size)
     image = load_image(path)
-    return Media([square(image, image_size)], [0.0], image.width, image.height)
+    return Media([square(image, image_size)], [0.0], 0.0, image.width, image.height)
 
 
 # ---------------------------------------------------------------- images
@@ -140,7 +141,7 @@ def decode_video(path, fps, max_frames, image_size):
             width, height = (frame.width, frame.height)[:: -1 if frame.rotation % 180 else 1]
     if len(taken) < len(wanted):
         raise MediaError("no frame can be decoded" if not taken else f"undecodable at {wanted[len(taken)]:.1f} s")
-    return Media(frames, [round(time, 4) for time in taken], width, height)
+    return Media(frames, [round(time, 4) for time in taken], round(duration, 4), width, height)
 
 
 def choose_times(times, duration, fps, max_frames):

@@ -42,23 +42,32 @@ class Message(Record):
 
 
 class Item(Record):
-    """One question and its answer, or one chat of several turns (`messages`)."""
+    """One question and its answer, one chat of several turns (`messages`), or one question with `options`."""
 
-    user: str | None = None  # None: the default prompt of the tokens section
-    assistant: str | None = None  # None only with `messages`
+    user: str | None = None  # None: the prompt of the sample's source, in the tokens section
+    assistant: str | None = None  # None only with `messages` or `options`
     family: str
     cue: str = ""  # the part at the start of the answer that names the cue; "" if there is none
     target: Count | None = None  # index into the sample's objects
     messages: tuple[Message, ...] | None = None
+    rejected: str | None = None  # preferences: the worse answer in place of `assistant` or of the last message
+    options: tuple[str, ...] | None = None  # texts to choose from, without letters
+    correct_option: Count | None = None  # index into `options`
 
     @model_validator(mode="after")
     def _one_form(self):
-        if (self.messages is None) == (self.assistant is None):
-            raise ValueError("an item has either 'assistant' (and 'user') or 'messages'")
+        if [self.messages, self.assistant, self.options].count(None) != 2:
+            raise ValueError("an item has one of 'assistant' (with 'user'), 'messages' and 'options' (with 'user')")
         if self.messages is not None and (self.user is not None or self.cue):
             raise ValueError("an item with 'messages' has neither 'user' nor 'cue'")
-        if self.cue and not self.assistant.startswith(self.cue):
+        if self.cue and (self.assistant is None or not self.assistant.startswith(self.cue)):
             raise ValueError(f"the answer {self.assistant!r} does not start with the cue {self.cue!r}")
+        if (self.options is None) != (self.correct_option is None):
+            raise ValueError("'options' and 'correct_option' belong together")
+        if self.options is not None and (self.user is None or self.rejected is not None):
+            raise ValueError("an item with 'options' has a 'user' and no 'rejected'")
+        if self.options is not None and not (len(self.options) >= 2 and self.correct_option < len(self.options)):
+            raise ValueError(f"option {self.correct_option} of {len(self.options)}")
         return self
 
 
@@ -79,9 +88,14 @@ class RawSample(Record):
     split: Split | None = None  # None: the shards stage decides, by video_id
     video_id: str = Field(min_length=1)  # samples of one video never end up in two splits
     path: str | None = None  # relative to data/raw, or absolute (user's own files); None for text
+    parts: tuple[tuple[Count, Count], ...] = ()  # (offset, bytes) of every medium within the file at `path`, such as
+    # a tar: the pictures of a still, the frames of a video, or one video file. (): all of `path`, which is one file or
+    # a folder of pictures, taken in the order of their names
     kind: Kind
-    sha256: str | None = None  # of the media file; None for text
+    sha256: str | None = None  # of the media (`media_sha256`); None for text
     size: Count = 0  # bytes
+    picture_fps: Annotated[float, Field(gt=0)] | None = None  # of a video given as pictures: frames per second
+    segment: tuple[float, float] | None = None  # seconds from the start: only this piece of the video is meant
     items: tuple[Item, ...] = Field(min_length=1)
     objects: tuple[SceneObject, ...] | None = None
     num_source_frames: Count | None = None
@@ -92,6 +106,8 @@ class RawSample(Record):
             raise ValueError(f"a sample of kind '{self.kind}' has path {self.path!r}")
         if self.kind != "text" and self.sha256 is None:
             raise ValueError("a media file needs its sha256")
+        if self.segment is not None and not 0 <= self.segment[0] < self.segment[1]:
+            raise ValueError(f"the segment {self.segment} does not go from an earlier to a later second")
         for item in self.items:
             if item.target is not None and item.target >= len(self.objects or ()):
                 raise ValueError(f"target {item.target} of {len(self.objects or ())} objects")
@@ -102,9 +118,10 @@ class PackedSample(RawSample):
     """`{key}.json` in a shard: the raw sample and what was made of its media."""
 
     split: Split
-    frame_count: Count  # number of {key}.000.jpg ... (video) or 1 ({key}.jpg, image) or 0 (text)
+    frame_count: Count  # number of {key}.000.jpg ... (video, several stills), 1 ({key}.jpg, one still) or 0 (text)
     timestamps: tuple[float, ...]  # seconds from the first frame, one per packed frame
-    width: Count  # of the source media, px
+    duration: float  # of the video, or of its segment, in seconds; 0 for stills and text
+    width: Count  # of the source media (its first picture), px
     height: Count
 
 
@@ -122,6 +139,7 @@ class ShardEntry(Record):
     name: str  # 000000.tar
     num_samples: Count
     num_frames: Count
+    seconds: float  # of video
     bytes: Count
     sha256: str
 
@@ -130,12 +148,15 @@ class SplitEntry(Record):
     shards: tuple[ShardEntry, ...]
     num_samples: Count
     num_frames: Count
+    seconds: float
+    bytes: Count
 
 
 class FramePolicy(Record):
     """How packed frames were made of the media, and so how a question's video has to be prepared."""
 
     image_size: Count  # px, packed frames are square
+    fit: Literal["crop", "letterbox"]  # shorter side to image_size and centre crop, or longer side and black bars
     fps: float  # frames per second taken of a video
     max_frames: Count  # of one video
     jpeg_quality: Count  # 1 to 100
@@ -162,13 +183,25 @@ class ShardsManifest(Record):
 
 
 class Dropped(Record):
+    """An item that is left out, or, in a list of truncated ones, of which later turns are left out."""
+
     key: str
     item: Count
     reason: str
 
 
+class SourceCounts(Record):
+    """Items of one source in data/tokens: seen = kept + dropped."""
+
+    seen: Count
+    kept: Count
+    truncated: Count  # of the kept ones
+    dropped: Count
+    tokens: Count  # of the kept ones' chats, visual tokens not counted
+
+
 class TokensEntry(Record):
-    name: str  # 000000.parquet
+    name: str  # 000000.arrow
     num_items: Count
     num_tokens: Count
     shard_sha256: str  # of the tar that this file is aligned with
@@ -188,11 +221,13 @@ class TokensManifest(Record):
     seen: Count
     kept: Count
     dropped: tuple[Dropped, ...]
+    truncated: tuple[Dropped, ...]  # chats that lost their last turns, whole ones, to tokens.max_tokens
     families: dict[str, Count]
+    sources: dict[str, SourceCounts]
     tokenizer_sha256: str
     vocabulary_size: Count
     max_tokens: Count
-    system: str  # the chats' system line
+    system: str  # the system line of the table's entry for all sources
 
     @model_validator(mode="after")
     def _all_accounted_for(self):
@@ -254,6 +289,24 @@ def read_text(path, made_by):
 def sha256_file(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def media_sha256(path, parts=()):
+    """sha256 of a sample's media: of the file, of its `parts` one after the other, or of a folder's files by name."""
+    path = Path(path)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+    if not parts:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for offset, size in parts:
+            file.seek(offset)
+            digest.update(file.read(size))
+    return digest.hexdigest()
 
 
 def fingerprint(*parts):

@@ -39,6 +39,7 @@ def build(section, raw_dir, output):
         raw_dir=str(Path(raw_dir).resolve()),
         frames=FramePolicy(
             image_size=section.image_size,
+            fit=section.fit,
             fps=section.fps,
             max_frames=section.max_frames,
             jpeg_quality=section.jpeg_quality,
@@ -94,6 +95,8 @@ def make_manifest(reports, seen, frames):
             shards=shards,
             num_samples=sum(shard.num_samples for shard in shards),
             num_frames=sum(shard.num_frames for shard in shards),
+            seconds=round(sum(shard.seconds for shard in shards), 4),
+            bytes=sum(shard.bytes for shard in shards),
         )
     sources = sum((Counter(report.sources) for report in reports.values()), Counter())
     quarantined = sorted((q for report in reports.values() for q in report.quarantined), key=lambda q: q.key)

@@ -39,7 +39,7 @@ def pack_shard(samples, settings, output):
     """Writes `output`.tar, .json and .progress (one byte per finished sample). Returns the ShardReport."""
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    quarantined, sources, num_frames = [], Counter(), 0
+    quarantined, sources, num_frames, seconds = [], Counter(), 0, 0.0
     with (
         open(output.with_suffix(".progress"), "wb", buffering=0) as progress,
         tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar,
@@ -50,6 +50,7 @@ def pack_shard(samples, settings, output):
                 _add_sample(tar, sample, media, settings.frames.jpeg_quality)
                 sources[sample.source] += 1
                 num_frames += len(media.frames)
+                seconds += media.duration
             except MediaError as error:
                 quarantined.append(
                     Quarantined(key=sample.key, source=sample.source, path=sample.path, reason=error.reason)
@@ -60,6 +61,7 @@ def pack_shard(samples, settings, output):
         name=tar_path.name,
         num_samples=sources.total(),
         num_frames=num_frames,
+        seconds=round(seconds, 4),
         bytes=partial.stat().st_size,
         sha256=records.sha256_file(partial),
     )
@@ -72,7 +74,7 @@ def pack_shard(samples, settings, output):
 def _load(sample, settings):
     """The sample's Media (no frames for text). UserError if the file is not the one that the index describes."""
     if sample.kind == "text":
-        return Media([], [], 0, 0)
+        return Media([], [], 0.0, 0, 0)
     path = Path(settings.raw_dir, sample.path)
     found = records.sha256_file(path) if path.is_file() else "no file"
     if found != sample.sha256:
@@ -97,6 +99,7 @@ def _add_sample(tar, sample, media, jpeg_quality):
         **dict(sample),
         frame_count=len(media.frames),
         timestamps=tuple(media.timestamps),
+        duration=media.duration,
         width=media.width,
         height=media.height,
     )

@@ -1,5 +1,7 @@
 """Parameters of the `shards` stage (section `shards` of params.yaml)."""
 
+from typing import Literal
+
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
@@ -7,6 +9,7 @@ from pipeline_steps.params import StrictModel
 
 class Section(StrictModel):
     image_size: PositiveInt  # px
+    fit: Literal["crop", "letterbox"]  # shorter side to image_size and centre crop, or longer side and black bars
     fps: PositiveFloat
     max_frames: PositiveInt
     jpeg_quality: int = Field(ge=1, le=100)

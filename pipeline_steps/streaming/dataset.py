@@ -5,31 +5,17 @@ are read from the tar by byte offset: opening a data set reads the tar headers o
 """
 
 import io
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from pipeline_steps import sidecar
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample, ShardsManifest, TokensManifest, parse, read_record
 from pipeline_steps.streaming.fit import check_fit
 from pipeline_steps.streaming.targets import truth
-
-COLUMNS = (
-    "key",
-    "item",
-    "source",
-    "family",
-    "kind",
-    "num_frames",
-    "input_ids",
-    "visual_position",
-    "answer_mask",
-    "score_mask",
-)
 
 
 @dataclass(frozen=True)
@@ -65,18 +51,21 @@ class TokenizedShards:
             raise UserError(
                 f"{self.tokens_dir}: split '{split}' has no items. Give it samples (sources, shards sections)."
             )
-        self._members: dict[str, dict[str, Member]] = {}  # key -> member suffix -> place
+        self._tars: dict[str, Path] = {}  # key -> shard
+        self._rows_of: dict[str, dict] = {}  # key -> one of its rows
         rows = []
-        for shard, sidecar in zip(shards.shards, tokens.shards, strict=True):
-            if sidecar.shard_sha256 != shard.sha256:
+        for shard, entry in zip(shards.shards, tokens.shards, strict=True):
+            if entry.shard_sha256 != shard.sha256:
                 raise UserError(
-                    f"{self.tokens_dir / split / sidecar.name} was made for a shard with sha256 "
-                    f"{sidecar.shard_sha256[:12]}..., but {self.shards_dir / split / shard.name} has "
+                    f"{self.tokens_dir / split / entry.name} was made for a shard with sha256 "
+                    f"{entry.shard_sha256[:12]}..., but {self.shards_dir / split / shard.name} has "
                     f"{shard.sha256[:12]}...: rerun `python -m pipeline_steps.tokens`."
                 )
-            self._members |= index_tar(self.shards_dir / split / shard.name)
-            table = pq.read_table(self.tokens_dir / split / sidecar.name, columns=list(COLUMNS))
-            rows += table.to_pylist()
+            own = sidecar.read(self.tokens_dir / split / entry.name).to_pylist()
+            tar = self.shards_dir / split / shard.name
+            self._tars |= {row["key"]: tar for row in own}
+            self._rows_of |= {row["key"]: row for row in own}
+            rows += own
         self.rows: list[dict] = rows
 
     @classmethod
@@ -104,13 +93,16 @@ class TokenizedShards:
 
     def frames(self, key: str) -> np.ndarray:
         """uint8 [T, height, width, 3]; T = 0 for a text-only sample."""
-        members = self._members[key]
-        pictures = [_decode(members[suffix], key, suffix) for suffix in sorted(members) if suffix.endswith("jpg")]
+        row, tar = self._rows_of[key], self._tars[key]
+        places = zip(row["frame_offsets"], row["frame_sizes"], strict=True)
+        pictures = [_decode(Member(tar, *place), key, number) for number, place in enumerate(places)]
         return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
 
     def sample(self, key: str) -> PackedSample:
         """The packed sample with its ground truth."""
-        return parse(PackedSample, self._members[key]["json"].read().decode(), f"{key}.json")
+        row = self._rows_of[key]
+        content = Member(self._tars[key], row["sample_offset"], row["sample_size"]).read()
+        return parse(PackedSample, content.decode(), f"{key}.json")
 
     def __getitem__(self, number: int) -> dict:
         """The row's fields, with `frames` uint8 [T, height, width, 3] and, where asked for, `target_patches` bool
@@ -124,19 +116,11 @@ class TokenizedShards:
         return item
 
 
-def index_tar(path: Path) -> dict[str, dict[str, Member]]:
-    """Where every member of a tar lies, by sample key and by what follows the key's dot."""
-    members: dict[str, dict[str, Member]] = {}
-    with tarfile.open(path) as tar:
-        for entry in tar:
-            key, _, suffix = entry.name.partition(".")
-            members.setdefault(key, {})[suffix] = Member(path, entry.offset_data, entry.size)
-    return members
-
-
-def _decode(member: Member, key: str, suffix: str) -> np.ndarray:
+def _decode(member: Member, key: str, number: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(member.read())) as picture:
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{member.tar}: {key}.{suffix} cannot be decoded ({error}): rebuild the shards.") from None
+        raise UserError(
+            f"{member.tar}: frame {number} of {key} cannot be decoded ({error}): rebuild the shards."
+        ) from None

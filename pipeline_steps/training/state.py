@@ -16,6 +16,7 @@ CODE = (
     "pipeline_steps/checkpoint.py",
     "pipeline_steps/params.py",
     "pipeline_steps/records.py",
+    "pipeline_steps/sidecar.py",
 )
 
 

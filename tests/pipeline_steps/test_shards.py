@@ -35,7 +35,7 @@ from pipeline_steps.shards.plan import assign_splits, plan_shards
 from pipeline_steps.shards.schema import Section
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
 
-FRAMES = FramePolicy(image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "image_size": 16,
     "fps": 2.0,

@@ -21,7 +21,7 @@ TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-FRAMES = FramePolicy(image_size=16, fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "max_tokens": 64,
     "max_dropped": 0.5,
