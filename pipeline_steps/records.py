@@ -197,7 +197,7 @@ class SourceCounts(Record):
     kept: Count
     truncated: Count  # of the kept ones
     dropped: Count
-    tokens: Count  # of the kept ones' chats, visual tokens not counted
+    tokens: Count  # of the kept ones' chats, without visual tokens and rejected answers
 
 
 class TokensEntry(Record):
@@ -234,6 +234,10 @@ class TokensManifest(Record):
         total = sum(entry.num_items for entry in self.splits.values())
         if self.seen != self.kept + len(self.dropped) or total != self.kept:
             raise ValueError(f"seen {self.seen}, kept {self.kept} ({total} in the splits), dropped {len(self.dropped)}")
+        whole = [self.seen, self.kept, len(self.truncated), len(self.dropped)]
+        rows = [(c.seen, c.kept, c.truncated, c.dropped) for c in self.sources.values()]
+        if [sum(column) for column in zip(*rows, strict=True)] != whole or any(r[0] != r[1] + r[3] for r in rows):
+            raise ValueError(f"seen, kept, truncated, dropped are {whole}, but by source {rows}")
         return self
 
 

@@ -26,11 +26,13 @@ SCHEMA = pa.schema(
         "sample_size": pa.int32(),
         "input_ids": pa.list_(pa.int32()),  # the whole chat without visual tokens
         "visual_position": pa.int32(),  # of the question's end-of-turn token in input_ids: visual tokens go before it
-        "answer_mask": pa.list_(pa.bool_()),  # over input_ids: answers, each with its end-of-turn token
+        "answer_mask": pa.list_(
+            pa.bool_()
+        ),  # over input_ids: answers with their end-of-turn tokens; a preference: the last
         "score_mask": pa.list_(pa.bool_()),  # over input_ids: answer tokens with a letter or digit, after the cue
         "rejected_ids": pa.list_(pa.int32()),  # the chat with the rejected answer at its end, or null
         "rejected_mask": pa.list_(pa.bool_()),  # over rejected_ids: that answer with its end-of-turn token, or null
-        "truncated_turns": pa.int32(),  # messages left out at the end, because of tokens.max_tokens
+        "truncated_turns": pa.int32(),  # answers left out at the end, with their questions (tokens.max_tokens)
         "answer": pa.string(),  # the last one, if there are several
         "cue": pa.string(),
         "target": pa.int32(),  # index into the sample's objects, or null

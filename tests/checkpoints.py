@@ -47,7 +47,7 @@ def make(root: Path) -> Made:
     made.shards.mkdir()
     publish(make_manifest(reports, len(samples), FRAMES), root / "packed", made.shards)
     build(parameters.tokens, made.shards, made.tokenizer, made.tokens)
-    save(make_model(), made, made.checkpoint, parameters.tokens.system)
+    save(make_model(), made, made.checkpoint, parameters.tokens.prompt("*").system)
     return made
 
 

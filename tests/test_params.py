@@ -144,13 +144,13 @@ def test_an_unknown_section_and_a_key_of_another_section(edited):
 
 
 def test_all_problems_are_named_at_once_in_one_paragraph(edited):
-    path = edited("model.layout", "left", "seed", "two", "tokens.system", None, "shards.fps", True, "shards.fp", 2)
+    path = edited("model.layout", "left", "seed", "two", "tokens.max_dropped", None, "shards.fps", True, "shards.fp", 2)
     text = message(path, "seed")
     assert "5 problems" in text
     for part in (
         "model.layout: should be 'question_first' or 'vision_first', found \"left\"",
         'seed: should be a valid integer, found "two"',
-        "tokens.system: missing",
+        "tokens.max_dropped: missing",
         "shards.fps: should be a valid number, found true",
         "shards.fp: unknown key",
     ):

@@ -2,182 +2,179 @@
 
     python -m pipeline_steps.tokens [--params params.yaml] [--shards data/shards]
                                     [--tokenizer data/backbones/language_model] [--output data/tokens]
+                                    [--num-processes N]
 
 One sidecar (pipeline_steps/sidecar.py) per shard, one row per item, in the shard's order. Visual tokens are not in
-input_ids: `visual_position` says where they go. Items longer than `max_tokens` are dropped and counted, never cut.
-15,000 items: 10 s on one core.
+input_ids: `visual_position` says where they go. An answer is never cut: a chat longer than `max_tokens` loses whole
+turns at its end, and an item of which not even the first turn fits is dropped; both are counted and listed.
+Every process holds one shard at a time; their number changes nothing in the output.
 """
 
 import argparse
+import ctypes
+import multiprocessing
+import os
+import signal
 import sys
-import tarfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pipeline_steps import params, records, sidecar
 from pipeline_steps.params import UserError
-from pipeline_steps.records import Dropped, PackedSample, ShardsManifest, TokensEntry, TokensManifest, TokensSplit
-from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer, tokenize
+from pipeline_steps.records import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
+from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
+from pipeline_steps.tokens.schema import ALL
+from pipeline_steps.tokens.shard import COUNTS, Job, tokenize_shard
 
 PARAMS = ("tokens",)
 MAX_LISTED = 20  # dropped items shown in the terminal
 
 
-def build(section, shards_dir, tokenizer_dir, output):
+def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
     """The whole stage; returns the TokensManifest that was published to `output`/manifest.json."""
     shards = records.read_record(ShardsManifest, Path(shards_dir) / "manifest.json", "shards")
-    tokenizer = load_tokenizer(tokenizer_dir)
-    renderer = ChatRenderer(tokenizer, section.system, section.prompts)
-    splits, dropped, families, scorable = {}, [], Counter(), Counter()
-    seen_of, dropped_of = Counter(), Counter()  # items of each source
-    with (
-        records.replaced_folder(output) as folder,
-        tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar,
-    ):
-        for split, entry in shards.splits.items():
-            (folder / split).mkdir()
-            written = []
-            for shard in entry.shards:
-                samples, places = read_shard(Path(shards_dir) / split / shard.name, shard)
-                before = len(dropped)
-                rows = [
-                    row | places[row["key"]] for row in tokenize_samples(samples, renderer, section.max_tokens, dropped)
-                ]
-                source_of = {sample.key: sample.source for sample in samples}
-                seen_of.update(sample.source for sample in samples for _ in sample.items)
-                dropped_of.update(source_of[entry.key] for entry in dropped[before:])
-                families.update(row["family"] for row in rows)
-                scorable[split] += sum(row["kind"] != "text" and any(row["score_mask"]) for row in rows)
-                path = folder / split / Path(shard.name).with_suffix(sidecar.SUFFIX).name
-                sidecar.write(path, rows)
-                written.append(_entry(path, rows, shard))
-                bar.update(len(samples))
-            splits[split] = TokensSplit(
-                shards=tuple(written),
-                num_items=sum(w.num_items for w in written),
-                num_tokens=sum(w.num_tokens for w in written),
-            )
-        manifest = TokensManifest(
-            splits=splits,
-            seen=families.total() + len(dropped),
-            kept=families.total(),
-            dropped=tuple(dropped),
-            truncated=(),
-            sources={},
-            families=dict(sorted(families.items())),
-            tokenizer_sha256=records.sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
-            vocabulary_size=len(tokenizer),
-            max_tokens=section.max_tokens,
-            system=section.system,
-        )
-        check_dropped(manifest, seen_of, dropped_of, section.max_dropped)
+    renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section)
+    with records.replaced_folder(output) as folder:
+        jobs = plan(section, shards, Path(shards_dir), folder)
+        reports = []
+        with tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar:
+            for job, report in zip(jobs, run_jobs(jobs, renderer, tokenizer_dir, num_processes), strict=True):
+                reports.append(report)
+                bar.update(job.entry.num_samples)
+        manifest = make_manifest(section, list(shards.splits), reports, renderer.tokenizer, tokenizer_dir)
+        check_dropped(manifest, section.max_dropped)
         records.write_json(folder / "manifest.json", manifest)
-    for split in sorted(set(splits) - set(+scorable)):
+    tell(manifest, reports)
+    return manifest
+
+
+def plan(section, shards, shards_dir, folder):
+    """One Job per shard, in the manifest's order; makes the folders of the splits."""
+    jobs = []
+    for split, entry in shards.splits.items():
+        (folder / split).mkdir()
+        for shard in entry.shards:
+            output = folder / split / Path(shard.name).with_suffix(sidecar.SUFFIX).name
+            jobs.append(Job(split, shards_dir / split / shard.name, shard, output, section.max_tokens))
+    return jobs
+
+
+# ---------------------------------------------------------------- processes
+
+
+def run_jobs(jobs, renderer, tokenizer_dir, num_processes):
+    """Yields the Report of every job in their order."""
+    if num_processes == 1 or len(jobs) == 1:
+        yield from map(partial(tokenize_shard, renderer=renderer), jobs)
+        return
+    start = partial(_start_worker, tokenizer_dir, renderer.section, os.getpid())
+    with ProcessPoolExecutor(min(num_processes, len(jobs)), multiprocessing.get_context(), start) as executor:
+        try:
+            yield from executor.map(_work, jobs)
+        except BrokenProcessPool:
+            raise UserError(
+                f"one of {num_processes} processes was killed, probably for want of memory. Give fewer of them with "
+                "--num-processes, or make smaller shards (shards.samples_per_shard)."
+            ) from None
+
+
+_worker = {}  # the renderer of this process
+
+
+def _start_worker(tokenizer_dir, section, parent):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    if sys.platform == "linux":  # a killed stage leaves nobody behind who holds the lock of its output
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
+    _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
+
+
+def _work(job):
+    return tokenize_shard(job, _worker["renderer"])
+
+
+# ---------------------------------------------------------------- accounts
+
+
+def make_manifest(section, splits, reports, tokenizer, tokenizer_dir):
+    """The TokensManifest of all shards."""
+    families, sources = Counter(), {}
+    for report in reports:
+        families.update(report.families)
+        for source, counts in report.sources.items():
+            sources.setdefault(source, Counter(dict.fromkeys(COUNTS, 0))).update(counts)
+    dropped = [item for report in reports for item in report.dropped]
+    return TokensManifest(
+        splits={split: _split([report.entry for report in reports if report.split == split]) for split in splits},
+        seen=families.total() + len(dropped),
+        kept=families.total(),
+        dropped=tuple(dropped),
+        truncated=tuple(item for report in reports for item in report.truncated),
+        families=dict(sorted(families.items())),
+        sources={source: SourceCounts(**sources[source]) for source in sorted(sources)},
+        tokenizer_sha256=records.sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
+        vocabulary_size=len(tokenizer),
+        max_tokens=section.max_tokens,
+        system=section.prompt(ALL).system.strip(),
+    )
+
+
+def _split(entries):
+    return TokensSplit(
+        shards=tuple(entries),
+        num_items=sum(entry.num_items for entry in entries),
+        num_tokens=sum(entry.num_tokens for entry in entries),
+    )
+
+
+def check_dropped(manifest, max_dropped):
+    """UserError if too many of a source's items were dropped, or if nothing is left to train on."""
+    listing = _listing(manifest.dropped)
+    for source, counts in manifest.sources.items():
+        if counts.dropped > max_dropped * counts.seen:
+            raise UserError(
+                f"{counts.dropped} of {counts.seen} items of '{source}' were dropped, more than tokens.max_dropped "
+                f"allows ({max_dropped:.1%}):\n{listing}\nRaise tokens.max_tokens or tokens.max_dropped, or shorten "
+                "the texts."
+            )
+    if manifest.splits["train"].num_items == 0:
+        raise UserError(f"no training item is left of {manifest.seen}.\n{listing}")
+
+
+def tell(manifest, reports):
+    """What is missing, on stderr."""
+    if manifest.dropped:
+        print(
+            f"dropped {len(manifest.dropped)} of {manifest.seen} items:\n{_listing(manifest.dropped)}", file=sys.stderr
+        )
+    if manifest.truncated:
+        listing = _listing(manifest.truncated)
+        print(
+            f"later turns left out of {len(manifest.truncated)} of {manifest.seen} items:\n{listing}", file=sys.stderr
+        )
+    scorable = Counter()
+    for report in reports:
+        scorable[report.split] += report.num_scorable
+    for split in sorted(split for split in manifest.splits if not scorable[split]):
         print(
             f"note: no item of split '{split}' has frames and an answer with a letter or digit after its cue. "
             "Evaluation cannot score this split: give it such samples (sources, shards) or choose another.",
             file=sys.stderr,
         )
-    return manifest
 
 
-def read_shard(path, entry):
-    """(the PackedSamples of one tar in its order, {key: where its members lie in the tar}); UserError if it is not the
-    tar that the manifest describes."""
-    try:
-        found = records.sha256_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing, but named in manifest.json. Rerun `python -m pipeline_steps.shards`."
-        ) from None
-    if found != entry.sha256:
-        raise UserError(
-            f"{path}: sha256 {found[:12]}... instead of {entry.sha256[:12]}... in manifest.json. "
-            "Rerun `python -m pipeline_steps.shards`."
-        )
-    samples, places, frames = [], {}, []
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if not member.name.endswith(".json"):
-                frames.append(member)
-                continue
-            sample = records.parse(PackedSample, tar.extractfile(member).read(), f"{path}: {member.name}")
-            samples.append(sample)
-            places[sample.key] = {
-                "frame_offsets": [frame.offset_data for frame in frames],
-                "frame_sizes": [frame.size for frame in frames],
-                "sample_offset": member.offset_data,
-                "sample_size": member.size,
-            }
-            frames = []
-    return samples, places
-
-
-def tokenize_samples(samples, renderer, max_tokens, dropped):
-    """Rows (see sidecar.SCHEMA) of all items that fit; the others are added to `dropped`."""
-    items, chats = [], []
-    for sample in samples:
-        for number, item in enumerate(sample.items):
-            messages = renderer.messages(sample, item)
-            if any(token in content for _, content in messages for token in renderer.control_tokens):
-                dropped.append(Dropped(key=sample.key, item=number, reason="control token in the text"))
-                continue
-            items.append((sample, number, item, messages[-1][1]))
-            chats.append(renderer.render(messages, item.cue))
-    rows = []
-    for (sample, number, item, answer), encoded in zip(items, tokenize(renderer.tokenizer, chats), strict=True):
-        length = len(encoded["input_ids"])
-        if length > max_tokens:
-            dropped.append(Dropped(key=sample.key, item=number, reason=f"{length} tokens, max_tokens is {max_tokens}"))
-            continue
-        if sum(encoded["answer_mask"]) < 2:  # nothing but the end-of-turn token
-            raise UserError(f"sample '{sample.key}': the answer {answer!r} gives no token. Correct or remove it.")
-        rows.append(
-            {
-                "key": sample.key,
-                "item": number,
-                "source": sample.source,
-                "family": item.family,
-                "kind": sample.kind,
-                "num_frames": sample.frame_count,
-                **encoded,
-                "truncated_turns": 0,
-                "answer": answer,
-                "cue": item.cue,
-                "target": item.target,
-            }
-        )
-    return rows
-
-
-def _entry(path, rows, shard):
-    return TokensEntry(
-        name=path.name,
-        num_items=len(rows),
-        num_tokens=sum(len(row["input_ids"]) for row in rows),
-        shard_sha256=shard.sha256,
-        sha256=records.sha256_file(path),
-    )
-
-
-def check_dropped(manifest, seen_of, dropped_of, max_dropped):
-    """Lists the dropped items; UserError if they are too many of a source's, or if nothing is left to train on."""
-    lines = [f"  {d.key} item {d.item}: {d.reason}" for d in manifest.dropped[:MAX_LISTED]]
-    if len(manifest.dropped) > MAX_LISTED:
-        lines.append(f"  ... and {len(manifest.dropped) - MAX_LISTED} more")
-    listing = "\n".join(lines)
-    for source, count in dropped_of.items():
-        if count > max_dropped * seen_of[source]:
-            raise UserError(
-                f"{count} of {seen_of[source]} items of '{source}' were dropped, more than tokens.max_dropped allows "
-                f"({max_dropped:.1%}):\n{listing}\nRaise tokens.max_tokens or tokens.max_dropped, or shorten the texts."
-            )
-    if manifest.splits["train"].num_items == 0:
-        raise UserError(f"no training item is left of {manifest.seen}.\n{listing}")
-    if manifest.dropped:
-        print(f"dropped {len(manifest.dropped)} of {manifest.seen} items:\n{listing}", file=sys.stderr)
+def _listing(items):
+    lines = [f"  {item.key} item {item.item}: {item.reason}" for item in items[:MAX_LISTED]]
+    if len(items) > MAX_LISTED:
+        lines.append(f"  ... and {len(items) - MAX_LISTED} more in manifest.json")
+    return "\n".join(lines)
 
 
 def main():
@@ -186,9 +183,12 @@ def main():
     parser.add_argument("--shards", default="data/shards")
     parser.add_argument("--tokenizer", default="data/backbones/language_model")
     parser.add_argument("--output", default="data/tokens")
+    parser.add_argument("--num-processes", type=int, default=min(len(os.sched_getaffinity(0)), 16))
     arguments = parser.parse_args()
+    if arguments.num_processes < 1:
+        parser.error(f"--num-processes: {arguments.num_processes} is less than 1")
     section = params.read(arguments.params, *PARAMS).tokens
-    manifest = build(section, arguments.shards, arguments.tokenizer, arguments.output)
+    manifest = build(section, arguments.shards, arguments.tokenizer, arguments.output, arguments.num_processes)
     counts = ", ".join(f"{split} {entry.num_items}" for split, entry in manifest.splits.items())
     print(f"{arguments.output}: {manifest.kept} of {manifest.seen} items kept ({counts})")
 

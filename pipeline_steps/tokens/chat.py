@@ -4,78 +4,121 @@ Offsets of the tokenizer say which token belongs to which part of the text, so t
 the ids are those of `apply_chat_template`, less the line break after the last end-of-turn token.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from pipeline_steps import choices
 from pipeline_steps.params import UserError
 
 PROBE = "\N{REPLACEMENT CHARACTER}"
 
 
+class Answer(NamedTuple):
+    """Characters of one assistant line in a chat's text."""
+
+    start: int
+    scored_start: int  # after the cue
+    end: int
+    turn_end: int  # end of the end-of-turn token
+
+
 @dataclass
 class Chat:
-    """The text of one item and the character spans in it."""
+    """The text of one chat and the character spans in it."""
 
     text: str = ""
     question_end: int = 0  # end of the first user line, before its end-of-turn token
-    answers: list = field(default_factory=list)  # (start, end, end with end-of-turn token) of every assistant line
-    cue_end: int = 0  # tokens up to here name the cue and are not scored
+    answers: list[Answer] = field(default_factory=list)  # what is learned
+
+
+class Encoded(NamedTuple):
+    """One chat's tokens; lists over them."""
+
+    input_ids: list[int]
+    visual_position: int
+    answer_mask: list[bool]
+    score_mask: list[bool]
+    answers: list[tuple[int, int]]  # (start, stop) of every answer with its end-of-turn token
 
 
 class ChatRenderer:
-    """Puts messages into the tokenizer's chat template and knows where every message begins and ends."""
+    """Puts items into the tokenizer's chat template and knows where every message begins and ends.
 
-    def __init__(self, tokenizer, system, prompts):
-        self.tokenizer, self.system, self.prompts = tokenizer, system, prompts
-        self.control_tokens = tuple(tokenizer.all_special_tokens)
+    `section`: the parameters of the stage, for their table of prompts.
+    """
+
+    def __init__(self, tokenizer, section):
+        self.tokenizer, self.section = tokenizer, section
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *special]))
+        self._prompts = {}  # source -> Prompt
         self._frames = {}  # (first message?, role) -> (text before the content, text after it)
 
     def messages(self, sample, item):
-        """The item's messages with stripped contents, the system line first. UserError for a blank line."""
-        if item.messages is None:
-            user = item.user
-            if user is None:
-                if sample.kind == "text":
-                    raise UserError(f"sample '{sample.key}': a text-only item needs 'user' or 'messages'")
-                user = self.prompts.image if sample.kind == "image" else self.prompts.default
-            messages = [("user", user), ("assistant", item.assistant)]
-        else:
+        """The item's (role, content) pairs with stripped contents, the system line first. UserError for a blank one."""
+        if sample.source not in self._prompts:
+            self._prompts[sample.source] = self.section.prompt(sample.source)
+        prompt, where = self._prompts[sample.source], f"sample '{sample.key}'"
+        if item.messages is not None:
             messages = [(message.role, message.content) for message in item.messages]
-        messages = [(role, content.strip()) for role, content in messages]
-        for role, content in messages:
-            if not content:
-                raise UserError(
-                    f"sample '{sample.key}': the {role}'s text is empty, no tokens. Correct or remove it at its source."
-                )
+        elif item.options is not None:
+            user = choices.question(_stripped(item.user, "user", where), item.options, prompt.choice, where)
+            messages = [("user", user), ("assistant", choices.answer(item.correct_option))]
+        else:
+            messages = [("user", _user_line(sample, item, prompt)), ("assistant", item.assistant)]
+        messages = [(role, _stripped(content, role, where)) for role, content in messages]
         roles = [role for role, _ in messages if role != "system"]
         if roles[:1] != ["user"] or roles[-1] != "assistant":
-            raise UserError(f"sample '{sample.key}': a chat goes from user to assistant, found {', '.join(roles)}")
-        if self.system and messages[0][0] != "system":
-            messages.insert(0, ("system", self.system))
+            raise UserError(f"{where}: a chat goes from user to assistant, found {', '.join(roles)}")
+        if prompt.system.strip() and messages[0][0] != "system":
+            messages.insert(0, ("system", prompt.system.strip()))
         return messages
 
-    def render(self, messages, cue=""):
-        """The Chat of these messages."""
-        chat = Chat()
+    def rejected(self, sample, item, messages):
+        """`messages` with the rejected answer of a preference in place of the last one; None if there is none."""
+        if item.rejected is None:
+            return None
+        return [*messages[:-1], ("assistant", _stripped(item.rejected, "rejected assistant", f"sample '{sample.key}'"))]
+
+    def render(self, messages, cue="", last_only=False):
+        """The Chat of these messages. last_only: of the answers, the last one alone is learned."""
+        return self.render_all([(messages, cue, last_only)])[0]
+
+    def render_all(self, jobs):
+        """One Chat for the arguments of `render` in each of `jobs`. UserError if the template changes the messages."""
+        if not jobs:
+            return []
+        found = self._templates([messages for messages, _, _ in jobs])
+        chats = [self._chat(*job) for job in jobs]
+        for chat, text in zip(chats, found, strict=True):
+            if chat.text != text:
+                raise UserError(
+                    "the tokenizer's chat template does not put every message after the one before, unchanged "
+                    f"(it gives {text!r}): such a template cannot be trained with here"
+                )
+            chat.text = text[: chat.answers[-1].turn_end]
+        return chats
+
+    def _chat(self, messages, cue, last_only):
+        chat, pieces, length = Chat(), [], 0
         for number, (role, content) in enumerate(messages):
             before, after = self._frame(number == 0, role)
-            start = len(chat.text) + len(before)
+            start = length + len(before)
             end = start + len(content)
-            chat.text += before + content + after
+            length = end + len(after)
+            pieces += before, content, after
             if role == "user" and not chat.question_end:
                 chat.question_end = end
             if role == "assistant":
-                chat.answers.append((start, end, end + len(after.rstrip("\n"))))
-                chat.cue_end = start + len(cue)
-        if chat.text != self._template(messages):
-            raise UserError(
-                "the tokenizer's chat template does not put every message after the one before, unchanged "
-                f"(it gives {self._template(messages)!r}): such a template cannot be trained with here"
-            )
-        chat.text = chat.text[: chat.answers[-1][2]]
+                chat.answers.append(Answer(start, start + len(cue.lstrip()), end, end + len(after.rstrip("\n"))))
+        chat.text = "".join(pieces)
+        if last_only:
+            del chat.answers[:-1]
         return chat
 
     def _frame(self, first, role):
@@ -87,13 +130,33 @@ class ChatRenderer:
         return self._frames[first, role]
 
     def _template(self, messages):
-        chat = [{"role": role, "content": content} for role, content in messages]
+        return self._templates([messages])[0]
+
+    def _templates(self, chats):
+        named = [[{"role": role, "content": content} for role, content in messages] for messages in chats]
         try:
-            return self.tokenizer.apply_chat_template(chat, tokenize=False)
+            return self.tokenizer.apply_chat_template(named, tokenize=False)
         except TemplateError as error:
+            if len(chats) > 1:
+                return [self._template(messages) for messages in chats]  # names the one that is refused
             raise UserError(
-                f"the tokenizer's chat template refuses {[role for role, _ in messages]}: {error}"
+                f"the tokenizer's chat template refuses {[role for role, _ in chats[0]]}: {error}"
             ) from None
+
+
+def _user_line(sample, item, prompt):
+    if item.user is not None:
+        return item.user
+    if sample.kind == "text":
+        raise UserError(f"sample '{sample.key}': a text-only item needs 'user' or 'messages'")
+    return prompt.image if sample.kind == "image" else prompt.video
+
+
+def _stripped(content, role, where):
+    content = content.strip()
+    if not content:
+        raise UserError(f"{where}: the {role}'s text is empty, no tokens. Correct or remove it at its source.")
+    return content
 
 
 def load_tokenizer(folder):
@@ -113,29 +176,23 @@ def load_tokenizer(folder):
 
 
 def tokenize(tokenizer, chats):
-    """One dict per Chat: input_ids, visual_position, answer_mask, score_mask (lists over the text's tokens)."""
-    if not chats:
-        return []
-    encoded = tokenizer(
-        [chat.text for chat in chats],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    pairs = zip(chats, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [{"input_ids": ids, **_masks(chat, offsets)} for chat, ids, offsets in pairs]
+    """One Encoded per Chat."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may ask for either
+    backend.no_padding()
+    found = backend.encode_batch([chat.text for chat in chats], add_special_tokens=False)
+    return [_encoded(chat, encoding.ids, encoding.offsets) for chat, encoding in zip(chats, found, strict=True)]
 
 
-def _masks(chat, offsets):
-    answer_mask, score_mask = [False] * len(offsets), [False] * len(offsets)
-    for start, end, turn_end in chat.answers:
-        for i, (token_start, token_end) in enumerate(offsets):
-            if start <= token_start and token_end <= turn_end:
-                answer_mask[i] = True
-                scored = chat.text[
-                    max(token_start, chat.cue_end if len(chat.answers) == 1 else 0) : min(token_end, end)
-                ]
-                score_mask[i] = any(character.isalnum() for character in scored)
-    visual_position = next(i for i, (token_start, _) in enumerate(offsets) if token_start >= chat.question_end)
-    return {"visual_position": visual_position, "answer_mask": answer_mask, "score_mask": score_mask}
+def _encoded(chat, input_ids, offsets):
+    """A token belongs to an answer when one of its characters does: both ends of tokens never go back in the text."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    answer_mask, score_mask, spans = [False] * len(offsets), [False] * len(offsets), []
+    for answer in chat.answers:
+        first, stop = bisect_right(ends, answer.start), bisect_left(starts, answer.turn_end)
+        answer_mask[first:stop] = [True] * (stop - first)
+        for i in range(first, stop):
+            scored = chat.text[max(starts[i], answer.scored_start) : min(ends[i], answer.end)]
+            score_mask[i] = any(map(str.isalnum, scored))
+        spans.append((first, stop))
+    return Encoded(input_ids, bisect_left(starts, chat.question_end), answer_mask, score_mask, spans)

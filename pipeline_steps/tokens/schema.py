@@ -1,21 +1,46 @@
 """Parameters of the `tokens` stage (section `tokens` of params.yaml)."""
 
-from pydantic import Field, PositiveInt
+from collections import Counter
+from typing import Annotated
+
+from pydantic import Field, PositiveInt, model_validator
 
 from pipeline_steps.params import StrictModel
 
+ALL = "*"  # the entry of every source that has none of its own
+Line = Annotated[str, Field(min_length=1)]
 
-class Prompts(StrictModel):
-    """The user's line for a sample that has none."""
 
-    default: str = Field(min_length=1)
-    image: str = Field(min_length=1)
+class Prompt(StrictModel):
+    """The lines that a source's items do not bring themselves. null: as in the entry of source "*"."""
+
+    source: Line  # a name that this run does not collect is no error: one table serves many mixtures
+    system: str | None  # "": what the chat template puts there by itself
+    video: Line | None  # the user's line of a video without one
+    image: Line | None  # the user's line of an image without one
+    choice: str | None  # what follows the lettered options of a question; "": nothing
 
 
 class Section(StrictModel):
-    max_tokens: (
-        PositiveInt  # of an item's whole chat text, visual tokens not counted; longer items are dropped, never cut
-    )
+    max_tokens: PositiveInt  # of an item's whole chat, visual tokens not counted; an answer is never cut
     max_dropped: float = Field(ge=0, le=1)  # share of a source's items
-    system: str  # "": what the chat template puts there by itself
-    prompts: Prompts
+    prompts: tuple[Prompt, ...]
+
+    @model_validator(mode="after")
+    def _whole_table(self):
+        twice = sorted(name for name, count in Counter(entry.source for entry in self.prompts).items() if count > 1)
+        if twice:
+            raise ValueError(f"prompts has two entries for source '{twice[0]}'")
+        common = next((entry for entry in self.prompts if entry.source == ALL), None)
+        if common is None:
+            raise ValueError(f"prompts has no entry for source '{ALL}', which holds what the others leave out")
+        empty = [name for name, value in common.model_dump().items() if value is None]
+        if empty:
+            raise ValueError(f"prompts: the entry of source '{ALL}' leaves out {', '.join(empty)}")
+        return self
+
+    def prompt(self, source: str) -> Prompt:
+        """The lines for a source, none of them null."""
+        entries = {entry.source: entry for entry in self.prompts}
+        own = entries[source].model_dump(exclude_none=True) if source in entries else {}
+        return entries[ALL].model_copy(update=own | {"source": source})

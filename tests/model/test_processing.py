@@ -48,13 +48,13 @@ def test_tensors_are_those_of_the_pipeline(made, processor, options):
     processor = FoveatedVLMProcessor.for_model(config, processor.tokenizer, **options_of(processor))
     collate = Collator.for_model(config, loss="answer_only", image_replication=STILL_FRAMES)
     dataset = TokenizedShards(made.shards, made.tokens, "test")
-    prompts = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompts
+    prompt = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompt("*")
     kinds = set()
     for number, row in enumerate(dataset.rows):
         sample = dataset.sample(row["key"])
         expected = collate([up_to_answer(dataset[number])])
         expected = {name: expected[name] for name in NAMES if name != "pixel_values" or len(expected[name])}
-        question = sample.items[row["item"]].user or (prompts.image if row["kind"] == "image" else prompts.default)
+        question = sample.items[row["item"]].user or (prompt.image if row["kind"] == "image" else prompt.video)
         found = processor(text=f" {question}\n", videos=made.raw / sample.path if sample.path else None)
         assert_same(dict(found), expected)
         kinds.add((row["kind"], int(found["num_frames"][0])))

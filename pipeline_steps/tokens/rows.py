@@ -1,0 +1,122 @@
+"""From packed samples to sidecar rows: what is kept whole, what loses later turns, what is left out and why."""
+
+from dataclasses import dataclass, field
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Dropped, Item, PackedSample
+from pipeline_steps.tokens.chat import Encoded, tokenize
+
+
+@dataclass
+class Outcome:
+    """What became of the items of some samples."""
+
+    rows: list[dict] = field(default_factory=list)  # of sidecar.SCHEMA, without the places in the tar
+    dropped: list[Dropped] = field(default_factory=list)
+    truncated: list[Dropped] = field(default_factory=list)  # kept, without their last turns
+
+
+@dataclass
+class Draft:
+    """One item on its way to a row."""
+
+    sample: PackedSample
+    number: int  # of the item within the sample
+    item: Item
+    messages: list[tuple[str, str]]  # (role, content)
+    rejected: list[tuple[str, str]] | None
+    reason: str | None = None  # why it is left out
+    encoded: Encoded | None = None
+    rejected_encoded: Encoded | None = None
+    truncated_turns: int = 0
+    cut: str | None = None  # both numbers, when turns are left out
+
+    def check_texts(self, control_tokens):
+        contents = [content for _, content in self.messages + (self.rejected or [])[-1:]]
+        if any(token in content for content in contents for token in control_tokens):
+            self.reason = "control token in the text"
+        elif self.rejected == self.messages:
+            self.reason = "the chosen and the rejected answer are the same"
+
+    def shorten(self, max_tokens):
+        """Leaves out whole turns at the end, as few as possible; returns whether the chat has to be encoded again."""
+        length, ends = len(self.encoded.input_ids), [stop for _, stop in self.encoded.answers]
+        num_kept = sum(stop <= max_tokens for stop in ends)
+        if length <= max_tokens or self.rejected is not None or num_kept == 0:
+            return False
+        self.truncated_turns = len(ends) - num_kept
+        self.cut = f"{length} tokens in {len(ends)} turns, max_tokens is {max_tokens}: {num_kept} turns kept"
+        places = [place for place, (role, _) in enumerate(self.messages) if role == "assistant"]
+        self.messages = self.messages[: places[num_kept - 1] + 1]
+        return True
+
+    def check_length(self, max_tokens):
+        length, where = max(len(side.input_ids) for side in (self.encoded, self.rejected_encoded) if side), ""
+        first_turn = self.encoded.answers[0][1]
+        if len(self.encoded.answers) > 1 and first_turn > max_tokens:
+            length, where = first_turn, " in the first turn"
+        if length > max_tokens:
+            self.reason = f"{length} tokens{where}, max_tokens is {max_tokens}"
+
+    def entry(self, reason):
+        return Dropped(key=self.sample.key, item=self.number, reason=reason)
+
+    def row(self):
+        sample, encoded = self.sample, self.encoded
+        for side, text in ((encoded, self.messages), (self.rejected_encoded, self.rejected)):
+            if side and any(stop - start < 2 for start, stop in side.answers):  # nothing but the end-of-turn token
+                answers = ", ".join(repr(content) for role, content in text if role == "assistant")
+                raise UserError(f"sample '{sample.key}': the answer {answers} gives no token. Correct or remove it.")
+        return {
+            "key": sample.key,
+            "item": self.number,
+            "source": sample.source,
+            "family": self.item.family,
+            "kind": sample.kind,
+            "num_frames": sample.frame_count,
+            "input_ids": encoded.input_ids,
+            "visual_position": encoded.visual_position,
+            "answer_mask": encoded.answer_mask,
+            "score_mask": encoded.score_mask,
+            "rejected_ids": self.rejected_encoded and self.rejected_encoded.input_ids,
+            "rejected_mask": self.rejected_encoded and self.rejected_encoded.answer_mask,
+            "truncated_turns": self.truncated_turns,
+            "answer": self.messages[-1][1],
+            "cue": self.item.cue,
+            "target": self.item.target,
+        }
+
+
+def tokenize_samples(samples, renderer, max_tokens):
+    """The Outcome of all items of these samples, in their order. UserError for an item that has no text to learn."""
+    drafts = []
+    for sample in samples:
+        for number, item in enumerate(sample.items):
+            messages = renderer.messages(sample, item)
+            drafts.append(Draft(sample, number, item, messages, renderer.rejected(sample, item, messages)))
+            drafts[-1].check_texts(renderer.control_tokens)
+    usable = [draft for draft in drafts if draft.reason is None]
+    _encode(usable, renderer)
+    _encode([draft for draft in usable if draft.shorten(max_tokens)], renderer)
+    outcome = Outcome()
+    for draft in drafts:
+        if draft.encoded is not None:
+            draft.check_length(max_tokens)
+        if draft.reason is not None:
+            outcome.dropped.append(draft.entry(draft.reason))
+            continue
+        outcome.rows.append(draft.row())
+        if draft.truncated_turns:
+            outcome.truncated.append(draft.entry(draft.cut))
+    return outcome
+
+
+def _encode(drafts, renderer):
+    """Both sides of a preference learn the compared answer alone, or earlier turns would count on one side only."""
+    jobs = [(draft.messages, draft.item.cue, draft.rejected is not None) for draft in drafts]
+    for draft, encoded in zip(drafts, tokenize(renderer.tokenizer, renderer.render_all(jobs)), strict=True):
+        draft.encoded = encoded
+    pairs = [draft for draft in drafts if draft.rejected is not None]
+    chats = renderer.render_all([(draft.rejected, "", True) for draft in pairs])
+    for draft, encoded in zip(pairs, tokenize(renderer.tokenizer, chats), strict=True):
+        draft.rejected_encoded = encoded

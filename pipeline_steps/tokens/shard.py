@@ -1,0 +1,127 @@
+"""One shard: check the tar, tokenise its items, write the sidecar beside it. Any process can do it, in any order."""
+
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline_steps import records, sidecar
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Dropped, PackedSample, ShardEntry, TokensEntry
+from pipeline_steps.tokens.rows import tokenize_samples
+
+RERUN = "Rerun `python -m pipeline_steps.shards`."
+COUNTS = ("seen", "kept", "truncated", "dropped", "tokens")  # of records.SourceCounts
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to tokenise and where its sidecar goes."""
+
+    split: str
+    tar: Path
+    entry: ShardEntry
+    output: Path
+    max_tokens: int
+
+
+@dataclass
+class Report:
+    """What became of one shard."""
+
+    split: str
+    entry: TokensEntry
+    dropped: list[Dropped]
+    truncated: list[Dropped]
+    families: Counter
+    sources: dict[str, Counter] = field(default_factory=dict)  # source -> COUNTS
+    num_scorable: int = 0  # items with frames and a scored token
+
+
+def tokenize_shard(job, renderer):
+    """Writes the sidecar; returns the Report. UserError for a tar that is not what the manifest and its records say."""
+    samples, places = read_shard(job.tar, job.entry)
+    outcome = tokenize_samples(samples, renderer, job.max_tokens)
+    rows = [row | places[row["key"]] for row in outcome.rows]
+    sidecar.write(job.output, rows)
+    entry = TokensEntry(
+        name=job.output.name,
+        num_items=len(rows),
+        num_tokens=sum(len(row["input_ids"]) for row in rows),
+        shard_sha256=job.entry.sha256,
+        sha256=records.sha256_file(job.output),
+    )
+    return Report(
+        split=job.split,
+        entry=entry,
+        dropped=outcome.dropped,
+        truncated=outcome.truncated,
+        families=Counter(row["family"] for row in rows),
+        sources=_count(samples, outcome),
+        num_scorable=sum(row["kind"] != "text" and any(row["score_mask"]) for row in rows),
+    )
+
+
+def _count(samples, outcome):
+    source_of = {sample.key: sample.source for sample in samples}
+    counts = {source: Counter(dict.fromkeys(COUNTS, 0)) for source in sorted(set(source_of.values()))}
+    for sample in samples:
+        counts[sample.source]["seen"] += len(sample.items)
+    for row in outcome.rows:
+        counts[row["source"]]["kept"] += 1
+        counts[row["source"]]["tokens"] += len(row["input_ids"])
+    for name in ("dropped", "truncated"):
+        for item in getattr(outcome, name):
+            counts[source_of[item.key]][name] += 1
+    return counts
+
+
+def read_shard(path, entry):
+    """(the PackedSamples of one tar in its order, {key: where its members lie in the tar}); UserError if it is not the
+    tar that the manifest describes, or if its pictures are not those that its records count."""
+    try:
+        found = records.sha256_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, but named in manifest.json. {RERUN}") from None
+    if found != entry.sha256:
+        raise UserError(f"{path}: sha256 {found[:12]}... instead of {entry.sha256[:12]}... in manifest.json. {RERUN}")
+    samples, places, frames = [], {}, []
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.name.endswith(".json"):
+                    frames.append(member)
+                    continue
+                sample = records.parse(PackedSample, tar.extractfile(member).read(), f"{path}: {member.name}")
+                places[sample.key] = _place(path, sample, frames, member, sample.key in places)
+                samples.append(sample)
+                frames = []
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: damaged after {len(samples)} samples ({error}). {RERUN}") from None
+    if frames:
+        raise UserError(f"{path}: {frames[0].name} and {len(frames) - 1} more have no record behind them. {RERUN}")
+    if len(samples) != entry.num_samples:
+        raise UserError(f"{path}: {len(samples)} samples, {entry.num_samples} in manifest.json. {RERUN}")
+    return samples, places
+
+
+def _place(path, sample, frames, member, known):
+    """The sample's columns of offsets and sizes; UserError unless its members are named and counted as they should."""
+    where = f"{path}: {member.name}"
+    if member.name != f"{sample.key}.json":
+        raise UserError(f"{where}: holds the key '{sample.key}'. {RERUN}")
+    if known:
+        raise UserError(f"{where}: the key '{sample.key}' is there twice. {RERUN}")
+    if len(frames) != sample.frame_count:
+        raise UserError(f"{where}: frame_count is {sample.frame_count}, {len(frames)} pictures lie before it. {RERUN}")
+    one = sample.kind == "image" and sample.frame_count == 1
+    names = [f"{sample.key}.jpg" if one else f"{sample.key}.{number:03d}.jpg" for number in range(len(frames))]
+    for frame, name in zip(frames, names, strict=True):
+        if frame.name != name or not frame.isfile():
+            raise UserError(f"{where}: the picture before it is {frame.name}, expected the file {name}. {RERUN}")
+    return {
+        "frame_offsets": [frame.offset_data for frame in frames],
+        "frame_sizes": [frame.size for frame in frames],
+        "sample_offset": member.offset_data,
+        "sample_size": member.size,
+    }
