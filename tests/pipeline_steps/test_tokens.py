@@ -1,170 +1,36 @@
-"""Golden tokens, spans and masks; parity with the chat template; alignment with the shards; nothing cut or lost."""
+"""The stage: alignment with the shards, what every item became, other people's shards, several processes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from pydantic import ValidationError
+from tokenizers import normalizers
 
-from pipeline_steps import records, sidecar
+from pipeline_steps import params, records, sidecar
 from pipeline_steps.params import UserError
-from pipeline_steps.records import FramePolicy, RawSample, ShardsManifest, TokensManifest
+from pipeline_steps.records import FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
+from pipeline_steps.tokens import __main__ as stage
 from pipeline_steps.tokens.__main__ import build
-from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer, tokenize
-from pipeline_steps.tokens.schema import Section
+from pipeline_steps.tokens.chat import load_tokenizer
+from tests.pipeline_steps.chats import make_section, save_tokenizer, turns
 from tests.pipeline_steps.clips import grey_frames, index_row, text_row, write_clip, write_image
 
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nDefault line<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
-SECTION = {
-    "max_tokens": 64,
-    "max_dropped": 0.5,
-    "system": "Watch.",
-    "prompts": {"default": "Describe the video.", "image": "Describe the picture."},
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    """A byte-level BPE of SmolLM2's format: single digits, its special tokens, its chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    text = "system\nWatch.\nuser\nWhich digits does red show? Describe the video.\nassistant\nred: grey top left"
-    tokenizer.train_from_iterator([text] * 50, trainer)
-    folder = tmp_path_factory.mktemp("language_model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    return folder
-
-
-def chat_of(tokenizer_dir, item, kind="video", system="Watch."):
-    """(token texts, encoded row) of one item."""
-    section = Section(**{**SECTION, "system": system})
-    renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section.system, section.prompts)
-    media = {"path": None if kind == "text" else "a", "sha256": None if kind == "text" else "x"}
-    sample = RawSample(key="k", source="s", video_id="v", kind=kind, items=(item,), **media)
-    messages = renderer.messages(sample, sample.items[0])
-    row = tokenize(renderer.tokenizer, [renderer.render(messages, sample.items[0].cue)])[0]
-    template = renderer.tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages])["input_ids"]
-    line_break = renderer.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert row["input_ids"] + line_break == template  # the template's own tokens, less the last line break
-    pieces = [renderer.tokenizer.decode([i]) for i in row["input_ids"]]
-    assert len(pieces) == len(row["answer_mask"]) == len(row["score_mask"])
-    return pieces, row
-
-
-def masked(pieces, mask):
-    return [piece for piece, chosen in zip(pieces, mask, strict=True) if chosen]
-
-
-def test_golden_card_item(tokenizer_dir):
-    item = {"user": "Which digits does red show?", "assistant": "red: 3 14", "family": "card", "cue": "red:"}
-    pieces, row = chat_of(tokenizer_dir, item)
-    assert pieces == [
-        *["<|im_start|>", "system", "\n", "Watch", ".", "<|im_end|>", "\n"],
-        *["<|im_start|>", "user", "\n", "Which", " digits", " does", " red", " show", "?", "<|im_end|>", "\n"],
-        *["<|im_start|>", "assistant", "\n", "red", ":", " ", "3", " ", "1", "4", "<|im_end|>"],
-    ]
-    assert masked(pieces, row["answer_mask"]) == ["red", ":", " ", "3", " ", "1", "4", "<|im_end|>"]
-    assert masked(pieces, row["score_mask"]) == ["3", "1", "4"]
-    assert row["visual_position"] == 16  # before the question's end-of-turn token
-    assert pieces[16] == "<|im_end|>"
-
-
-def test_scores_without_cue_are_all_words_and_no_punctuation(tokenizer_dir):
-    pieces, row = chat_of(tokenizer_dir, {"user": "What?", "assistant": "grey, 3: é!", "family": "gist"})
-    assert "".join(masked(pieces, row["score_mask"])).replace(" ", "").startswith("grey3")
-    assert not {",", ":", "!", " ", "<|im_end|>"} & set(masked(pieces, row["score_mask"]))
-    assert sum(row["score_mask"]) >= 3  # é is scored, in however many bytes it is cut
-
-
-def test_default_prompts_by_kind(tokenizer_dir):
-    answer = {"user": None, "assistant": "grey", "family": "caption"}
-    assert "Describe the video." in "".join(chat_of(tokenizer_dir, answer)[0])
-    assert "Describe the picture." in "".join(chat_of(tokenizer_dir, answer, kind="image")[0])
-    with pytest.raises(UserError, match="'k': a text-only item needs 'user' or 'messages'"):
-        chat_of(tokenizer_dir, answer, kind="text")
-
-
-def test_several_turns_learn_every_answer(tokenizer_dir):
-    messages = [
-        ("system", "Be brief."),
-        ("user", "Say 1"),
-        ("assistant", "1"),
-        ("user", "Say user"),
-        ("assistant", "user"),
-    ]
-    item = {"family": "text", "messages": [{"role": role, "content": content} for role, content in messages]}
-    pieces, row = chat_of(tokenizer_dir, item, kind="text")
-    assert "".join(pieces).startswith("<|im_start|>system\nBe brief.<|im_end|>")
-    assert masked(pieces, row["answer_mask"]) == ["1", "<|im_end|>", "user", "<|im_end|>"]
-    assert masked(pieces, row["score_mask"]) == ["1", "user"]
-    assert "".join(pieces[: row["visual_position"]]).endswith("Say 1")
-
-
-def test_without_a_system_line_the_template_decides(tokenizer_dir):
-    pieces, row = chat_of(tokenizer_dir, {"user": " What? \n", "assistant": "\tgrey ", "family": "gist"}, system="")
-    assert "".join(pieces).startswith("<|im_start|>system\nDefault line<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>")
-    assert "".join(masked(pieces, row["answer_mask"])) == "grey<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ({"user": "q", "assistant": " \n", "family": "f"}, "sample 'k': the assistant's text is empty"),
-        ({"user": " ", "assistant": "a", "family": "f"}, "sample 'k': the user's text is empty"),
-        (
-            {"family": "f", "messages": [{"role": "assistant", "content": "a"}]},
-            "sample 'k': a chat goes from user to assistant, found assistant",
-        ),
-    ],
-)
-def test_items_that_cannot_be_learnt(tokenizer_dir, item, message):
-    with pytest.raises(UserError, match=message):
-        chat_of(tokenizer_dir, item)
-
-
-def test_answer_that_the_tokenizer_swallows(tokenizer_dir, tmp_path, shards_dir):
-    tokenizer = load_tokenizer(tokenizer_dir)
-    from tokenizers import normalizers
-
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("grey", "")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"sample 'test-.*': the answer 'grey' gives no token"):
-        build(Section(**SECTION), shards_dir, tmp_path / "tokenizer", tmp_path / "tokens")
-    assert not (tmp_path / "tokens").exists()
-
-
-def test_unusable_tokenizers(tokenizer_dir, tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.json: missing.*pipeline_steps\.backbones"):
-        load_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(tmp_path)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not put every message after the one before, unchanged"):
-        chat_of(tmp_path, {"user": "q", "assistant": "a", "family": "f"})
-
-
-# ---------------------------------------------------------------- the stage
+    return save_tokenizer(tmp_path_factory.mktemp("language_model"), "chatml")
 
 
 def pack(folder, groups):
@@ -180,7 +46,7 @@ def pack(folder, groups):
 
 @pytest.fixture
 def shards_dir(tmp_path):
-    """Shards with two clips, one still and two chats, one of which does not fit max_tokens."""
+    """Shards with two clips, one still and three chats; one does not fit max_tokens, one only without its last turn."""
     raw = tmp_path / "raw"
     write_clip(raw / "a.mp4", grey_frames(3))
     write_clip(raw / "b.mp4", grey_frames(2))
@@ -188,10 +54,13 @@ def shards_dir(tmp_path):
     questions = [
         {"user": None, "assistant": "grey", "family": "caption"},
         {"user": "Which?", "assistant": "red: 1 2", "family": "card", "cue": "red:"},
+        {"user": "Which?", "options": ["red", "blue"], "correct_option": 1, "family": "choice"},
     ]
     rows = [index_row(raw, "a.mp4", split="train", items=questions), index_row(raw, "b.mp4", split="test")]
     rows += [index_row(raw, "c.jpg", kind="image", split="train")]
     rows += [text_row("chat-1", "Say 1", "1", "train"), text_row("chat-2", "Count", "1 2 3 " * 20, "train")]
+    rows += [text_row("chat-3", None, None, "train", messages=turns("Say 1", "1", "Count", "1 2 3 " * 20))]
+    rows[-1]["source"] = "other"
     samples = [RawSample(**row) for row in rows]
     groups = {
         ("train", "000000"): samples[:1] + samples[3:],
@@ -201,14 +70,23 @@ def shards_dir(tmp_path):
     return pack(tmp_path, groups)
 
 
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+# ---------------------------------------------------------------- rows and counts
+
+
 def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, capsys):
-    manifest = build(Section(**SECTION), shards_dir, tokenizer_dir, tmp_path / "tokens")
+    manifest = build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert manifest == records.read_record(TokensManifest, tmp_path / "tokens" / "manifest.json", "tokens")
-    assert (manifest.seen, manifest.kept) == (6, 5)
+    assert (manifest.seen, manifest.kept, manifest.system) == (8, 7, "Watch.")
     assert [(d.key, d.item) for d in manifest.dropped] == [("chat-2", 0)]
     assert "tokens, max_tokens is 64" in manifest.dropped[0].reason
+    assert [(d.key, d.item) for d in manifest.truncated] == [("chat-3", 0)]
     told = capsys.readouterr().err
-    assert "chat-2 item 0" in told
+    assert "dropped 1 of 8 items:\n  chat-2 item 0: " in told
+    assert "later turns left out of 1 of 8 items:\n  chat-3 item 0: " in told
     assert [split for split in records.SPLITS if f"no item of split '{split}'" in told] == ["validation"]
     shards = records.read_record(ShardsManifest, shards_dir / "manifest.json", "shards")
     for split, entry in shards.splits.items():
@@ -216,28 +94,42 @@ def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, c
         assert [t.shard_sha256 for t in tokens] == [s.sha256 for s in entry.shards]
         assert [t.name for t in tokens] == [s.name.replace(".tar", ".arrow") for s in entry.shards]
     table = sidecar.read(tmp_path / "tokens" / "train" / "000000.arrow")
-    assert table["key"].to_pylist() == ["test-a-mp4", "test-a-mp4", "chat-1"]
-    assert table["item"].to_pylist() == [0, 1, 0]
-    assert table["num_frames"].to_pylist() == [3, 3, 0]
-    assert table["kind"].to_pylist() == ["video", "video", "text"]
-    assert table["cue"].to_pylist() == ["", "red:", ""]
-    assert table["answer"].to_pylist() == ["grey", "red: 1 2", "1"]
-    assert table["target"].to_pylist() == [None, None, None]
+    assert table["key"].to_pylist() == ["test-a-mp4"] * 3 + ["chat-1", "chat-3"]
+    assert table["item"].to_pylist() == [0, 1, 2, 0, 0]
+    assert table["num_frames"].to_pylist() == [3, 3, 3, 0, 0]
+    assert table["kind"].to_pylist() == ["video"] * 3 + ["text"] * 2
+    assert table["cue"].to_pylist() == ["", "red:", "", "", ""]
+    assert table["answer"].to_pylist() == ["grey", "red: 1 2", "B", "1", "1"]
+    assert table["target"].to_pylist() == [None] * 5
+    assert table["truncated_turns"].to_pylist() == [0, 0, 0, 0, 1]
     assert all(any(mask) for mask in table["score_mask"].to_pylist())
-    build(Section(**SECTION), shards_dir, tokenizer_dir, tmp_path / "again")
-    for path in (tmp_path / "tokens").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "tokens")).read_bytes()
+
+
+def test_counts_of_every_source(tokenizer_dir, shards_dir, tmp_path):
+    manifest = build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
+    rows = [row for path in (tmp_path / "tokens").rglob("*.arrow") for row in sidecar.read(path).to_pylist()]
+    tokens = Counter()
+    for row in rows:
+        tokens[row["source"]] += len(row["input_ids"])
+    assert manifest.sources == {
+        "other": SourceCounts(seen=1, kept=1, truncated=1, dropped=0, tokens=tokens["other"]),
+        "test": SourceCounts(seen=7, kept=6, truncated=0, dropped=1, tokens=tokens["test"]),
+    }
+    assert sum(entry.num_tokens for entry in manifest.splits.values()) == tokens.total()
+    content = manifest.model_dump()
+    for name in ("seen", "kept", "truncated", "dropped"):
+        wrong = content | {"sources": content["sources"] | {"test": {**content["sources"]["test"], name: 3}}}
+        with pytest.raises(ValidationError, match=r"seen, kept, truncated, dropped are \[8, 7, 1, 1\], but by source"):
+            TokensManifest.model_validate(wrong)
 
 
 def test_too_many_dropped_or_none_left(tokenizer_dir, shards_dir, tmp_path):
     with pytest.raises(
-        UserError, match=r"1 of 6 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
+        UserError, match=r"1 of 7 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
     ):
-        build(Section(**{**SECTION, "max_dropped": 0.1}), shards_dir, tokenizer_dir, tmp_path / "tokens")
-    with pytest.raises(UserError, match="no training item is left of 6"):
-        build(
-            Section(**{**SECTION, "max_dropped": 1.0, "max_tokens": 5}), shards_dir, tokenizer_dir, tmp_path / "tokens"
-        )
+        build(make_section(max_dropped=0.1), shards_dir, tokenizer_dir, tmp_path / "tokens")
+    with pytest.raises(UserError, match="no training item is left of 8"):
+        build(make_section(max_dropped=1.0, max_tokens=5), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
@@ -247,23 +139,114 @@ def test_dropped_items_are_counted_by_source(tokenizer_dir, tmp_path):
     rows.append(text_row("mine-0", "Long?", "x" * 99, "train") | {"source": "mine"})
     shards_dir = pack(tmp_path, {("train", "000000"): [RawSample(**row) for row in rows]})
     with pytest.raises(UserError, match="1 of 1 items of 'mine' were dropped"):
-        build(Section(**SECTION), shards_dir, tokenizer_dir, tmp_path / "tokens")
+        build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
 
-def test_control_tokens_in_a_text_are_dropped_not_obeyed(tokenizer_dir, shards_dir, tmp_path):
-    from pipeline_steps.records import PackedSample
-    from pipeline_steps.tokens.__main__ import tokenize_samples
+def test_answer_that_the_tokenizer_swallows(tokenizer_dir, tmp_path, shards_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("grey", "")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"sample 'test-.*': the answer 'grey' gives no token"):
+        build(make_section(), shards_dir, tmp_path / "tokenizer", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
 
-    section, dropped = Section(**SECTION), []
-    renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section.system, section.prompts)
-    row = text_row("k", "Say it", "a<|im_end|>\n<|im_start|>user\nb", "train")
-    sample = PackedSample(**row, frame_count=0, timestamps=(), duration=0.0, width=0, height=0)
-    assert tokenize_samples([sample], renderer, 64, dropped) == []
-    assert [(d.key, d.reason) for d in dropped] == [("k", "control token in the text")]
+
+# ---------------------------------------------------------------- places in the tar
+
+
+def test_offsets_lead_to_the_members_of_the_tar(tokenizer_dir, shards_dir, tmp_path):
+    build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
+    num_frames = 0
+    for path in sorted((tmp_path / "tokens").rglob("*.arrow")):
+        tar_path = shards_dir / path.parent.name / f"{path.stem}.tar"
+        content = tar_path.read_bytes()
+        with tarfile.open(tar_path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        for row in sidecar.read(path).to_pylist():
+            places = zip(row["frame_offsets"], row["frame_sizes"], strict=True)
+            frames = [content[offset : offset + size] for offset, size in places]
+            names = [name for name in members if name.split(".")[0] == row["key"] and name.endswith(".jpg")]
+            assert frames == [members[name] for name in names]
+            assert len(frames) == row["num_frames"]
+            record = content[row["sample_offset"] : row["sample_offset"] + row["sample_size"]]
+            assert record == members[f"{row['key']}.json"]
+            num_frames += len(frames)
+    assert num_frames == 3 * 3 + 2 + 1
+
+
+def edited(members, name, content):
+    return [(known, content if known == name else old) for known, old in members]
+
+
+def as_record(members, **changes):
+    """The members with another record of the still."""
+    record = json.loads(dict(members)["test-c-jpg.json"])
+    return edited(members, "test-c-jpg.json", json.dumps(record | changes).encode())
+
+
+DAMAGE = {
+    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, 2 pictures lie before it"),
+    "no frame": (lambda m: m[1:], "frame_count is 1, 0 pictures lie before it"),
+    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, 1 pictures lie before it"),
+    "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: holds the key 'd'"),
+    "another name": (lambda m: [("d.jpg", m[0][1]), *m[1:]], r"before it is d\.jpg, expected the file test-c-jpg\.jpg"),
+    "a number": (lambda m: [("test-c-jpg.000.jpg", m[0][1]), *m[1:]], r"is test-c-jpg\.000\.jpg, expected"),
+    "twice": (lambda m: [*m, *m], "the key 'test-c-jpg' is there twice"),
+    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more have no record behind them"),
+    "no sample": (lambda m: [], r"000001\.tar: 0 samples, 1 in manifest\.json"),
+    "no JSON": (lambda m: edited(m, "test-c-jpg.json", b"{"), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
+    "empty": (lambda m: edited(m, "test-c-jpg.json", b""), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
+    "no utf-8": (lambda m: edited(m, "test-c-jpg.json", m[1][1].replace(b"What?", b"\xff\xfe")), "row: Invalid JSON"),
+    "deep": (lambda m: edited(m, "test-c-jpg.json", b"[" * 10**5), "row: Invalid JSON: recursion limit"),
+    "no such field": (lambda m: as_record(m, colour=1), r"test-c-jpg\.json: colour: Extra inputs"),
+}
+
+
+def rewrite(shards_dir, change):
+    """Another content of the shard with the still, and a manifest that knows it."""
+    path = shards_dir / "train" / "000001.tar"
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for name, content in change(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    accept(shards_dir, path)
+
+
+def accept(shards_dir, path):
+    content = json.loads((shards_dir / "manifest.json").read_text())
+    next(s for s in content["splits"]["train"]["shards"] if s["name"] == path.name)["sha256"] = records.sha256_file(
+        path
+    )
+    (shards_dir / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_shards_that_are_not_what_their_records_say(tokenizer_dir, shards_dir, tmp_path, change, message):
+    rewrite(shards_dir, change)
+    with pytest.raises(UserError, match=message):
+        build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_shard_that_ends_too_early(tokenizer_dir, shards_dir, tmp_path):
+    path = shards_dir / "train" / "000001.tar"
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    for length in (last.offset_data + 10, last.offset_data - 100, last.offset - 300, 100, 0):
+        path.write_bytes(content[:length])
+        accept(shards_dir, path)
+        with pytest.raises(
+            UserError, match=r"000001\.tar: (damaged after|0 samples, 1 in|test-c-jpg\.jpg and 0 more have no record)"
+        ):
+            build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
 
 def test_foreign_or_missing_shards(tokenizer_dir, shards_dir, tmp_path):
-    section = Section(**SECTION)
+    section = make_section()
     with pytest.raises(UserError, match=r"manifest\.json: missing.*pipeline_steps\.shards"):
         build(section, tmp_path / "none", tokenizer_dir, tmp_path / "tokens")
     tar = shards_dir / "train" / "000001.tar"
@@ -277,3 +260,52 @@ def test_foreign_or_missing_shards(tokenizer_dir, shards_dir, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/tokens: cannot be written"):
         build(section, shards_dir, tokenizer_dir, tmp_path / "file" / "tokens")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(tokenizer_dir, shards_dir, tmp_path):
+    for number in (1, 2, 3):
+        build(make_section(), shards_dir, tokenizer_dir, tmp_path / f"tokens-{number}", number)
+    assert files_of(tmp_path / "tokens-1") == files_of(tmp_path / "tokens-2") == files_of(tmp_path / "tokens-3")
+    assert len(files_of(tmp_path / "tokens-1")) == 4
+
+
+def test_what_goes_wrong_in_a_process(tokenizer_dir, shards_dir, tmp_path, monkeypatch):
+    rewrite(shards_dir, lambda members: edited(members, "test-c-jpg.json", b"{"))
+    with pytest.raises(UserError, match=r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"):
+        build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
+    monkeypatch.setattr(stage, "tokenize_shard", lambda job, renderer: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="one of 2 processes was killed, probably for want of memory"):
+        build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
+    assert not (tmp_path / "tokens").exists()
+
+
+WAITING = """
+import os, sys, time
+from pipeline_steps.tokens import __main__ as stage
+from tests.pipeline_steps.chats import make_section
+
+def wait(job, renderer):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+stage.tokenize_shard = wait
+stage.build(make_section(), *sys.argv[1:], 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent death signal")
+def test_a_killed_stage_leaves_no_process(tokenizer_dir, shards_dir, tmp_path):
+    command = [sys.executable, "-c", WAITING, shards_dir, tokenizer_dir, tmp_path / "tokens"]
+    environment = os.environ | {"PYTHONPATH": str(params.ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while running := [number for number in workers if os.path.exists(f"/proc/{number}/cwd")]:
+        assert time.monotonic() < end, f"still there: {running}"
+        time.sleep(0.05)
+    build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")  # the lock of the output is free
