@@ -1,10 +1,12 @@
 """Golden tokens, spans and masks of chats; parity with the chat template; what is cut, what is left out and why."""
 
+import re
 import string
 
 import pytest
+import yaml
 
-from pipeline_steps import choices
+from pipeline_steps import choices, params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import Item
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
@@ -256,6 +258,15 @@ def test_the_entry_for_all_sources_is_whole():
         make_section(prompts=(entry,))
     with pytest.raises(ValueError, match=r"the entry of source '\*' leaves out image, choice"):
         make_section(prompts=(entry | {"source": "*"},))
+
+
+def test_the_table_in_the_documentation_is_valid():
+    text = (params.ROOT / "docs/data.md").read_text()
+    (table,) = re.findall(r"^    tokens:\n((?:    .+\n)+)", text, re.MULTILINE)
+    prompts = yaml.safe_load(table)["prompts"]
+    section = make_section(prompts=tuple(prompts))
+    assert section.prompt("vript").video == "Provide a detailed narration of this video."
+    assert section.prompt("vript").choice == section.prompt("anything").choice == "Answer with the letter."
 
 
 # ---------------------------------------------------------------- multiple choice
