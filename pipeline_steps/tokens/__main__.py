@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -43,8 +44,11 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
     with records.replaced_folder(output) as folder:
         jobs = plan(section, shards, Path(shards_dir), folder)
         reports = []
-        with tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar:
-            for job, report in zip(jobs, run_jobs(jobs, renderer, tokenizer_dir, num_processes), strict=True):
+        with (
+            tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar,
+            closing(run_jobs(jobs, renderer, tokenizer_dir, num_processes)) as found,
+        ):
+            for job, report in zip(jobs, found, strict=True):
                 reports.append(report)
                 bar.update(job.entry.num_samples)
         manifest = make_manifest(section, list(shards.splits), reports, renderer.tokenizer, tokenizer_dir)

@@ -4,8 +4,10 @@ Offsets of the tokenizer say which token belongs to which part of the text, so t
 the ids are those of `apply_chat_template`, less the line break after the last end-of-turn token.
 """
 
+import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +57,8 @@ class ChatRenderer:
     def __init__(self, tokenizer, section):
         self.tokenizer, self.section = tokenizer, section
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *special]))
+        control_tokens = sorted({*tokenizer.all_special_tokens, *special})
+        self.control_token = re.compile("|".join(map(re.escape, control_tokens)))  # none of them is ordinary text
         self._prompts = {}  # source -> Prompt
         self._frames = {}  # (first message?, role) -> (text before the content, text after it)
 
@@ -115,7 +118,8 @@ class ChatRenderer:
             if role == "user" and not chat.question_end:
                 chat.question_end = end
             if role == "assistant":
-                chat.answers.append(Answer(start, start + len(cue.lstrip()), end, end + len(after.rstrip("\n"))))
+                turn_end = end + after.index(self.tokenizer.eos_token) + len(self.tokenizer.eos_token)
+                chat.answers.append(Answer(start, start + len(cue.lstrip()), end, turn_end))
         chat.text = "".join(pieces)
         if last_only:
             del chat.answers[:-1]
@@ -126,6 +130,11 @@ class ChatRenderer:
             lead = [] if first else [("user", PROBE), ("assistant", PROBE)][: 1 if role == "assistant" else 2]
             text = self._template([*lead, (role, PROBE)])[len(self._template(lead)) if lead else 0 :]
             before, _, after = text.partition(PROBE)
+            if role == "assistant" and self.tokenizer.eos_token not in after:
+                raise UserError(
+                    f"the tokenizer's chat template ends an answer with {after!r}, without the end-of-turn token "
+                    f"{self.tokenizer.eos_token!r} (eos_token), so no model would learn to stop."
+                )
             self._frames[first, role] = before, after
         return self._frames[first, role]
 
@@ -172,6 +181,10 @@ def load_tokenizer(folder):
         raise UserError(
             f"{folder}: the tokenizer has no chat template (in tokenizer_config.json or chat_template.jinja)"
         )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no eos_token (in tokenizer_config.json): the one that ends answers"
+        )
     return tokenizer
 
 
@@ -187,12 +200,13 @@ def tokenize(tokenizer, chats):
 def _encoded(chat, input_ids, offsets):
     """A token belongs to an answer when one of its characters does: both ends of tokens never go back in the text."""
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    answer_mask, score_mask, spans = [False] * len(offsets), [False] * len(offsets), []
+    answer_mask, spans, scored = [False] * len(offsets), [], bytearray(len(chat.text))
     for answer in chat.answers:
         first, stop = bisect_right(ends, answer.start), bisect_left(starts, answer.turn_end)
         answer_mask[first:stop] = [True] * (stop - first)
-        for i in range(first, stop):
-            scored = chat.text[max(starts[i], answer.scored_start) : min(ends[i], answer.end)]
-            score_mask[i] = any(map(str.isalnum, scored))
         spans.append((first, stop))
+        words = chat.text[answer.scored_start : answer.end]
+        scored[answer.scored_start : answer.end] = bytes(map(str.isalnum, words))
+    before = list(accumulate(scored, initial=0))  # scored characters before each place in the text
+    score_mask = [before[end] > before[start] for start, end in offsets]
     return Encoded(input_ids, bisect_left(starts, chat.question_end), answer_mask, score_mask, spans)

@@ -31,9 +31,9 @@ class Draft:
     truncated_turns: int = 0
     cut: str | None = None  # both numbers, when turns are left out
 
-    def check_texts(self, control_tokens):
+    def check_texts(self, control_token):
         contents = [content for _, content in self.messages + (self.rejected or [])[-1:]]
-        if any(token in content for content in contents for token in control_tokens):
+        if any(map(control_token.search, contents)):
             self.reason = "control token in the text"
         elif self.rejected == self.messages:
             self.reason = "the chosen and the rejected answer are the same"
@@ -94,7 +94,7 @@ def tokenize_samples(samples, renderer, max_tokens):
         for number, item in enumerate(sample.items):
             messages = renderer.messages(sample, item)
             drafts.append(Draft(sample, number, item, messages, renderer.rejected(sample, item, messages)))
-            drafts[-1].check_texts(renderer.control_tokens)
+            drafts[-1].check_texts(renderer.control_token)
     usable = [draft for draft in drafts if draft.reason is None]
     _encode(usable, renderer)
     _encode([draft for draft in usable if draft.shorten(max_tokens)], renderer)

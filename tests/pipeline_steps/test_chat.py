@@ -145,11 +145,11 @@ def test_an_answer_that_shares_a_token_with_the_words_before(folders):
     tokenizer = load_tokenizer(folders["zephyr"])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
-        "else ' ' + m['content'] + '</s>\n' }}{% endfor %}"
+        "else ' ' + m['content'] + ' </s><s>' }}{% endfor %}"
     )
     item = {"messages": turns("Which?", "red: grey", "And?", "digits"), "family": "f"}
     row = row_of(tokenizer, item, section=make_section(system=""))
-    assert masked(tokenizer, row, "answer_mask") == [" red", ":", " grey", "</s>", " digits", "</s>"]
+    assert masked(tokenizer, row, "answer_mask") == [" red", ":", " grey", " ", "</s>", " digits", " ", "</s>"]
     assert masked(tokenizer, row, "score_mask") == [" red", " grey", " digits"]
 
 
@@ -196,7 +196,7 @@ def test_unusable_tokenizers(folders, tmp_path):
         load_tokenizer(tmp_path)
     tokenizer = load_tokenizer(folders["chatml"])
     item = {"user": "q", "assistant": "a", "family": "f"}
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
     with pytest.raises(UserError, match="does not put every message after the one before, unchanged"):
         outcome_of(tokenizer, item)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -204,10 +204,14 @@ def test_unusable_tokenizers(folders, tmp_path):
     with pytest.raises(UserError, match=r"refuses \['system', 'user', 'assistant'\]: no system"):
         outcome_of(tokenizer, item, item)
     assert row_of(tokenizer, item, section=make_section(system=""))
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(tmp_path)
+    tokenizer.chat_template = FORMATS["chatml"][0].replace("<|im_end|>", "<|endoftext|>")
+    with pytest.raises(UserError, match=r"ends an answer with '<\|endoftext\|>\\n', without the end-of-turn token"):
+        outcome_of(tokenizer, item)
+    for name, message in (("eos_token", "no eos_token"), ("chat_template", "no chat template")):
+        setattr(tokenizer, name, None)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path / name)
 
 
 # ---------------------------------------------------------------- the table of prompts
