@@ -77,7 +77,7 @@ def load(dataset, collate, patch_size, family, numbers):
     samples = [dataset.sample(item["key"]) for item in items]
     grid = batch["pixel_values"].shape[-1] // patch_size
     truths = [
-        targets.truth(sample, item["item"], num_frames, grid)
+        targets.truth(sample, item["item"], num_frames, grid, dataset.fit)
         for sample, item, num_frames in zip(samples, items, batch["num_frames"].tolist(), strict=True)
     ]
     return family, items, batch, truths

@@ -101,7 +101,7 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
         weights = model(**inputs, mode=mode, output_attentions=True).attention_weights
         maps[mode] = gaze.attention_maps(weights.numpy())
     grid = round(maps["coarse"].shape[-1] ** 0.5)
-    truth = targets.truth(dataset.sample(item["key"]), item["item"], num_frames, grid)
+    truth = targets.truth(dataset.sample(item["key"]), item["item"], num_frames, grid, dataset.fit)
     frames = item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
     clip = drawing.Clip(
         frames=frames,

@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline_steps import params, records
-from pipeline_steps.frames import Media, MediaError, jpeg, read_media
+from pipeline_steps.frames import Media, MediaError, read_media
 from pipeline_steps.params import UserError
+from pipeline_steps.pictures import jpeg
 from pipeline_steps.records import FramePolicy, PackedSample, Quarantined, Record, ShardEntry
 
 
@@ -76,7 +77,7 @@ def _load(sample, settings):
     if sample.kind == "text":
         return Media([], [], 0.0, 0, 0)
     path = Path(settings.raw_dir, sample.path)
-    found = records.sha256_file(path) if path.is_file() else "no file"
+    found = records.media_sha256(path, sample.parts) if path.exists() else "no file"
     if found != sample.sha256:
         raise UserError(
             f"{path} (sample '{sample.key}') changed after the index was written: sha256 {sample.sha256[:12]}... "
@@ -88,12 +89,17 @@ def _load(sample, settings):
         fps=settings.frames.fps,
         max_frames=settings.frames.max_frames,
         image_size=settings.frames.image_size,
+        fit=settings.frames.fit,
+        parts=sample.parts,
+        picture_fps=sample.picture_fps,
+        segment=sample.segment,
     )
 
 
 def _add_sample(tar, sample, media, jpeg_quality):
+    one_still = sample.kind == "image" and len(media.frames) == 1
     for i, frame in enumerate(media.frames):
-        name = f"{sample.key}.jpg" if sample.kind == "image" else f"{sample.key}.{i:03d}.jpg"
+        name = f"{sample.key}.jpg" if one_still else f"{sample.key}.{i:03d}.jpg"
         _add_member(tar, name, jpeg(frame, jpeg_quality))
     packed = PackedSample(
         **dict(sample),

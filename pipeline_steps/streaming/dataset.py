@@ -45,7 +45,8 @@ class TokenizedShards:
         self.shards_dir, self.tokens_dir, self.split = Path(shards_dir), Path(tokens_dir), split
         self.target_patch_size = target_patch_size
         manifest = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards")
-        self.image_size, shards = manifest.frames.image_size, manifest.splits.get(split)
+        self.image_size, self.fit = manifest.frames.image_size, manifest.frames.fit
+        shards = manifest.splits.get(split)
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
             raise UserError(
@@ -111,7 +112,7 @@ class TokenizedShards:
         item = {**row, "frames": self.frames(row["key"])}
         if self.target_patch_size is not None:
             num_frames, grid = len(item["frames"]), item["frames"].shape[1] // self.target_patch_size
-            known = truth(self.sample(row["key"]), row["item"], num_frames, grid) if num_frames else None
+            known = truth(self.sample(row["key"]), row["item"], num_frames, grid, self.fit) if num_frames else None
             item["target_patches"] = np.zeros((num_frames, grid * grid), bool) if known is None else known.target
         return item
 

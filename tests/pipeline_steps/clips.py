@@ -19,14 +19,19 @@ def index_of(image, num_frames):
     return round((float(np.asarray(image).mean()) - 20) * num_frames / 200)
 
 
-def write_clip(path, frames, fps=2, codec="libx264", options=None, gop=12, stamps=None, rotation=0):
-    """Encodes frames [H, W, 3] uint8. stamps: display times in 1/1000 s instead of the regular ones."""
+def write_clip(
+    path, frames, fps=2, codec="libx264", options=None, gop=12, stamps=None, rotation=0, pix_fmt="yuv420p", context=None
+):
+    """Encodes frames [H, W, 3] uint8. stamps: display times in 1/1000 s instead of the regular ones. context: further
+    attributes of the encoder's context."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.gop_size = "yuv420p", gop
+        stream.pix_fmt, stream.gop_size = pix_fmt, gop
         stream.thread_count = 1
+        for name, value in (context or {}).items():
+            setattr(stream.codec_context, name, value)
         if rotation:
             stream.set_display_rotation(rotation)
         if stamps:

@@ -88,9 +88,12 @@ def test_boxes_fall_on_their_patches():
 
 
 def test_boxes_move_with_the_centre_crop():
-    assert targets.crop_box((0.25, 0, 0.75, 1), 200, 100) == pytest.approx([0, 0, 1, 1])
-    assert targets.crop_box((0, 0.5, 0.25, 0.75), 200, 100)[2] == 0  # cut off
-    assert targets.crop_box((0.1, 0.2, 0.3, 0.4), 112, 112) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert targets.square_box((0.25, 0, 0.75, 1), 200, 100, "crop") == pytest.approx([0, 0, 1, 1])
+    assert targets.square_box((0, 0.5, 0.25, 0.75), 200, 100, "crop")[2] == 0  # cut off
+    assert targets.square_box((0.1, 0.2, 0.3, 0.4), 112, 112, "crop") == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert targets.square_box((0, 0, 1, 1), 200, 100, "letterbox") == pytest.approx([0, 0.25, 1, 0.75])
+    assert targets.square_box((0, 0.5, 0.25, 0.75), 200, 100, "letterbox") == pytest.approx([0, 0.5, 0.25, 0.625])
+    assert targets.square_box((0, 0.5, 1, 1), 100, 200, "letterbox") == pytest.approx([0.25, 0.5, 0.75, 1])
 
 
 def test_frames_keep_their_source():
@@ -146,6 +149,8 @@ class Data:
             "score_mask": [False] * 6 + [True] * 2 + [False],
         }
 
+    fit = "crop"
+
     def __getitem__(self, number):
         row = self.rows[number]
         frames = np.random.default_rng(number).integers(0, 255, (row["num_frames"], 56, 56, 3)).astype(np.uint8)
@@ -172,6 +177,7 @@ class Data:
             items=[{"assistant": "a", "family": "card", "target": 0 if card else None}],
             objects=[entry] if card else None,
             frame_count=frames,
+            duration=frames / 2,
             timestamps=[0.0] * frames,
             width=112,
             height=112,

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline_steps.frames import MediaError, choose_times, decode_video, load_image, read_media, square
+from pipeline_steps.frames import MediaError, Policy, choose_times, read_media
 from pipeline_steps.params import ROOT
+from pipeline_steps.pictures import load_image, square
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 
 LOSSLESS = {"crf": "4", "preset": "ultrafast"}
 
 
-def taken(path, num_frames, fps=2.0, max_frames=16):
-    return [index_of(image, num_frames) for image in decode_video(path, fps, max_frames, 16).frames]
+def read(path, kind="video", fps=2.0, max_frames=16, image_size=16, fit="crop", **options):
+    return read_media(path, kind, fps=fps, max_frames=max_frames, image_size=image_size, fit=fit, **options)
+
+
+def taken(path, num_frames, fps=2.0, max_frames=16, **options):
+    return [index_of(image, num_frames) for image in read(path, "video", fps, max_frames, **options).frames]
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 6])
@@ -28,7 +33,7 @@ def test_frames_are_uniform_over_the_whole_clip(tmp_path):
     clip = write_clip(tmp_path / "a.mp4", grey_frames(50), fps=10, options=LOSSLESS)
     assert taken(clip, 50, fps=2.0) == [2, 7, 12, 17, 22, 27, 32, 37, 42, 47]
     assert taken(clip, 50, fps=2.0, max_frames=4) == [6, 18, 31, 43]  # the cap spreads, it does not cut the end off
-    media = decode_video(clip, 2.0, 4, 16)
+    media = read(clip, max_frames=4)
     assert media.timestamps == [0.6, 1.8, 3.1, 4.3]
     assert (media.width, media.height) == (32, 32)
 
@@ -65,31 +70,34 @@ def test_variable_frame_rate_goes_by_time_not_by_count(tmp_path):
 
 
 def test_choose_times_never_takes_more_than_the_clip_has():
-    assert choose_times([0.0, 1.0], 2.0, 30.0, 64) == [0.0, 1.0]
-    assert choose_times([0.0], 0.0, 2.0, 64) == [0.0]
-    assert choose_times([i / 2 for i in range(6)], 3.0, 2.0, 64) == [0, 0.5, 1, 1.5, 2, 2.5]
+    often, seldom = (Policy(fps=fps, max_frames=64, image_size=16, fit="crop") for fps in (30.0, 2.0))
+    assert choose_times([0.0, 1.0], 0.0, 2.0, often) == [0.0, 1.0]
+    assert choose_times([0.0], 0.0, 0.0, seldom) == [0.0]
+    assert choose_times([i / 2 for i in range(6)], 0.0, 3.0, seldom) == [0, 0.5, 1, 1.5, 2, 2.5]
 
 
 def test_rotated_and_anamorphic_clips(tmp_path):
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:, :32] = 255  # the left half is white
     clip = write_clip(tmp_path / "a.mp4", [pixels] * 2, options=LOSSLESS, rotation=-90)  # to be turned clockwise
-    media = decode_video(clip, 2.0, 4, 32)
+    media = read(clip, image_size=32)
     upright = np.asarray(media.frames[0])
     assert (media.width, media.height) == (32, 64)
     assert upright[:10].mean() > 240
     assert upright[-10:].mean() < 15
     wide = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
-    assert np.asarray(square(wide, 64, pixel_aspect=2.0))[0, 0, 0] == 16  # 64x64 pixels shown as 2:1: the middle half
-    assert np.asarray(square(wide, 64))[0, 0, 0] == 0
+    assert (
+        np.asarray(square(wide, 64, "crop", pixel_aspect=2.0))[0, 0, 0] == 16
+    )  # 64x64 pixels shown as 2:1: the middle half
+    assert np.asarray(square(wide, 64, "crop"))[0, 0, 0] == 0
 
 
 def test_square_cuts_the_centre_and_keeps_the_shorter_side():
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 200
-    assert np.asarray(square(Image.fromarray(pixels), 10))[2:-2, 2:-2].min() > 190
+    assert np.asarray(square(Image.fromarray(pixels), 10, "crop"))[2:-2, 2:-2].min() > 190
     pixels[0] = 100
-    assert np.asarray(square(Image.fromarray(pixels), 20))[0, 10, 0] == 100
+    assert np.asarray(square(Image.fromarray(pixels), 20, "crop"))[0, 10, 0] == 100
 
 
 def test_exif_orientation_and_modes(tmp_path):
@@ -111,7 +119,7 @@ def clip(tmp_path):
 
 def reason(path, kind="video"):
     with pytest.raises(MediaError) as caught:
-        read_media(path, kind, fps=2.0, max_frames=16, image_size=16)
+        read(path, kind)
     return caught.value.reason
 
 
@@ -142,7 +150,7 @@ def test_video_truncated_behind_its_index(tmp_path):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    assert len(decode_video(fast, 2.0, 16, 16).frames) == 4
+    assert len(read(fast).frames) == 4
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(fast.read_bytes()[: fast.stat().st_size * 3 // 4])
     assert reason(bad) == "truncated video"
@@ -177,7 +185,8 @@ def test_sound_only_and_oversized(tmp_path, clip, monkeypatch):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert reason(sound) == "no video stream"
-    monkeypatch.setattr("pipeline_steps.frames.MAX_PIXELS", 31 * 32)
+    monkeypatch.setattr("pipeline_steps.frames.MAX_VIDEO_PIXELS", 31 * 32)
+    monkeypatch.setattr("pipeline_steps.pictures.MAX_PIXELS", 31 * 32)
     assert reason(clip) == "unsupported size 32x32"
     image = write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
     assert reason(image, "image") == "unsupported size 32x32"

@@ -38,6 +38,7 @@ from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_ro
 FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "image_size": 16,
+    "fit": "crop",
     "fps": 2.0,
     "max_frames": 4,
     "jpeg_quality": 95,
@@ -330,10 +331,14 @@ def test_bad_indexes(tmp_path):
 
 
 def test_nothing_left_to_train_on():
-    empty = SplitEntry(shards=(), num_samples=0, num_frames=0)
-    shard = ShardEntry(name="000000.tar", num_samples=1, num_frames=1, bytes=1, sha256="x")
+    empty = SplitEntry(shards=(), num_samples=0, num_frames=0, seconds=0.0, bytes=0)
+    shard = ShardEntry(name="000000.tar", num_samples=1, num_frames=1, seconds=0.0, bytes=1, sha256="x")
     manifest = ShardsManifest(
-        splits={"train": empty, "validation": empty, "test": SplitEntry(shards=(shard,), num_samples=1, num_frames=1)},
+        splits={
+            "train": empty,
+            "validation": empty,
+            "test": SplitEntry(shards=(shard,), num_samples=1, num_frames=1, seconds=0.0, bytes=1),
+        },
         seen=2,
         packed=1,
         quarantined=(Quarantined(key="a", source="s", path="a.mp4", reason="empty file"),),

@@ -1,0 +1,110 @@
+"""Pictures: reading a still, turning it upright, making it square, and what is refused. The base of frames.py.
+
+Like frames.py this file goes with every checkpoint, and pipeline_steps/pictures.py is a link to it. It needs Pillow.
+"""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+
+from PIL import ExifTags, Image, ImageOps
+
+FITS = ("crop", "letterbox")
+MAX_PIXELS = 2**26  # of a still: 8192 x 8192; a still needs 4 to 12 bytes per pixel while it is read
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
+DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # what Pillow raises for a damaged file
+TRUNCATED = "truncated or damaged image"
+
+
+class MediaError(Exception):
+    """A damaged or unsupported media file. `reason`: a few words for the quarantine list, on any machine the same."""
+
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def load_image(file):
+    """A still, given as its path or as a binary file object, as an upright PIL RGB image. Raises MediaError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks about files that it reads all the same
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                return upright(image)
+    except Image.UnidentifiedImageError:
+        raise MediaError("not an image file") from None
+    except Image.DecompressionBombError:  # Pillow's own limit is above MAX_PIXELS
+        raise MediaError("unsupported size of the image") from None
+    except DAMAGED:
+        raise MediaError(TRUNCATED) from None
+
+
+def upright(image):
+    """An opened PIL image of any common mode as an upright RGB image. Raises MediaError."""
+    check_size(image.width, image.height, MAX_PIXELS)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise MediaError(f"unsupported pixel mode {image.mode}")
+    try:
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except DAMAGED:
+        raise MediaError(TRUNCATED) from None
+
+
+def square(image, size, fit, pixel_aspect=1.0):
+    """The picture as `size` x `size` px in its displayed proportions, in one bicubic resampling.
+
+    fit: "crop", the shorter side to `size` and the centre of the longer one, or "letterbox", the longer side to `size`
+    and black bars. pixel_aspect: width of a pixel / its height.
+    """
+    if fit == "letterbox":
+        return _letterbox(image, size, pixel_aspect)
+    side = min(image.width * pixel_aspect, image.height)
+    half_width, half_height = side / pixel_aspect / 2, side / 2
+    x, y = image.width / 2, image.height / 2
+    box = (x - half_width, y - half_height, x + half_width, y + half_height)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _letterbox(image, size, pixel_aspect):
+    width, height = image.width * pixel_aspect, image.height
+    scale = size / max(width, height)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    whole = Image.new("RGB", (size, size))
+    whole.paste(image.resize(inner, Image.Resampling.BICUBIC), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return whole
+
+
+def jpeg(image, quality):
+    """The picture as the bytes of a JPEG file, its colours at full resolution. quality: 1 to 100."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def is_picture(head):
+    """Whether a file that begins with the bytes `head` (12 or more) is a still of IMAGE_FORMATS, GIF left out."""
+    return head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def file_size(path):
+    """Bytes of a file that is there and not empty. Raises MediaError."""
+    try:
+        size = os.path.getsize(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError("missing file") from None
+    if size == 0:
+        raise MediaError("empty file")
+    return size
+
+
+def check_size(width, height, max_pixels):
+    """MediaError unless a picture of so many pixels can be read."""
+    if width < 1 or height < 1 or width * height > max_pixels:
+        raise MediaError(f"unsupported size {width}x{height}")
