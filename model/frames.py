@@ -379,11 +379,11 @@ def _upright_square(to_rgb, frame, aspect, policy):
     """(square, displayed (width, height)) of a decoded frame."""
     plane = to_rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).planes[0]
     image = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
+    size = (max(1, round(frame.width * aspect)), frame.height)
     rotation = frame.rotation % 360
     if rotation in UPRIGHT:
         image = image.transpose(UPRIGHT[rotation])
-        aspect = 1 / aspect if rotation != 180 else aspect
-    size = (max(1, round(image.width * aspect)), image.height)
+        aspect, size = (aspect, size) if rotation == 180 else (1 / aspect, size[::-1])
     return square(image, policy.image_size, policy.fit, aspect), size
 
 

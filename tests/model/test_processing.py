@@ -1,5 +1,7 @@
 """A question asked by hand gives the tensors of the pipeline, whatever form its video has."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,29 @@ def test_pictures_are_cut_square_and_a_still_is_repeated(processor):
     assert int((still["input_ids"] == processor.visual_token_id).sum()) == STILL_FRAMES
 
 
+def test_letterbox_keeps_every_kind_of_input_whole(processor, tmp_path):
+    """File, PIL image, list of arrays and array alike: the white picture between two black bars."""
+    boxed = FoveatedVLMProcessor(processor.tokenizer, 56, fit="letterbox", jpeg_quality=None)
+    wide = np.full((1, 40, 80, 3), 255, np.uint8)
+    Image.fromarray(wide[0]).save(tmp_path / "a.png")
+    for video in (tmp_path / "a.png", Image.fromarray(wide[0]), [wide[0]], wide):
+        shown = boxed.pictures(boxed(text=QUESTION, videos=video)["pixel_values"])[0]
+        assert (shown[:14] == 0).all()
+        assert (shown[14:42] == 255).all()
+        assert (shown[42:] == 0).all()
+    assert processor.pictures(processor(text=QUESTION, videos=wide)["pixel_values"]).min() > 250
+
+
+def test_a_processor_saved_before_letterbox_crops(made, tmp_path):
+    FoveatedVLMProcessor.from_pretrained(made.checkpoint).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    config = json.loads(path.read_text())
+    del config["fit"]
+    path.write_text(json.dumps(config))
+    assert FoveatedVLMProcessor.from_pretrained(tmp_path).fit == "crop"
+    assert AutoProcessor.from_pretrained(tmp_path, fit="letterbox").fit == "letterbox"
+
+
 def test_pictures_undo_the_normalisation_exactly(processor):
     values = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3) + 100
     assert np.array_equal(processor.pictures(torch.from_numpy(normalise(values))), values)
@@ -154,7 +179,9 @@ def test_an_option_outside_its_range_is_named(processor, option, value, allowed)
         FoveatedVLMProcessor(processor.tokenizer, **({"image_size": 56} | {option: value}))
 
 
-def test_an_unknown_layout_is_named(processor):
+def test_an_unknown_layout_or_fit_is_named(processor):
+    with pytest.raises(ValueError, match="fit='stretch' is not one of crop, letterbox"):
+        FoveatedVLMProcessor(processor.tokenizer, 56, fit="stretch")
     with pytest.raises(ValueError, match="layout='sideways' is not one of question_first, vision_first"):
         FoveatedVLMProcessor(processor.tokenizer, 56, layout="sideways")
 
