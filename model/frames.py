@@ -248,15 +248,15 @@ def _read_index(piece):
         check_size(stream.codec_context.width, stream.codec_context.height, MAX_VIDEO_PIXELS)
         if any(entry.pos + entry.size > piece.size for entry in stream.index_entries):
             raise MediaError("truncated video")
-        base = float(stream.time_base)
+        bases = {other.index: float(other.time_base or 0) for other in container.streams}
         times, spans, keys, end, number = [], [], [], 0.0, -1
         for packet in _packets(container):
             stamp = packet.dts if packet.pts is None else packet.pts
-            own = packet.stream.index == stream.index
+            own, base = packet.stream.index == stream.index, bases.get(packet.stream.index, 0.0)
             number += own
             if not packet.size or stamp is None or packet.is_discard:
                 continue
-            end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+            end = max(end, (stamp + (packet.duration or 0)) * base)
             if own:
                 times.append(stamp * base)
                 spans.append((packet.duration or 0) * base)

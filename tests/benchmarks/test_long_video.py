@@ -1,0 +1,23 @@
+"""The benchmark of long videos, on a short one."""
+
+import pytest
+
+from benchmarks import long_video
+from pipeline_steps import frames
+from pipeline_steps.params import UserError
+
+
+def test_both_ways_are_timed_and_compared(tmp_path, monkeypatch):
+    long_video.write_clip(tmp_path / "a.mp4", 9.0, 32, "libx264")
+    found = long_video.measure(tmp_path / "a.mp4", 2, repeats=1)
+    assert found.keys() == {"keys", "everything"}
+    assert min(found.values()) > 0
+    square, taken = frames.square, []
+
+    def changing(image, *arguments):
+        taken.append(image)
+        return square(image.point(lambda value: value + len(taken)), *arguments)
+
+    monkeypatch.setattr(frames, "square", changing)
+    with pytest.raises(UserError, match="different frames"):
+        long_video.measure(tmp_path / "a.mp4", 2, repeats=1)
