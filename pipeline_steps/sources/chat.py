@@ -3,6 +3,8 @@
 "Say 471 backwards" -> "174", and three more kinds. No sentence occurs twice, so no split sees another's.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pipeline_steps.records import RawSample
@@ -25,11 +27,11 @@ def make_question(rng: np.random.Generator, kind: str) -> tuple[str, str]:
     return f"Which digit comes after {row[at]} in {text}?", str(row[at + 1])
 
 
-def collect(section) -> list[RawSample]:
+def collect(section) -> Iterator[RawSample]:
     """All text-only samples of `section` (schema.Chat), the kinds in turn."""
     rng = np.random.default_rng(section.seed)
     counts = {"test": section.num_test, "validation": section.num_validation, "train": section.num_train}
-    asked, samples = set(), []
+    asked = set()
     for split, count in counts.items():
         for number in range(count):
             question, answer = make_question(rng, KINDS[number % len(KINDS)])
@@ -38,5 +40,4 @@ def collect(section) -> list[RawSample]:
             asked.add(question)
             key = f"chat-{split}-{number:06d}"
             item = {"user": question, "assistant": answer, "family": "text"}
-            samples.append(RawSample(key=key, source="chat", split=split, video_id=key, kind="text", items=(item,)))
-    return samples
+            yield RawSample(key=key, source="chat", split=split, video_id=key, kind="text", items=(item,))

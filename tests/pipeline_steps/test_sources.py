@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from pipeline_steps import frames, params, world
-from pipeline_steps.records import read_samples
+from pipeline_steps.records import Quarantined, RawSample, read_samples
 from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources.index import IndexWriter, print_summary
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
@@ -97,6 +98,67 @@ def test_index_counts(samples, raw):
                 assert item.cue in (f"{asked.colour}:", f"{asked.place}:")
     summary = json.loads((raw / "summary.json").read_text())
     assert summary["sources"]["procedural"]["samples"] == {"train": 18, "validation": 7, "test": 14}
+    assert summary["sources"]["chat"]["seen"] == summary["sources"]["chat"]["taken"] == 56
+    assert (raw / "quarantined.jsonl").read_bytes() == b""
+
+
+# ---------------------------------------------------------------- the index
+
+
+def text_samples(source, *names):
+    item = {"user": "q", "assistant": "a", "family": "text"}
+    for name in names:
+        yield RawSample(key=name, source=source, video_id=name, kind="text", items=(item,))
+
+
+def bad(count):
+    return [Quarantined(key=f"bad-{i}", source="s", path=f"{i}.mp4", reason="missing") for i in range(count)]
+
+
+def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
+    quarantined = []
+
+    def source():
+        yield from text_samples("s", "s-2", "s-0")
+        quarantined.extend(bad(12))
+
+    with IndexWriter(tmp_path) as index:
+        index.take("one", source(), quarantined, 0.9)
+        index.take("two", text_samples("t", "r-1"), [], 0.0)
+        index.leave("s", ["x.txt"], count=3)
+        summary = index.finish()
+    assert [sample.key for sample in read_samples(tmp_path / "index.jsonl")] == ["r-1", "s-0", "s-2"]
+    rows = (tmp_path / "quarantined.jsonl").read_text().splitlines()
+    assert [Quarantined.model_validate_json(row) for row in rows] == bad(12)
+    found = summary["sources"]["s"]
+    assert (found["seen"], found["taken"], found["quarantined"]["count"]) == (14, 2, 12)
+    assert len(found["quarantined"]["first"]) == 10
+    assert found["unreferenced"] == {"count": 3, "first": ["x.txt"]}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    print_summary(tmp_path, summary)
+    printed = capsys.readouterr().out
+    assert "s: 12 of 14 quarantined" in printed
+    assert "bad-9 (9.mp4): missing" in printed
+    assert "bad-10" not in printed
+
+
+def test_too_many_quarantined_samples_stop_the_stage(tmp_path):
+    with IndexWriter(tmp_path) as index:
+        index.take("one", text_samples("s", "s-0", "s-1", "s-2"), bad(1), 0.25)
+        with pytest.raises(params.UserError, match=r"2 of 3 samples of the source 'two'.*\(66.7%\).*\(25.0%\)"):
+            index.take("two", text_samples("s", "s-3"), bad(2), 0.25)
+        with pytest.raises(params.UserError, match="'three' gives no sample"):
+            index.take("three", text_samples("s"), bad(1), 1.0)
+
+
+def test_a_repeated_key_names_both_sources(tmp_path):
+    with IndexWriter(tmp_path) as index:
+        index.take("one", text_samples("s", "a", "b"), [], 0.0)
+        index.take("two", text_samples("s", "c"), [], 0.0)
+        with pytest.raises(params.UserError, match="the key b is given by the sources 'one' and 'three'"):
+            index.take("three", text_samples("s", "d", "b"), [], 0.0)
+        with pytest.raises(params.UserError, match="the key e is given twice by the source 'four'"):
+            index.take("four", text_samples("s", "e", "e"), [], 0.0)
 
 
 def test_held_out_digit_images_are_never_trained_on(raw):
@@ -160,7 +222,7 @@ def test_train_mix_and_balance_of_held_out_items():
 
 
 def test_chat_answers_are_right_and_no_question_occurs_twice():
-    samples = chat.collect(section().chat)
+    samples = list(chat.collect(section().chat))
     assert Counter(sample.split for sample in samples) == {"train": 40, "validation": 8, "test": 8}
     items = [item for sample in samples for item in sample.items]
     assert len({item.user for item in items}) == len(items)

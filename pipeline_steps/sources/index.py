@@ -1,0 +1,149 @@
+"""index.jsonl, quarantined.jsonl and summary.json, written while the sources are read.
+
+Rows go to disk as they come; only a key and the place of its row stay in memory, so that millions of samples fit:
+
+    python -m benchmarks.source_index         # 1 million text samples: 171 bytes of memory each, 25 s on one core
+"""
+
+import bisect
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Quarantined, RawSample, to_json, writable, write_json
+
+MAX_LISTED = 10  # of quarantined samples and of unreferenced files, in summary.json and in the terminal
+
+
+class IndexWriter:
+    """Takes the samples of one source after the other; `finish` writes the three files into `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._places: dict[str, int] = {}  # key -> place of its row in _rows
+        self._starts, self._entries = [], []  # where the rows of each source begin in _rows, and its name
+        self._files = ExitStack()
+        with writable(folder):  # the rows vanish with the process
+            self._rows = self._files.enter_context(tempfile.TemporaryFile(dir=folder))
+            self._quarantined = self._files.enter_context(open(folder / "quarantined.jsonl", "wb"))
+        self._end = 0
+        self._sources: dict[str, dict[str, Counter]] = {}
+        self._listed: dict[str, list[Quarantined]] = {}
+        self._unreferenced: dict[str, tuple[int, list[str]]] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._files.close()
+
+    def take(self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float) -> None:
+        """All `samples` of the source `entry`, which fills `quarantined` meanwhile.
+
+        UserError for a repeated key, for a source without any sample, and when more than the share `limit` of
+        its samples is quarantined.
+        """
+        self._starts.append(self._end)
+        self._entries.append(entry)
+        before = len(self._places)
+        for sample in samples:
+            self._add(entry, sample)
+        taken = len(self._places) - before
+        for row in quarantined:
+            self._count(row.source, "quarantined", "count")
+            listed = self._listed.setdefault(row.source, [])
+            if len(listed) < MAX_LISTED:
+                listed.append(row)
+            self._write(self._quarantined, row)
+        _check(entry, taken, quarantined, limit)
+
+    def leave(self, source: str, names: list[str], count: int | None = None) -> None:
+        """Files of `source` that are no part of any sample: counted, the first ones listed."""
+        before, listed = self._unreferenced.get(source, (0, []))
+        count = len(names) if count is None else count
+        self._unreferenced[source] = before + count, (listed + names)[:MAX_LISTED]
+
+    def finish(self) -> dict:
+        """Writes index.jsonl, sorted by key, and summary.json; returns the content of the latter."""
+        summary = self._summary()
+        with writable(self.folder), open(self.folder / "index.jsonl", "wb") as index:
+            for key in sorted(self._places):
+                self._rows.seek(self._places[key])
+                index.write(self._rows.readline())
+            self._quarantined.flush()
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _add(self, entry: str, sample: RawSample) -> None:
+        if sample.key in self._places:
+            first = self._entries[bisect.bisect_right(self._starts, self._places[sample.key]) - 1]
+            both = f"twice by the source '{entry}'" if first == entry else f"by the sources '{first}' and '{entry}'"
+            raise UserError(
+                f"the key {sample.key} is given {both}. Keys are unique: choose another name for one source or sample."
+            )
+        self._places[sample.key] = self._end
+        self._end += self._write(self._rows, sample)
+        self._count(sample.source, "samples", sample.split or "undecided")
+        self._count(sample.source, "kinds", sample.kind)
+        self._count(sample.source, "bytes", "count", sample.size)
+        for item in sample.items:
+            self._count(sample.source, "items", item.family)
+
+    def _write(self, file, row) -> int:
+        with writable(self.folder):
+            return file.write(to_json(row).encode() + b"\n")
+
+    def _count(self, source: str, what: str, name: str, number: int = 1) -> None:
+        counts = self._sources.setdefault(source, {})
+        counts.setdefault(what, Counter())[name] += number
+
+    def _summary(self) -> dict:
+        sources = {}
+        for source in sorted(self._sources.keys() | self._unreferenced.keys()):
+            counts = self._sources.get(source, {})
+            taken = counts.get("samples", Counter()).total()
+            bad = counts.get("quarantined", Counter()).total()
+            left, names = self._unreferenced.get(source, (0, []))
+            first = [row.model_dump(mode="json", exclude={"source"}) for row in self._listed.get(source, ())]
+            sources[source] = {
+                "seen": taken + bad,
+                "taken": taken,
+                "quarantined": {"count": bad, "first": first},
+                **{name: dict(sorted(counts.get(name, Counter()).items())) for name in ("samples", "kinds", "items")},
+                "bytes": counts.get("bytes", Counter()).total(),
+                "unreferenced": {"count": left, "first": names},
+            }
+        num_items = sum(sum(source["items"].values()) for source in sources.values())
+        return {"num_samples": len(self._places), "num_items": num_items, "sources": sources}
+
+
+def _check(entry: str, taken: int, quarantined: list[Quarantined], limit: float) -> None:
+    bad, seen = len(quarantined), taken + len(quarantined)
+    lines = [f"  {row.key} ({row.path}): {row.reason}" for row in quarantined[:MAX_LISTED]]
+    if bad > MAX_LISTED:
+        lines.append(f"  ... and {bad - MAX_LISTED} more")
+    listing = "\n".join(lines)
+    if bad > limit * seen:
+        raise UserError(
+            f"{bad} of {seen} samples of the source '{entry}' cannot be taken ({bad / seen:.1%}), more than its "
+            f"max_quarantined allows ({limit:.1%}):\n{listing}\nRepair or remove them, or raise max_quarantined."
+        )
+    if not taken:
+        raise UserError(f"the source '{entry}' gives no sample ({bad} quarantined).\n{listing}".rstrip())
+
+
+def print_summary(output: Path, summary: dict) -> None:
+    """One line per source, and what was quarantined or is no part of a sample."""
+    for name, source in summary["sources"].items():
+        print(f"{name}: samples {source['samples']}, items {source['items']}, {source['bytes'] / 1e6:.1f} MB")
+        left, bad = source["unreferenced"], source["quarantined"]
+        if left["count"]:
+            print(f"{name}: {left['count']} files that belong to no sample: {', '.join(left['first'])}")
+        if bad["count"]:
+            print(f"{name}: {bad['count']} of {source['seen']} quarantined, all in {output / 'quarantined.jsonl'}:")
+            for row in bad["first"]:
+                print(f"  {row['key']} ({row['path']}): {row['reason']}")
+    print(f"{output}: {summary['num_samples']} samples, {summary['num_items']} items")
