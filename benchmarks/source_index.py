@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from pipeline_steps.records import RawSample
-from pipeline_steps.sources.index import IndexWriter
+from pipeline_steps.sources.index import open_index
 
 
 def samples(count):
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--num-samples", type=int, default=1_000_000)
     parser.add_argument("--folder", help="where the index is written for a while (default: the system's)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, IndexWriter(Path(folder)) as index:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, open_index(Path(folder)) as index:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         index.take("smoltalk", samples(arguments.num_samples), [], 0.0)
         summary = index.finish()

@@ -18,7 +18,7 @@ from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import RawSample, replaced_folder
 from pipeline_steps.sources import chat, folder, procedural
-from pipeline_steps.sources.index import IndexWriter, print_summary
+from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
 PARAMS = ("sources",)
 
@@ -32,7 +32,7 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
     repeated = [name for name, count in Counter(section.collect).items() if count > 1]
     if repeated:
         raise UserError(f"sources.collect lists {repeated[0]} twice: {section.collect}. List every source once.")
-    with replaced_folder(output) as partial, IndexWriter(partial) as index:
+    with replaced_folder(output) as partial, open_index(partial) as index:
         if "folder" in section.collect:
             index.take(section.folder.name, _read_folder(section.folder, index), [], 0.0)
         if "procedural" in section.collect:

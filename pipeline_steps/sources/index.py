@@ -8,8 +8,8 @@ Rows go to disk as they come; only a key and the place of its row stay in memory
 import bisect
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline_steps.params import UserError
@@ -18,27 +18,27 @@ from pipeline_steps.records import Quarantined, RawSample, to_json, writable, wr
 MAX_LISTED = 10  # of quarantined samples and of unreferenced files, in summary.json and in the terminal
 
 
+@contextmanager
+def open_index(folder: Path) -> Iterator["IndexWriter"]:
+    """The IndexWriter of the existing `folder`; UserError when nothing can be written there."""
+    with ExitStack() as files:
+        with writable(folder):
+            rows = files.enter_context(tempfile.TemporaryFile(dir=folder))  # vanishes with the process
+            quarantined = files.enter_context(open(folder / "quarantined.jsonl", "wb"))
+        yield IndexWriter(folder, rows, quarantined)
+
+
 class IndexWriter:
     """Takes the samples of one source after the other; `finish` writes the three files into `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, rows, quarantined):
+        self.folder, self._rows, self._quarantined = folder, rows, quarantined
         self._places: dict[str, int] = {}  # key -> place of its row in _rows
         self._starts, self._entries = [], []  # where the rows of each source begin in _rows, and its name
-        self._files = ExitStack()
-        with writable(folder):  # the rows vanish with the process
-            self._rows = self._files.enter_context(tempfile.TemporaryFile(dir=folder))
-            self._quarantined = self._files.enter_context(open(folder / "quarantined.jsonl", "wb"))
         self._end = 0
         self._sources: dict[str, dict[str, Counter]] = {}
         self._listed: dict[str, list[Quarantined]] = {}
         self._unreferenced: dict[str, tuple[int, list[str]]] = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._files.close()
 
     def take(self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float) -> None:
         """All `samples` of the source `entry`, which fills `quarantined` meanwhile.

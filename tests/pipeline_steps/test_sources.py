@@ -16,7 +16,7 @@ from pipeline_steps import frames, params, world
 from pipeline_steps.records import Quarantined, RawSample, read_samples
 from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.sources.index import IndexWriter, print_summary
+from pipeline_steps.sources.index import open_index, print_summary
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
@@ -122,7 +122,7 @@ def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
         yield from text_samples("s", "s-2", "s-0")
         quarantined.extend(bad(12))
 
-    with IndexWriter(tmp_path) as index:
+    with open_index(tmp_path) as index:
         index.take("one", source(), quarantined, 0.9)
         index.take("two", text_samples("t", "r-1"), [], 0.0)
         index.leave("s", ["x.txt"], count=3)
@@ -143,7 +143,7 @@ def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
 
 
 def test_too_many_quarantined_samples_stop_the_stage(tmp_path):
-    with IndexWriter(tmp_path) as index:
+    with open_index(tmp_path) as index:
         index.take("one", text_samples("s", "s-0", "s-1", "s-2"), bad(1), 0.25)
         with pytest.raises(params.UserError, match=r"2 of 3 samples of the source 'two'.*\(66.7%\).*\(25.0%\)"):
             index.take("two", text_samples("s", "s-3"), bad(2), 0.25)
@@ -152,7 +152,7 @@ def test_too_many_quarantined_samples_stop_the_stage(tmp_path):
 
 
 def test_a_repeated_key_names_both_sources(tmp_path):
-    with IndexWriter(tmp_path) as index:
+    with open_index(tmp_path) as index:
         index.take("one", text_samples("s", "a", "b"), [], 0.0)
         index.take("two", text_samples("s", "c"), [], 0.0)
         with pytest.raises(params.UserError, match="the key b is given by the sources 'one' and 'three'"):
