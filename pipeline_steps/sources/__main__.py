@@ -1,4 +1,4 @@
-"""Collect raw samples: render the procedural world, write text-only questions, list the user's own files.
+"""Collect raw samples: render the procedural world, write text-only questions, list the user's own files and archives.
 
     python -m pipeline_steps.sources [--params params.yaml] [--output data/raw] [--num-processes N]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import RawSample, replaced_folder
-from pipeline_steps.sources import chat, folder, procedural
+from pipeline_steps.sources import chat, folder, procedural, tars
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
 PARAMS = ("sources",)
@@ -35,6 +35,8 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
     with replaced_folder(output) as partial, open_index(partial) as index:
         if "folder" in section.collect:
             index.take(section.folder.name, _read_folder(section.folder, index), [], 0.0)
+        if "tars" in section.collect:
+            _take_tars(section.tars, partial, index, num_processes)
         if "procedural" in section.collect:
             index.take("procedural", _render(section.procedural, partial, num_processes), [], 0.0)
         if "chat" in section.collect:
@@ -46,6 +48,15 @@ def _read_folder(section, index: IndexWriter) -> Iterator[RawSample]:
     content = folder.read(section.path, section.name)
     index.leave(section.name, content.unreferenced)
     yield from content.samples
+
+
+def _take_tars(entries, partial: Path, index: IndexWriter, num_processes: int) -> None:
+    if not entries:
+        raise UserError("sources.collect lists tars, but sources.tars is empty. conf/data/tars.yaml shows an entry.")
+    for entry in entries:
+        quarantined = []
+        samples = tars.read(entry, partial, quarantined, index.leave, num_processes)
+        index.take(entry.name, samples, quarantined, entry.max_quarantined)
 
 
 def _render(section, partial: Path, num_processes: int) -> Iterator[RawSample]:

@@ -58,8 +58,28 @@ class Folder(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")  # the name of this source in keys and reports
 
 
+class Tars(StrictModel):
+    """Existing WebDataset archives; read only when collect lists tars."""
+
+    path: str = Field(min_length=1)  # a folder (all .tar in it and below), a pattern with * or one file
+    name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")  # begins keys; the source of samples that name none
+    picture_fps: PositiveFloat  # of videos that are stored as pictures: at how many per second they were taken
+    tokenizer: str | None  # folder of the tokenizer that made `token_ids`, where a sample has these in place of text
+    split: Literal["train", "validation", "test"] | None  # null: the stage `shards` decides
+    max_quarantined: float = Field(ge=0, le=1)  # share of the samples
+
+
 class Section(StrictModel):
-    collect: list[Literal["procedural", "chat", "folder"]] = Field(min_length=1)
+    collect: list[Literal["procedural", "chat", "folder", "tars"]] = Field(min_length=1)
     procedural: Procedural
     chat: Chat
     folder: Folder
+    tars: list[Tars]
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        names = [entry.name for entry in self.tars]
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise ValueError(f"two entries of tars have the name '{repeated[0]}'")
+        return self

@@ -1,0 +1,333 @@
+"""One sample of a WebDataset archive: its {key}.json and media as a records.RawSample, or the reason why not.
+
+docs/data.md lists the fields of {key}.json. What contradicts itself is refused, never guessed.
+"""
+
+import hashlib
+import json
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline_steps.records import Count, Item, Kind, Message, RawSample, SceneObject, Split, slug
+from pipeline_steps.sources.archive import Member
+from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
+from pipeline_steps.sources.layout import Group, quoted
+
+MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
+MAX_TEXT = 2**20
+CHUNK = 2**20
+Name = Annotated[str, Field(max_length=200)]
+
+
+class Refused(Exception):
+    """The sample cannot be taken; the text says why."""
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class PackedFields(BaseModel):
+    """Further fields, of shards that this pipeline has packed (records.PackedSample): known by their `items`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    items: Annotated[list[dict], Field(min_length=1)]
+    kind: Kind
+    split: Split
+    duration: Annotated[float, Field(ge=0)]
+    objects: list[dict] | None = None
+    num_source_frames: Count | None = None
+
+
+class Contents(BaseModel):
+    """What is read of {key}.json; other fields are left alone, null is a field that is not given."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    user: str | None = None
+    assistant: str | None = None
+    chosen_assistant: str | None = None
+    rejected_assistant: str | None = None
+    caption: str | None = None
+    messages: list[ChatMessage] | None = None
+    token_ids: list[int] | None = None
+    loss_mask: list[float] | None = None  # its length only
+    source: Name | None = None
+    family: Name | None = None
+    video_id: Name | int | None = None
+    yt_id: Name | int | None = None
+    frame_count: Count | None = None
+    is_text_only: bool | None = None
+    has_frames: bool | None = None
+    own: PackedFields | None = None
+
+
+def make_sample(group: Group, file: BinaryIO, path: str, key: str, entry, decoder: ChatMLDecoder | None) -> RawSample:
+    """The sample of the group's members in the archive `file` at `path`. Raises Refused, OSError from the disk.
+
+    entry: schema.Tars. decoder: of its tokenizer, or None.
+    """
+    if group.problem:
+        raise Refused(group.problem)
+    contents = _contents(file, group)
+    kind, media = _media(group, contents)
+    is_video_of_pictures = kind == "video" and media[0] is not group.video
+    parts = tuple((member.offset, member.size) for member in media)
+    values = {
+        "key": key,
+        "source": _source(contents, entry.name),
+        "split": entry.split or (contents.own and contents.own.split),
+        "video_id": _video_id(contents, key),
+        "path": path if media else None,
+        "parts": parts,
+        "kind": kind,
+        "sha256": _sha256(file, parts) if media else None,
+        "size": sum(size for _, size in parts),
+        "picture_fps": _picture_fps(contents, len(media), entry.picture_fps) if is_video_of_pictures else None,
+        "num_source_frames": len(media) if is_video_of_pictures else None,
+    }
+    try:
+        if contents.own:
+            values |= _own_items(contents.own, len(media))
+        else:
+            text = _read_text(file, group.text) if group.text else None
+            values["items"] = (_item(contents, text, kind, decoder),)
+        return RawSample(**values)
+    except ValidationError as error:
+        raise Refused(_first_problem(error)) from None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _contents(file: BinaryIO, group: Group) -> Contents:
+    if group.json is None:
+        if group.text is None:
+            raise Refused("no .json and no .txt with its text" + _dot_hint(group))
+        return Contents()
+    try:
+        fields = _parse(_read(file, group.json, MAX_JSON))
+        return Contents.model_validate(fields | {"own": fields if fields.get("items") is not None else None})
+    except ValidationError as error:
+        raise Refused(f"{quoted(group.json.name)}: {_first_problem(error)}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # syntax, UTF-8, numbers of thousands of digits, thousands of brackets
+        raise Refused(f"{quoted(group.json.name)} is no valid JSON: {str(error).split(';')[0][:200]}") from None
+
+
+def _dot_hint(group: Group) -> str:
+    return f" (a name counts up to its first dot: {quoted(group.key)})" if group.pictures or group.still else ""
+
+
+def _parse(content: bytes) -> dict:
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    def unique(pairs):
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)[:50]!r} is given twice")
+        return fields
+
+    parsed = json.loads(content.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
+    if not isinstance(parsed, dict):
+        raise ValueError("it holds no object {...}")
+    return parsed
+
+
+def _read(file: BinaryIO, member: Member, limit: int) -> bytes:
+    if member.size > limit:
+        raise Refused(f"{quoted(member.name)} has {member.size} bytes, at most {limit} are read")
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _read_text(file: BinaryIO, member: Member) -> str:
+    try:
+        return _read(file, member, MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{quoted(member.name)} is not UTF-8 (byte {error.start})") from None
+
+
+def _sha256(file: BinaryIO, parts) -> str:
+    """records.media_sha256 of the open file, in constant memory."""
+    digest = hashlib.sha256()
+    for offset, size in parts:
+        file.seek(offset)
+        while size:
+            chunk = file.read(min(size, CHUNK))
+            if not chunk:
+                raise Refused(f"the archive became shorter while it was read: no byte {offset}")
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "sample"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}, found {ascii(first['input'])[:100]}"
+
+
+# ---------------------------------------------------------------- media
+
+
+def _media(group: Group, contents: Contents) -> tuple[str, list[Member]]:
+    """(kind, media in their order); Refused when the members, or what the JSON says of them, do not agree."""
+    given = [name for name in ("still", "pictures", "video") if getattr(group, name)]
+    if len(given) > 1:
+        names = {"still": "a picture", "pictures": "numbered pictures", "video": "a video file"}
+        raise Refused(" and ".join(names[name] for name in given) + ": which one is meant?")
+    media = [group.still or group.video] if group.still or group.video else _in_order(group.pictures)
+    claims_frames = contents.has_frames or contents.is_text_only is False or bool(contents.frame_count)
+    denies_frames = contents.has_frames is False or contents.is_text_only or contents.frame_count == 0
+    if not media:
+        if claims_frames:
+            count = "frames" if contents.frame_count is None else f"frame_count {contents.frame_count}"
+            raise Refused(f"the JSON says {count}, 0 frames found")
+        return "text", []
+    if denies_frames:
+        raise Refused(f"the JSON says that there are no frames, {len(media)} found")
+    if group.video is None and contents.frame_count is not None and contents.frame_count != len(media):
+        raise Refused(f"frame_count is {contents.frame_count}, {len(media)} frames found")
+    empty = next((member for member in media if not member.size), None)
+    if empty is not None:
+        raise Refused(f"{quoted(empty.name)} is empty")
+    is_image = group.still is not None or (group.pictures and contents.own and contents.own.kind == "image")
+    return ("image" if is_image else "video"), media
+
+
+def _in_order(pictures: list[tuple[int, Member]]) -> list[Member]:
+    """The numbered pictures, which must be 0, 1, 2 ... or 1, 2, 3 ..."""
+    ordered = sorted(pictures, key=lambda entry: entry[0])
+    numbers = [number for number, _ in ordered]
+    first = 1 if numbers and numbers[0] == 1 else 0
+    for place, number in enumerate(numbers, first):
+        if number != place:
+            problem = f"frame {number} occurs twice" if number < place else f"frame {place} is missing"
+            raise Refused(f"{problem} ({len(numbers)} frames, up to number {numbers[-1]})")
+    return [member for _, member in ordered]
+
+
+def _picture_fps(contents: Contents, count: int, given: float) -> float:
+    """Frames per second of the stored pictures: shards of this pipeline know their duration."""
+    return count / contents.own.duration if contents.own and contents.own.duration else given
+
+
+# ---------------------------------------------------------------- text
+
+
+def _source(contents: Contents, name: str) -> str:
+    if contents.source is not None and not slug(contents.source):
+        raise Refused(f"source is {contents.source!r}, expected a name with letters or digits")
+    return contents.source or name
+
+
+def _video_id(contents: Contents, key: str) -> str:
+    given = [str(value) for value in (contents.video_id, contents.yt_id) if value is not None and str(value).strip()]
+    return given[0] if given else key
+
+
+def _own_items(own: PackedFields, count: int) -> dict:
+    """Items, and objects if they tell about the stored frames and not about others."""
+    items = [Item.model_validate(item) for item in own.items]
+    for item in items:
+        for text in (item.user, item.assistant, item.rejected, *(message.content for message in item.messages or ())):
+            _check_text("items", text)
+    if own.objects is not None and own.num_source_frames == count:
+        return {"items": items, "objects": [SceneObject.model_validate(thing) for thing in own.objects]}
+    return {"items": [item.model_copy(update={"target": None}) for item in items]}
+
+
+def _item(contents: Contents, text: str | None, kind: str, decoder: ChatMLDecoder | None) -> Item:
+    """The one item of an archive's sample: texts of the JSON, else its token ids, else the caption or the .txt."""
+    chosen = _agreed("assistant", contents.assistant, "chosen_assistant", contents.chosen_assistant)
+    messages = contents.messages and [(message.role, message.content) for message in contents.messages]
+    is_text = messages is not None or chosen is not None or contents.user is not None
+    if not is_text and contents.token_ids is not None:
+        messages = _decode(contents, decoder)
+    user = contents.user if contents.user is not None and contents.user.strip() else None
+    caption = next((words for words in (contents.caption, text) if words is not None), None)
+    if messages is not None:
+        item = _chat(messages, chosen, contents)
+    elif is_text:
+        if chosen is None:
+            raise Refused("user without assistant")
+        item = {"user": user, "assistant": chosen, "family": "question" if user else "caption"}
+    elif caption is not None:
+        item = {"assistant": caption, "family": "caption"}
+    else:
+        raise Refused("none of user and assistant, messages, caption, token_ids, and no .txt")
+    if kind == "text" and item.get("user") is None and item.get("messages") is None:
+        raise Refused("an answer without frames and without a question")
+    return _finished(item, contents, kind)
+
+
+def _finished(item: dict, contents: Contents, kind: str) -> Item:
+    if contents.rejected_assistant is not None:
+        answer = item.get("assistant") or item["messages"][-1].content
+        if contents.rejected_assistant.strip() == answer.strip():
+            raise Refused("the chosen and the rejected answer are the same")
+        item |= {"rejected": contents.rejected_assistant, "family": "preference"}
+    for name in ("user", "assistant", "rejected"):
+        _check_text(name, item.get(name))
+    if kind == "text":
+        return Item(**item | {"family": "text"})
+    if contents.family is not None and (contents.family in ("text", "*") or not contents.family.strip()):
+        raise Refused(f"the family {contents.family!r} is none that a sample with frames can have")
+    return Item(**item | ({"family": contents.family} if contents.family else {}))
+
+
+def _agreed(one: str, first: str | None, other: str, second: str | None) -> str | None:
+    if first is not None and second is not None and first != second:
+        raise Refused(f"{one} and {other} differ")
+    return second if first is None else first
+
+
+def _decode(contents: Contents, decoder: ChatMLDecoder | None) -> list[tuple[str, str]]:
+    if contents.loss_mask is not None and len(contents.loss_mask) != len(contents.token_ids):
+        raise Refused(f"{len(contents.token_ids)} token_ids, loss_mask has {len(contents.loss_mask)} entries")
+    if decoder is None:
+        raise Refused("token_ids in place of text: give this entry the tokenizer that made them (`tokenizer`)")
+    try:
+        return decoder.messages(contents.token_ids)
+    except NotChatML as error:
+        raise Refused(f"token_ids: {error}") from None
+
+
+def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Contents) -> dict:
+    """One question and answer, or the whole chat."""
+    if chosen is not None and messages and messages[-1][0] == "user":
+        messages = [*messages, ("assistant", chosen)]
+    elif chosen is not None and messages and messages[-1][1] != chosen:
+        raise Refused("the last of messages differs from the answer beside it")
+    if contents.user is not None and ("user", contents.user) not in messages:
+        raise Refused("user is not in messages")
+    for role, content in messages:
+        _check_text(role, content)
+    roles = [role for role, _ in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
+        raise Refused(f"a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}")
+    if roles != ["user", "assistant"]:
+        chat = tuple(Message(role=role, content=content) for role, content in messages)
+        return {"messages": chat, "family": "question"}
+    question, answer = messages[0][1], messages[1][1]
+    is_caption = contents.caption is not None and contents.caption.strip() == answer.strip()
+    if is_caption and contents.token_ids is not None and contents.messages is None:
+        return {"assistant": answer, "family": "caption"}  # the question was the old run's prompt
+    return {"user": question, "assistant": answer, "family": "question"}
+
+
+def _check_text(name: str, text: str | None) -> None:
+    if text is not None and not any(character.isprintable() and not character.isspace() for character in text):
+        raise Refused(f"{name} is blank")

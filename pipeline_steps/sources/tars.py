@@ -1,0 +1,168 @@
+"""Source `tars`: existing WebDataset archives, read where they are.
+
+    sources.tars: [{path: /data/openvid, name: openvid, picture_fps: 1.0, tokenizer: null, split: null, ...}]
+
+Nothing is unpacked: a row of the index holds the archive's path and the places of the media in it. Every sample is
+taken or quarantined with its reason, and so is what comes after the place where a damaged archive cannot be read on.
+Cost: see docs/data.md.
+"""
+
+import glob
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Quarantined, RawSample, parse, slug, to_json
+from pipeline_steps.sources.archive import Damaged, members
+from pipeline_steps.sources.chatml import decoder
+from pipeline_steps.sources.index import MAX_LISTED
+from pipeline_steps.sources.layout import Layout, printable
+from pipeline_steps.sources.tar_sample import Refused, make_sample
+
+
+@dataclass
+class Report:
+    """What was found in one archive besides its samples."""
+
+    quarantined: list[Quarantined] = field(default_factory=list)
+    num_others: int = 0  # members that belong to no sample
+    others: list[str] = field(default_factory=list)  # the first names of them
+
+
+def read(
+    entry,
+    folder: Path,
+    quarantined: list[Quarantined],
+    leave: Callable[[str, list[str], int], None],
+    num_processes: int,
+) -> Iterator[RawSample]:
+    """The samples of all archives of `entry` (schema.Tars), archive by archive.
+
+    folder: for temporary files. quarantined: gets what cannot be taken. leave: is called with the source, the first
+    names and the number of members that belong to no sample.
+    """
+    tars = find_tars(entry)
+    if entry.tokenizer is not None:
+        decoder(entry.tokenizer)  # a wrong one stops the stage before the work
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        jobs = [(tar, name, Path(scratch) / f"{number}.jsonl") for number, (tar, name) in enumerate(tars)]
+        work = partial(_work, entry)
+        progress = tqdm(_parallel(work, jobs, num_processes), entry.name, len(jobs), unit="tar", mininterval=1)
+        for (_, _, rows), report in zip(jobs, progress, strict=True):
+            quarantined += report.quarantined
+            leave(entry.name, report.others, report.num_others)
+            with open(rows, encoding="utf-8") as lines:
+                for line in lines:
+                    yield parse(RawSample, line, rows)
+            rows.unlink()
+
+
+def find_tars(entry) -> list[tuple[str, str]]:
+    """(absolute path, name within the entry without its ending) of every archive, sorted. UserError if none."""
+    given = os.path.abspath(Path(entry.path).expanduser())
+    if os.path.isdir(given):
+        base, found = given, [str(path) for path in Path(given).rglob("*.tar")]
+    elif glob.has_magic(given) and not os.path.exists(given):
+        base = str(Path(*_until(Path(given).parts, glob.has_magic)))
+        found = glob.glob(given, recursive=True)
+    else:
+        base, found = os.path.dirname(given), [given]
+    missing = [path for path in found if not os.path.isfile(path)]
+    if missing or not found:
+        problem = f"{missing[0]} is no file" if missing else "no .tar found"
+        raise UserError(f"sources.tars '{entry.name}': {entry.path}: {problem}. Give a folder, a pattern or one file.")
+    unreadable = [path for path in found if not _is_utf8(path)]
+    if unreadable:
+        raise UserError(f"sources.tars '{entry.name}': the path {printable(unreadable[0])} is not UTF-8. Rename it.")
+    return [(path, os.path.relpath(path, base).removesuffix(".tar")) for path in sorted(found)]
+
+
+def _until(parts, condition):
+    return [part for number, part in enumerate(parts) if not any(map(condition, parts[: number + 1]))]
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _parallel(work, jobs, num_processes: int):
+    """`work` of every job in their order; at most one archive per process at a time."""
+    if min(num_processes, len(jobs)) <= 1:
+        yield from map(work, jobs)
+        return
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context())
+    try:
+        yield from pool.map(work, jobs)
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that reads archives was killed, probably for lack of memory. Run "
+            "`python -m pipeline_steps.sources --num-processes 1`."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _work(entry, job: tuple[str, str, Path]) -> Report:
+    """Writes the archive's samples as lines, so that neither process has to hold them all."""
+    tar, name, rows = job
+    report = Report()
+    with open(rows, "w", encoding="utf-8") as lines:
+        for sample in scan(entry, tar, name, report):
+            lines.write(to_json(sample) + "\n")
+    return report
+
+
+def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
+    """The samples of one archive; `report` gets the rest. `name`: of the archive in keys."""
+    layout, chat_decoder = Layout(MAX_LISTED), decoder(entry.tokenizer) if entry.tokenizer is not None else None
+
+    def quarantine(key: str, reason: str) -> None:
+        report.quarantined.append(Quarantined(key=key, source=entry.name, path=tar, reason=reason))
+
+    try:
+        with open(tar, "rb") as file:
+            damage = _list_members(file, layout)
+            for group in layout.samples():
+                key = make_key(entry.name, name, group.key)
+                try:
+                    yield make_sample(group, file, tar, key, entry, chat_decoder)
+                except Refused as error:
+                    quarantine(key, str(error))
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        damage, size = Damaged(0, f"cannot be read ({error.strerror})"), 0
+    if damage is not None:
+        rest = f"the rest of the archive, {max(size - damage.offset, 0)} bytes, is lost"
+        quarantine(make_key(entry.name, name, ""), f"at byte {damage.offset}: {damage.reason}; {rest}")
+    report.num_others, report.others = layout.num_others, layout.others
+
+
+def _list_members(file, layout: Layout) -> Damaged | None:
+    """Fills `layout`; returns where the archive breaks off, if it does."""
+    try:
+        for member in members(file):
+            layout.add(member)
+    except Damaged as damage:
+        if layout.last is not None:  # members of this sample may be among what is lost
+            layout.last.complain("the archive breaks off after this sample or within it")
+        return damage
+    return None
+
+
+def make_key(source: str, tar: str, key: str) -> str:
+    """`{source}-{archive}-{key}`: the same in every run. Names that a key cannot hold get a piece of their hash."""
+    name = f"{tar}/{key}" if key else tar
+    plain = slug(f"{tar}-{key}" if key else tar)
+    exact = plain == (f"{tar}-{key}" if key else tar)
+    mark = "" if exact else "-" + hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{source}-{plain}{mark}"

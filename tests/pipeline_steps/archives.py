@@ -1,0 +1,49 @@
+"""WebDataset archives for the tests of the source `tars`."""
+
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+from pipeline_steps.sources import tars
+
+ENTRY = {"name": "old", "picture_fps": 1.0, "tokenizer": None, "split": None, "max_quarantined": 1.0}
+
+
+def entry(path, **changes):
+    return SimpleNamespace(**{"path": str(path), **ENTRY, **changes})
+
+
+def write_tar(path, members, format=tarfile.GNU_FORMAT):
+    """members: (name, content) in their order; content is bytes, a dict (JSON), or a TarInfo that is added as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                tar.addfile(content)
+                continue
+            content = json.dumps(content).encode() if isinstance(content, dict) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def read_tars(path, num_processes=1, **changes):
+    """(samples by key, {key: reason} of the quarantined, {"count", "first"} of the members that belong to no sample)"""
+    quarantined, others = [], {"count": 0, "first": []}
+
+    def leave(source, names, count):
+        assert source == changes.get("name", "old")
+        others["count"] += count
+        others["first"] += names
+
+    folder = path.parent if path.suffix else path
+    samples = {}
+    for sample in tars.read(entry(path, **changes), folder, quarantined, leave, num_processes):
+        assert sample.key not in samples
+        samples[sample.key] = sample
+    reasons = {row.key: row.reason for row in quarantined}
+    assert len(reasons) == len(quarantined)
+    return samples, reasons, others

@@ -1,0 +1,274 @@
+"""Damaged and hostile archives: no traceback, no hang, bounded memory, and seen = taken + quarantined."""
+
+import gzip
+import io
+import json
+import random
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline_steps.params import ROOT
+from pipeline_steps.sources.tar_sample import MAX_JSON
+from tests.pipeline_steps.archives import read_tars, write_tar
+
+QUESTION = {"user": "What?", "assistant": "A dog."}
+GOOD = [("good.jpg", b"picture"), ("good.json", QUESTION)]
+MEMORY = 1_000  # MB of address space for all the mutations
+NUM_MUTATIONS = 600
+
+
+def special(kind, size=0, linkname=""):
+    member = tarfile.TarInfo()
+    member.type, member.linkname, member.size = kind, linkname, size
+    return member
+
+
+def json_cases():
+    deep = b'{"user": "A?", "assistant": "B.", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    return {
+        "deep": (deep, "no valid JSON: maximum recursion depth"),
+        "deep objects": (b'{"a":' * 100_000, "no valid JSON: maximum recursion depth"),
+        "large": (b'{"user": "' + b"x" * 100_000_000 + b'"}', f"has 100000012 bytes, at most {MAX_JSON} are read"),
+        "huge number": (b'{"frame_count": ' + b"9" * 5000 + b"}", "no valid JSON: Exceeds the limit (4300 digits)"),
+        "large number": (b'{"frame_count": 1e400, "user": "A?", "assistant": "B."}', "frame_count"),
+        "NaN": (b'{"user": "A?", "assistant": "B.", "x": NaN}', "NaN is no number of JSON"),
+        "Infinity": (b'{"user": "A?", "assistant": "B.", "x": -Infinity}', "-Infinity is no number of JSON"),
+        "field twice": (b'{"user": "A?", "user": "C?", "assistant": "B."}', "the field 'user' is given twice"),
+        "not UTF-8": (b'{"user": "\xff", "assistant": "B."}', "no valid JSON: 'utf-8' codec"),
+        "UTF-16": ('{"user": "A?"}'.encode("utf-16"), "no valid JSON"),
+        "half a character": (b'{"user": "\\ud800", "assistant": "B."}', "user: Input should be a valid string"),
+        "cut": (b'{"user": "A?", "assist', "no valid JSON: Unterminated string"),
+        "empty": (b"", "no valid JSON: Expecting value"),
+        "zeros": (b"\0" * 100, "no valid JSON"),
+        "a list": (b"[1]", "it holds no object"),
+        "a word": (b"null", "it holds no object"),
+    }
+
+
+@pytest.mark.parametrize(("content", "expected"), json_cases().values(), ids=json_cases().keys())
+def test_damaged_json(tmp_path, content, expected):
+    samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", [*GOOD, ("bad.jpg", b"x"), ("bad.json", content)]))
+    assert list(samples) == ["old-0-good"]
+    assert list(reasons) == ["old-0-bad"]
+    assert expected in reasons["old-0-bad"]
+
+
+FIELDS = (
+    "user",
+    "assistant",
+    "chosen_assistant",
+    "rejected_assistant",
+    "caption",
+    "messages",
+    "token_ids",
+    "loss_mask",
+)
+FIELDS += ("source", "family", "video_id", "yt_id", "frame_count", "is_text_only", "has_frames", "items")
+VALUES = (0, -1, 2.5, True, "x", "", [], [1], ["x"], [[]], {}, {"role": "user"}, [{"role": "user"}], 10**30, [10**30])
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_wrong_types_of_every_field(tmp_path, field):
+    members = [(f"k{i}.json", QUESTION | {field: value}) for i, value in enumerate(VALUES)]
+    samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert len(samples) + len(reasons) == len(VALUES)
+    assert "old-0-k10" in reasons  # {} fits no field
+    assert all(isinstance(sample.items[0].user, str) for sample in samples.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("../../k.jpg", b"x", "leads out of the archive"),
+        ("a/../../k.jpg", b"x", "leads out of the archive"),
+        ("/etc/k.jpg", b"x", "leads out of the archive"),
+        ("k.jpg", special(tarfile.SYMTYPE, linkname="/etc/passwd"), "'k.jpg': a symbolic link"),
+        ("k.jpg", special(tarfile.LNKTYPE, linkname="good.jpg"), "'k.jpg': a hard link"),
+        ("k.jpg", special(tarfile.CHRTYPE), "'k.jpg': a device"),
+        ("k.json", special(tarfile.FIFOTYPE), "'k.json': a pipe"),
+    ],
+)
+def test_hostile_members(tmp_path, name, content, expected):
+    members = [*GOOD, (name, content)]
+    members += [(name.replace(".jpg", ".json"), QUESTION)] if name.endswith(".jpg") else []
+    samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert list(samples) == ["old-0-good"]
+    (found,) = reasons.values()
+    assert expected in found
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    names = ["\udcff\udcfe", "new\nline", "tab\t", "x" * 3000, "y" * 5000]
+    members = [member for name in names for member in ((f"{name}.jpg", b"picture"), (f"{name}.json", QUESTION))]
+    samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert len(samples) == 4
+    assert (len(reasons), others["count"]) == (0, 2)  # a name of 5,000 characters has lost its ending
+
+
+def archive(tmp_path, num_samples=6):
+    members = [(f"k{i}.{j:03d}.jpg", bytes([i, j]) * 700) for i in range(num_samples) for j in range(3)]
+    members += [(f"k{i}.json", QUESTION | {"frame_count": 3}) for i in range(num_samples)]
+    members.sort()
+    return write_tar(tmp_path / "0.tar", members)
+
+
+def damaged(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    samples, reasons, _ = read_tars(tmp_path / "0.tar")
+    return samples, reasons
+
+
+def test_a_truncated_archive_loses_its_end_only(tmp_path):
+    content = archive(tmp_path).read_bytes()
+    whole, _, _ = read_tars(tmp_path / "0.tar")
+    for size in range(512, len(content) - 2048, 1024):
+        samples, reasons = damaged(tmp_path, content[:size])
+        rest = reasons.pop("old-0")
+        assert rest.startswith("at byte ")
+        assert rest.endswith("bytes, is lost")
+        assert samples.items() <= whole.items()
+        assert len(samples) + len(reasons) == -(-(size // 512) // 15) or len(reasons) == 1
+        assert len(reasons) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda content: b"", "at byte 0: an empty file"),
+        (lambda content: content[:100], "at byte 0: no tar archive"),
+        (lambda content: b"not a tar" * 1000, "at byte 0: no tar archive"),
+        (lambda content: gzip.compress(content), "compressed with gzip, unpack it"),
+        (lambda content: content[:15360] + b"garbage!" * 64 + content[15360:], "at byte 15360: damaged header"),
+        (lambda content: content + b"garbage", "bytes after its end mark"),
+        (lambda content: content + content, "bytes after its end mark"),
+        (lambda content: content[:15360] + bytes(1024) + content[15360:], "at byte 15360: "),
+        (lambda content: content.rstrip(b"\0"), "cut off|without an end mark"),
+    ],
+)
+def test_where_an_archive_breaks_off(tmp_path, change, expected):
+    content = archive(tmp_path).read_bytes()
+    samples, reasons = damaged(tmp_path, change(content))
+    assert any(part in reasons["old-0"] for part in expected.split("|"))
+    assert len(reasons) <= 2
+    assert all(len(sample.parts) == 3 for sample in samples.values())
+
+
+def test_a_huge_extended_header_is_not_read(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**40
+    good = io.BytesIO((write_tar(tmp_path / "0.tar", GOOD)).read_bytes()[:2048]).getvalue()
+    _, reasons = damaged(tmp_path, good + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert f"an extended header of {2**40} bytes" in reasons["old-0"]
+
+
+def test_a_pax_header_decides_name_and_size(tmp_path):
+    long = "k" * 150
+    path = write_tar(tmp_path / "0.tar", [(f"{long}.jpg", b"x"), (f"{long}.json", QUESTION)], tarfile.PAX_FORMAT)
+    content = path.read_bytes()
+    assert damaged(tmp_path, content)[1] == {}
+    for old, new in ((b" path=", b" puth="), (b"\x31\x36", b"\x39\x39"), (b"path=k", b"size=k")):
+        samples, reasons = damaged(tmp_path, content.replace(old, new))
+        assert samples == {} or reasons == {}
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    archive(tmp_path)
+    monkeypatch.setattr("builtins.open", _failing(open))
+    _, reasons, _ = read_tars(tmp_path / "0.tar")
+    assert reasons == {
+        "old-0": "at byte 0: cannot be read (Input/output error); the rest of the archive, 0 bytes, is lost"
+    }
+
+
+def _failing(plain):
+    def fail(path, *arguments, **named):
+        if str(path).endswith(".tar"):
+            raise OSError(5, "Input/output error")
+        return plain(path, *arguments, **named)
+
+    return fail
+
+
+# ---------------------------------------------------------------- random damage, in a process with a limit
+
+
+def base_archives(folder):
+    small = [(f"k{i}.{j:03d}.jpg", bytes([i, j]) * 300) for i in range(3) for j in range(3)]
+    rows = [(f"k{i}.json", QUESTION | {"frame_count": 3, "source": "s", "messages": None}) for i in range(3)]
+    text = [(f"t{i}.json", QUESTION | {"is_text_only": True}) for i in range(6)]
+    long = [
+        ("d" * 120 + f"/k{i}.{suffix}", content) for i in range(3) for suffix, content in (("jpg", b"x"), ("txt", b"y"))
+    ]
+    yield write_tar(folder / "frames.tar", sorted(small + rows))
+    yield write_tar(folder / "text.tar", text)
+    yield write_tar(folder / "gnu.tar", long)
+    yield write_tar(folder / "pax.tar", long, tarfile.PAX_FORMAT)
+
+
+def repaired(content, place):
+    """The header at `place` with a right checksum, so that what was changed in it is believed."""
+    block = bytearray(content[place : place + 512])
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return content[:place] + bytes(block) + content[place + 512 :]
+
+
+def mutate(rng, content):
+    blocks = [place for place in range(0, len(content), 512) if content[place + 257 : place + 262] == b"ustar"]
+    place, kind = rng.choice(blocks), rng.randrange(9)
+    if kind == 0:
+        return content[: rng.randrange(len(content))]
+    if kind == 1:
+        start = rng.randrange(len(content))
+        return content[:start] + rng.randbytes(rng.choice([1, 100, 512, 5000])) + content[start:]
+    if kind == 2:
+        return content[:place] + content[place + 512 * rng.randrange(1, 4) :]
+    if kind == 3:
+        return content[:place] + content[rng.choice(blocks) :]
+    if kind == 4:  # the size of a member, octal or base 256, also negative
+        size = rng.choice([b"%011o\0" % rng.randrange(2**33), rng.randbytes(12), b"\xff" * 12, b"\x80" + b"\x7f" * 11])
+        return repaired(content[: place + 124] + size + content[place + 136 :], place)
+    if kind == 5:  # the type of a member
+        return repaired(
+            content[: place + 156] + rng.choice(b"0123456789xgLKSXVMDN\0A").to_bytes() + content[place + 157 :], place
+        )
+    if kind == 6:  # the name of a member
+        return repaired(content[:place] + rng.randbytes(100) + content[place + 100 :], place)
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 10, 200])):
+        at = rng.randrange(len(content)) if kind == 7 else rng.randrange(place, place + 512)
+        changed[at % len(changed)] ^= 1 << rng.randrange(8)
+    return repaired(bytes(changed), place) if kind == 8 else bytes(changed)
+
+
+def run_mutations(folder):
+    """In the child: every mutation is read; prints how many samples and reasons there were."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY * 2**20, MEMORY * 2**20))
+    bases = [path.read_bytes() for path in base_archives(folder)]
+    counts = {"mutations": 0, "taken": 0, "quarantined": 0, "untouched": 0}
+    for number in range(NUM_MUTATIONS):
+        rng = random.Random(number)
+        (folder / "0.tar").write_bytes(mutate(rng, rng.choice(bases)))
+        samples, reasons, _ = read_tars(folder / "0.tar")  # checks that keys are unique
+        counts["mutations"] += 1
+        counts["taken"] += len(samples)
+        counts["quarantined"] += len(reasons)
+        counts["untouched"] += not reasons
+    print(json.dumps(counts))
+
+
+def test_random_damage(tmp_path):
+    command = [sys.executable, "-c", f"from {__name__} import *; run_mutations(Path({str(tmp_path)!r}))"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["mutations"] == NUM_MUTATIONS
+    assert counts["taken"] > NUM_MUTATIONS
+    assert counts["quarantined"] > NUM_MUTATIONS / 2
+    assert counts["untouched"] < NUM_MUTATIONS / 2

@@ -1,0 +1,422 @@
+"""Existing WebDataset archives: every naming of frames, every field, text without frames, token ids as text again."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline_steps import params, records
+from pipeline_steps.params import UserError
+from pipeline_steps.records import FramePolicy, read_samples
+from pipeline_steps.shards.pack import Settings, pack_shard
+from pipeline_steps.sources import tars
+from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
+from pipeline_steps.tokens.__main__ import read_shard, tokenize_samples
+from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
+from tests.pipeline_steps.archives import entry, read_tars, write_tar
+
+QUESTION = {"user": "What?", "assistant": "A dog."}
+DEFAULT = "You are a helpful AI assistant."
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + DEFAULT + "<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def frames(pattern, count=3, first=0):
+    return [(pattern.format(i), b"frame %d" % i) for i in range(first, first + count)]
+
+
+def only(path, members, **changes):
+    """The one sample of an archive with these members."""
+    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
+    assert reasons == {}
+    (sample,) = samples.values()
+    return sample
+
+
+def reason(path, members, **changes):
+    """Why the one sample of these members is quarantined."""
+    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
+    assert samples == {}
+    (found,) = reasons.values()
+    return found
+
+
+def media_of(sample):
+    content = Path(sample.path).read_bytes()
+    return [content[offset : offset + size] for offset, size in sample.parts]
+
+
+# ---------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["k.{:03d}.jpg", "k_{:03d}.jpg", "k.frame_{:03d}.jpg", "k_frame_{:03d}.jpg", "k/{:03d}.jpg", "k/frame_{:03d}.png"],
+)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_frames_of_a_video(tmp_path, pattern, shuffled):
+    members = [*frames(pattern, 12), ("k.json", QUESTION | {"frame_count": 12, "video_id": "v7"})]
+    members = members[::-1] if shuffled else members
+    sample = only(tmp_path, members, picture_fps=0.5)
+    assert (sample.key, sample.kind, sample.picture_fps, sample.video_id) == ("old-000000-k", "video", 0.5, "v7")
+    assert media_of(sample) == [b"frame %d" % i for i in range(12)]
+    assert sample.sha256 == records.media_sha256(sample.path, sample.parts)
+    assert sample.size == sum(map(len, media_of(sample)))
+    assert sample.num_source_frames == 12
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+def test_a_still(tmp_path, suffix):
+    sample = only(tmp_path, [(f"k.{suffix}", b"picture"), ("k.json", QUESTION)])
+    assert (sample.kind, sample.picture_fps, media_of(sample)) == ("image", None, [b"picture"])
+    assert sample.sha256 == records.media_sha256(sample.path, sample.parts)
+
+
+def test_a_video_file_with_its_text(tmp_path):
+    sample = only(tmp_path, [("k.mp4", b"movie"), ("k.txt", b"A dog."), ("k.json", {"frame_count": 90, "url": "x"})])
+    assert (sample.kind, sample.picture_fps, media_of(sample)) == ("video", None, [b"movie"])
+    assert [(i.user, i.assistant, i.family) for i in sample.items] == [(None, "A dog.", "caption")]
+    sample = only(tmp_path, [("k.mp4", b"movie"), ("k.txt", "Ein Bär.".encode())])
+    assert sample.items[0].assistant == "Ein Bär."
+
+
+def test_members_of_samples_may_be_mixed(tmp_path):
+    names = [f"a/b/{key}" for key in ("x", "y", "z")]
+    members = [member for i in range(4) for key in names for member in frames(key + ".{:03d}.jpg", 1, i)]
+    members += [(f"{key}.json", QUESTION) for key in reversed(names)]
+    samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert reasons == {}
+    assert all(media_of(s) == [b"frame %d" % i for i in range(4)] for s in samples.values())
+    assert len(samples) == 3
+    assert all(key.startswith("old-0-a-b-") for key in samples)
+
+
+def test_numbered_pictures_with_a_json_each_are_stills(tmp_path):
+    members = [m for i in range(3) for m in ((f"clip_{i:03d}.jpg", b"p%d" % i), (f"clip_{i:03d}.json", QUESTION))]
+    samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert [s.kind for s in samples.values()] == ["image"] * 3
+    assert reasons == {}
+
+
+def test_other_members_are_counted(tmp_path):
+    members = [("k.json", QUESTION), ("k.cls", b"3"), ("README", b""), (".x.jpg", b""), ("index.tsv", b"")]
+    samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert (len(samples), reasons) == (1, {})
+    assert others == {"count": 4, "first": ["k.cls", "README", ".x.jpg", "index.tsv"]}
+
+
+def test_long_names_and_pax_headers(tmp_path):
+    name = "d" * 90 + "/" + "k" * 140
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = write_tar(tmp_path / "0.tar", [(f"{name}.jpg", b"picture"), (f"{name}.json", QUESTION)], format)
+        ((key, sample),) = read_tars(path)[0].items()
+        assert media_of(sample) == [b"picture"]
+        assert len(key) < 200
+
+
+def test_a_shard_of_this_pipeline_reads_back(tmp_path):
+    own = {
+        "key": "p-1",
+        "source": "procedural",
+        "split": "test",
+        "video_id": "v",
+        "kind": "video",
+        "frame_count": 3,
+        "duration": 6.0,
+        "num_source_frames": 12,
+        "objects": [{"colour": "red", "place": "top left", "digits": [1], "boxes": [[0, 0, 1, 1]]}],
+        "items": [QUESTION | {"family": "card", "cue": "A", "target": 0}],
+    }
+    members = [*frames("p-1.{:03d}.jpg"), ("p-1.json", own)]
+    sample = only(tmp_path, members)
+    assert (sample.source, sample.split, sample.picture_fps, sample.objects) == ("procedural", "test", 0.5, None)
+    assert (sample.items[0].family, sample.items[0].cue, sample.items[0].target) == ("card", "A", None)
+    whole = only(tmp_path, [*members[:-1], ("p-1.json", own | {"num_source_frames": 3})])
+    assert (whole.items[0].target, whole.objects[0].colour) == (0, "red")
+    stills = only(tmp_path, [*members[:-1], ("p-1.json", own | {"kind": "image", "duration": 0.0})])
+    assert (stills.kind, stills.picture_fps, len(stills.parts)) == ("image", None, 3)
+
+
+# ---------------------------------------------------------------- fields
+
+
+def item_of(tmp_path, contents, with_frames=True, **changes):
+    media = [("k.jpg", b"picture")] if with_frames else []
+    return only(tmp_path, [*media, ("k.json", contents)], **changes).items[0].model_dump(exclude_defaults=True)
+
+
+CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
+PREFERENCE = {"user": "A?", "chosen_assistant": "B.", "rejected_assistant": "No."}
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        ({"user": "A?", "assistant": "B."}, {"user": "A?", "assistant": "B.", "family": "question"}),
+        ({"user": " ", "assistant": "B.", "family": "x"}, {"assistant": "B.", "family": "x"}),
+        ({"caption": "B.", "user": None}, {"assistant": "B.", "family": "caption"}),
+        ({"messages": CHAT}, {"user": "A?", "assistant": "B.", "family": "question"}),
+        ({"messages": MORE}, {"messages": tuple(MORE), "family": "question"}),
+        (PREFERENCE, {"user": "A?", "assistant": "B.", "rejected": "No.", "family": "preference"}),
+        (
+            {"messages": MORE[:3], "chosen_assistant": "D.", "rejected_assistant": "E."},
+            {"messages": tuple(MORE), "rejected": "E.", "family": "preference"},
+        ),
+    ],
+)
+def test_texts_become_an_item(tmp_path, contents, expected):
+    assert item_of(tmp_path, contents) == expected
+
+
+def test_source_split_and_video_id(tmp_path):
+    contents = QUESTION | {"source": "youtube", "yt_id": 17, "split": "val"}
+    sample = only(tmp_path, [("k.json", contents)], split="validation")
+    assert (sample.source, sample.split, sample.video_id) == ("youtube", "validation", "17")
+    sample = only(tmp_path, [("k.json", QUESTION)])
+    assert (sample.source, sample.split, sample.video_id) == ("old", None, sample.key)
+
+
+REFUSED = {
+    "frame count": ([*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})], "frame_count is 8, 3 frames"),
+    "frames are gone": ([("k.json", QUESTION | {"frame_count": 8})], "frame_count 8, 0 frames found"),
+    "frames are promised": ([("k.json", QUESTION | {"has_frames": True})], "says frames, 0 frames found"),
+    "no text only": ([("k.json", QUESTION | {"is_text_only": False})], "says frames, 0 frames found"),
+    "frames are denied": ([("k.jpg", b"x"), ("k.json", QUESTION | {"is_text_only": True})], "no frames, 1 found"),
+    "a hole": ([*frames("k.{:03d}.jpg"), *frames("k.{:03d}.jpg", 1, 4), ("k.json", QUESTION)], "frame 3 is missing"),
+    "a late start": ([*frames("k.{:03d}.jpg", 3, 2), ("k.json", QUESTION)], "frame 0 is missing"),
+    "a frame twice": ([*frames("k.{:03d}.jpg"), ("k.001.png", b"x"), ("k.json", QUESTION)], "frame 1 occurs twice"),
+    "a member twice": ([("k.jpg", b"x"), ("k.jpg", b"x"), ("k.json", QUESTION)], "both 'k.jpg' and 'k.jpg'"),
+    "json twice": ([("k.json", QUESTION), ("k.json", QUESTION)], "both 'k.json' and 'k.json'"),
+    "still and frames": ([("k.jpg", b"x"), ("k.000.jpg", b"x"), ("k.json", QUESTION)], "a picture and numbered"),
+    "still and video": ([("k.jpg", b"x"), ("k.mp4", b"x"), ("k.json", QUESTION)], "a picture and a video file"),
+    "no json": ([("k.jpg", b"x")], "no .json"),
+    "frames without json": (frames("k_{:03d}.jpg"), "no .json"),
+    "dots in the key": ([("v1.2.jpg", b"x"), ("v1.2.json", QUESTION)], "up to its first dot: 'v1'"),
+    "empty picture": ([("k.jpg", b""), ("k.json", QUESTION)], "'k.jpg' is empty"),
+    "no texts": ([("k.jpg", b"x"), ("k.json", {})], "none of user and assistant"),
+    "user only": ([("k.json", {"user": "A?"})], "user without assistant"),
+    "caption without frames": ([("k.json", {"caption": "A dog."})], "without frames and without a question"),
+    "blank answer": ([("k.json", {"user": "A?", "assistant": " \u200b"})], "assistant is blank"),
+    "chat of one": ([("k.json", {"messages": CHAT[:1]})], "from user to assistant, found user"),
+    "empty chat": ([("k.json", {"messages": []})], "found no message"),
+    "blank turn": ([("k.json", {"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]})], "assistant is blank"),
+    "unknown role": ([("k.json", {"messages": [{"role": "tool", "content": "x"}]})], "messages.0.role"),
+    "two answers": ([("k.json", PREFERENCE | {"assistant": "C."})], "assistant and chosen_assistant differ"),
+    "same answers": ([("k.json", PREFERENCE | {"rejected_assistant": "B. "})], "are the same"),
+    "wrong type": ([("k.json", QUESTION | {"user": 3})], "user: Input should be a valid string, found 3"),
+    "family of text": ([("k.jpg", b"x"), ("k.json", QUESTION | {"family": "text"})], "the family 'text'"),
+    "blank source": ([("k.json", QUESTION | {"source": "?"})], "source is '?'"),
+    "token ids": ([("k.json", {"token_ids": [1, 2]})], "give this entry the tokenizer"),
+    "bad items": (
+        [("k.json", {"kind": "text", "split": "test", "duration": 0.0, "items": [{"user": "A?"}]})],
+        "an item has one of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("members", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_contradicts_itself_is_quarantined(tmp_path, members, expected):
+    assert expected in reason(tmp_path, members)
+
+
+# ---------------------------------------------------------------- keys, several archives
+
+
+def test_keys_are_unique_and_stable(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        write_tar(tmp_path / name, [("k.json", QUESTION), ("x/k.json", QUESTION), ("x-k.json", QUESTION)])
+    samples, _, _ = read_tars(tmp_path)
+    assert len(samples) == 9
+    again, _, _ = read_tars(tmp_path, num_processes=2)
+    assert list(again) == list(samples)
+    assert {s.key: s for s in again.values()} == samples
+    write_tar(tmp_path / "a/2.tar", [("k.json", QUESTION)])
+    assert set(samples) < set(read_tars(tmp_path)[0])
+    hashed = tars.make_key("old", "0", "x/k")
+    assert set(read_tars(tmp_path / "a" / "0.tar")[0]) == {"old-0-k", "old-0-x-k", hashed}
+    assert hashed.startswith("old-0-x-k-")
+
+
+def test_paths_of_an_entry(tmp_path):
+    for name in ("train-0.tar", "train-1.tar", "test-0.tar", "sub/train-2.tar"):
+        write_tar(tmp_path / name, [("k.json", QUESTION)])
+    (tmp_path / "notes.txt").touch()
+    names = [name for _, name in tars.find_tars(entry(tmp_path))]
+    assert names == ["sub/train-2", "test-0", "train-0", "train-1"]
+    assert [name for _, name in tars.find_tars(entry(tmp_path / "train-*.tar"))] == ["train-0", "train-1"]
+    assert [name for _, name in tars.find_tars(entry(tmp_path / "*" / "*.tar"))] == ["sub/train-2"]
+    assert tars.find_tars(entry(tmp_path / "test-0.tar")) == [(str(tmp_path / "test-0.tar"), "test-0")]
+    for path in (tmp_path / "no", tmp_path / "no-*.tar", tmp_path / "sub" / "no"):
+        with pytest.raises(UserError, match=f"'old': {path}".replace("*", r"\*")):
+            tars.find_tars(entry(path))
+
+
+# ---------------------------------------------------------------- token ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    """A byte-level BPE of SmolLM2's format, with a chat template that has a system line of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["system\nuser\nassistant\nWhich digits does red show? Hello there."] * 50, trainer)
+    folder = tmp_path_factory.mktemp("language_model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    return folder
+
+
+def ids_of(tokenizer_dir, messages):
+    chat = [{"role": role, "content": content} for role, content in messages]
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).apply_chat_template(chat)["input_ids"]
+
+
+CHATS = [
+    [("user", "Which digits?"), ("assistant", "red: 31415")],
+    [
+        ("system", "Be brief."),
+        ("user", "Hello  there\n\n"),
+        ("assistant", " ünï 視 🎈\ttab"),
+        ("user", "?"),
+        ("assistant", "!"),
+    ],
+    [("user", "user\nassistant\n"), ("assistant", "12 + 3 = 15\r\n- a\n- b")],
+]
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_messages_are_recovered_exactly_from_token_ids(tokenizer_dir, messages):
+    decoder, ids = ChatMLDecoder(tokenizer_dir), ids_of(tokenizer_dir, messages)
+    assert decoder.messages(ids) == messages
+    assert decoder.messages([*ids[:-1], *[decoder.end] * 5]) == messages  # padded, without the last line break
+
+
+def test_token_ids_become_text(tmp_path, tokenizer_dir):
+    ids = ids_of(tokenizer_dir, CHATS[0])
+    contents = {"token_ids": ids, "loss_mask": [0] * len(ids), "source": "cauldron", "frame_count": 1}
+    item = item_of(tmp_path, contents, tokenizer=str(tokenizer_dir))
+    assert item == {"user": "Which digits?", "assistant": "red: 31415", "family": "question"}
+    caption = item_of(tmp_path, contents | {"caption": "red: 31415"}, tokenizer=str(tokenizer_dir))
+    assert caption == {"assistant": "red: 31415", "family": "caption"}  # the old run's prompt is not kept
+    text = item_of(tmp_path, contents | {"user": "A?", "assistant": "B."}, tokenizer=str(tokenizer_dir))
+    assert (text["user"], text["assistant"]) == ("A?", "B.")
+    chat = item_of(
+        tmp_path, {"token_ids": ids_of(tokenizer_dir, CHATS[1])}, with_frames=False, tokenizer=str(tokenizer_dir)
+    )
+    assert [(m["role"], m["content"]) for m in chat["messages"]] == CHATS[1]
+    assert chat["family"] == "text"
+
+
+def test_token_ids_that_are_no_whole_chat(tmp_path, tokenizer_dir):
+    decoder, ids = ChatMLDecoder(tokenizer_dir), ids_of(tokenizer_dir, CHATS[0])
+    start, end = decoder.start, decoder.end
+    for wrong, message in (
+        (ids[:-3], "is cut off: no <|im_end|>"),
+        ([*ids, start], "is cut off"),
+        ([], "token 0 is not <|im_start|>"),
+        (ids[1:], "token 0 is not <|im_start|>"),
+        ([5000], "5000 is not in the tokenizer's vocabulary"),
+        ([-1], "-1 is not in"),
+        ([start, end], "not with a role"),
+        ([*ids, *ids[5:8], *ids], "is text between two turns"),
+        ([start, *(decoder.tokenizer.token_to_id(c) for c in "userĊHi"), end], "its text gives other token ids"),
+    ):
+        with pytest.raises(NotChatML, match=message.replace("|", r"\|")):
+            decoder.messages(wrong)
+    contents = {"token_ids": ids, "loss_mask": [1]}
+    assert "loss_mask has 1 entries" in reason(tmp_path, [("k.json", contents)], tokenizer=str(tokenizer_dir))
+
+
+def test_wrong_tokenizers_stop_the_stage(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+        read_tars(write_tar(tmp_path / "0.tar", [("k.json", QUESTION)]), tokenizer=str(tmp_path))
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"no <\|im_start\|>"):
+        ChatMLDecoder(tmp_path)
+
+
+# ---------------------------------------------------------------- the stage, and the stages after it
+
+
+def section(*entries):
+    content = params.load(params.ROOT / "params.yaml")
+    content["sources"] |= {"collect": ["tars"], "tars": list(entries)}
+    return params.check("test", content).sources
+
+
+def tars_entry(path, **changes):
+    return vars(entry(path, **changes))
+
+
+def test_text_reaches_the_tokens(tmp_path, tokenizer_dir):
+    """JSON alone is a sample: the original project read such archives and delivered nothing of them."""
+    ids = ids_of(tokenizer_dir, CHATS[0])
+    members = [(f"t{i}.json", {"user": f"Question {i}?", "assistant": f"Answer {i}."}) for i in range(20)]
+    members += [("flagged.json", QUESTION | {"is_text_only": True, "has_frames": False, "frame_count": 0})]
+    members += [("ids.json", {"token_ids": ids, "loss_mask": [1] * len(ids), "is_text_only": True})]
+    members += [("chat.json", {"messages": MORE, "source": "smoltalk"})]
+    write_tar(tmp_path / "text.tar", members)
+    summary = collect(section(tars_entry(tmp_path, tokenizer=str(tokenizer_dir))), tmp_path / "raw")
+    assert summary["num_samples"] == 23
+    assert summary["sources"]["old"]["kinds"] == {"text": 22}
+
+    samples = [s.model_copy(update={"split": "train"}) for s in read_samples(tmp_path / "raw" / "index.jsonl")]
+    policy = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+    report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=policy), tmp_path / "packed" / "0")
+    assert report.quarantined == ()
+    packed, _ = read_shard(tmp_path / "packed" / "0.tar", report.shard)
+    prompts = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompts
+    dropped = []
+    rows = tokenize_samples(packed, ChatRenderer(load_tokenizer(tokenizer_dir), "Be brief.", prompts), 512, dropped)
+    assert dropped == []
+    assert {row["key"] for row in rows} == {sample.key for sample in samples}
+    assert all(row["kind"] == "text" and any(row["answer_mask"]) for row in rows)
+    assert {"Answer 7.", "red: 31415", "D.", "A dog."} <= {row["answer"] for row in rows}
+
+
+def test_the_stage_counts_and_limits(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.json", QUESTION), ("b.json", {}), ("c.json", QUESTION), ("d.json", QUESTION)])
+    summary = collect(section(tars_entry(tmp_path, max_quarantined=0.25)), tmp_path / "out" / "raw")
+    found = summary["sources"]["old"]
+    assert (found["seen"], found["taken"], found["quarantined"]["count"]) == (4, 3, 1)
+    assert found["quarantined"]["first"][0]["key"] == "old-0-b"
+    (row,) = (tmp_path / "out" / "raw" / "quarantined.jsonl").read_text().splitlines()
+    assert json.loads(row)["path"] == str(tmp_path / "0.tar")
+    assert sorted(path.name for path in (tmp_path / "out" / "raw").iterdir()) == [
+        "index.jsonl",
+        "quarantined.jsonl",
+        "summary.json",
+    ]
+    with pytest.raises(UserError, match=r"1 of 4 samples of the source 'old'.*\(25.0%\).*\(24.0%\)"):
+        collect(section(tars_entry(tmp_path, max_quarantined=0.24)), tmp_path / "out" / "raw")
+    with pytest.raises(UserError, match=r"sources.tars is empty"):
+        collect(section(), tmp_path / "out" / "raw")
+
+
+def test_the_example_group_shows_valid_entries():
+    content = params.parse("conf/", params.compose(["data=tars"]))
+    entries = params.check("conf/", content).sources.tars
+    assert [entry.name for entry in entries] == ["openvid", "smoltalk", "benchmark"]
+    assert params.check("conf/", content).sources.collect == ["tars"]
+    content["sources"]["tars"][1]["name"] = "openvid"
+    with pytest.raises(UserError, match="two entries of tars have the name 'openvid'"):
+        params.check("conf/", content)
