@@ -80,13 +80,16 @@ def _header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     except tarfile.EmptyHeaderError:
         reason = "it ends without an end mark, what came after is lost" if offset else "an empty file"
     except tarfile.TruncatedHeaderError:
-        reason = "cut off in a header" if offset else "no tar archive"
+        reason = "cut off in a header" if offset else _no_archive(block)
     except tarfile.HeaderError as error:
-        kind = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), None)
-        reason = f"damaged header ({error})" if offset else "no tar archive"
-        if kind and not offset:
-            reason = f"compressed with {kind}, unpack it: media are read at their places in the archive"
+        reason = f"damaged header ({error})" if offset else _no_archive(block)
     raise Damaged(offset, reason)
+
+
+def _no_archive(block: bytes) -> str:
+    kind = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), None)
+    how = "unpack it: media are read at their places in the archive"
+    return f"compressed with {kind}, {how}" if kind else "no tar archive"
 
 
 def _extended(file: BinaryIO, header: tarfile.TarInfo, offset: int, end: int) -> dict[str, str]:

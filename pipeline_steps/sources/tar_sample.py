@@ -5,6 +5,7 @@ docs/data.md lists the fields of {key}.json. What contradicts itself is refused,
 
 import hashlib
 import json
+import re
 from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +18,7 @@ from pipeline_steps.sources.layout import Group, quoted
 MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
 MAX_TEXT = 2**20
 CHUNK = 2**20
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -138,6 +140,8 @@ def _parse(content: bytes) -> dict:
         return fields
 
     parsed = json.loads(content.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
+    if HALF_CHARACTER.search(content):
+        json.dumps(parsed, ensure_ascii=False).encode()  # refuses half of a character that has no other half
     if not isinstance(parsed, dict):
         raise ValueError("it holds no object {...}")
     return parsed

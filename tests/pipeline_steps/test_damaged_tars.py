@@ -41,7 +41,7 @@ def json_cases():
         "field twice": (b'{"user": "A?", "user": "C?", "assistant": "B."}', "the field 'user' is given twice"),
         "not UTF-8": (b'{"user": "\xff", "assistant": "B."}', "no valid JSON: 'utf-8' codec"),
         "UTF-16": ('{"user": "A?"}'.encode("utf-16"), "no valid JSON"),
-        "half a character": (b'{"user": "\\ud800", "assistant": "B."}', "user: Input should be a valid string"),
+        "half a character": (b'{"user": "A\\ud800?", "assistant": "B."}', "no valid JSON: 'utf-8' codec can't encode"),
         "cut": (b'{"user": "A?", "assist', "no valid JSON: Unterminated string"),
         "empty": (b"", "no valid JSON: Expecting value"),
         "zeros": (b"\0" * 100, "no valid JSON"),
@@ -126,13 +126,13 @@ def damaged(tmp_path, content):
 def test_a_truncated_archive_loses_its_end_only(tmp_path):
     content = archive(tmp_path).read_bytes()
     whole, _, _ = read_tars(tmp_path / "0.tar")
-    for size in range(512, len(content) - 2048, 1024):
+    for size in range(512, 6 * 7168, 1024):
         samples, reasons = damaged(tmp_path, content[:size])
         rest = reasons.pop("old-0")
         assert rest.startswith("at byte ")
         assert rest.endswith("bytes, is lost")
         assert samples.items() <= whole.items()
-        assert len(samples) + len(reasons) == -(-(size // 512) // 15) or len(reasons) == 1
+        assert len(samples) + len(reasons) == -(-size // 7168)  # 14 blocks each
         assert len(reasons) <= 1
 
 
@@ -143,10 +143,10 @@ def test_a_truncated_archive_loses_its_end_only(tmp_path):
         (lambda content: content[:100], "at byte 0: no tar archive"),
         (lambda content: b"not a tar" * 1000, "at byte 0: no tar archive"),
         (lambda content: gzip.compress(content), "compressed with gzip, unpack it"),
-        (lambda content: content[:15360] + b"garbage!" * 64 + content[15360:], "at byte 15360: damaged header"),
+        (lambda content: content[:14336] + b"garbage!" * 64 + content[14336:], "at byte 14336: damaged header"),
         (lambda content: content + b"garbage", "bytes after its end mark"),
         (lambda content: content + content, "bytes after its end mark"),
-        (lambda content: content[:15360] + bytes(1024) + content[15360:], "at byte 15360: "),
+        (lambda content: content[:14336] + bytes(1024) + content[14336:], "at byte 14336: "),
         (lambda content: content.rstrip(b"\0"), "cut off|without an end mark"),
     ],
 )
@@ -248,6 +248,7 @@ def mutate(rng, content):
 
 def run_mutations(folder):
     """In the child: every mutation is read; prints how many samples and reasons there were."""
+    folder = Path(folder)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY * 2**20, MEMORY * 2**20))
     bases = [path.read_bytes() for path in base_archives(folder)]
     counts = {"mutations": 0, "taken": 0, "quarantined": 0, "untouched": 0}
@@ -263,7 +264,11 @@ def run_mutations(folder):
 
 
 def test_random_damage(tmp_path):
-    command = [sys.executable, "-c", f"from {__name__} import *; run_mutations(Path({str(tmp_path)!r}))"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.pipeline_steps import test_damaged_tars as t; t.run_mutations({str(tmp_path)!r})",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr

@@ -218,7 +218,7 @@ REFUSED = {
     "token ids": ([("k.json", {"token_ids": [1, 2]})], "give this entry the tokenizer"),
     "bad items": (
         [("k.json", {"kind": "text", "split": "test", "duration": 0.0, "items": [{"user": "A?"}]})],
-        "an item has one of",
+        "family: Field required",
     ),
 }
 
