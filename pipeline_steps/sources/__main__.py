@@ -34,7 +34,7 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
         raise UserError(f"sources.collect lists {repeated[0]} twice: {section.collect}. List every source once.")
     with replaced_folder(output) as partial, open_index(partial) as index:
         if "folder" in section.collect:
-            index.take(section.folder.name, _read_folder(section.folder, index), [], 0.0)
+            index.take(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
         if "tars" in section.collect:
             _take_tars(section.tars, partial, index, num_processes)
         if "procedural" in section.collect:
@@ -44,8 +44,8 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
         return index.finish()
 
 
-def _read_folder(section, index: IndexWriter) -> Iterator[RawSample]:
-    content = folder.read(section.path, section.name)
+def _read_folder(section, partial: Path, index: IndexWriter) -> Iterator[RawSample]:
+    content = folder.read(section.path, section.name, output=partial)
     index.leave(section.name, content.unreferenced)
     yield from content.samples
 

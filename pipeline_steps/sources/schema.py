@@ -78,8 +78,8 @@ class Section(StrictModel):
 
     @model_validator(mode="after")
     def _names_differ(self):
-        names = [entry.name for entry in self.tars]
+        names = ["procedural", "chat", self.folder.name, *(entry.name for entry in self.tars)]
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
-            raise ValueError(f"two entries of tars have the name '{repeated[0]}'")
+            raise ValueError(f"two sources have the name '{repeated[0]}'")
         return self

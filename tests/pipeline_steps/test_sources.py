@@ -321,7 +321,7 @@ ERRORS = {
     "no file_name": ("metadata.jsonl", '{"file": "a.mp4", "caption": "x"}', "columns are caption, file"),
     "question only": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x"}', "columns are file_name, question"),
     "row without text": ("metadata.jsonl", OK + '{"file_name": "a.mp4"}', "line 2.*found no text"),
-    "row without answer": ("metadata.jsonl", OK + '{"file_name": "a.mp4", "question": "x"}', "a question only"),
+    "row without answer": ("metadata.jsonl", OK + '{"file_name": "a.mp4", "question": "x"}', "found question only"),
     "blank caption": ("metadata.jsonl", OK.replace('"x"', '" "'), r"line 1 \(a.mp4\): caption is blank"),
     "blank answer": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x", "answer": ""}', "answer is blank"),
     "invisible caption": ("metadata.jsonl", OK.replace("x", "\\u200b\\u0000"), "caption is blank"),

@@ -418,5 +418,5 @@ def test_the_example_group_shows_valid_entries():
     assert [entry.name for entry in entries] == ["openvid", "smoltalk", "benchmark"]
     assert params.check("conf/", content).sources.collect == ["tars"]
     content["sources"]["tars"][1]["name"] = "openvid"
-    with pytest.raises(UserError, match="two entries of tars have the name 'openvid'"):
+    with pytest.raises(UserError, match="two sources have the name 'openvid'"):
         params.check("conf/", content)

@@ -1,0 +1,129 @@
+"""The items of one row of a folder's metadata: caption, question and answer, chat, options, preference."""
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Message
+
+TEXTS = ("caption", "question", "answer", "rejected")
+
+
+def row_items(metadata: Path, line: int, row: dict, shown: str) -> list[dict]:
+    """One item per caption, per question with its answer or options, and per chat. shown: the row's files.
+
+    UserError for everything that makes no item, with the line number.
+    """
+    where = f"{metadata} line {line} ({shown})"
+    options = _options(where, row) if row.get("options") is not None else None
+    texts = {name: _text(where, name, row[name]) for name in TEXTS if _is_given(row, name, options)}
+    _check_forms(where, row, texts, options)
+    extra = {name: row[name] for name in ("family", "cue", "target") if row.get(name) is not None}
+    _check_extra(where, row, extra, options)
+    rejected = {"rejected": texts["rejected"]} if "rejected" in texts else {}
+    items = []
+    if "caption" in texts:
+        item = {"user": None, "assistant": texts["caption"], "family": "caption"}
+        alone = "question" not in texts and row.get("messages") is None
+        items.append(item | _preferred(rejected) | extra if alone else item)
+    if options is not None:
+        choice = {"options": options, "correct_option": _correct(where, row["answer"], options)}
+        items.append({"user": texts["question"], **choice, "family": "choice", **extra})
+    elif "question" in texts:
+        item = {"user": texts["question"], "assistant": texts["answer"], "family": "question"}
+        items.append(item | _preferred(rejected) | extra)
+    if row.get("messages") is not None:
+        item = {"messages": _messages(where, row["messages"]), "family": "question"}
+        items.append(item | _preferred(rejected) | extra)
+    return items
+
+
+def _is_given(row: dict, name: str, options) -> bool:
+    return row.get(name) is not None and not (name == "answer" and options is not None)  # there it may be a number
+
+
+def _preferred(rejected: dict) -> dict:
+    return rejected and rejected | {"family": "preference"}
+
+
+def _text(where: str, name: str, text) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name} is {text!r}, expected text.")
+    if not any(character.isprintable() and not character.isspace() for character in text):
+        raise UserError(f"{where}: {name} is blank. Write it, or remove the row.")
+    return text
+
+
+def _check_forms(where: str, row: dict, texts: dict, options) -> None:
+    """Question and answer belong together, options are of a question, a chat stands by itself."""
+    answered = "answer" in texts or (options is not None and row.get("answer") is not None)
+    has_chat = row.get("messages") is not None
+    if ("question" in texts) != answered or not (has_chat or "caption" in texts or answered):
+        named = [name for name in (*texts, "options") if name in texts or (name == "options" and options is not None)]
+        found = f"{' and '.join(named)} only" if named else "no text (an empty cell or null is none)"
+        raise UserError(
+            f"{where}: found {found}. Every row needs a caption, or a question and its answer, or messages."
+        )
+    if has_chat and answered:
+        raise UserError(f"{where}: found messages and a question. Write them in two rows.")
+
+
+def _check_extra(where: str, row: dict, extra: dict, options) -> None:
+    if row.get("family") == "text":
+        raise UserError(f"{where}: the family 'text' is kept for samples without media. Give this one another name.")
+    if row.get("family") == "*":
+        raise UserError(f"{where}: the family '*' stands for all families in mixtures. Give this one another name.")
+    if isinstance(row.get("family"), str) and not row["family"].strip():
+        raise UserError(f"{where}: family is blank. Name it, or leave it out.")
+    if "cue" in extra and (options is not None or row.get("messages") is not None):
+        raise UserError(f"{where}: a cue is the beginning of an answer, options and messages have none. Remove it.")
+    if options is not None and row.get("rejected") is not None:
+        raise UserError(f"{where}: found options and rejected. An answer to choose has no rejected one: remove it.")
+
+
+def _options(where: str, row: dict) -> tuple[str, ...]:
+    options = row["options"]
+    if not isinstance(options, list) or len(options) < 2:
+        raise UserError(f"{where}: options are {str(options)[:100]}, expected a list of two texts or more.")
+    options = tuple(_text(where, "an option", option) for option in options)
+    repeated = next((option for option in options if options.count(option) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{where}: the option {repeated!r} is there twice. An answer must be one of them.")
+    return options
+
+
+def _correct(where: str, answer, options: tuple[str, ...]) -> int:
+    """The index of the right option: `answer` is its text, or, if it is no option's text, its number from 0."""
+    if answer in options:
+        return options.index(answer)
+    number = int(answer) if isinstance(answer, str) and answer.isascii() and answer.isdigit() else answer
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(options):
+        return number
+    known = json.dumps(options, ensure_ascii=False)[:200]
+    raise UserError(
+        f"{where}: the answer {answer!r} is none of the options {known} and no number from 0 to {len(options) - 1}."
+    )
+
+
+def _messages(where: str, messages) -> tuple[Message, ...]:
+    """The chat, from a user's message to an assistant's, a system line before it if any."""
+    if not isinstance(messages, list):
+        raise UserError(
+            f'{where}: messages is {str(messages)[:50]!r}, expected [{{"role": ..., "content": ...}}, ...].'
+        )
+    chat = []
+    for number, message in enumerate(messages):
+        try:
+            chat.append(Message.model_validate(message))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, ("messages", number, *first["loc"])))
+            raise UserError(f"{where}: {place}: {first['msg']}, found {str(first['input'])[:100]!r}.") from None
+        _text(where, f"message {number}", chat[-1].content)
+    roles = [message.role for message in chat]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
+        raise UserError(f"{where}: a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}.")
+    return tuple(chat)
