@@ -6,6 +6,7 @@ docs/data.md lists the fields of {key}.json. What contradicts itself is refused,
 import hashlib
 import json
 import re
+from collections import Counter
 from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +18,7 @@ from pipeline_steps.sources.layout import Group, quoted
 
 MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
 MAX_TEXT = 2**20
+MAX_ENTRIES = 20_000  # of a list in `items` and `objects`: every wrong one would be a message in memory
 CHUNK = 2**20
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 Name = Annotated[str, Field(max_length=200)]
@@ -38,11 +40,11 @@ class PackedFields(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
-    items: Annotated[list[dict], Field(min_length=1)]
+    items: Annotated[list[dict], Field(min_length=1, fail_fast=True)]
     kind: Kind
     split: Split
     duration: Annotated[float, Field(ge=0)]
-    objects: list[dict] | None = None
+    objects: Annotated[list[dict], Field(fail_fast=True)] | None = None
     num_source_frames: Count | None = None
 
 
@@ -56,9 +58,9 @@ class Contents(BaseModel):
     chosen_assistant: str | None = None
     rejected_assistant: str | None = None
     caption: str | None = None
-    messages: list[ChatMessage] | None = None
-    token_ids: list[int] | None = None
-    loss_mask: list[float] | None = None  # its length only
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+    token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    loss_mask: Annotated[list[float], Field(fail_fast=True)] | None = None  # its length only
     source: Name | None = None
     family: Name | None = None
     video_id: Name | int | None = None
@@ -135,8 +137,8 @@ def _parse(content: bytes) -> dict:
     def unique(pairs):
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)[:50]!r} is given twice")
+            repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ValueError(f"the field {repeated[:50]!r} is given twice")
         return fields
 
     parsed = json.loads(content.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
@@ -243,6 +245,12 @@ def _video_id(contents: Contents, key: str) -> str:
 
 def _own_items(own: PackedFields, count: int) -> dict:
     """Items, and objects if they tell about the stored frames and not about others."""
+    for thing in (*own.items, *(own.objects or ())):
+        long = next(
+            (name for name, value in thing.items() if isinstance(value, list) and len(value) > MAX_ENTRIES), None
+        )
+        if long is not None:
+            raise Refused(f"{long[:50]!r} has {len(thing[long])} entries, at most {MAX_ENTRIES} are read")
     items = [Item.model_validate(item) for item in own.items]
     for item in items:
         for text in (item.user, item.assistant, item.rejected, *(message.content for message in item.messages or ())):

@@ -130,17 +130,21 @@ def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
         report.quarantined.append(Quarantined(key=key, source=entry.name, path=tar, reason=reason))
 
     try:
-        with open(tar, "rb") as file:
-            damage = _list_members(file, layout)
-            for group in layout.samples():
-                key = make_key(entry.name, name, group.key)
-                try:
-                    yield make_sample(group, file, tar, key, entry, chat_decoder)
-                except Refused as error:
-                    quarantine(key, str(error))
-            size = os.fstat(file.fileno()).st_size
+        file = open(tar, "rb")  # noqa: SIM115 (closed below; other errors than of opening it are not meant here)
     except OSError as error:
-        damage, size = Damaged(0, f"cannot be read ({error.strerror})"), 0
+        quarantine(make_key(entry.name, name, ""), f"cannot be opened ({error.strerror})")
+        return
+    with file:
+        damage = _list_members(file, layout)
+        for group in layout.samples():
+            key = make_key(entry.name, name, group.key)
+            try:
+                yield make_sample(group, file, tar, key, entry, chat_decoder)
+            except Refused as error:
+                quarantine(key, str(error))
+            except OSError as error:
+                quarantine(key, f"cannot be read ({error.strerror})")
+        size = os.fstat(file.fileno()).st_size
     if damage is not None:
         rest = f"the rest of the archive, {max(size - damage.offset, 0)} bytes, is lost"
         quarantine(make_key(entry.name, name, ""), f"at byte {damage.offset}: {damage.reason}; {rest}")
@@ -152,11 +156,14 @@ def _list_members(file, layout: Layout) -> Damaged | None:
     try:
         for member in members(file):
             layout.add(member)
-    except Damaged as damage:
-        if layout.last is not None:  # members of this sample may be among what is lost
-            layout.last.complain("the archive breaks off after this sample or within it")
-        return damage
-    return None
+        return None
+    except Damaged as error:
+        damage = error
+    except OSError as error:
+        damage = Damaged(file.tell(), f"cannot be read ({error.strerror})")
+    if layout.last is not None:  # members of this sample may be among what is lost
+        layout.last.complain("the archive breaks off after this sample or within it")
+    return damage
 
 
 def make_key(source: str, tar: str, key: str) -> str:

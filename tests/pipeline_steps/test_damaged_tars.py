@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline_steps.params import ROOT
+from pipeline_steps.sources import tars
 from pipeline_steps.sources.tar_sample import MAX_JSON
 from tests.pipeline_steps.archives import read_tars, write_tar
 
@@ -176,22 +177,52 @@ def test_a_pax_header_decides_name_and_size(tmp_path):
         assert samples == {} or reasons == {}
 
 
-def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
     archive(tmp_path)
-    monkeypatch.setattr("builtins.open", _failing(open))
+    monkeypatch.setattr(tars, "open", _failing(open), raising=False)
     _, reasons, _ = read_tars(tmp_path / "0.tar")
-    assert reasons == {
-        "old-0": "at byte 0: cannot be read (Input/output error); the rest of the archive, 0 bytes, is lost"
-    }
+    assert reasons == {"old-0": "cannot be opened (Permission denied)"}
 
 
 def _failing(plain):
     def fail(path, *arguments, **named):
         if str(path).endswith(".tar"):
-            raise OSError(5, "Input/output error")
+            raise PermissionError(13, "Permission denied")
         return plain(path, *arguments, **named)
 
     return fail
+
+
+class Unreadable(io.FileIO):
+    """A disk that gives nothing between two bytes."""
+
+    def __init__(self, path, mode, first=14336, last=21504):
+        super().__init__(path, "rb")
+        self.first, self.last = first, last
+
+    def read(self, size=-1):
+        if self.first <= self.tell() < self.last:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [(14336, {"old-0": "at byte 14336: "}), (14336 + 512, {"old-0-k2": ""})]
+)
+def test_a_place_that_cannot_be_read(tmp_path, monkeypatch, first, expected):
+    archive(tmp_path)
+    plain = open
+
+    def unreadable(path, *arguments, **named):
+        if str(path).endswith(".tar"):
+            return Unreadable(path, "rb", first, first + 1)
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr(tars, "open", unreadable, raising=False)
+    samples, reasons, _ = read_tars(tmp_path / "0.tar")
+    for key, reason in expected.items():
+        assert reasons[key].startswith(reason + "cannot be read (Input/output error)")
+    assert len(samples) + len(reasons) == (3 if "old-0" in expected else 6)
 
 
 # ---------------------------------------------------------------- random damage, in a process with a limit
@@ -246,6 +277,30 @@ def mutate(rng, content):
     return repaired(bytes(changed), place) if kind == 8 else bytes(changed)
 
 
+def costly_json():
+    """What takes far more memory or time than its size says, if one is careless. All within the limit of size."""
+    many = b",".join(b'"%d":0' % i for i in range(MAX_JSON // 12))
+    zeros = b"0," * (MAX_JSON // 2 - 200)
+    own = b'{"kind": "text", "split": "test", "duration": 0.0, "items": [{"family": "x", "user": "A?", '
+    yield b"{" + many + b"," + many[:5] + b"}"
+    yield b'{"x": [' + b"[]," * (MAX_JSON // 3 - 100) + b"0]}"
+    yield b'{"x": [' + b"{}," * (MAX_JSON // 3 - 100) + b"0]}"
+    yield b'{"messages": [' + zeros + b"0]}"
+    yield b'{"messages": [' + b"{}," * (MAX_JSON // 3 - 100) + b"{}]}"
+    yield b'{"token_ids": [' + b'"",' * (MAX_JSON // 3 - 100) + b"0]}"
+    yield b'{"items": [' + zeros + b"0]}"
+    yield own + b'"options": [' + zeros + b"0]}]}"
+    yield own + b'"messages": [' + zeros + b"0]}]}"
+    yield b'{"user": "' + b"\\ud83d\\ude00" * (MAX_JSON // 12 - 10) + b'"}'
+
+
+def run_costly_json(folder):
+    """In the child: prints the reasons."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY * 2**20, MEMORY * 2**20))
+    path = write_tar(Path(folder) / "0.tar", [(f"k{i}.json", content) for i, content in enumerate(costly_json())])
+    print(json.dumps(read_tars(path)[1]))
+
+
 def run_mutations(folder):
     """In the child: every mutation is read; prints how many samples and reasons there were."""
     folder = Path(folder)
@@ -263,16 +318,20 @@ def run_mutations(folder):
     print(json.dumps(counts))
 
 
-def test_random_damage(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        f"from tests.pipeline_steps import test_damaged_tars as t; t.run_mutations({str(tmp_path)!r})",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def run_child(function, folder):
+    code = f"from tests.pipeline_steps import test_damaged_tars as t; t.{function.__name__}({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    counts = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_costly_json(tmp_path):
+    assert len(run_child(run_costly_json, tmp_path)) == len(list(costly_json()))
+
+
+def test_random_damage(tmp_path):
+    counts = run_child(run_mutations, tmp_path)
     assert counts["mutations"] == NUM_MUTATIONS
     assert counts["taken"] > NUM_MUTATIONS
     assert counts["quarantined"] > NUM_MUTATIONS / 2
