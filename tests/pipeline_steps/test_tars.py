@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline_steps import params, records
 from pipeline_steps.params import UserError
-from pipeline_steps.records import FramePolicy, read_samples
+from pipeline_steps.records import FramePolicy, RawSample, read_samples
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect
@@ -18,8 +18,12 @@ from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from pipeline_steps.tokens.__main__ import read_shard, tokenize_samples
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from tests.pipeline_steps.archives import entry, read_tars, write_tar
+from tests.pipeline_steps.clips import grey_frames, index_row, text_row, write_clip, write_image
 
 QUESTION = {"user": "What?", "assistant": "A dog."}
+POLICY = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
 DEFAULT = "You are a helpful AI assistant."
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -145,6 +149,26 @@ def test_a_shard_of_this_pipeline_reads_back(tmp_path):
     assert (stills.kind, stills.picture_fps, len(stills.parts)) == ("image", None, 3)
 
 
+def test_what_the_stage_shards_writes_reads_back(tmp_path):
+    raw = tmp_path / "raw"
+    write_clip(raw / "clip.mp4", grey_frames(8), fps=2)
+    write_image(raw / "still.jpg", grey_frames(1)[0])
+    chat = [{"messages": MORE, "family": "x", "rejected": "No."}]
+    choice = [{"user": "A?", "options": ["b", "c"], "correct_option": 1, "family": "choice"}]
+    rows = [index_row(raw, "clip.mp4", items=choice, split="test"), text_row("t", "A?", "B.", split="test")]
+    rows.append(index_row(raw, "still.jpg", kind="image", items=chat, split="test"))
+    samples = [RawSample.model_validate(row) for row in rows]
+    pack_shard(samples, Settings(raw_dir=str(raw), frames=POLICY), tmp_path / "packed" / "000000")
+    found, reasons, others = read_tars(tmp_path / "packed")
+    assert (reasons, others["count"]) == ({}, 0)
+    for sample in samples:
+        (again,) = (s for s in found.values() if s.video_id == sample.video_id)
+        assert (again.source, again.split, again.kind) == (sample.source, "test", sample.kind)
+        assert again.items == sample.items
+    video = next(s for s in found.values() if s.kind == "video")
+    assert (len(video.parts), video.picture_fps) == (4, 1.0)  # 4 frames of 4 seconds
+
+
 # ---------------------------------------------------------------- fields
 
 
@@ -153,8 +177,6 @@ def item_of(tmp_path, contents, with_frames=True, **changes):
     return only(tmp_path, [*media, ("k.json", contents)], **changes).items[0].model_dump(exclude_defaults=True)
 
 
-CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
-MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
 PREFERENCE = {"user": "A?", "chosen_assistant": "B.", "rejected_assistant": "No."}
 
 
@@ -380,8 +402,7 @@ def test_text_reaches_the_tokens(tmp_path, tokenizer_dir):
     assert summary["sources"]["old"]["kinds"] == {"text": 22}
 
     samples = [s.model_copy(update={"split": "train"}) for s in read_samples(tmp_path / "raw" / "index.jsonl")]
-    policy = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
-    report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=policy), tmp_path / "packed" / "0")
+    report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=POLICY), tmp_path / "packed" / "0")
     assert report.quarantined == ()
     packed, _ = read_shard(tmp_path / "packed" / "0.tar", report.shard)
     prompts = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompts
