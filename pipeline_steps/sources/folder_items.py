@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pipeline_steps.choices import LETTERS
 from pipeline_steps.params import UserError
 from pipeline_steps.records import Message
 
@@ -85,9 +86,9 @@ def _check_extra(where: str, row: dict, extra: dict, options) -> None:
 
 def _options(where: str, row: dict) -> tuple[str, ...]:
     options = row["options"]
-    if not isinstance(options, list) or len(options) < 2:
-        raise UserError(f"{where}: options are {str(options)[:100]}, expected a list of two texts or more.")
-    options = tuple(_text(where, "an option", option) for option in options)
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise UserError(f"{where}: options are {str(options)[:100]}, expected a list of 2 to {len(LETTERS)} texts.")
+    options = tuple(_text(where, "an option", option).strip() for option in options)
     repeated = next((option for option in options if options.count(option) > 1), None)
     if repeated is not None:
         raise UserError(f"{where}: the option {repeated!r} is there twice. An answer must be one of them.")
@@ -96,8 +97,8 @@ def _options(where: str, row: dict) -> tuple[str, ...]:
 
 def _correct(where: str, answer, options: tuple[str, ...]) -> int:
     """The index of the right option: `answer` is its text, or, if it is no option's text, its number from 0."""
-    if answer in options:
-        return options.index(answer)
+    if isinstance(answer, str) and answer.strip() in options:
+        return options.index(answer.strip())
     number = int(answer) if isinstance(answer, str) and answer.isascii() and answer.isdigit() else answer
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(options):
         return number

@@ -11,6 +11,7 @@ from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline_steps.choices import LETTERS
 from pipeline_steps.records import Count, Item, Kind, Message, RawSample, SceneObject, Split, slug
 from pipeline_steps.sources.archive import Member
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
@@ -253,8 +254,15 @@ def _own_items(own: PackedFields, count: int) -> dict:
             raise Refused(f"{long[:50]!r} has {len(thing[long])} entries, at most {MAX_ENTRIES} are read")
     items = [Item.model_validate(item) for item in own.items]
     for item in items:
-        for text in (item.user, item.assistant, item.rejected, *(message.content for message in item.messages or ())):
+        turns = [(message.role, message.content) for message in item.messages or ()]
+        for text in (item.user, item.assistant, item.rejected, *(item.options or ())):
             _check_text("items", text)
+        if item.messages is not None:
+            _check_turns(turns)
+        elif item.user is None and not count:
+            raise Refused("an answer without frames and without a question")
+        if len(item.options or ()) > len(LETTERS):
+            raise Refused(f"{len(item.options)} options, at most {len(LETTERS)} have a letter")
     if own.objects is not None and own.num_source_frames == count:
         return {"items": items, "objects": [SceneObject.model_validate(thing) for thing in own.objects]}
     return {"items": [item.model_copy(update={"target": None}) for item in items]}
@@ -324,13 +332,8 @@ def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Content
         raise Refused("the last of messages differs from the answer beside it")
     if contents.user is not None and ("user", contents.user) not in messages:
         raise Refused("user is not in messages")
-    for role, content in messages:
-        _check_text(role, content)
-    roles = [role for role, _ in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
-        raise Refused(f"a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}")
-    if roles != ["user", "assistant"]:
+    _check_turns(messages)
+    if [role for role, _ in messages] != ["user", "assistant"]:
         chat = tuple(Message(role=role, content=content) for role, content in messages)
         return {"messages": chat, "family": "question"}
     question, answer = messages[0][1], messages[1][1]
@@ -338,6 +341,15 @@ def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Content
     if is_caption and contents.token_ids is not None and contents.messages is None:
         return {"assistant": answer, "family": "caption"}  # the question was the old run's prompt
     return {"user": question, "assistant": answer, "family": "question"}
+
+
+def _check_turns(messages: list[tuple[str, str]]) -> None:
+    for role, content in messages:
+        _check_text(role, content)
+    roles = [role for role, _ in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
+        raise Refused(f"a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}")
 
 
 def _check_text(name: str, text: str | None) -> None:

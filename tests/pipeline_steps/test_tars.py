@@ -1,10 +1,12 @@
 """Existing WebDataset archives: every naming of frames, every field, text without frames, token ids as text again."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,10 +17,11 @@ from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
-from pipeline_steps.tokens.__main__ import read_shard, tokenize_samples
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
+from pipeline_steps.tokens.rows import tokenize_samples
+from pipeline_steps.tokens.shard import read_shard
 from tests.pipeline_steps.archives import entry, read_tars, write_tar
-from tests.pipeline_steps.clips import grey_frames, index_row, text_row, write_clip, write_image
+from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image
 
 QUESTION = {"user": "What?", "assistant": "A dog."}
 POLICY = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
@@ -207,6 +210,8 @@ def test_source_split_and_video_id(tmp_path):
     assert (sample.source, sample.split, sample.video_id) == ("old", None, sample.key)
 
 
+OWN = {"kind": "text", "split": "test", "duration": 0.0}
+MANY_OPTIONS = {"user": "A?", "options": [f"o{i}" for i in range(27)], "correct_option": 0, "family": "x"}
 REFUSED = {
     "frame count": ([*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})], "frame_count is 8, 3 frames"),
     "frames are gone": ([("k.json", QUESTION | {"frame_count": 8})], "frame_count 8, 0 frames found"),
@@ -405,13 +410,39 @@ def test_text_reaches_the_tokens(tmp_path, tokenizer_dir):
     report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=POLICY), tmp_path / "packed" / "0")
     assert report.quarantined == ()
     packed, _ = read_shard(tmp_path / "packed" / "0.tar", report.shard)
-    prompts = params.read(params.ROOT / "params.yaml", "tokens").tokens.prompts
-    dropped = []
-    rows = tokenize_samples(packed, ChatRenderer(load_tokenizer(tokenizer_dir), "Be brief.", prompts), 512, dropped)
-    assert dropped == []
+    tokens = params.read(params.ROOT / "params.yaml", "tokens").tokens
+    outcome = tokenize_samples(packed, ChatRenderer(load_tokenizer(tokenizer_dir), tokens), 512)
+    assert (outcome.dropped, outcome.truncated) == ([], [])
+    rows = outcome.rows
     assert {row["key"] for row in rows} == {sample.key for sample in samples}
     assert all(row["kind"] == "text" and any(row["answer_mask"]) for row in rows)
     assert {"Answer 7.", "red: 31415", "D.", "A dog."} <= {row["answer"] for row in rows}
+
+
+def test_pictures_and_videos_reach_the_shards(tmp_path):
+    """Frame i of a video that is stored as pictures is grey in its own shade: the right ones arrive, in their order."""
+
+    def jpeg(pixels):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        return buffer.getvalue()
+
+    pictures = [(f"clip_{i:03d}.jpg", jpeg(frame)) for i, frame in enumerate(grey_frames(8))]
+    movie = write_clip(tmp_path / "movie.mp4", grey_frames(8), fps=1).read_bytes()
+    members = [*reversed(pictures), ("clip.json", QUESTION | {"frame_count": 8}), ("movie.mp4", movie)]
+    members += [("movie.txt", b"Grey."), ("still.jpg", jpeg(grey_frames(8)[5])), ("still.json", QUESTION)]
+    found, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members), picture_fps=1.0)
+    assert reasons == {}
+    samples = [sample.model_copy(update={"split": "train"}) for sample in found.values()]
+    report = pack_shard(samples, Settings(raw_dir=str(tmp_path), frames=POLICY), tmp_path / "packed" / "0")
+    assert report.quarantined == ()
+    frames = {}
+    with tarfile.open(tmp_path / "packed" / "0.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                frames.setdefault(member.name.split(".")[0], []).append(index_of(image, 8))
+    assert frames == {"old-0-clip": [1, 3, 5, 7], "old-0-movie": [1, 3, 5, 7], "old-0-still": [5]}
 
 
 def test_the_stage_counts_and_limits(tmp_path):
