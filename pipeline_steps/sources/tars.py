@@ -11,6 +11,7 @@ import glob
 import hashlib
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,7 @@ class Report:
     quarantined: list[Quarantined] = field(default_factory=list)
     num_others: int = 0  # members that belong to no sample
     others: list[str] = field(default_factory=list)  # the first names of them
+    damage: str | None = None  # where and why the archive breaks off
 
 
 def read(
@@ -58,13 +60,25 @@ def read(
         jobs = [(tar, name, Path(scratch) / f"{number}.jsonl") for number, (tar, name) in enumerate(tars)]
         work = partial(_work, entry)
         progress = tqdm(_parallel(work, jobs, num_processes), entry.name, len(jobs), unit="tar", mininterval=1)
-        for (_, _, rows), report in zip(jobs, progress, strict=True):
+        damaged = []
+        for (tar, _, rows), report in zip(jobs, progress, strict=True):
+            damaged += [f"  {tar}: {report.damage}"] if report.damage else []
             quarantined += report.quarantined
             leave(entry.name, report.others, report.num_others)
             with open(rows, encoding="utf-8") as lines:
                 for line in lines:
                     yield parse(RawSample, line, rows)
             rows.unlink()
+    _tell(entry.name, damaged, len(tars))
+
+
+def _tell(name: str, damaged: list[str], num_tars: int) -> None:
+    if not damaged:
+        return
+    lines = [f"{name}: {len(damaged)} of {num_tars} archives cannot be read to their end. How many samples are lost"]
+    lines[0] += " there is not known, each counts as one:"
+    lines += damaged[:MAX_LISTED] + [f"  ... and {len(damaged) - MAX_LISTED} more"] * (len(damaged) > MAX_LISTED)
+    print("\n".join(lines), file=sys.stderr)
 
 
 def find_tars(entry) -> list[tuple[str, str]]:
@@ -132,7 +146,8 @@ def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
     try:
         file = open(tar, "rb")  # noqa: SIM115 (closed below; other errors than of opening it are not meant here)
     except OSError as error:
-        quarantine(make_key(entry.name, name, ""), f"cannot be opened ({error.strerror})")
+        report.damage = f"cannot be opened ({error.strerror})"
+        quarantine(make_key(entry.name, name, ""), report.damage)
         return
     with file:
         damage = _list_members(file, layout)
@@ -147,7 +162,8 @@ def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
         size = os.fstat(file.fileno()).st_size
     if damage is not None:
         rest = f"the rest of the archive, {max(size - damage.offset, 0)} bytes, is lost"
-        quarantine(make_key(entry.name, name, ""), f"at byte {damage.offset}: {damage.reason}; {rest}")
+        report.damage = f"at byte {damage.offset}: {damage.reason}; {rest}"
+        quarantine(make_key(entry.name, name, ""), report.damage)
     report.num_others, report.others = layout.num_others, layout.others
 
 

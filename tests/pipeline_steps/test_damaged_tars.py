@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_steps.params import ROOT
+from pipeline_steps.params import ROOT, UserError
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.tar_sample import MAX_JSON
 from tests.pipeline_steps.archives import read_tars, write_tar
@@ -157,6 +159,29 @@ def test_where_an_archive_breaks_off(tmp_path, change, expected):
     assert any(part in reasons["old-0"] for part in expected.split("|"))
     assert len(reasons) <= 2
     assert all(len(sample.parts) == 3 for sample in samples.values())
+
+
+def test_archives_that_break_off_are_named(tmp_path, capsys):
+    content = archive(tmp_path).read_bytes()
+    for number in range(12):
+        (tmp_path / f"{number:02d}.tar").write_bytes(content[:20000] if number else content)
+    read_tars(tmp_path)
+    printed = capsys.readouterr().err
+    assert "old: 11 of 13 archives cannot be read to their end" in printed
+    assert f"  {tmp_path / '10.tar'}: at byte 18432: cut off after" in printed
+    assert "  ... and 1 more" in printed
+
+
+def _dies(entry, job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_stops_the_stage(tmp_path, monkeypatch):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", GOOD)
+    monkeypatch.setattr(tars, "_work", _dies)
+    with pytest.raises(UserError, match="was killed, probably for lack of memory"):
+        read_tars(tmp_path, num_processes=2)
 
 
 def test_a_huge_extended_header_is_not_read(tmp_path):
