@@ -345,7 +345,7 @@ def run_mutations(folder):
 
 def run_child(function, folder):
     code = f"from tests.pipeline_steps import test_damaged_tars as t; t.{function.__name__}({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from pipeline_steps import params, records
 from pipeline_steps.params import UserError
@@ -16,24 +14,18 @@ from pipeline_steps.records import FramePolicy, RawSample, read_samples
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from pipeline_steps.tokens.shard import read_shard
 from tests.pipeline_steps.archives import entry, read_tars, write_tar
+from tests.pipeline_steps.chats import save_tokenizer
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image
+from tests.pipeline_steps.test_chatml import CHATS, ids_of
 
 QUESTION = {"user": "What?", "assistant": "A dog."}
 POLICY = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
-DEFAULT = "You are a helpful AI assistant."
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\n" + DEFAULT + "<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def frames(pattern, count=3, first=0):
@@ -292,49 +284,7 @@ def test_paths_of_an_entry(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    """A byte-level BPE of SmolLM2's format, with a chat template that has a system line of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["system\nuser\nassistant\nWhich digits does red show? Hello there."] * 50, trainer)
-    folder = tmp_path_factory.mktemp("language_model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    return folder
-
-
-def ids_of(tokenizer_dir, messages):
-    chat = [{"role": role, "content": content} for role, content in messages]
-    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).apply_chat_template(chat)["input_ids"]
-
-
-CHATS = [
-    [("user", "Which digits?"), ("assistant", "red: 31415")],
-    [
-        ("system", "Be brief."),
-        ("user", "Hello  there\n\n"),
-        ("assistant", " ünï 視 🎈\ttab"),
-        ("user", "?"),
-        ("assistant", "!"),
-    ],
-    [("user", "user\nassistant\n"), ("assistant", "12 + 3 = 15\r\n- a\n- b")],
-]
-
-
-@pytest.mark.parametrize("messages", CHATS)
-def test_messages_are_recovered_exactly_from_token_ids(tokenizer_dir, messages):
-    decoder, ids = ChatMLDecoder(tokenizer_dir), ids_of(tokenizer_dir, messages)
-    assert decoder.messages(ids) == messages
-    assert decoder.messages([*ids[:-1], *[decoder.end] * 5]) == messages  # padded, without the last line break
+    return save_tokenizer(tmp_path_factory.mktemp("language_model"), "smollm2")
 
 
 def test_token_ids_become_text(tmp_path, tokenizer_dir):
@@ -353,22 +303,8 @@ def test_token_ids_become_text(tmp_path, tokenizer_dir):
     assert chat["family"] == "text"
 
 
-def test_token_ids_that_are_no_whole_chat(tmp_path, tokenizer_dir):
-    decoder, ids = ChatMLDecoder(tokenizer_dir), ids_of(tokenizer_dir, CHATS[0])
-    start, end = decoder.start, decoder.end
-    for wrong, message in (
-        (ids[:-3], "is cut off: no <|im_end|>"),
-        ([*ids, start], "is cut off"),
-        ([], "token 0 is not <|im_start|>"),
-        (ids[1:], "token 0 is not <|im_start|>"),
-        ([5000], "5000 is not in the tokenizer's vocabulary"),
-        ([-1], "-1 is not in"),
-        ([start, end], "not with a role"),
-        ([*ids, *ids[5:8], *ids], "is text between two turns"),
-        ([start, *(decoder.tokenizer.token_to_id(c) for c in "userĊHi"), end], "its text gives other token ids"),
-    ):
-        with pytest.raises(NotChatML, match=message.replace("|", r"\|")):
-            decoder.messages(wrong)
+def test_token_ids_that_do_not_fit(tmp_path, tokenizer_dir):
+    ids = ids_of(tokenizer_dir, CHATS[0])
     contents = {"token_ids": ids, "loss_mask": [1]}
     assert "loss_mask has 1 entries" in reason(tmp_path, [("k.json", contents)], tokenizer=str(tokenizer_dir))
 
@@ -376,9 +312,6 @@ def test_token_ids_that_are_no_whole_chat(tmp_path, tokenizer_dir):
 def test_wrong_tokenizers_stop_the_stage(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
         read_tars(write_tar(tmp_path / "0.tar", [("k.json", QUESTION)]), tokenizer=str(tmp_path))
-    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"no <\|im_start\|>"):
-        ChatMLDecoder(tmp_path)
 
 
 # ---------------------------------------------------------------- the stage, and the stages after it
