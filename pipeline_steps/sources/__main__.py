@@ -18,6 +18,7 @@ from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import RawSample, replaced_folder
 from pipeline_steps.sources import chat, folder, procedural, tars
+from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
 PARAMS = ("sources",)
@@ -32,11 +33,15 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
     repeated = [name for name, count in Counter(section.collect).items() if count > 1]
     if repeated:
         raise UserError(f"sources.collect lists {repeated[0]} twice: {section.collect}. List every source once.")
+    hub_entries = hub.entries(section)  # first: the user's mistakes show at once
     with replaced_folder(output) as partial, open_index(partial) as index:
         if "folder" in section.collect:
             index.take(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
         if "tars" in section.collect:
             _take_tars(section.tars, partial, index, num_processes)
+        for entry in hub_entries:
+            quarantined = []
+            index.take(entry.dataset, hub.read(entry, partial, quarantined), quarantined, 1.0)  # it has its own limit
         if "procedural" in section.collect:
             index.take("procedural", _render(section.procedural, partial, num_processes), [], 0.0)
         if "chat" in section.collect:

@@ -69,16 +69,44 @@ class Tars(StrictModel):
     max_quarantined: float = Field(ge=0, le=1)  # share of the samples
 
 
+class HubEntry(StrictModel):
+    """One published data set."""
+
+    dataset: Literal[
+        "openvid",
+        "webvid",
+        "cauldron",
+        "smoltalk",
+        "llava_video",
+        "vript",
+        "sharegpt4video",
+        "rlaif_v",
+        "mvbench",
+        "video_mme",
+        "mlvu",
+        "scienceqa",
+        "pope",
+    ]
+    path: str | None  # null: the data set's id on the Hub; or another id, or a local file or folder
+    revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")  # commit on the Hub; null: the one that is pinned here
+    subsets: list[str] | None = Field(min_length=1)  # null: all
+    media_dir: str | None  # folder with the extracted videos; null where the pictures are in the rows
+    max_samples: PositiveInt | None  # a random choice of so many, which a larger number extends; null: all
+    max_missing: float = Field(ge=0, le=1)  # share of the samples whose media may be missing
+
+
 class Section(StrictModel):
-    collect: list[Literal["procedural", "chat", "folder", "tars"]] = Field(min_length=1)
+    collect: list[Literal["procedural", "chat", "folder", "tars", "hub"]] = Field(min_length=1)
     procedural: Procedural
     chat: Chat
     folder: Folder
     tars: list[Tars]
+    hub: list[HubEntry]  # read only when collect lists hub
 
     @model_validator(mode="after")
     def _names_differ(self):
         names = ["procedural", "chat", self.folder.name, *(entry.name for entry in self.tars)]
+        names += sorted({entry.dataset for entry in self.hub})
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise ValueError(f"two sources have the name '{repeated[0]}'")

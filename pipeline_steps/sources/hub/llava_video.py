@@ -1,0 +1,73 @@
+"""LLaVA-Video-178K: captions, open questions and multiple choice about videos, as conversations of several turns."""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    Unusable,
+    chat,
+    entries,
+    file_name,
+    identifier,
+    original_video,
+    text,
+)
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+FILES = {"caption": "cap", "open_ended": "oe", "multi_choice": "mc"}  # family: a part of the file's name
+KINDS = {
+    "academic_v0_1": ("caption", "open_ended", "multi_choice"),
+    "youtube_v0_1": ("caption", "open_ended", "multi_choice"),
+    "activitynetqa": ("open_ended",),
+    "nextqa": ("open_ended", "multi_choice"),
+    "perceptiontest": ("multi_choice",),
+}
+DURATIONS = ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
+
+
+def sample(row, table):
+    turns = []
+    for turn in entries(row, "conversations"):
+        role = text(turn, "from")
+        if role not in ROLES:
+            raise Unusable(f"conversations: unknown speaker {role[:40]!r}")
+        turns.append((ROLES[role], _without_placeholder(text(turn, "value"))))
+    video = file_name(text(row, "video"))
+    return Draft(
+        name=f"{table.subset}-{identifier(row, 'id')}",
+        videos=(f"{table.subset}/{video}", video),
+        video_id=original_video(video),
+        items=(chat(turns, table.family),),
+    )
+
+
+def _without_placeholder(value):
+    """The text without the `<image>` or `<video>` that stands for the clip."""
+    rest = value.replace("<image>", "").replace("<video>", "").strip()
+    if not rest:
+        raise Unusable("conversations: a turn without text")
+    return rest
+
+
+def _tables():
+    for duration in DURATIONS:
+        for collection, families in KINDS.items():
+            if collection == "perceptiontest" and duration in ("1_2_m", "2_3_m"):
+                continue  # there are none that long
+            for family in families:
+                subset = f"{duration}_{collection}"
+                yield Table(subset, f"{subset}/*{FILES[family]}*.json", "llava_video", family)
+    yield Table("llava_hound", "llava_hound/*.json", "llava_video", "open_ended")
+
+
+ADAPTER = Adapter(
+    name="llava_video",
+    repo="lmms-lab/LLaVA-Video-178K",
+    revision="6d8c562dc26d70042a0d9704d1cae58c94b89098",
+    licence="Apache 2.0 for the text; research use",
+    download="the videos of SUBSET/*.tar.gz, extracted into a folder per subset or all into one",
+    columns=("id", "conversations", "video"),
+    tables=tuple(_tables()),
+    sample=sample,
+    places=("",),
+)

@@ -1,0 +1,26 @@
+"""OpenVid-1M: a million captioned clips. OpenVid-1M.csv has the captions, OpenVid_part*.zip the clips."""
+
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, file_name, original_video, text
+
+
+def sample(row, table):
+    name = file_name(text(row, "video"))
+    return Draft(
+        name=name.rsplit(".", 1)[0],
+        videos=(name,),
+        video_id=original_video(name),
+        items=({"user": None, "assistant": text(row, "caption"), "family": "caption"},),
+    )
+
+
+ADAPTER = Adapter(
+    name="openvid",
+    repo="nkp37/OpenVid-1M",
+    revision="d8a63bd22989c80b5734ec2bb989f4e1b61a5807",
+    licence="CC BY 4.0",
+    download="the clips of OpenVid_part*.zip, all in one folder or one subfolder per part",
+    columns=("video", "caption"),
+    tables=(Table("train", "data/train/OpenVid-1M.csv", "openvid"),),
+    sample=sample,
+    places=("", "video", "*"),
+)

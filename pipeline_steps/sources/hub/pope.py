@@ -1,0 +1,38 @@
+"""POPE: is there such an object in the picture, yes or no; an evaluation set for hallucinated objects."""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    family_name,
+    identifier,
+    image_bytes,
+    multiple_choice,
+    text,
+)
+
+OPTIONS = ["yes", "no"]
+
+
+def sample(row, table):
+    category = text(row, "category")
+    item = multiple_choice(text(row, "question"), OPTIONS, text(row, "answer"), family_name("pope", category))
+    return Draft(
+        name=f"{category}-{identifier(row, 'question_id')}",
+        images=(image_bytes(row.get("image"), "image"),),
+        video_id=text(row, "image_source"),
+        items=(item,),
+    )
+
+
+ADAPTER = Adapter(
+    name="pope",
+    repo="lmms-lab/POPE",
+    revision=None,
+    licence="MIT for the questions; pictures of COCO",
+    download="the pictures are in the rows",
+    columns=("question_id", "question", "answer", "image_source", "image", "category"),
+    tables=(Table("test", "data/test-*.parquet", "pope"),),
+    sample=sample,
+    held_out=True,
+)

@@ -1,0 +1,208 @@
+"""Raw samples of one entry of `sources.hub`, as a stream: memory does not grow with the data set but for the keys.
+
+Every row is taken, or quarantined with its reason, or beyond `max_samples`; the counts are printed at the end.
+"""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from pipeline_steps.params import UserError
+from pipeline_steps.records import Item, Quarantined, RawSample, slug
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable
+from pipeline_steps.sources.hub.catalogue import ADAPTERS
+from pipeline_steps.sources.hub.media import Container, MediaFolder
+from pipeline_steps.sources.hub.tables import check_entry, chosen_tables, read_rows, where
+
+MAX_LISTED = 5  # names of missing media, or reasons, in a message
+
+
+@dataclass
+class Counts:
+    rows: int = 0
+    taken: int = 0
+    missing: list[str] = field(default_factory=list)  # names of the first missing media
+    num_missing: int = 0
+    num_unusable: int = 0
+    num_beyond: int = 0  # beyond max_samples
+
+    def miss(self, name: str) -> None:
+        self.num_missing += 1
+        if len(self.missing) < MAX_LISTED:
+            self.missing.append(name)
+
+
+def entries(section) -> list:
+    """The entries (schema.HubEntry) that the section collects. UserError for what shows before rows are read."""
+    if "hub" not in section.collect:
+        return []
+    if not section.hub:
+        raise UserError("sources.collect lists hub, but sources.hub is empty. conf/data/research.yaml is an example.")
+    for entry in section.hub:
+        check_entry(entry, ADAPTERS[entry.dataset])
+    return section.hub
+
+
+def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[RawSample]:
+    """All samples of one entry (schema.HubEntry), in the order of its rows; `quarantined` gets the rest.
+
+    Embedded pictures are stored below `output_dir`/hub. UserError if rows cannot be read, if more than the share
+    `max_missing` of the samples lacks its media, or if there is no sample.
+    """
+    adapter, counts = ADAPTERS[entry.dataset], Counts()
+    check_entry(entry, adapter)
+    media = MediaFolder(entry.media_dir, adapter.places, where(entry)) if adapter.places else None
+    last_rank = _last_rank(entry, adapter)
+    keys = set()
+    for table in chosen_tables(entry, adapter):
+        container = Container(output_dir / "hub" / table.source, output_dir)
+        try:
+            for number, key, draft, reason in _drafts(entry, adapter, table):
+                counts.rows += 1
+                if draft is not None and last_rank is not None and _rank(key) > last_rank:
+                    counts.num_beyond += 1
+                    continue
+                if draft is not None and _mark(key) in keys:
+                    draft, reason = None, "the same as an earlier row"
+                if draft is None:
+                    counts.num_unusable += 1
+                    place = f"{table.subset} row {number}"
+                    quarantined.append(Quarantined(key=key, source=table.source, path=place, reason=reason))
+                    continue
+                keys.add(_mark(key))
+                sample = _sample(adapter, table, key, draft, media, container, quarantined, counts)
+                if sample is not None:
+                    yield sample
+        finally:
+            container.close()
+    _check_counts(entry, counts, quarantined)
+
+
+def _drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
+    """(row number from 1, key, draft, "") of the table's rows, or (number, key, None, reason)."""
+    rows = tqdm(read_rows(entry, adapter, table), desc=f"reading {table.source}", unit="row", mininterval=1)
+    for number, row in enumerate(rows, 1):
+        try:
+            draft = adapter.sample(row, table)
+            if draft is not None:
+                for item in draft.items:
+                    Item(**item)
+                yield number, _key(table, draft), draft, ""
+        except Unusable as problem:
+            yield number, f"{table.source}-{slug(table.subset)}-row-{number}", None, str(problem)
+        except ValidationError as error:
+            yield number, f"{table.source}-{slug(table.subset)}-row-{number}", None, _first(error)
+
+
+def _sample(adapter, table, key, draft, media, container, quarantined, counts) -> RawSample | None:
+    """The raw sample, or None when its media are missing or it is no valid record (then it is quarantined)."""
+    place, reason = "", ""
+    try:
+        found = _media(draft, media, container)
+        if found is None:
+            place, reason = draft.videos[0], "missing media"
+            counts.miss(place)
+        else:
+            sample = RawSample(
+                key=key,
+                source=table.source,
+                split="test" if adapter.held_out else None,
+                video_id=draft.video_id or (f"image-{found['sha256'][:16]}" if draft.images else key),
+                picture_fps=draft.picture_fps if found["kind"] == "video" and Path(found["path"]).is_dir() else None,
+                segment=draft.segment,
+                items=draft.items,
+                **found,
+            )
+            counts.taken += 1
+            return sample
+    except ValidationError as error:
+        place, reason = key, _first(error)
+        counts.num_unusable += 1
+    except OSError as error:  # of reading the user's file: a container that cannot be written is a UserError
+        place, reason = draft.videos[0], f"cannot be read ({error.strerror})"
+        counts.miss(place)
+    quarantined.append(Quarantined(key=key, source=table.source, path=place, reason=reason))
+    return None
+
+
+def _media(draft: Draft, media: MediaFolder | None, container: Container) -> dict | None:
+    """The media fields of records.RawSample; None if the file is missing."""
+    if draft.images:
+        path, parts, sha256 = container.add(draft.images)
+        size = sum(length for _, length in parts)
+        return {"kind": "image", "path": path, "parts": parts, "sha256": sha256, "size": size}
+    if not draft.videos:
+        return {"kind": "text", "path": None}
+    path = media.find(draft.videos, folders=draft.picture_fps is not None)
+    if path is None:
+        return None
+    sha256, size = media.describe(path)
+    return {"kind": "video", "path": str(path), "sha256": sha256, "size": size}
+
+
+def _key(table: Table, draft: Draft) -> str:
+    """Of all that the row says, so that it does not depend on the order of rows."""
+    said = [draft.name, draft.video_id, draft.videos, draft.items, draft.picture_fps, draft.segment]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for picture in draft.images:
+        digest.update(hashlib.sha256(picture).digest())
+    return "-".join(filter(None, [table.source, slug(draft.name)[:100].strip("-"), digest.hexdigest()[:16]]))
+
+
+def _mark(key: str) -> int:
+    return int(key[-16:], 16)
+
+
+def _rank(key: str) -> int:
+    """The place of a sample in the order in which `max_samples` takes them: random, and the same for ever."""
+    return int.from_bytes(hashlib.sha256(f"max_samples {key}".encode()).digest()[:8])
+
+
+def _last_rank(entry, adapter: Adapter) -> int | None:
+    """The rank of the last one of the `max_samples` first, by a pass over all rows; None: all are taken."""
+    if entry.max_samples is None:
+        return None
+    first: list[int] = []  # the smallest ranks, negative, as a heap with the largest of them on top
+    known = set()
+    for table in chosen_tables(entry, adapter):
+        for _, key, draft, _ in _drafts(entry, adapter, table):
+            rank = -_rank(key)
+            if draft is None or rank in known or (len(first) == entry.max_samples and rank < first[0]):
+                continue
+            known.add(rank)
+            if len(first) < entry.max_samples:
+                heapq.heappush(first, rank)
+            else:
+                known.discard(heapq.heappushpop(first, rank))
+    return -first[0] if len(first) == entry.max_samples else None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}"[:200].removeprefix(": ")
+
+
+def _check_counts(entry, counts: Counts, quarantined: list[Quarantined]) -> None:
+    print(
+        f"{entry.dataset}: {counts.rows} rows: {counts.taken} taken, {counts.num_missing} without their media, "
+        f"{counts.num_unusable} unusable, {counts.num_beyond} beyond max_samples"
+    )
+    wanted = counts.taken + counts.num_missing
+    if counts.num_missing > entry.max_missing * wanted:
+        share, listed = counts.num_missing / wanted, ", ".join(counts.missing)
+        raise UserError(
+            f"{where(entry)}: {counts.num_missing} of {wanted} samples have no media in {entry.media_dir} "
+            f"({share:.1%}), more than max_missing allows ({entry.max_missing:.1%}). The first: {listed}. "
+            "Add the files and rerun the stage (`dvc repro --force sources`), or raise max_missing."
+        )
+    if not counts.taken:
+        own = quarantined[-MAX_LISTED:]
+        reasons = "; ".join(f"{row.path}: {row.reason}" for row in own if counts.num_unusable + counts.num_missing)
+        raise UserError(f"{where(entry)}: none of {counts.rows} rows can be taken. {reasons}".rstrip())

@@ -1,0 +1,27 @@
+"""RLAIF-V: pairs of a better and a worse answer about a picture."""
+
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable, image_bytes, optional_text, text
+
+
+def sample(row, table):
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    if chosen == rejected:
+        raise Unusable("rejected: the same as chosen")
+    item = {"user": text(row, "question"), "assistant": chosen, "rejected": rejected, "family": "preference"}
+    return Draft(
+        name=optional_text(row, "origin_dataset") or "",
+        images=(image_bytes(row.get("image"), "image"),),
+        items=(item,),
+    )
+
+
+ADAPTER = Adapter(
+    name="rlaif_v",
+    repo="openbmb/RLAIF-V-Dataset",
+    revision=None,
+    licence="CC BY-NC 4.0",
+    download="the pictures are in the rows",
+    columns=("image", "question", "chosen", "rejected"),
+    tables=(Table("train", "RLAIF-V-Dataset*.parquet", "rlaif_v"),),
+    sample=sample,
+)

@@ -1,0 +1,46 @@
+"""ScienceQA-IMG: the questions of ScienceQA's test split that have a picture; an evaluation set.
+
+The question follows its hint, where there is one. Lectures and solutions are no part of what is asked.
+"""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    Unusable,
+    family_name,
+    image_bytes,
+    lettered_choice,
+    number,
+    optional_text,
+    text,
+    texts,
+)
+
+
+def sample(row, table):
+    if row.get("image") is None:
+        raise Unusable("no picture: not in ScienceQA-IMG")
+    hint, question, correct = optional_text(row, "hint"), text(row, "question"), number(row, "answer")
+    if correct != int(correct):
+        raise Unusable(f"answer: {correct} is no whole number")
+    family = family_name("scienceqa", text(row, "subject"))
+    asked = f"{hint}\n{question}" if hint else question
+    return Draft(
+        name="test",
+        images=(image_bytes(row["image"], "image"),),
+        items=(lettered_choice(asked, texts(row, "choices"), int(correct), family),),
+    )
+
+
+ADAPTER = Adapter(
+    name="scienceqa",
+    repo="derek-thomas/ScienceQA",
+    revision="f18b0a70359ebfb41f658fd564208d0355b013f4",
+    licence="CC BY-NC-SA 4.0",
+    download="the pictures are in the rows",
+    columns=("image", "question", "choices", "answer", "hint", "subject"),
+    tables=(Table("test", "data/test-*.parquet", "scienceqa"),),
+    sample=sample,
+    held_out=True,
+)

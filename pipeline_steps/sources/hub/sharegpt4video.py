@@ -1,0 +1,43 @@
+"""ShareGPT4Video: 40,000 videos with a caption of the whole and one for each of the key frames."""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    Unusable,
+    entries,
+    file_name,
+    identifier,
+    original_video,
+    text,
+)
+
+WHOLE = "-1"  # `idx` of the caption of the whole video
+KEY_FRAMES = "Describe the video key frame by key frame."
+
+
+def sample(row, table):
+    captions = {identifier(entry, "idx"): text(entry, "content") for entry in entries(row, "captions")}
+    if WHOLE not in captions:
+        raise Unusable(f"captions: none with idx {WHOLE}, the caption of the whole video")
+    items = [{"user": None, "assistant": captions.pop(WHOLE), "family": "caption"}]
+    if captions:
+        if not all(idx.isdecimal() for idx in captions):
+            raise Unusable("captions: an idx is no number")
+        parts = [captions[idx] for idx in sorted(captions, key=int)]
+        items.append({"user": KEY_FRAMES, "assistant": "\n".join(parts), "family": "key_frames"})
+    video, path = text(row, "video_id"), file_name(text(row, "video_path"))
+    return Draft(name=video, videos=(path,), video_id=original_video(video), items=tuple(items))
+
+
+ADAPTER = Adapter(
+    name="sharegpt4video",
+    repo="ShareGPT4Video/ShareGPT4Video",
+    revision=None,
+    licence="CC BY-NC 4.0",
+    download="the videos of zip_folder/*/*.zip, where `video_path` says, or one folder per collection",
+    columns=("video_id", "video_path", "captions"),
+    tables=(Table("train", "sharegpt4video_40k.jsonl", "sharegpt4video"),),
+    sample=sample,
+    places=("", "*"),
+)

@@ -1,0 +1,36 @@
+"""SmolTalk: text-only chats, in three disjoint parts for the three training stages.
+
+A chat belongs to stage1, stage2 or stage3 in the proportion 4 : 2 : 1, by a hash of its text.
+"""
+
+import hashlib
+
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, chat, entries, text
+
+PARTS = ("stage1",) * 4 + ("stage2",) * 2 + ("stage3",)  # the part of a chat is PARTS[hash modulo 7]
+
+
+def part_of(turns):
+    content = "\n".join(f"{role}: {content}" for role, content in turns)
+    return PARTS[int.from_bytes(hashlib.sha256(f"smoltalk {content}".encode()).digest()[:8]) % len(PARTS)]
+
+
+def sample(row, table):
+    turns = [(text(message, "role"), text(message, "content")) for message in entries(row, "messages")]
+    if part_of(turns) != table.subset:
+        return None
+    return Draft(name="", items=(chat(turns, "text"),))
+
+
+ADAPTER = Adapter(
+    name="smoltalk",
+    repo="HuggingFaceTB/smoltalk",
+    revision="5feaf2fd3ffca7c237fc38d1861bc30365d48ffa",
+    licence="Apache 2.0 (new parts; the others keep theirs)",
+    download="there are no media",
+    columns=("messages",),
+    tables=tuple(
+        Table(stage, "data/all/train-*.parquet", f"smoltalk_{stage}") for stage in ("stage1", "stage2", "stage3")
+    ),
+    sample=sample,
+)

@@ -1,0 +1,147 @@
+"""Rows of a data set: from the Hub at a pinned revision, or from a local copy of its files.
+
+Both go through `datasets.load_dataset(..., streaming=True)`, with pictures and videos left as the bytes that they are.
+"""
+
+import glob
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pipeline_steps.params import UserError
+from pipeline_steps.sources.hub.adapter import Adapter, Table
+
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def chosen_tables(entry, adapter: Adapter) -> list[Table]:
+    """The tables of the entry's subsets. UserError for a subset that the data set does not have."""
+    unknown = sorted(set(entry.subsets or ()) - set(adapter.subsets))
+    if unknown:
+        known = ", ".join(adapter.subsets)
+        raise UserError(f"{where(entry)}: {adapter.name} has no subset '{unknown[0]}'. Its subsets: {known}.")
+    return [table for table in adapter.tables if entry.subsets is None or table.subset in entry.subsets]
+
+
+def where(entry) -> str:
+    return f"sources.hub (dataset: {entry.dataset})"
+
+
+def check_entry(entry, adapter: Adapter) -> None:
+    """UserError for what can be seen before any row is read: path, revision, media_dir and local files."""
+    if adapter.places and entry.media_dir is None:
+        raise UserError(f"{where(entry)}: media_dir is not set. It is the folder with {adapter.download}.")
+    if not adapter.places and entry.media_dir is not None:
+        raise UserError(f"{where(entry)}: takes no media_dir: {adapter.download}. Set it to null.")
+    if _local(entry) is None:
+        _revision(entry, adapter)
+        return
+    for table in chosen_tables(entry, adapter):
+        _local_files(entry, adapter, table)
+
+
+def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict]:
+    """All rows of a table. UserError if they cannot be read, or do not have the adapter's columns."""
+    from datasets import load_dataset  # a second to import, and most runs of the stage do not need it
+
+    if _local(entry) is None:
+        repo, revision = entry.path or adapter.repo, _revision(entry, adapter)
+        place = f"{repo} ({table.files}) at revision {revision}"
+        request = {"path": repo, "data_files": table.files, "revision": revision}
+    else:
+        files = _local_files(entry, adapter, table)
+        place = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        request = {"path": FORMATS[files[0].suffix], "data_files": [glob.escape(str(file)) for file in files]}
+
+    def load():
+        return iter(load_dataset(**request, split="train", streaming=True).decode(False))
+
+    rows = _guarded(load, place, entry)
+    for number, row in enumerate(rows):
+        if number == 0:
+            _check_columns(row, adapter, place)
+        yield row
+
+
+def _guarded(load, place, entry) -> Iterator[dict]:
+    """The rows of load(); what `datasets` and the parsers below it raise for bad files becomes a UserError."""
+    from datasets.exceptions import DatasetsError
+
+    rows = None
+    while True:
+        try:
+            rows = load() if rows is None else rows
+            row = next(rows)
+        except StopIteration:
+            return
+        except (DatasetsError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            hint = "Repair the file, or download it again."
+            if _local(entry) is None:
+                hint = (
+                    "Without a connection, copy the data set's files to a local folder and name it with `path` "
+                    "(docs/data.md, Data sets from the Hub)."
+                )
+            raise UserError(
+                f"{where(entry)}: {place} cannot be read ({type(error).__name__}: {reason}). {hint}"
+            ) from None
+        yield row
+
+
+def _check_columns(row, adapter, place):
+    missing = [name for name in adapter.columns if name not in row]
+    if missing:
+        raise UserError(
+            f"{place}: no column {', '.join(missing)}; its columns are {', '.join(row)}. {adapter.name} needs "
+            f"{', '.join(adapter.columns)}. Is this a file of {adapter.repo}?"
+        )
+
+
+def _local(entry) -> Path | None:
+    """The existing local file or folder, or None for a data set on the Hub."""
+    if entry.path is None:
+        return None
+    path = Path(entry.path).expanduser()
+    if path.exists():
+        return path.absolute()
+    if entry.path.count("/") == 1 and entry.path[0] not in "/.~":
+        return None
+    raise UserError(f"{where(entry)}: path {entry.path} does not exist. Give a file, a folder or a data set's id.")
+
+
+def _revision(entry, adapter: Adapter) -> str:
+    if entry.revision is not None:
+        return entry.revision
+    repo = entry.path or adapter.repo
+    if repo != adapter.repo or adapter.revision is None:
+        raise UserError(
+            f"{where(entry)}: no revision of {repo} is pinned. Give the commit that you want (40 characters, from the "
+            "data set's page, 'Files and versions', 'History') as `revision`, or a local copy as `path`."
+        )
+    return adapter.revision
+
+
+def _local_files(entry, adapter: Adapter, table: Table) -> list[Path]:
+    """The table's files in the local copy, sorted. UserError if there are none, or of several formats."""
+    path = _local(entry)
+    one_table = len({table.files for table in adapter.tables}) == 1
+    pattern = table.files.removeprefix("**/")
+    if path.is_file():
+        fits = one_table or fnmatch(path.name, Path(pattern).name)
+        files = [path] if fits and path.suffix in FORMATS else []
+    else:
+        files = sorted(path.glob(f"**/{pattern}"))
+        if not files and one_table:  # a copy under other names, such as csv made parquet
+            files = sorted(file for file in path.glob("**/*") if file.suffix in FORMATS)
+    formats = {FORMATS[file.suffix] for file in files}
+    if len(formats) > 1:
+        raise UserError(
+            f"{where(entry)}: {path} holds files of several formats ({', '.join(sorted(formats))}). Name one."
+        )
+    if not files:
+        found = sorted({t.subset for t in adapter.tables if path.is_dir() and any(path.glob(f"**/{t.files}"))})
+        hint = f"It has the subsets: {', '.join(found)}; list those in `subsets`." if found else ""
+        raise UserError(
+            f"{where(entry)}: no file {table.files} in {path}, for subset '{table.subset}'. {hint}".rstrip()
+        )
+    return files

@@ -1,0 +1,51 @@
+"""Video-MME: 2,700 questions with four lettered options about 900 YouTube videos; an evaluation set."""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    Unusable,
+    family_name,
+    file_name,
+    lettered_choice,
+    text,
+    texts,
+)
+
+LETTERS = "ABCDEFGH"
+
+
+def sample(row, table):
+    options = [_without_letter(option, i) for i, option in enumerate(texts(row, "options"))]
+    answer = text(row, "answer")
+    if len(answer) != 1 or answer not in LETTERS[: len(options)]:
+        raise Unusable(f"answer: {answer[:40]!r} is no letter of the {len(options)} options")
+    video, family = text(row, "videoID"), family_name("video_mme", text(row, "task_type"))
+    return Draft(
+        name=text(row, "question_id"),
+        videos=tuple(file_name(f"{video}{suffix}") for suffix in (".mp4", ".MP4", ".mkv")),
+        video_id=video,
+        items=(lettered_choice(text(row, "question"), options, LETTERS.index(answer), family),),
+    )
+
+
+def _without_letter(option, number):
+    """ "B. Two" -> "Two", for the second option; Unusable if it does not begin with its own letter."""
+    letter = f"{LETTERS[number : number + 1]}."
+    if number >= len(LETTERS) or not option.startswith(letter) or not option[2:].strip():
+        raise Unusable(f"options[{number}]: {option[:40]!r} does not begin with '{letter}'")
+    return option[2:].strip()
+
+
+ADAPTER = Adapter(
+    name="video_mme",
+    repo="lmms-lab/Video-MME",
+    revision="ead1408f75b618502df9a1d8e0950166bf0a2a0b",
+    licence="research use only",
+    download="the videos of videos_chunked_*.zip, as VIDEOID.mp4",
+    columns=("videoID", "question_id", "task_type", "question", "options", "answer"),
+    tables=(Table("test", "videomme/test-*.parquet", "video_mme"),),
+    sample=sample,
+    places=("", "data", "video"),
+    held_out=True,
+)

@@ -1,0 +1,64 @@
+"""Vript: scenes of videos with a long caption, the shot type, the camera's movement and a title."""
+
+from pipeline_steps.sources.hub.adapter import (
+    Adapter,
+    Draft,
+    Table,
+    Unusable,
+    file_name,
+    optional_text,
+    original_video,
+    text,
+)
+
+QUESTIONS = {
+    "shot_type": "What is the shot type?",
+    "camera_movement": "How does the camera move?",
+    "scene_title": "Give this scene a title.",
+}
+
+
+def sample(row, table):
+    clip, caption = text(row, "clip_id"), row.get("caption")
+    if not isinstance(caption, dict):
+        raise Unusable("caption: expected an object with 'content'")
+    items = [{"user": None, "assistant": text(caption, "content"), "family": "caption"}]
+    for field, question in QUESTIONS.items():
+        answer = optional_text(caption, field)
+        if answer:
+            items.append({"user": question, "assistant": answer, "family": field})
+    video = _video(row, clip)
+    name = file_name(f"{clip}.mp4")
+    return Draft(
+        name=clip,
+        videos=(file_name(f"{video}/{name}"), name),
+        video_id=original_video(video),
+        items=tuple(items),
+    )
+
+
+def _video(row, clip):
+    """The video of a clip, from the row's meta, or from the clip's name VIDEO-Scene-NUMBER."""
+    meta = row.get("meta")
+    if isinstance(meta, dict) and optional_text(meta, "video_id"):
+        return text(meta, "video_id")
+    video, separator, _ = clip.rpartition("-Scene-")
+    if not separator:
+        raise Unusable(f"clip_id: {clip[:60]!r} does not name its video")
+    return video
+
+
+ADAPTER = Adapter(
+    name="vript",
+    repo="Mutonix/Vript",
+    revision=None,
+    licence="academic use only, its own terms",
+    download="the clips of vript_{long,short}_videos_clips/*.zip, as VIDEO/CLIP.mp4",
+    columns=("clip_id", "caption"),
+    tables=(
+        Table("long", "vript_captions/vript_long_videos_captions.jsonl", "vript"),
+        Table("short", "vript_captions/vript_short_videos_captions.jsonl", "vript"),
+    ),
+    sample=sample,
+    places=("", "*"),
+)
