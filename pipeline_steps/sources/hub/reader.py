@@ -44,8 +44,14 @@ def entries(section) -> list:
         return []
     if not section.hub:
         raise UserError("sources.collect lists hub, but sources.hub is empty. conf/data/research.yaml is an example.")
+    problems = []
     for entry in section.hub:
-        check_entry(entry, ADAPTERS[entry.dataset])
+        try:
+            check_entry(entry, ADAPTERS[entry.dataset])
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} of {len(section.hub)} data sets cannot be read:", *problems]))
     return section.hub
 
 
@@ -89,6 +95,8 @@ def _drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, D
     rows = tqdm(read_rows(entry, adapter, table), desc=f"reading {table.source}", unit="row", mininterval=1)
     for number, row in enumerate(rows, 1):
         try:
+            if isinstance(row, Unusable):
+                raise row
             draft = adapter.sample(row, table)
             if draft is not None:
                 for item in draft.items:

@@ -4,21 +4,22 @@ A chat belongs to stage1, stage2 or stage3 in the proportion 4 : 2 : 1, by a has
 """
 
 import hashlib
+import json
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, chat, entries, text
 
 PARTS = ("stage1",) * 4 + ("stage2",) * 2 + ("stage3",)  # the part of a chat is PARTS[hash modulo 7]
 
 
-def part_of(turns):
-    content = "\n".join(f"{role}: {content}" for role, content in turns)
+def part_of(messages):
+    content = json.dumps(messages, sort_keys=True)
     return PARTS[int.from_bytes(hashlib.sha256(f"smoltalk {content}".encode()).digest()[:8]) % len(PARTS)]
 
 
 def sample(row, table):
-    turns = [(text(message, "role"), text(message, "content")) for message in entries(row, "messages")]
-    if part_of(turns) != table.subset:
+    if part_of(row["messages"]) != table.subset:
         return None
+    turns = [(text(message, "role"), text(message, "content")) for message in entries(row, "messages")]
     return Draft(name="", items=(chat(turns, "text"),))
 
 

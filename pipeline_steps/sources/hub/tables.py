@@ -1,17 +1,24 @@
 """Rows of a data set: from the Hub at a pinned revision, or from a local copy of its files.
 
-Both go through `datasets.load_dataset(..., streaming=True)`, with pictures and videos left as the bytes that they are.
+Both go through `datasets.load_dataset(..., streaming=True)`, with pictures left as the bytes that they are. JSON is
+taken as text and parsed here, so that ids and answers such as "007" stay what they are and one bad line is one row.
 """
 
 import glob
+import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline_steps.params import UserError
-from pipeline_steps.sources.hub.adapter import Adapter, Table
+from pipeline_steps.sources.hub.adapter import Adapter, Table, Unusable
 
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+LOADERS = {  # by the ending of the files: builder and options of load_dataset
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {"keep_default_na": False}),  # "NA" is a text
+    ".jsonl": ("text", {}),
+    ".json": ("text", {"sample_by": "document"}),
+}
 
 
 def chosen_tables(entry, adapter: Adapter) -> list[Table]:
@@ -40,32 +47,61 @@ def check_entry(entry, adapter: Adapter) -> None:
         _local_files(entry, adapter, table)
 
 
-def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict]:
-    """All rows of a table. UserError if they cannot be read, or do not have the adapter's columns."""
-    from datasets import load_dataset  # a second to import, and most runs of the stage do not need it
+def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict | Unusable]:
+    """All rows of a table, a line that is no JSON object as the reason why.
 
+    UserError if files cannot be read, or rows do not have the adapter's columns.
+    """
     if _local(entry) is None:
         repo, revision = entry.path or adapter.repo, _revision(entry, adapter)
+        suffix, files = PurePosixPath(table.files).suffix, [f"hf://datasets/{repo}@{revision}/{table.files}"]
         place = f"{repo} ({table.files}) at revision {revision}"
-        request = {"path": repo, "data_files": table.files, "revision": revision}
     else:
-        files = _local_files(entry, adapter, table)
-        place = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        request = {"path": FORMATS[files[0].suffix], "data_files": [glob.escape(str(file)) for file in files]}
-
-    def load():
-        return iter(load_dataset(**request, split="train", streaming=True).decode(False))
-
-    rows = _guarded(load, place, entry)
-    for number, row in enumerate(rows):
-        if number == 0:
+        paths = _local_files(entry, adapter, table)
+        suffix, files = paths[0].suffix, [glob.escape(str(path)) for path in paths]
+        place = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    rows = _guarded(lambda: _load(suffix, files), place, entry)
+    if suffix in (".json", ".jsonl"):
+        rows = _parsed(rows, place, suffix)
+    checked = False
+    for row in rows:
+        if not checked and isinstance(row, dict):
             _check_columns(row, adapter, place)
+            checked = True
         yield row
 
 
+def _load(suffix, files) -> Iterator[dict]:
+    from datasets import load_dataset  # half a second to import, and most runs of the stage do not need it
+
+    builder, options = LOADERS[suffix]
+    rows = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    return iter(rows if rows.features is None else rows.decode(False))  # without features nothing is decoded
+
+
+def _parsed(rows, place, suffix) -> Iterator[dict | Unusable]:
+    """The objects in rows of text: of a line each, or of a list that is a whole file."""
+    for number, row in enumerate(rows, 1):
+        if not row["text"].strip():
+            continue
+        try:
+            content = json.loads(row["text"])
+        except (ValueError, RecursionError) as error:
+            if suffix == ".json":
+                hint = "Repair it, or name it .jsonl if it has one object per line."
+                raise UserError(f"{place}: file {number} is no JSON ({str(error)[:100]}). {hint}") from None
+            yield Unusable(f"no JSON: {str(error)[:100]}")
+            continue
+        if suffix == ".json" and not isinstance(content, list):
+            raise UserError(f"{place}: file {number} is no list of objects. Is this a file of annotations?")
+        for value in content if suffix == ".json" else [content]:
+            yield value if isinstance(value, dict) else Unusable("no JSON object")
+
+
 def _guarded(load, place, entry) -> Iterator[dict]:
-    """The rows of load(); what `datasets` and the parsers below it raise for bad files becomes a UserError."""
+    """The rows of load(); what `datasets` and the libraries below it raise for bad files becomes a UserError."""
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
     rows = None
     while True:
@@ -74,7 +110,7 @@ def _guarded(load, place, entry) -> Iterator[dict]:
             row = next(rows)
         except StopIteration:
             return
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, HTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             hint = "Repair the file, or download it again."
             if _local(entry) is None:
@@ -82,9 +118,8 @@ def _guarded(load, place, entry) -> Iterator[dict]:
                     "Without a connection, copy the data set's files to a local folder and name it with `path` "
                     "(docs/data.md, Data sets from the Hub)."
                 )
-            raise UserError(
-                f"{where(entry)}: {place} cannot be read ({type(error).__name__}: {reason}). {hint}"
-            ) from None
+            problem = f"{place} cannot be read ({type(error).__name__}: {reason})"
+            raise UserError(f"{where(entry)}: {problem}. {hint}") from None
         yield row
 
 
@@ -128,12 +163,12 @@ def _local_files(entry, adapter: Adapter, table: Table) -> list[Path]:
     pattern = table.files.removeprefix("**/")
     if path.is_file():
         fits = one_table or fnmatch(path.name, Path(pattern).name)
-        files = [path] if fits and path.suffix in FORMATS else []
+        files = [path] if fits and path.suffix in LOADERS else []
     else:
         files = sorted(path.glob(f"**/{pattern}"))
         if not files and one_table:  # a copy under other names, such as csv made parquet
-            files = sorted(file for file in path.glob("**/*") if file.suffix in FORMATS)
-    formats = {FORMATS[file.suffix] for file in files}
+            files = sorted(file for file in path.glob("**/*") if file.suffix in LOADERS)
+    formats = {file.suffix for file in files}
     if len(formats) > 1:
         raise UserError(
             f"{where(entry)}: {path} holds files of several formats ({', '.join(sorted(formats))}). Name one."
