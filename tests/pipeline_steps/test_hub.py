@@ -1,23 +1,29 @@
 """Source `hub`: every adapter against a small local copy of its data set, in the published schema."""
 
 import dataclasses
+import io
 import itertools
 import json
+import tarfile
 import typing
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline_steps import params
 from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import media_sha256, read_samples
+from pipeline_steps.records import FramePolicy, PackedSample, media_sha256, parse, read_samples
+from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.hub import adapter, media, openvid, reader, smoltalk, tables
 from pipeline_steps.sources.hub.catalogue import ADAPTERS
 from tests.pipeline_steps import hub_files
+from tests.pipeline_steps.clips import index_of
 
 NOTHING = "missing media"
 
@@ -234,6 +240,62 @@ def test_pope(tmp_path):
     assert {(s.split, s.video_id, s.items[0].family) for s in samples} == {
         ("test", "COCO_val2014_000000310196", "pope_adversarial")
     }
+
+
+# ---------------------------------------------------------------- through a shard
+
+
+def packed(tmp_path, name):
+    """({member: content} of a shard of all samples, the samples by key)."""
+    samples, _ = collected(tmp_path, name)
+    samples = [sample.model_copy(update={"split": sample.split or "train"}) for sample in samples]
+    frames = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=8, jpeg_quality=95)
+    report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=frames), tmp_path / "packed/000000")
+    assert report.quarantined == ()
+    assert report.shard.num_samples == len(samples)
+    with tarfile.open(tmp_path / "packed/000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    return members, {s.key: parse(PackedSample, members[f"{s.key}.json"], s.key) for s in samples}
+
+
+def greys(members, key):
+    """Mean grey of the frames of a sample, in order."""
+    names = [name for name in members if name.startswith(f"{key}.") and name.endswith(".jpg")]
+    return [round(float(np.asarray(Image.open(io.BytesIO(members[name]))).mean())) for name in names]
+
+
+def test_videos_in_a_shard(tmp_path):
+    members, samples = packed(tmp_path, "openvid")
+    for key, sample in samples.items():
+        assert (sample.frame_count, sample.duration) == (4, 2.0)
+        assert [index_of(grey, 4) for grey in greys(members, key)] == [0, 1, 2, 3]
+
+
+def test_embedded_pictures_in_a_shard(tmp_path):
+    members, samples = packed(tmp_path, "cauldron")
+    shown = {key: greys(members, key) for key in samples}
+    assert sorted(shown.values()) == [[10, 20, 30], [40], [40]]
+    for key, sample in samples.items():
+        assert sample.frame_count == len(shown[key])
+        assert (f"{key}.jpg" in members) == (len(shown[key]) == 1)
+
+
+def test_preferences_in_a_shard(tmp_path):
+    members, samples = packed(tmp_path, "rlaif_v")
+    assert sorted(item.rejected for sample in samples.values() for item in sample.items) == ["A cat.", "No."]
+    assert [greys(members, key) for key in samples] == [[50], [50]]
+
+
+def test_multiple_choice_and_segments_in_a_shard(tmp_path):
+    members, samples = packed(tmp_path, "mvbench")
+    shown = {sample.items[0].family: greys(members, key) for key, sample in samples.items()}
+    assert [index_of(grey, 4) for grey in shown["mvbench_action_sequence"]] == [1, 2]  # from .5 s to 1.5 s
+    assert [index_of(grey, 4) for grey in shown["mvbench_object_shuffle"]] == [0, 1, 2, 3]
+    assert [round(grey / 30) for grey in shown["mvbench_episodic_reasoning"]] == [
+        3,
+        4,
+    ]  # at .75 s and 1.25 s, 3 a second
+    assert all(sample.items[0].correct_option == 1 for sample in samples.values())
 
 
 # ---------------------------------------------------------------- keys, choice, accounting
