@@ -49,6 +49,7 @@ class Draft:
     images: tuple[bytes, ...] = ()  # all pictures of a still, embedded in the row
     picture_fps: float | None = None  # of a video that is a folder of frames
     segment: tuple[float, float] | None = None  # seconds
+    url: str | None = None  # where the video is published, if the row says it
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Adapter:
     sample: Callable[[dict, Table], Draft | None]  # None: the row belongs to another table with the same files
     places: tuple[str, ...] = ()  # folders below media_dir to look in, "*": its subfolders. (): media are in the rows
     held_out: bool = False  # an evaluation set: everything goes to the split `test`
+    addresses: bool = False  # its rows say where the videos are published
 
     @property
     def subsets(self) -> list[str]:

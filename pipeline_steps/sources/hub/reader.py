@@ -64,14 +64,14 @@ def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[Ra
     adapter, counts = ADAPTERS[entry.dataset], Counts()
     check_entry(entry, adapter)
     media = MediaFolder(entry.media_dir, adapter.places, where(entry)) if adapter.places else None
-    last_rank = _last_rank(entry, adapter)
+    last = last_rank(entry, adapter)
     keys = set()
     for table in chosen_tables(entry, adapter):
         container = Container(output_dir / "hub" / table.source, output_dir)
         try:
-            for number, key, draft, reason in _drafts(entry, adapter, table):
+            for number, key, draft, reason in drafts(entry, adapter, table):
                 counts.rows += 1
-                if draft is not None and last_rank is not None and _rank(key) > last_rank:
+                if draft is not None and last is not None and rank(key) > last:
                     counts.num_beyond += 1
                     continue
                 if draft is not None and _mark(key) in keys:
@@ -90,7 +90,7 @@ def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[Ra
     _check_counts(entry, counts, quarantined)
 
 
-def _drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
+def drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
     """(row number from 1, key, draft, "") of the table's rows, or (number, key, None, reason)."""
     rows = tqdm(read_rows(entry, adapter, table), desc=f"reading {table.source}", unit="row", mininterval=1)
     for number, row in enumerate(rows, 1):
@@ -167,27 +167,27 @@ def _mark(key: str) -> int:
     return int(key[-16:], 16)
 
 
-def _rank(key: str) -> int:
+def rank(key: str) -> int:
     """The place of a sample in the order in which `max_samples` takes them: random, and the same for ever."""
     return int.from_bytes(hashlib.sha256(f"max_samples {key}".encode()).digest()[:8])
 
 
-def _last_rank(entry, adapter: Adapter) -> int | None:
+def last_rank(entry, adapter: Adapter) -> int | None:
     """The rank of the last one of the `max_samples` first, by a pass over all rows; None: all are taken."""
     if entry.max_samples is None:
         return None
     first: list[int] = []  # the smallest ranks, negative, as a heap with the largest of them on top
     known = set()
     for table in chosen_tables(entry, adapter):
-        for _, key, draft, _ in _drafts(entry, adapter, table):
-            rank = -_rank(key)
-            if draft is None or rank in known or (len(first) == entry.max_samples and rank < first[0]):
+        for _, key, draft, _ in drafts(entry, adapter, table):
+            number = -rank(key)
+            if draft is None or number in known or (len(first) == entry.max_samples and number < first[0]):
                 continue
-            known.add(rank)
+            known.add(number)
             if len(first) < entry.max_samples:
-                heapq.heappush(first, rank)
+                heapq.heappush(first, number)
             else:
-                known.discard(heapq.heappushpop(first, rank))
+                known.discard(heapq.heappushpop(first, number))
     return -first[0] if len(first) == entry.max_samples else None
 
 

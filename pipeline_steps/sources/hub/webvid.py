@@ -12,6 +12,7 @@ def sample(row, table):
         name=video,
         videos=names,
         video_id=f"webvid-{video}",
+        url=optional_text(row, "contentUrl"),
         items=({"user": None, "assistant": text(row, "name"), "family": "caption"},),
     )
 
@@ -26,4 +27,5 @@ ADAPTER = Adapter(
     tables=(Table("train", "data/train/**/*.csv", "webvid"),),
     sample=sample,
     places=("", "videos"),
+    addresses=True,
 )

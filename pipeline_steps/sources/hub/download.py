@@ -1,0 +1,145 @@
+"""Download the videos that rows give an address for and that media_dir lacks: of data set webvid.
+
+    python -m pipeline_steps.sources.hub.download [--params params.yaml] [--num-connections 16]
+
+for every such entry of sources.hub, as many as its max_samples takes. Run it as often as you like, outside of the
+stages: what is there is not fetched again, a file that broke off goes on where it ended, and a file has its name only
+when it is whole. What failed is listed in MEDIA_DIR/failed.jsonl with the reason. Then `dvc repro --force sources`.
+"""
+
+import argparse
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from pipeline_steps import params
+from pipeline_steps.params import UserError
+from pipeline_steps.records import writable, write_jsonl
+from pipeline_steps.sources.hub import reader
+from pipeline_steps.sources.hub.catalogue import ADAPTERS
+from pipeline_steps.sources.hub.media import MediaFolder
+from pipeline_steps.sources.hub.tables import chosen_tables, where
+
+PARAMS = ("sources",)
+CHUNK = 2**18  # bytes
+LASTING = {400, 401, 403, 404, 405, 410, 451}  # answers that another try does not change
+
+
+class Failed(Exception):
+    """A file that cannot be had. The message is the reason."""
+
+
+def fetch(url: str, path: Path, num_tries: int = 4, timeout: float = 30.0, pause: float = 1.0) -> None:
+    """`url` to `path`, by way of a hidden file beside it that a later try continues. Failed: it cannot be had.
+
+    timeout: seconds without a byte. pause: seconds before the second try, twice as many before each further one.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise Failed(f"no web address: {url[:60]}")
+    partial = path.with_name(f".{path.name}.partial")
+    for number in range(num_tries):
+        if number:
+            time.sleep(pause * 2 ** (number - 1))
+        try:
+            if _continue(url, partial, timeout):
+                os.replace(partial, path)
+                return
+            reason = "broke off"
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code}"
+            if error.code == 416:  # no such range: what was there is no beginning of this file
+                partial.unlink(missing_ok=True)
+            if error.code in LASTING:
+                break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+    raise Failed(reason)
+
+
+def _continue(url, partial, timeout):
+    """Appends what is missing at the end of `partial`; whether it is whole then."""
+    start = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        start = start if response.status == 206 else 0  # 200: the server sends the whole file
+        length = response.headers.get("Content-Length")
+        with writable(partial):
+            file = open(partial, "ab" if start else "wb", buffering=0)  # noqa: SIM115 - what open says is for the user
+        with file:
+            while chunk := response.read(CHUNK):
+                with writable(partial):  # what read says is for another try
+                    file.write(chunk)
+            end = file.tell()
+    return length is None or end == start + int(length)
+
+
+def download(entry, num_connections: int, **options) -> Counter:
+    """All missing videos of an entry (schema.HubEntry), with `options` of fetch.
+
+    Returns the counts `there`, `fetched` and `failed`.
+    """
+    folder = MediaFolder(entry.media_dir, ADAPTERS[entry.dataset].places, where(entry))
+    counts, failures, pending = Counter(), [], {}
+    with ThreadPoolExecutor(num_connections) as pool:
+        for draft in _wanted(entry):
+            if folder.find(draft.videos, folders=False):
+                counts["there"] += 1
+                continue
+            path = Path(entry.media_dir).expanduser() / draft.videos[0]
+            with writable(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            pending[pool.submit(fetch, draft.url or "", path, **options)] = draft
+            if len(pending) >= 4 * num_connections:  # rows are read only as fast as files come
+                _settle(pending, counts, failures)
+        while pending:
+            _settle(pending, counts, failures)
+    write_jsonl(Path(entry.media_dir).expanduser() / "failed.jsonl", failures)
+    return counts
+
+
+def _wanted(entry):
+    adapter = ADAPTERS[entry.dataset]
+    last = reader.last_rank(entry, adapter)
+    known = set()
+    for table in chosen_tables(entry, adapter):
+        for _, key, draft, _ in reader.drafts(entry, adapter, table):
+            if draft is None or draft.videos in known or (last is not None and reader.rank(key) > last):
+                continue
+            known.add(draft.videos)
+            yield draft
+
+
+def _settle(pending, counts, failures):
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        draft = pending.pop(future)
+        try:
+            future.result()
+            counts["fetched"] += 1
+        except Failed as problem:
+            counts["failed"] += 1
+            failures.append({"path": draft.videos[0], "url": draft.url, "reason": str(problem)})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Download the videos that rows give an address for.")
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--num-connections", type=int, default=16)
+    arguments = parser.parse_args()
+    section = params.read(arguments.params, *PARAMS).sources
+    entries = [entry for entry in reader.entries(section) if ADAPTERS[entry.dataset].addresses]
+    if not entries:
+        raise UserError(f"{arguments.params}: sources.hub has no data set whose rows give addresses (webvid).")
+    for entry in entries:
+        counts = download(entry, arguments.num_connections)
+        print(
+            f"{entry.media_dir}: {counts['there']} were there, {counts['fetched']} fetched, {counts['failed']} failed"
+        )
+
+
+if __name__ == "__main__":
+    params.run(main)
