@@ -18,7 +18,7 @@ CONTENT = bytes(range(256)) * 2000
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/whole, /broken (ends halfway, twice), /busy (503 once), /closed (no answer, twice), /gone, /plain (no ranges)."""
+    """/whole, /broken (halfway, twice), /busy (503 once), /closed (no answer, twice), /gone, /plain (no ranges)."""
 
     def log_message(self, *arguments):
         pass

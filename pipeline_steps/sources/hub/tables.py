@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from pyarrow.dataset import ParquetFragmentScanOptions
+
 from pipeline_steps.params import UserError
 from pipeline_steps.sources.hub.adapter import Adapter, Table, Unusable
 
+ROW_GROUPS = ParquetFragmentScanOptions(pre_buffer=False)  # else all that was read of a file stays in memory with it
 LOADERS = {  # by the ending of the files: builder and options of load_dataset
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": 100, "fragment_scan_options": ROW_GROUPS}),  # 16 batches are read ahead
     ".csv": ("csv", {"keep_default_na": False}),  # "NA" is a text
     ".jsonl": ("text", {}),
     ".json": ("text", {"sample_by": "document"}),
