@@ -397,6 +397,29 @@ def test_ids_and_answers_of_digits_stay_texts(tmp_path):
     assert (sample.items[0].options, sample.items[0].correct_option) == (("02", "2"), 0)
 
 
+def test_texts_that_no_file_can_hold_or_nobody_can_see(tmp_path):
+    values = hub_files.write("mlvu", tmp_path / "a")
+    row = {"video": "movie101_66.mp4", "candidates": ["a", "b"], "answer": "a", "question_type": "count"}
+    rows = [{**row, "question": question} for question in ("half \ud800", "\u200b\n ", "whole")]
+    hub_files.write_json(tmp_path / "a/MLVU/json/1_plotQA.json", rows)
+    samples, quarantined = all_of(values, tmp_path)
+    assert [sample.items[0].user for sample in samples] == ["whole"]
+    assert [row.reason for row in quarantined] == ["question: not valid Unicode", "question: empty"]
+
+
+def test_llava_hound_is_frames_at_two_a_second(tmp_path):
+    turns = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
+    row = {"id": "1", "video": "shareVideoGPTV/t8XgCHY2XMs-Scene-033", "conversations": turns}
+    hub_files.write_json(tmp_path / "llava_hound/sharegptvideo_qa_255k_processed.json", [row])
+    for i in range(3):
+        hub_files.write_image(tmp_path / f"{row['video']}/c01_{i:04d}.jpeg", np.full((8, 8, 3), i, np.uint8))
+    values = {"dataset": "llava_video", "path": str(tmp_path), "revision": None, "subsets": ["llava_hound"]}
+    values |= {"media_dir": str(tmp_path), "max_samples": None, "max_missing": 0.0}
+    ((sample,), _) = all_of(values, tmp_path / "raw")
+    assert (sample.picture_fps, sample.video_id, sample.kind) == (2.0, "t8XgCHY2XMs", "video")
+    assert (sample.items[0].user, sample.items[0].assistant) == ("What?", "That.")
+
+
 def test_a_segment_that_goes_backwards_and_a_path_out_of_the_folder(tmp_path):
     values = hub_files.write("mvbench", tmp_path / "a")
     row = {"question": "?", "candidates": ["a", "b"], "answer": "a", "start": 2, "end": 1}
@@ -553,6 +576,7 @@ def test_a_revision_is_a_commit(tmp_path, revision):
         ("perception/videos/video_12.mp4", "perception_test-video_12"),
         ("NextQA/NExTVideo/1006/8968804598.mp4", "nextqa-8968804598"),
         ("02toZL7p4_0.mp4", "02toZL7p4_0"),
+        ("t8XgCHY2XMs-Scene-033", "t8XgCHY2XMs"),
         ("any name (1).mp4", "any name (1)"),
     ],
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-YOUTUBE_CLIP = re.compile(r"(?:celebv_|ytb_|v_)?([A-Za-z0-9_-]{11})(?:_\d+){0,2}(?:to\d+)?")
+YOUTUBE_CLIP = re.compile(r"(?:celebv_|ytb_|v_)?([A-Za-z0-9_-]{11})(?:(?:_\d+){0,2}(?:to\d+)?|-Scene-\d+)")
 ORIGINS = {  # folders of collections that several data sets take videos from, and one name for each
     "charades": "charades",
     "charades_v1_480": "charades",
@@ -79,8 +79,12 @@ def text(row: dict, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise Unusable(f"{name}: expected text, found {_short(value)}")
-    if not value.strip():
+    if not any(character.isprintable() and not character.isspace() for character in value):
         raise Unusable(f"{name}: empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a character, such as "\ud800", which no file can hold
+        raise Unusable(f"{name}: not valid Unicode") from None
     return value.strip()
 
 
@@ -181,8 +185,9 @@ def file_name(name: str) -> str:
 def original_video(path: str) -> str:
     """The video that a clip was cut from, by the naming of the known collections.
 
-    A YouTube id where the name holds one (`v_ID`, `ytb_ID`, `ID_3`, `ID_12_0to143`, `ID_000010_000020`), so that equal
-    videos of different data sets meet; `<collection>-<name>` for known collections; else the name of the file.
+    A YouTube id where the name holds one (`v_ID`, `ytb_ID`, `ID_3`, `ID_12_0to143`, `ID_000010_000020`,
+    `ID-Scene-033`), so that equal videos of different data sets meet; `<collection>-<name>` for known collections;
+    else the name of the file.
     """
     path = PurePosixPath(path)
     stem = path.parent.name if re.fullmatch(r"split_\d+", path.stem) else path.stem

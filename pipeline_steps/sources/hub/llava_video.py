@@ -23,6 +23,7 @@ KINDS = {
     "perceptiontest": ("multi_choice",),
 }
 DURATIONS = ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
+FRAMES_PER_SECOND = {"llava_hound": 2.0}  # of its videos, which are folders of frames
 
 
 def sample(row, table):
@@ -37,6 +38,7 @@ def sample(row, table):
         name=f"{table.subset}-{identifier(row, 'id')}",
         videos=(f"{table.subset}/{video}", video),
         video_id=original_video(video),
+        picture_fps=FRAMES_PER_SECOND.get(table.subset),
         items=(chat(turns, table.family),),
     )
 

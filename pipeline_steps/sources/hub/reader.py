@@ -28,14 +28,38 @@ class Counts:
     rows: int = 0
     taken: int = 0
     missing: list[str] = field(default_factory=list)  # names of the first missing media
+    reasons: list[str] = field(default_factory=list)  # of the first unusable rows
     num_missing: int = 0
     num_unusable: int = 0
     num_beyond: int = 0  # beyond max_samples
+
+    def reject(self, place: str, reason: str) -> None:
+        self.num_unusable += 1
+        if len(self.reasons) < MAX_LISTED:
+            self.reasons.append(f"{place}: {reason}")
 
     def miss(self, name: str) -> None:
         self.num_missing += 1
         if len(self.missing) < MAX_LISTED:
             self.missing.append(name)
+
+    def check(self, entry) -> None:
+        """Prints the counts. UserError if too much is missing, or nothing is left."""
+        print(
+            f"{entry.dataset}: {self.rows} rows: {self.taken} taken, {self.num_missing} without their media, "
+            f"{self.num_unusable} unusable, {self.num_beyond} beyond max_samples"
+        )
+        wanted = self.taken + self.num_missing
+        if self.num_missing > entry.max_missing * wanted:
+            share, listed = self.num_missing / wanted, ", ".join(self.missing)
+            raise UserError(
+                f"{where(entry)}: {self.num_missing} of {wanted} samples have no media in {entry.media_dir} "
+                f"({share:.1%}), more than max_missing allows ({entry.max_missing:.1%}). The first: {listed}. "
+                "Add the files and rerun the stage (`dvc repro --force sources`), or raise max_missing."
+            )
+        if not self.taken:
+            problem = f"none of {self.rows} rows can be taken. {'; '.join([*self.reasons, *self.missing])}"
+            raise UserError(f"{where(entry)}: {problem}".rstrip())
 
 
 def entries(section) -> list:
@@ -48,6 +72,7 @@ def entries(section) -> list:
     for entry in section.hub:
         try:
             check_entry(entry, ADAPTERS[entry.dataset])
+            _media_folder(entry, ADAPTERS[entry.dataset])
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -61,33 +86,75 @@ def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[Ra
     Embedded pictures are stored below `output_dir`/hub. UserError if rows cannot be read, if more than the share
     `max_missing` of the samples lacks its media, or if there is no sample.
     """
-    adapter, counts = ADAPTERS[entry.dataset], Counts()
+    adapter = ADAPTERS[entry.dataset]
     check_entry(entry, adapter)
-    media = MediaFolder(entry.media_dir, adapter.places, where(entry)) if adapter.places else None
-    last = last_rank(entry, adapter)
-    keys = set()
+    reading = _Reading(entry, adapter, quarantined)
     for table in chosen_tables(entry, adapter):
         container = Container(output_dir / "hub" / table.source, output_dir)
         try:
-            for number, key, draft, reason in drafts(entry, adapter, table):
-                counts.rows += 1
-                if draft is not None and last is not None and rank(key) > last:
-                    counts.num_beyond += 1
-                    continue
-                if draft is not None and _mark(key) in keys:
-                    draft, reason = None, "the same as an earlier row"
-                if draft is None:
-                    counts.num_unusable += 1
-                    place = f"{table.subset} row {number}"
-                    quarantined.append(Quarantined(key=key, source=table.source, path=place, reason=reason))
-                    continue
-                keys.add(_mark(key))
-                sample = _sample(adapter, table, key, draft, media, container, quarantined, counts)
-                if sample is not None:
-                    yield sample
+            yield from reading.samples(table, container)
         finally:
             container.close()
-    _check_counts(entry, counts, quarantined)
+    reading.counts.check(entry)
+
+
+class _Reading:
+    """What is kept over the tables of one entry."""
+
+    def __init__(self, entry, adapter: Adapter, quarantined: list[Quarantined]):
+        self.entry, self.adapter, self.quarantined = entry, adapter, quarantined
+        self.media = _media_folder(entry, adapter)
+        self.last = last_rank(entry, adapter)
+        self.counts = Counts()
+        self.keys: set[int] = set()
+
+    def samples(self, table: Table, container: Container) -> Iterator[RawSample]:
+        for number, key, draft, reason in drafts(self.entry, self.adapter, table):
+            self.counts.rows += 1
+            if draft is not None and self.last is not None and rank(key) > self.last:
+                self.counts.num_beyond += 1
+                continue
+            if draft is not None and _mark(key) in self.keys:
+                draft, reason = None, "the same as an earlier row"
+            if draft is None:
+                self._reject(table, key, f"{table.subset} row {number}", reason)
+                continue
+            self.keys.add(_mark(key))
+            sample = self._sample(table, key, draft, container)
+            if sample is not None:
+                self.counts.taken += 1
+                yield sample
+
+    def _sample(self, table, key, draft, container) -> RawSample | None:
+        """The raw sample, or None when its media are missing or it is no valid record."""
+        try:
+            found = _media(draft, self.media, container)
+        except OSError as error:  # of reading the user's file: a container that cannot be written is a UserError
+            return self._miss(table, key, draft, f"cannot be read ({error.strerror})")
+        if found is None:
+            return self._miss(table, key, draft, "missing media")
+        is_folder = found["kind"] == "video" and Path(found["path"]).is_dir()
+        try:
+            return RawSample(
+                key=key,
+                source=table.source,
+                split="test" if self.adapter.held_out else None,
+                video_id=draft.video_id or (f"image-{found['sha256'][:16]}" if draft.images else key),
+                picture_fps=draft.picture_fps if is_folder else None,
+                segment=draft.segment,
+                items=draft.items,
+                **found,
+            )
+        except ValidationError as error:
+            return self._reject(table, key, (*draft.videos, key)[0], _first(error))
+
+    def _reject(self, table, key, place, reason) -> None:
+        self.counts.reject(place, reason)
+        self.quarantined.append(Quarantined(key=key, source=table.source, path=place, reason=reason))
+
+    def _miss(self, table, key, draft, reason) -> None:
+        self.counts.miss(draft.videos[0])
+        self.quarantined.append(Quarantined(key=key, source=table.source, path=draft.videos[0], reason=reason))
 
 
 def drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
@@ -108,35 +175,8 @@ def drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Dr
             yield number, f"{table.source}-{slug(table.subset)}-row-{number}", None, _first(error)
 
 
-def _sample(adapter, table, key, draft, media, container, quarantined, counts) -> RawSample | None:
-    """The raw sample, or None when its media are missing or it is no valid record (then it is quarantined)."""
-    place, reason = "", ""
-    try:
-        found = _media(draft, media, container)
-        if found is None:
-            place, reason = draft.videos[0], "missing media"
-            counts.miss(place)
-        else:
-            sample = RawSample(
-                key=key,
-                source=table.source,
-                split="test" if adapter.held_out else None,
-                video_id=draft.video_id or (f"image-{found['sha256'][:16]}" if draft.images else key),
-                picture_fps=draft.picture_fps if found["kind"] == "video" and Path(found["path"]).is_dir() else None,
-                segment=draft.segment,
-                items=draft.items,
-                **found,
-            )
-            counts.taken += 1
-            return sample
-    except ValidationError as error:
-        place, reason = key, _first(error)
-        counts.num_unusable += 1
-    except OSError as error:  # of reading the user's file: a container that cannot be written is a UserError
-        place, reason = draft.videos[0], f"cannot be read ({error.strerror})"
-        counts.miss(place)
-    quarantined.append(Quarantined(key=key, source=table.source, path=place, reason=reason))
-    return None
+def _media_folder(entry, adapter: Adapter) -> MediaFolder | None:
+    return MediaFolder(entry.media_dir, adapter.places, where(entry)) if adapter.places else None
 
 
 def _media(draft: Draft, media: MediaFolder | None, container: Container) -> dict | None:
@@ -195,22 +235,3 @@ def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {problem['msg']}"[:200].removeprefix(": ")
-
-
-def _check_counts(entry, counts: Counts, quarantined: list[Quarantined]) -> None:
-    print(
-        f"{entry.dataset}: {counts.rows} rows: {counts.taken} taken, {counts.num_missing} without their media, "
-        f"{counts.num_unusable} unusable, {counts.num_beyond} beyond max_samples"
-    )
-    wanted = counts.taken + counts.num_missing
-    if counts.num_missing > entry.max_missing * wanted:
-        share, listed = counts.num_missing / wanted, ", ".join(counts.missing)
-        raise UserError(
-            f"{where(entry)}: {counts.num_missing} of {wanted} samples have no media in {entry.media_dir} "
-            f"({share:.1%}), more than max_missing allows ({entry.max_missing:.1%}). The first: {listed}. "
-            "Add the files and rerun the stage (`dvc repro --force sources`), or raise max_missing."
-        )
-    if not counts.taken:
-        own = quarantined[-MAX_LISTED:]
-        reasons = "; ".join(f"{row.path}: {row.reason}" for row in own if counts.num_unusable + counts.num_missing)
-        raise UserError(f"{where(entry)}: none of {counts.rows} rows can be taken. {reasons}".rstrip())

@@ -17,7 +17,10 @@ KEY_FRAMES = "Describe the video key frame by key frame."
 
 
 def sample(row, table):
-    captions = {identifier(entry, "idx"): text(entry, "content") for entry in entries(row, "captions")}
+    rows = entries(row, "captions")
+    captions = {identifier(entry, "idx"): text(entry, "content") for entry in rows}
+    if len(captions) < len(rows):
+        raise Unusable("captions: an idx is there twice")
     if WHOLE not in captions:
         raise Unusable(f"captions: none with idx {WHOLE}, the caption of the whole video")
     items = [{"user": None, "assistant": captions.pop(WHOLE), "family": "caption"}]
