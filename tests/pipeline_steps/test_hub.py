@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline_steps import params
 from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import FramePolicy, PackedSample, media_sha256, parse, read_samples
+from pipeline_steps.records import FramePolicy, PackedSample, media_sha256, parse, read_samples, to_json
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
@@ -395,6 +395,57 @@ def test_ids_and_answers_of_digits_stay_texts(tmp_path):
     hub_files.write_json(tmp_path / "a/MLVU/json/1_plotQA.json", [{**row, "question_type": "count"}])
     ((sample,), _) = all_of(values, tmp_path)
     assert (sample.items[0].options, sample.items[0].correct_option) == (("02", "2"), 0)
+
+
+WRONG = (
+    None,
+    3,
+    -2.5,
+    float("nan"),
+    True,
+    "",
+    "x",
+    "\ud800",
+    "a\0b",
+    "../x",
+    b"x",
+    [],
+    [None],
+    [[]],
+    {},
+    [{}],
+    {"a": 1},
+)
+
+
+def damaged(value):
+    """Copies of a row or a part of it in which one field, at any depth, is something else or is not there."""
+    fields = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, field in fields:
+        for other in itertools.chain(WRONG, damaged(field)):
+            copy = value.copy()
+            copy[name] = other
+            yield copy
+        if isinstance(value, dict):
+            yield {key: part for key, part in value.items() if key != name}
+
+
+@pytest.mark.parametrize("name", hub_files.WRITERS)
+def test_any_field_may_be_anything(tmp_path, monkeypatch, name):
+    """Hundreds of rows with one damaged field each: every one is a sample that can be written, or has a reason."""
+    values = hub_files.write(name, tmp_path / "a")
+    value, read_rows = ADAPTERS[name], reader.read_rows
+    table = next(iter(tables.chosen_tables(entry(values), value)))
+    rows = [row for good in read_rows(entry(values), value, table) for row in damaged(good)]
+    monkeypatch.setattr(reader, "read_rows", lambda entry, adapter, table: iter(rows))
+    subsets = {"subsets": [table.subset], "max_missing": 1.0}
+    samples, quarantined = all_of(values, tmp_path / "raw", **subsets)
+    assert len(rows) > 100
+    assert all(to_json(sample).encode() for sample in samples)
+    assert all(to_json(row).encode() and row.reason for row in quarantined)
+    if name != "smoltalk":  # whose rows are of one table or another
+        passes = len({t.files for t in value.tables if t.subset == table.subset})
+        assert len(samples) + len(quarantined) == passes * len(rows)
 
 
 def test_texts_that_no_file_can_hold_or_nobody_can_see(tmp_path):

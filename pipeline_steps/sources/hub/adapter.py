@@ -4,6 +4,7 @@ An adapter turns one row into a `Draft`: items and the media they are about. A r
 with a reason of a few words; the reader quarantines it. Media are never opened here.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def identifier(row: dict, name: str) -> str:
 
 def number(row: dict, name: str) -> float:
     value = row.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise Unusable(f"{name}: expected a number, found {_short(value)}")
     return float(value)
 
@@ -128,7 +129,7 @@ def entries(row: dict, name: str) -> list[dict]:
 def image_bytes(value: dict | None, name: str) -> bytes:
     """The file's bytes of an image that was not decoded: {"bytes": ..., "path": ...}."""
     content = value.get("bytes") if isinstance(value, dict) else None
-    if not content:
+    if not isinstance(content, bytes) or not content:
         raise Unusable(f"{name}: no image bytes")
     return content
 

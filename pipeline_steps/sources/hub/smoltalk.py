@@ -12,12 +12,12 @@ PARTS = ("stage1",) * 4 + ("stage2",) * 2 + ("stage3",)  # the part of a chat is
 
 
 def part_of(messages):
-    content = json.dumps(messages, sort_keys=True)
+    content = json.dumps(messages, sort_keys=True, default=repr)
     return PARTS[int.from_bytes(hashlib.sha256(f"smoltalk {content}".encode()).digest()[:8]) % len(PARTS)]
 
 
 def sample(row, table):
-    if part_of(row["messages"]) != table.subset:
+    if part_of(row.get("messages")) != table.subset:
         return None
     turns = [(text(message, "role"), text(message, "content")) for message in entries(row, "messages")]
     return Draft(name="", items=(chat(turns, "text"),))
