@@ -560,6 +560,7 @@ def test_a_hub_id_is_read_at_its_pinned_revision(tmp_path, monkeypatch):
         ("openvid", {"media_dir": None}, r"media_dir is not set. It is the folder with the clips of OpenVid_part"),
         ("openvid", {"media_dir": "/nowhere"}, "media_dir /nowhere does not exist"),
         ("openvid", {"path": "/nowhere/x"}, "path /nowhere/x does not exist"),
+        ("openvid", {"revision": "a" * 40}, "a local path has no revision"),
         ("openvid", {"path": "someone/copy"}, "no revision of someone/copy is pinned"),
         ("vript", {"path": None}, "no revision of Mutonix/Vript is pinned. Give the commit"),
         ("webvid", {"path": "{}/media/1002.mp4"}, r"no file data/train/\*\*/\*\.csv"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from pyarrow import ArrowException
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from pipeline_steps.params import UserError
@@ -46,6 +47,10 @@ def check_entry(entry, adapter: Adapter) -> None:
     if _local(entry) is None:
         _revision(entry, adapter)
         return
+    if entry.revision is not None:
+        raise UserError(
+            f"{where(entry)}: a local path has no revision. Set it to null, or path to null to read the Hub."
+        )
     for table in chosen_tables(entry, adapter):
         _local_files(entry, adapter, table)
 
@@ -113,7 +118,7 @@ def _guarded(load, place, entry) -> Iterator[dict]:
             row = next(rows)
         except StopIteration:
             return
-        except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        except (ArrowException, DatasetsError, HTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             hint = "Repair the file, or download it again."
             if _local(entry) is None:
