@@ -13,7 +13,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from pipeline_steps import params
+from pipeline_steps.params import ROOT
+from pipeline_steps.records import read_samples
+from pipeline_steps.sources import schema
+from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources.hub import reader
 from tests.pipeline_steps.clips import grey_frames, write_clip, write_image
+
+NOTHING = "missing media"  # the reason of a row without its file
 
 
 def png(grey, size=8):
@@ -287,3 +295,29 @@ def write(name, folder):
     """The entry of sources.hub (a dict of all its keys) for the data set `name`, written to `folder`."""
     entry = {"dataset": name, "path": str(folder), "revision": None, "subsets": None, "media_dir": None}
     return entry | {"max_samples": None, "max_missing": 0.5} | WRITERS[name](folder)
+
+
+# ---------------------------------------------------------------- through the stage
+
+
+def entry(values, **changes):
+    return schema.HubEntry.model_validate_json(json.dumps(values | changes))
+
+
+def section(*entries):
+    values = params.parse("params.yaml", (ROOT / "params.yaml").read_text())["sources"]
+    values |= {"collect": ["hub"], "hub": list(entries)}
+    return schema.Section.model_validate_json(json.dumps(values))
+
+
+def collected(tmp_path, name, **changes):
+    """(samples, [(path, reason)] of the quarantined ones) of a data set's local copy, through the stage."""
+    values = write(name, tmp_path / name) | changes
+    collect(section(values), tmp_path / "raw")
+    rows = [json.loads(line) for line in (tmp_path / "raw" / "quarantined.jsonl").read_text().splitlines()]
+    return read_samples(tmp_path / "raw/index.jsonl"), [(row["path"], row["reason"]) for row in rows]
+
+
+def all_of(values, output, **changes):
+    quarantined = []
+    return list(reader.read(entry(values, **changes), output, quarantined)), quarantined
