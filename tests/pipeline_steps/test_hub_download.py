@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.content = [], CONTENT
     server.url = f"http://127.0.0.1:{server.server_port}"

@@ -19,9 +19,10 @@ from tests.pipeline_steps.hub_files import NOTHING, all_of, collected, entry, se
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
+def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # locks, one per set of files
 
 
 # ---------------------------------------------------------------- keys, choice, accounting
