@@ -11,6 +11,7 @@ frames), random_query (queries of the planned norm). Cost at the embedded scale:
 
 import argparse
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,17 @@ from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
 from pipeline_steps.evaluation import statistics
-from pipeline_steps.evaluation.scoring import TEXT, choose_items, score_items
+from pipeline_steps.evaluation.scoring import TEXT, choose_items, groups_by_family, score_items
 from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
-PARAMS = ("evaluation", "streaming")
+PARAMS = (
+    "evaluation",
+    "streaming.image_replication",
+    "streaming.num_workers",
+    "streaming.prefetch_megabytes",
+)
 
 
 def main():
@@ -45,7 +51,7 @@ def main():
     model, tokenizer = load_model(arguments.checkpoint)
     replication = parameters.streaming.image_replication
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
-    training_rows = TokenizedShards(arguments.shards, arguments.tokens, "train").rows
+    training = TokenizedShards(arguments.shards, arguments.tokens, "train")
     chosen = choose_items(dataset, settings.max_items_per_family, settings.seed)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
@@ -58,7 +64,7 @@ def main():
             chosen,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            ahead=parameters.streaming.prefetch_batches,
+            prefetch=prefetch(parameters.streaming, dataset),
             progress=progress,
         )
         answers = []
@@ -69,7 +75,7 @@ def main():
     result = summarise(
         table,
         answers,
-        chance(training_rows, dataset, chosen),
+        chance(training, dataset, chosen),
         settings,
         provenance(arguments, parameters, model.device),
     )
@@ -97,24 +103,44 @@ def load_model(checkpoint):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor.tokenizer
 
 
-def chance(training_rows, dataset, chosen):
+def prefetch(streaming, dataset):
+    """How batches are prepared: arguments of `streaming.workers.ordered`, whose jobs are (family, item numbers)."""
+    return {
+        "num_workers": streaming.num_workers,
+        "limit": streaming.prefetch_megabytes * 2**20,
+        "size_of": lambda job: dataset.batch_bytes(np.array(job[1]), streaming.image_replication, 1),
+    }
+
+
+def chance(training, dataset, chosen):
     """{family: accuracy of the training split's most frequent token per answer position, or None where it has no
     such family}."""
-    seen = {}
-    for row in training_rows:
-        seen.setdefault(TEXT if row["kind"] == "text" else row["family"], []).extend(scored_tokens(row))
-    result = {}
-    for family, numbers in chosen.items():
-        answers = [pair for number in numbers for pair in scored_tokens(dataset.rows[number])]
-        guesses = statistics.most_frequent_tokens(seen.get(family, []))
-        result[family] = statistics.chance_accuracy(guesses, answers) if guesses else None
-    return result
+    seen = answer_tokens(training, groups_by_family(training))
+    answers = answer_tokens(dataset, chosen)
+    guesses = {family: statistics.most_frequent_tokens(seen.get(family, {})) for family in chosen}
+    return {
+        family: statistics.chance_accuracy(guesses[family], answers[family]) if guesses[family] else None
+        for family in chosen
+    }
 
 
-def scored_tokens(row):
-    """(position in the answer, token id) of the scored tokens of a token row."""
-    positions = np.cumsum(row["answer_mask"])
-    return [(int(positions[at]), row["input_ids"][at]) for at in np.flatnonzero(row["score_mask"])]
+def answer_tokens(dataset, groups):
+    """{name: {(position in the answer, token id): count}} of the scored tokens of groups {name: item numbers}."""
+    group_of = np.full(len(dataset), -1)
+    for code, numbers in enumerate(groups.values()):
+        group_of[numbers] = code
+    counts = [Counter() for _ in groups]
+    for numbers, places, ids in dataset.scored_tokens():
+        triples = np.stack([group_of[numbers], places, ids])[:, group_of[numbers] >= 0]
+        for (code, place, token), count in zip(*distinct(triples), strict=True):
+            counts[code][place, token] += count
+    return dict(zip(groups, counts, strict=True))
+
+
+def distinct(columns):
+    """The different columns of an array of integers [c, n], as tuples, and how often each occurs."""
+    values, counts = np.unique(columns, axis=1, return_counts=True)
+    return list(map(tuple, values.T.tolist())), counts.tolist()
 
 
 def answer_rows(model, tokenizer, collate, family, items, max_tokens):

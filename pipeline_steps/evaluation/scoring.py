@@ -14,9 +14,16 @@ from pipeline_steps import gaze
 from pipeline_steps.metrics import GAZE_MODES, MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.streaming import targets
-from pipeline_steps.streaming.loader import prefetch
+from pipeline_steps.streaming.workers import ordered
 
 TEXT = "text"  # family and mode of text-only samples: without frames all modes are the same
+
+
+def groups_by_family(dataset):
+    """{family: item numbers} of the items with frames, all text-only ones under TEXT."""
+    text = dataset.index.is_text
+    groups = {name: numbers[~text[numbers]] for name, numbers in dataset.families().items()}
+    return {**groups, TEXT: np.flatnonzero(text)}
 
 
 def choose_items(dataset, max_items, seed):
@@ -25,10 +32,8 @@ def choose_items(dataset, max_items, seed):
 
     Raises UserError when no item with frames has a scored token.
     """
-    families = {}
-    for number, row in enumerate(dataset.rows):
-        if any(row["score_mask"]):
-            families.setdefault(TEXT if row["kind"] == "text" else row["family"], []).append(number)
+    usable = {name: numbers[dataset.scored[numbers]] for name, numbers in groups_by_family(dataset).items()}
+    families = {name: numbers for name, numbers in usable.items() if len(numbers)}
     if not set(families) - {TEXT}:
         raise UserError(
             f"{dataset.tokens_dir}: no item of split '{dataset.split}' has frames and an answer with a letter or "
@@ -37,14 +42,14 @@ def choose_items(dataset, max_items, seed):
         )
     chosen = {}
     for family in sorted(families):
-        numbers = np.array(families[family])
+        numbers = families[family]
         if len(numbers) > max_items:
             numbers = np.sort(np.random.default_rng(seed).choice(numbers, max_items, replace=False))
         chosen[family] = numbers.tolist()
     return chosen
 
 
-def score_items(model, collate, dataset, chosen, *, batch_size, seed, ahead, progress):
+def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, progress):
     """Runs all modes over the chosen rows ({family: row numbers}): DataFrame with one row per item and mode.
 
     Columns: key, item, source, family, mode, num_frames, num_tokens (scored), loss_sum (nats), num_correct; and,
@@ -58,8 +63,8 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, ahead, pro
         for start in range(0, len(numbers), batch_size)
     ]
     rows = []
-    for family, items, batch, truths in prefetch(
-        lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, ahead
+    for family, items, batch, truths in ordered(
+        lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
     ):
         batch = {name: value.to(device) for name, value in batch.items() if name != "keys"}
         for mode in (TEXT,) if family == TEXT else MODES:
@@ -74,7 +79,7 @@ def load(dataset, collate, patch_size, family, numbers):
     """(family, items, batch on the CPU, ground truth of each item or None)."""
     items = [dataset[number] for number in numbers]
     batch = collate(items)
-    samples = [dataset.sample(item["key"]) for item in items]
+    samples = [dataset.sample(number) for number in numbers]
     grid = batch["pixel_values"].shape[-1] // patch_size
     truths = [
         targets.truth(sample, item["item"], num_frames, grid, dataset.fit)

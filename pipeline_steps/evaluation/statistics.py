@@ -4,8 +4,6 @@ A group of n items is three arrays: loss_sum [n] (nats summed over the item's sc
 num_tokens [n].
 """
 
-from collections import Counter, defaultdict
-
 import numpy as np
 
 from pipeline_steps.metrics import Gap, Score
@@ -58,20 +56,20 @@ def gap(autoregressive_loss_sum, fine_loss_sum, num_samples, seed):
     )
 
 
-def most_frequent_tokens(answers):
+def most_frequent_tokens(counts):
     """Most frequent scored token at each position of the answer.
 
-    answers: iterable of (position, token id) over the scored tokens of a family's training items, position counted
+    counts: {(position, token id): how often} over the scored tokens of a family's training items, position counted
     from the answer's start. Returns {position: token id}; of equally frequent tokens the smallest id.
     """
-    counts = defaultdict(Counter)
-    for position, token in answers:
-        counts[position][token] += 1
-    return {position: min(counter, key=lambda token: (-counter[token], token)) for position, counter in counts.items()}
+    best = {}
+    for (position, token), count in counts.items():
+        best[position] = max(best.get(position, (0, 0)), (count, -token))
+    return {position: -token for position, (_, token) in best.items()}
 
 
-def chance_accuracy(guesses, answers):
-    """Share of (position, token id) in `answers` that `guesses` {position: token id} gets right; a position never
-    seen counts as wrong."""
-    answers = list(answers)
-    return sum(guesses.get(position) == token for position, token in answers) / len(answers)
+def chance_accuracy(guesses, counts):
+    """Share of the tokens `counts` {(position, token id): how often} that `guesses` {position: token id} gets right;
+    a position never seen counts as wrong."""
+    right = sum(count for (position, token), count in counts.items() if guesses.get(position) == token)
+    return right / sum(counts.values())

@@ -80,7 +80,7 @@ def choose_clips(dataset, num_clips):
     chosen = {family: [number for *_, number in sorted(rows)[:num_clips]] for family, rows in sorted(families.items())}
     for family, numbers in chosen.items():
         row = dataset.rows[numbers[0]]
-        sample = dataset.sample(row["key"])
+        sample = dataset.sample(numbers[0])
         if sample.objects and sample.items[row["item"]].target is not None:
             with_target.add(family)
     return [
@@ -101,7 +101,7 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
         weights = model(**inputs, mode=mode, output_attentions=True).attention_weights
         maps[mode] = gaze.attention_maps(weights.numpy())
     grid = round(maps["coarse"].shape[-1] ** 0.5)
-    truth = targets.truth(dataset.sample(item["key"]), item["item"], num_frames, grid, dataset.fit)
+    truth = targets.truth(dataset.sample(number), item["item"], num_frames, grid, dataset.fit)
     frames = item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
     clip = drawing.Clip(
         frames=frames,

@@ -1,127 +1,217 @@
 """Random access to packed shards and their token sidecars.
 
 An item is one question with its answer; several items may share the frames of one clip, which are stored once. Frames
-are read from the tar by byte offset: opening a data set reads the tar headers once and nothing is unpacked.
+are read from the tar by the byte offsets that the sidecar holds: opening a data set reads no tar at all.
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import pyarrow.compute as pc
+from PIL import Image
 
 from pipeline_steps import sidecar
 from pipeline_steps.params import UserError
-from pipeline_steps.records import PackedSample, ShardsManifest, TokensManifest, parse, read_record
+from pipeline_steps.records import (
+    PackedSample,
+    ShardEntry,
+    ShardsManifest,
+    TokensEntry,
+    TokensManifest,
+    fingerprint,
+    parse,
+    read_record,
+)
+from pipeline_steps.streaming import index
+from pipeline_steps.streaming.files import OpenFiles
 from pipeline_steps.streaming.fit import check_fit
 from pipeline_steps.streaming.targets import truth
 
+DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damaged bytes
+
+
+class UnreadableSample(UserError):
+    """A sample whose frames cannot be read or decoded. `key` names it, `reason` says why."""
+
+    def __init__(self, where: object, key: str, reason: str):
+        super().__init__(f"{where}: {key}: {reason}. Rebuild the shards (`dvc repro shards`).")
+        self.key, self.reason = key, reason
+
 
 @dataclass(frozen=True)
-class Member:
-    """Where one file of a tar lies."""
+class Raw:
+    """An item as it is stored."""
 
-    tar: Path
-    offset: int  # bytes
-    size: int  # bytes
-
-    def read(self) -> bytes:
-        with open(self.tar, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+    row: dict  # of the sidecar
+    jpegs: list[bytes]  # one per frame
+    sample: bytes | None  # {key}.json, where it is needed
 
 
 class TokenizedShards:
-    """The items of one split.
+    """The items of one split, in the order of the shards.
 
-    `target_patch_size` (px): items say where their target is, as the query source `oracle` needs it. Raises UserError
-    when a stage's output is missing, or when a sidecar does not belong to the shard beside it.
+    `target_patch_size` (px): items say where their target is, as the query source `oracle` needs it. `with_frames`:
+    False for a split whose tars lie elsewhere, of which only the rows are read here. Opening it compares the manifests
+    with each other and with the sizes of all files; the content of the files is not hashed again. Raises UserError
+    when a stage's output is missing, or when files do not belong together.
     """
 
+    sequential = False  # items can be read in any order
+
     def __init__(
-        self, shards_dir: str | Path, tokens_dir: str | Path, split: str, target_patch_size: int | None = None
+        self,
+        shards_dir: str | Path,
+        tokens_dir: str | Path,
+        split: str,
+        target_patch_size: int | None = None,
+        with_frames: bool = True,
     ):
         self.shards_dir, self.tokens_dir, self.split = Path(shards_dir), Path(tokens_dir), split
         self.target_patch_size = target_patch_size
         manifest = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards")
-        self.image_size, self.fit = manifest.frames.image_size, manifest.frames.fit
-        shards = manifest.splits.get(split)
+        self.frame_policy, shards = manifest.frames, manifest.splits.get(split)
+        self.image_size, self.fit = manifest.frames.image_size, manifest.frames.fit  # px
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
             raise UserError(
                 f"{self.tokens_dir}: split '{split}' has no items. Give it samples (sources, shards sections)."
             )
-        self._tars: dict[str, Path] = {}  # key -> shard
-        self._rows_of: dict[str, dict] = {}  # key -> one of its rows
-        rows = []
-        for shard, entry in zip(shards.shards, tokens.shards, strict=True):
-            if entry.shard_sha256 != shard.sha256:
-                raise UserError(
-                    f"{self.tokens_dir / split / entry.name} was made for a shard with sha256 "
-                    f"{entry.shard_sha256[:12]}..., but {self.shards_dir / split / shard.name} has "
-                    f"{shard.sha256[:12]}...: rerun `python -m pipeline_steps.tokens`."
-                )
-            own = sidecar.read(self.tokens_dir / split / entry.name).to_pylist()
-            tar = self.shards_dir / split / shard.name
-            self._tars |= {row["key"]: tar for row in own}
-            self._rows_of |= {row["key"]: row for row in own}
-            rows += own
-        self.rows: list[dict] = rows
+        self.shards, self._sidecars = shards.shards, tokens.shards
+        if len(self.shards) != len(self._sidecars):
+            raise UserError(
+                f"{self.tokens_dir}: {len(self._sidecars)} sidecars of split '{split}' for {len(self.shards)} shards "
+                f"in {self.shards_dir}: rerun `python -m pipeline_steps.tokens`."
+            )
+        batches, self._shard_of = [], []  # record batches of all sidecars, and the shard of each
+        for number, (shard, entry) in enumerate(zip(self.shards, self._sidecars, strict=True)):
+            own = self._open(shard, entry, with_frames)
+            batches += own
+            self._shard_of += [number] * len(own)
+        self.rows, self.index = index.Rows(batches), index.build(batches)
+        self._files = OpenFiles()
+
+    def _open(self, shard: ShardEntry, entry: TokensEntry, with_frames: bool) -> list:
+        """The record batches of one sidecar, after it has been compared with its manifest and its shard."""
+        path, tar = self.tokens_dir / self.split / entry.name, self.shards_dir / self.split / shard.name
+        if entry.shard_sha256 != shard.sha256:
+            raise UserError(
+                f"{path} was made for a shard with sha256 {entry.shard_sha256[:12]}..., but {tar} has "
+                f"{shard.sha256[:12]}...: rerun `python -m pipeline_steps.tokens`."
+            )
+        if with_frames and (not tar.exists() or tar.stat().st_size != shard.bytes):
+            found = f"has {tar.stat().st_size:,} bytes" if tar.exists() else "is missing"
+            raise UserError(
+                f"{tar} {found}, the manifest says {shard.bytes:,} bytes: rerun `python -m pipeline_steps.shards`."
+            )
+        table = sidecar.read(path)
+        num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+        if (len(table), num_tokens) != (entry.num_items, entry.num_tokens):
+            raise UserError(
+                f"{path} has {len(table):,} items with {num_tokens:,} tokens, the manifest says {entry.num_items:,} "
+                f"with {entry.num_tokens:,}: rerun `python -m pipeline_steps.tokens`."
+            )
+        return table.to_batches()
 
     @classmethod
     def for_model(
-        cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str, image_replication: int
+        cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str, image_replication: int, **options
     ) -> "TokenizedShards":
         """With targets where the FoveatedVLMConfig asks for them. UserError when a sample does not fit the network."""
         oracle = config.query_source == "oracle"
-        dataset = cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None)
+        dataset = cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None, **options)
         check_fit(config, dataset, image_replication)
         return dataset
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def families(self) -> dict[str, list[int]]:
-        """Row numbers of every family, text-only samples under their own families."""
-        families: dict[str, list[int]] = {}
-        for number, row in enumerate(self.rows):
-            families.setdefault(row["family"], []).append(number)
-        return families
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the items, their tokens and their frames."""
+        return fingerprint(self.split, [(entry.shard_sha256, entry.sha256) for entry in self._sidecars])
 
-    def is_text(self, number: int) -> bool:
-        return self.rows[number]["kind"] == "text"
+    def families(self) -> dict[str, np.ndarray]:
+        """Item numbers (int64, ascending) of every family."""
+        return self.index.numbers_by(self.index.family, self.index.families)
 
-    def frames(self, key: str) -> np.ndarray:
-        """uint8 [T, height, width, 3]; T = 0 for a text-only sample."""
-        row, tar = self._rows_of[key], self._tars[key]
-        places = zip(row["frame_offsets"], row["frame_sizes"], strict=True)
-        pictures = [_decode(Member(tar, *place), key, number) for number, place in enumerate(places)]
-        return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """bool [n]: items with a scored token. Reads the masks of all sidecars."""
+        return np.concatenate([index.has_true(batch.column("score_mask")) for batch in self.rows.batches])
 
-    def sample(self, key: str) -> PackedSample:
-        """The packed sample with its ground truth."""
-        row = self._rows_of[key]
-        content = Member(self._tars[key], row["sample_offset"], row["sample_size"]).read()
-        return parse(PackedSample, content.decode(), f"{key}.json")
+    def scored_tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of all scored tokens, some thousands at a time: item number, place in the answers (from 1), token id."""
+        for start, batch in zip(self.rows.starts, self.rows.batches, strict=False):
+            rows, places, ids = index.scored_tokens(batch)
+            yield rows + start, places, ids
 
-    def __getitem__(self, number: int) -> dict:
-        """The row's fields, with `frames` uint8 [T, height, width, 3] and, where asked for, `target_patches` bool
-        [T, N], all False in frames of no known target."""
-        row = self.rows[number]
-        item = {**row, "frames": self.frames(row["key"])}
+    def shard_number(self, number: int) -> int:
+        """Place of an item's shard in `shards`."""
+        return self._shard_of[self.rows.place(number)[0]]
+
+    def batch_bytes(self, numbers: np.ndarray, image_replication: int, tokens_per_frame: int) -> int:
+        """Memory of a collated batch of these items: its float32 pixels, and 25 bytes a place of its sequences."""
+        columns = self.index.take(numbers)
+        frames = columns.shown_frames(image_replication)
+        longest = int((columns.num_tokens + frames * tokens_per_frame).max(initial=0))
+        return int(frames.sum()) * self.image_size**2 * 3 * 4 + len(numbers) * longest * 25
+
+    def read(self, number: int) -> Raw:
+        """An item as it is stored. UnreadableSample when the shard cannot be read there."""
+        row, tar = self.rows[number], self._tar(number)
+        try:
+            jpegs = [self._files.read(tar, *p) for p in zip(row["frame_offsets"], row["frame_sizes"], strict=True)]
+            wanted = self.target_patch_size is not None
+            sample = self._files.read(tar, row["sample_offset"], row["sample_size"]) if wanted else None
+        except OSError as error:
+            raise UnreadableSample(tar, row["key"], str(error)) from None
+        return Raw(row, jpegs, sample)
+
+    def make(self, raw: Raw) -> dict:
+        """The row's fields, with `frames` uint8 [T, height, width, 3] (T = 0 for a text-only sample) and, where asked
+        for, `target_patches` bool [T, N], all False in frames of no known target. UnreadableSample for damaged frames.
+        """
+        key, size = raw.row["key"], self.image_size
+        frames = np.empty((len(raw.jpegs), size, size, 3) if raw.jpegs else (0, 0, 0, 3), np.uint8)
+        for number, content in enumerate(raw.jpegs):
+            try:
+                frames[number] = decode(content, size)
+            except DAMAGE as error:
+                where = f"{self.shards_dir}/{self.split}"
+                raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({error})") from None
+        item = {**raw.row, "frames": frames}
         if self.target_patch_size is not None:
-            num_frames, grid = len(item["frames"]), item["frames"].shape[1] // self.target_patch_size
-            known = truth(self.sample(row["key"]), row["item"], num_frames, grid, self.fit) if num_frames else None
-            item["target_patches"] = np.zeros((num_frames, grid * grid), bool) if known is None else known.target
+            grid = frames.shape[1] // self.target_patch_size
+            known = truth(_parse(raw), raw.row["item"], len(frames), grid, self.fit) if len(frames) else None
+            nothing = np.zeros((len(frames), grid * grid), bool)
+            item["target_patches"] = nothing if known is None else known.target
         return item
 
+    def __getitem__(self, number: int) -> dict:
+        """`make` of what `read` gives."""
+        return self.make(self.read(number))
 
-def _decode(member: Member, key: str, number: int) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(member.read())) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(
-            f"{member.tar}: frame {number} of {key} cannot be decoded ({error}): rebuild the shards."
-        ) from None
+    def sample(self, number: int) -> PackedSample:
+        """The item's packed sample with its ground truth."""
+        row = self.rows[number]
+        return _parse(Raw(row, [], self._files.read(self._tar(number), row["sample_offset"], row["sample_size"])))
+
+    def _tar(self, number: int) -> Path:
+        return self.shards_dir / self.split / self.shards[self.shard_number(number)].name
+
+
+def decode(content: bytes, size: int) -> np.ndarray:
+    """The pixels of a JPEG: uint8 [size, size, 3]. One of DAMAGE for anything else, before its pixels are read where
+    its size is another one."""
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.size != (size, size):
+            raise ValueError(f"{picture.width} x {picture.height} px instead of {size} x {size}")
+        return np.asarray(picture.convert("RGB"))
+
+
+def _parse(raw: Raw) -> PackedSample:
+    return parse(PackedSample, raw.sample.decode(), f"{raw.row['key']}.json")

@@ -1,5 +1,7 @@
 """Whether packed data fit a network: asked before the work begins, not at the one long sample in the middle of it."""
 
+import numpy as np
+
 from pipeline_steps.params import UserError
 
 
@@ -20,19 +22,23 @@ def check_fit(config, dataset, image_replication: int) -> None:
             "larger shards.image_size."
         )
     limit = config.text_config.max_position_embeddings
-    for row in dataset.rows:
-        frames = row["num_frames"] * (image_replication if row["kind"] == "image" else 1)
-        length = len(row["input_ids"]) + frames * config.tokens_per_frame
-        length += bool(frames) and config.layout == "vision_first"  # the token that begins the sequence
-        if frames > config.max_num_frames:
-            raise UserError(
-                f"{where}: sample '{row['key']}' has {frames} frames, the network takes at most "
-                f"{config.max_num_frames}. Raise model.max_num_frames, or lower "
-                + ("streaming.image_replication." if row["kind"] == "image" else "shards.max_frames.")
-            )
-        if length > limit:
-            raise UserError(
-                f"{where}: sample '{row['key']}' has {length} tokens ({frames * config.tokens_per_frame} of them "
-                f"visual), the language model reads at most {limit}. Lower tokens.max_tokens, shards.max_frames or "
-                "model.num_visual_tokens_per_frame, or take a language model with more positions."
-            )
+    frames = dataset.index.shown_frames(image_replication)
+    visual = frames * config.tokens_per_frame
+    first = (frames > 0) & (config.layout == "vision_first")  # the token that begins the sequence
+    lengths = np.maximum(dataset.index.num_tokens, dataset.index.num_rejected) + visual + first
+    wrong = np.flatnonzero((frames > config.max_num_frames) | (lengths > limit))
+    if not len(wrong):
+        return
+    number = int(wrong[0])
+    row = dataset.rows[number]
+    if frames[number] > config.max_num_frames:
+        raise UserError(
+            f"{where}: sample '{row['key']}' has {frames[number]} frames, the network takes at most "
+            f"{config.max_num_frames}. Raise model.max_num_frames, or lower "
+            + ("streaming.image_replication." if row["kind"] == "image" else "shards.max_frames.")
+        )
+    raise UserError(
+        f"{where}: sample '{row['key']}' has {lengths[number]} tokens ({visual[number]} of them "
+        f"visual), the language model reads at most {limit}. Lower tokens.max_tokens, shards.max_frames or "
+        "model.num_visual_tokens_per_frame, or take a language model with more positions."
+    )

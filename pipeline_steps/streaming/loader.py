@@ -1,27 +1,150 @@
-"""Batches in order, prepared ahead in the background."""
+"""The batches of a run, in order, prepared in the background: a state of a few numbers, and nothing lost silently."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline_steps.params import UserError
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import UnreadableSample
+from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order_seed
+from pipeline_steps.streaming.plan import Plan, make_plan
+from pipeline_steps.streaming.workers import ordered
+
+MEGABYTE = 2**20
+MAX_NAMED = 10  # samples in an error message
 
 
-def prefetch(make: Callable, jobs: Iterable, ahead: int) -> Iterator:
-    """make(job) for every job, in order, with up to `ahead` results prepared by a background thread.
+class Loader:
+    """Iterates over the batches of a `Plan`: those of one of `world_size` ranks, from the state's step to the end.
 
-    An error of `make` is raised where its result is due. `ahead` = 0 makes each result when it is asked for.
+    `dataset`: a `TokenizedShards`, or anything that reads and makes items as it does. A sample whose frames cannot be
+    read or decoded is left out of its batch, told once on stderr, and counted in `quarantined`; UserError when these
+    are more than the share `streaming.max_quarantined` of this rank's samples, or when a batch has no other ones.
     """
-    if ahead == 0:
-        yield from map(make, jobs)
-        return
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(make, job))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+
+    def __init__(self, dataset, plan: Plan, collate: Collator, streaming, *, rank: int = 0, world_size: int = 1):
+        plan.check_ranks(world_size)
+        self.dataset, self.plan, self.collate, self.streaming = dataset, plan, collate, streaming
+        self.rank, self.world_size = rank, world_size
+        self.step = 0  # the next one
+        self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was left out)
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
+
+    def samples_seen(self, num_steps: int) -> int:
+        """Samples of all ranks in the first `num_steps` steps."""
+        return self.plan.samples_seen(num_steps)
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = ordered(
+            self._make,
+            range(self.step, self.num_steps),
+            num_workers=self.streaming.num_workers,
+            size_of=self._bytes,
+            limit=self.streaming.prefetch_megabytes * MEGABYTE,
+            fetch=self._fetch if self.dataset.sequential else None,
+        )
+        with closing(batches):
+            for batch, unreadable in batches:
+                self._quarantine(unreadable)
+                if batch is None:
+                    keys = ", ".join(error.key for error in unreadable[:MAX_NAMED])
+                    raise UserError(f"step {self.step + 1}: no sample of the batch can be read ({keys}). {REPAIR}")
+                self.step += 1
+                yield batch
+
+    def _items(self, step: int) -> np.ndarray:
+        return self.plan.items(step, self.rank, self.world_size)
+
+    def _bytes(self, step: int) -> int:
+        return self.dataset.batch_bytes(
+            self._items(step), self.streaming.image_replication, self.collate.tokens_per_frame
+        )
+
+    def _fetch(self, step: int) -> list:
+        return [self.dataset.read(number) for number in self._items(step).tolist()]
+
+    def _make(self, job: int | list) -> tuple[dict | None, list[UnreadableSample]]:
+        """The batch of a step, or of what `_fetch` gave for it, and the errors of the samples that it lacks."""
+        items, unreadable = [], []
+        for entry in job if isinstance(job, list) else self._items(job).tolist():
+            try:
+                items.append(self.dataset.make(entry) if isinstance(job, list) else self.dataset[entry])
+            except UnreadableSample as error:
+                unreadable.append(error)
+        return (self.collate(items) if items else None), unreadable
+
+    def _quarantine(self, unreadable: list[UnreadableSample]) -> None:
+        for error in unreadable:
+            if error.key not in self.quarantined:
+                print(f"left out: sample '{error.key}': {error.reason}", file=sys.stderr)
+            entry = self.quarantined.setdefault(error.key, {"reason": error.reason, "times": 0})
+            entry["times"] += 1
+        served = self.plan.num_samples / self.world_size
+        if unreadable and self.num_quarantined > self.streaming.max_quarantined * served:
+            listing = "\n".join(
+                f"  {key}: {entry['reason']}" for key, entry in list(self.quarantined.items())[:MAX_NAMED]
+            )
+            more = len(self.quarantined) - MAX_NAMED
+            raise UserError(
+                f"step {self.step + 1}: {self.num_quarantined} sample(s) could not be read, more than "
+                f"streaming.max_quarantined allows of {served:,.0f} ({self.streaming.max_quarantined:.3%}):\n{listing}"
+                + (f"\n  ... and {more} more" if more > 0 else "")
+                + f"\n{REPAIR}"
+            )
+
+    @property
+    def num_quarantined(self) -> int:
+        """How often a sample was left out."""
+        return sum(entry["times"] for entry in self.quarantined.values())
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` needs to go on after the last batch that was handed out: plain numbers and texts."""
+        return {
+            "step": self.step,
+            "samples": self.samples_seen(self.step),
+            "quarantined": {key: dict(entry) for key, entry in self.quarantined.items()},
+            "plan": self.plan.fingerprint,
+            "data": self.dataset.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """UserError when the state belongs to another order of samples, or to other data."""
+        for name, own in (("plan", self.plan.fingerprint), ("data", self.dataset.fingerprint)):
+            if state[name] != own:
+                raise UserError(
+                    f"the saved state has read {state['samples']:,} samples of another {name} ({state[name]}, now "
+                    f"{own}): the data, the mixture, the batching, the seed or the number of samples has changed. "
+                    "Begin anew, or go back to those parameters."
+                )
+        self.step = state["step"]
+        self.quarantined = {key: dict(entry) for key, entry in state["quarantined"].items()}
+
+
+REPAIR = "Rebuild the shards (`dvc repro shards`), or raise streaming.max_quarantined."
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a training stage serves, and in which batches."""
+
+    plan: Plan
+    mixture: Mixture
+    groups: Groups
+
+
+def plan_stage(
+    dataset, settings, streaming, *, stage: str, seed: int, batch_size: int, tokens_per_frame: int
+) -> StagePlan:
+    """The plan of a training stage (`settings`: training.<stage>) on a `TokenizedShards`. UserError where the data
+    lack what the mixture asks for, or a sample is larger than a batch may be."""
+    groups = make_groups(dataset, settings)
+    mixture = Mixture(groups.items, groups.weights, settings.num_samples, seed=order_seed(seed, stage))
+    sizes = {"batch_size": batch_size, "tokens_per_frame": tokens_per_frame}
+    return StagePlan(make_plan(mixture.order, dataset, streaming, **sizes, seed=mixture.seed), mixture, groups)

@@ -1,10 +1,123 @@
-"""Which item is served at which position: a function of (seed, position) alone.
+"""Which item is served at which position: a function of the seed, the weights and the data.
 
-Every family has its own permutation per epoch of the family; families are interleaved in exact proportion to their
-weights. The order does not depend on workers or restarts, so the state of a reader is one number, the position.
+Items are divided into groups (a source's family each, and all text-only ones). Every group has its own permutation per
+epoch of the group; groups are interleaved in exact proportion to their weights. The order does not depend on workers,
+ranks or restarts, so the state of a reader is one number, the position.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
+
+from pipeline_steps.params import UserError
+
+ANY = "*"
+TEXT = "text"  # name of the group of text-only items
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a training stage draws from."""
+
+    items: dict[str, np.ndarray]  # item numbers (int64, ascending) of every group
+    weights: dict[str, float]  # share of the samples served
+    unserved: dict[str, int]  # items that belong to no group, by 'source/family'
+
+
+def make_groups(dataset, settings) -> Groups:
+    """The groups of a `TokenizedShards` by `mixture`, `text_share` and `text_source` of a training stage.
+
+    An item with frames belongs to the one entry that names it best: source and family, else the source, else the
+    family, else neither. Raises UserError when an entry has no item, or text for the share is missing.
+    """
+    index, where = dataset.index, f"{dataset.tokens_dir}/{dataset.split}"
+    named = [(entry.source, entry.family) for entry in settings.mixture]
+    repeated = [_entry(*name) for name, count in Counter(named).items() if count > 1]
+    if repeated:
+        raise UserError(f"training mixture: {', '.join(repeated)} stands there more than once: give it one weight.")
+    owner = _owners(index, named)
+    absent = [_entry(*name) for number, name in enumerate(named) if not (owner == number).any()]
+    if absent:
+        seen = np.unique(np.stack([index.source, index.family])[:, ~index.is_text], axis=1).T
+        there = ", ".join(_entry(index.sources[source], index.families[family]) for source, family in seen)
+        raise UserError(
+            f"training mixture: no items of {', '.join(absent)} in {where}, which has {there or 'none with frames'} "
+            "(items belong to the entry that names them best). Correct the mixture ('*' stands for all) or the sources."
+        )
+    items, weights = _visual_groups(index, owner, settings.mixture)
+    total = sum(weights.values())
+    weights = {name: (1 - settings.text_share) * weight / total for name, weight in weights.items()}
+    if settings.text_share:
+        text = _text(index, settings.text_source)
+        if not len(text):
+            named = "" if settings.text_source == ANY else f" of the source '{settings.text_source}'"
+            raise UserError(
+                f"text_share is {settings.text_share} but {where} has 0 text-only samples{named}: "
+                "collect some (sources.collect: [..., chat]), name another text_source, or set text_share to 0."
+            )
+        weights[TEXT], items[TEXT] = settings.text_share, text
+    return Groups(items, weights, _unserved(index, items))
+
+
+def _entry(source: str, family: str) -> str:
+    """How messages and statistics name an entry."""
+    return family if source == ANY else f"{source}/{family}"
+
+
+def _owners(index, named: list[tuple[str, str]]) -> np.ndarray:
+    """int64 [n]: place of each item's entry, -1 for text-only items and those that no entry matches."""
+    owner = np.full(len(index), -1)
+    for number in sorted(range(len(named)), key=lambda n: (named[n][0] != ANY, named[n][1] != ANY)):
+        source, family = named[number]
+        match = ~index.is_text
+        if source != ANY:
+            match &= index.source == _place(index.sources, source)
+        if family != ANY:
+            match &= index.family == _place(index.families, family)
+        owner[match] = number
+    return owner
+
+
+def _place(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
+
+
+def _visual_groups(index, owner: np.ndarray, mixture) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Items and weights (not normalised): first the entries that name a family; then the families of each other entry
+    by name, in proportion to their items."""
+    items, weights = {}, {}
+    for number, entry in sorted(enumerate(mixture), key=lambda pair: pair[1].family == ANY):
+        own = np.flatnonzero(owner == number)
+        if entry.family != ANY:
+            items[_entry(entry.source, entry.family)], weights[_entry(entry.source, entry.family)] = own, entry.weight
+            continue
+        for family, places in sorted(index.numbers_by(index.family[own], index.families).items()):
+            name = _entry(entry.source, family)
+            items[name], weights[name] = own[places], entry.weight * len(places) / len(own)
+    if TEXT in items:
+        raise UserError(f"training mixture: a family with frames is called '{TEXT}', the name of the text-only share.")
+    return items, weights
+
+
+def _text(index, source: str) -> np.ndarray:
+    of_source = source == ANY or index.source == _place(index.sources, source)
+    return np.flatnonzero(index.is_text & of_source)
+
+
+def _unserved(index, items: dict[str, np.ndarray]) -> dict[str, int]:
+    left = np.ones(len(index), bool)
+    for numbers in items.values():
+        left[numbers] = False
+    pairs, counts = np.unique(np.stack([index.source, index.family])[:, left], axis=1, return_counts=True)
+    names = [f"{index.sources[source]}/{index.families[family]}" for source, family in pairs.T]
+    return dict(sorted(zip(names, counts.tolist(), strict=True)))
+
+
+def order_seed(seed: int, stage: str) -> int:
+    """The seed of a stage's order."""
+    return int(np.random.default_rng([seed, int(stage.removeprefix("stage"))]).integers(2**32))
 
 
 class Mixture:
@@ -14,31 +127,32 @@ class Mixture:
     twice before all of them were served once. Raises ValueError for an empty group.
     """
 
-    def __init__(self, groups: dict[str, list[int]], weights: dict[str, float], num_samples: int, seed: int):
-        empty = [name for name in weights if not groups.get(name)]
+    def __init__(self, groups: dict[str, np.ndarray], weights: dict[str, float], num_samples: int, seed: int):
+        empty = [name for name in weights if not len(groups.get(name, ()))]
         if empty:
             raise ValueError(f"no items of {', '.join(empty)}; there are {', '.join(sorted(groups))}")
         self.groups = {name: np.asarray(groups[name]) for name in weights}
         self.names, self.seed, self.num_samples = list(weights), seed, num_samples
-        self.group_of, self.rank_of = interleave(np.array([weights[name] for name in self.names], float), num_samples)
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self.group_of = interleave(np.array([weights[name] for name in self.names], float), num_samples)[0]
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, position: int) -> int:
-        """The number of the item at a position."""
-        group, rank = int(self.group_of[position]), int(self.rank_of[position])
-        items = self.groups[self.names[group]]
-        epoch, place = divmod(rank, len(items))
-        return int(items[self._permutation(group, epoch)[place]])
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64 [num_samples]: the number of the item at every position."""
+        order = np.empty(self.num_samples, np.int64)
+        for group, name in enumerate(self.names):
+            places = np.flatnonzero(self.group_of == group)
+            num_epochs = -(-len(places) // len(self.groups[name]))
+            served = [self.epoch(group, epoch) for epoch in range(num_epochs)]
+            order[places] = np.concatenate([*served, np.zeros(0, np.int64)])[: len(places)]
+        return order
 
-    def _permutation(self, group: int, epoch: int) -> np.ndarray:
-        if (group, epoch) not in self._permutations:
-            self._permutations = {known: order for known, order in self._permutations.items() if known[0] != group}
-            rng = np.random.default_rng([self.seed, group, epoch])
-            self._permutations[group, epoch] = rng.permutation(len(self.groups[self.names[group]]))
-        return self._permutations[group, epoch]
+    def epoch(self, group: int, epoch: int) -> np.ndarray:
+        """All items of a group in the order of one of its epochs."""
+        items = self.groups[self.names[group]]
+        return items[np.random.default_rng([self.seed, group, epoch]).permutation(len(items))]
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """What the run serves of every group: samples, share and epochs."""

@@ -97,8 +97,8 @@ def main() -> None:
         )
         _, table = trainable_parameters(run.model, settings.learning_rate.model_dump(), common.weight_decay)
         print(
-            f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps of {common.batch_size} "
-            f"on {device}\n{format_table(table)}"
+            f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {device}\n"
+            f"{format_unserved(run.served.groups.unserved)}{format_table(table)}"
         )
         result = train(run)
         publish(arguments, run, {**result, "parameters": table}, time.time() - started)
@@ -171,6 +171,12 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
     return model
 
 
+def format_unserved(unserved: dict[str, int]) -> str:
+    """A line on the items that no entry of the mixture takes, or nothing."""
+    listing = ", ".join(f"{name} {count:,}" for name, count in unserved.items())
+    return f"  items not served by the mixture: {listing}\n" if unserved else ""
+
+
 def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: float) -> None:
     """The finished model and its curves, each whole or not at all. Wall time goes beside them: it is no result."""
     with replaced_folder(arguments.outputs / arguments.stage) as folder:
@@ -202,6 +208,8 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
     summary = {
         "validation": families,
         "mixture": result["mixture"],
+        "unserved": result["unserved"],
+        "quarantined": result["quarantined"],
         "parameters": result["parameters"],
         "num_steps": run.num_steps,
     }

@@ -4,8 +4,8 @@ Everything random is a function of (seed, stage, step), so the state of a run is
 that is killed anywhere and started again ends with the same weights, bit by bit (CPU, same number of threads).
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,7 @@ from tqdm import tqdm
 from pipeline_steps.params import UserError
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
-from pipeline_steps.streaming.loader import prefetch
-from pipeline_steps.streaming.mixture import Mixture
+from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
 from pipeline_steps.training.parameters import trainable_parameters
 from pipeline_steps.training.schedule import learning_rate_factor
 from pipeline_steps.training.state import load_state, save_state
@@ -42,69 +41,41 @@ class Run:
     device: str = "cpu"
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
 
+    @cached_property
+    def served(self) -> StagePlan:
+        """Which items, in which batches. UserError where the data lack them."""
+        return plan_stage(
+            self.train,
+            self.settings,
+            self.streaming,
+            stage=self.stage,
+            seed=self.seed,
+            batch_size=self.common.batch_size,
+            tokens_per_frame=self.model.config.tokens_per_frame,
+        )
+
+    @cached_property
+    def loader(self) -> Loader:
+        collate = Collator.for_model(
+            self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
+        )
+        return Loader(self.train, self.served.plan, collate, self.streaming)
+
     @property
     def num_steps(self) -> int:
-        return -(-self.settings.num_samples // self.common.batch_size)
+        return self.loader.num_steps
 
     def generator(self, *names: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
 
 
-def mixture_weights(data: TokenizedShards, settings) -> tuple[dict[str, list[int]], dict[str, float]]:
-    """Item numbers and weight of every family that a stage trains on, the text-only share included.
-
-    Raises UserError when a family of the mixture, or text for the share, is not in the data.
-    """
-    families = data.families()
-    visual = {name: items for name, items in families.items() if not data.is_text(items[0])}
-    text = [number for name, items in families.items() if name not in visual for number in items]
-    repeated = [name for name, count in Counter(entry.family for entry in settings.mixture).items() if count > 1]
-    if repeated:
-        raise UserError(f"training mixture: {', '.join(repeated)} stands there more than once: give it one weight.")
-    named = {entry.family: entry.weight for entry in settings.mixture if entry.family != "*"}
-    others = {name: len(items) for name, items in visual.items() if name not in named}
-    weights = dict(named)
-    for entry in settings.mixture:
-        if entry.family == "*":
-            weights |= {name: entry.weight * size / sum(others.values()) for name, size in sorted(others.items())}
-    absent = [name for name in weights if name not in visual]
-    if absent or not weights:
-        raise UserError(
-            f"training mixture: no items of {', '.join(absent) or 'any family'} in {data.tokens_dir}/{data.split}, "
-            f"which has {', '.join(sorted(visual)) or 'none'}. Correct the mixture ('*' stands for all families) or "
-            "the sources."
-        )
-    total = sum(weights.values())
-    weights = {name: (1 - settings.text_share) * weight / total for name, weight in weights.items()}
-    if settings.text_share:
-        if not text:
-            raise UserError(
-                f"text_share is {settings.text_share} but {data.tokens_dir}/{data.split} has 0 text-only samples: "
-                "collect some (sources.collect: [..., chat]) or set text_share to 0."
-            )
-        weights["text"], visual["text"] = settings.text_share, text
-    return visual, weights
-
-
 def train(run: Run) -> dict:
     """Train to the end of the sample budget, from the saved state if there is one. Returns the final validation
     result."""
-    groups, weights = mixture_weights(run.train, run.settings)
-    mixture = Mixture(groups, weights, run.settings.num_samples, seed=int(run.generator().integers(2**32)))
     optimizer = make_optimizer(run)
     first = restore(run, optimizer)
-    collate = Collator.for_model(
-        run.model.config, loss=run.settings.loss, image_replication=run.streaming.image_replication
-    )
-    size = run.common.batch_size
-
-    def make(step: int) -> dict:
-        positions = range(step * size, min((step + 1) * size, run.settings.num_samples))
-        return collate([run.train[mixture[position]] for position in positions])
-
-    batches = prefetch(make, range(first, run.num_steps), run.streaming.prefetch_batches)
     progress = tqdm(
-        batches, desc=run.stage, total=run.num_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
+        run.loader, desc=run.stage, total=run.num_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
     )
     for step, batch in enumerate(progress, start=first):
         row = train_step(run, optimizer, batch, step)
@@ -118,7 +89,7 @@ def train(run: Run) -> dict:
             save_state(
                 run.folder,
                 {
-                    "step": done,
+                    "loader": run.loader.state_dict(),
                     "model": run.model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "history": run.history,
@@ -126,7 +97,12 @@ def train(run: Run) -> dict:
             )
     final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
     run.history += final
-    return {"validation": final, "mixture": mixture.statistics()}
+    return {
+        "validation": final,
+        "mixture": run.served.mixture.statistics(),
+        "unserved": run.served.groups.unserved,
+        "quarantined": run.loader.quarantined,
+    }
 
 
 def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: int) -> dict:
@@ -152,11 +128,10 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: in
         )
     optimizer.step()
     rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-    seen = min((step + 1) * run.common.batch_size, run.settings.num_samples)
     return {
         "event": "train",
         "step": step + 1,
-        "samples": seen,
+        "samples": run.loader.samples_seen(step + 1),
         "loss": loss,
         **{name: output[name].item() for name in EXTRA_LOSSES if name in output},
         "grad_norm": norm.item(),
@@ -175,8 +150,8 @@ def validate(run: Run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[di
     )
     rows = []
     for family, numbers in sorted(run.validation.families().items()):
-        scored = [number for number in numbers if any(run.validation.rows[number]["score_mask"])]
-        items = [run.validation[number] for number in scored[: run.common.max_validation_items]]
+        scored = numbers[run.validation.scored[numbers]]
+        items = [run.validation[number] for number in scored[: run.common.max_validation_items].tolist()]
         for mode in modes if items else ():
             loss, correct, tokens = evaluate_loss(run, items, collate, mode)
             rows.append(
@@ -220,8 +195,9 @@ def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
     run.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     run.history = state["history"]
-    print(f"{run.stage}: going on from step {state['step']} of {run.num_steps} ({run.folder})")
-    return state["step"]
+    run.loader.load_state_dict(state["loader"])
+    print(f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})")
+    return run.loader.step
 
 
 def to_device(batch: dict, device: str) -> dict:

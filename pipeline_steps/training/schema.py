@@ -37,7 +37,11 @@ class LearningRate(StrictModel):
 
 
 class MixtureEntry(StrictModel):
-    family: str  # or "*": every visual family of the data that no other entry names, in proportion to their items
+    """Items with frames, each of which belongs to the one entry that names it best: source and family, else the
+    source, else the family, else neither."""
+
+    source: str  # or "*": all that no other entry names
+    family: str  # or "*": the same, each family in proportion to its items
     weight: PositiveFloat
 
 
@@ -45,6 +49,7 @@ class Stage(StrictModel):
     num_samples: PositiveInt
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     text_share: float = Field(ge=0, lt=1)  # share of text-only samples
+    text_source: str  # where they are from, or "*": any source
     loss: Literal["all_text", "answer_only"]
     learning_rate: LearningRate
     warmup_share: float = Field(ge=0, lt=1)  # of the steps, linear

@@ -1,0 +1,125 @@
+"""What is known of every item of a split without reading it: 22 bytes an item, and its row on demand.
+
+Millions of items stay in memory as columns of numbers; the sidecars are mapped, and a row becomes a dict only when it
+is asked for. The number of an item is its place in the order of the shards.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+KINDS = ("video", "image", "text")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Columns over n items."""
+
+    families: tuple[str, ...]  # names, in order of first appearance
+    sources: tuple[str, ...]
+    family: np.ndarray  # int32 [n], place in `families`
+    source: np.ndarray  # int32 [n], place in `sources`
+    kind: np.ndarray  # int8 [n], place in KINDS
+    num_frames: np.ndarray  # int32 [n], packed frames of the item's sample
+    num_tokens: np.ndarray  # int32 [n], of the chat, visual tokens not counted
+    num_rejected: np.ndarray  # int32 [n], tokens of the chat with the rejected answer, 0 where there is none
+    truncated: np.ndarray  # bool [n], whether later turns were left out
+
+    def __len__(self) -> int:
+        return len(self.family)
+
+    @property
+    def is_text(self) -> np.ndarray:
+        """bool [n]: items of samples without frames."""
+        return self.kind == KINDS.index("text")
+
+    def shown_frames(self, image_replication: int) -> np.ndarray:
+        """int64 [n]: frames that the network sees, a still as often as it is shown."""
+        return self.num_frames.astype(np.int64) * np.where(self.kind == KINDS.index("image"), image_replication, 1)
+
+    def take(self, numbers: np.ndarray) -> "Index":
+        """The columns of these items only."""
+        columns = (self.family, self.source, self.kind, self.num_frames, self.num_tokens, self.num_rejected)
+        return Index(self.families, self.sources, *(column[numbers] for column in (*columns, self.truncated)))
+
+    def numbers_by(self, codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Item numbers (int64, ascending) of every name that occurs in `codes` [n]."""
+        order = np.argsort(codes, kind="stable")
+        bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        groups = {name: order[bounds[code] : bounds[code + 1]] for code, name in enumerate(names)}
+        return {name: numbers for name, numbers in groups.items() if len(numbers)}
+
+
+def build(batches: Iterable[pa.RecordBatch]) -> Index:
+    """The index of all rows of sidecars (sidecar.SCHEMA), in this order."""
+    families, sources = {}, {}
+    parts = [_columns(batch, families, sources) for batch in batches]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Index(tuple(families), tuple(sources), *columns)
+
+
+def _columns(batch: pa.RecordBatch, families: dict[str, int], sources: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """The index's columns of one record batch; new names get the next codes of `families` and `sources`."""
+    return (
+        _codes(batch.column("family"), families),
+        _codes(batch.column("source"), sources),
+        _codes(batch.column("kind"), {name: code for code, name in enumerate(KINDS)}).astype(np.int8),
+        batch.column("num_frames").to_numpy().astype(np.int32),
+        pc.list_value_length(batch.column("input_ids")).to_numpy().astype(np.int32),
+        pc.list_value_length(batch.column("rejected_ids")).fill_null(0).to_numpy().astype(np.int32),
+        batch.column("truncated_turns").to_numpy() > 0,
+    )
+
+
+def _codes(column: pa.Array, known: dict[str, int]) -> np.ndarray:
+    encoded = column.dictionary_encode()
+    codes = [known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()]
+    return np.array(codes, np.int32)[encoded.indices.to_numpy()]
+
+
+class Rows(Sequence):
+    """The rows of all sidecars as dicts, each made when it is asked for. For single items: loops over many belong to
+    `Index`."""
+
+    def __init__(self, batches: list[pa.RecordBatch]):
+        self.batches = batches
+        self.starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(record batch, row in it) of an item. IndexError beyond the last one."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"item {number} of {len(self)}")
+        batch = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return batch, int(number - self.starts[batch])
+
+    def __getitem__(self, number: int) -> dict:
+        batch, row = self.place(number)
+        table = self.batches[batch]
+        return {name: column[row].as_py() for name, column in zip(table.schema.names, table.columns, strict=True)}
+
+
+def has_true(column: pa.ListArray) -> np.ndarray:
+    """bool [n]: whether each list of bools holds a True."""
+    sums = np.concatenate([[0], np.cumsum(column.flatten().to_numpy(zero_copy_only=False))])
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    return sums[ends] > np.concatenate([sums[:1], sums[ends[:-1]]])
+
+
+def scored_tokens(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every scored token of a record batch: its row, its place in the answers (from 1) and its id."""
+    lengths = pc.list_value_length(batch.column("input_ids")).to_numpy()
+    row_of = np.repeat(np.arange(batch.num_rows), lengths)
+    ids, answer, scored = (
+        batch.column(name).flatten().to_numpy(zero_copy_only=False)
+        for name in ("input_ids", "answer_mask", "score_mask")
+    )
+    total = np.cumsum(answer)
+    before = np.concatenate([[0], total])[np.cumsum(lengths) - lengths]  # answer tokens of the rows before
+    at = np.flatnonzero(scored)
+    return row_of[at], total[at] - before[row_of[at]], ids[at]
