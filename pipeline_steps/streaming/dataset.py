@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline_steps import sidecar
 from pipeline_steps.params import UserError
@@ -182,7 +182,8 @@ class TokenizedShards:
                 frames[number] = decode(content, size)
             except DAMAGE as error:
                 where = f"{self.shards_dir}/{self.split}"
-                raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({error})") from None
+                why = "not a picture" if isinstance(error, UnidentifiedImageError) else error  # without an address
+                raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({why})") from None
         item = {**raw.row, "frames": frames}
         if self.target_patch_size is not None:
             grid = frames.shape[1] // self.target_patch_size

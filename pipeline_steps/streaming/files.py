@@ -16,7 +16,8 @@ class OpenFiles:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on. OSError when the file cannot be read or ends before."""
-        content = os.pread(self._open(path).descriptor, size, offset)
+        file = self._open(path)  # held while it is read: see _File
+        content = os.pread(file.descriptor, size, offset)
         if len(content) < size:
             raise OSError(f"{path} ends {size - len(content)} bytes too early")
         return content

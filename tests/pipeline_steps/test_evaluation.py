@@ -4,22 +4,24 @@ import types
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from tqdm import tqdm
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from pipeline_steps import gaze, metrics
+from pipeline_steps import gaze, metrics, sidecar
 from pipeline_steps.answers import answer_span, up_to_answer
 from pipeline_steps.evaluation import __main__ as evaluation
 from pipeline_steps.evaluation import scoring, statistics
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample
-from pipeline_steps.streaming import targets
+from pipeline_steps.streaming import index, targets
 from pipeline_steps.streaming.collate import Collator
 
 GRID = 4
+PREFETCH = {"num_workers": 0, "limit": 1, "size_of": lambda job: 1}
 
 
 # ---------------------------------------------------------------- statistics
@@ -49,9 +51,9 @@ def test_gap_is_paired():
 
 
 def test_chance_is_the_most_frequent_token_of_each_position():
-    guesses = statistics.most_frequent_tokens([(1, 7), (1, 7), (1, 8), (2, 9), (2, 5)])
+    guesses = statistics.most_frequent_tokens({(1, 7): 2, (1, 8): 1, (2, 9): 1, (2, 5): 1})
     assert guesses == {1: 7, 2: 5}
-    assert statistics.chance_accuracy(guesses, [(1, 7), (1, 8), (2, 5), (3, 7)]) == pytest.approx(0.5)
+    assert statistics.chance_accuracy(guesses, {(1, 7): 1, (1, 8): 1, (2, 5): 1, (3, 7): 1}) == pytest.approx(0.5)
 
 
 # ---------------------------------------------------------------- gaze
@@ -130,8 +132,18 @@ class Data:
 
     tokens_dir, split = "data/tokens", "test"
 
-    def __init__(self):
-        self.rows = [self.row(number) for number in range(7)]
+    def __init__(self, numbers=range(7)):
+        rows = [dict.fromkeys(sidecar.SCHEMA.names) | {"truncated_turns": 0} | self.row(number) for number in numbers]
+        table = pa.RecordBatch.from_pylist(rows, schema=sidecar.SCHEMA)
+        self.rows, self.index = index.Rows([table]), index.build([table])
+        self.scored = index.has_true(table.column("score_mask"))
+        self.scored_tokens = lambda: [index.scored_tokens(table)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def families(self):
+        return self.index.numbers_by(self.index.family, self.index.families)
 
     def row(self, number):
         text = number == 6
@@ -156,8 +168,8 @@ class Data:
         frames = np.random.default_rng(number).integers(0, 255, (row["num_frames"], 56, 56, 3)).astype(np.uint8)
         return {**row, "frames": frames}
 
-    def sample(self, key):
-        number = int(key[1:])
+    def sample(self, number):
+        key = self.rows[number]["key"]
         frames = self.rows[number]["num_frames"]
         card = number % 2 == 0 and number < 6
         entry = {
@@ -179,6 +191,7 @@ class Data:
             frame_count=frames,
             duration=frames / 2,
             timestamps=[0.0] * frames,
+            duration=1.0,
             width=112,
             height=112,
         )
@@ -209,7 +222,7 @@ def score(network, batch_size):
     chosen = scoring.choose_items(data, 100, 1)
     with tqdm(disable=True) as progress:
         table = scoring.score_items(
-            network, collate, data, chosen, batch_size=batch_size, seed=1, ahead=0, progress=progress
+            network, collate, data, chosen, batch_size=batch_size, seed=1, prefetch=PREFETCH, progress=progress
         )
     return data, chosen, table
 
@@ -260,7 +273,7 @@ def test_controls_differ_and_gaze_is_measured_where_the_truth_is(network):
 def test_result_is_valid_and_deterministic(network, tmp_path):
     data, chosen, table = score(network, 4)
     settings = types.SimpleNamespace(bootstrap_samples=50, seed=1)
-    chance = evaluation.chance(data.rows[:5], data, chosen)
+    chance = evaluation.chance(Data(range(5)), data, chosen)
     assert chance == {"card": 1.0, "gist": 1.0, "text": None}
     answers = [
         {"family": "card", "generated": "a", "expected": "a"},
@@ -283,8 +296,7 @@ def test_sample_of_large_families_is_seeded():
 
 
 def test_nothing_to_score_is_a_user_error():
-    data = Data()
-    data.rows = [row for row in data.rows if row["kind"] == "text"]
+    data = Data([6])
     with pytest.raises(UserError, match="nothing to score"):
         scoring.choose_items(data, 2, 1)
 

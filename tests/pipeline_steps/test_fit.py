@@ -1,21 +1,22 @@
 """Data that a network cannot take are named before any work begins."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from pipeline_steps.params import UserError
 from pipeline_steps.streaming.fit import check_fit
 from tests.model.tiny import make_model
+from tests.pipeline_steps.packed import Clip, columns_only
 
 
 def row(key, kind, num_frames, num_tokens):
-    return {"key": key, "kind": kind, "num_frames": num_frames, "input_ids": [3] * num_tokens}
+    return Clip(key, kind, num_frames, num_tokens)
 
 
 def data(*rows, image_size=56):
     rows = [row("clip-a", "video", 6, 30), row("still-a", "image", 1, 30), row("chat-a", "text", 0, 30), *rows]
-    return SimpleNamespace(shards_dir="shards", tokens_dir="tokens", split="train", image_size=image_size, rows=rows)
+    found = columns_only(rows)
+    found.image_size = image_size
+    return found
 
 
 def test_data_that_fit_are_taken():

@@ -89,8 +89,8 @@ class Data:
         self.rows = [{"key": key, "item": 0, "family": family, "kind": kind} for key, family, kind in rows]
         self.targets = targets
 
-    def sample(self, key):
-        item = type("I", (), {"target": self.targets.get(key)})
+    def sample(self, number):
+        item = type("I", (), {"target": self.targets.get(self.rows[number]["key"])})
         return type("S", (), {"objects": ["object"], "items": [item]})
 
 

@@ -70,6 +70,7 @@ def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
     for step in (0, 1, 0):
         model = make_model(query_source="random", hard_attention="gumbel")
         run = Run("stage1", model, None, None, 1, common, settings, None, tmp_path)
+        run.loader = SimpleNamespace(num_steps=2, samples_seen=lambda num_steps: 4 * num_steps)
         groups, _ = trainable_parameters(model, RATES, 0.0)
         torch.rand(step + 5)
         row = train_step(run, torch.optim.AdamW(groups), make_batch() | {"keys": list("abcd")}, step)
