@@ -1,9 +1,9 @@
 """Schemas of the result files (docs/metrics.md) and their deterministic JSON form.
 
-`reports/metrics/evaluation.json` is an `EvaluationResult`, `reports/metrics/flops.json` a `FlopsResult`. The stage
-that writes a file and the report that reads it both validate it here. The same inputs give the same bytes: floats
-are rounded to 6 decimals, keys are sorted, and nothing that changes between two runs (times, paths, commits) is
-stored.
+`reports/metrics/evaluation.json` is an `EvaluationResult`, `reports/metrics/flops.json` a `FlopsResult`,
+`reports/metrics/streaming.json` a `StreamingResult`. The stage that writes a file and the report that reads it both
+validate it here. The same inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing
+that changes between two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
@@ -108,6 +108,30 @@ class FlopsResult(Result):
     curves: dict[str, list[float]]  # "num_frames", and each arm's total over it at the mean text length
     per: str
     assumptions: dict
+
+
+class Served(Result):
+    """What a run serves of some items: of a source and family, or of all."""
+
+    num_items: int = Field(ge=0)  # that there are
+    num_samples: int = Field(ge=0)  # served: an item as often as it is
+    share: Share  # of the run's samples
+    epochs: float = Field(ge=0)  # num_samples / num_items
+    num_frames: int = Field(ge=0)  # a still as often as it is shown
+    text_tokens: int = Field(ge=0)
+    visual_tokens: int = Field(ge=0)
+    num_truncated: int = Field(ge=0)  # samples whose chat lost its last turns to tokens.max_tokens
+
+
+class StageServed(Result):
+    num_steps: int = Field(ge=1)
+    sources: dict[str, dict[str, Served]]  # by source and family
+    total: Served
+    unserved: dict[str, int]  # items that no entry of the mixture takes, by 'source/family'
+
+
+class StreamingResult(Result):
+    stages: dict[str, StageServed]
 
 
 def write_json(path, result):

@@ -1,0 +1,68 @@
+"""What a run serves, counted from its plan: nothing is read but the index."""
+
+import numpy as np
+
+from pipeline_steps.metrics import Served, StageServed
+from pipeline_steps.streaming.loader import StagePlan
+
+
+def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_frame: int) -> StageServed:
+    """Counts of a stage's plan on a `TokenizedShards`, by source and family."""
+    index, order = dataset.index, served.plan.order
+    group = index.source.astype(np.int64) * len(index.families) + index.family  # of every item
+    frames = index.shown_frames(image_replication)
+    num_groups = len(index.sources) * len(index.families)
+    columns = {
+        "num_items": np.bincount(group, minlength=num_groups),
+        "num_samples": np.bincount(group[order], minlength=num_groups),
+    }
+    amounts = {
+        "num_frames": frames,
+        "text_tokens": index.num_tokens,
+        "visual_tokens": frames * tokens_per_frame,
+        "num_truncated": index.truncated,
+    }
+    for name, values in amounts.items():
+        columns[name] = np.bincount(group[order], weights=values[order], minlength=num_groups).astype(np.int64)
+    sources: dict[str, dict[str, Served]] = {}
+    for code in np.flatnonzero(columns["num_items"]):
+        source, family = divmod(int(code), len(index.families))
+        row = _served({name: int(values[code]) for name, values in columns.items()}, len(order))
+        sources.setdefault(index.sources[source], {})[index.families[family]] = row
+    total = _served({name: int(values.sum()) for name, values in columns.items()}, len(order))
+    unserved = served.groups.unserved
+    return StageServed(num_steps=served.plan.num_steps, sources=sources, total=total, unserved=unserved)
+
+
+def _served(counts: dict[str, int], num_samples: int) -> Served:
+    return Served(
+        **counts, share=counts["num_samples"] / num_samples, epochs=counts["num_samples"] / counts["num_items"]
+    )
+
+
+COLUMNS = {  # of the printed table: title, and text of a `Served`
+    "items": lambda row: f"{row.num_items:,}",
+    "samples": lambda row: f"{row.num_samples:,}",
+    "share": lambda row: f"{row.share:.2%}",
+    "epochs": lambda row: f"{row.epochs:.2f}",
+    "frames": lambda row: f"{row.num_frames:,}",
+    "text tokens": lambda row: f"{row.text_tokens:,}",
+    "visual tokens": lambda row: f"{row.visual_tokens:,}",
+    "truncated": lambda row: f"{row.num_truncated:,}",
+}
+
+
+def table(stage: str, served: StageServed) -> str:
+    """The counts of a stage as text."""
+    names = [(f"{source}/{family}", row) for source, rows in served.sources.items() for family, row in rows.items()]
+    rows = [[name, *(text(row) for text in COLUMNS.values())] for name, row in [*sorted(names), ("all", served.total)]]
+    rows.insert(0, [f"{stage}, {served.num_steps:,} steps", *COLUMNS])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    left = ", ".join(f"{name} {number:,}" for name, number in served.unserved.items())
+    return "\n".join([*lines, f"not served: {left}" if left else "every item is in the mixture"])
