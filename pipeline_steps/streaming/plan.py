@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline_steps.params import UserError
 
-BUCKETS = 1  # marks the random numbers of bucketing apart from those of the mixture
+BUCKETS = 3  # marks the random numbers of bucketing apart from those of other orders
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _buckets(
     for number, start in enumerate(range(0, len(lengths), window)):
         by_length = start + np.argsort(lengths[start : start + window], kind="stable")
         bounds = cut(costs[by_length], budget)
-        for batch in np.random.default_rng([seed, BUCKETS, number]).permutation(len(bounds) - 1):
+        for batch in np.random.default_rng([seed, 0, number, BUCKETS]).permutation(len(bounds) - 1):
             places.append(by_length[bounds[batch] : bounds[batch + 1]])
             sizes.append(len(places[-1]))
     return np.concatenate(places), np.concatenate([[0], np.cumsum(sizes)])

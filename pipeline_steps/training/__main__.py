@@ -38,6 +38,7 @@ from pipeline_steps.records import (
     write_text,
 )
 from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.streaming.loader import open_training_split
 from pipeline_steps.training.engine import EXTRA_LOSSES, Run, train
 from pipeline_steps.training.parameters import format_table, trainable_parameters
 from pipeline_steps.training.state import run_fingerprint
@@ -77,12 +78,7 @@ def main() -> None:
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
     with locked_scratch(arguments.stage, mark) as (folder, _):
         model = load_model(arguments, parameters).to(device)
-        train_split, validation_split = (
-            TokenizedShards.for_model(
-                model.config, arguments.shards, arguments.tokens, split, parameters.streaming.image_replication
-            )
-            for split in ("train", "validation")
-        )
+        train_split, validation_split = open_splits(arguments, parameters.streaming, model.config)
         run = Run(
             stage=arguments.stage,
             model=model,
@@ -169,6 +165,20 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
             f"{before}: not the model that {arguments.stage} goes on from ({'; '.join(wrong)}). Rerun the stage before."
         )
     return model
+
+
+def open_splits(arguments: argparse.Namespace, streaming, config) -> tuple[TokenizedShards, TokenizedShards]:
+    """What is trained on, wherever it lies, and the local shards to validate on. UserError where they do not fit."""
+    train_split = open_training_split(config, streaming, arguments.shards, arguments.tokens)
+    validation_split = TokenizedShards.for_model(
+        config, arguments.shards, arguments.tokens, "validation", streaming.image_replication
+    )
+    if train_split.frame_policy != validation_split.frame_policy:
+        raise UserError(
+            f"{streaming.url}: its frames were made by {train_split.frame_policy}, those in {arguments.shards} by "
+            f"{validation_split.frame_policy}. Make both with the same section shards."
+        )
+    return train_split, validation_split
 
 
 def format_unserved(unserved: dict[str, int]) -> str:

@@ -59,7 +59,7 @@ class Run:
         collate = Collator.for_model(
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
-        return Loader(self.train, self.served.plan, collate, self.streaming)
+        return Loader(self.train, self.served, collate, self.streaming)
 
     @property
     def num_steps(self) -> int:

@@ -184,7 +184,7 @@ def columns_only(samples: list[Clip]) -> SimpleNamespace:
     """What planning needs of a `TokenizedShards`, without any file: `index` and `rows`, one item per family."""
     rows = [row(clip, item, number) for number, clip in enumerate(samples) for item in range(len(clip.families))]
     table = pa.RecordBatch.from_pylist(rows, schema=sidecar.SCHEMA)
-    names = {"tokens_dir": "tokens", "shards_dir": "shards", "split": "train"}
+    names = {"tokens_dir": "tokens", "shards_dir": "shards", "split": "train", "sequential": False}
     return SimpleNamespace(index=index.build([table]), rows=index.Rows([table]), **names)
 
 

@@ -33,7 +33,7 @@ def loader(dataset, num_samples=90, batch_size=9, rank=0, world_size=1, text_sha
     settings = packed.stage(mixture=EVERYTHING, text_share=text_share, num_samples=num_samples)
     sizes = {"batch_size": batch_size, "tokens_per_frame": 1}
     served = plan_stage(dataset, settings, section, stage="stage2", seed=1, **sizes)
-    return Loader(dataset, served.plan, packed.collator(), section, rank=rank, world_size=world_size)
+    return Loader(dataset, served, packed.collator(), section, rank=rank, world_size=world_size)
 
 
 def keys(batches):
