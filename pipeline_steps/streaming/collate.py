@@ -49,8 +49,8 @@ class Collator:
     def __call__(self, items: list[dict]) -> dict:
         """input_ids, attention_mask, labels, score_mask: [B, S]; pixel_values [F, 3, height, width]; num_frames [B];
         keys; target_patches bool [F, N] where the items have them."""
-        frames = [self._replicate(item, "frames") for item in items]
-        rows = [self._insert(item, len(pictures)) for item, pictures in zip(items, frames, strict=True)]
+        num_frames = [self._repeats(item) * len(item["frames"]) for item in items]
+        rows = [self._insert(item, count) for item, count in zip(items, num_frames, strict=True)]
         length = max(len(row["ids"]) for row in rows)
         shape = (len(rows), length)
         batch = {
@@ -65,20 +65,32 @@ class Collator:
             batch["attention_mask"][number, :size] = 1
             batch["labels"][number, :size] = row["labels"]
             batch["score_mask"][number, :size] = row["scored"]
-        shown = [pictures for pictures in frames if len(pictures)]
-        batch["pixel_values"] = normalise(np.concatenate(shown)) if shown else np.zeros((0, 3, 1, 1), np.float32)
-        batch["num_frames"] = np.array([len(pictures) for pictures in frames], np.int64)
+        batch["pixel_values"] = self._pixels(items, sum(num_frames))
+        batch["num_frames"] = np.array(num_frames, np.int64)
         if "target_patches" in items[0]:
-            targets = [self._replicate(item, "target_patches") for item in items]
+            targets = [np.repeat(item["target_patches"], self._repeats(item), axis=0) for item in items]
             batch["target_patches"] = np.concatenate(
                 [rows for rows in targets if len(rows)] or [np.zeros((0, 1), bool)]
             )
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         return {**tensors, "keys": [item["key"] for item in items]}
 
-    def _replicate(self, item: dict, name: str) -> np.ndarray:
-        """A value per frame of the item; a still is shown several times."""
-        return np.repeat(item[name], self.image_replication, axis=0) if item["kind"] == "image" else item[name]
+    def _repeats(self, item: dict) -> int:
+        """How often each of the item's frames is shown: a still several times."""
+        return self.image_replication if item["kind"] == "image" else 1
+
+    def _pixels(self, items: list[dict], num_frames: int) -> np.ndarray:
+        """float32 [num_frames, 3, height, width]: item by item, so that the work stays in the processor's cache."""
+        shown = [item for item in items if len(item["frames"])]
+        height, width = shown[0]["frames"].shape[1:3] if shown else (1, 1)
+        pixels = np.empty((num_frames, 3, height, width), np.float32)
+        start = 0
+        for item in shown:
+            own = normalise(item["frames"])
+            stop = start + len(own) * self._repeats(item)
+            pixels[start:stop] = np.repeat(own, self._repeats(item), axis=0) if self._repeats(item) > 1 else own
+            start = stop
+        return pixels
 
     def _insert(self, item: dict, num_frames: int) -> dict:
         """The text's ids with the placeholders in place, and which of them are labels and which are scored."""

@@ -92,7 +92,7 @@ class TokenizedShards:
             batches += own
             self._shard_of += [number] * len(own)
         self.rows, self.index = index.Rows(batches), index.build(batches)
-        self._files = OpenFiles()
+        self._files, self._tars = OpenFiles(), [str(self.shards_dir / split / shard.name) for shard in self.shards]
 
     def _open(self, shard: ShardEntry, entry: TokensEntry, with_frames: bool) -> list:
         """The record batches of one sidecar, after it has been compared with its manifest and its shard."""
@@ -164,9 +164,8 @@ class TokenizedShards:
         """An item as it is stored. UnreadableSample when the shard cannot be read there."""
         row, tar = self.rows[number], self._tar(number)
         try:
-            jpegs = [self._files.read(tar, *p) for p in zip(row["frame_offsets"], row["frame_sizes"], strict=True)]
-            wanted = self.target_patch_size is not None
-            sample = self._files.read(tar, row["sample_offset"], row["sample_size"]) if wanted else None
+            jpegs = self._files.read(tar, list(zip(row["frame_offsets"], row["frame_sizes"], strict=True)))
+            sample = self._record(row, tar) if self.target_patch_size is not None else None
         except OSError as error:
             raise UnreadableSample(tar, row["key"], str(error)) from None
         return Raw(row, jpegs, sample)
@@ -199,10 +198,13 @@ class TokenizedShards:
     def sample(self, number: int) -> PackedSample:
         """The item's packed sample with its ground truth."""
         row = self.rows[number]
-        return _parse(Raw(row, [], self._files.read(self._tar(number), row["sample_offset"], row["sample_size"])))
+        return _parse(Raw(row, [], self._record(row, self._tar(number))))
 
-    def _tar(self, number: int) -> Path:
-        return self.shards_dir / self.split / self.shards[self.shard_number(number)].name
+    def _record(self, row: dict, tar: str) -> bytes:
+        return self._files.read(tar, [(row["sample_offset"], row["sample_size"])])[0]
+
+    def _tar(self, number: int) -> str:
+        return self._tars[self.shard_number(number)]
 
 
 def decode(content: bytes, size: int) -> np.ndarray:
@@ -211,7 +213,7 @@ def decode(content: bytes, size: int) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as picture:
         if picture.size != (size, size):
             raise ValueError(f"{picture.width} x {picture.height} px instead of {size} x {size}")
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _parse(raw: Raw) -> PackedSample:

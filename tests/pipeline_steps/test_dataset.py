@@ -100,11 +100,23 @@ def test_reading_keeps_a_bounded_number_of_files_open(tmp_path):
     files, before = OpenFiles(limit=3), len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:
         jobs = [(number % 10, number % 90) for number in range(2_000)]
-        read = list(pool.map(lambda job: files.read(tmp_path / str(job[0]), job[1], 7), jobs))
+        read = list(pool.map(lambda job: files.read(str(tmp_path / str(job[0])), [(job[1], 7)])[0], jobs))
     assert read == [bytes([number]) * 7 for number, _ in jobs]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
     with pytest.raises(OSError, match="ends 3 bytes too early"):
-        files.read(tmp_path / "0", 95, 8)
+        files.read(str(tmp_path / "0"), [(95, 8)])
+
+
+def test_neighbours_are_read_at_once_and_others_apart(tmp_path, monkeypatch):
+    content = np.random.default_rng(0).bytes(100_000)
+    (tmp_path / "file").write_bytes(content)
+    places = [(0, 10), (600, 3_000), (4_000, 5), (50_000, 7), (50_007, 7), (30_000, 9), (30_000, 9), (30_020, 0)]
+    calls = []
+    monkeypatch.setattr(os, "pread", lambda *words, original=os.pread: calls.append(words) or original(*words))
+    pieces = OpenFiles().read(str(tmp_path / "file"), places)
+    assert pieces == [content[offset : offset + size] for offset, size in places]
+    assert [(size, offset) for _, size, offset in calls] == [(4_005, 0), (14, 50_000), (9, 30_000), (20, 30_000)]
+    assert OpenFiles().read(str(tmp_path / "file"), []) == []
 
 
 def test_damaged_frames_are_one_error_that_names_the_sample(tmp_path):
