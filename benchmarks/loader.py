@@ -9,7 +9,8 @@ many threads), our loader (whole batches: tokens, pixels as float32, normalised)
 (`shuffle().decode("pil")` in a DataLoader with as many workers; to a list of pictures, not to batches). "pixels" is
 our loader up to the decoded frames, the like of the raw rate; "normalised" is the raw rate with the pixels normalised
 as the loader does it, the like of its whole batches. Rates are the medians of the rounds, ratios those of the rounds'
-own ratios.
+own ratios. "per CPU second" is the same by the time that the processors worked on it, which other work on the machine
+does not change (of the DataLoader's processes with their start, which imports torch).
 `index`: sidecars of `--items` items in shards of 1,000 are written to a temporary folder once, then opened in a new
 process: seconds, memory, items per second at random.
 Cost: 3 minutes on two cores; 5 GB on the disk for 4.5 million items.
@@ -52,6 +53,13 @@ from pipeline_steps.streaming.loader import Loader, plan_stage
 
 SIZE, NUM_FRAMES, NUM_TOKENS, BATCH = 224, 8, 120, 16
 ROUNDS = 7
+RATIOS = (
+    ("pixels", "raw"),
+    ("loader", "normalised"),
+    ("loader", "raw"),
+    ("pixels", "webdataset"),
+    ("loader", "webdataset"),
+)
 MIB = 2**20
 
 
@@ -220,27 +228,29 @@ def measure_speed(root: Path, num_clips: int, num_workers: int, rounds: int) -> 
         "loader": lambda: ours(dataset, num_workers, collate),
         "webdataset": lambda: plain_webdataset(root, num_workers),
     }
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}  # per second, per second of the CPU
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), cpu_seconds()
             count = run()
             assert count == num_clips, f"{name} gave {count} of {num_clips} clips"
-            rates[name].append(num_clips / (time.perf_counter() - started))
+            rates[name].append((count / (time.perf_counter() - started), count / (cpu_seconds() - cpu)))
     rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
+    result = {"frame_bytes": round(statistics.mean(len(jpeg) for jpegs in clips for jpeg in jpegs))}
+    for at, unit in enumerate(("second", "cpu_second")):
+        one = {name: [pair[at] for pair in values] for name, values in rates.items()}
+        result[f"samples_per_{unit}"] = {name: statistics.median(values) for name, values in one.items()}
+        result[f"ratio_per_{unit}"] = {
+            f"{name}_to_{other}": statistics.median(a / b for a, b in zip(one[name], one[other], strict=True))
+            for name, other in RATIOS
+        }
+    return result
 
-    def ratio(one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
 
-    return {
-        "frame_bytes": round(statistics.mean(len(jpeg) for jpegs in clips for jpeg in jpegs)),
-        "samples_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "pixels_to_raw": ratio("pixels", "raw"),
-        "loader_to_normalised": ratio("loader", "normalised"),
-        "loader_to_raw": ratio("loader", "raw"),
-        "pixels_to_webdataset": ratio("pixels", "webdataset"),
-        "loader_to_webdataset": ratio("loader", "webdataset"),
-    }
+def cpu_seconds() -> float:
+    """Of this process and of the finished ones that it started: does not grow while other work has the processor."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 # ---------------------------------------------------------------- index

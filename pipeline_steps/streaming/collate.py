@@ -86,10 +86,11 @@ class Collator:
         pixels = np.empty((num_frames, 3, height, width), np.float32)
         start = 0
         for item in shown:
-            own = normalise(item["frames"])
-            stop = start + len(own) * self._repeats(item)
-            pixels[start:stop] = np.repeat(own, self._repeats(item), axis=0) if self._repeats(item) > 1 else own
-            start = stop
+            count, repeats = len(item["frames"]), self._repeats(item)
+            own = normalise(item["frames"], pixels[start : start + count])
+            if repeats > 1:  # each frame several times in a row
+                pixels[start : start + count * repeats] = np.repeat(own, repeats, axis=0)
+            start += count * repeats
         return pixels
 
     def _insert(self, item: dict, num_frames: int) -> dict:
