@@ -10,7 +10,7 @@ many threads), our loader (whole batches: tokens, pixels as float32, normalised)
 our loader up to the decoded frames, the like of the raw rate; "normalised" is the raw rate with the pixels normalised
 as the loader does it, the like of its whole batches. Rates are the medians of the rounds, ratios those of the rounds'
 own ratios. "per CPU second" is the same by the time that the processors worked on it, which other work on the machine
-does not change (of the DataLoader's processes with their start, which imports torch).
+does not change.
 `index`: sidecars of `--items` items in shards of 1,000 are written to a temporary folder once, then opened in a new
 process: seconds, memory, items per second at random.
 Cost: 3 minutes on two cores; 5 GB on the disk for 4.5 million items.
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,31 +289,52 @@ def memory() -> dict[str, float]:
     return {name: int(status[field].split()[0]) / 1024 for name, field in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
+class Peak(threading.Thread):
+    """The most `own` memory while the block runs, looked at every few milliseconds."""
+
+    def __enter__(self):
+        self.own, self.ended = memory()["own"], threading.Event()
+        self.start()
+        return self
+
+    def run(self):
+        while not self.ended.wait(0.005):
+            self.own = max(self.own, memory()["own"])
+
+    def __exit__(self, *problem):
+        self.ended.set()
+        self.join()
+
+
 def open_index(root: Path) -> dict:
     """Measures in this process."""
     before, started = memory(), time.perf_counter()
-    dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
+    with Peak() as opening:
+        dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
     opened, after = time.perf_counter() - started, memory()
+    streaming, stage = sections(0)
+    stage.num_samples = len(dataset)
+    started = time.perf_counter()
+    with Peak() as planning:
+        plan_stage(dataset, stage, streaming, stage="stage1", seed=0, batch_size=BATCH, tokens_per_frame=1)
+    planned = time.perf_counter() - started
     numbers = np.random.default_rng(0).integers(0, len(dataset), 20_000).tolist()
     started = time.perf_counter()
     for number in numbers:
         dataset.rows[number]
     rows = len(numbers) / (time.perf_counter() - started)
-    streaming, stage = sections(0)
-    stage.num_samples = len(dataset)
-    started = time.perf_counter()
-    plan_stage(dataset, stage, streaming, stage="stage1", seed=0, batch_size=BATCH, tokens_per_frame=1)
     columns = sum(array.nbytes for array in vars(dataset.index).values() if isinstance(array, np.ndarray))
     return {
         "items": len(dataset),
         "shards": len(dataset.shards),
         "open_seconds": opened,
-        "own_mib": after["own"] - before["own"],
-        "mapped_mib": after["mapped"] - before["mapped"],
+        "open_own_mib": after["own"] - before["own"],
+        "open_own_peak_mib": opening.own - before["own"],
+        "open_mapped_mib": after["mapped"] - before["mapped"],
         "column_bytes_per_item": columns / len(dataset),
+        "plan_seconds": planned,
+        "plan_own_peak_mib": planning.own - before["own"],
         "random_rows_per_second": rows,
-        "plan_seconds": time.perf_counter() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 

@@ -90,6 +90,8 @@ def _check_costs(costs: np.ndarray, budget: int, unit: str, order: np.ndarray, d
 
 def cut(costs: np.ndarray, budget: int) -> np.ndarray:
     """Bounds of batches that each take as many samples as fit into `budget`, in order: int64 [batches + 1]."""
+    if len(costs) and costs.min() == costs.max():  # such as samples: no need to go one by one
+        return np.append(np.arange(0, len(costs), budget // int(costs[0])), len(costs)).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(costs, dtype=np.int64)])
     starts = [0]
     while starts[-1] < len(costs):

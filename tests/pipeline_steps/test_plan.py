@@ -64,6 +64,8 @@ def test_cutting_is_what_counting_one_by_one_gives():
         total += cost
     assert cut(costs, 17).tolist() == [*starts, 500]
     assert cut(costs[:0], 17).tolist() == [0]
+    assert cut(np.full(10, 3), 7).tolist() == [0, 2, 4, 6, 8, 10]
+    assert cut(np.full(9, 3), 7).tolist() == [0, 2, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(("by", "unit"), [("frames", "8 frames"), ("tokens", "40 tokens")])
