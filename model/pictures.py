@@ -8,6 +8,7 @@ import os
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -26,6 +27,28 @@ class MediaError(Exception):
     def __init__(self, reason):
         super().__init__(reason)
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One media file: a file of its own, or a part of a container file such as a tar."""
+
+    path: str
+    size: int  # bytes
+    offset: int | None = None  # bytes; None: a file of its own
+
+    @property
+    def url(self):
+        """What FFmpeg opens: it reads a part in place."""
+        if self.offset is None:
+            return f"file:{self.path}"
+        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:file:{self.path}"
+
+    def read(self, size=None):
+        """All bytes, or the first `size` ones."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset or 0)
+            return file.read(self.size if size is None else min(size, self.size))
 
 
 def load_image(file):

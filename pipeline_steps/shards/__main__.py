@@ -27,7 +27,7 @@ from pipeline_steps.shards.plan import plan_shards
 PARAMS = ("shards",)
 CODE = ("pipeline_steps/frames.py", "pipeline_steps/pictures.py", "pipeline_steps/records.py")
 CODE += ("pipeline_steps/shards/pack.py", "pipeline_steps/shards/plan.py")
-CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
+CODE += ("pipeline_steps/video.py", "workflow/Snakefile", "workflow/rules/shards.smk")
 MAX_LISTED = 20  # quarantined samples shown in the terminal
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import long_video
-from pipeline_steps import frames
+from pipeline_steps import video
 from pipeline_steps.params import UserError
 
 
@@ -12,12 +12,12 @@ def test_both_ways_are_timed_and_compared(tmp_path, monkeypatch):
     found = long_video.measure(tmp_path / "a.mp4", 2, repeats=1)
     assert found.keys() == {"keys", "everything"}
     assert min(found.values()) > 0
-    square, taken = frames.square, []
+    square, taken = video.square, []
 
     def changing(image, *arguments):
         taken.append(image)
         return square(image.point(lambda value: value + len(taken)), *arguments)
 
-    monkeypatch.setattr(frames, "square", changing)
+    monkeypatch.setattr(video, "square", changing)
     with pytest.raises(UserError, match="different frames"):
         long_video.measure(tmp_path / "a.mp4", 2, repeats=1)

@@ -225,7 +225,7 @@ def test_undecodable_video_is_named(processor, tmp_path):
 
 
 def test_only_a_video_file_needs_pyav(made, processor, monkeypatch):
-    monkeypatch.setattr(frames, "av", None)
+    monkeypatch.setattr("model.video.av", None)
     with pytest.raises(ImportError, match="needs PyAV"):
         processor(text=QUESTION, videos=made.video)
     assert processor(text=QUESTION, videos=made.raw / "procedural/test/image-000000.jpg")["num_frames"] == STILL_FRAMES

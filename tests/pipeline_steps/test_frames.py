@@ -393,7 +393,7 @@ def test_sound_only_and_oversized(tmp_path, clip, monkeypatch):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert reason(sound) == "no video stream"
-    monkeypatch.setattr("pipeline_steps.frames.MAX_VIDEO_PIXELS", 31 * 32)
+    monkeypatch.setattr("pipeline_steps.video.MAX_VIDEO_PIXELS", 31 * 32)
     monkeypatch.setattr("pipeline_steps.pictures.MAX_PIXELS", 31 * 32)
     assert reason(clip) == "unsupported size 32x32"
     image = write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline_steps import frames
+from pipeline_steps import frames, video
 from pipeline_steps.frames import MediaError, read_media
 from tests.pipeline_steps.clips import write_clip
 
@@ -48,7 +48,7 @@ class Decoder:
 
     def __init__(self, monkeypatch):
         self.patch, self.num_decoded, self.num_given_up = monkeypatch, 0, 0
-        decode, read_index, from_keys = frames._decode, frames._read_index, frames._frames_from_keys
+        decode, read_index, from_keys = video._decode, frames.read_index, video._frames_from_keys
         self.keys = True
 
         def counted(*arguments):
@@ -59,7 +59,7 @@ class Decoder:
         def watched(*arguments):
             try:
                 yield from from_keys(*arguments)
-            except frames.Unreliable:
+            except video.Unreliable:
                 self.num_given_up += 1
                 raise
 
@@ -67,9 +67,9 @@ class Decoder:
             found = read_index(piece)
             return found if self.keys else dataclasses.replace(found, keys=[])
 
-        monkeypatch.setattr(frames, "_decode", counted)
-        monkeypatch.setattr(frames, "_frames_from_keys", watched)
-        monkeypatch.setattr(frames, "_read_index", index)
+        monkeypatch.setattr(video, "_decode", counted)
+        monkeypatch.setattr(video, "_frames_from_keys", watched)
+        monkeypatch.setattr(frames, "read_index", index)
 
     def __call__(self, path, keys, **options):
         """(what is read, frames that were decoded for it, whether the key frames were given up)."""

@@ -1,0 +1,300 @@
+"""Decoding a video file: the frames at given times, upright and square. For frames.py, which says what times.
+
+Like frames.py this file goes with every checkpoint, and pipeline_steps/video.py is a link to it. It needs PyAV.
+"""
+
+import itertools
+import math
+import statistics
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .pictures import MediaError, check_size, square
+
+try:
+    import av
+    from av.video.frame import PictureType
+    from av.video.reformatter import Interpolation, VideoReformatter
+except ImportError:  # only a video file needs it
+    av = None
+else:
+    av.logging.set_level(None)  # FFmpeg's own messages would flood the terminal; errors arrive as exceptions
+    EXACT = Interpolation.BILINEAR | Interpolation.BITEXACT  # the same pixels on every processor
+
+MAX_VIDEO_PIXELS = 2**25  # of one frame: 8K; a decoder holds up to 17 of them
+MAX_SECONDS = 2**20  # of a clip: twelve days; longer ones are damaged timestamps
+MAX_FRAMES = 2**21  # of a clip: ten hours at 60 frames per second
+MAX_BOXES = 2**20  # of an mp4
+MAX_PIXEL_ASPECT = 16  # width of a pixel / its height, or the other way round
+FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist formats: they open other files
+# Codecs of which nothing after a key frame, in display order, refers to what was before it.
+RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video")
+SAME_TIME = 1e-4  # seconds; containers round timestamps
+UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of an mp4, with others inside
+TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # with the number of samples, at this byte of their content
+DAMAGED_VIDEO = "truncated or damaged video"
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the packets of a video say, without decoding."""
+
+    times: list  # seconds from the first frame, of all frames, sorted
+    start: float  # seconds on the container's clock, of the first frame
+    duration: float  # seconds
+    keys: list  # (seconds, number of the packet) of the key frames after the first one, in both orders; or []
+
+
+def check_duration(seconds):
+    """`seconds`, unless no clip can be that long. Raises MediaError."""
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise MediaError(f"unsupported duration {seconds:.0f} s")
+    return seconds
+
+
+class Unreliable(Exception):
+    """A key frame that did not turn out to be one: the clip is decoded from its beginning."""
+
+
+def decode(piece, index, wanted, image_size, fit):
+    """[(square, seconds, displayed (width, height))] of the frames at the times `wanted`, some of index.times in order.
+
+    Only what lies between a wanted frame and the key frame before it is decoded, if the file has such, and only the
+    squares of wanted frames are kept: memory does not grow with the clip's length. Raises MediaError.
+    """
+    try:
+        return _take(piece, index, wanted, image_size, fit, _frames_from_keys if index.keys else _frames_from_start)
+    except Unreliable:
+        return _take(piece, index, wanted, image_size, fit, _frames_from_start)
+
+
+def _take(piece, index, wanted, image_size, fit, frames_of):
+    """`decode`, with the frames that `frames_of` finds."""
+    tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further off than one sampling step is a hole
+    taken, before = [], -math.inf
+    with _open(piece) as container:
+        stream = _video_stream(container)
+        aspect = _pixel_aspect(stream)
+        to_rgb = VideoReformatter()  # keeps its set-up, which costs more than converting a small frame
+        for time, frame in frames_of(container, stream, index, wanted):
+            if abs(time - wanted[len(taken)]) > tolerance:
+                raise MediaError(f"undecodable at {wanted[len(taken)]:.1f} s")
+            if time < before:
+                raise MediaError("frames out of order")
+            if time > before:
+                image, pixel_aspect, size = _upright(to_rgb, frame, aspect)
+                picture = square(image, image_size, fit, pixel_aspect)
+            taken.append((picture, time, size))
+            before = time
+    if len(taken) < len(wanted):
+        raise MediaError("no frame can be decoded" if not taken else f"undecodable at {wanted[len(taken)]:.1f} s")
+    return taken
+
+
+def read_index(piece):
+    """The Index of a video file. Raises MediaError, and ImportError without PyAV."""
+    if av is None:
+        raise ImportError(
+            f"{piece.path}: decoding a video needs PyAV (`pip install av`); or give its frames as pictures"
+        )
+    _check_boxes(piece)
+    with _open(piece) as container:
+        stream = _video_stream(container)
+        check_size(stream.codec_context.width, stream.codec_context.height, MAX_VIDEO_PIXELS)
+        if any(entry.pos + entry.size > piece.size for entry in stream.index_entries):
+            raise MediaError("truncated video")
+        bases = {other.index: float(other.time_base or 0) for other in container.streams}
+        times, spans, keys, end, number = [], [], [], 0.0, -1
+        for packet in _packets(container):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            own, base = packet.stream.index == stream.index, bases.get(packet.stream.index, 0.0)
+            number += own
+            if not packet.size or stamp is None or packet.is_discard:
+                continue
+            end = max(end, (stamp + (packet.duration or 0)) * base)
+            if own:
+                times.append(stamp * base)
+                spans.append((packet.duration or 0) * base)
+                if packet.is_keyframe:
+                    keys.append((times[-1], number))
+            if len(times) > MAX_FRAMES:
+                raise MediaError(f"more than {MAX_FRAMES} frames")
+        announced = (container.duration or 0) / av.time_base
+        container_start = max(0, container.start_time or 0) / av.time_base
+        seekable = stream.codec_context.codec.canonical_name in RANDOM_ACCESS
+    if not times:
+        raise MediaError("no frames")
+    if end - container_start < 0.9 * announced - 1.0:  # the header promises more than the file holds
+        raise MediaError("truncated video")
+    order = sorted(range(len(times)), key=times.__getitem__)
+    first, last = times[order[0]], times[order[-1]]
+    gaps = [times[b] - times[a] for a, b in itertools.pairwise(order)]
+    last_span = spans[order[-1]] or (statistics.median(gaps) if gaps else 0.0)
+    keys = [(time - first, number) for time, number in keys[1:]] if seekable and keys == sorted(keys) else []
+    return Index([times[i] - first for i in order], first, check_duration(last - first + last_span), keys)
+
+
+def _packets(container):
+    """All packets up to the end of the file, or up to where it is damaged (what is missing shows in the timestamps)."""
+    packets = container.demux()
+    while True:
+        try:
+            yield next(packets)
+        except (StopIteration, av.FFmpegError):
+            return
+
+
+def _frames_from_start(container, stream, index, wanted):
+    """For every wanted time, in order, the (seconds, frame) nearest to it of all that decode well."""
+    before, queue = None, list(reversed(wanted))
+    for now in _decoded(container, stream, index.start):
+        while queue and now[0] >= queue[-1] - SAME_TIME:
+            use_before = before is not None and queue[-1] - before[0] < abs(now[0] - queue[-1])
+            yield before if use_before else now
+            queue.pop()
+        if not queue:
+            return
+        before = now
+    while queue and before is not None:
+        yield before
+        queue.pop()
+
+
+def _decoded(container, stream, start):
+    """(seconds after `start`, frame) of every frame that decodes well, in display order."""
+    for packet in _own_packets(container, stream):
+        try:
+            yield from _decode(packet, stream, start)
+        except av.FFmpegError:
+            continue
+
+
+def _frames_from_keys(container, stream, index, wanted):
+    """For every wanted time, in order, its (seconds, frame), decoded from the key frame before it on.
+
+    Packets are read one after the other and those in between are not decoded: reading costs little, and a container's
+    own seeking is not needed. Raises Unreliable where a key frame or a wanted one is not found exactly at its time.
+    """
+    queue = [(time, *_key_before(index.keys, time)) for time in reversed(wanted)]
+    decoded, due = -1, None  # number of the last packet that was decoded; time of the key frame that has to come next
+    for number, packet in enumerate(_own_packets(container, stream)):
+        if number < queue[-1][1]:
+            continue
+        if number > decoded + 1:
+            stream.codec_context.flush_buffers()
+            due = queue[-1][2]
+        decoded = number
+        for time, frame in _decode_strictly(packet, stream, index.start):
+            if due is not None and time < due - SAME_TIME:
+                continue  # of an open group of pictures: refers to what was left out
+            if due is not None and not (time <= due + SAME_TIME and _is_key(frame)):
+                raise Unreliable
+            due = None
+            while queue and time >= queue[-1][0] - SAME_TIME:
+                if time > queue[-1][0] + SAME_TIME:
+                    raise Unreliable
+                yield time, frame
+                queue.pop()
+            if not queue:
+                return
+    raise Unreliable
+
+
+def _key_before(keys, time):
+    """(number of the packet to decode from, seconds of its key frame) for the frame at `time`."""
+    found = bisect_right(keys, (time, math.inf)) - 1
+    return (keys[found][1], keys[found][0]) if found >= 0 else (0, None)
+
+
+def _is_key(frame):
+    return frame.key_frame and frame.pict_type == PictureType.I
+
+
+def _decode_strictly(packet, stream, start):
+    try:
+        yield from _decode(packet, stream, start)
+    except av.FFmpegError:
+        raise Unreliable from None
+
+
+def _own_packets(container, stream):
+    return (packet for packet in _packets(container) if packet.stream.index == stream.index)
+
+
+def _decode(packet, stream, start):
+    """(seconds after `start`, frame) of every frame that comes out well when the decoder gets this packet."""
+    for frame in packet.decode():
+        check_size(frame.width, frame.height, MAX_VIDEO_PIXELS)
+        stamp = frame.dts if frame.pts is None else frame.pts
+        if stamp is not None and not frame.is_corrupt:
+            yield stamp * float(stream.time_base) - start, frame
+
+
+def _upright(to_rgb, frame, aspect):
+    """(RGB image, width of its pixels / their height, displayed (width, height)) of a decoded frame."""
+    plane = to_rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).planes[0]
+    image = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
+    size = (max(1, round(frame.width * aspect)), frame.height)
+    rotation = frame.rotation % 360
+    if rotation not in UPRIGHT:
+        return image, aspect, size
+    image = image.transpose(UPRIGHT[rotation])
+    return (image, aspect, size) if rotation == 180 else (image, 1 / aspect, size[::-1])
+
+
+def _pixel_aspect(stream):
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        raise MediaError("unsupported proportions of a pixel")
+    return aspect
+
+
+def _open(piece):
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file,subfile"}
+    try:
+        return av.open(piece.url, options=options, metadata_errors="replace")
+    except av.FFmpegError:
+        head = piece.read(12)
+        known = head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[:4] == b"RIFF"
+        raise MediaError(DAMAGED_VIDEO if known else "not a video file") from None
+
+
+def _video_stream(container):
+    """The first video stream that is not a cover picture, set up for decoding."""
+    if not container.streams:
+        raise MediaError(DAMAGED_VIDEO)
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
+    if not streams:
+        raise MediaError("no video stream")
+    context = streams[0].codec_context
+    context.thread_count = 1  # many clips at a time, one core each
+    context.options = {"max_pixels": str(MAX_VIDEO_PIXELS)}
+    return streams[0]
+
+
+def _check_boxes(piece):
+    """MediaError where the tables of an mp4 promise absurdly many samples: FFmpeg would take memory for all of them."""
+    num_samples, regions = 0, [(0, piece.size)]
+    with open(piece.path, "rb") as file:
+        for num_boxes in itertools.count():
+            if not regions or num_boxes > MAX_BOXES:
+                break
+            at, end = regions.pop()
+            file.seek((piece.offset or 0) + at)
+            size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+            length, header = (large, 16) if size == 1 else (size or end - at, 8)
+            if length < header or at + header > end:
+                continue
+            regions.append((at + length, end))
+            if name in BOXES:
+                regions.append((at + header, min(at + length, end)))
+            if name in TABLES:
+                file.seek((piece.offset or 0) + at + header + TABLES[name])
+                num_samples += int.from_bytes(file.read(4), "big")
+    if num_boxes > MAX_BOXES or num_samples > MAX_FRAMES + 8 * piece.size:  # of old sound a byte holds up to 6 samples
+        raise MediaError(DAMAGED_VIDEO)
