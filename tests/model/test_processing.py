@@ -1,6 +1,7 @@
 """A question asked by hand gives the tensors of the pipeline, whatever form its video has."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from model import FoveatedVLMProcessor, frames
+from model.pictures import FITS
 from model.processing_foveated_vlm import normalise
 from pipeline_steps import params, records
 from pipeline_steps.answers import up_to_answer
+from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from tests.checkpoints import FRAMES, STILL_FRAMES, make_model
+from tests.pipeline_steps.clips import index_row, write_clip, write_image
 
 QUESTION = "Which digits does red show?"
 NAMES = ("input_ids", "attention_mask", "num_frames", "pixel_values")
@@ -96,6 +100,26 @@ def test_letterbox_keeps_every_kind_of_input_whole(processor, tmp_path):
         assert (shown[14:42] == 255).all()
         assert (shown[42:] == 0).all()
     assert processor.pictures(processor(text=QUESTION, videos=wide)["pixel_values"]).min() > 250
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_frames_are_those_of_the_shards_whatever_the_fit(processor, tmp_path, fit):
+    """A wide clip and a tall still, packed and shown."""
+    noise = np.random.default_rng(0).integers(0, 256, (6, 36, 64, 3), np.uint8)
+    write_clip(tmp_path / "a.mp4", list(noise))
+    write_image(tmp_path / "b.png", noise[0].transpose(1, 0, 2))
+    rows = [index_row(tmp_path, "a.mp4", split="train"), index_row(tmp_path, "b.png", kind="image", split="train")]
+    policy = FRAMES.model_copy(update={"fit": fit})
+    samples = [records.RawSample.model_validate(row) for row in rows]
+    pack_shard(samples, Settings(raw_dir=str(tmp_path), frames=policy), tmp_path / "packed/000000")
+    shown = FoveatedVLMProcessor(processor.tokenizer, **policy.model_dump())
+    with tarfile.open(tmp_path / "packed/000000.tar") as tar:
+        for sample in samples:
+            packed = [tar.extractfile(name) for name in tar.getnames() if sample.key in name and name.endswith("jpg")]
+            expected = np.stack([np.asarray(Image.open(file)) for file in packed])
+            found = shown.pictures(shown(text=QUESTION, videos=tmp_path / sample.path)["pixel_values"])
+            assert np.array_equal(found, expected)
+            assert (expected[:, 0].max() < 20) == (fit == "letterbox" and sample.kind == "video")
 
 
 def test_a_processor_saved_before_letterbox_crops(made, tmp_path):
