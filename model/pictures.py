@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image, ImageOps
 
 FITS = ("crop", "letterbox")
-MAX_PIXELS = 2**26  # of a still: 8192 x 8192; a still needs 4 to 12 bytes per pixel while it is read
+MAX_PIXELS = 2**26  # of a still: 8192 x 8192; reading it takes 4 to 20 bytes per pixel, by its format
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's

@@ -285,10 +285,12 @@ def _check_boxes(piece):
             if not regions or num_boxes > MAX_BOXES:
                 break
             at, end = regions.pop()
+            if at + 8 > end:
+                continue
             file.seek((piece.offset or 0) + at)
             size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
             length, header = (large, 16) if size == 1 else (size or end - at, 8)
-            if length < header or at + header > end:
+            if length < header:
                 continue
             regions.append((at + length, end))
             if name in BOXES:
