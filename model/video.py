@@ -31,7 +31,7 @@ MAX_BOXES = 2**20  # of an mp4
 MAX_PIXEL_ASPECT = 16  # width of a pixel / its height, or the other way round
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist formats: they open other files
 # Codecs of which nothing after a key frame, in display order, refers to what was before it.
-RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video")
+RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores")
 SAME_TIME = 1e-4  # seconds; containers round timestamps
 UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of an mp4, with others inside

@@ -25,6 +25,8 @@ CLIPS = {
     "vp8": ("a.webm", "libvpx", {"b:v": "200k", "auto-alt-ref": "1", "lag-in-frames": "10"}),
     "mpeg-4": ("a.avi", "mpeg4", {"qscale": "8", "sc_threshold": "1000000000"}),
     "mpeg-4 with B-frames": ("a.mkv", "mpeg4", {"qscale": "8", "bf": "2", "sc_threshold": "1000000000"}),
+    "motion jpeg": ("a.avi", "mjpeg", {"qscale": "8"}),
+    "prores": ("a.mov", "prores_ks", {}),
     "mpeg-2": ("a.mpg", "mpeg2video", {"qscale": "8", "bf": "2", "sc_threshold": "1000000000"}),
 }
 
@@ -91,7 +93,8 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_same_frames(tmp_path, decoder, name):
-    clip = write(tmp_path, *CLIPS[name])
+    pix_fmt = {"motion jpeg": "yuvj420p", "prores": "yuv422p10le"}.get(name, "yuv420p")
+    clip = write(tmp_path, *CLIPS[name], pix_fmt=pix_fmt)
     for options in (
         {"max_frames": 1},
         {"max_frames": 2},
