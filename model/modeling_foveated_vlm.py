@@ -19,37 +19,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
 from .input_checks import check_cache, check_inputs, check_left_padded, check_room
 from .loading import LoadingMixin
-from .losses import contrastive_loss, entropy_margin_loss
 from .multi_token_encoder import pool_patches
+from .objective import FoveatedVLMOutput, ObjectiveMixin
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
 from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
-
-
-@dataclass
-class FoveatedVLMOutput(ModelOutput):
-    """What `forward` returns; the per-token fields are aligned with `labels` (position s belongs to the token at s)."""
-
-    loss: Tensor | None = None  # mean over the labelled tokens, plus the weighted coarse loss where asked
-    token_loss: Tensor | None = None  # [B, S] nats, 0 where not labelled
-    correct: Tensor | None = None  # [B, S] bool: the most likely token is the label
-    logits: Tensor | None = None  # [B, S, V], only with return_logits
-    loss_coarse: Tensor | None = None  # text loss of the coarse pass, only with lambda_coarse > 0
-    loss_entropy: Tensor | None = None  # only with lambda_entropy > 0
-    loss_contrastive: Tensor | None = None  # only with lambda_contrastive > 0
-    log_probs: Tensor | None = None  # [B, 2] of the chosen and the rejected answer, only with rejected_input_ids
-    reward_margin: Tensor | None = None  # [B] nats by which the chosen answer is preferred, as `log_probs`
-    visual_tokens: Tensor | None = None  # [F, P, E]
-    queries: Tensor | None = None  # [F, K, Q]
-    attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1], only with output_attentions
 
 
 @dataclass
@@ -61,7 +41,9 @@ class Look:
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
 
 
-class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrainedModel, GenerationMixin):
+class FoveatedVLMForConditionalGeneration(
+    LoadingMixin, ObjectiveMixin, PreferenceMixin, PreTrainedModel, GenerationMixin
+):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -345,46 +327,6 @@ class FoveatedVLMForConditionalGeneration(LoadingMixin, PreferenceMixin, PreTrai
         output.visual_tokens, output.queries = look.visual_tokens, look.queries
         output.attention_weights = look.attention_weights if output_attentions else None
         return output
-
-    def _losses(self, hidden: Tensor, labels: Tensor | None, return_logits: bool) -> FoveatedVLMOutput:
-        output = FoveatedVLMOutput()
-        if return_logits:
-            output.logits = self.language_model.lm_head(hidden)
-        if labels is None:
-            return output
-        asked, losses, correct = self._token_losses(hidden, labels)
-        output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
-        output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
-        output.token_loss[:, 1:][asked] = losses.detach()
-        output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)
-        output.correct[:, 1:][asked] = correct
-        return output
-
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy at the labelled positions only: the vocabulary projection of the others is never computed.
-
-        Returns (asked: bool [B, S - 1], losses [labelled] in nats, correct: bool [labelled]).
-        """
-        asked = labels[:, 1:] != -100  # the state at s predicts the token at s + 1
-        logits = self.language_model.lm_head(hidden[:, :-1][asked]).float()  # [labelled, V]
-        targets = labels[:, 1:][asked]
-        return asked, F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-    def _add_training_losses(self, output, input_ids, attention_mask, labels, coarse: Look, fine: Look) -> None:
-        """Adds what the configuration weighs beside the text loss of the last pass."""
-        config = self.config
-        if config.lambda_coarse > 0:
-            hidden = self.read(input_ids, attention_mask, coarse.visual_tokens)
-            output.loss_coarse = self._losses(hidden, labels, False).loss
-            output.loss = output.loss + config.lambda_coarse * output.loss_coarse
-        if config.lambda_entropy > 0:
-            weights = fine.attention_weights, coarse.attention_weights
-            output.loss_entropy = entropy_margin_loss(*weights, config.entropy_margin)
-            output.loss = output.loss + config.lambda_entropy * output.loss_entropy
-        if config.lambda_contrastive > 0:
-            tokens = fine.visual_tokens, coarse.visual_tokens
-            output.loss_contrastive = contrastive_loss(*tokens, config.contrastive_margin)
-            output.loss = output.loss + config.lambda_contrastive * output.loss_contrastive
 
     # ---- answering
 
