@@ -6,7 +6,9 @@ Reads params.yaml, data/shards and data/tokens; stage1 starts from data/backbone
 Writes the model with its processor and code as a Hugging Face folder, outputs/<stage>, and its curves to
 reports/metrics/<stage>.{csv,json}.
 Interrupted, it goes on from its last state. Cost at the embedded scale: one to four minutes a stage on two cores,
-below 1 GB of memory. Needs only torch, transformers and pyarrow.
+below 1 GB of memory. Needs only torch, transformers, pyarrow, pydantic and PyYAML. On several devices or machines:
+
+    torchrun --nproc-per-node 4 -m pipeline_steps.training --stage stage1
 """
 
 import argparse
@@ -16,6 +18,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault(
@@ -39,45 +43,59 @@ from pipeline_steps.records import (
 )
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import open_training_split
-from pipeline_steps.training.engine import EXTRA_LOSSES, Run, train
-from pipeline_steps.training.parameters import format_table, trainable_parameters
+from pipeline_steps.training.distributed import Processes, processes
+from pipeline_steps.training.engine import EXTRA_LOSSES, train
+from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
+from pipeline_steps.training.run import Run, announce
 from pipeline_steps.training.state import run_fingerprint
+from pipeline_steps.training.watching import Watch
 
 STAGES = ("stage1", "stage2", "stage3")
 PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")
+DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 COLUMNS = (
     "event",
     "step",
     "samples",
+    "tokens",
+    "source",
     "family",
     "mode",
     "loss",
     *EXTRA_LOSSES,
     "accuracy",
     "grad_norm",
+    *(f"grad_norm_{group}" for group in GROUPS),
     "num_plans",
-    "lr_connector",
-    "lr_vision",
-    "lr_language",
+    *(f"lr_{group}" for group in GROUPS),
+    *DIAGNOSTICS,
+    "message",
 )
 
 
 def main() -> None:
     arguments = read_arguments()
     parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
+    with processes(choose_device(parameters.training.common.device)) as group:
+        run_stage(arguments, parameters, group)
+
+
+def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> None:
+    """Everything that one process does for a stage."""
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
-    params.check_outputs(
-        folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings"],
-        files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
-    )
-    device = choose_device(common.device)
+    live = arguments.outputs / "live" / arguments.stage
+    if group.is_main:
+        params.check_outputs(
+            folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings", live],
+            files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
+        )
     torch.set_num_threads(common.num_threads)
     transformers_logging.disable_progress_bar()
     torch.manual_seed(parameters.seed)
     started = time.time()
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
-    with locked_scratch(arguments.stage, mark) as (folder, _):
-        model = load_model(arguments, parameters).to(device)
+    with shared_scratch(group, arguments.stage, mark) as folder:
+        model = load_model(arguments, parameters).to(group.device)
         train_split, validation_split = open_splits(arguments, parameters.streaming, model.config)
         run = Run(
             stage=arguments.stage,
@@ -89,16 +107,37 @@ def main() -> None:
             settings=settings,
             streaming=parameters.streaming,
             folder=folder,
-            device=device,
+            processes=group,
         )
-        _, table = trainable_parameters(run.model, settings.learning_rate.model_dump(), common.weight_decay)
-        print(
-            f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {device}\n"
-            f"{format_unserved(run.served.groups.unserved)}{format_table(table)}"
+        run.watch = Watch(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
+        _, table = trainable_parameters(run.model, settings, common.weight_decay)
+        devices = f"{group.world_size} x {group.device}" if group.world_size > 1 else group.device
+        announce(
+            run,
+            [
+                f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {devices}",
+                *format_unserved(run.served.groups.unserved),
+                format_table(table),
+            ],
         )
-        result = train(run)
-        publish(arguments, run, {**result, "parameters": table}, time.time() - started)
-        shutil.rmtree(folder)
+        try:
+            result = train(run)
+        finally:
+            run.watch.close()
+        if group.is_main:
+            publish(arguments, run, {**result, "parameters": table}, time.time() - started)
+            shutil.rmtree(folder)
+        group.wait()
+
+
+@contextmanager
+def shared_scratch(group: Processes, stage: str, mark: str) -> Iterator[Path]:
+    """The scratch folder of this work, locked by the main process. Several machines need it on a shared disk."""
+    if not group.is_main:
+        yield group.broadcast(None)
+        return
+    with locked_scratch(stage, mark) as (folder, _):
+        yield group.broadcast(folder)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -181,10 +220,10 @@ def open_splits(arguments: argparse.Namespace, streaming, config) -> tuple[Token
     return train_split, validation_split
 
 
-def format_unserved(unserved: dict[str, int]) -> str:
-    """A line on the items that no entry of the mixture takes, or nothing."""
+def format_unserved(unserved: dict[str, int]) -> list[str]:
+    """A line on the items that no entry of the mixture takes, if there are any."""
     listing = ", ".join(f"{name} {count:,}" for name, count in unserved.items())
-    return f"  items not served by the mixture: {listing}\n" if unserved else ""
+    return [f"  items not served by the mixture: {listing}"] if unserved else []
 
 
 def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: float) -> None:
@@ -194,7 +233,7 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
         tokens = read_record(TokensManifest, arguments.tokens / "manifest.json", "tokens")
         checkpoint.save_checkpoint(
             folder,
-            run.model,
+            run.published,
             previous(arguments) or arguments.backbones / "language_model",
             **shards.frames.model_dump(),
             image_replication=run.streaming.image_replication,
@@ -211,12 +250,9 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
         for row in run.history
     )
     write_text(arguments.metrics / f"{arguments.stage}.csv", table.getvalue())
-    families: dict[str, dict] = {}
-    for row in result["validation"]:
-        scores = {"loss": round(row["loss"], 6), "accuracy": round(row["accuracy"], 6)}
-        families.setdefault(row["family"], {})[row["mode"]] = scores
     summary = {
-        "validation": families,
+        "validation": by_family(result["validation"]),
+        "best": result["best"],
         "mixture": result["mixture"],
         "unserved": result["unserved"],
         "quarantined": result["quarantined"],
@@ -230,6 +266,24 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
         "device": run.device,
     }
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
+
+
+def by_family(rows: list[dict]) -> dict[str, dict]:
+    """{family: {mode: {"loss", "accuracy"}}} of the rows of a validation, over all its sources, token-weighted."""
+    families: dict[str, dict] = {}
+    for row in rows:
+        if row["event"] == "validation":
+            families.setdefault(row["family"], {}).setdefault(row["mode"], []).append(row)
+    return {
+        family: {mode: {name: _token_mean(same, name) for name in ("loss", "accuracy")} for mode, same in modes.items()}
+        for family, modes in families.items()
+    }
+
+
+def _token_mean(rows: list[dict], name: str) -> float:
+    if len(rows) == 1:
+        return round(rows[0][name], 6)
+    return round(sum(row[name] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows), 6)
 
 
 if __name__ == "__main__":

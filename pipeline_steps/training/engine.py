@@ -4,201 +4,253 @@ Everything random is a function of (seed, stage, step), so the state of a run is
 that is killed anywhere and started again ends with the same weights, bit by bit (CPU, same number of threads).
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+import copy
+import signal
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pipeline_steps.params import UserError
-from pipeline_steps.streaming.collate import Collator
-from pipeline_steps.streaming.dataset import TokenizedShards
-from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
-from pipeline_steps.training.parameters import trainable_parameters
-from pipeline_steps.training.schedule import learning_rate_factor
-from pipeline_steps.training.state import load_state, save_state
+from pipeline_steps.training import guards, state
+from pipeline_steps.training.averaging import Average
+from pipeline_steps.training.distributed import without_sync, wrap
+from pipeline_steps.training.keeping import all_quarantined, keep_best, publish_weights, save
+from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
+from pipeline_steps.training.parameters import GROUPS, trainable_parameters
+from pipeline_steps.training.run import Run, Trainer, announce, averaged
+from pipeline_steps.training.schedule import learning_rate
+from pipeline_steps.training.validation import draw_looks, to_device, validate
 
-EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive")  # of the configuration's lambdas
-TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels", "target_patches")
-
-
-@dataclass
-class Run:
-    """One stage: what is trained, on what, and how far it is."""
-
-    stage: str
-    model: torch.nn.Module
-    train: TokenizedShards
-    validation: TokenizedShards
-    seed: int
-    common: object  # training.common
-    settings: object  # training.<stage>
-    streaming: object
-    folder: Path  # scratch, for the state
-    device: str = "cpu"
-    history: list[dict] = field(default_factory=list)  # rows of the metrics table
-
-    @cached_property
-    def served(self) -> StagePlan:
-        """Which items, in which batches. UserError where the data lack them."""
-        return plan_stage(
-            self.train,
-            self.settings,
-            self.streaming,
-            stage=self.stage,
-            seed=self.seed,
-            batch_size=self.common.batch_size,
-            tokens_per_frame=self.model.config.tokens_per_frame,
-        )
-
-    @cached_property
-    def loader(self) -> Loader:
-        collate = Collator.for_model(
-            self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
-        )
-        return Loader(self.train, self.served, collate, self.streaming)
-
-    @property
-    def num_steps(self) -> int:
-        return self.loader.num_steps
-
-    def generator(self, *names: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
+EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margin")  # of lambdas, and of preferences
+STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
 
 
 def train(run: Run) -> dict:
     """Train to the end of the sample budget, from the saved state if there is one. Returns the final validation
     result."""
-    optimizer = make_optimizer(run)
-    first = restore(run, optimizer)
-    progress = tqdm(
-        run.loader, desc=run.stage, total=run.num_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
-    )
-    for step, batch in enumerate(progress, start=first):
-        row = train_step(run, optimizer, batch, step)
-        if step % 10 == 0 or step == run.num_steps - 1:
-            run.history.append(row)
-            progress.set_postfix(loss=f"{row['loss']:.3f}")
-        done = step + 1
-        if done % run.common.validate_every == 0 and done < run.num_steps:
-            run.history += validate(run, done)
-        if done % run.common.checkpoint_every == 0 and done < run.num_steps:
-            save_state(
-                run.folder,
-                {
-                    "loader": run.loader.state_dict(),
-                    "model": run.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": run.history,
-                },
-            )
-    final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
+    trainer = prepare(run)
+    first, served = run.loader.step, run.served.mixture.statistics()
+    run.micro_batch_size = choose_micro_batch_size(run)
+    announce(run, guards.warn_of_repeats(run.stage, served, run.common.watch.max_epochs))
+    with stopped_by_sigterm(run):
+        for step, batch in enumerate(run.watch.progress(run.loader, first), start=first):
+            row = train_step(run, trainer, batch, step)
+            if step % run.common.watch.log_every == 0 or step == run.num_steps - 1:
+                run.history.append(row)
+            after_step(run, trainer, step + 1)
+    with averaged(trainer):
+        final = validate(run, trainer.wrapped, run.num_steps, modes=("fine", "autoregressive"))
     run.history += final
+    run.watch.rows(final)
+    keep_best(run, trainer, final)
+    publish_weights(run, trainer)
     return {
         "validation": final,
-        "mixture": run.served.mixture.statistics(),
+        "best": run.best,
+        "mixture": served,
         "unserved": run.served.groups.unserved,
-        "quarantined": run.loader.quarantined,
+        "quarantined": all_quarantined(run),
     }
 
 
-def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: dict, step: int) -> dict:
+def prepare(run: Run) -> Trainer:
+    """The trainer, and the loader, at the beginning of the stage or where the last state says."""
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    reference = None
+    if run.settings.loss == "preference":
+        reference = copy.deepcopy(run.model).requires_grad_(False)
+    if run.common.activation_checkpointing:
+        run.model.gradient_checkpointing_enable()
+    saved = state.load_state(run.folder)
+    if saved is not None:
+        run.model.load_state_dict(saved[0]["model"])
+    groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)
+    wrapped = wrap(run.model, run.processes, run.common.sharding)
+    if run.processes.world_size > 1 and run.common.sharding == "fsdp":  # the parameters are others now
+        names = {id(p): name for name, p in run.model.named_parameters()}
+        groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)
+    if run.common.compile:
+        run.model.compile_hot_paths()
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.common.betas, fused=True)
+    average = Average(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
+    trainer = Trainer(wrapped, optimizer, average, reference, names)
+    if saved is None:
+        return trainer
+    tensors, values = saved
+    state.restore_optimizer(optimizer, tensors["optimizer"], names)
+    if average is not None:
+        average.load(tensors["average"])
+    run.history, run.best = values["history"], values["best"]
+    own = values["loader"] if run.processes.is_main else values["loader"] | {"quarantined": {}}
+    run.loader.load_state_dict(own)
+    announce(run, [f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})"])
+    return trainer
+
+
+def choose_micro_batch_size(run: Run) -> int | None:
+    """Samples per forward pass: the given number, None for a whole batch, or as many of the largest samples as fit the
+    memory of every process's GPU, beside the optimizer's state that there will be."""
+    wanted = run.common.micro_batch_size
+    if wanted != "auto":
+        return wanted
+    if run.device == "cpu":
+        return None
+    share = -(-int(np.diff(run.served.plan.starts).max()) // run.processes.world_size)
+    patches = (run.train.image_size // run.model.config.vision_config.patch_size) ** 2
+    places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
+    largest = np.argsort(-places, kind="stable").tolist()
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+    def try_size(size: int) -> None:
+        state_to_come = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        batch = to_device(run.loader.collate([run.train[number] for number in largest[:size]]), run.device)
+        num_plans = run.model.config.num_passes + 1
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=run.common.precision == "bf16"):
+                output = run.model.train()(**batch, num_plans=num_plans)
+                (output.log_probs.sum() if output.loss is None else output.loss).backward()
+        finally:
+            run.model.zero_grad(set_to_none=True)
+            del state_to_come
+
+    size = run.processes.smallest(guards.find_micro_batch_size(share, try_size))
+    announce(run, [f"{run.stage}: micro-batches of {size} samples fit the memory of {run.device}"])
+    return size
+
+
+def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     """One optimizer step; returns its row of the metrics table."""
-    model, config = run.model.train(), run.model.config
-    factor = learning_rate_factor(step, run.num_steps, run.settings.warmup_share, run.settings.final_learning_rate)
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["peak"]
+    config, rates = run.model.config, set_learning_rates(run, trainer.optimizer, step)
+    trainer.wrapped.train()
     num_plans = config.num_passes + int(run.generator(step).random() < config.second_pass_probability)
     torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # random queries, sampled attention
-    with torch.autocast(run.device, torch.bfloat16, enabled=run.common.precision == "bf16"):
-        output = model(
-            **to_device(batch, run.device), mode="coarse" if config.coarse_only else "fine", num_plans=num_plans
-        )
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], run.common.clip_norm)
-    loss = output.loss.item()
-    if not (np.isfinite(loss) and torch.isfinite(norm)):
-        raise UserError(
-            f"{run.stage} step {step}: loss {loss}, gradient norm {norm.item()} on samples {', '.join(batch['keys'])}. "
-            f"Lower training.{run.stage}.learning_rate or look at these samples; the last state is in {run.folder}."
-        )
-    optimizer.step()
-    rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-    return {
+    trainer.optimizer.zero_grad(set_to_none=True)
+    sums, total = accumulate(run, trainer, batch, num_plans)
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    logged = step % run.common.watch.log_every == 0 or step == run.num_steps - 1
+    norms = group_norms(trainer.optimizer) if logged else {}
+    norm = state.whole(clip_grad_norm_(parameters, run.common.clip_norm)).item()
+    loss, *extra = run.processes.sum(*sums.values())
+    guards.refuse_non_finite(run.stage, step, loss, norm, batch, run.folder)
+    trainer.optimizer.step()
+    if trainer.average is not None:
+        trainer.average.update()
+    row = {
         "event": "train",
         "step": step + 1,
         "samples": run.loader.samples_seen(step + 1),
+        "tokens": int(total[0]),
         "loss": loss,
-        **{name: output[name].item() for name in EXTRA_LOSSES if name in output},
-        "grad_norm": norm.item(),
-        "num_plans": num_plans,
-        **rates,
     }
+    row |= dict(zip(list(sums)[1:], extra, strict=True))
+    row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
+    run.watch.step(row, num_samples=int(total[2]), num_positions=int(total[3]))
+    return row
 
 
-def validate(run: Run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
-    """Loss per scored token and accuracy of every family, token-weighted: one row per family and mode.
+def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple[dict[str, float], list[float]]:
+    """Gradients of the whole step's loss, from this process's micro-batches.
 
-    A family without any scored token (answers of punctuation only) has no row.
+    Returns ({"loss": ..., and EXTRA_LOSSES that there are}: this process's parts, which add up over the processes to
+    the step's values, and the whole step's `counts` and number of sequence positions).
     """
-    collate = Collator.for_model(
-        run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
-    )
-    rows = []
-    for family, numbers in sorted(run.validation.families().items()):
-        scored = numbers[run.validation.scored[numbers]]
-        items = [run.validation[number] for number in scored[: run.common.max_validation_items].tolist()]
-        for mode in modes if items else ():
-            loss, correct, tokens = evaluate_loss(run, items, collate, mode)
-            rows.append(
-                {
-                    "event": "validation",
-                    "step": step,
-                    "family": family,
-                    "mode": mode,
-                    "loss": loss / tokens,
-                    "accuracy": correct / tokens,
-                }
-            )
-    return rows
+    config, device = run.model.config, run.device
+    total = run.processes.sum(*counts(batch), int(batch["attention_mask"].sum()))
+    pieces = list(micro_batches(batch, run.micro_batch_size))
+    sums: Counter = Counter(loss=0.0)
+    for number, piece in enumerate(pieces):
+        inputs = to_device(piece, device)
+        with (
+            run.watch.flops_of(len(piece["keys"])),
+            without_sync(trainer.wrapped, number == len(pieces) - 1),
+            torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"),
+        ):
+            if trainer.reference is not None:
+                inputs["reference_log_probs"] = trainer.reference.preference_log_probs(**inputs)
+            output = trainer.wrapped(**inputs, mode="coarse" if config.coarse_only else "fine", num_plans=num_plans)
+            loss = weighted_loss(output, config, counts(piece), total)
+            # the processes' gradients are averaged, the parts of the loss are to be added
+            (loss * run.processes.world_size).backward()
+        sums["loss"] += loss.item()
+        for name, value in extra_losses(output, counts(piece), total).items():
+            sums[name] += value
+    return sums, total
 
 
-@torch.no_grad()
-def evaluate_loss(run: Run, items: list[dict], collate: Collator, mode: str) -> tuple[float, int, int]:
-    """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
-    run.model.eval()
-    loss = correct = tokens = 0
-    for start in range(0, len(items), run.common.batch_size):
-        batch = collate(items[start : start + run.common.batch_size])
-        scored = batch["score_mask"].to(run.device)
-        output = run.model(**to_device(batch, run.device), mode=mode)
-        loss += output.token_loss[scored].double().sum().item()
-        correct += int(output.correct[scored].sum())
-        tokens += int(scored.sum())
-    return loss, correct, tokens
+def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:
+    """This micro-batch's parts of the step's EXTRA_LOSSES, unweighted by the configuration."""
+    tokens, frames, samples = shares(of, total)
+    share = {"loss_coarse": tokens, "loss_entropy": frames, "loss_contrastive": frames, "reward_margin": samples}
+    return {name: output[name].mean().item() * share[name] for name in EXTRA_LOSSES if name in output}
 
 
-def make_optimizer(run: Run) -> torch.optim.AdamW:
-    groups, _ = trainable_parameters(run.model, run.settings.learning_rate.model_dump(), run.common.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=run.common.betas, fused=True)
+def set_learning_rates(run: Run, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.num_steps, group["peak"], group["name"], run.settings)
+    return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    """Put the saved state back, if there is one; returns the step to go on from."""
-    state = load_state(run.folder)
-    if state is None:
-        return 0
-    run.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    run.history = state["history"]
-    run.loader.load_state_dict(state["loader"])
-    print(f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})")
-    return run.loader.step
+def group_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Gradient norm of every learning-rate group, before clipping."""
+    norms = {}
+    for name in GROUPS:
+        own = [p.grad for g in optimizer.param_groups if g["name"] == name for p in g["params"] if p.grad is not None]
+        if own:
+            norms[f"grad_norm_{name}"] = state.whole(get_total_norm(own)).item()
+    return norms
 
 
-def to_device(batch: dict, device: str) -> dict:
-    return {name: batch[name].to(device, non_blocking=True) for name in TENSORS if name in batch}
+def after_step(run: Run, trainer: Trainer, done: int) -> None:
+    """Validation and states, where they are due; the end of the process where SIGTERM asked for it."""
+    last = done == run.num_steps
+    if done % run.common.validate_every == 0 and not last:
+        with averaged(trainer):
+            rows = validate(run, trainer.wrapped, done)
+        run.history += rows
+        run.watch.rows(rows)
+        keep_best(run, trainer, rows)
+        warn_of_plateau(run, done)
+    every = run.common.watch.heatmaps_every
+    if every and (done % every == 0 or last):
+        with averaged(trainer):
+            draw_looks(run, trainer.wrapped, done)
+    stop = run.processes.sum(run.stop_requested)[0] > 0
+    if (done % run.common.checkpoint_every == 0 or stop) and not last:
+        save(run, trainer, done)
+    if stop and not last:
+        announce(
+            run,
+            [f"{run.stage}: ended by SIGTERM after step {done}; the same command goes on from there ({run.folder})"],
+        )
+        raise SystemExit(STOPPED)
+
+
+def warn_of_plateau(run: Run, step: int) -> None:
+    """A line, and a row of the metrics table, when the run has stopped learning in a way that is known."""
+    rows = [row for row in run.history if row["event"] == "validation" and row["mode"] == "fine"]
+    means = {}
+    for row in rows:
+        means.setdefault(row["step"], []).append((row["loss"], row["accuracy"]))
+    losses, accuracies = ([float(np.mean([pair[i] for pair in pairs])) for pairs in means.values()] for i in (0, 1))
+    diagnostics = next((row for row in reversed(run.history) if row["event"] == "diagnostics"), {})
+    watch = run.common.watch
+    message = guards.plateau(losses, accuracies, diagnostics, watch.plateau_validations, watch.plateau_progress)
+    if message:
+        run.history.append({"event": "warning", "step": step, "message": message})
+        announce(run, [f"{run.stage} step {step}: {message}"])
+
+
+@contextmanager
+def stopped_by_sigterm(run: Run):
+    """SIGTERM, which clusters send before they take a node away, lets the step end and saves its state."""
+
+    def request(*_):
+        run.stop_requested = True
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,12 +1,33 @@
-"""Learning rate over a stage."""
+"""Learning rates over a stage: one function of the step, for every schedule."""
 
 import math
 
 
-def learning_rate_factor(step: int, num_steps: int, warmup_share: float, final: float) -> float:
-    """Linear warm-up to 1, then a cosine that ends at `final` on the last step. `step` counts from 0."""
-    warmup = round(warmup_share * num_steps)
+def learning_rate(step: int, num_steps: int, peak: float, group: str, settings) -> float:
+    """The rate of a parameter group at a step (counted from 0) out of `num_steps`.
+
+    Linear warm-up to `peak` over `warmup_share` of the steps, then, by `settings.schedule`:
+    constant     stays there
+    cosine       half a cosine that ends at final_learning_rate * peak on the last step
+    wsd          stays there, and falls in a straight line to final_learning_rate * peak over the last decay_share of
+                 all steps (warmup-stable-decay)
+    converging   half a cosine that ends at the group's own converged_learning_rate, which may be above or below
+                 `peak`: groups that start at 100:1 may end at 1:1
+    """
+    warmup = round(settings.warmup_share * num_steps)
     if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - 1 - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return (step + 1) / warmup * peak
+    progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
+    half_cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    if settings.schedule == "constant":
+        return peak
+    if settings.schedule == "converging":
+        end = getattr(settings.converged_learning_rate, group)
+        return end + (peak - end) * half_cosine
+    final = settings.final_learning_rate
+    if settings.schedule == "cosine":
+        return (final + (1 - final) * half_cosine) * peak
+    first_of_decay = num_steps - round(settings.decay_share * num_steps)
+    if step < first_of_decay:
+        return peak
+    return (1 - (1 - final) * (step + 1 - first_of_decay) / (num_steps - first_of_decay)) * peak

@@ -1,0 +1,105 @@
+"""Scores of the validation split while a stage goes on: per source and family, and whether the model looks at all."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.training.guards import attention_diagnostics
+
+TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels", "target_patches")
+TENSORS += ("rejected_input_ids", "rejected_attention_mask", "rejected_labels")
+SHOWN = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
+
+
+def to_device(batch: dict, device: str, names: tuple[str, ...] = TENSORS) -> dict:
+    return {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+
+
+def validate(run, model: nn.Module, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
+    """Rows of the metrics table: loss per scored token and accuracy of every source, family and mode, token-weighted,
+    and one row of attention diagnostics.
+
+    A family without any scored token (answers of punctuation only) has no row. Several processes share the items and
+    add up their sums; with fsdp, whose processes have to run side by side, each does all of them.
+    """
+    collate = Collator.for_model(
+        run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
+    )
+    model.eval()
+    rows = []
+    for (source, family), numbers in sorted(chosen_items(run).items()):
+        for mode in modes:
+            loss, correct, tokens = _sums(run, model, numbers, collate, mode)
+            scores = {"mode": mode, "tokens": int(tokens), "loss": loss / tokens, "accuracy": correct / tokens}
+            rows.append({"event": "validation", "step": step, "source": source, "family": family, **scores})
+    diagnostics = diagnose(run, model, collate)
+    return [*rows, {"event": "diagnostics", "step": step, **diagnostics}] if diagnostics else rows
+
+
+def chosen_items(run) -> dict[tuple[str, str], list[int]]:
+    """{(source, family): the first max_validation_items numbers of items that have a scored token}."""
+    chosen: dict[tuple[str, str], list[int]] = {}
+    index = run.validation.index
+    for family, numbers in run.validation.families().items():
+        scored = numbers[run.validation.scored[numbers]]
+        for source, places in index.numbers_by(index.source[scored], index.sources).items():
+            chosen[source, family] = scored[places][: run.common.max_validation_items].tolist()
+    return chosen
+
+
+@torch.no_grad()
+def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
+    """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
+    group, size = run.processes, run.micro_batch_size or run.common.batch_size
+    alone = group.world_size == 1 or run.common.sharding == "fsdp"
+    own = numbers if alone else numbers[group.rank :: group.world_size]
+    loss = correct = tokens = 0
+    for start in range(0, len(own), size):
+        batch = collate([run.validation[number] for number in own[start : start + size]])
+        scored = batch["score_mask"].to(run.device)
+        output = (
+            model(**to_device(batch, run.device), mode=mode)
+            if alone
+            else run.model(**to_device(batch, run.device), mode=mode)
+        )
+        loss += output.token_loss[scored].double().sum().item()
+        correct += int(output.correct[scored].sum())
+        tokens += int(scored.sum())
+    return (loss, correct, tokens) if alone else tuple(group.sum(loss, correct, tokens))
+
+
+def watched_items(run) -> list[dict]:
+    """The fixed validation items with frames whose attention is watched: of every family as many, in turn."""
+    shown = ~run.validation.index.is_text
+    families = [numbers[shown[numbers]] for _, numbers in sorted(run.validation.families().items())]
+    turns = [number for turn in zip(*(own for own in families if len(own)), strict=False) for number in turn]
+    return [run.validation[int(number)] for number in turns[: run.common.batch_size]]
+
+
+@torch.no_grad()
+def diagnose(run, model: nn.Module, collate: Collator) -> dict[str, float]:
+    """`attention_diagnostics` of the watched items; {} for a network without queries, or without clips."""
+    items = watched_items(run)
+    if run.model.config.architecture != "foveated" or not items:
+        return {}
+    batch = collate(items)
+    inputs = to_device(batch, run.device, SHOWN)
+    fine, coarse = (model(**inputs, mode=mode, output_attentions=True) for mode in ("fine", "coarse"))
+    values = attention_diagnostics(fine, coarse, inputs["num_frames"])
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+@torch.no_grad()
+def draw_looks(run, model: nn.Module, step: int) -> None:
+    """Pictures of where the first watched items are looked at in the fine mode (mean over heads, last layer)."""
+    items = watched_items(run)[: run.common.watch.num_heatmap_clips]
+    if run.model.config.architecture != "foveated" or not items:
+        return
+    model.eval()
+    collate = Collator.for_model(run.model.config, loss="answer_only", image_replication=1)
+    weights = model(
+        **to_device(collate(items), run.device, SHOWN), mode="fine", output_attentions=True
+    ).attention_weights
+    maps = weights[-1].float().mean((1, 2))[:, 1:]  # [F, N], without the class token
+    run.watch.pictures(step, items, (maps / maps.sum(1, keepdim=True)).cpu().numpy())
