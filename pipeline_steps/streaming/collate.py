@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from model.processing_foveated_vlm import normalise, visual_places
+from pipeline_steps.params import UserError
 
 IGNORED = -100
 
@@ -15,7 +16,8 @@ IGNORED = -100
 class Collator:
     """Turns items of `TokenizedShards` into a batch.
 
-    `loss`: `all_text` labels every text token but the first, `answer_only` the answer with its end-of-turn token.
+    `loss`: `all_text` labels every text token but the first, `answer_only` the answers with their end-of-turn tokens,
+    `preference` the last answer, beside the same chat with the rejected answer in its place.
     """
 
     def __init__(
@@ -48,23 +50,14 @@ class Collator:
 
     def __call__(self, items: list[dict]) -> dict:
         """input_ids, attention_mask, labels, score_mask: [B, S]; pixel_values [F, 3, height, width]; num_frames [B];
-        keys; target_patches bool [F, N] where the items have them."""
+        keys; target_patches bool [F, N] where the items have them; with the loss `preference` rejected_input_ids,
+        rejected_attention_mask, rejected_labels [B, S']. UserError for an item without a rejected answer, then."""
         num_frames = [self._repeats(item) * len(item["frames"]) for item in items]
-        rows = [self._insert(item, count) for item, count in zip(items, num_frames, strict=True)]
-        length = max(len(row["ids"]) for row in rows)
-        shape = (len(rows), length)
-        batch = {
-            "input_ids": np.full(shape, self.pad_id, np.int64),
-            "attention_mask": np.zeros(shape, np.int64),
-            "labels": np.full(shape, IGNORED, np.int64),
-            "score_mask": np.zeros(shape, bool),
-        }
-        for number, row in enumerate(rows):
-            size = len(row["ids"])
-            batch["input_ids"][number, :size] = row["ids"]
-            batch["attention_mask"][number, :size] = 1
-            batch["labels"][number, :size] = row["labels"]
-            batch["score_mask"][number, :size] = row["scored"]
+        batch = self._padded([self._insert(item, count) for item, count in zip(items, num_frames, strict=True)])
+        if self.loss == "preference":
+            pairs = zip(items, num_frames, strict=True)
+            rejected = self._padded([self._insert(_rejected(item), count) for item, count in pairs])
+            batch |= {f"rejected_{name}": rejected[name] for name in ("input_ids", "attention_mask", "labels")}
         batch["pixel_values"] = self._pixels(items, sum(num_frames))
         batch["num_frames"] = np.array(num_frames, np.int64)
         if "target_patches" in items[0]:
@@ -93,6 +86,23 @@ class Collator:
             start += count * repeats
         return pixels
 
+    def _padded(self, rows: list[dict]) -> dict[str, np.ndarray]:
+        """Sequences of several lengths as arrays [B, S], padded on the right."""
+        shape = (len(rows), max(len(row["ids"]) for row in rows))
+        batch = {
+            "input_ids": np.full(shape, self.pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "labels": np.full(shape, IGNORED, np.int64),
+            "score_mask": np.zeros(shape, bool),
+        }
+        for number, row in enumerate(rows):
+            size = len(row["ids"])
+            batch["input_ids"][number, :size] = row["ids"]
+            batch["attention_mask"][number, :size] = 1
+            batch["labels"][number, :size] = row["labels"]
+            batch["score_mask"][number, :size] = row["scored"]
+        return batch
+
     def _insert(self, item: dict, num_frames: int) -> dict:
         """The text's ids with the placeholders in place, and which of them are labels and which are scored."""
         ids = np.asarray(item["input_ids"], np.int64)
@@ -100,6 +110,8 @@ class Collator:
         if self.loss == "all_text":
             answer = np.ones(len(ids), bool)
             answer[0] = False
+        if self.loss == "preference":
+            answer = _last_answer(answer)
         labels = np.where(answer, ids, IGNORED)
         num_places = num_frames * self.tokens_per_frame
         at, places = visual_places(self.layout, num_places, item["visual_position"], self.visual_id, self.bos_id)
@@ -108,3 +120,23 @@ class Collator:
             "labels": np.insert(labels, at, np.full(len(places), IGNORED)),
             "scored": np.insert(scored, at, np.zeros(len(places), bool)),
         }
+
+
+def _rejected(item: dict) -> dict:
+    """The item with the rejected answer in place of the chosen one."""
+    if item["rejected_ids"] is None:
+        raise UserError(
+            f"sample '{item['key']}' has no rejected answer, which the loss preference compares with the chosen one: "
+            "take it out of the stage's mixture."
+        )
+    mask = item["rejected_mask"]
+    return item | {"input_ids": item["rejected_ids"], "answer_mask": mask, "score_mask": mask}
+
+
+def _last_answer(answer: np.ndarray) -> np.ndarray:
+    """The last unbroken run of a mask bool [S]: answers before it are the same in both chats."""
+    after = np.flatnonzero(answer)[-1] + 1
+    before = np.flatnonzero(~answer[:after])
+    last = answer.copy()
+    last[: before[-1] + 1 if len(before) else 0] = False
+    return last

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from pipeline_steps.params import UserError
 from pipeline_steps.training import guards, state
 from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import without_sync, wrap
@@ -60,6 +61,7 @@ def prepare(run: Run) -> Trainer:
     names = {id(p): name for name, p in run.model.named_parameters()}
     reference = None
     if run.settings.loss == "preference":
+        check_preferences(run)
         reference = copy.deepcopy(run.model).requires_grad_(False)
     if run.common.activation_checkpointing:
         run.model.gradient_checkpointing_enable()
@@ -87,6 +89,18 @@ def prepare(run: Run) -> Trainer:
     run.loader.load_state_dict(own)
     announce(run, [f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})"])
     return trainer
+
+
+def check_preferences(run: Run) -> None:
+    """UserError when the stage would train on an item that has no rejected answer."""
+    order = run.served.plan.order
+    lacking = order[run.train.index.num_rejected[order] == 0]
+    if len(lacking):
+        raise UserError(
+            f"training.{run.stage}.loss is preference, but {len(np.unique(lacking)):,} items of its mixture have no "
+            f"rejected answer, such as one of sample '{run.train.rows[int(lacking[0])]['key']}'. Name the source of "
+            f"the preferences in training.{run.stage}.mixture."
+        )
 
 
 def choose_micro_batch_size(run: Run) -> int | None:

@@ -191,7 +191,6 @@ class Data:
             frame_count=frames,
             duration=frames / 2,
             timestamps=[0.0] * frames,
-            duration=1.0,
             width=112,
             height=112,
         )

@@ -1,33 +1,74 @@
-"""Learning-rate schedule, parameter groups and the state file."""
+"""Learning rates, parameter groups, averages, guards and the files of a state."""
 
+import itertools
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline_steps.params import UserError
-from pipeline_steps.training.__main__ import choose_device
-from pipeline_steps.training.engine import Run, train_step
+from pipeline_steps.training import guards, state
+from pipeline_steps.training.__main__ import by_family, choose_device
+from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
-from pipeline_steps.training.schedule import learning_rate_factor
-from pipeline_steps.training.state import load_state, save_state
+from pipeline_steps.training.schedule import learning_rate
 from tests.model.tiny import make_batch, make_model
 
 RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
 
-def test_schedule_warms_up_and_ends_at_the_floor():
-    factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1.0
-    assert factors[99] == pytest.approx(0.2)
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert learning_rate_factor(0, 1, 0.0, 0.1) == 1.0
+def settings(**options):
+    rates = SimpleNamespace(**(RATES | options.pop("rates", {})))
+    defaults = {"freeze_vision": False, "freeze_language": False, "schedule": "cosine", "warmup_share": 0.1}
+    defaults |= {"final_learning_rate": 0.2, "decay_share": 0.25, "converged_learning_rate": None}
+    return SimpleNamespace(learning_rate=rates, **(defaults | options))
+
+
+def rates_of(schedule, group="connector", peak=1.0, **options):
+    return [learning_rate(step, 100, peak, group, settings(schedule=schedule, **options)) for step in range(100)]
+
+
+def test_cosine_warms_up_and_ends_at_the_floor():
+    rates = rates_of("cosine")
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[99] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, 1, 2.0, "vision", settings(warmup_share=0.0)) == 2.0
+
+
+def test_constant_stays_after_the_warm_up():
+    assert set(rates_of("constant")[9:]) == {1.0}
+
+
+def test_wsd_is_stable_and_then_falls_in_a_straight_line():
+    rates = rates_of("wsd")
+    assert set(rates[9:75]) == {1.0}
+    steps = [before - after for before, after in itertools.pairwise(rates[74:])]
+    assert steps == pytest.approx([0.8 / 25] * 25)
+    assert rates[99] == pytest.approx(0.2)
+
+
+def test_converging_groups_meet_from_above_and_below():
+    end = SimpleNamespace(connector=3e-5, vision=3e-5, language=3e-5)
+    options = {"converged_learning_rate": end, "warmup_share": 0.0}
+    connector = rates_of("converging", "connector", 1e-3, **options)
+    vision = rates_of("converging", "vision", 1e-5, **options)
+    frozen_at_first = rates_of("converging", "language", 0.0, **options)
+    assert (connector[0], vision[0], frozen_at_first[0]) == pytest.approx((1e-3, 1e-5, 0.0))
+    assert connector == sorted(connector, reverse=True)
+    assert vision == sorted(vision)
+    for rates in (connector, vision, frozen_at_first):
+        assert rates[99] == pytest.approx(3e-5)
+    assert connector[0] / vision[0] == pytest.approx(100)  # 100:1 converges to 1:1
 
 
 def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_connector():
     model = make_model(attention="shallow", tie_first_query=False)
-    groups, table = trainable_parameters(model, RATES, weight_decay=0.01)
+    groups, table = trainable_parameters(model, settings(), weight_decay=0.01)
     members = [id(p) for group in groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in model.parameters())
     assert sum(row["trainable"] for row in table) == sum(p.numel() for p in model.parameters())
@@ -36,47 +77,224 @@ def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_conn
         "connector", "static_query", "first_query", "query_projection", "planner", "shallow_attention"
     }  # fmt: skip
     assert all(group["weight_decay"] == 0 for group in groups for p in group["params"] if p.ndim < 2)
+    assert all(group["weight_decay"] == 0.01 for group in groups for p in group["params"] if p.ndim >= 2)
 
 
-@pytest.mark.parametrize("frozen", GROUPS)
-def test_rate_zero_freezes_a_group(frozen):
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [({"rates": {group: 0.0}}, {group}) for group in GROUPS]
+    + [
+        ({"freeze_vision": True}, {"vision"}),
+        ({"freeze_language": True}, {"language"}),
+        ({"freeze_vision": True, "freeze_language": True}, {"vision", "language"}),
+    ],
+)
+def test_a_frozen_group_is_not_trained(options, frozen):
     model = make_model()
-    groups, table = trainable_parameters(model, RATES | {frozen: 0.0}, weight_decay=0.01)
-    assert frozen not in {group["name"] for group in groups}
-    assert all(p.requires_grad == (group_of(name) != frozen) for name, p in model.named_parameters())
-    assert next(row["trainable"] for row in table if row["group"] == frozen) == 0
+    groups, table = trainable_parameters(model, settings(**options), weight_decay=0.01)
+    assert {group["name"] for group in groups} == set(GROUPS) - frozen
+    assert all(p.requires_grad == (group_of(name) not in frozen) for name, p in model.named_parameters())
+    assert {row["group"] for row in table if not row["trainable"]} == frozen
+    assert {row["group"] for row in table if not row["learning_rate"]} == frozen
+
+
+def test_a_rate_that_rises_from_zero_is_no_freezing():
+    rising = settings(
+        schedule="converging",
+        rates={"vision": 0.0},
+        converged_learning_rate=SimpleNamespace(connector=1e-3, vision=1e-4, language=1e-4),
+    )
+    groups, _ = trainable_parameters(make_model(), rising, 0.0)
+    assert "vision" in {group["name"] for group in groups}
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="all learning rates are 0"):
-        trainable_parameters(make_model(), dict.fromkeys(GROUPS, 0.0), 0.0)
+        trainable_parameters(make_model(), settings(rates=dict.fromkeys(GROUPS, 0.0)), 0.0)
 
 
-def test_state_is_replaced_whole(tmp_path):
-    assert load_state(tmp_path) is None
-    save_state(tmp_path, {"step": 1, "model": {"w": torch.ones(3)}})
-    save_state(tmp_path, {"step": 2, "model": {"w": torch.zeros(3)}})
-    (tmp_path / "state.partial").write_bytes(b"a kill during the next write leaves this")
-    state = load_state(tmp_path)
-    assert state["step"] == 2
-    assert torch.equal(state["model"]["w"], torch.zeros(3))
+# ---------------------------------------------------------------- states
 
 
-def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
-    """Whatever was drawn before: so a resumed run draws the same."""
-    settings = SimpleNamespace(num_samples=8, warmup_share=0.0, final_learning_rate=1.0, learning_rate=RATES)
-    common = SimpleNamespace(batch_size=4, clip_norm=1.0, precision="fp32", weight_decay=0.0, betas=(0.9, 0.98))
-    losses = {}
-    for step in (0, 1, 0):
-        model = make_model(query_source="random", hard_attention="gumbel")
-        run = Run("stage1", model, None, None, 1, common, settings, None, tmp_path)
-        run.loader = SimpleNamespace(num_steps=2, samples_seen=lambda num_steps: 4 * num_steps)
-        groups, _ = trainable_parameters(model, RATES, 0.0)
-        torch.rand(step + 5)
-        row = train_step(run, torch.optim.AdamW(groups), make_batch() | {"keys": list("abcd")}, step)
-        losses.setdefault(step, set()).add(row["loss"])
-    assert len(losses[0]) == 1
-    assert losses[0] != losses[1]
+def test_states_replace_each_other_and_the_last_ones_are_kept(tmp_path):
+    assert state.load_state(tmp_path) is None
+    for step in (2, 4, 6):
+        tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w/step": torch.tensor(float(step))}}
+        state.save_state(tmp_path, step, tensors, {"history": [step]}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+    (tmp_path / ".step-00000008.partial").mkdir()  # a kill during the next write leaves this
+    tensors, values = state.load_state(tmp_path)
+    assert values["step"] == 6
+    assert tensors["model"]["w"].tolist() == [6.0] * 3
+    assert tensors["optimizer"]["w/step"].item() == 6.0
+
+
+def test_tied_weights_are_written_once_and_come_back(tmp_path):
+    model = make_model()
+    state.save_state(tmp_path, 1, {"model": model.state_dict()}, {}, keep=1)
+    stored = load_file(tmp_path / "step-00000001" / "model.safetensors")
+    assert len(stored) < len(model.state_dict())
+    tensors, _ = state.load_state(tmp_path)
+    assert tensors["model"].keys() == model.state_dict().keys()
+    make_model().load_state_dict(tensors["model"])
+
+
+def test_a_state_of_another_format_is_refused(tmp_path):
+    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    path = tmp_path / "step-00000001" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match=r"a state of format 99, this version reads 1\. Remove"):
+        state.load_state(tmp_path)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    (tmp_path / "step-00000001" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"step-00000001: cannot be read .* go on from the state before"):
+        state.load_state(tmp_path)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.os, "rename", full)
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
+        state.save_state(tmp_path, 2, {"model": {"w": torch.zeros(1)}}, {}, keep=1)
+    monkeypatch.undo()
+    assert state.load_state(tmp_path)[1]["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
+    state.save_best(tmp_path, {"w": torch.ones(1)}, {"step": 3, "loss": 1.0})
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    tensors, values = state.load_best(tmp_path)
+    assert (tensors["model"]["w"].item(), values["step"]) == (1.0, 3)
+
+
+def test_an_optimizer_goes_on_where_it_was(tmp_path):
+    def trained(steps, saved=None):
+        model = make_model().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        names = {id(p): name for name, p in model.named_parameters()}
+        if saved is not None:
+            model.load_state_dict(saved[0]["model"])
+            state.restore_optimizer(optimizer, saved[0]["optimizer"], names)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(**make_batch()).loss.backward()
+            optimizer.step()
+        return model, state.optimizer_tensors(optimizer, names)
+
+    expected, _ = trained(4)
+    model, tensors = trained(2)
+    state.save_state(tmp_path, 2, {"model": model.state_dict(), "optimizer": tensors}, {}, keep=1)
+    again, _ = trained(2, state.load_state(tmp_path))
+    for (name, one), other in zip(expected.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+# ---------------------------------------------------------------- averages and guards
+
+
+def test_average_is_exponential_and_swaps_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    average = Average(model, decay=0.9)
+    for value in (1.0, 2.0):
+        model.weight.data.fill_(value)
+        average.update()
+    assert average.values["weight"].item() == pytest.approx(0.9 * (0.9 * 0 + 0.1 * 1) + 0.1 * 2)
+    with average.in_place():
+        assert model.weight.item() == pytest.approx(0.29)
+    assert model.weight.item() == 2.0
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(tmp_path):
+    batch = make_batch() | {"keys": list("abcd")}
+    guards.refuse_non_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
+    with pytest.raises(UserError, match=r"stage2 step 7: loss nan, gradient norm 1\.0 on samples a, b, c, d"):
+        guards.refuse_non_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
+    kept = load_file(tmp_path / "non_finite-00000007.safetensors")
+    assert torch.equal(kept["pixel_values"], batch["pixel_values"])
+    assert json.loads((tmp_path / "non_finite-00000007.json").read_text())["keys"] == list("abcd")
+
+
+LEARNING, STUCK = [3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.7, 1.7, 1.69, 1.7]
+LOOKS = {"attention_uniformity": 0.6, "coarse_similarity": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracy", "diagnostics", "named"),
+    [
+        (LEARNING, 0.5, LOOKS, None),
+        (STUCK, 0.35, LOOKS | {"attention_uniformity": 0.99}, "uniform attention"),
+        (STUCK, 0.35, LOOKS | {"coarse_similarity": 0.99}, "coarse = fine"),
+        (STUCK, 0.35, LOOKS, "multiset plateau"),
+        (STUCK, 0.97, LOOKS, None),  # learned: a flat end is no failure
+        (STUCK[:3], 0.35, LOOKS, None),  # too early to say
+    ],
+)
+def test_a_plateau_has_the_name_of_its_cause(losses, accuracy, diagnostics, named):
+    found = guards.plateau(losses, [accuracy] * len(losses), diagnostics, validations=3, progress=0.02)
+    assert (found is None) if named is None else (named in found)
+
+
+def test_attention_that_chooses_nothing_is_measured_as_uniform():
+    batch = make_batch()
+    inputs = {name: batch[name] for name in batch if name != "labels"}
+    found = {}
+    for name, options in (("as built", {}), ("flat", {"attention_temperature": 1e6})):
+        model = make_model(query_init_std=30.0, **options)
+        fine, coarse = (model(**inputs, mode=mode, output_attentions=True) for mode in ("fine", "coarse"))
+        found[name] = guards.attention_diagnostics(fine, coarse, batch["num_frames"])
+        same = guards.attention_diagnostics(coarse, coarse, batch["num_frames"])
+        assert same["coarse_similarity"] == pytest.approx(1.0)
+    assert found["flat"]["attention_uniformity"] == pytest.approx(1.0, abs=1e-4)
+    assert found["as built"]["attention_uniformity"] < 0.95
+    assert found["flat"]["attention_entropy"] == pytest.approx(math.log(17), abs=1e-3)
+    assert -1 <= found["as built"]["token_similarity"] <= 1
+
+
+def test_repeats_are_warned_of():
+    mixture = {"card": {"epochs": 3.0}, "gist": {"epochs": 12.5}}
+    assert guards.warn_of_repeats("stage1", mixture, 20.0) == []
+    (line,) = guards.warn_of_repeats("stage1", mixture, 10.0)
+    assert "'gist' is served 12.5 times" in line
+
+
+@pytest.mark.parametrize(("fits", "found"), [(32, 32), (31, 16), (5, 4), (1, 1)])
+def test_the_micro_batch_is_halved_until_it_fits(fits, found):
+    tried = []
+
+    def try_size(size):
+        tried.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert guards.find_micro_batch_size(32, try_size) == found
+    assert tried == [size for size in (32, 16, 8, 4, 2, 1) if size >= found]
+
+
+def test_a_sample_that_never_fits_is_an_error():
+    def try_size(size):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(UserError, match="a single sample is too large"):
+        guards.find_micro_batch_size(8, try_size)
+
+
+def test_scores_of_a_family_are_weighted_by_tokens_over_its_sources():
+    row = {"event": "validation", "family": "caption", "mode": "fine"}
+    rows = [
+        row | {"source": "a", "tokens": 1, "loss": 1.0, "accuracy": 0.0},
+        row | {"source": "b", "tokens": 3, "loss": 2.0, "accuracy": 1.0},
+        {"event": "diagnostics", "attention_entropy": 1.0},
+    ]
+    assert by_family(rows) == {"caption": {"fine": {"loss": 1.75, "accuracy": 0.75}}}
 
 
 @pytest.mark.parametrize(
