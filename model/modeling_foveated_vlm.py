@@ -324,6 +324,8 @@ class FoveatedVLMForConditionalGeneration(
             output = self._losses(hidden, labels, return_logits)
             if labels is not None and self.training and len(looks) > 1:
                 self._add_training_losses(output, input_ids, attention_mask, labels, looks[0], look)
+            elif labels is not None and self.training and not looks and mode == "fine":
+                self._add_coarse_loss_of_text(output)
         output.visual_tokens, output.queries = look.visual_tokens, look.queries
         output.attention_weights = look.attention_weights if output_attentions else None
         return output

@@ -76,6 +76,14 @@ class ObjectiveMixin:
         logits = self.language_model.lm_head(states).float()  # [n, V]
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
+    def _add_coarse_loss_of_text(self, output: FoveatedVLMOutput) -> None:
+        """Without frames both passes read the same text: what a text-only sample weighs does not depend on whether
+        others of its batch have frames."""
+        config = self.config
+        if config.lambda_coarse > 0 and config.architecture == "foveated" and not config.coarse_only:
+            output.loss_coarse = output.loss_text
+            output.loss = output.loss + config.lambda_coarse * output.loss_coarse
+
     def _add_training_losses(self, output, input_ids, attention_mask, labels, coarse, fine) -> None:
         """Adds what the configuration weighs beside the text loss of the last pass."""
         config = self.config

@@ -235,7 +235,7 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
             folder,
             run.published,
             previous(arguments) or arguments.backbones / "language_model",
-            **shards.frames.model_dump(exclude={"fit"}),
+            **shards.frames.model_dump(),
             image_replication=run.streaming.image_replication,
             system=tokens.system,
         )

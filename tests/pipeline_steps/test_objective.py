@@ -22,11 +22,11 @@ def gradients_in_pieces(model, batch: dict, size: int | None) -> tuple[float, di
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(one, other):
+def assert_same(one, other, rtol=0.0):
     assert one[0] == pytest.approx(other[0], rel=1e-6)
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, other[1][name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradient, other[1][name], atol=1e-6, rtol=rtol)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -36,7 +36,8 @@ def test_micro_batches_add_up_to_one_batch(size, layout, options):
     """Four samples of 3, 0, 1 and 2 frames: tokens and frames are divided unevenly."""
     model, batch = make_model(layout=layout, tie_first_query=False, **options), make_batch(layout=layout) | KEYS
     batch["labels"][1, -6:] = -100  # and so are the labels
-    assert_same(gradients_in_pieces(model, batch, size), gradients_in_pieces(model, batch, None))
+    rtol = 1e-4 if options else 0.0  # entropies lose digits
+    assert_same(gradients_in_pieces(model, batch, size), gradients_in_pieces(model, batch, None), rtol)
 
 
 def test_the_whole_batch_is_the_models_own_loss():
