@@ -17,7 +17,7 @@ class Collator:
     """Turns items of `TokenizedShards` into a batch.
 
     `loss`: `all_text` labels every text token but the first, `answer_only` the answers with their end-of-turn tokens,
-    `preference` the last answer, beside the same chat with the rejected answer in its place.
+    `preference` the answer that is compared, beside the same chat with the rejected answer in its place.
     """
 
     def __init__(
@@ -110,8 +110,6 @@ class Collator:
         if self.loss == "all_text":
             answer = np.ones(len(ids), bool)
             answer[0] = False
-        if self.loss == "preference":
-            answer = _last_answer(answer)
         labels = np.where(answer, ids, IGNORED)
         num_places = num_frames * self.tokens_per_frame
         at, places = visual_places(self.layout, num_places, item["visual_position"], self.visual_id, self.bos_id)
@@ -131,12 +129,3 @@ def _rejected(item: dict) -> dict:
         )
     mask = item["rejected_mask"]
     return item | {"input_ids": item["rejected_ids"], "answer_mask": mask, "score_mask": mask}
-
-
-def _last_answer(answer: np.ndarray) -> np.ndarray:
-    """The last unbroken run of a mask bool [S]: answers before it are the same in both chats."""
-    after = np.flatnonzero(answer)[-1] + 1
-    before = np.flatnonzero(~answer[:after])
-    last = answer.copy()
-    last[: before[-1] + 1 if len(before) else 0] = False
-    return last
