@@ -1,6 +1,8 @@
 """The whole pipeline at a size of seconds, in a folder of its own."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 from pipeline_steps import params
 
 ROOT = Path(__file__).resolve().parent.parent
+FORKS = multiprocessing.get_context("forkserver")  # a process that has imported all, and has run nothing of it
+FORKS.set_forkserver_preload(["pipeline_steps.training.__main__"])
 STAGES = ("backbones", "sources", "shards", "tokens", "stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps")
 SECONDS = (
     "backbones.embedded.vision_steps=4",
@@ -57,3 +61,44 @@ def run_all(folder: Path, *stages: str) -> None:
     for stage in stages:
         done = run(folder, stage)
         assert done.returncode == 0, f"{stage}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def start_training(folder: Path, stage: str, num_processes: int = 1) -> list[multiprocessing.Process]:
+    """`run` of a training stage in `num_processes` processes, as torchrun starts them but without the seconds of
+    importing; each writes its output to log-<rank>.txt in `folder`. `join` them, or kill them."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listener.getsockname()[1])}
+    processes = []
+    for rank in range(num_processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        variables = (environment() | address | place) if num_processes > 1 else environment()
+        processes.append(FORKS.Process(target=_train, args=(str(folder), stage, variables, rank)))
+        processes[-1].start()
+    return processes
+
+
+def _train(folder: str, stage: str, variables: dict, rank: int) -> None:
+    from pipeline_steps.training.__main__ import main
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    log = os.open(f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = command(stage)[2:]
+    params.run(main)
+
+
+def train(folder: Path, stage: str, num_processes: int = 1, seconds: float = 300) -> None:
+    """`start_training`, to its end."""
+    processes = start_training(folder, stage, num_processes)
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    logs = "\n".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(num_processes))
+    assert codes == [0] * num_processes, f"{stage}: exit codes {codes}\n{logs}"
