@@ -175,7 +175,7 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
     pieces = list(micro_batches(batch, run.micro_batch_size))
     sums: Counter = Counter(loss=0.0)
     for number, piece in enumerate(pieces):
-        inputs = to_device(piece, device)
+        inputs = to_device(piece, device) | {"mode": "coarse" if config.coarse_only else "fine", "num_plans": num_plans}
         with (
             run.watch.flops_of(len(piece["keys"])),
             without_sync(trainer.wrapped, number == len(pieces) - 1),
@@ -183,7 +183,7 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
         ):
             if trainer.reference is not None:
                 inputs["reference_log_probs"] = trainer.reference.preference_log_probs(**inputs)
-            output = trainer.wrapped(**inputs, mode="coarse" if config.coarse_only else "fine", num_plans=num_plans)
+            output = trainer.wrapped(**inputs)
             loss = weighted_loss(output, config, counts(piece), total)
             # the processes' gradients are averaged, the parts of the loss are to be added
             (loss * run.processes.world_size).backward()

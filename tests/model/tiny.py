@@ -76,9 +76,9 @@ def rows_of(batch: dict, rows: list[int], left: int = 0, right: int = 0) -> dict
     return shown | {name: batch[name][rows] for name in batch if name.startswith(("rejected_", "reference_"))}
 
 
-def preference_batch():
+def preference_batch(layout: str = "question_first"):
     """`make_batch` with other, shorter answers as the rejected ones."""
-    batch = make_batch()
+    batch = make_batch(layout=layout)
     rejected = {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
     for row in range(4):
         asked = (rejected["labels"][row] != -100).nonzero()[:, 0]

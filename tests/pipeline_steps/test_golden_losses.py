@@ -1,0 +1,78 @@
+"""Losses of a tiny network's first steps, in every stage's kind of training and both layouts.
+
+They move when the arithmetic of the network, of a loss or of the optimizer does. Where that is meant, print the new
+ones with `python -m tests.pipeline_steps.test_golden_losses` and say in docs/experiment_log.md why they moved.
+"""
+
+import itertools
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline_steps.training.engine import prepare, train_step
+from pipeline_steps.training.run import Run
+from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch
+
+LAYOUTS = ("question_first", "vision_first")
+LOSSES = {"stage1": "all_text", "stage2": "answer_only", "stage3": "preference"}
+NUM_STEPS = 4
+SEED = 3  # with which every stage plans a second time on some steps
+GOLDEN = {
+    ("stage1", "question_first"): [4.24387, 4.14179, 4.05052, 4.00553],
+    ("stage1", "vision_first"): [4.2403, 4.13375, 4.04954, 4.00723],
+    ("stage2", "question_first"): [4.22648, 4.05736, 3.92322, 3.86072],
+    ("stage2", "vision_first"): [4.21634, 4.0464, 3.91317, 3.85201],
+    ("stage3", "question_first"): [0.69315, 0.64544, 0.6077, 0.59052],
+    ("stage3", "vision_first"): [0.69315, 0.64429, 0.60704, 0.59058],
+}
+
+
+def make_run(stage: str, layout: str, folder) -> Run:
+    rates = SimpleNamespace(connector=3e-3, vision=4e-4, language=9e-4)
+    settings = SimpleNamespace(
+        loss=LOSSES[stage], learning_rate=rates, freeze_vision=False, freeze_language=False, schedule="cosine",
+        warmup_share=0.25, final_learning_rate=0.1, decay_share=0.0, converged_learning_rate=None,
+    )  # fmt: skip
+    common = SimpleNamespace(
+        batch_size=4, micro_batch_size=None, weight_decay=0.01, betas=(0.9, 0.98), clip_norm=1.0, ema_decay=None,
+        precision="fp32", activation_checkpointing=False, compile=False, sharding="ddp",
+        watch=SimpleNamespace(log_every=1),
+    )  # fmt: skip
+    model = make_model(layout=layout, second_pass_probability=0.5)
+    run = Run(stage, model, None, None, SEED, common, settings, None, folder)
+    run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
+    every = SimpleNamespace(order=np.arange(4))
+    run.__dict__["served"] = SimpleNamespace(plan=every)
+    run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
+    run.watch = SimpleNamespace(flops_of=lambda num_samples: nullcontext(), step=lambda row, **counts: None)
+    return run
+
+
+def losses(stage: str, layout: str, folder) -> list[float]:
+    """Of NUM_STEPS steps on one batch of four samples (3, 0, 1 and 2 frames)."""
+    run = make_run(stage, layout, folder)
+    batch = (preference_batch(layout) if stage == "stage3" else make_batch(layout=layout)) | {"keys": list("abcd")}
+    if stage == "stage1":
+        batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] >= VISUAL, -100)
+        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    trainer = prepare(run)
+    rows = [train_step(run, trainer, batch, step) for step in range(NUM_STEPS)]
+    if stage == "stage3":
+        assert rows[0]["loss"] == pytest.approx(math.log(2))  # the reference is the model itself, and looks as it does
+    assert len({row["num_plans"] for row in rows}) == 2  # some steps plan a second time
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", LOSSES)
+def test_losses_are_those_that_they_were(stage, layout, tmp_path):
+    assert losses(stage, layout, tmp_path) == pytest.approx(GOLDEN[stage, layout], abs=1e-4)
+
+
+if __name__ == "__main__":
+    for name in itertools.product(LOSSES, LAYOUTS):
+        print(f"    {name}: {[round(loss, 5) for loss in losses(*name, Path())]},")
