@@ -2,12 +2,7 @@
 
 import itertools
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import time
 
 import pandas as pd
 import pytest
@@ -67,37 +62,6 @@ def test_a_second_run_gives_the_same_bytes(finished_run, tmp_path):
         for file in files:
             if "timings" not in file.parts and file.name != "flops.json":
                 assert (tmp_path / file).read_bytes() == (finished_run / file).read_bytes(), file
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(finished_run, tmp_path, seed):
-    folder = copy_of(finished_run, tmp_path, "data")
-    shutil.copytree(finished_run / "outputs/stage1", folder / "outputs/stage1")
-    rng, kills = random.Random(seed), 0
-    for _ in range(2):
-        process = subprocess.Popen(
-            pipeline.command("stage2"),
-            cwd=folder,
-            env=pipeline.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.time() + 60
-        while process.poll() is None and time.time() < deadline:  # kill it once it has written a state, or soon after
-            if list(folder.glob(".scratch/stage2/*/state*")):
-                time.sleep(rng.uniform(0, 0.6))
-                break
-            time.sleep(0.01)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills or (folder / "outputs/stage2/model.safetensors").exists()
-    pipeline.run_all(folder, "stage2")
-    for name in ("outputs/stage2/model.safetensors", "reports/metrics/stage2.csv", "reports/metrics/stage2.json"):
-        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), name
-    assert not list(folder.glob(".scratch/stage2/*/"))
 
 
 def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):

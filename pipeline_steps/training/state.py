@@ -22,6 +22,13 @@ from pipeline_steps.params import UserError
 from pipeline_steps.records import fingerprint, sha256_file, writable
 
 FORMAT = 1
+WITHOUT_EFFECT = {  # parameters that no weight and no row of the metrics table depends on: a run may go on with others
+    "streaming": {"num_workers", "prefetch_megabytes", "retries"},
+    "training.common": {"checkpoint_every", "keep_checkpoints"},
+    "training.common.watch": {
+        "tensorboard", "dvclive", "wandb_project", "heatmaps_every", "num_heatmap_clips", "peak_tflops"
+    },
+}  # fmt: skip
 BEST = "best"
 CODE = (
     "model",
@@ -35,11 +42,21 @@ CODE = (
 
 
 def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
-    """16 hex digits of everything that determines the run: parameters, input files, code, libraries."""
+    """16 hex digits of everything that determines the run: parameters (but WITHOUT_EFFECT), input files, code,
+    libraries."""
     root = Path(__file__).resolve().parents[2]
     code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
     libraries = [version(name) for name in ("torch", "transformers")]
-    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *sorted(code))
+    return fingerprint(stage, _effective(parameters), [sha256_file(path) for path in inputs], libraries, *sorted(code))
+
+
+def _effective(parameters: dict, section: str = "") -> dict:
+    """Nested parameters less WITHOUT_EFFECT."""
+    return {
+        name: _effective(value, f"{section}.{name}".lstrip(".")) if isinstance(value, dict) else value
+        for name, value in parameters.items()
+        if name not in WITHOUT_EFFECT.get(section, ())
+    }
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:

@@ -1,0 +1,82 @@
+"""A stage that is killed again and again ends with the weights of one that was left alone, bit by bit."""
+
+import random
+import shutil
+import time
+
+import pytest
+
+from tests import pipeline
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+RESULTS = ("outputs/stage2/model.safetensors", "reports/metrics/stage2.csv", "reports/metrics/stage2.json")
+OPTIONS = ("training.common.checkpoint_every=1", "training.common.keep_checkpoints=2", "training.common.publish=best")
+OPTIONS += ("training.common.ema_decay=0.9", "training.common.watch.tensorboard=false", "streaming.num_workers=2")
+NUM_KILLS = 20
+
+
+def folder_for(finished_run, folder, *overrides):
+    folder.mkdir()
+    (folder / "data").symlink_to(finished_run / "data")
+    shutil.copytree(finished_run / "outputs/stage1", folder / "outputs/stage1")
+    pipeline.write_params(folder, *OPTIONS, *overrides)
+    return folder
+
+
+def wait_for(process, pattern, folder, seconds=60):
+    """Until a path like this is there, or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)) and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def kill_at(moment, folder, rng):
+    """Start the stage and kill it at this moment; False when it was too late."""
+    (process,) = pipeline.start_training(folder, "stage2")
+    if moment == "any time":
+        process.join(rng.uniform(0.2, 4.0))
+    elif moment == "while a state is written":
+        wait_for(process, ".scratch/stage2/*/.step-*.partial", folder)
+        time.sleep(rng.uniform(0, 0.02))
+    elif moment == "while the best weights are written":
+        wait_for(process, ".scratch/stage2/*/.best*", folder)
+    else:  # publish
+        wait_for(process, "outputs/.stage2.partial/*", folder, 120)
+        time.sleep(rng.uniform(0, 0.1))
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return alive
+
+
+def test_twenty_kills_change_nothing(finished_run, tmp_path):
+    expected = folder_for(finished_run, tmp_path / "expected")
+    pipeline.train(expected, "stage2")
+    folder, rng, kills = folder_for(finished_run, tmp_path / "killed"), random.Random(1), {}
+    moments = ["any time"] * 9 + ["while a state is written"] * 7
+    rng.shuffle(moments)
+    for moment in [*moments, "while the best weights are written", "publish", "publish", "publish"]:
+        kills[moment] = kills.get(moment, 0) + kill_at(moment, folder, rng)
+    pipeline.train(folder, "stage2")
+    assert sum(kills.values()) >= NUM_KILLS - 4, kills  # a fast machine may be over before the last ones
+    assert kills["while a state is written"] >= 5
+    assert kills["publish"] >= 1
+    for name in RESULTS:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    assert not list(folder.glob(".scratch/stage2/*/"))
+
+
+def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path):
+    expected = folder_for(finished_run, tmp_path / "expected")
+    pipeline.train(expected, "stage2")
+    folder = folder_for(finished_run, tmp_path / "other")
+    (process,) = pipeline.start_training(folder, "stage2")
+    wait_for(process, ".scratch/stage2/*/step-*", folder)
+    process.kill()
+    process.join()
+    other = ("streaming.num_workers=0", "training.common.checkpoint_every=3", "training.common.watch.dvclive=false")
+    pipeline.write_params(folder, *OPTIONS, *other)
+    pipeline.train(folder, "stage2")
+    assert "going on from step" in (folder / "log-0.txt").read_text()
+    for name in RESULTS:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
