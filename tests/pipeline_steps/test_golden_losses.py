@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline_steps.training.engine import prepare, train_step
 from pipeline_steps.training.run import Run
@@ -31,7 +32,7 @@ GOLDEN = {
 }
 
 
-def make_run(stage: str, layout: str, folder) -> Run:
+def make_run(stage: str, layout: str, folder, **options) -> Run:
     rates = SimpleNamespace(connector=3e-3, vision=4e-4, language=9e-4)
     settings = SimpleNamespace(
         loss=LOSSES[stage], learning_rate=rates, freeze_vision=False, freeze_language=False, schedule="cosine",
@@ -42,7 +43,7 @@ def make_run(stage: str, layout: str, folder) -> Run:
         precision="fp32", activation_checkpointing=False, compile=False, sharding="ddp",
         watch=SimpleNamespace(log_every=1),
     )  # fmt: skip
-    model = make_model(layout=layout, second_pass_probability=0.5)
+    model = make_model(layout=layout, second_pass_probability=0.5, **options)
     run = Run(stage, model, None, None, SEED, common, settings, None, folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4))
@@ -71,6 +72,19 @@ def losses(stage: str, layout: str, folder) -> list[float]:
 @pytest.mark.parametrize("stage", LOSSES)
 def test_losses_are_those_that_they_were(stage, layout, tmp_path):
     assert losses(stage, layout, tmp_path) == pytest.approx(GOLDEN[stage, layout], abs=1e-4)
+
+
+def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
+    """Whatever was drawn before: so a resumed run draws the same."""
+    found = {}
+    for step in (0, 1, 0):
+        run = make_run("stage2", "question_first", tmp_path, query_source="random", hard_attention="gumbel")
+        trainer = prepare(run)
+        torch.rand(step + 5)
+        row = train_step(run, trainer, make_batch() | {"keys": list("abcd")}, step)
+        found.setdefault(step, set()).add(row["loss"])
+    assert len(found[0]) == 1
+    assert found[0] != found[1]
 
 
 if __name__ == "__main__":
