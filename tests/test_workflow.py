@@ -24,18 +24,18 @@ def test_snakefile_is_short():
 
 def test_dry_run_plans_one_job_per_shard_and_skips_finished_ones(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
-    for place in ("train/000000", "train/000001", "test/000000"):
+    for place in ("train/p0", "train/p1", "test/p"):
         path = tmp_path / "plan" / f"{place}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for suffix in ("tar", "json"):
-        path = tmp_path / "packed" / "train" / f"000000.{suffix}"
+    for suffix in ("tar", "npz", "json"):
+        path = tmp_path / "packed" / "train" / f"p0.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     done = snakemake(tmp_path, "--dry-run", "--rerun-triggers", "mtime", "--quiet", "progress")
     assert done.returncode == 0, done.stderr + done.stdout
     outputs = [line.split()[1].rstrip(",") for line in done.stdout.splitlines() if line.strip().startswith("output:")]
-    assert sorted(outputs) == ["packed/test/000000.tar", "packed/train/000001.tar"]
+    assert sorted(outputs) == ["packed/test/p.tar", "packed/train/p1.tar"]
 
 
 def test_profiles():

@@ -3,13 +3,13 @@
     python -m pipeline_steps.shards [--params params.yaml] [--raw data/raw] [--output data/shards]
 
 Splits by video, plans the shards, lets Snakemake pack them (one job per shard; SNAKEMAKE_PROFILE chooses the profile)
-in `.scratch/shards/<fingerprint>/`, where a killed run goes on, and publishes tars and manifest.json together. Damaged
-media are quarantined with a reason; more than `max_quarantined` of them fail the stage. 4,000 six-frame clips: 30 s on
-two cores.
+in `.scratch/shards/<fingerprint>/`, looks for samples that leak from one split to another, and publishes tars and
+manifest.json together. The scratch folder keeps the shards: a killed run goes on, and another set of samples packs
+only the shards that it changes. Damaged media are quarantined with a reason; more than `max_quarantined` of them fail
+the stage. 4,600 six-frame clips: 30 s on two cores.
 """
 
 import argparse
-import fcntl
 import os
 import shutil
 import sys
@@ -20,78 +20,94 @@ from pathlib import Path
 from pipeline_steps import params, records
 from pipeline_steps.params import UserError
 from pipeline_steps.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
+from pipeline_steps.shards import leaks, scratch
 from pipeline_steps.shards.fan_out import run_snakemake
-from pipeline_steps.shards.pack import Settings, ShardReport
-from pipeline_steps.shards.plan import plan_shards
+from pipeline_steps.shards.index import read_index
+from pipeline_steps.shards.pack import Settings
+from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
 CODE = ("pipeline_steps/frames.py", "pipeline_steps/pictures.py", "pipeline_steps/records.py")
-CODE += ("pipeline_steps/shards/pack.py", "pipeline_steps/shards/plan.py")
-CODE += ("pipeline_steps/video.py", "workflow/Snakefile", "workflow/rules/shards.smk")
+CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "pipeline_steps/video.py")
+CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
+LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scipy")  # that bytes of a shard or hashes of its frames depend on
 MAX_LISTED = 20  # quarantined samples shown in the terminal
 
 
 def build(section, raw_dir, output):
     """The whole stage; returns the ShardsManifest that was published to `output`/manifest.json."""
-    index = Path(raw_dir) / "index.jsonl"
-    samples = records.read_samples(index)
-    plan = plan_shards(samples, section.validation_share, section.test_share, section.seed, section.samples_per_shard)
-    settings = Settings(
-        raw_dir=str(Path(raw_dir).resolve()),
-        frames=FramePolicy(
-            image_size=section.image_size,
-            fit=section.fit,
-            fps=section.fps,
-            max_frames=section.max_frames,
-            jpeg_quality=section.jpeg_quality,
-        ),
-    )
+    index = read_index(Path(raw_dir) / "index.jsonl", section.seed)
+    splits = assign_splits(index, section.validation_share, section.test_share)
+    plan = plan_shards(index, splits, section.samples_per_shard)
+    settings = make_settings(section, raw_dir)
     mark = records.fingerprint(
-        section.model_dump(exclude={"max_quarantined"}),
-        settings.raw_dir,
-        index,
-        [version(name) for name in ("av", "pillow")],
-        *(params.ROOT / path for path in CODE),
+        settings.model_dump(), [version(name) for name in LIBRARIES], *(params.ROOT / path for path in CODE)
     )
-    with records.locked_scratch("shards", mark) as (scratch, lock_file):
+    with records.locked_scratch("shards", mark) as (folder, lock_file):
+        (folder / "finished").unlink(missing_ok=True)
         with records.replaced_folder(output) as published:
-            write_plan(plan, settings, scratch)
-            wait_for_jobs(scratch)
-            paths = {place: scratch / "packed" / place[0] / place[1] for place in plan}
-            progress = [path.with_suffix(".progress") for path in paths.values()]
-            run_snakemake("shards", scratch, len(samples), progress, lock_file)
-            reports = {
-                place: records.read_record(ShardReport, path.with_suffix(".json"), "shards")
-                for place, path in paths.items()
-            }
-            manifest = make_manifest(reports, len(samples), settings.frames)
-            media = Counter(sample.source for sample in samples if sample.kind != "text")
-            check_quarantine(manifest, media, section.max_quarantined)
-            publish(manifest, scratch / "packed", published)
-        shutil.rmtree(scratch)
+            if section.max_hash_distance is not None:
+                leaks.check(leaks.text_leaks(index, splits), folder / "leaks.jsonl")
+            reports = pack(index, plan, settings, folder, lock_file)
+            manifest = make_manifest(reports, len(index), settings.frames)
+            check_quarantine(manifest, index.num_media(), section.max_quarantined)
+            if section.max_hash_distance is not None:
+                check_frames(reports, folder, section.max_hash_distance)
+            publish(manifest, folder / "packed", published, filled(reports))
+        shutil.rmtree(folder / ".snakemake", ignore_errors=True)
+        (folder / "finished").touch()
+        scratch.prune_others(folder, settings.raw_dir)
     return manifest
 
 
-def write_plan(plan, settings, scratch):
-    """plan/<split>/<shard>.jsonl and settings.json, once: finished shards stay newer than their plan."""
-    if (scratch / "settings.json").exists():
-        return
-    for (split, name), group in plan.items():
-        records.write_jsonl(scratch / "plan" / split / f"{name}.jsonl", group)
-    records.write_json(scratch / "settings.json", settings)  # last: says that the plan is complete
+def make_settings(section, raw_dir):
+    frames = FramePolicy(
+        image_size=section.image_size,
+        fit=section.fit,
+        fps=section.fps,
+        max_frames=section.max_frames,
+        jpeg_quality=section.jpeg_quality,
+    )
+    return Settings(raw_dir=str(Path(raw_dir).resolve()), frames=frames)
 
 
-def wait_for_jobs(scratch):
-    """Jobs of a killed run finish their shard: each holds a shared lock on settings.json meanwhile."""
-    with open(scratch / "settings.json") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
+def pack(index, plan, settings, folder, lock_file):
+    """Packs what `folder` does not hold yet. Returns {place: ShardReport} of the whole plan."""
+    with records.writable(folder):
+        scratch.wait_for_jobs(folder)
+        plan_hashes = scratch.write_plans(index, plan, settings, folder)
+        scratch.prune(folder, plan)
+        missing = scratch.drop_stale(folder, plan_hashes)
+    if missing:
+        progress = {folder / "packed" / split / f"{name}.progress": len(plan[split, name]) for split, name in missing}
+        run_snakemake("shards", folder, progress, lock_file)
+    print(f"{len(missing)} shards packed, {len(plan) - len(missing)} kept from an earlier run", file=sys.stderr)
+    return scratch.read_reports(folder, plan_hashes)
+
+
+def check_frames(reports, folder, max_distance):
+    """UserError if held-out frames are nearly those of another split."""
+    files = {split: [] for split in SPLITS}
+    for split, name in sorted(reports):
+        files[split].append(folder / "packed" / split / f"{name}.npz")
+    leaks.check(leaks.frame_leaks(files, max_distance), folder / "leaks.jsonl")
+
+
+def filled(reports):
+    """{split: [ShardEntry]} in the order of their names in scratch, without shards in which nothing was left."""
+    entries = {split: [] for split in SPLITS}
+    for (split, _), report in sorted(reports.items()):
+        if report.shard.num_samples:
+            entries[split].append(report.shard)
+    return entries
 
 
 def make_manifest(reports, seen, frames):
-    """One ShardsManifest of all reports {(split, name): ShardReport}; shards in which nothing was left are left out."""
+    """One ShardsManifest of all reports {(split, name): ShardReport}, the shards numbered in the order of their names;
+    shards in which nothing was left are left out."""
     splits = {}
-    for split in SPLITS:
-        shards = tuple(r.shard for (where, _), r in sorted(reports.items()) if where == split and r.shard.num_samples)
+    for split, entries in filled(reports).items():
+        shards = tuple(entry.model_copy(update={"name": f"{i:06d}.tar"}) for i, entry in enumerate(entries))
         splits[split] = SplitEntry(
             shards=shards,
             num_samples=sum(shard.num_samples for shard in shards),
@@ -131,12 +147,15 @@ def check_quarantine(manifest, media, max_quarantined):
         print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listing}", file=sys.stderr)
 
 
-def publish(manifest, packed, folder):
-    """Tars and manifest into `folder`, as hard links where the disk allows it."""
+def publish(manifest, packed, folder, sources=None):
+    """Tars and manifest into `folder`, as hard links where the disk allows it.
+
+    sources: {split: [ShardEntry]} of the tars in `packed`, in the manifest's order; None: they have its names.
+    """
     for split, entry in manifest.splits.items():
         (folder / split).mkdir()
-        for shard in entry.shards:
-            _link_or_copy(packed / split / shard.name, folder / split / shard.name)
+        for source, shard in zip(sources[split] if sources else entry.shards, entry.shards, strict=True):
+            _link_or_copy(packed / split / source.name, folder / split / shard.name)
     records.write_json(folder / "manifest.json", manifest)
 
 

@@ -15,12 +15,13 @@ from pipeline_steps.params import ROOT, UserError
 
 PROFILES = ROOT / "workflow" / "profiles"
 GRACE = 10  # seconds that Snakemake gets to cancel its jobs
+MANY = 1000  # shards, whose progress is looked at less often
 
 
-def run_snakemake(target, scratch, total, progress, lock_file):
+def run_snakemake(target, scratch, progress, lock_file):
     """Makes the workflow's `target` in `scratch`; finished shards are kept from an earlier run.
 
-    total, progress: number of samples, and the files into which the jobs write one byte per finished sample.
+    progress: the files into which the jobs write one byte per finished sample, and the number of samples of each.
     lock_file: an open locked file that the children inherit, so that the lock lasts as long as they do.
     """
     log = scratch / "snakemake.log"
@@ -38,7 +39,7 @@ def run_snakemake(target, scratch, total, progress, lock_file):
             preexec_fn=_stop_with_parent,
         )
         try:
-            _show_progress(process, target, total, progress)
+            _show_progress(process, target, progress)
         finally:
             if process.poll() is None:
                 _stop(process)
@@ -71,14 +72,19 @@ def _stop(process):
         process.wait()
 
 
-def _show_progress(process, target, total, progress):
-    with tqdm(total=total, desc=target, unit="sample", mininterval=0.5) as bar:
+def _show_progress(process, target, progress):
+    waiting, finished = dict(progress), 0
+    with tqdm(total=sum(progress.values()), desc=target, unit="sample", mininterval=0.5) as bar:
         running = True
         while running:
-            time.sleep(0.1)
+            time.sleep(0.1 if len(waiting) < MANY else 5)
             running = process.poll() is None
-            done = sum(path.stat().st_size for path in progress if path.exists())
-            bar.update(done - bar.n)
+            sizes = {path: path.stat().st_size for path in waiting if path.exists()}
+            for path, size in list(sizes.items()):
+                if size == waiting[path]:  # of a finished shard: not looked at again
+                    finished += sizes.pop(path)
+                    del waiting[path]
+            bar.update(finished + sum(sizes.values()) - bar.n)
 
 
 def _explain(scratch, code, log):

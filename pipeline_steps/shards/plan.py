@@ -1,89 +1,138 @@
 """Which sample goes into which split and shard, decided before anything is decoded.
 
-Samples that share a video_id or the content of their file are one *group*: a group never ends up in two splits.
+Samples that share a video_id, the content of their file or (chats without media) a question with its answer are one
+*group*: a group never ends up in two splits, unless its samples were given different ones.
 """
 
-import hashlib
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline_steps.params import UserError
 from pipeline_steps.records import SPLITS
+from pipeline_steps.shards.index import UNDECIDED
+
+HASH_BITS = 48  # of Index.order
 
 
-def plan_shards(samples, validation_share, test_share, seed, samples_per_shard):
-    """{(split, shard name): [samples, their split set]}. Samples are in hashed order: every shard is a mixture."""
-    splits = assign_splits(samples, validation_share, test_share, seed)
+def plan_shards(index, splits, samples_per_shard):
+    """{(split, shard): rows in the index, at most samples_per_shard}, in the order of the published shards.
+
+    The samples of a split are in hashed order, so that every shard is a mixture. A shard holds those whose hash begins
+    with the bits in its name: `p` all of them; where these are too many `p0` and `p1`, and so on. One sample more or
+    less therefore changes one shard, or halves it, and no other one.
+    """
     plan = {}
-    for split in SPLITS:
-        members = [s.model_copy(update={"split": split}) for s in samples if splits[s.key] == split]
-        members.sort(key=lambda sample: uniform(seed, sample.key))
-        for start in range(0, len(members), samples_per_shard):
-            plan[split, f"{start // samples_per_shard:06d}"] = members[start : start + samples_per_shard]
+    for code, split in enumerate(SPLITS):
+        rows = np.flatnonzero(splits == code)
+        rows = rows[np.argsort(index.order[rows], kind="stable")]
+        for name, start, stop in buckets(index.order[rows], samples_per_shard):
+            plan[split, name] = rows[start:stop]
     return plan
 
 
-def assign_splits(samples, validation_share, test_share, seed):
-    """{key: split}: the given split, else by the hash of the group. UserError if one group has two given splits."""
-    splits, undecided = {}, {}
-    for name, group in group_samples(samples).items():
-        given = {sample.split: sample for sample in group if sample.split is not None}
-        if len(given) > 1:
-            _refuse(*list(given.values())[:2])
-        if given:
-            splits.update({sample.key: next(iter(given)) for sample in group})
-        else:
-            undecided.setdefault(group[0].source, {})[name] = group
-    for groups in undecided.values():
-        chosen = {name: _by_share(uniform(seed, name), validation_share, test_share) for name in groups}
-        _fill_empty_splits(chosen, validation_share, test_share, seed)
-        splits.update({sample.key: chosen[name] for name, group in groups.items() for sample in group})
+def buckets(order, most):
+    """(name, start, stop) of every bucket that is not empty; `order`: sorted numbers of HASH_BITS bits."""
+    todo = [("p", 0, len(order))]
+    while todo:
+        name, start, stop = todo.pop()
+        depth = len(name) - 1
+        if stop - start <= most or depth == HASH_BITS:
+            if stop > start:
+                yield name, start, stop
+            continue
+        bit = np.uint64(1) << np.uint64(HASH_BITS - 1 - depth)
+        middle = start + int(np.count_nonzero(order[start:stop] & bit == 0))
+        todo += [(f"{name}1", middle, stop), (f"{name}0", start, middle)]
+
+
+def assign_splits(index, validation_share, test_share):
+    """int8 codes into SPLITS: the given split, else by the hash of the group. UserError if a group's media have two."""
+    groups = _groups(index)
+    splits = _given(index, groups)
+    undecided = np.flatnonzero(splits == UNDECIDED)
+    order, sources = _hashes_and_sources(index, groups, len(splits))
+    for source in np.unique(sources[undecided]):
+        members = undecided[sources[undecided] == source]
+        numbers = order[members] / 2**HASH_BITS
+        chosen = np.full(len(members), SPLITS.index("train"), np.int8)
+        chosen[numbers < test_share + validation_share] = SPLITS.index("validation")
+        chosen[numbers < test_share] = SPLITS.index("test")
+        _fill_empty_splits(chosen, numbers, validation_share, test_share)
+        splits[members] = chosen
+    return splits[groups]
+
+
+def _groups(index):
+    """The group of every row, numbered from 0. UserError if the media of one were given two splits."""
+    media = np.flatnonzero(index.contents)
+    by_media = _components(index, media, index.contents[media])
+    _refuse_two_splits(index, by_media)
+    rows = np.concatenate([media, index.text_rows])
+    by_text = _components(index, rows, np.concatenate([index.contents[media], index.texts]))
+    torn = _num_given(index, by_text) > 1  # by equal chats in two given splits, which the search for leaks reports
+    return np.unique(np.where(torn[by_text], by_media + len(torn), by_text), return_inverse=True)[1]
+
+
+def _components(index, rows, contents):
+    """Rows joined by video_id and by `contents` of the given rows: the number of each row's group."""
+    videos, video_of = np.unique(index.videos, return_inverse=True)
+    names, content_of = np.unique(contents, return_inverse=True)
+    size = len(videos) + len(names)
+    edges = (np.ones(len(rows), bool), (video_of[rows], content_of + len(videos)))
+    return connected_components(coo_array(edges, shape=(size, size)), directed=False)[1][video_of]
+
+
+def _num_given(index, groups):
+    """How many different splits the samples of each group were given."""
+    found = np.zeros((groups.max() + 1, len(SPLITS)), bool)
+    given = index.splits != UNDECIDED
+    found[groups[given], index.splits[given]] = True
+    return found.sum(1)
+
+
+def _given(index, groups):
+    """The given split of every group, or UNDECIDED."""
+    splits = np.full(groups.max() + 1, UNDECIDED, np.int8)
+    np.maximum.at(splits, groups, index.splits)
     return splits
 
 
-def group_samples(samples):
-    """{name: samples}, joined by video_id and by sha256; the name is the alphabetically first video_id."""
-    parent = {}
-
-    def root(node):
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]  # halves the path for the next one
-            node = parent[node]
-        return node
-
-    for sample in samples:
-        if sample.sha256 is not None:
-            parent[root(("sha256", sample.sha256))] = root(("video_id", sample.video_id))
-    groups = {}
-    for sample in samples:
-        groups.setdefault(root(("video_id", sample.video_id)), []).append(sample)
-    return {min(sample.video_id for sample in group): group for group in groups.values()}
+def _hashes_and_sources(index, groups, num_groups):
+    """Of every group: the hash of its alphabetically first video_id, and the source of its first row."""
+    first = np.full(num_groups, len(index))
+    np.minimum.at(first, groups, np.arange(len(index)))
+    order = index.video_order[first]
+    many = np.flatnonzero(index.videos != index.videos[first][groups])  # rows of groups with several video_ids
+    names = {}
+    for row in np.flatnonzero(np.isin(groups, groups[many])) if len(many) else ():
+        video_id, group = index.read_row(row).video_id, int(groups[row])
+        if group not in names or video_id < names[group]:
+            names[group] = video_id
+            order[group] = index.video_order[row]
+    return order, index.sources[first]
 
 
-def uniform(seed, name):
-    """A number in [0, 1) that depends on nothing but the two arguments."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6]) / 2**48
-
-
-def _by_share(number, validation_share, test_share):
-    if number < test_share:
-        return "test"
-    return "validation" if number < test_share + validation_share else "train"
-
-
-def _fill_empty_splits(chosen, validation_share, test_share, seed):
+def _fill_empty_splits(chosen, numbers, validation_share, test_share):
     """Small sets: train, test and validation get at least one group each, in this order, as far as the groups go."""
     asked = {"train": 1.0, "test": test_share, "validation": validation_share}
-    needed = [split for split, share in asked.items() if share > 0][: len(chosen)]
+    needed = [SPLITS.index(split) for split, share in asked.items() if share > 0][: len(chosen)]
     for split in needed:
-        if split in chosen.values():
+        if (chosen == split).any():
             continue
-        spare = {s: list(chosen.values()).count(s) - (s in needed) for s in SPLITS}
-        donor = max(SPLITS, key=spare.__getitem__)
-        moved = min((name for name in chosen if chosen[name] == donor), key=lambda name: uniform(seed, name))
-        chosen[moved] = split
+        spare = [np.count_nonzero(chosen == code) - (code in needed) for code in range(len(SPLITS))]
+        donors = np.flatnonzero(chosen == int(np.argmax(spare)))
+        chosen[donors[np.argmin(numbers[donors])]] = split
 
 
-def _refuse(one, other):
-    same = f"the same content (sha256 {one.sha256[:12]}...)" if one.sha256 == other.sha256 else "one and the same video"
+def _refuse_two_splits(index, groups):
+    torn = np.flatnonzero(_num_given(index, groups) > 1)
+    if not len(torn):
+        return
+    rows = np.flatnonzero((groups == torn[0]) & (index.splits != UNDECIDED))
+    one, other = (index.read_row(row) for row in (rows[0], rows[index.splits[rows] != index.splits[rows[0]]][0]))
+    equal = one.sha256 is not None and one.sha256 == other.sha256
+    same = f"the same content (sha256 {one.sha256[:12]}...)" if equal else "one and the same video"
     raise UserError(
         f"samples '{one.key}' (split {one.split}) and '{other.key}' (split {other.split}) hold {same}: what is "
         "trained on would be tested on. Give both the same split, or remove one of them."

@@ -17,6 +17,8 @@ class Section(StrictModel):
     validation_share: float = Field(ge=0, lt=1)
     test_share: float = Field(ge=0, lt=1)
     max_quarantined: float = Field(ge=0, le=1)  # share of a source's media files
+    max_hash_distance: int | None = Field(ge=0, le=31)  # bits of 256 in which near-duplicate frames of two splits
+    # differ at most; null: neither frames nor chats are compared
     seed: NonNegativeInt
 
     @model_validator(mode="after")

@@ -3,12 +3,12 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +23,6 @@ from pipeline_steps.records import (
     FramePolicy,
     PackedSample,
     Quarantined,
-    RawSample,
     ShardEntry,
     ShardsManifest,
     SplitEntry,
@@ -31,8 +30,8 @@ from pipeline_steps.records import (
 from pipeline_steps.shards import fan_out
 from pipeline_steps.shards.__main__ import build, check_quarantine
 from pipeline_steps.shards.pack import Settings, pack_shard
-from pipeline_steps.shards.plan import assign_splits, plan_shards
 from pipeline_steps.shards.schema import Section
+from pipeline_steps.shards.scratch import read_reports
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
 
 FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
@@ -46,72 +45,9 @@ SECTION = {
     "validation_share": 0.1,
     "test_share": 0.1,
     "max_quarantined": 0.5,
+    "max_hash_distance": 24,
     "seed": 1,
 }
-
-
-def raw_sample(key, split=None, video_id=None, sha256=None, source="test"):
-    item = {"user": "q", "assistant": "a", "family": "caption"}
-    return RawSample(
-        key=key,
-        source=source,
-        split=split,
-        video_id=video_id or key,
-        path=key,
-        kind="image",
-        sha256=sha256 or key,
-        items=(item,),
-    )
-
-
-# ---------------------------------------------------------------- the plan
-
-
-def test_splits_go_by_video_and_share():
-    samples = [raw_sample(f"k{i}-{j}", video_id=f"v{i}") for i in range(1000) for j in range(2)]
-    splits = assign_splits(samples, 0.1, 0.2, seed=1)
-    assert all(splits[f"k{i}-0"] == splits[f"k{i}-1"] for i in range(1000))
-    counts = {split: list(splits.values()).count(split) / 2000 for split in records.SPLITS}
-    assert counts["validation"] == pytest.approx(0.1, abs=0.03)
-    assert counts["test"] == pytest.approx(0.2, abs=0.04)
-    assert splits != assign_splits(samples, 0.1, 0.2, seed=2)
-    more = assign_splits([*samples, raw_sample("new")], 0.1, 0.2, seed=1)
-    assert {key: more[key] for key in splits} == splits  # a new video moves no other one
-
-
-@pytest.mark.parametrize(("num_videos", "expected"), [(1, {"train"}), (2, {"train", "test"}), (3, set(records.SPLITS))])
-def test_small_sets_fill_every_split_they_can(num_videos, expected):
-    for seed in range(20):
-        samples = [raw_sample(f"k{i}") for i in range(num_videos)]
-        assert set(assign_splits(samples, 0.1, 0.1, seed).values()) == expected
-        beside = [*samples, raw_sample("w", split="test", source="other")]  # another source's test set is no substitute
-        assert expected <= set(assign_splits(beside, 0.1, 0.1, seed).values())
-    assert set(assign_splits([raw_sample(f"k{i}") for i in range(9)], 0.0, 0.0, 1).values()) == {"train"}
-
-
-def test_copies_of_a_file_stay_together():
-    samples = [raw_sample(f"k{i}", sha256=f"same{i // 4}") for i in range(400)]
-    splits = assign_splits(samples, 0.3, 0.3, seed=1)
-    assert all(len({splits[f"k{i}"] for i in range(start, start + 4)}) == 1 for start in range(0, 400, 4))
-    given = [raw_sample("a", split="test", sha256="same"), raw_sample("b", sha256="same")]
-    assert assign_splits(given, 0.1, 0.1, seed=1) == {"a": "test", "b": "test"}
-
-
-def test_leaks_between_given_splits_are_refused():
-    with pytest.raises(UserError, match=r"'a' \(split train\) and 'b' \(split test\) hold the same content"):
-        assign_splits([raw_sample("a", "train", sha256="x"), raw_sample("b", "test", sha256="x")], 0.1, 0.1, 1)
-    with pytest.raises(UserError, match="one and the same video"):
-        assign_splits([raw_sample("a", "train", "v"), raw_sample("b", "validation", "v")], 0.1, 0.1, 1)
-
-
-def test_plan_holds_every_sample_once_and_mixes_them():
-    samples = [raw_sample(f"k{i:03d}", split="train") for i in range(100)]
-    plan = plan_shards(samples, 0.1, 0.1, 1, samples_per_shard=30)
-    assert [len(group) for group in plan.values()] == [30, 30, 30, 10]
-    assert list(plan) == [("train", f"{i:06d}") for i in range(4)]
-    keys = [sample.key for group in plan.values() for sample in group]
-    assert sorted(keys) == [sample.key for sample in samples]
-    assert keys != sorted(keys)
 
 
 # ---------------------------------------------------------------- one shard
@@ -235,7 +171,16 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
         assert [s.name for s in entry.shards] == sorted(p.name for p in (tmp_path / "shards" / split).iterdir())
         assert all(s.sha256 == records.sha256_file(tmp_path / "shards" / split / s.name) for s in entry.shards)
     assert manifest.splits["test"].shards == ()  # its only sample is damaged
-    assert [p.suffix for p in (tmp_path / ".scratch" / "shards").iterdir()] == [".lock"]
+    for entry in (*manifest.splits.values(), *(s for e in manifest.splits.values() for s in e.shards)):
+        assert (entry.num_samples > 0) == (entry.bytes > 0)
+    train = manifest.splits["train"]
+    assert train.bytes == sum(p.stat().st_size for p in (tmp_path / "shards" / "train").iterdir())
+    assert [manifest.splits[s].seconds for s in records.SPLITS] == [3.0, 4.0, 0.0]  # 6 and 8 frames at 2 per second
+    assert {q.key: (q.source, q.path, q.reason) for q in manifest.quarantined} == {
+        "test-cut-mp4": ("test", "cut.mp4", "truncated or damaged video"),
+        "test-empty-jpg": ("test", "empty.jpg", "empty file"),
+        "test-text-mp4": ("test", "text.mp4", "not a video file"),
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == [".scratch", "raw", "shards"]
 
 
@@ -261,11 +206,41 @@ def test_a_jobs_own_message_reaches_the_user(raw, tmp_path):
     assert not (tmp_path / "shards").exists()
 
 
+def write_stills(raw, numbers):
+    """Grey stills whose level is their number, each given a split."""
+    for i in numbers:
+        write_image(raw / f"{i}.png", np.full((8, 8, 3), i, np.uint8))
+    splits = {i: "test" if i % 5 == 4 else "train" for i in numbers}
+    write_index(raw, [index_row(raw, f"{i}.png", kind="image", split=splits[i]) for i in numbers])
+
+
+def run_to_its_end(raw, output, scratch, **changes):
+    """What the stage printed."""
+    process = run_stage(raw, output, scratch, **changes)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def inodes(folder):
+    return {p.stat().st_ino for p in folder.rglob("*.tar")}
+
+
+def wait_until_quiet(folder):
+    """Snakemake dies with the stage, a job ends with its shard."""
+    deadline = time.monotonic() + 60
+    while working_in(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_killed_run_stops_and_goes_on(tmp_path):
     raw = tmp_path / "raw"
-    for i in range(16):
-        write_image(raw / f"{i}.png", np.full((8, 8, 3), i, np.uint8))
-    write_index(raw, [index_row(raw, f"{i}.png", kind="image", split="train") for i in range(16)])
+    write_stills(raw, range(16))
     process = run_stage(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".scratch/shards/*/packed/train/*.json")):
@@ -275,27 +250,117 @@ def test_killed_run_stops_and_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (scratch,) = tmp_path.glob(".scratch/shards/*/")
-    while working_in(scratch):  # Snakemake dies with the stage, a job ends with its shard
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    finished = {
-        p.stem: p.with_suffix(".tar").stat().st_mtime_ns for p in tmp_path.glob(".scratch/shards/*/packed/train/*.json")
-    }
+    wait_until_quiet(scratch)
+    finished = {p.with_suffix(".tar").stat().st_ino for p in tmp_path.glob(".scratch/shards/*/packed/*/*.json")}
     assert 0 < len(finished) < 16
     assert not (tmp_path / "shards").exists()
-    rerun = run_stage(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
-    _, errors = rerun.communicate(timeout=120)
-    assert rerun.returncode == 0, errors
-    tars = {p.stem: p.stat().st_mtime_ns for p in (tmp_path / "shards" / "train").iterdir()}
-    assert len(tars) == 16
-    assert {name: tars[name] for name in finished} == finished  # not packed a second time
+    errors = run_to_its_end(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
+    assert f"{16 - len(finished)} shards packed, {len(finished)} kept" in errors
+    assert len(inodes(tmp_path / "shards")) == 16
+    assert finished < inodes(tmp_path / "shards")  # not packed a second time
     colours = [
-        np.asarray(Image.open(io.BytesIO(content))).mean()
-        for p in sorted((tmp_path / "shards/train").iterdir())
-        for name, content in read_tar(p).items()
+        np.asarray(Image.open(io.BytesIO(data))).mean()
+        for p in sorted((tmp_path / "shards").rglob("*.tar"))
+        for name, data in read_tar(p).items()
         if name.endswith("jpg")
     ]
     assert sorted(round(c) for c in colours) == list(range(16))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_gives_the_same_bytes(tmp_path):
+    raw = tmp_path / "raw"
+    write_stills(raw, range(24))
+    started = time.monotonic()
+    run_to_its_end(raw, tmp_path / "whole", tmp_path / "a", samples_per_shard=2)
+    duration = time.monotonic() - started
+    moments = np.random.default_rng().uniform(0.1, 1.0, 6) * duration
+    for moment in moments:
+        process = run_stage(raw, tmp_path / "shards", tmp_path / "b", samples_per_shard=2)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        for scratch in tmp_path.glob("b/.scratch/shards/*/"):
+            wait_until_quiet(scratch)
+    run_to_its_end(raw, tmp_path / "shards", tmp_path / "b", samples_per_shard=2)
+    assert content(tmp_path / "shards") == content(tmp_path / "whole"), f"killed after {moments} s"
+    left = [p for p in tmp_path.glob("b/.scratch/shards/*/packed/**/*") if p.name.startswith(".")]
+    assert left == []
+
+
+def test_one_more_sample_packs_one_shard(tmp_path):
+    raw, output = tmp_path / "raw", tmp_path / "shards"
+    write_stills(raw, range(60))
+    run_to_its_end(raw, output, tmp_path, samples_per_shard=6)
+    first, first_content = inodes(output), content(output)
+    assert len(first) > 10
+    shutil.rmtree(raw)  # as DVC does before it runs the stage that writes the media
+    write_stills(raw, [*range(60), 61])
+    errors = run_to_its_end(raw, output, tmp_path, samples_per_shard=6)
+    new = inodes(output) - first
+    assert len(new) in (1, 2)  # two: the bucket was full and is halved
+    assert f"{len(new)} shards packed" in errors
+    run_to_its_end(raw, tmp_path / "from_nothing", tmp_path / "elsewhere", samples_per_shard=6)
+    assert content(output) == content(tmp_path / "from_nothing")
+    names = [p.name for p in sorted((output / "train").iterdir())]
+    assert names == [f"{i:06d}.tar" for i in range(len(names))]
+
+    write_stills(raw, range(60))  # without it again
+    errors = run_to_its_end(raw, output, tmp_path, samples_per_shard=6)
+    assert content(output) == first_content
+    assert len(inodes(output) - first) <= 1
+    planned = {p.name.split(".")[0] for p in tmp_path.glob(".scratch/shards/*/plan/train/*")}
+    assert {p.name.split(".")[0] for p in tmp_path.glob(".scratch/shards/*/packed/train/*")} == planned
+
+
+def test_nothing_is_packed_for_other_splits_of_the_same_shards_or_media_written_again(tmp_path):
+    raw, output = tmp_path / "raw", tmp_path / "shards"
+    write_stills(raw, range(10))
+    run_to_its_end(raw, output, tmp_path)
+    before = inodes(output)
+    shutil.rmtree(raw)
+    write_stills(raw, range(10))
+    assert "0 shards packed" in run_to_its_end(raw, output, tmp_path, max_quarantined=0.1, max_hash_distance=None)
+    assert inodes(output) == before
+
+
+def test_a_published_tar_that_was_written_into_is_packed_again(tmp_path):
+    raw, output = tmp_path / "raw", tmp_path / "shards"
+    write_stills(raw, range(10))
+    run_to_its_end(raw, output, tmp_path)
+    before = content(output)
+    victim = output / "train" / "000000.tar"
+    assert victim.stat().st_mode & 0o222 == 0  # a hard link of the one in scratch: nobody writes into it by mistake
+    victim.chmod(0o644)
+    with open(victim, "r+b") as file:
+        file.write(b"x")
+    assert "1 shards packed" in run_to_its_end(raw, output, tmp_path)
+    assert content(output) == before
+
+
+def test_older_scratch_folders_of_the_same_media_go(tmp_path):
+    raw, output = tmp_path / "raw", tmp_path / "shards"
+    write_stills(raw, range(4))
+    run_to_its_end(raw, output, tmp_path)
+    (first,) = tmp_path.glob(".scratch/shards/*/")
+    run_to_its_end(raw, output, tmp_path, jpeg_quality=90)
+    (second,) = tmp_path.glob(".scratch/shards/*/")
+    assert first != second
+
+
+def test_a_job_of_an_earlier_plan_does_not_count(tmp_path):
+    """On a cluster a job may outlive its stage, and end after a later one has written another plan."""
+    raw, output = tmp_path / "raw", tmp_path / "shards"
+    write_stills(raw, range(4))
+    run_to_its_end(raw, output, tmp_path)
+    (scratch,) = tmp_path.glob(".scratch/shards/*/")
+    (report_path,) = scratch.glob("packed/test/*.json")
+    report = json.loads(report_path.read_text())
+    report_path.write_text(json.dumps({**report, "plan_sha256": "0" * 64}))
+    place = ("test", report_path.stem)
+    with pytest.raises(UserError, match=r"written from another plan \(sha256 000000000000\) than the present one"):
+        read_reports(scratch, {place: report["plan_sha256"]})
+    assert "1 shards packed" in run_to_its_end(raw, output, tmp_path)
 
 
 def test_unwritable_output(raw, tmp_path, monkeypatch):
@@ -314,31 +379,12 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     assert "no space left on the disk" in fan_out._explain(tmp_path, 1, tmp_path / "snakemake.log")
 
 
-def test_bad_indexes(tmp_path):
-    with pytest.raises(UserError, match=r"index\.jsonl: missing.*pipeline_steps\.sources"):
-        build(Section(**SECTION), tmp_path, tmp_path / "shards")
-    row = text_row("a", "q", "a")
-    for rows, message in [
-        ([row, row], "key 'a' is in line 1 and in line 2"),
-        ([{**row, "key": "a.b"}], "line 1: key: String should match"),
-        ([{**row, "kind": "video"}], "has path None"),
-        ([text_row("a", "q", "red: 1", cue="blue:")], "does not start with the cue"),
-        ([], "no samples"),
-    ]:
-        write_index(tmp_path, rows)
-        with pytest.raises(UserError, match=message):
-            build(Section(**SECTION), tmp_path, tmp_path / "shards")
-
-
 def test_nothing_left_to_train_on():
     empty = SplitEntry(shards=(), num_samples=0, num_frames=0, seconds=0.0, bytes=0)
     shard = ShardEntry(name="000000.tar", num_samples=1, num_frames=1, seconds=0.0, bytes=1, sha256="x")
+    full = SplitEntry(shards=(shard,), num_samples=1, num_frames=1, seconds=0.0, bytes=1)
     manifest = ShardsManifest(
-        splits={
-            "train": empty,
-            "validation": empty,
-            "test": SplitEntry(shards=(shard,), num_samples=1, num_frames=1, seconds=0.0, bytes=1),
-        },
+        splits={"train": empty, "validation": empty, "test": full},
         seen=2,
         packed=1,
         quarantined=(Quarantined(key="a", source="s", path="a.mp4", reason="empty file"),),
@@ -355,4 +401,7 @@ def test_code_of_the_fingerprint_exists():
     from pipeline_steps.shards.__main__ import CODE
 
     assert all((ROOT / path).is_file() for path in CODE)
-    assert {str(p.relative_to(ROOT)) for p in Path(ROOT, "pipeline_steps/shards").glob("p*.py")} <= set(CODE)
+    code = "import sys, pipeline_steps.shards.pack; print(*(m for m in sys.modules if m.startswith('pipeline_steps.')))"
+    imported = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    packing = {f"{name.replace('.', '/')}.py" for name in imported} - {"pipeline_steps/shards.py"}
+    assert packing - {"pipeline_steps/params.py"} <= set(CODE)

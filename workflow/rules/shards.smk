@@ -1,5 +1,5 @@
-# plan/<split>/<shard>.jsonl -> packed/<split>/<shard>.tar and .json (pipeline_steps/shards/pack.py), one job per shard.
-SPLIT, SHARD = glob_wildcards("plan/{split,[a-z]+}/{shard,[0-9]+}.jsonl")
+# plan/<split>/<shard>.jsonl -> packed/<split>/<shard>.{tar,npz,json} (pipeline_steps/shards/pack.py), one job per shard.
+SPLIT, SHARD = glob_wildcards("plan/{split,[a-z]+}/{shard,p[01]*}.jsonl")
 
 
 rule shards:
@@ -13,6 +13,7 @@ rule pack_shard:
         settings="settings.json",
     output:
         "packed/{split}/{shard}.tar",
+        "packed/{split}/{shard}.npz",
         "packed/{split}/{shard}.json",
     log:
         "logs/{split}/{shard}.log",
@@ -22,4 +23,5 @@ rule pack_shard:
         runtime=60,
     shell:
         "OMP_NUM_THREADS=1 PYTHONPATH={ROOT:q} {PYTHON:q} -m pipeline_steps.shards.pack"
-        " --settings {input.settings} --plan {input.plan} --output packed/{wildcards.split}/{wildcards.shard} 2> {log}"
+        " --settings {input.settings} --split {wildcards.split} --plan {input.plan}"
+        " --output packed/{wildcards.split}/{wildcards.shard} 2> {log}"

@@ -1,0 +1,158 @@
+"""Samples that are (nearly) the same in two splits: chats by their texts, media by the hashes of their frames.
+
+Every held-out sample is compared with all training samples, and every test sample with all validation samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline_steps import records
+from pipeline_steps.params import UserError
+from pipeline_steps.records import SPLITS
+from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
+
+BANDS = WORDS * 4  # of 16 bits
+MAX_DISTANCE = 2 * BANDS - 1  # up to here one band at least differs by one bit at most
+CHUNK = 2**20  # pairs that are compared at a time
+MAX_LISTED = 20  # pairs shown in the terminal
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Two samples as (split, key), and what they share."""
+
+    held_out: tuple
+    other: tuple
+    reason: str
+
+
+def text_leaks(index, splits):
+    """A Leak for every held-out chat of which an item is also in training, or, of a test chat, in validation."""
+    rows, texts = index.text_rows, index.texts
+    names, text_of = np.unique(texts, return_inverse=True)
+    first = np.full((len(names), len(SPLITS)), len(index))  # of every text, the first row of each split
+    np.minimum.at(first, (text_of, splits[rows]), rows)
+    leaks = []
+    for split, other in ((TEST, TRAIN), (VALIDATION, TRAIN), (TEST, VALIDATION)):
+        found = np.flatnonzero((splits[rows] == split) & (first[text_of, other] < len(index)))
+        for row, text in dict(zip(rows[found].tolist(), text_of[found].tolist(), strict=True)).items():
+            pair = (_name(index, splits, row), _name(index, splits, first[text, other]))
+            leaks.append(Leak(*pair, reason="the same question and answer"))
+    return leaks
+
+
+def _name(index, splits, row):
+    return SPLITS[splits[row]], index.read_row(int(row)).key
+
+
+def frame_leaks(files, max_distance):
+    """A Leak for every held-out sample with its nearest near-duplicate. files: {split: [packed/.../NAME.npz]}."""
+    hashes = {split: _load(paths) for split, paths in files.items()}
+    leaks = []
+    for split, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        nearest, distances = near_duplicates(hashes[split], hashes[other], max_distance)
+        found = np.flatnonzero(nearest >= 0)
+        pairs = zip(_keys(files[split], found), _keys(files[other], nearest[found]), distances[found], strict=True)
+        for key, other_key, distance in pairs:
+            reason = f"near-duplicate frames: {distance} of {NUM_FRAMES * WORDS * 64} bits differ"
+            leaks.append(Leak((split, key), (other, other_key), reason))
+    return leaks
+
+
+def _load(paths):
+    parts = [np.load(path)["hashes"] for path in paths]
+    return np.concatenate([np.empty((0, NUM_FRAMES, WORDS), np.uint64), *parts])
+
+
+def _keys(paths, rows):
+    """Keys of the samples at these places of the files' samples one after the other."""
+    if not len(rows):
+        return []
+    stops = np.cumsum([len(np.load(path)["keys"]) for path in paths])
+    cached = {i: np.load(paths[i])["keys"] for i in set(np.searchsorted(stops, rows, side="right").tolist())}
+    places = [(int(np.searchsorted(stops, row, side="right")), int(row)) for row in rows]
+    return [cached[i][row - int(stops[i])].decode() for i, row in places]  # from the end of its file
+
+
+def near_duplicates(queries, references, max_distance):
+    """For each of `queries` [Q, frames, words] the nearest near-duplicate in `references` [R, ...] (-1: none), and the
+    number of bits in which all their frames differ.
+
+    Near-duplicates: more than half of the frames, of those with contrast in both, differ by at most `max_distance`
+    bits. Looked up by bands of 16 bits: of 16 bands that differ by less than 32 bits in all, one differs by one bit at
+    most, so that only pairs with such a band are compared, none is missed, and work hardly grows with Q * R.
+    """
+    if max_distance > MAX_DISTANCE:
+        raise ValueError(f"max_distance {max_distance} is more than {MAX_DISTANCE}")
+    nearest = np.full(len(queries), -1)
+    distances = np.full(len(queries), NUM_FRAMES * WORDS * 64 + 1)
+    for frame in range(NUM_FRAMES):
+        for q, r in _candidates(queries[:, frame], references[:, frame], max_distance):
+            bits = np.bitwise_count(queries[q] ^ references[r]).sum(-1, dtype=np.int64)
+            known = queries[q].any(-1) & references[r].any(-1)
+            same = ((bits <= max_distance) & known).sum(1) * 2 > known.sum(1)
+            q, r, total = q[same], r[same], bits[same].sum(1)
+            order = np.lexsort((r, total, q))  # the first of each query is its nearest
+            q, first = np.unique(q[order], return_index=True)
+            r, total = r[order][first], total[order][first]
+            better = (total < distances[q]) | ((total == distances[q]) & (r < nearest[q]))
+            nearest[q[better]], distances[q[better]] = r[better], total[better]
+    return nearest, distances
+
+
+def _candidates(queries, references, max_distance):
+    """Chunks (q, r) of pairs of hashes [., words] with contrast that differ by at most max_distance bits."""
+    known_queries, known = np.flatnonzero(queries.any(1)), np.flatnonzero(references.any(1))
+    query_bands, bands = (hashes.view(np.uint16) for hashes in (queries[known_queries], references[known]))
+    masks = np.uint16(1) << np.arange(16, dtype=np.uint16) if max_distance >= BANDS else []
+    for band in range(BANDS):
+        values = np.ascontiguousarray(bands[:, band])
+        order = known[np.argsort(values, kind="stable")]
+        ends = np.concatenate([[0], np.cumsum(np.bincount(values, minlength=2**16))])
+        for mask in (np.uint16(0), *masks):
+            wanted = (query_bands[:, band] ^ mask).astype(np.int64)
+            for q, places in _ranges(ends[wanted], ends[wanted + 1]):
+                q, r = known_queries[q], order[places]
+                close = np.bitwise_count(queries[q] ^ references[r]).sum(1, dtype=np.int64) <= max_distance
+                if close.any():
+                    yield q[close], r[close]
+
+
+def _ranges(starts, stops):
+    """Chunks (i, place) for every place in starts[i] .. stops[i] - 1, of about CHUNK pairs."""
+    ends = np.cumsum(stops - starts)
+    begin = 0
+    while begin < len(starts):
+        done = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, done + CHUNK, side="right")))
+        counts = (stops - starts)[begin:end]
+        i = np.repeat(np.arange(begin, end), counts)
+        yield i, np.arange(len(i)) + np.repeat(starts[begin:end] - (ends[begin:end] - counts - done), counts)
+        begin = end
+
+
+def check(leaks, path):
+    """UserError that lists the leaks, if there are any; all of them are written to `path`."""
+    if not leaks:
+        path.unlink(missing_ok=True)
+        return
+    rows = [
+        {"split": a.held_out[0], "key": a.held_out[1], "other_split": a.other[0], "other_key": a.other[1]}
+        | {"reason": a.reason}
+        for a in leaks
+    ]
+    records.write_jsonl(path, rows)
+    lines = [
+        f"  '{a.held_out[1]}' ({a.held_out[0]}) and '{a.other[1]}' ({a.other[0]}): {a.reason}"
+        for a in leaks[:MAX_LISTED]
+    ]
+    if len(leaks) > MAX_LISTED:
+        lines.append(f"  ... and {len(leaks) - MAX_LISTED} more")
+    listing = "\n".join(lines)
+    raise UserError(
+        f"{len(leaks)} held-out samples are also in another split: what is trained on would be tested on.\n{listing}\n"
+        f"All of them: {path}. Give both samples of a pair one video_id or the same split, or remove one of them; "
+        "shards.max_hash_distance: null switches this check off."
+    )
