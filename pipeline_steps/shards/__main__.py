@@ -21,7 +21,7 @@ from pipeline_steps import params, records
 from pipeline_steps.params import UserError
 from pipeline_steps.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
 from pipeline_steps.shards import leaks, scratch
-from pipeline_steps.shards.fan_out import run_snakemake
+from pipeline_steps.shards.fan_out import cancel_left_over, run_snakemake
 from pipeline_steps.shards.index import read_index
 from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
@@ -74,6 +74,7 @@ def make_settings(section, raw_dir):
 def pack(index, plan, settings, folder, lock_file):
     """Packs what `folder` does not hold yet. Returns {place: ShardReport} of the whole plan."""
     with records.writable(folder):
+        cancel_left_over(folder)
         scratch.wait_for_jobs(folder)
         plan_hashes = scratch.write_plans(index, plan, settings, folder)
         scratch.prune(folder, plan)

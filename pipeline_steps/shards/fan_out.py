@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from pipeline_steps.params import ROOT, UserError
 
 PROFILES = ROOT / "workflow" / "profiles"
+LOG = "snakemake.log"  # in scratch
 GRACE = 10  # seconds that Snakemake gets to cancel its jobs
 MANY = 1000  # shards, whose progress is looked at less often
 
@@ -24,7 +26,7 @@ def run_snakemake(target, scratch, progress, lock_file):
     progress: the files into which the jobs write one byte per finished sample, and the number of samples of each.
     lock_file: an open locked file that the children inherit, so that the lock lasts as long as they do.
     """
-    log = scratch / "snakemake.log"
+    log = scratch / LOG
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", scratch, "--profile", _profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime"]
@@ -35,6 +37,7 @@ def run_snakemake(target, scratch, progress, lock_file):
             [str(part) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},  # for this one only
             pass_fds=[lock_file.fileno()],
             preexec_fn=_stop_with_parent,
         )
@@ -43,14 +46,17 @@ def run_snakemake(target, scratch, progress, lock_file):
         finally:
             if process.poll() is None:
                 _stop(process)
+                cancel_left_over(scratch)
     if process.returncode != 0:
         raise UserError(_explain(scratch, process.returncode, log))
 
 
 def _profile():
-    """SNAKEMAKE_PROFILE: the name of a folder in workflow/profiles, or any path or name that Snakemake finds."""
+    """SNAKEMAKE_PROFILE: the name of a folder in workflow/profiles, a folder from here or from the repository's root,
+    or a name that Snakemake finds."""
     chosen = os.environ.get("SNAKEMAKE_PROFILE") or "default"
-    return PROFILES / chosen if (PROFILES / chosen).is_dir() else chosen
+    places = (PROFILES / chosen, Path(chosen).absolute(), ROOT / chosen)
+    return next((place for place in places if place.is_dir()), chosen)
 
 
 def _stop_with_parent():
@@ -72,6 +78,35 @@ def _stop(process):
         process.wait()
 
 
+def cancel_left_over(scratch):
+    """Jobs that a killed run left in the queue of a SLURM cluster are cancelled, and waited for until they are gone.
+
+    Snakemake cancels them itself when it is interrupted, not when it is killed.
+    """
+    log = scratch / LOG
+    found = re.search(r"SLURM run ID: (\S+)", log.read_text(errors="replace")) if log.exists() else None
+    if found is None:
+        return
+    name = found.group(1)
+    if shutil.which("scancel") is None:
+        print(f"jobs of an earlier run may still be in SLURM's queue: `scancel --name={name}`", file=sys.stderr)
+        return
+    left = _slurm("squeue", "--noheader", f"--name={name}", "--format=%i").split()
+    if left:
+        print(f"cancelling {len(left)} SLURM jobs of run {name}", file=sys.stderr)
+        _slurm("scancel", f"--name={name}")
+    while _slurm("squeue", "--noheader", f"--name={name}", "--format=%i").strip():
+        time.sleep(1)
+
+
+def _slurm(*command):
+    """What a SLURM command prints. UserError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
 def _show_progress(process, target, progress):
     waiting, finished = dict(progress), 0
     with tqdm(total=sum(progress.values()), desc=target, unit="sample", mininterval=0.5) as bar:
@@ -88,13 +123,17 @@ def _show_progress(process, target, progress):
 
 
 def _explain(scratch, code, log):
-    """The first failed job's own message, else the end of Snakemake's log."""
+    """The first failed job's own message, else what SLURM says of a job, else the end of Snakemake's log."""
     for job_log in sorted((scratch / "logs").glob("**/*.log")):
         text = job_log.read_text().strip()
         if text.startswith("error: "):
             return text.removeprefix("error: ")
         if text:
             return f"a job failed: {text.splitlines()[-1]} (whole message: {job_log})"
+    for job_log in sorted(scratch.glob(".snakemake/slurm_logs/**/*.log")):
+        lines = [line for line in job_log.read_text().splitlines() if line.startswith(("srun: ", "slurmstepd: "))]
+        if lines:
+            return f"a job failed: {lines[-1]} (whole message: {job_log})"
     if shutil.disk_usage(scratch).free < 2**20:
         return f"{scratch}: no space left on the disk. Make room, or set RUN_SCRATCH to a folder on another disk."
     end = " / ".join(line.strip() for line in Path(log).read_text().splitlines()[-5:] if line.strip())
