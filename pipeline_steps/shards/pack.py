@@ -79,9 +79,7 @@ def pack_shard(samples, settings, output, plan_sha256=None):
         bytes=partial.stat().st_size,
         sha256=records.sha256_file(partial),
     )
-    report = ShardReport(
-        shard=entry, quarantined=tuple(quarantined), sources=dict(sources), plan_sha256=plan_sha256
-    )
+    report = ShardReport(shard=entry, quarantined=tuple(quarantined), sources=dict(sources), plan_sha256=plan_sha256)
     _write_hashes(output.with_suffix(".npz"), hashes)
     partial.chmod(0o444)
     os.replace(partial, tar_path)

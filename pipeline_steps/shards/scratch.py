@@ -1,14 +1,14 @@
 """The scratch folder, in which packed shards stay from run to run: only what changed is packed again.
 
-    settings.json                      how frames are made; a lock of all jobs
-    plan/<split>/<shard>.jsonl         rows of index.jsonl, copied
-    packed/<split>/<shard>.tar         with .npz, .json and .progress (pack.py)
-    logs/<split>/<shard>.log           messages of the job
+settings.json                      how frames are made; a lock of all jobs
+plan/<split>/<shard>.jsonl         rows of index.jsonl, copied
+packed/<split>/<shard>.tar         with .npz, .json and .progress (pack.py)
+logs/<split>/<shard>.log           messages of the job
 """
 
 import fcntl
 import hashlib
-import mmap
+import os
 import shutil
 
 from pipeline_steps import records
@@ -21,10 +21,10 @@ def write_plans(index, plan, settings, scratch):
     if not (scratch / "settings.json").exists():
         records.write_json(scratch / "settings.json", settings)
     hashes = {}
-    with open(index.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as rows_of:
+    with open(index.path, "rb") as file:
         for (split, name), rows in plan.items():
-            spans = zip(index.starts[rows].tolist(), index.sizes[rows].tolist(), strict=True)
-            content = b"".join(rows_of[start : start + size].rstrip(b"\r\n") + b"\n" for start, size in spans)
+            spans = zip(index.sizes[rows].tolist(), index.starts[rows].tolist(), strict=True)
+            content = b"".join(os.pread(file.fileno(), *span).rstrip(b"\r\n") + b"\n" for span in spans)
             path = scratch / "plan" / split / f"{name}.jsonl"
             if not path.exists() or path.read_bytes() != content:
                 records.write_bytes(path, content)

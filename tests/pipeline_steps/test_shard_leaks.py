@@ -1,4 +1,4 @@
-"""Near-duplicates across splits: which copies of a clip are found, that other clips are not, and that none is missed."""
+"""Near-duplicates across splits: which copies are found, that other clips are not, and that none is missed."""
 
 import numpy as np
 import pytest
