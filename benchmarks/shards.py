@@ -85,7 +85,12 @@ def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
 
 
 def decode(path: Path, section: Section) -> int:
-    policy = {"fps": section.fps, "max_frames": section.max_frames, "image_size": section.image_size}
+    policy = {
+        "fps": section.fps,
+        "max_frames": section.max_frames,
+        "image_size": section.image_size,
+        "fit": section.fit,
+    }
     return len(read_media(path, "video", **policy).frames)
 
 

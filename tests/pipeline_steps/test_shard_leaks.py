@@ -42,7 +42,7 @@ def write(path, frames, **options):
 
 
 def hashes_of(path, kind="video"):
-    media = read_media(path, kind, fps=2.0, max_frames=8, image_size=SIZE)
+    media = read_media(path, kind, fps=2.0, max_frames=8, image_size=SIZE, fit="crop")
     return hash_frames(media.frames)
 
 
