@@ -7,6 +7,7 @@ kind embedded  trains a tiny DINOv2, a tiny Llama and a byte-level BPE tokenizer
                large pretrained backbones bring along; every arm of a comparison starts from the same files.
                About a minute on two free cores, 0.8 GB.
 kind local     checks and copies a folder pair in the same format: DINOv2 and Llama with tokenizer, as on the hub.
+kind hub       downloads such a pair from the Hugging Face Hub, at pinned revisions.
 
 Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders) and the warm-ups' held-out accuracies. Both come
 whole or not at all. Exit code 1 with one paragraph for a folder that does not fit or a path that cannot be written.
@@ -21,6 +22,7 @@ import torch
 from pipeline_steps import params
 from pipeline_steps.records import replaced_folder, write_text
 
+from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model
 from .local import copy_backbones
 from .schema import Embedded
@@ -67,6 +69,8 @@ def main() -> None:
     with replaced_folder(arguments.out) as folder:
         if section.kind == "embedded":
             metrics = train_backbones(section.embedded, folder)
+        elif section.kind == "hub":
+            metrics = download_backbones(section.hub, folder)
         else:
             metrics = copy_backbones(section.local, folder)
     write_text(arguments.metrics, json.dumps(metrics, indent=2) + "\n")

@@ -14,6 +14,20 @@ class Local(StrictModel):
     language_path: str | None
 
 
+class Repository(StrictModel):
+    """A model on the Hugging Face Hub."""
+
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")  # owner/name
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")  # a commit: branches and tags move
+
+
+class Hub(StrictModel):
+    """Backbones to download; read only when kind is hub."""
+
+    vision: Repository
+    language: Repository
+
+
 class Embedded(StrictModel):
     """Sizes and warm-up of the backbones that the stage trains itself; read only when kind is embedded."""
 
@@ -57,6 +71,7 @@ class Embedded(StrictModel):
 
 
 class Section(StrictModel):
-    kind: Literal["embedded", "local"]
+    kind: Literal["embedded", "local", "hub"]
     local: Local
+    hub: Hub
     embedded: Embedded

@@ -1,8 +1,11 @@
 """The backbones stage: file formats, the tokenizer, warm-ups that learn and repeat, local folders."""
 
+import fnmatch
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 from model.foveated_encoder import FoveatedEncoder
 from pipeline_steps import params, world
 from pipeline_steps.backbones import __main__ as stage
-from pipeline_steps.backbones import language_model, vision_encoder
+from pipeline_steps.backbones import hub, language_model, vision_encoder
 from pipeline_steps.backbones.frames import Frames, pixel_values
 from pipeline_steps.backbones.schema import Embedded, Local
 from pipeline_steps.backbones.tokenizer import train_tokenizer
@@ -369,6 +372,63 @@ def test_a_local_path_that_is_not_given(monkeypatch, tmp_path, trained, key):
     local = {"vision_path": str(folder / "vision_encoder"), "language_path": str(folder / "language_model"), key: None}
     with pytest.raises(UserError, match=f"backbones.local.{key} is null"):
         run_stage(monkeypatch, tmp_path, kind="local", local=local)
+
+
+HUB = {
+    role: {"repository": f"owner/{role}", "revision": revision * 40}
+    for role, revision in (("vision", "a"), ("language", "b"))
+}
+
+
+def test_hub_repositories_are_downloaded_at_their_revisions_checked_and_copied(monkeypatch, tmp_path, trained):
+    asked = []
+
+    def fake(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        name = {"vision": "vision_encoder", "language": "language_model"}[repository.partition("/")[2]]
+        files = os.listdir(trained[0] / name)
+        assert all(any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns) for file in files)
+        assert not any(fnmatch.fnmatch("onnx/model.safetensors", pattern) for pattern in allow_patterns)
+        return str(trained[0] / name)
+
+    monkeypatch.setattr(hub, "snapshot_download", fake)
+    run_stage(monkeypatch, tmp_path, kind="hub", hub=HUB)
+    assert asked == [("owner/vision", "a" * 40), ("owner/language", "b" * 40)]
+    assert contents(tmp_path / "out") == contents(trained[0])
+    metrics = json.loads((tmp_path / "metrics/backbones.json").read_text())
+    assert (metrics["kind"], metrics["repositories"]) == ("hub", HUB)
+    assert len(metrics["language_model"]["model.safetensors"]["sha256"]) == 64
+
+
+def test_a_downloaded_model_that_does_not_fit_is_named(monkeypatch, tmp_path, trained):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(trained[0] / "language_model"))
+    with pytest.raises(UserError, match="model_type is 'llama', expected 'dinov2'"):
+        run_stage(monkeypatch, tmp_path, kind="hub", hub=HUB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_network_the_message_says_how_to_go_on(tmp_path):
+    """The library itself, which finds nothing in an empty cache."""
+    params_file, environment = tmp_path / "params.yaml", os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    params_file.write_text(params.compose(["backbones.kind=hub"]))
+    command = [sys.executable, "-m", "pipeline_steps.backbones", "--params", params_file, "--out", tmp_path / "out"]
+    command += ["--metrics", tmp_path / "metrics.json"]
+    settings = {"cwd": params.ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, check=False, **settings)
+    assert done.returncode == 1
+    assert "backbones.hub.vision: facebook/dinov2-small at revision ed25f3a" in done.stderr
+    assert "backbones.kind: local and backbones.local.vision_path" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("revision", "main"), ("revision", "A" * 40), ("revision", "a" * 39), ("repository", "dinov2")]
+)
+def test_a_revision_is_a_whole_commit(monkeypatch, tmp_path, key, value):
+    wrong = {**HUB, "vision": {**HUB["vision"], key: value}}
+    with pytest.raises(UserError, match=rf"backbones\.hub\.vision\.{key}: String should match pattern"):
+        run_stage(monkeypatch, tmp_path, kind="hub", hub=wrong)
 
 
 def test_an_output_path_that_cannot_be_written_is_one_paragraph(monkeypatch, tmp_path, capsys):
