@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 UNITS = 56  # units along a side of the frame
+SCALES = (1, 2, 4)  # px per unit of the sizes that frames are drawn in
 PATCH = 14  # units along a side of a patch
 GLYPH = 12  # units along a side of a digit
 GRID = UNITS // PATCH
@@ -65,8 +66,8 @@ class Digits:
 
     def glyphs(self, scale: int) -> np.ndarray:
         """Opacity of all digits at `scale` px per unit (1, 2 or 4): float32 [1797, 12 * scale, 12 * scale, 1]."""
-        if scale not in (1, 2, 4):
-            raise ValueError(f"scale is {scale} px per unit, the renderer knows 1, 2 and 4")
+        if scale not in SCALES:
+            raise ValueError(f"scale is {scale} px per unit, the renderer knows {SCALES}")
         if scale not in self._glyphs:
             if scale == 4:
                 side, cubic = 4 * GLYPH, Image.Resampling.BICUBIC
@@ -283,9 +284,9 @@ def scene_items(scene: Scene, rng: np.random.Generator | None = None, num_ask_it
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Independent single frames at 56 px with what is where, to warm up a vision encoder. B frames, N = 16 patches."""
+    """Independent single frames with what is where, to warm up a vision encoder. B frames, N = 16 patches."""
 
-    frames: np.ndarray  # uint8 [B, 56, 56, 3]
+    frames: np.ndarray  # uint8 [B, size, size, 3]
     patch_digit: np.ndarray  # int64 [B, N], 10 = no digit in this patch
     patch_colour: np.ndarray  # int64 [B, N], index into COLOUR_NAMES, 6 = none
     colour_digit: np.ndarray  # int64 [B, 6] digit that each colour shows, 10 = colour absent
@@ -296,10 +297,18 @@ class FrameBatch:
 
 
 def render_batch(
-    rng: np.random.Generator, digits: Digits, batch_size: int, split: str = "train", noise: float = 0.06
+    rng: np.random.Generator,
+    digits: Digits,
+    batch_size: int,
+    split: str = "train",
+    noise: float = 0.06,
+    size: int = UNITS,
 ) -> FrameBatch:
-    """Draw `batch_size` single frames: a quarter with a card's border, a quarter with a box, 1 to 4 objects each."""
-    frames, background = np.empty((batch_size, UNITS, UNITS, 3), np.uint8), np.empty(batch_size, np.int64)
+    """Draw `batch_size` single frames: a quarter with a card's border, a quarter with a box, 1 to 4 objects each.
+
+    size: px, 56, 112 or 224.
+    """
+    frames, background = np.empty((batch_size, size, size, 3), np.uint8), np.empty(batch_size, np.int64)
     patch_digit = np.full((batch_size, GRID * GRID), NO_DIGIT)
     patch_colour = np.full((batch_size, GRID * GRID), NO_COLOUR)
     colour_digit, place_digit = np.full((batch_size, 6), NO_DIGIT), np.full((batch_size, 4), NO_DIGIT)
@@ -307,7 +316,7 @@ def render_batch(
     for b in range(batch_size):
         kind = ("card", "follow", "ask_colour", "gist")[rng.integers(0, 4)]
         scene = sample_scene(rng, kind, split, digits, num_frames=1)
-        frames[b] = render(scene, digits, UNITS, noise)[0]
+        frames[b] = render(scene, digits, size, noise)[0]
         background[b] = BACKGROUND_NAMES.index(scene.background)
         for item in scene.objects:
             colour, place = COLOUR_NAMES.index(item.colour), PLACES.index(item.place)

@@ -15,6 +15,7 @@ whole or not at all. Exit code 1 with one paragraph for a folder that does not f
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ PARAMS = ("backbones",)
 
 def train_backbones(options: Embedded, folder: Path) -> dict:
     """Train both backbones and the tokenizer, write them below `folder`, return the metrics."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the next line needs it on a GPU
     torch.set_num_threads(options.num_threads)
     torch.use_deterministic_algorithms(True)
     tokenizer = train_tokenizer(options.vocabulary_size, options.max_positions)

@@ -19,12 +19,22 @@ class Frames(Dataset):
     """First `num_crowded` batches of crowded frames, then batches of the world's own.
 
     Item i is the same whichever process draws it: {name: tensor} with the fields of `world.FrameBatch`; a crowded batch
-    has frames, patch_digit and patch_colour only.
+    has frames, patch_digit and patch_colour only. Frames have `size` px; with a `grid` finer than the world's, every
+    patch of one of the world's has its labels.
     """
 
-    def __init__(self, split: str, num_batches: int, batch_size: int, seed: int, num_crowded: int = 0):
+    def __init__(
+        self,
+        split: str,
+        num_batches: int,
+        batch_size: int,
+        seed: int,
+        num_crowded: int = 0,
+        size: int = world.UNITS,
+        grid: int = world.GRID,
+    ):
         self.split, self.num_batches, self.batch_size, self.seed = split, num_batches, batch_size, seed
-        self.num_crowded = num_crowded
+        self.num_crowded, self.size, self.grid = num_crowded, size, grid
         self.digits = world.Digits()
 
     def __len__(self) -> int:
@@ -33,18 +43,28 @@ class Frames(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, world.SPLITS.index(self.split), index])
         if index < self.num_crowded:
-            batch = crowded_batch(rng, self.digits, self.batch_size, self.split)
+            batch = crowded_batch(rng, self.digits, self.batch_size, self.split, self.size)
         else:
-            batch = vars(world.render_batch(rng, self.digits, self.batch_size, self.split))
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+            batch = vars(world.render_batch(rng, self.digits, self.batch_size, self.split, size=self.size))
+        refined = {name: refine(batch[name], self.grid) for name in ("patch_digit", "patch_colour")}
+        return {name: torch.from_numpy(values) for name, values in {**batch, **refined}.items()}
 
 
-def crowded_batch(rng: np.random.Generator, digits: world.Digits, batch_size: int, split: str) -> dict[str, np.ndarray]:
-    """Frames with a digit in most patches, in any colours: four times the digits in a frame.
+def refine(labels: np.ndarray, grid: int) -> np.ndarray:
+    """Labels of the world's 4 x 4 patches [B, 16] for a grid that divides each of them: [B, grid * grid]."""
+    times = grid // world.GRID
+    square = labels.reshape(-1, world.GRID, world.GRID).repeat(times, 1).repeat(times, 2)
+    return np.ascontiguousarray(square.reshape(len(labels), -1))
 
-    {"frames": uint8 [B, 56, 56, 3], "patch_digit": int64 [B, N], "patch_colour": int64 [B, N]}.
+
+def crowded_batch(
+    rng: np.random.Generator, digits: world.Digits, batch_size: int, split: str, size: int = world.UNITS
+) -> dict[str, np.ndarray]:
+    """Frames with a digit in most of the world's patches, in any colours: four times the digits in a frame.
+
+    {"frames": uint8 [B, size, size, 3], "patch_digit": int64 [B, 16], "patch_colour": int64 [B, 16]}.
     """
-    frames = np.empty((batch_size, world.UNITS, world.UNITS, 3), np.uint8)
+    frames = np.empty((batch_size, size, size, 3), np.uint8)
     patch_digit = np.full((batch_size, world.GRID**2), world.NO_DIGIT)
     patch_colour = np.full((batch_size, world.GRID**2), world.NO_COLOUR)
     for b in range(batch_size):
@@ -74,11 +94,11 @@ def crowded_batch(rng: np.random.Generator, digits: world.Digits, batch_size: in
             slope=empty.slope,
             noise_seed=empty.noise_seed,
         )
-        frames[b] = world.render(scene, digits, world.UNITS)[0]
+        frames[b] = world.render(scene, digits, size)[0]
     return {"frames": frames, "patch_digit": patch_digit, "patch_colour": patch_colour}
 
 
 def pixel_values(frames: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], normalised as for every DINOv2 (ImageNet mean and deviation)."""
-    mean, deviation = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    mean, deviation = (torch.tensor(v, device=frames.device) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return ((frames / 255 - mean) / deviation).permute(0, 3, 1, 2)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline_steps.device import choose_device
+
 from .schema import Embedded
 from .warm_up import optimise
 
@@ -75,6 +77,7 @@ class CopyTask:
 
 def answer_logits(model: LlamaForCausalLM, input_ids: Tensor, num_answer: int) -> tuple[Tensor, Tensor]:
     """Logits and ids of the last `num_answer` tokens: [B, num_answer, V], [B, num_answer]."""
+    input_ids = input_ids.to(model.device)
     hidden = model.model(input_ids[:, :-1]).last_hidden_state[:, -num_answer:]
     return model.lm_head(hidden), input_ids[:, -num_answer:]
 
@@ -85,7 +88,7 @@ def warm_up_language_model(
     """Train in place; returns {"copy_accuracy": share of right answer tokens on new rows, "loss": last loss}."""
     task = CopyTask(tokenizer)
     generator = torch.Generator().manual_seed(options.seed)
-    model.train()
+    model.to(choose_device(options.device, "backbones.embedded.device")).train()
 
     def batch_loss(step: int) -> Tensor:
         logits, labels = answer_logits(model, *task.batch(options.language_batch_size, generator))
@@ -98,7 +101,9 @@ def warm_up_language_model(
         learning_rate=options.language_learning_rate,
         title="language warm-up",
     )
-    return {"loss": loss, "copy_accuracy": copy_accuracy(model, task, generator)}
+    accuracy = copy_accuracy(model, task, generator)
+    model.to("cpu")
+    return {"loss": loss, "copy_accuracy": accuracy}
 
 
 @torch.no_grad()

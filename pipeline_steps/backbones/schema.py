@@ -32,9 +32,11 @@ class Embedded(StrictModel):
     """Sizes and warm-up of the backbones that the stage trains itself; read only when kind is embedded."""
 
     seed: NonNegativeInt
-    num_threads: PositiveInt  # part of the result: another number gives other last bits
-    image_size: PositiveInt  # px
-    patch_size: PositiveInt  # px
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is one
+    num_threads: PositiveInt  # of torch on the CPU; part of the result: another number gives other last bits
+    num_workers: PositiveInt  # processes that draw frames; no part of the result
+    image_size: PositiveInt  # px: 56, 112 or 224
+    patch_size: PositiveInt  # px: a quarter of image_size, or what divides it
     vision_width: PositiveInt
     vision_layers: PositiveInt
     vision_heads: PositiveInt

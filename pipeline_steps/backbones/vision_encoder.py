@@ -22,6 +22,7 @@ from transformers import Dinov2Config
 
 from model.foveated_encoder import FoveatedEncoder, VisionWalk
 from pipeline_steps import world
+from pipeline_steps.device import choose_device
 from pipeline_steps.params import UserError
 
 from .frames import Frames, pixel_values
@@ -42,12 +43,8 @@ CLASS_TOKEN_SIZES = {
 
 
 def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
-    """A randomly initialised DINOv2. UserError for a patch grid other than the world's."""
-    if (options.image_size, options.patch_size) != (world.UNITS, world.PATCH):
-        raise UserError(
-            f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected "
-            f"{world.UNITS} and {world.PATCH}: the warm-up's labels are one digit per patch of the world's frames."
-        )
+    """A randomly initialised DINOv2. UserError for a patch grid that does not divide the world's patches."""
+    grid = patch_grid(options)
     config = Dinov2Config(
         image_size=options.image_size,
         patch_size=options.patch_size,
@@ -64,10 +61,27 @@ def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(encoder.embeddings.cls_token, std=0.02)
-    rows, columns = torch.randn(2, world.GRID, options.vision_width)
+    rows, columns = torch.randn(2, grid, options.vision_width)
     grid = rows[:, None] + columns[None]  # a row plus a column: queries that name a place are learned much sooner
     encoder.embeddings.position_embeddings.data[0, 1:] = grid.flatten(0, 1)
     return encoder
+
+
+def patch_grid(options: Embedded) -> int:
+    """Patches along a side of a frame. UserError for sizes that the world's frames or labels do not come in."""
+    sizes = [world.UNITS * scale for scale in world.SCALES]
+    if options.image_size not in sizes:
+        raise UserError(
+            f"backbones.embedded.image_size is {options.image_size}, expected one of "
+            f"{', '.join(map(str, sizes))}: the world's frames are drawn in these sizes."
+        )
+    cell = options.image_size // world.GRID  # px of one of the world's patches, which holds at most one digit
+    if cell % options.patch_size:
+        raise UserError(
+            f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected a "
+            f"patch_size that divides {cell}: the warm-up's labels are one digit per {cell} px of the world's frames."
+        )
+    return options.image_size // options.patch_size
 
 
 class Heads(nn.Module):
@@ -99,17 +113,27 @@ def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]
 def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded) -> dict[str, float]:
     """Train in place; returns {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
     heads, steps = Heads(options.vision_width), options.vision_steps
-    frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded=round(CROWDED_SHARE * steps))
-    stream = iter(DataLoader(frames, batch_size=None, num_workers=1, prefetch_factor=8))
-    encoder.train()
+    sizes = {"size": options.image_size, "grid": patch_grid(options)}
+    num_crowded = round(CROWDED_SHARE * steps)
+    frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded, **sizes)
+    stream = iter(DataLoader(frames, batch_size=None, num_workers=options.num_workers, prefetch_factor=8))
+    device = choose_device(options.device, "backbones.embedded.device")
+    encoder.to(device).train()
+    heads.to(device)
     loss = optimise(
         [*encoder.parameters(), *heads.parameters()],
-        lambda step: batch_loss(encoder, heads, next(stream)),
+        lambda step: batch_loss(encoder, heads, on_device(next(stream), device)),
         num_steps=steps,
         learning_rate=options.vision_learning_rate,
         title="vision warm-up",
     )
-    return {"loss": loss, **held_out_accuracies(encoder, heads, options)}
+    accuracies = held_out_accuracies(encoder, heads, options)
+    encoder.to("cpu")
+    return {"loss": loss, **accuracies}
+
+
+def on_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
 
 def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> Tensor:
@@ -144,7 +168,8 @@ def patch_loss(heads: Heads, walk: VisionWalk, batch: dict[str, Tensor]) -> Tens
 def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedded) -> dict[str, float]:
     """Shares of right digits and colours on frames with digits of the validation pool; empty places do not count."""
     encoder.eval()
-    frames = Frames("validation", 1, NUM_HELD_OUT, options.seed)[0]
+    sizes = {"size": options.image_size, "grid": patch_grid(options)}
+    frames = on_device(Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0], next(heads.parameters()).device)
     walk = walk_with_table(encoder, heads, frames)
     patches = walk.patch_features[:, 1:]
 

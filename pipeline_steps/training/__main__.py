@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps import checkpoint, params
+from pipeline_steps.device import choose_device
 from pipeline_steps.params import UserError
 from pipeline_steps.records import (
     ShardsManifest,
@@ -76,7 +77,7 @@ COLUMNS = (
 def main() -> None:
     arguments = read_arguments()
     parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
-    with processes(choose_device(parameters.training.common.device)) as group:
+    with processes(choose_device(parameters.training.common.device, "training.common.device")) as group:
         run_stage(arguments, parameters, group)
 
 
@@ -150,16 +151,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages' models")
     parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
     return parser.parse_args()
-
-
-def choose_device(wanted: str) -> str:
-    """`cpu` or `cuda` for the parameter training.common.device. UserError for a GPU that is not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "training.common.device is cuda, but torch finds no such GPU here. Set it to auto or cpu, or install the "
-            "driver and a torch that is built for it."
-        )
-    return "cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def previous(arguments: argparse.Namespace) -> Path | None:

@@ -35,6 +35,7 @@ CODE = (
     "pipeline_steps/streaming",
     "pipeline_steps/training",
     "pipeline_steps/checkpoint.py",
+    "pipeline_steps/device.py",
     "pipeline_steps/params.py",
     "pipeline_steps/records.py",
     "pipeline_steps/sidecar.py",

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 
 from model.foveated_encoder import FoveatedEncoder
@@ -27,7 +26,9 @@ from pipeline_steps.sources.chat import KINDS, make_question
 
 TINY = Embedded(
     seed=3,
+    device="cpu",
     num_threads=1,
+    num_workers=1,
     image_size=56,
     patch_size=14,
     vision_width=32,
@@ -232,44 +233,26 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tokenizer):
         )
 
 
-def test_another_patch_grid_is_refused():
-    with pytest.raises(UserError, match="image_size is 112 and patch_size 14, expected 56 and 14"):
-        vision_encoder.build_vision_encoder(TINY.model_copy(update={"image_size": 112}))
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "message"),
+    [
+        (84, 14, r"image_size is 84, expected one of 56, 112, 224"),
+        (112, 16, r"image_size is 112 and patch_size 16, expected a patch_size that divides 28"),
+        (56, 28, r"expected a patch_size that divides 14"),
+    ],
+)
+def test_a_patch_grid_that_does_not_divide_the_worlds_is_refused(image_size, patch_size, message):
+    with pytest.raises(UserError, match=message):
+        vision_encoder.build_vision_encoder(
+            TINY.model_copy(update={"image_size": image_size, "patch_size": patch_size})
+        )
 
 
-@pytest.mark.parametrize("num_crowded", [0, 1])
-def test_training_frames_show_training_digits_only(monkeypatch, num_crowded):
-    drawn, render = [], world.render
-    monkeypatch.setattr(world, "render", lambda scene, *rest: drawn.append(scene) or render(scene, *rest))
-    frames = Frames("train", 1, 64, seed=0, num_crowded=num_crowded)
-    frames[0]
-    shown = {image for scene in drawn for item in scene.objects for image in item.digit_images}
-    assert len(shown) > 50
-    assert shown <= set(frames.digits.splits["train"].tolist())
-
-
-@pytest.mark.parametrize("num_crowded", [0, 1])
-def test_patch_labels_are_where_the_pixels_are(num_crowded):
-    batch = Frames("train", 1, 32, seed=0, num_crowded=num_crowded)[0]
-    side = world.PATCH
-    patches = batch["frames"].unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2)
-    pixels = patches.flatten(2, 3).float()  # [B, N, side * side, 3]
-    palette = torch.tensor(list(world.COLOURS.values())).float()
-    distance = (pixels[..., None, :] - palette).abs().sum(-1).amin(2)  # [B, N, 6]: nearest pixel to each colour
-    labelled = batch["patch_colour"] != world.NO_COLOUR
-    assert (labelled == (batch["patch_digit"] != world.NO_DIGIT)).all()
-    right = distance.argmin(-1)[labelled] == batch["patch_colour"][labelled]
-    assert right.float().mean() > 0.9
-    assert labelled.float().mean() > 0.7 if num_crowded else labelled.float().mean() < 0.3
-
-
-def test_a_process_that_draws_ahead_gives_the_same_frames():
-    frames = Frames("train", 4, 2, seed=1, num_crowded=2)
-    for drawn, batch in zip(
-        DataLoader(frames, batch_size=None, num_workers=1), map(frames.__getitem__, range(4)), strict=True
-    ):
-        assert drawn.keys() == batch.keys()
-        assert all(torch.equal(drawn[name], batch[name]) for name in batch)
+def test_an_encoder_of_larger_frames_and_finer_patches_is_warmed_up():
+    options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_steps": 3, "num_workers": 2})
+    encoder = vision_encoder.build_vision_encoder(options)
+    assert encoder.embeddings.position_embeddings.shape == (1, 257, 32)
+    assert 0 <= vision_encoder.warm_up_vision_encoder(encoder, options)["query_digit_accuracy"] <= 1
 
 
 # ---- local folders and the entry point ----

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline_steps.params import UserError
 from pipeline_steps.training import guards, state
-from pipeline_steps.training.__main__ import by_family, choose_device
+from pipeline_steps.training.__main__ import by_family
 from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
@@ -295,17 +295,3 @@ def test_scores_of_a_family_are_weighted_by_tokens_over_its_sources():
         {"event": "diagnostics", "attention_entropy": 1.0},
     ]
     assert by_family(rows) == {"caption": {"fine": {"loss": 1.75, "accuracy": 0.75}}}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "there", "device"), [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu")]
-)
-def test_the_device_is_chosen(monkeypatch, wanted, there, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert choose_device(wanted) == device
-
-
-def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"training\.common\.device is cuda"):
-        choose_device("cuda")
