@@ -33,7 +33,6 @@ def train(run: Run) -> dict:
     result."""
     trainer = prepare(run)
     first, served = run.loader.step, run.served.mixture.statistics()
-    run.micro_batch_size = choose_micro_batch_size(run)
     announce(run, guards.warn_of_repeats(run.stage, served, run.common.watch.max_epochs))
     with stopped_by_sigterm(run):
         for step, batch in enumerate(run.watch.progress(run.loader, first), start=first):
@@ -69,6 +68,7 @@ def prepare(run: Run) -> Trainer:
     if saved is not None:
         run.model.load_state_dict(saved[0]["model"])
     groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)
+    run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
     wrapped = wrap(run.model, run.processes, run.common.sharding)
     if run.processes.world_size > 1 and run.common.sharding == "fsdp":  # the parameters are others now
         names = {id(p): name for name, p in run.model.named_parameters()}
@@ -105,7 +105,10 @@ def check_preferences(run: Run) -> None:
 
 def choose_micro_batch_size(run: Run) -> int | None:
     """Samples per forward pass: the given number, None for a whole batch, or as many of the largest samples as fit the
-    memory of every process's GPU, beside the optimizer's state that there will be."""
+    memory of every process's GPU, beside the optimizer's state that there will be.
+
+    Every process tries by itself with the whole model, so with fsdp, which divides it, more may fit than is found.
+    """
     wanted = run.common.micro_batch_size
     if wanted != "auto":
         return wanted
@@ -116,9 +119,10 @@ def choose_micro_batch_size(run: Run) -> int | None:
     places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
     largest = np.argsort(-places, kind="stable").tolist()
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    parts = run.processes.world_size if run.common.sharding == "fsdp" else 1
 
     def try_size(size: int) -> None:
-        state_to_come = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        state_to_come = trained[0].new_empty(2 * sum(parameter.numel() for parameter in trained) // parts)
         batch = to_device(run.loader.collate([run.train[number] for number in largest[:size]]), run.device)
         num_plans = run.model.config.num_passes + 1
         try:

@@ -110,8 +110,9 @@ def find_micro_batch_size(batch_size: int, try_size: Callable[[int], None]) -> i
             try_size(size)
             return size
         except torch.OutOfMemoryError:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            pass
+        if torch.cuda.is_available():  # outside of the handler, whose error still holds what the attempt made
+            torch.cuda.empty_cache()
         if size == 1:
             raise UserError(
                 "a single sample is too large for the GPU's memory. Set training.common.activation_checkpointing: true "
