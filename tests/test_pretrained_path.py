@@ -36,7 +36,7 @@ FEW = (
     "training.common.micro_batch_size=1",
     "training.common.precision=fp32",
     "training.common.device=cpu",
-    "training.common.num_threads=1",
+    "training.common.num_threads=2",
     "training.common.checkpoint_every=1",
     "training.common.keep_checkpoints=1",
     "training.common.max_validation_items=1",
@@ -44,7 +44,7 @@ FEW = (
     "training.common.watch.dvclive=false",
     "training.common.watch.heatmaps_every=null",
     "training.common.watch.log_every=1",
-    "training.stage1.num_samples=6",
+    "training.stage1.num_samples=4",
     "training.stage2.num_samples=2",
     *(f"training.stage{number}.mixture={ALL}" for number in (1, 2)),
     "training.stage2.text_share=0.5",
@@ -52,7 +52,7 @@ FEW = (
     "evaluation.max_answers_per_family=1",
     "evaluation.max_answer_tokens=3",
     "evaluation.bootstrap_samples=20",
-    "evaluation.num_threads=1",
+    "evaluation.num_threads=2",
 )
 LOAD = """
 import sys
@@ -62,9 +62,7 @@ folder = sys.argv[1]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 frames = np.random.default_rng(0).integers(0, 256, (2, 240, 320, 3), dtype=np.uint8)
-chat = [{"role": "user", "content": "Which digits does red show?"}]
-text = processor.apply_chat_template([chat], add_generation_prompt=True, tokenize=False)
-inputs = processor(text=text, videos=[frames], return_tensors="pt")
+inputs = processor("Which digits does red show?", frames)
 with torch.no_grad():
     answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
 print(sum(p.numel() for p in model.parameters()), model.dtype, tuple(inputs["pixel_values"].shape), answer.shape[1])

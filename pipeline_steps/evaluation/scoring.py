@@ -82,7 +82,7 @@ def load(dataset, collate, patch_size, family, numbers):
     samples = [dataset.sample(number) for number in numbers]
     grid = batch["pixel_values"].shape[-1] // patch_size
     truths = [
-        targets.truth(sample, item["item"], num_frames, grid, dataset.frame_policy.fit)
+        targets.truth(sample, item["item"], num_frames, grid, dataset.fit)
         for sample, item, num_frames in zip(samples, items, batch["num_frames"].tolist(), strict=True)
     ]
     return family, items, batch, truths
