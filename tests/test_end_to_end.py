@@ -6,6 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline_steps.metrics import MODES, EvaluationResult
@@ -81,6 +82,49 @@ def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):
     for family in ("card", "follow", "ask_colour", "ask_place"):  # the oracle's queries see the target alone
         assert result["gaze"][family]["autoregressive"]["peak_on_target"] == 1.0
         assert result["gaze"][family]["autoregressive"]["mass_on_target"] == pytest.approx(1.0)
+
+
+def preference_folder(folder):
+    """Stills of one grey each, asked how bright they are, with a right and a wrong answer."""
+    folder.mkdir()
+    rows = []
+    for number in range(12):
+        bright = number % 2
+        Image.new("RGB", (56, 56), (60 + 120 * bright + number,) * 3).save(folder / f"{number}.png")
+        answers = {"answer": ["dark", "light"][bright], "rejected": ["light", "dark"][bright]}
+        split = "train" if number < 8 else "validation" if number < 10 else "test"
+        rows.append({"file_name": f"{number}.png", "question": "Is it dark or light?", "split": split, **answers})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_preferences_of_a_folder_are_trained_on(finished_run, tmp_path):
+    options = ["sources.collect=[folder]", f"sources.folder.path={preference_folder(tmp_path / 'pictures')}"]
+    options += ["training.stage3.loss=preference", "training.stage3.text_share=0.0", "shards.max_hash_distance=null"]
+    options += [
+        "training.stage3.mixture=[{source: folder, family: '*', weight: 1.0}]",
+        "training.stage3.num_samples=64",
+    ]
+    pipeline.write_params(tmp_path, *options, "training.common.watch.log_every=1")
+    (tmp_path / "data").mkdir()
+    shutil.copytree(finished_run / "data/backbones", tmp_path / "data/backbones")
+    shutil.copytree(finished_run / "outputs/stage2", tmp_path / "outputs/stage2")
+    pipeline.run_all(tmp_path, "sources", "shards", "tokens", "stage3")
+    rows = pd.read_csv(tmp_path / "reports/metrics/stage3.csv").query("event == 'train'")
+    assert rows["loss"].iloc[0] == pytest.approx(0.693147, abs=1e-4)  # the reference is the model itself
+    assert rows["loss"].iloc[-1] < 0.5
+    assert rows["reward_margin"].iloc[0] == pytest.approx(0, abs=1e-4)
+    assert rows["reward_margin"].iloc[-1] > 0.5
+
+
+def test_a_stage_of_preferences_without_any_is_refused(finished_run, tmp_path):
+    folder = copy_of(finished_run, tmp_path, "data")
+    shutil.copytree(finished_run / "outputs/stage1", folder / "outputs/stage1")
+    pipeline.write_params(folder, "training.stage2.loss=preference", "training.stage2.text_share=0.0")
+    done = pipeline.run(folder, "stage2")
+    assert done.returncode == 1
+    assert "have no rejected answer" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
