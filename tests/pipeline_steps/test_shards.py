@@ -288,6 +288,7 @@ def test_killed_at_any_moment_gives_the_same_bytes(tmp_path):
     assert left == []
 
 
+@pytest.mark.slow
 def test_one_more_sample_packs_one_shard(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(40))
