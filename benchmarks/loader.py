@@ -136,6 +136,7 @@ def tokens_entry(number: int, num_items: int, num_tokens: int) -> TokensEntry:
 def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEntry]) -> None:
     totals = {name: sum(getattr(s, name) for s in shards) for name in ("num_samples", "num_frames", "seconds", "bytes")}
     items = {name: sum(getattr(t, name) for t in tokens) for name in ("num_items", "num_tokens")}
+    count = items["num_items"]
     policy = FramePolicy(image_size=SIZE, fit="crop", fps=2.0, max_frames=NUM_FRAMES, jpeg_quality=90)
     packed = ShardsManifest(
         splits={"train": SplitEntry(shards=tuple(shards), **totals)},
@@ -148,12 +149,12 @@ def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEnt
     write_json(root / "shards/manifest.json", packed)
     made = TokensManifest(
         splits={"train": TokensSplit(shards=tuple(tokens), **items)},
-        seen=items["num_items"],
-        kept=items["num_items"],
+        seen=count,
+        kept=count,
         dropped=(),
         truncated=(),
         families={},
-        sources={},
+        sources={"clips": {"seen": count, "kept": count, "truncated": 0, "dropped": 0, "tokens": 0}},
         tokenizer_sha256="",
         vocabulary_size=49_152,
         max_tokens=NUM_TOKENS,

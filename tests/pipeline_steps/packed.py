@@ -167,7 +167,7 @@ def write_manifests(root: Path, split: str, shards: list[ShardEntry], tokens: li
         dropped=(),
         truncated=(),
         families={},
-        sources={},
+        sources={"all": {"seen": num_items, "kept": num_items, "truncated": 0, "dropped": 0, "tokens": 0}},
         tokenizer_sha256="x",
         vocabulary_size=100,
         max_tokens=64,

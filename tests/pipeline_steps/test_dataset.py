@@ -183,7 +183,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, damage, message
         entry = manifest["splits"]["train"]
         dropped = entry["shards"].pop()
         entry["num_items"] -= dropped["num_items"]
-        manifest["seen"] = manifest["kept"] = entry["num_items"]
+        for counts in (manifest, manifest["sources"]["all"]):
+            counts["seen"] = counts["kept"] = entry["num_items"]
     (root / "tokens/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message):
         open_split(root)
