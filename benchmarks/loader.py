@@ -5,7 +5,7 @@
 
 `speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them. In turn, several rounds each, so that
 what else the machine does falls on all alike: raw Pillow decoding of the same JPEG files from memory (to pixels, by as
-many threads), our loader (whole batches: tokens, pixels as float32, normalised), and a plain WebDataset pipeline
+many threads; "raw_batches": the same, keeping the pixels of a batch), our loader (whole batches: tokens, pixels as float32, normalised), and a plain WebDataset pipeline
 (`shuffle().decode("pil")` in a DataLoader with as many workers; to a list of pictures, not to batches). "pixels" is
 our loader up to the decoded frames, the like of the raw rate; "normalised" is the raw rate with the pixels normalised
 as the loader does it, the like of its whole batches. Rates are the medians of the rounds, ratios those of the rounds'
@@ -56,6 +56,7 @@ SIZE, NUM_FRAMES, NUM_TOKENS, BATCH = 224, 8, 120, 16
 ROUNDS = 7
 RATIOS = (
     ("pixels", "raw"),
+    ("pixels", "raw_batches"),
     ("loader", "normalised"),
     ("loader", "raw"),
     ("pixels", "webdataset"),
@@ -207,6 +208,13 @@ def raw(clips: list[list[bytes]], num_workers: int, then=lambda pixels: pixels) 
         return sum(1 for _ in pool.map(lambda jpegs: then(decode_clip(jpegs)).shape, clips))
 
 
+def raw_batches(clips: list[list[bytes]], num_workers: int) -> int:
+    """`raw` whose pixels are kept as long as a batch of the loader keeps them: they no longer fit into the caches."""
+    batches = [clips[start : start + BATCH] for start in range(0, len(clips), BATCH)]
+    with ThreadPoolExecutor(num_workers) as pool:
+        return sum(pool.map(lambda batch: len([decode_clip(jpegs) for jpegs in batch]), batches))
+
+
 def plain_webdataset(root: Path, num_workers: int) -> int:
     import webdataset
     from torch.utils.data import DataLoader
@@ -225,6 +233,7 @@ def measure_speed(root: Path, num_clips: int, num_workers: int, rounds: int) -> 
     collate = Collator(**options, tokens_per_frame=1, visual_id=49_152, bos_id=1, pad_id=0)
     runs = {
         "raw": lambda: raw(clips, num_workers),
+        "raw_batches": lambda: raw_batches(clips, num_workers),
         "pixels": lambda: ours(dataset, num_workers, PixelsOnly()),
         "normalised": lambda: raw(clips, num_workers, normalise),
         "loader": lambda: ours(dataset, num_workers, collate),

@@ -9,8 +9,10 @@ import torch
 
 from model.processing_foveated_vlm import normalise, visual_places
 from pipeline_steps.params import UserError
+from pipeline_steps.streaming.memory import Pool
 
 IGNORED = -100
+IDLE = 256 * 2**20  # bytes that are kept for the next batches' pixels
 
 
 class Collator:
@@ -33,6 +35,7 @@ class Collator:
     ):
         self.layout, self.loss, self.image_replication = layout, loss, image_replication
         self.tokens_per_frame, self.visual_id, self.bos_id, self.pad_id = tokens_per_frame, visual_id, bos_id, pad_id
+        self._pool = Pool(IDLE)
 
     @classmethod
     def for_model(cls, config, *, loss: str, image_replication: int) -> "Collator":
@@ -76,7 +79,7 @@ class Collator:
         """float32 [num_frames, 3, height, width]: item by item, so that the work stays in the processor's cache."""
         shown = [item for item in items if len(item["frames"])]
         height, width = shown[0]["frames"].shape[1:3] if shown else (1, 1)
-        pixels = np.empty((num_frames, 3, height, width), np.float32)
+        pixels = self._pool.empty((num_frames, 3, height, width), np.float32)
         start = 0
         for item in shown:
             count, repeats = len(item["frames"]), self._repeats(item)

@@ -29,8 +29,10 @@ from pipeline_steps.records import (
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.files import OpenFiles
 from pipeline_steps.streaming.fit import check_fit
+from pipeline_steps.streaming.memory import Pool
 from pipeline_steps.streaming.targets import truth
 
+IDLE = 64 * 2**20  # bytes that are kept for the next items' frames
 DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damaged bytes
 
 
@@ -92,6 +94,7 @@ class TokenizedShards:
             batches += own
             self._shard_of += [number] * len(own)
         self.rows, self.index = index.Rows(batches), index.build(batches)
+        self._pool = Pool(IDLE)
         self._files, self._tars = OpenFiles(), [str(self.shards_dir / split / shard.name) for shard in self.shards]
 
     def _open(self, shard: ShardEntry, entry: TokensEntry, with_frames: bool) -> list:
@@ -175,7 +178,7 @@ class TokenizedShards:
         for, `target_patches` bool [T, N], all False in frames of no known target. UnreadableSample for damaged frames.
         """
         key, size = raw.row["key"], self.image_size
-        frames = np.empty((len(raw.jpegs), size, size, 3) if raw.jpegs else (0, 0, 0, 3), np.uint8)
+        frames = self._pool.empty((len(raw.jpegs), size, size, 3) if raw.jpegs else (0, 0, 0, 3), np.uint8)
         for number, content in enumerate(raw.jpegs):
             try:
                 frames[number] = decode(content, size)

@@ -33,7 +33,7 @@ def test_speed_writes_rates_and_ratios(monkeypatch, tmp_path, capsys):
     options = ("--only", "speed", "--clips", 8, "--rounds", 1, "--num-workers", 1, "--folder", tmp_path)
     assert call(monkeypatch, *options, "--output", tmp_path / "numbers.json") == 0
     result = json.loads((tmp_path / "numbers.json").read_text())["speed"]
-    assert set(result["samples_per_second"]) == {"raw", "pixels", "normalised", "loader", "webdataset"}
+    assert set(result["samples_per_second"]) == {"raw", "raw_batches", "pixels", "normalised", "loader", "webdataset"}
     assert all(rate > 0 for rate in result["samples_per_cpu_second"].values())
     rates, ratios = result["samples_per_second"], result["ratio_per_second"]
     assert ratios["loader_to_webdataset"] == pytest.approx(rates["loader"] / rates["webdataset"])
