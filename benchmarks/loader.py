@@ -3,14 +3,16 @@
     python -m benchmarks.loader                        all of it
     python -m benchmarks.loader --only index --items 4500000
 
-`speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them. In turn, several rounds each, so that
-what else the machine does falls on all alike: raw Pillow decoding of the same JPEG files from memory (to pixels, by as
-many threads; "raw_batches": the same, keeping the pixels of a batch), our loader (whole batches: tokens, pixels as float32, normalised), and a plain WebDataset pipeline
-(`shuffle().decode("pil")` in a DataLoader with as many workers; to a list of pictures, not to batches). "pixels" is
-our loader up to the decoded frames, the like of the raw rate; "normalised" is the raw rate with the pixels normalised
-as the loader does it, the like of its whole batches. Rates are the medians of the rounds, ratios those of the rounds'
-own ratios. "per CPU second" is the same by the time that the processors worked on it, which other work on the machine
-does not change.
+`speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, read in turn, several rounds each, so
+that what else the machine does falls on all alike:
+    raw           Pillow makes pixels of the same JPEG files from memory, in as many threads
+    raw_batches   the same, keeping the pixels of a batch (as every loader must): they no longer fit into the caches
+    pixels        our loader up to the decoded frames, in batches
+    normalised    raw, then the pixels as float32, normalised
+    loader        our loader: whole batches of tokens and normalised pixels
+    webdataset    plain `WebDataset(...).shuffle().decode("pil")` in a DataLoader with as many workers: no batches
+Rates are the medians of the rounds, ratios those of the rounds' own ratios. "per CPU second" is the same by the time
+that the processors worked on it, which other work on the machine hardly changes.
 `index`: sidecars of `--items` items in shards of 1,000 are written to a temporary folder once, then opened in a new
 process: seconds, memory, items per second at random.
 Cost: 3 minutes on two cores; 5 GB on the disk for 4.5 million items.

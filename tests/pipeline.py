@@ -12,7 +12,19 @@ from pipeline_steps import params
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")  # a process that has imported all, and has run nothing of it
 FORKS.set_forkserver_preload(["pipeline_steps.training.__main__"])
-STAGES = ("backbones", "sources", "shards", "tokens", "stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps")
+STAGES = (
+    "backbones",
+    "sources",
+    "shards",
+    "tokens",
+    "streaming",
+    "stage1",
+    "stage2",
+    "stage3",
+    "evaluation",
+    "flops",
+    "heatmaps",
+)
 SECONDS = (
     "backbones.embedded.vision_steps=4",
     "backbones.embedded.language_steps=4",
@@ -45,6 +57,7 @@ def write_params(folder: Path, *overrides: str) -> None:
 
 def command(stage: str) -> list[str]:
     words = ["training", "--stage", stage] if stage.startswith("stage") else [stage]
+    words += ["--stats"] if stage == "streaming" else []
     return [sys.executable, "-m", f"pipeline_steps.{words[0]}", *words[1:]]
 
 
