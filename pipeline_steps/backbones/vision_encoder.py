@@ -32,6 +32,7 @@ from .warm_up import optimise
 CROWDED_SHARE = 0.4  # of the steps, the first ones
 QUERY_WEIGHT, CLASS_TOKEN_WEIGHT = 6.0, 0.3  # of their losses, beside 1 for the patches
 NUM_HELD_OUT = 1024  # frames of digits that no training ever sees
+PIXELS = 1024 * 56**2  # of the held-out frames that are looked at at once
 NUM_DIGITS, NUM_COLOURS, NUM_PLACES = world.NO_DIGIT, world.NO_COLOUR, world.NO_PLACE  # 10, 6, 4
 CLASS_TOKEN_SIZES = {
     "digits": NUM_DIGITS,
@@ -169,19 +170,27 @@ def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedde
     """Shares of right digits and colours on frames with digits of the validation pool; empty places do not count."""
     encoder.eval()
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
-    frames = on_device(Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0], next(heads.parameters()).device)
-    walk = walk_with_table(encoder, heads, frames)
-    patches = walk.patch_features[:, 1:]
+    frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0]
+    found = [held_out_logits(encoder, heads, part) for part in frames["frames"].split(PIXELS // options.image_size**2)]
+    queries, digits, colours = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def accuracy(logits: Tensor, labels: Tensor, none: int) -> float:
         shown = labels != none
         return (logits.argmax(-1)[shown] == labels[shown]).float().mean().item()
 
     return {
-        "query_digit_accuracy": accuracy(heads.query_digit(walk.query_output), query_labels(frames), NUM_DIGITS),
-        "patch_digit_accuracy": accuracy(heads.patch_digit(patches), frames["patch_digit"], NUM_DIGITS),
-        "patch_colour_accuracy": accuracy(heads.patch_colour(patches), frames["patch_colour"], NUM_COLOURS),
+        "query_digit_accuracy": accuracy(queries, query_labels(frames), NUM_DIGITS),
+        "patch_digit_accuracy": accuracy(digits, frames["patch_digit"], NUM_DIGITS),
+        "patch_colour_accuracy": accuracy(colours, frames["patch_colour"], NUM_COLOURS),
     }
+
+
+def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of queries' digits, patches' digits and patches' colours, on the CPU."""
+    walk = walk_with_table(encoder, heads, {"frames": frames.to(heads.table.device)})
+    patches = walk.patch_features[:, 1:]
+    logits = heads.query_digit(walk.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
+    return tuple(values.cpu() for values in logits)
 
 
 def save_vision_encoder(encoder: FoveatedEncoder, folder: Path) -> None:
