@@ -1,6 +1,7 @@
 """The pretrained path in full size: SmolLM2-135M and DINOv2-small in the published format, with random weights.
 
 Data and steps are few, the network is not: 157 M parameters, frames of 224 px in 16 x 16 patches.
+Cost: 72 s of one core, 3.4 GB of memory, some GB of disk (`/usr/bin/time -v python -m pytest THIS_FILE`).
 """
 
 import json
@@ -116,7 +117,7 @@ def write_clips(folder):
     splits = ["train"] * 4 + ["validation", "test"]
     rows = []
     for number, split in enumerate(splits):
-        clips.write_clip(folder / f"{number}.mp4", clips.grey_frames(2, 320, 240))
+        clips.write_clip(folder / f"{number}.mp4", [frame + number for frame in clips.grey_frames(2, 320, 240)])
         rows.append({"file_name": f"{number}.mp4", "question": "How bright is it?", "answer": "Dark, then bright."})
         rows[-1]["split"] = split
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
