@@ -255,7 +255,7 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
     write_json(arguments.metrics / f"{arguments.stage}.json", summary)
     timing = {
         "seconds": round(seconds, 1),
-        "samples_per_second": round(run.settings.num_samples / seconds, 1),
+        "samples_per_second": round(run.watch.samples / seconds, 1),  # of this process, which may have gone on
         "device": run.device,
     }
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)

@@ -118,7 +118,9 @@ def wrap(model: nn.Module, group: Processes, sharding: str) -> nn.Module:
         return model
     device_ids = None if group.device == "cpu" else [group.device]
     # a text-only share of a batch uses no vision weights, a coarse step no planner
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=True)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, find_unused_parameters=True, gradient_as_bucket_view=True
+    )
 
 
 def without_sync(wrapped: nn.Module, last: bool):

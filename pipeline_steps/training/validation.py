@@ -74,7 +74,7 @@ def watched_items(run) -> list[dict]:
     shown = ~run.validation.index.is_text
     families = [numbers[shown[numbers]] for _, numbers in sorted(run.validation.families().items())]
     turns = [number for turn in zip(*(own for own in families if len(own)), strict=False) for number in turn]
-    return [run.validation[int(number)] for number in turns[: run.common.batch_size]]
+    return [run.validation[int(number)] for number in turns[: run.micro_batch_size or run.common.batch_size]]
 
 
 @torch.no_grad()
