@@ -117,6 +117,14 @@ def test_an_epoch_is_the_data_set_with_the_frames_of_local_shards(root, server, 
         assert max(server.asked[path] for path in server.asked if path.endswith(".arrow")) == 1
 
 
+def test_single_items_are_read_out_of_turn(root, server):
+    data, local = dataset(section(server.url)), packed.open_split(root)
+    for number in (0, 3, 50, 93):
+        one, other = data[number], local[number]
+        assert np.array_equal(one.pop("frames"), other.pop("frames"))
+        assert one == other
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_read_different_shards_and_no_sample_twice(root, world_size):
     settings = section(pipe(root))
