@@ -1,0 +1,158 @@
+"""How far two ways of training lie apart: effect, 95 % interval, p-value, equivalence, Holm's correction.
+
+The data of a comparison are two arrays [seeds, items] of sums over an item's scored tokens (nats, or correct tokens):
+the run of seed s of either arm on item i. Every run scores the same items, and the runs of a seed share the order of
+their data, so everything is paired. An arm's score is the unweighted mean over the families of sum / tokens.
+
+Effect of seed s: log(loss of the arm / loss of the baseline), or the difference of the accuracies. The effect of a
+comparison is its mean over the seeds (for losses: the geometric mean of the seeds' ratios).
+
+Assumed: seeds are a random sample of all seeds, with effects that are roughly normal (random effect); items are a random
+sample of their family, families are fixed. A resample draws seeds, then items: of every family, and the same items for
+both arms and for all seeds, because every run scored the same ones (drawing other items for every seed would take their
+common difficulty for independent evidence and make the interval too short). The seeds' part of that variance has
+a closed form, (S - 1) / S^2 times the seeds' variance s^2; it is enlarged by S / (S - 1) to s^2 / S, since resampling
+few seeds understates it by that. The items' part is drawn. Percentiles of the resamples of three seeds cannot reach
+95 %, so interval and p-values are Student's t with that standard error and Satterthwaite's degrees of freedom.
+tests/pipeline_steps/test_statistics.py measures the coverage of both.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % interval decides everything
+LOG_RATIO, DIFFERENCE = "log ratio", "difference"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect on its additive scale (a log ratio or a difference); `ratio` and `ratio_interval` undo the log."""
+
+    per_seed: tuple[float, ...]
+    items_error: float  # standard error from the items
+    seeds_error: float | None  # standard error from the seeds; None: one seed, which says nothing about others
+    degrees: float  # of freedom of Student's t
+
+    @property
+    def value(self):
+        return float(np.mean(self.per_seed))
+
+    @property
+    def standard_error(self):
+        return float(np.hypot(self.items_error, self.seeds_error or 0.0))
+
+    @property
+    def interval(self):
+        """95 %; of one seed: over items only."""
+        half = self.standard_error * stats.t.ppf(1 - ALPHA / 2, self.degrees)
+        return float(self.value - half), float(self.value + half)
+
+    @property
+    def ratio(self):
+        return float(np.exp(self.value))
+
+    @property
+    def ratio_interval(self):
+        low, high = np.exp(self.interval)
+        return float(low), float(high)
+
+    @property
+    def p_value(self):
+        """Two-sided, against no effect; None for one seed."""
+        return None if self.seeds_error is None else min(1.0, 2 * min(self.p_above(0.0), self.p_below(0.0)))
+
+    def p_above(self, border):
+        """One-sided p-value of 'the effect is above `border`'."""
+        return _tail(self.value - border, self.standard_error, self.degrees)
+
+    def p_below(self, border):
+        """One-sided p-value of 'the effect is below `border`'."""
+        return _tail(border - self.value, self.standard_error, self.degrees)
+
+    def p_equivalent(self, low, high):
+        """Two one-sided tests: p-value of 'the effect is between `low` and `high`', the larger of the two."""
+        return max(self.p_above(low), self.p_below(high))
+
+
+def _tail(distance, error, degrees):
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(stats.t.sf(distance / error, degrees))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One run's sums over the scored tokens of its items, families one after another."""
+
+    family_sizes: tuple[int, ...]
+    num_tokens: np.ndarray  # [items]
+    loss_sum: np.ndarray  # [items]
+    num_correct: np.ndarray  # [items]
+
+
+class Resamples:
+    """How often every item is drawn in each of `num_samples` resamples, family by family; shared by all comparisons of
+    the same items."""
+
+    def __init__(self, family_sizes, num_samples, seed):
+        rng = np.random.default_rng(seed)
+        self.family_sizes = tuple(family_sizes)
+        self.counts = [rng.multinomial(size, np.full(size, 1 / size), num_samples) for size in family_sizes]
+
+    def means(self, sums, num_tokens):
+        """Mean over families of sum / tokens: (resampled [num_samples, seeds], observed [seeds]) of sums
+        [seeds, items]."""
+        borders = np.cumsum(self.family_sizes)[:-1]
+        parts = np.split(np.asarray(sums, dtype=float), borders, axis=1)
+        weights = np.split(np.asarray(num_tokens, dtype=float), borders)
+        drawn = [
+            count @ part.T / (count @ weight)[:, None]
+            for count, part, weight in zip(self.counts, parts, weights, strict=True)
+        ]
+        observed = [part.sum(1) / weight.sum() for part, weight in zip(parts, weights, strict=True)]
+        return np.mean(drawn, axis=0), np.mean(observed, axis=0)
+
+
+def paired_effect(base, arm, num_tokens, resamples, scale=LOG_RATIO):
+    """`Effect` of `arm` against `base`, both [seeds, items] (row s of both: the same seed), num_tokens [items].
+
+    Raises ValueError for a loss of 0, which has no ratio.
+    """
+    base_drawn, base_seen = resamples.means(base, num_tokens)
+    arm_drawn, arm_seen = resamples.means(arm, num_tokens)
+    if scale == LOG_RATIO:
+        if min(base_drawn.min(), arm_drawn.min()) <= 0:
+            raise ValueError("a loss of 0 has no ratio: compare accuracies, or score more items")
+        base_drawn, base_seen, arm_drawn, arm_seen = map(np.log, (base_drawn, base_seen, arm_drawn, arm_seen))
+    items = float(np.std((arm_drawn - base_drawn).mean(1)))
+    per_seed = arm_seen - base_seen
+    num_seeds, num_families = len(per_seed), len(resamples.family_sizes)
+    seeds = float(np.std(per_seed, ddof=1)) / num_seeds**0.5 if num_seeds > 1 else None
+    item_degrees = max(sum(resamples.family_sizes) - num_families, 1)
+    return Effect(
+        per_seed=tuple(map(float, per_seed)),
+        items_error=items,
+        seeds_error=seeds,
+        degrees=_satterthwaite((items, item_degrees), (seeds or 0.0, max(num_seeds - 1, 1))),
+    )
+
+
+def _satterthwaite(*parts):
+    """Degrees of freedom of a sum of independent variances, given (standard error, degrees of freedom) of each."""
+    total = sum(error**2 for error, _ in parts)
+    if total == 0:
+        return float(min(degrees for _, degrees in parts))
+    return total**2 / sum(error**4 / degrees for error, degrees in parts)
+
+
+def holm(p_values):
+    """Holm's adjusted p-values, in the given order: the chance of one false finding in the whole table stays below
+    the level."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values, kind="stable")
+    steps = (len(p_values) - np.arange(len(p_values))) * p_values[order]
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted.tolist()
