@@ -7,22 +7,26 @@ their data, so everything is paired. An arm's score is the unweighted mean over 
 Effect of seed s: log(loss of the arm / loss of the baseline), or the difference of the accuracies. The effect of a
 comparison is its mean over the seeds (for losses: the geometric mean of the seeds' ratios).
 
-Assumed: seeds are a random sample of all seeds, with effects that are roughly normal (random effect); items are a random
-sample of their family, families are fixed. A resample draws seeds, then items: of every family, and the same items for
-both arms and for all seeds, because every run scored the same ones (drawing other items for every seed would take their
-common difficulty for independent evidence and make the interval too short). The seeds' part of that variance has
-a closed form, (S - 1) / S^2 times the seeds' variance s^2; it is enlarged by S / (S - 1) to s^2 / S, since resampling
-few seeds understates it by that. The items' part is drawn. Percentiles of the resamples of three seeds cannot reach
-95 %, so interval and p-values are Student's t with that standard error and Satterthwaite's degrees of freedom.
+Assumed: seeds are a random sample of all seeds, with effects that are roughly normal (random effect); items are a
+random sample of their family, families are fixed. A resample draws seeds, then items: of every family, and the same
+items for both arms and for all seeds, because every run scored the same ones (other items for every seed would take
+their common difficulty for independent evidence and make the interval too short). The seeds' part of that variance
+has a closed form, (S - 1) / S^2 times the seeds' variance s^2; it is enlarged by S / (S - 1) to s^2 / S, since
+resampling few seeds understates it by that. The items' part is drawn, without what the seeds' spread holds already.
+Percentiles of the resamples of three seeds cannot reach 95 %, so interval and p-values are Student's t: the half width
+is the root of the squared half widths that either part would have alone, with S - 1 degrees of freedom for the seeds
+(Howe 1974, "Approximate confidence limits on the mean of X + Y where X and Y are two tabled independent random
+variables").
 tests/pipeline_steps/test_statistics.py measures the coverage of both.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % interval decides everything
+SMALLEST = 1e-30  # p-values below it are 0
 LOG_RATIO, DIFFERENCE = "log ratio", "difference"
 
 
@@ -32,22 +36,33 @@ class Effect:
 
     per_seed: tuple[float, ...]
     items_error: float  # standard error from the items
+    items_degrees: int  # degrees of freedom of the items' error
     seeds_error: float | None  # standard error from the seeds; None: one seed, which says nothing about others
-    degrees: float  # of freedom of Student's t
 
     @property
     def value(self):
         return float(np.mean(self.per_seed))
 
     @property
-    def standard_error(self):
-        return float(np.hypot(self.items_error, self.seeds_error or 0.0))
-
-    @property
     def interval(self):
         """95 %; of one seed: over items only."""
-        half = self.standard_error * stats.t.ppf(1 - ALPHA / 2, self.degrees)
-        return float(self.value - half), float(self.value + half)
+        half = self._half_width(ALPHA / 2)
+        return self.value - half, self.value + half
+
+    def _half_width(self, tail):
+        """Distance from the effect to the border beyond which the share `tail` lies."""
+        items = self.items_error * stats.t.isf(tail, self.items_degrees)
+        seeds = (self.seeds_error or 0.0) * stats.t.isf(tail, max(len(self.per_seed) - 1, 1))
+        return float(np.hypot(items, seeds))
+
+    def _tail(self, distance):
+        """The share beyond a border `distance` away: the inverse of `_half_width`."""
+        if distance < 0:
+            return 1 - self._tail(-distance)
+        if distance >= self._half_width(SMALLEST):
+            return 0.0
+        found = optimize.brentq(lambda log: self._half_width(np.exp(log)) - distance, np.log(SMALLEST), np.log(0.5))
+        return float(np.exp(found))
 
     @property
     def ratio(self):
@@ -65,21 +80,15 @@ class Effect:
 
     def p_above(self, border):
         """One-sided p-value of 'the effect is above `border`'."""
-        return _tail(self.value - border, self.standard_error, self.degrees)
+        return self._tail(self.value - border)
 
     def p_below(self, border):
         """One-sided p-value of 'the effect is below `border`'."""
-        return _tail(border - self.value, self.standard_error, self.degrees)
+        return self._tail(border - self.value)
 
     def p_equivalent(self, low, high):
         """Two one-sided tests: p-value of 'the effect is between `low` and `high`', the larger of the two."""
         return max(self.p_above(low), self.p_below(high))
-
-
-def _tail(distance, error, degrees):
-    if error == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / error, degrees))
 
 
 @dataclass(frozen=True)
@@ -126,25 +135,27 @@ def paired_effect(base, arm, num_tokens, resamples, scale=LOG_RATIO):
         if min(base_drawn.min(), arm_drawn.min()) <= 0:
             raise ValueError("a loss of 0 has no ratio: compare accuracies, or score more items")
         base_drawn, base_seen, arm_drawn, arm_seen = map(np.log, (base_drawn, base_seen, arm_drawn, arm_seen))
-    items = float(np.std((arm_drawn - base_drawn).mean(1)))
     per_seed = arm_seen - base_seen
     num_seeds, num_families = len(per_seed), len(resamples.family_sizes)
     seeds = float(np.std(per_seed, ddof=1)) / num_seeds**0.5 if num_seeds > 1 else None
-    item_degrees = max(sum(resamples.family_sizes) - num_families, 1)
     return Effect(
         per_seed=tuple(map(float, per_seed)),
-        items_error=items,
+        items_error=_items_error(arm_drawn - base_drawn),
+        items_degrees=max(sum(resamples.family_sizes) - num_families, 1),
         seeds_error=seeds,
-        degrees=_satterthwaite((items, item_degrees), (seeds or 0.0, max(num_seeds - 1, 1))),
     )
 
 
-def _satterthwaite(*parts):
-    """Degrees of freedom of a sum of independent variances, given (standard error, degrees of freedom) of each."""
-    total = sum(error**2 for error, _ in parts)
-    if total == 0:
-        return float(min(degrees for _, degrees in parts))
-    return total**2 / sum(error**4 / degrees for error, degrees in parts)
+def _items_error(drawn):
+    """Standard error from the items that the seeds share, of resampled effects [num_samples, seeds].
+
+    What differs from seed to seed on the same item is part of the seeds' spread already, so it is taken out here.
+    """
+    shared = drawn.mean(1)
+    variance, num_seeds = np.var(shared), drawn.shape[1]
+    if num_seeds > 1:
+        variance -= np.var(drawn - shared[:, None], axis=0).mean() / (num_seeds - 1)
+    return float(max(variance, 0.0) ** 0.5)
 
 
 def holm(p_values):

@@ -29,7 +29,6 @@ def test_seeds_part_of_the_error_by_hand():
     found = paired_effect(np.zeros((3, 8)), arm, np.ones(8), Resamples([8], 100, 0), DIFFERENCE)
     assert found.items_error == pytest.approx(0.0, abs=1e-12)
     assert found.seeds_error == pytest.approx(0.057735, abs=1e-6)
-    assert found.degrees == pytest.approx(2.0)
     assert found.interval == pytest.approx((0.2 - 4.3027 * 0.057735, 0.2 + 4.3027 * 0.057735), abs=1e-4)
     assert found.p_value == pytest.approx(stats.ttest_1samp([0.1, 0.2, 0.3], 0.0).pvalue)
 
@@ -41,7 +40,8 @@ def test_items_part_of_the_error_is_the_standard_error_of_the_mean():
     found = paired_effect(base, base + difference, np.ones(400), Resamples([400], 4000, 0), DIFFERENCE)
     assert found.seeds_error == 0.0
     assert found.items_error == pytest.approx(difference.std() / 20, rel=0.05)
-    assert found.degrees == pytest.approx(399)
+    assert found.items_degrees == 399
+    assert found.p_value == pytest.approx(stats.ttest_1samp(difference, 0.0).pvalue, rel=0.5)
 
 
 def test_items_are_paired():
@@ -84,14 +84,14 @@ def test_a_loss_of_zero_is_refused():
 @pytest.mark.parametrize(("value", "p"), [(0.0, 0.0), (0.09, 0.2), (0.2, 0.97)])
 def test_two_one_sided_tests_by_hand(value, p):
     """Error .01, ten degrees of freedom, margin .1: the nearer border decides; at .09 it is one error away."""
-    effect = Effect(per_seed=(value, value), items_error=0.0, seeds_error=0.01, degrees=10.0)
+    effect = Effect(per_seed=(value,) * 11, items_error=0.0, items_degrees=5, seeds_error=0.01)
     expected = stats.t.sf((0.1 - value) / 0.01, 10)
     assert effect.p_equivalent(-0.1, 0.1) == pytest.approx(expected)
     assert effect.p_equivalent(-0.1, 0.1) == pytest.approx(p, abs=0.04)
 
 
 def test_one_sided_tests_at_half_the_level_agree_with_the_interval():
-    effect = Effect(per_seed=(0.1, 0.3), items_error=0.03, seeds_error=0.04, degrees=5.0)
+    effect = Effect(per_seed=(0.1, 0.2, 0.3), items_error=0.03, items_degrees=90, seeds_error=0.04)
     low, high = effect.interval
     assert effect.p_above(low) == pytest.approx(statistics.ALPHA / 2)
     assert effect.p_below(high) == pytest.approx(statistics.ALPHA / 2)
@@ -140,11 +140,12 @@ def test_percentiles_of_three_seeds_would_cover_too_rarely():
 
 
 def test_false_findings_stay_at_the_level():
-    """Without an effect 5 % of the p-values are below .05, and Holm's hold that for a table of five."""
+    """Without an effect at most 5 % of the p-values are below .05 (the interval is a little wide where seeds and items
+    weigh alike), and Holm's hold that for a table of five."""
     rng, p_values, resamples = np.random.default_rng(3), [], Resamples([40], 200, 0)
     for _ in range(500):
         base, arm = (rng.gamma(2.0, 0.5, 40) * np.exp(rng.normal(0, 0.1, (3, 1))) for _ in range(2))
         p_values.append(paired_effect(base, arm, np.ones(40), resamples).p_value)
-    assert 0.025 < np.mean(np.array(p_values) < 0.05) < 0.075
+    assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.07
     tables = [min(holm(p_values[start : start + 5])) < 0.05 for start in range(0, 500, 5)]
     assert np.mean(tables) < 0.12
