@@ -104,6 +104,7 @@ class ModeFlops(Result):
 class FlopsResult(Result):
     modes: dict[str, ModeFlops]  # this model: coarse, fine, autoregressive
     arms: dict[str, ModeFlops]  # autoregressive (or only) mode of the networks that a fair comparison trains separately
+    training_sample: float  # this network: one training sample, forward and backward
     training: dict[str, float]  # one training sample of each arm
     curves: dict[str, list[float]]  # "num_frames", and each arm's total over it at the mean text length
     per: str

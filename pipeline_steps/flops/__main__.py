@@ -111,6 +111,7 @@ def count(config, samples, settings):
             name: formulas.mean(formulas.forward(arm, sample, "autoregressive") for sample in samples)
             for name, arm in arms.items()
         },
+        training_sample=float(np.mean([formulas.training_step(config, sample) for sample in samples])),
         training={
             name: float(np.mean([formulas.training_step(arm, sample) for sample in samples]))
             for name, arm in arms.items()

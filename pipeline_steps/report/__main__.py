@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import replaced_folder, write_text
-from pipeline_steps.report import figures, provenance, tables, texts
+from pipeline_steps.report import differences, figures, provenance, tables, texts
 from pipeline_steps.report.inputs import read_inputs
 from pipeline_steps.report.verdicts import verdicts
 
@@ -29,6 +29,7 @@ CONTENTS = (
     ("targets", "Targets"),
     ("families", "Families"),
     ("gaze", "Gaze"),
+    ("ablations", "Ablations"),
     ("heatmaps", "Heatmaps"),
     ("training", "Training"),
     ("compute", "Compute"),
@@ -74,6 +75,7 @@ def main():
             tables.accuracies(result),
             tables.losses(result),
             tables.gaze(result),
+            *differences.tables(inputs, settings),
             tables.flops(inputs.flops),
             tables.data(inputs.shards, inputs.tokens),
             tables.mixture(inputs.stages),

@@ -14,6 +14,7 @@ import pandas as pd
 from pipeline_steps.metrics import EvaluationResult, FlopsResult, read_json
 from pipeline_steps.params import UserError
 from pipeline_steps.records import ShardsManifest, TokensManifest, read_record
+from pipeline_steps.report.budgets import Budget, budget_of, read_budget
 
 STAGES = ("stage1", "stage2", "stage3")
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
@@ -28,6 +29,7 @@ class Run:
     seed: int
     result: EvaluationResult
     items: pd.DataFrame | None  # one row per item and mode; None: not kept
+    budget: Budget | None = None  # what it was trained with; None: not kept
 
 
 @dataclass
@@ -77,6 +79,7 @@ def read_inputs(root, ablation, seed):
             inputs.stages[stage] = values
         if values := read_optional(root / f"outputs/timings/{stage}.json", missing):
             inputs.timings[stage] = values
+    current.budget = budget_of(inputs.stages, inputs.flops)
     if (evaluation / "answers.jsonl").exists():
         lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         inputs.answers = [json.loads(line) for line in lines if line]
@@ -124,6 +127,7 @@ def read_runs(folder, missing):
                     path, EvaluationResult, f"dvc exp run -S ablation={match['ablation']} -S seed={match['seed']}"
                 ),
                 items=read_items(path.with_name("items.parquet"), missing),
+                budget=read_budget(path.parent),
             )
         )
     return runs

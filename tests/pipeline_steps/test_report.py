@@ -128,6 +128,7 @@ def write_root(root, *, curves=True, heatmaps=True):
     flops = metrics.FlopsResult(
         modes=dict.fromkeys(metrics.GAZE_MODES, entry),
         arms=dict.fromkeys(arms, entry),
+        training_sample=18e6,
         training=dict.fromkeys(arms, 18e6),
         curves={"num_frames": [1, 2, 4], **{arm: [1e6, 2e6, 4e6] for arm in arms}},
         per="sample",

@@ -1,0 +1,139 @@
+"""Runs of an ablation against runs of the default recipe: which can be compared, and by how much they differ.
+
+Compared are separately trained networks on the same items, in autoregressive mode (a network trained coarse-only or
+with ordinary tokens has one way to look, which is the same in every mode). pipeline_steps/report/statistics.py says
+how effect, interval and p-value come about.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline_steps.report import budgets
+from pipeline_steps.report.statistics import DIFFERENCE, LOG_RATIO, Effect, Resamples, Sums, paired_effect
+
+MODE = "autoregressive"
+BASELINE = "none"  # the ablation name of the default recipe
+
+
+@dataclass
+class Comparison:
+    """Loss of an arm divided by the loss of the default recipe, 1 = the same, above 1 = the default recipe is
+    better."""
+
+    ratio: float  # geometric mean over the seeds
+    loss: Effect | None  # log of that ratio; None: no per-item results, so no interval
+    accuracy_difference: Effect | None  # accuracy of the arm minus that of the default recipe
+    accuracy: float  # default recipe, mean over families
+    arm_accuracy: float
+    seeds: list[int]
+    num_families: int
+    num_items: int
+    kind: str  # one of budgets.NAMES
+    budget_ratios: tuple[float, float] | None  # training samples and compute, arm / default; None: not kept
+
+    @property
+    def interval(self):
+        """95 % of the ratio, over seeds and items (of one seed: over items only), or None."""
+        return self.loss and self.loss.ratio_interval
+
+
+def groups(inputs):
+    """{ablation: {seed: run}} of all runs; of two with the same seed the run of the page counts."""
+    found = {}
+    for run in [*inputs.runs, inputs.current]:
+        found.setdefault(run.ablation, {})[run.seed] = run
+    return found
+
+
+def outdated(current, runs):
+    """Reasons why the kept runs are of another version: one with the ablation and seed of this page is not this run."""
+    return [
+        f"reports/runs/{run.name} is not the run of this page, though ablation and seed are the same: keep it anew"
+        for run in runs
+        if (run.ablation, run.seed) == (current.ablation, current.seed)
+        and run.result.provenance.get("checkpoint_sha256") != current.result.provenance.get("checkpoint_sha256")
+    ]
+
+
+def different_data(runs):
+    """Reasons why the runs cannot be compared: other data, another split, other families or other items."""
+    reasons = []
+    for key in ("shards_sha256", "tokens_sha256", "split"):
+        values = {run.name: str(run.result.provenance.get(key))[:12] for run in runs}
+        if len(set(values.values())) > 1:
+            reasons.append(f"{key} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    if len({tuple(sorted(run.result.families)) for run in runs}) > 1:
+        reasons.append("the runs have different families")
+    elif all(run.items is not None for run in runs) and len({scored_items(run) for run in runs}) > 1:
+        reasons.append(
+            "the runs scored different items or tokens of them (evaluation.seed or evaluation.max_items_per_family)"
+        )
+    return reasons
+
+
+def scored_items(run):
+    """(key, item, scored tokens) of everything that the run's table holds in the mode of the comparison."""
+    rows = run.items[run.items["mode"] == MODE]
+    return frozenset(zip(rows["key"], rows["item"], rows["num_tokens"], strict=True))
+
+
+def compare(base, arms, settings):
+    """`Comparison` of two lists of runs, paired by position (the same seed); settings: report.schema.Section."""
+    families = sorted(base[0].result.families)
+    scores = {name: [means_of(run, families) for run in runs] for name, runs in (("base", base), ("arm", arms))}
+    ratios = [arm[0] / own[0] for own, arm in zip(scores["base"], scores["arm"], strict=True)]
+    loss = accuracy = None
+    if all(run.items is not None for run in (*base, *arms)):
+        loss, accuracy = effects(base, arms, families, settings)
+    return Comparison(
+        ratio=loss.ratio if loss else float(np.exp(np.mean(np.log(ratios)))),
+        loss=loss,
+        accuracy_difference=accuracy,
+        accuracy=float(np.mean([score[1] for score in scores["base"]])),
+        arm_accuracy=float(np.mean([score[1] for score in scores["arm"]])),
+        seeds=[run.seed for run in base],
+        num_families=len(families),
+        num_items=sum(base[0].result.families[family][MODE].num_items for family in families),
+        kind=budgets.kind_of(base, arms),
+        budget_ratios=budgets.ratios_of(base, arms),
+    )
+
+
+def means_of(run, families):
+    """(loss, accuracy) of a run, means over the families."""
+    scores = [run.result.families[family][MODE] for family in families]
+    return float(np.mean([score.loss for score in scores])), float(np.mean([score.accuracy for score in scores]))
+
+
+def effects(base, arms, families, settings):
+    """(`Effect` on the log loss, `Effect` on the accuracy)."""
+    base, arms = ([item_sums(run, families) for run in runs] for runs in (base, arms))
+    resamples = resamples_of(base[0].family_sizes, settings.bootstrap_samples, settings.seed)
+    return tuple(
+        paired_effect(
+            *(np.stack([getattr(sums, name) for sums in runs]) for runs in (base, arms)),
+            base[0].num_tokens,
+            resamples,
+            scale,
+        )
+        for name, scale in (("loss_sum", LOG_RATIO), ("num_correct", DIFFERENCE))
+    )
+
+
+@lru_cache(maxsize=4)
+def resamples_of(family_sizes, num_samples, seed):
+    """The same resamples for every comparison of a table."""
+    return Resamples(family_sizes, num_samples, seed)
+
+
+def item_sums(run, families):
+    """`Sums` of a run's items in the mode of the comparison, sorted by family, key and item."""
+    rows = run.items[(run.items["mode"] == MODE) & run.items["family"].isin(families)]
+    rows = rows.sort_values(["family", "key", "item"], kind="stable")
+    sizes = rows["family"].value_counts()
+    return Sums(
+        tuple(int(sizes[family]) for family in families),
+        *(rows[name].to_numpy(dtype=float) for name in ("num_tokens", "loss_sum", "num_correct")),
+    )
