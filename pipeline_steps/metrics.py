@@ -97,8 +97,66 @@ class Components(Result):
 
 
 class ModeFlops(Result):
-    components: Components
+    components: Components  # of one forward pass with loss
+    language_passes: list[float]  # the language model's passes: the planning ones, then the reading of everything
+    language_positions: list[float]  # positions of each
+    num_looks: float  # of every query at its frame; 0: no queries
+    total: float  # sum of the components
+    backward: float  # where every weight is trained
+
+
+class AnswerCost(Result):
+    """An answer in autoregressive mode, at the mean lengths (pipeline_steps/flops/serving.py)."""
+
+    num_prompt_tokens: int  # visual tokens included
+    num_answer_tokens: int = Field(ge=1)
+    prefill: float  # FLOPs until the first token
+    first_decoded_token: float  # FLOPs of the second token
+    per_decoded_token: float  # mean of all after the first
     total: float
+    key_value_bytes: int  # the language model's cache at the last token
+    vision_bytes: int  # keys and values that the queries look at
+
+
+class TrainingMemory(Result):
+    """Bytes of the activations of one training sample: an estimate (pipeline_steps/flops/serving.py)."""
+
+    vision_bytes: int
+    query_bytes: int
+    language_bytes: int
+    vocabulary_bytes: int
+
+
+class BudgetSamples(Result):
+    """Training samples that a compute budget pays for."""
+
+    budget: float  # FLOPs
+    scale: str
+    arm: str
+    flops_per_sample: float
+    num_samples: int
+    predecessor_flops_per_sample: float  # as the predecessor counted
+    predecessor_num_samples: int
+
+
+class CountStep(Result):
+    """One reason why the predecessor's count of a training sample differs, and the count after it is put right."""
+
+    reason: str
+    flops_per_sample: float
+
+
+class Frontier(Result):
+    """Cost over the number of frames for one size of language model."""
+
+    num_frames: list[int]
+    foveated: list[float]  # autoregressive forward pass
+    multi_token: list[float]
+    foveated_training: list[float]
+    multi_token_training: list[float]
+    vision_share: list[Share]  # of the foveated forward pass: vision encoder and queries
+    cheaper_from: int | None  # frames from which one token a frame costs less than several; null: nowhere on the curve
+    cheaper_training_from: int | None
 
 
 class FlopsResult(Result):
@@ -107,6 +165,11 @@ class FlopsResult(Result):
     training_sample: float  # this network: one training sample, forward and backward
     training: dict[str, float]  # one training sample of each arm
     curves: dict[str, list[float]]  # "num_frames", and each arm's total over it at the mean text length
+    answers: dict[str, AnswerCost]  # of each arm
+    memory: dict[str, TrainingMemory]  # of each arm
+    budgets: list[BudgetSamples]  # iso-FLOP: samples per budget, scale and arm, at the predecessor's lengths
+    corrections: dict[str, list[CountStep]]  # "SCALE ARM": from the predecessor's count to ours
+    frontier: dict[str, Frontier]  # by language model
     per: str
     assumptions: dict
 

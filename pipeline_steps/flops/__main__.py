@@ -1,10 +1,12 @@
-"""Floating-point operations per sample, for the lengths that the data really has.
+"""Floating-point operations per sample, for the lengths that the data really has; samples that a budget pays for.
 
     python -m pipeline_steps.flops
+    python -m pipeline_steps.flops --budget 1.6e16 5.6e16 --scale 135M 360M 1.7B       prints a table, writes nothing
 
-Reads params.yaml, outputs/stage3/config.json, data/shards/manifest.json and data/tokens; writes
+The first form reads params.yaml, outputs/stage3/config.json, data/shards/manifest.json and data/tokens; writes
 reports/metrics/flops.json (docs/metrics.md). Every item of the split is counted with its own number of frames and
-tokens, and the mean is reported. Cost: seconds.
+tokens, and the mean is reported. The second form needs params.yaml only; --frames, --text-tokens, --tokens-before and
+--labels set the lengths of its samples. Cost: seconds.
 """
 
 import argparse
@@ -15,14 +17,15 @@ import numpy as np
 
 from model import FoveatedVLMConfig
 from pipeline_steps import metrics, params
-from pipeline_steps.flops import formulas
+from pipeline_steps.flops import formulas, iso, predecessor, scales, serving
 from pipeline_steps.flops.formulas import Sample
 from pipeline_steps.params import UserError
 from pipeline_steps.records import ShardsManifest, read_record
 from pipeline_steps.streaming.dataset import TokenizedShards
 
-PARAMS = ("flops", "streaming.image_replication")
+PARAMS = ("flops", "model", "streaming.image_replication")
 CURVE_FRAMES = (1, 2, 4, 8, 16, 32, 64)
+FRONTIER_FRAMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 NOT_COUNTED = (
     "norms, softmax, activations, residual additions, rotary embeddings, the loss, "
     "attention weights recomputed for pictures or for the entropy-margin loss"
@@ -33,6 +36,9 @@ def main():
     arguments = read_arguments()
     parameters = params.read(arguments.params, *PARAMS)
     settings = parameters.flops
+    if arguments.budget:
+        print_budgets(arguments, parameters)
+        return
     if not (arguments.checkpoint / "config.json").exists():
         raise UserError(
             f"{arguments.checkpoint}/config.json does not exist: train the model first (`dvc repro stage3`)"
@@ -49,20 +55,49 @@ def main():
         raise UserError(
             f"{arguments.tokens}: split '{settings.split}' has no samples with frames, so there is nothing to count"
         )
-    result = count(config, samples, settings)
+    result = count(config, samples, parameters)
     metrics.write_json(arguments.metrics / "flops.json", result)
     for mode, flops in {**result.modes, **result.arms}.items():
         print(f"{mode:<16}{flops.total / 1e6:12.2f} MFLOP per sample")
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Count floating-point operations per sample.")
+    parser = argparse.ArgumentParser(description="Count floating-point operations.")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/stage3"))
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    budget = parser.add_argument_group("samples that a budget pays for")
+    budget.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="training compute")
+    budget.add_argument("--scale", nargs="+", choices=list(scales.LANGUAGE_MODELS), help="default: flops.scales")
+    defaults = predecessor.SAMPLE
+    budget.add_argument("--frames", type=int, default=defaults.num_frames)
+    budget.add_argument("--text-tokens", type=int, default=defaults.num_text_tokens)
+    budget.add_argument("--tokens-before", type=int, default=defaults.num_tokens_before)
+    budget.add_argument("--labels", type=int, default=defaults.num_labels)
     return parser.parse_args()
+
+
+def print_budgets(arguments, parameters):
+    """The table of the second form."""
+    lengths = (arguments.frames, arguments.text_tokens, arguments.tokens_before, arguments.labels)
+    if min(arguments.budget) <= 0 or min(lengths) < 0 or max(lengths[2:]) > arguments.text_tokens:
+        raise UserError(
+            f"--budget {arguments.budget}, --frames {lengths[0]}, --text-tokens {lengths[1]}, --tokens-before "
+            f"{lengths[2]}, --labels {lengths[3]}: budgets must be positive, lengths not negative, and no more tokens "
+            "before the frames or with a loss than there are text tokens"
+        )
+    names = arguments.scale or parameters.flops.scales
+    rows = iso.budget_samples(arguments.budget, scaled_arms(names, parameters), Sample(*lengths))
+    print(f"Training samples of {lengths[0]} frames and {lengths[1]} text tokens ({lengths[3]} with a loss)")
+    print(f"{'budget':>9} {'scale':>6} {'arm':<14}{'GFLOP each':>11}{'samples':>12}{'predecessor':>13}")
+    for row in rows:
+        print(
+            f"{row.budget:9.1e} {row.scale:>6} {row.arm:<14}{row.flops_per_sample / 1e9:11.1f}{row.num_samples:12,}"
+            f"{row.predecessor_num_samples:13,}"
+        )
+    print("predecessor: its own count, at 8 frames and 128 text tokens (pipeline_steps/flops/predecessor.py)")
 
 
 def measure(row, layout, image_replication):
@@ -80,6 +115,8 @@ def measure(row, layout, image_replication):
 def arms_of(config, multi_tokens):
     """The networks that a fair comparison trains separately: same backbones, another way of looking."""
     foveated, coarse, ordinary = (copy.deepcopy(config) for _ in range(3))
+    if config.architecture == "multi_token":  # its tokens per frame say nothing about queries
+        foveated.num_visual_tokens_per_frame = coarse.num_visual_tokens_per_frame = 1
     foveated.architecture = coarse.architecture = "foveated"
     foveated.coarse_only, coarse.coarse_only = False, True
     ordinary.architecture, ordinary.coarse_only, ordinary.num_visual_tokens_per_frame = (
@@ -90,33 +127,38 @@ def arms_of(config, multi_tokens):
     return {"foveated": foveated, "A6_coarse_only": coarse, f"B1_{multi_tokens}_tokens": ordinary}
 
 
-def count(config, samples, settings):
+def scaled_arms(names, parameters):
+    """{scale: {arm: configuration}} of the foveated and the ordinary network with pretrained backbones."""
+    multi_tokens = parameters.flops.multi_tokens
+    found = {}
+    for name in names:
+        arms = arms_of(scales.scaled(name, parameters.model.model_dump()), multi_tokens)
+        found[name] = {arm: arms[arm] for arm in ("foveated", f"B1_{multi_tokens}_tokens")}
+    return found
+
+
+def count(config, samples, parameters):
     """`FlopsResult` of this model, of the arms that it is compared with, and of both over the number of frames."""
+    settings = parameters.flops
     modes = ("coarse", "fine", "autoregressive")
     arms = arms_of(config, settings.multi_tokens)
-    typical = {
-        name: round(float(np.mean([getattr(sample, name) for sample in samples])))
-        for name in Sample.__dataclass_fields__
+    means = {
+        name: float(np.mean([getattr(sample, name) for sample in samples])) for name in Sample.__dataclass_fields__
     }
-    curves = {
-        name: [
-            formulas.forward(arm, Sample(**{**typical, "num_frames": frames}), "autoregressive").total
-            for frames in CURVE_FRAMES
-        ]
-        for name, arm in arms.items()
-    }
+    typical = Sample(**{name: round(value) for name, value in means.items()})
+    size = settings.bytes_per_number
     return metrics.FlopsResult(
         modes={mode: formulas.mean(formulas.forward(config, sample, mode) for sample in samples) for mode in modes},
         arms={
             name: formulas.mean(formulas.forward(arm, sample, "autoregressive") for sample in samples)
             for name, arm in arms.items()
         },
-        training_sample=float(np.mean([formulas.training_step(config, sample) for sample in samples])),
-        training={
-            name: float(np.mean([formulas.training_step(arm, sample) for sample in samples]))
-            for name, arm in arms.items()
-        },
-        curves={"num_frames": list(map(float, CURVE_FRAMES)), **curves},
+        training_sample=training(config, samples),
+        training={name: training(arm, samples) for name, arm in arms.items()},
+        curves={"num_frames": list(map(float, CURVE_FRAMES)), **{n: curve(arm, typical) for n, arm in arms.items()}},
+        answers={name: serving.answer(arm, typical, settings.num_answer_tokens, size) for name, arm in arms.items()},
+        memory={name: serving.training_memory(arm, typical, size) for name, arm in arms.items()},
+        **compare_scales(parameters, scaled_arms(settings.scales, parameters), arms),
         per="sample: one forward pass with the answer's loss; training: forward and backward, all weights trained",
         assumptions={
             "flop": "2 per multiply-accumulate",
@@ -124,9 +166,42 @@ def count(config, samples, settings):
             "split": settings.split,
             "num_samples": len(samples),
             "second_pass_probability": config.second_pass_probability,
-            **{f"mean_{name}": float(np.mean([getattr(sample, name) for sample in samples])) for name in typical},
+            "bytes_per_number": size,
+            "frontier": settings.frontier.model_dump(),
+            "predecessor_sample": vars(predecessor.SAMPLE),
+            **{f"mean_{name}": value for name, value in means.items()},
         },
     )
+
+
+def training(config, samples):
+    """Mean FLOPs of a training sample."""
+    return float(np.mean([formulas.training_step(config, sample) for sample in samples]))
+
+
+def curve(config, typical):
+    """Autoregressive cost over CURVE_FRAMES."""
+    samples = [Sample(**{**vars(typical), "num_frames": frames}) for frames in CURVE_FRAMES]
+    return [formulas.forward(config, sample, "autoregressive").total for sample in samples]
+
+
+def compare_scales(parameters, scaled, arms):
+    """The fields of `FlopsResult` that are about the pretrained backbones: budgets, corrections, frontier (this network
+    comes first there)."""
+    text = Sample(num_frames=0, **parameters.flops.frontier.model_dump())
+    own = {name: arms[name] for name in arms if name != "A6_coarse_only"}
+    return {
+        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, predecessor.SAMPLE),
+        "corrections": {
+            f"{scale} {arm}": predecessor.corrections(config)
+            for scale, entries in scaled.items()
+            for arm, config in entries.items()
+        },
+        "frontier": {
+            name: iso.frontier(*entries.values(), text, FRONTIER_FRAMES)
+            for name, entries in {"this network": own, **scaled}.items()
+        },
+    }
 
 
 if __name__ == "__main__":

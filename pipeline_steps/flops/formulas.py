@@ -93,14 +93,16 @@ def connector(config):
 def language_pass(config, rows, context):
     """`rows` new positions over a context of `context` positions (themselves included): grouped-query attention,
     gated feed-forward."""
-    width, head = (
-        config.hidden_size,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    width, head = config.hidden_size, head_width(config)
     query_width, key_width = config.num_attention_heads * head, config.num_key_value_heads * head
     projections = 2 * linear(rows, width, query_width) + 2 * linear(rows, width, key_width)
     feed_forward = 3 * linear(rows, width, config.intermediate_size)
     return config.num_hidden_layers * (projections + attention(rows, context, query_width) + feed_forward)
+
+
+def head_width(config):
+    """Width of one attention head of the language model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def forward(config, sample, mode, num_plans=None):
@@ -119,44 +121,59 @@ def forward(config, sample, mode, num_plans=None):
     shallow = not multi_token and config.attention == "shallow"
 
     looks = 0 if multi_token else 1  # every frame is looked at once, in fine mode once more per plan
-    planned = language = 0
+    planned, passes = 0, []  # passes of the language model: (positions, FLOPs)
     if planning and mode == "fine":
         looks, planned = 1 + num_plans, num_plans * frames
-        language = num_plans * language_pass(text, read_until, read_until)
+        passes = num_plans * [(read_until, language_pass(text, read_until, read_until))]
     elif planning:
         planned = frames
-        language = language_pass(text, sample.num_tokens_before, sample.num_tokens_before)
         contexts = (sample.num_tokens_before + (t + 1) * tokens for t in range(frames))
-        language += sum(language_pass(text, tokens, context) for context in contexts)
+        steps = sum(language_pass(text, tokens, context) for context in contexts)
+        passes = [(read_until, language_pass(text, sample.num_tokens_before, sample.num_tokens_before) + steps)]
+    passes.append((total, language_pass(text, total, total)))
     components = Components(
         vision_walk=frames * (vision_walk(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
         query_walk=frames * looks * query_walk(config) if looks else 0,
         connector=max(looks, 1) * frames * connector(config),
         planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
-        language_model=language + language_pass(text, total, total),
+        language_model=sum(flops for _, flops in passes),
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
     )
-    return ModeFlops(components=components, total=sum(components.model_dump().values()))
+    once = sum(components.model_dump().values())
+    return ModeFlops(
+        components=components,
+        language_passes=[flops for _, flops in passes],
+        language_positions=[positions for positions, _ in passes],
+        num_looks=looks,
+        total=once,
+        backward=2 * once - frames * patch_embedding(vision),  # the pixels need no gradient
+    )
 
 
 def training_step(config, sample):
-    """FLOPs of one training sample when every weight is trained: forward, and twice that for backward (the pixels
-    need no gradient).
+    """FLOPs of one training sample when every weight is trained: forward and backward.
 
     The second planning counts with its probability.
     """
-    once, twice = (forward(config, sample, "fine", config.num_passes + more).total for more in (0, 1))
-    step = once + config.second_pass_probability * (twice - once)
+    once, twice = (forward(config, sample, "fine", config.num_passes + more) for more in (0, 1))
+    step = once.total + once.backward
+    step += config.second_pass_probability * (twice.total + twice.backward - step)
     if config.lambda_coarse > 0 and not config.coarse_only and config.architecture == "foveated":
         length = sample.num_text_tokens + sample.num_frames * config.tokens_per_frame
-        step += language_pass(config.text_config, length, length)
-        step += linear(sample.num_labels, config.text_config.hidden_size, config.text_config.vocab_size)
-    return 3 * step - sample.num_frames * patch_embedding(config.vision_config)
+        step += 3 * language_pass(config.text_config, length, length)
+        step += 3 * linear(sample.num_labels, config.text_config.hidden_size, config.text_config.vocab_size)
+    return step
 
 
 def mean(results):
     """Mean `ModeFlops` of several samples."""
-    results = list(results)
-    components = [result.components.model_dump() for result in results]
-    averaged = {name: sum(c[name] for c in components) / len(components) for name in components[0]}
-    return ModeFlops(components=Components(**averaged), total=sum(averaged.values()))
+    entries = [result.model_dump() for result in results]
+    return ModeFlops.model_validate(_mean(entries))
+
+
+def _mean(entries):
+    if isinstance(entries[0], dict):
+        return {name: _mean([entry[name] for entry in entries]) for name in entries[0]}
+    if isinstance(entries[0], list):
+        return [_mean(list(values)) for values in zip(*entries, strict=True)]
+    return sum(entries) / len(entries)

@@ -1,0 +1,60 @@
+"""Equal compute: how many training samples a budget pays for, and from how many frames on one token a frame saves."""
+
+import math
+
+from pipeline_steps.flops import formulas, predecessor
+from pipeline_steps.flops.formulas import Sample
+from pipeline_steps.metrics import BudgetSamples, Frontier
+
+
+def budget_samples(budgets, configs, sample):
+    """[`BudgetSamples`]; budgets in FLOPs, configs {scale: {arm: configuration}}, `sample`: its lengths.
+
+    The predecessor's numbers are of its own lengths (`predecessor.SAMPLE`) whatever `sample` is.
+    """
+    rows = []
+    for budget in budgets:
+        for scale, arms in configs.items():
+            for arm, config in arms.items():
+                ours = formulas.training_step(config, sample)
+                rows.append(
+                    BudgetSamples(
+                        budget=budget,
+                        scale=scale,
+                        arm=arm,
+                        flops_per_sample=ours,
+                        num_samples=math.floor(budget / ours),
+                        predecessor_flops_per_sample=predecessor.training_sample(config),
+                        predecessor_num_samples=predecessor.num_samples(config, budget),
+                    )
+                )
+    return rows
+
+
+def frontier(foveated, multi_token, text, frames):
+    """`Frontier` of the two arms of one language model over numbers of frames; `text`: a Sample whose frames are
+    replaced."""
+    samples = [Sample(**{**vars(text), "num_frames": count}) for count in frames]
+    looks = [formulas.forward(foveated, sample, "autoregressive") for sample in samples]
+    curves = {
+        "foveated": [result.total for result in looks],
+        "multi_token": [formulas.forward(multi_token, sample, "autoregressive").total for sample in samples],
+        "foveated_training": [formulas.training_step(foveated, sample) for sample in samples],
+        "multi_token_training": [formulas.training_step(multi_token, sample) for sample in samples],
+    }
+    return Frontier(
+        num_frames=list(frames),
+        **curves,
+        vision_share=[(look.components.vision_walk + look.components.query_walk) / look.total for look in looks],
+        cheaper_from=cheaper_from(frames, curves["foveated"], curves["multi_token"]),
+        cheaper_training_from=cheaper_from(frames, curves["foveated_training"], curves["multi_token_training"]),
+    )
+
+
+def cheaper_from(frames, one, other):
+    """The first of `frames` from which on `one` costs less than `other` to the end of the curve, or None."""
+    cheaper = [own < theirs for own, theirs in zip(one, other, strict=True)]
+    for index, count in enumerate(frames):
+        if all(cheaper[index:]):
+            return count
+    return None

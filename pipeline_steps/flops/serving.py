@@ -1,0 +1,84 @@
+"""What an answer costs, and what memory it and a training sample take. From shapes alone, as formulas.py.
+
+An answer (`generate`): the frames are looked at one after another with the language model's key-value cache, the whole
+prompt is read once more in one pass whose last position gives the first token (together: prefill), then every further
+token is one position over everything before it (decode).
+
+Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the looks need the
+keys and values of every vision layer of every frame until the last frame has been looked at. Activations of a training
+sample are the tensors that automatic differentiation keeps, with fused attention (no scores are kept), without
+activation checkpointing and without weights, gradients and optimizer state:
+
+vision layer         18 D numbers per row: the two norms' inputs and outputs, queries, keys, values, mixture, the dense
+                     layer's and the feed-forward's outputs before their scales, the feed-forward's inner width (4 D)
+                     before and after its activation; 14 D for a query row, whose keys and values are not its own
+language layer       6 E + 3 A + 2 C + 4 I numbers per position of every pass: per norm its input, the normed and the
+                     scaled rows; queries, mixture and output (A wide), keys and values (C wide); gate, its activation,
+                     up and their product (I)
+vocabulary           V numbers in fp32 per labelled position
+
+D vision width, E language width, A, C width of all query heads and of all key-value heads, I feed-forward width.
+"""
+
+from pipeline_steps.flops.formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
+from pipeline_steps.metrics import AnswerCost, TrainingMemory
+
+FP32 = 4  # bytes
+
+
+def answer(config, sample, num_tokens, bytes_per_number):
+    """`AnswerCost` of `num_tokens` >= 1 generated tokens for a prompt, the Sample with the labelled tokens left out."""
+    text = config.text_config
+    prompt = Sample(sample.num_frames, sample.num_text_tokens - sample.num_labels, sample.num_tokens_before, 1)
+    length = prompt.num_text_tokens + prompt.num_frames * config.tokens_per_frame
+    prefill = forward(config, prompt, "autoregressive").total
+    steps = [decode_step(text, length + number) for number in range(1, num_tokens)]
+    return AnswerCost(
+        num_prompt_tokens=length,
+        num_answer_tokens=num_tokens,
+        prefill=prefill,
+        first_decoded_token=decode_step(text, length + 1),
+        per_decoded_token=sum(steps) / len(steps) if steps else 0.0,
+        total=prefill + sum(steps),
+        key_value_bytes=key_value_bytes(text, length + num_tokens - 1, bytes_per_number),
+        vision_bytes=vision_bytes(config, sample.num_frames, bytes_per_number),
+    )
+
+
+def decode_step(text, context):
+    """One position over `context` positions (itself included), with its logits."""
+    return language_pass(text, 1, context) + linear(1, text.hidden_size, text.vocab_size)
+
+
+def key_value_bytes(text, num_positions, bytes_per_number):
+    """The language model's cache of keys and values."""
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * num_positions * bytes_per_number
+
+
+def vision_bytes(config, num_frames, bytes_per_number):
+    """Keys and values of the vision encoder that the queries look at; none for ordinary tokens."""
+    vision = config.vision_config
+    if config.architecture == "multi_token":
+        return 0
+    layers = 1 if config.attention == "shallow" else vision.num_hidden_layers
+    return 2 * layers * num_frames * num_vision_rows(vision) * vision.hidden_size * bytes_per_number
+
+
+def training_memory(config, sample, bytes_per_number):
+    """`TrainingMemory` of one sample in fine mode."""
+    vision, text = config.vision_config, config.text_config
+    result = forward(config, sample, "fine")
+    vision_rows = sample.num_frames * num_vision_rows(vision)
+    query_rows = result.num_looks * sample.num_frames * config.num_visual_tokens_per_frame
+    width, inner = vision.hidden_size, vision.hidden_size * int(vision.mlp_ratio)
+    per_vision_row = 10 * width + 2 * inner
+    per_query_row = per_vision_row - 4 * width
+    heads = text.num_attention_heads * head_width(text), text.num_key_value_heads * head_width(text)
+    per_position = 6 * text.hidden_size + 3 * heads[0] + 2 * heads[1] + 4 * text.intermediate_size
+    layers = 1 if config.attention == "shallow" else vision.num_hidden_layers
+    return TrainingMemory(
+        vision_bytes=vision.num_hidden_layers * vision_rows * per_vision_row * bytes_per_number,
+        query_bytes=layers * query_rows * per_query_row * bytes_per_number,
+        language_bytes=text.num_hidden_layers * sum(result.language_positions) * per_position * bytes_per_number,
+        vocabulary_bytes=sample.num_labels * text.vocab_size * FP32,
+    )
