@@ -111,25 +111,18 @@ def forward(config, sample, mode, num_plans=None):
 
     A `multi_token` network and one trained coarse-only have a single way to look, whatever the mode.
     """
-    vision, text = config.vision_config, config.text_config
+    vision, text, frames = config.vision_config, config.text_config, sample.num_frames
     num_plans = config.num_passes if num_plans is None else num_plans
-    frames, tokens = sample.num_frames, config.tokens_per_frame
-    total = sample.num_text_tokens + frames * tokens
-    read_until = sample.num_tokens_before + frames * tokens  # planning reads up to the last visual token
     multi_token = config.architecture == "multi_token"
-    planning = frames and not multi_token and not config.coarse_only and mode != "coarse"
+    planning = bool(frames) and not multi_token and not config.coarse_only and mode != "coarse"
     shallow = not multi_token and config.attention == "shallow"
 
     looks = 0 if multi_token else 1  # every frame is looked at once, in fine mode once more per plan
-    planned, passes = 0, []  # passes of the language model: (positions, FLOPs)
-    if planning and mode == "fine":
-        looks, planned = 1 + num_plans, num_plans * frames
-        passes = num_plans * [(read_until, language_pass(text, read_until, read_until))]
-    elif planning:
-        planned = frames
-        contexts = (sample.num_tokens_before + (t + 1) * tokens for t in range(frames))
-        steps = sum(language_pass(text, tokens, context) for context in contexts)
-        passes = [(read_until, language_pass(text, sample.num_tokens_before, sample.num_tokens_before) + steps)]
+    planned, passes = 0, []
+    if planning:
+        passes = planning_passes(config, sample, mode, num_plans)
+        looks, planned = (1 + num_plans, num_plans * frames) if mode == "fine" else (1, frames)
+    total = sample.num_text_tokens + frames * config.tokens_per_frame
     passes.append((total, language_pass(text, total, total)))
     components = Components(
         vision_walk=frames * (vision_walk(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
@@ -140,14 +133,49 @@ def forward(config, sample, mode, num_plans=None):
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
     )
     once = sum(components.model_dump().values())
+    forgone = without_gradient(config, sample, mode, components, passes, looks) if planning else 0
     return ModeFlops(
         components=components,
         language_passes=[flops for _, flops in passes],
         language_positions=[positions for positions, _ in passes],
         num_looks=looks,
         total=once,
-        backward=2 * once - frames * patch_embedding(vision),  # the pixels need no gradient
+        backward=2 * (once - forgone) - frames * patch_embedding(vision),  # the pixels need no gradient
     )
+
+
+def planning_passes(config, sample, mode, num_plans):
+    """[(positions, FLOPs)] of the language model's passes that plan queries; they read up to the last visual token."""
+    text, tokens, before = config.text_config, config.tokens_per_frame, sample.num_tokens_before
+    read_until = before + sample.num_frames * tokens
+    if mode == "fine":
+        return num_plans * [(read_until, language_pass(text, read_until, read_until))]
+    contexts = (before + (t + 1) * tokens for t in range(sample.num_frames))
+    steps = sum(language_pass(text, tokens, context) for context in contexts)
+    return [(read_until, language_pass(text, before, before) + steps)]
+
+
+def without_gradient(config, sample, mode, components, passes, looks):
+    """FLOPs of planning that have no backward pass because nothing reads what they made.
+
+    Static queries in place of the planned ones: all of planning and of the looks that only it reads (a look that rides
+    along with the patches has a gradient of zeros up to the last layer). Autoregressive mode: the last frame's plan,
+    and of the text before the frames the last layer beyond its keys and values.
+    """
+    text, vision = config.text_config, config.vision_config
+    if config.query_source == "static":
+        unread = sum(flops for _, flops in passes[:-1]) + components.planner
+        riding = config.attention == "deep" and looks > 1
+        last_layer = vision_rows(vision, config.num_visual_tokens_per_frame) if riding else 0
+        looked = (looks - 1) * connector(config) + (looks - 1 - riding) * query_walk(config) + last_layer
+        return unread + sample.num_frames * looked
+    if mode == "fine":
+        return 0
+    before, read_until = sample.num_tokens_before, passes[0][0]
+    keys_and_values = 2 * linear(before, text.hidden_size, text.num_key_value_heads * head_width(text))
+    last_layer = language_pass(text, before, before) / text.num_hidden_layers - keys_and_values
+    last_plan = language_pass(text, config.tokens_per_frame, read_until) + components.planner / sample.num_frames
+    return last_layer + last_plan
 
 
 def training_step(config, sample):

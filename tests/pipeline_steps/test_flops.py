@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Dinov2Config, LlamaConfig
+from transformers import Dinov2Config, LlamaConfig, LlamaForCausalLM
 
 from model.configuration_foveated_vlm import FoveatedVLMConfig
+from model.foveated_encoder import FoveatedEncoder
 from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
-from pipeline_steps.flops import formulas
+from pipeline_steps.flops import formulas, scales, serving
 from pipeline_steps.flops.formulas import Sample
 
 VISUAL = 128
@@ -94,3 +95,110 @@ def test_training_of_single_pass_arms_agrees_with_the_counter(options):
     config = make_config(**options)
     expected = counted(config, SAMPLE, backward=True, mode="fine")
     assert formulas.training_step(config, SAMPLE) == pytest.approx(expected, rel=1e-6)
+
+
+VISION_FIRST = Sample(num_frames=5, num_text_tokens=23, num_tokens_before=1, num_labels=7)
+EVERY_CONFIGURATION = [
+    *(
+        {"attention": attention, "num_visual_tokens_per_frame": k, "token_aggregation": way, "num_passes": passes}
+        for attention in ("deep", "shallow")
+        for k, way in ((1, "none"), (4, "none"), (4, "mean"), (4, "weighted"))
+        for passes in (1, 2, 3)
+    ),
+    *({"architecture": "multi_token", "num_visual_tokens_per_frame": k} for k in (1, 4, 16)),
+    *({"coarse_only": True, "attention": attention} for attention in ("deep", "shallow")),
+    *({"query_source": source} for source in ("static", "random", "fixed")),
+    {"query_source": "static", "attention": "shallow"},
+    {"query_source": "static", "num_passes": 2},
+    {"query_update": "add", "tie_first_query": False, "query_bias": True},
+    {"learnable_temperature": True},
+    {"hard_attention": "gumbel"},
+    {"lambda_coarse": 0.5, "lambda_contrastive": 0.1},
+    {"lambda_entropy": 0.1},
+    {"blind": True},
+]
+
+
+def assert_agrees(options, sample, modes, tolerance):
+    config = make_config(second_pass_probability=0.0, **options)
+    for mode in modes:
+        found = formulas.forward(config, sample, mode)
+        assert found.total == pytest.approx(counted(config, sample, mode=mode), rel=1e-6)
+        both = counted(config, sample, backward=True, mode=mode)
+        trained = formulas.training_step(config, sample) if mode == "fine" else found.total + found.backward
+        assert trained == pytest.approx(both, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [SAMPLE, VISION_FIRST], ids=["question_first", "vision_first"])
+@pytest.mark.parametrize("options", EVERY_CONFIGURATION, ids=str)
+def test_every_configuration_agrees_with_the_counter(options, sample):
+    """Forward exactly; with backward within 1 % (the entropy loss, which is not counted, is .2 %)."""
+    assert_agrees(options, sample, ("coarse", "fine", "autoregressive"), 0.01 if "lambda_entropy" in options else 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"query_source": "static"}, {"lambda_coarse": 0.5}], ids=str)
+def test_backward_agrees_with_the_counter(options):
+    assert_agrees(options, VISION_FIRST, ("fine", "autoregressive"), 1e-6)
+
+
+def test_language_pass_by_hand():
+    """Two layers, 3 positions over 5: queries 48 x 48, keys and values 48 x 16 each (two heads of 8), output 48 x 48,
+    scores and mixture 3 x 5 x 48 each, gate, up and down 48 x 80: 2 x 2 x (6912 + 4608 + 6912 + 1440 + 34560)."""
+    assert formulas.language_pass(make_config().text_config, 3, 5) == 2 * 2 * (6912 + 4608 + 6912 + 1440 + 34560)
+
+
+def test_vision_walk_by_hand():
+    """One frame of 17 rows, width 32, inner 128, three layers. Per layer keys and values 2 x 17 x 32 x 32 = 34816, the
+    rest 34816 + attention 2 x 17 x 17 x 32 = 18496 + feed-forward 2 x 17 x 32 x 128 = 139264; the last layer's rest is
+    skipped; patches 16 x 588 x 32 = 301056. Times two."""
+    expected = 2 * (301056 + 3 * 34816 + 2 * (34816 + 18496 + 139264))
+    assert formulas.vision_walk(make_config().vision_config, need_last_layer=False) == expected
+
+
+def test_mean_of_several():
+    results = [formulas.forward(make_config(), Sample(frames, 23, 9, 7), "fine") for frames in (1, 3)]
+    found = formulas.mean(results)
+    assert found.total == sum(result.total for result in results) / 2
+    assert found.language_positions == [(10 + 12) / 2, (24 + 26) / 2]
+
+
+# ---- the pretrained sizes, on the meta device: no weights, no memory
+
+
+def on_meta(function, *arguments, **options):
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        result = function(*arguments, **options)
+    return result, counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("scale", "num_weights"), [("135M", 134.5e6), ("360M", 361.8e6), ("1.7B", 1711.4e6)])
+def test_language_models_agree_with_the_counter(scale, num_weights):
+    config = scales.language_config(scale)
+    with torch.device("meta"):
+        network = LlamaForCausalLM(config)
+        embeddings = torch.empty(1, 136, config.hidden_size)
+    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(num_weights, rel=1e-3)
+    output, reading = on_meta(network.model, inputs_embeds=embeddings, use_cache=True)
+    assert formulas.language_pass(config, 136, 136) == pytest.approx(reading, rel=1e-6)
+    cache, token = output.past_key_values, embeddings[:, :1]
+    _, decoding = on_meta(network, inputs_embeds=token, past_key_values=cache, use_cache=True)
+    assert serving.decode_step(config, 137) == pytest.approx(decoding, rel=1e-6)
+    stored = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert serving.key_value_bytes(config, 137, bytes_per_number=4) == stored
+
+
+def test_dinov2_small_agrees_with_the_counter():
+    vision = scales.vision_config()
+    config = FoveatedVLMConfig(vision, scales.language_config("135M"), query_dim=384)
+    with torch.device("meta"):
+        encoder = FoveatedEncoder(vision).eval()
+        frames, queries = torch.empty(3, 3, 224, 224), torch.empty(3, 1, 384)
+    assert sum(weight.numel() for weight in encoder.parameters()) == pytest.approx(21.67e6, rel=1e-2)
+    walk, looking = on_meta(encoder.walk, frames)
+    assert 3 * formulas.vision_walk(vision, need_last_layer=False) == pytest.approx(looking, rel=1e-6)
+    _, asking = on_meta(encoder.attend, queries, walk)
+    projection = 3 * formulas.linear(1, 384, 384)
+    assert 3 * formulas.query_walk(config) == pytest.approx(asking + projection, rel=1e-6)
+    assert serving.vision_bytes(config, 3, 4) == sum(part.nbytes for part in (*walk.keys, *walk.values))
