@@ -11,7 +11,8 @@ activation checkpointing and without weights, gradients and optimizer state:
 
 vision layer         18 D numbers per row: the two norms' inputs and outputs, queries, keys, values, mixture, the dense
                      layer's and the feed-forward's outputs before their scales, the feed-forward's inner width (4 D)
-                     before and after its activation; 14 D for a query row, whose keys and values are not its own
+                     before and after its activation; the last layer 4 D unless something reads its patches; 14 D for a
+                     query row, which has no keys and values of its own; and the pixels
 language layer       6 E + 3 A + 2 C + 4 I numbers per position of every pass: per norm its input, the normed and the
                      scaled rows; queries, mixture and output (A wide), keys and values (C wide); gate, its activation,
                      up and their product (I)
@@ -68,17 +69,18 @@ def training_memory(config, sample, bytes_per_number):
     """`TrainingMemory` of one sample in fine mode."""
     vision, text = config.vision_config, config.text_config
     result = forward(config, sample, "fine")
-    vision_rows = sample.num_frames * num_vision_rows(vision)
+    width, inner = vision.hidden_size, int(vision.hidden_size * vision.mlp_ratio)
     query_rows = result.num_looks * sample.num_frames * config.num_visual_tokens_per_frame
-    width, inner = vision.hidden_size, vision.hidden_size * int(vision.mlp_ratio)
-    per_vision_row = 10 * width + 2 * inner
-    per_query_row = per_vision_row - 4 * width
+    per_row = 10 * width + 2 * inner
+    needs_last = config.architecture == "multi_token" or config.attention == "shallow"
+    per_frame_row = (vision.num_hidden_layers - 1) * per_row + (per_row if needs_last else 4 * width)
+    per_frame = num_vision_rows(vision) * per_frame_row + vision.num_channels * vision.image_size**2
     heads = text.num_attention_heads * head_width(text), text.num_key_value_heads * head_width(text)
     per_position = 6 * text.hidden_size + 3 * heads[0] + 2 * heads[1] + 4 * text.intermediate_size
     layers = 1 if config.attention == "shallow" else vision.num_hidden_layers
     return TrainingMemory(
-        vision_bytes=vision.num_hidden_layers * vision_rows * per_vision_row * bytes_per_number,
-        query_bytes=layers * query_rows * per_query_row * bytes_per_number,
+        vision_bytes=sample.num_frames * per_frame * bytes_per_number,
+        query_bytes=layers * query_rows * (per_row - 4 * width) * bytes_per_number,
         language_bytes=text.num_hidden_layers * sum(result.language_positions) * per_position * bytes_per_number,
         vocabulary_bytes=sample.num_labels * text.vocab_size * FP32,
     )
