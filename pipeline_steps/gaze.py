@@ -20,10 +20,18 @@ def attention_maps(weights):
     return patches / patches.sum(axis=-1, keepdims=True)
 
 
+def head_maps(weights):
+    """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that looks at
+    the class token alone has a map of zeros."""
+    patches = np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2)
+    total = patches.sum(axis=-1, keepdims=True)
+    return np.divide(patches, total, out=np.zeros_like(patches), where=total > 0)
+
+
 def on_patches(maps, patches):
-    """maps [L, T, N], patches bool [T, N] -> (is the strongest patch one of them: bool [L, T], attention mass on
-    them: [L, T])."""
-    peaks = np.broadcast_to(maps.argmax(-1)[..., None], (*maps.shape[:2], 1))
+    """maps [..., T, N], patches bool [T, N] -> (is the strongest patch one of them: bool [..., T], attention mass on
+    them: [..., T])."""
+    peaks = maps.argmax(-1)[..., None]
     hits = np.take_along_axis(np.broadcast_to(patches, maps.shape), peaks, axis=-1)[..., 0]
     return hits, (maps * patches).sum(-1)
 
@@ -47,6 +55,15 @@ def summary(maps, truth):
     }
 
 
+def head_summary(maps, truth):
+    """Sums of one item as in `summary`, of every layer and head one after another. maps [L, H, T, N]."""
+    hits, mass = on_patches(maps, truth.target)
+    hits &= maps.any(-1)  # no peak: no hit
+    planned = truth.target.any(-1) & (np.arange(maps.shape[2]) > 0)
+    sums = {"per_head": hits[..., planned].sum(-1), "mass_per_head": mass[..., planned].sum(-1)}
+    return {name: values.ravel().tolist() for name, values in sums.items()}
+
+
 def aggregate(rows, interval):
     """`Gaze` of the items in a DataFrame of `summary` columns, or None when no frame shows a target.
 
@@ -61,7 +78,10 @@ def aggregate(rows, interval):
     # NaN: not visible, or the clip is shorter
     padded = np.array([[*track, *[np.nan] * (longest - len(track))] for track in tracks])
     seen = ~np.isnan(padded)
+    layers = len(rows["per_layer"].iloc[0])
+    heads = [name for name in ("per_head", "mass_per_head") if name in rows]
     return Gaze(
+        **{name: (np.array(rows[name].tolist()).sum(0) / frames).reshape(layers, -1).tolist() for name in heads},
         **{name: float(rows[name].sum()) / frames for name in SHARES},
         peak_on_target_interval=interval(rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy()),
         num_frames=frames,

@@ -7,7 +7,7 @@ that changes between two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,8 @@ from pipeline_steps.params import UserError
 
 MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
+CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
+VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half")  # parts of a clip
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
@@ -64,6 +66,8 @@ class Gaze(Result):
     chance_among_objects: Share  # the same among the patches of all objects: a peak on some object
     num_frames: int = Field(ge=1)
     per_layer: list[Share]  # peak_on_target of each vision layer
+    per_head: list[list[Share]] | None = None  # peak_on_target of each head of each vision layer
+    mass_per_head: list[list[Share]] | None = None  # mass_on_target of each head of each vision layer
     per_frame: list[Share | None]  # peak_on_target of each frame position, the first one included; null: never visible
 
 
@@ -74,7 +78,62 @@ class Generation(Result):
     num_items: int = Field(ge=1)
 
 
+class Control(Result):
+    """A control minus the autoregressive mode, on the items that both scored: what it costs to take something away."""
+
+    loss_difference: float  # nats per scored answer token
+    loss_interval: Interval  # 95 %, paired bootstrap over items
+    accuracy_difference: float
+    accuracy_interval: Interval
+    num_items: int = Field(ge=1)
+
+
+class PerFrame(Result):
+    """Answers that name something in every frame after the first: scores by the frame that a token is about; null:
+    nothing is asked of that frame."""
+
+    loss: list[float | None]
+    accuracy: list[Share | None]
+    num_items: list[int]
+
+
+class View(Result):
+    """A part of the clips in autoregressive mode, against all frames of the same clips."""
+
+    loss: float
+    accuracy: Share
+    all_frames_loss: float  # the same items with all their frames
+    all_frames_accuracy: Share
+    loss_difference: float
+    loss_interval: Interval  # of the difference, 95 %, paired bootstrap over items
+    answers_changed: Share  # share of items of which a scored token's prediction is another one
+    answers_changed_interval: Interval
+    tokens_changed: Share  # share of scored tokens whose prediction is another one
+    num_items: int = Field(ge=1)
+
+
+class Check(Result):
+    """One automated diagnostic: `value` must lie within `low` and `high` (null: no bound)."""
+
+    verdict: Literal["ok", "suspicious", "not applicable"]
+    value: float | None  # null: not applicable
+    low: float | None
+    high: float | None
+    meaning: str  # what the value is
+    reason: str  # what a value out of bounds points to; or why the check does not apply
+
+
+class Diagnostics(Result):
+    checks: dict[str, Check]
+    entropy: dict[str, list[list[Share]]]  # by mode, layer, head: entropy of attention as a share of the greatest
+    peak: dict[str, list[list[Share]]]  # by mode, layer, head: the largest attention weight, mean over frames
+    num_items: int = Field(ge=1)
+    num_frames: int = Field(ge=1)
+
+
 class EvaluationResult(Result):
+    """A key that is null by default is one that the evaluation did not measure."""
+
     families: dict[str, dict[str, Score]] = Field(min_length=1)
     mean: dict[str, MeanScore]
     gap: dict[str, Gap]
@@ -83,6 +142,11 @@ class EvaluationResult(Result):
     gaze: dict[str, dict[str, Gaze]]  # families whose items name a target with known boxes
     generation: dict[str, Generation]
     provenance: dict
+    sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, family, mode
+    controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)
+    per_frame: dict[str, dict[str, PerFrame]] | None = None  # by family, mode; families with an answer per frame
+    temporal: dict[str, dict[str, View]] | None = None  # by family, one of VIEWS
+    diagnostics: Diagnostics | None = None
 
 
 class Components(Result):

@@ -10,8 +10,10 @@ frames), random_query (queries of the planned norm). Cost at the embedded scale:
 """
 
 import argparse
+import csv
 import os
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ os.environ.setdefault(
 )  # the same number of threads, so the same sums, whatever else the machine does
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
@@ -27,12 +30,14 @@ from tqdm import tqdm
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.evaluation import statistics
-from pipeline_steps.evaluation.scoring import TEXT, choose_items, groups_by_family, score_items
+from pipeline_steps.evaluation import breakdown, controls, diagnostics, looks, statistics, temporal
+from pipeline_steps.evaluation.scoring import TEXT, batches, choose_items, groups_by_family, score_items, subset
 from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.streaming.index import KINDS
 
+VIDEO = KINDS.index("video")
 PARAMS = (
     "evaluation",
     "streaming.image_replication",
@@ -56,6 +61,7 @@ def main():
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_family) for numbers in chosen.values())
+    total += sum(len(numbers) for part in further_items(dataset, chosen, settings) for numbers in part.values())
     with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
         table = score_items(
             model,
@@ -67,6 +73,8 @@ def main():
             prefetch=prefetch(parameters.streaming, dataset),
             progress=progress,
         )
+        further = score_further(model, collate, dataset, chosen, parameters, progress)
+        table = pd.concat([table, further.controls], ignore_index=True)
         answers = []
         for family, numbers in chosen.items():
             items = [dataset[number] for number in numbers[: settings.max_answers_per_family]]
@@ -78,6 +86,8 @@ def main():
         chance(training, dataset, chosen),
         settings,
         provenance(arguments, parameters, model.device),
+        views=further.views,
+        diagnostics=diagnostics.diagnose(model, further.observed, table, training_rows(arguments.metrics)),
     )
     with replaced_folder(arguments.outputs) as folder:
         table.round(6).to_parquet(folder / "items.parquet", index=False)
@@ -101,6 +111,47 @@ def load_model(checkpoint):
     """(model, tokenizer) of a trained folder, in fp32, on the GPU where there is one."""
     model, processor = load_checkpoint(checkpoint)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor.tokenizer
+
+
+@dataclass(frozen=True)
+class Further:
+    """What is measured of a part of the items."""
+
+    controls: pd.DataFrame  # item table
+    views: pd.DataFrame | None  # of `temporal.score_views`; None: not measured
+    observed: looks.Observed | None
+
+
+def further_items(dataset, chosen, settings):
+    """{family: item numbers} of the controls, of the temporal views and of the diagnostics."""
+    clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
+    share = -(-settings.max_diagnostic_clips // max(1, sum(map(bool, clips.values()))))
+    return (
+        subset(chosen, settings.max_control_items_per_family, settings.seed),
+        subset(clips, settings.max_temporal_clips_per_family, settings.seed),
+        subset(clips, share, settings.seed),
+    )
+
+
+def score_further(model, collate, dataset, chosen, parameters, progress):
+    """Controls, temporal views and looks: `Further`."""
+    settings = parameters.evaluation
+    for_controls, for_views, for_looks = further_items(dataset, chosen, settings)
+
+    def load(part):
+        ahead = prefetch(parameters.streaming, dataset)
+        return batches(model, collate, dataset, part, settings.batch_size, ahead)
+
+    table = controls.score_controls(model, load(for_controls), settings.seed, progress)
+    views = temporal.score_views(model, collate, load(for_views), progress)
+    observed = looks.observe(model, load(for_looks), settings.seed, progress)
+    return Further(table, views if settings.max_temporal_clips_per_family else None, observed)
+
+
+def training_rows(metrics_dir):
+    """Rows of the training tables, one stage after another; none where there are no tables."""
+    paths = [metrics_dir / f"{stage}.csv" for stage in ("stage1", "stage2", "stage3")]
+    return [row for path in paths if path.exists() for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
 
 
 def prefetch(streaming, dataset):
@@ -159,25 +210,27 @@ def answer_rows(model, tokenizer, collate, family, items, max_tokens):
     ]
 
 
-def summarise(table, answers, chance_accuracy, settings, origin):
-    """`EvaluationResult` of the item table and the answers."""
+def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, diagnostics=None):
+    """`EvaluationResult` of the item table and the answers; views: table of `temporal`, diagnostics: `Diagnostics`
+    (None: not measured)."""
     options = {"num_samples": settings.bootstrap_samples, "seed": settings.seed}
+    interval = partial(statistics.ratio_interval, **options)
     families, gaps, gazes = {}, {}, {}
     for (family, mode), rows in table.groupby(["family", "mode"], sort=True):
-        columns = (rows[name].to_numpy() for name in ("loss_sum", "num_correct", "num_tokens"))
-        families.setdefault(family, {})[mode] = statistics.score(*columns, **options)
-        if "gaze_frames" in rows and (seen := gaze.aggregate(rows, partial(statistics.ratio_interval, **options))):
+        families.setdefault(family, {})[mode] = score_rows(rows, options)
+        if "gaze_frames" in rows and (seen := gaze.aggregate(rows, interval)):
             gazes.setdefault(family, {})[mode] = seen
     text = families.pop(TEXT, {}).get(TEXT)
     for family in families:
         sums = table[table["family"] == family].pivot(index=["key", "item"], columns="mode", values="loss_sum")
         gaps[family] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
+    in_all = [mode for mode in metrics.CONTROLS if all(mode in scores for scores in families.values())]
     mean = {
         mode: metrics.MeanScore(
             loss=float(np.mean([scores[mode].loss for scores in families.values()])),
             accuracy=float(np.mean([scores[mode].accuracy for scores in families.values()])),
         )
-        for mode in metrics.MODES
+        for mode in (*metrics.MODES, *in_all)
     }
     matches = {}
     for answer in answers:
@@ -194,7 +247,18 @@ def summarise(table, answers, chance_accuracy, settings, origin):
             for name, hits in matches.items()
         },
         provenance=origin,
+        sources=breakdown.source_scores(table, partial(score_rows, options=options)),
+        controls=controls.effects(table, interval),
+        per_frame=breakdown.frame_scores(table),
+        temporal=None if views is None else temporal.aggregate(views, interval),
+        diagnostics=diagnostics,
     )
+
+
+def score_rows(rows, options):
+    """`Score` of rows of the item table; options: of `statistics.score`."""
+    columns = (rows[name].to_numpy() for name in ("loss_sum", "num_correct", "num_tokens"))
+    return statistics.score(*columns, **options)
 
 
 def provenance(arguments, parameters, device):

@@ -11,8 +11,11 @@ class Section(StrictModel):
     split: Literal["validation", "test"]
     batch_size: PositiveInt
     max_items_per_family: PositiveInt  # a seeded sample of larger families is scored
+    max_control_items_per_family: NonNegativeInt  # of those, for the controls in `metrics.CONTROLS`; 0: none
+    max_temporal_clips_per_family: NonNegativeInt  # of those, shown in part (`metrics.VIEWS`); 0: none
+    max_diagnostic_clips: NonNegativeInt  # for the automated checks, of all families as many; 0: none
     max_answers_per_family: NonNegativeInt  # greedy answers written out, autoregressive mode; 0: none
     max_answer_tokens: PositiveInt
     bootstrap_samples: PositiveInt
-    seed: NonNegativeInt  # of the sample of items, the random queries and the bootstrap
+    seed: NonNegativeInt  # of the samples of items, the random queries, the shuffled frames and the bootstrap
     num_threads: PositiveInt

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from pipeline_steps import gaze
+from pipeline_steps.evaluation import per_frame
 from pipeline_steps.metrics import GAZE_MODES, MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.streaming import targets
@@ -42,10 +43,7 @@ def choose_items(dataset, max_items, seed):
         )
     chosen = {}
     for family in sorted(families):
-        numbers = families[family]
-        if len(numbers) > max_items:
-            numbers = np.sort(np.random.default_rng(seed).choice(numbers, max_items, replace=False))
-        chosen[family] = numbers.tolist()
+        chosen[family] = drawn(families[family], max_items, seed)
     return chosen
 
 
@@ -53,20 +51,12 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, 
     """Runs all modes over the chosen rows ({family: row numbers}): DataFrame with one row per item and mode.
 
     Columns: key, item, source, family, mode, num_frames, num_tokens (scored), loss_sum (nats), num_correct; and,
-    where the item names a target whose boxes are known, those of `gaze.summary`.
+    where the item names a target whose boxes are known, those of `gaze.summary` and `gaze.head_summary`; and, where
+    its answer is one per frame, those of `per_frame.token_columns`.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    jobs = [
-        (family, numbers[start : start + batch_size])
-        for family, numbers in chosen.items()
-        for start in range(0, len(numbers), batch_size)
-    ]
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     rows = []
-    for family, items, batch, truths in ordered(
-        lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
-    ):
-        batch = {name: value.to(device) for name, value in batch.items() if name != "keys"}
+    for family, items, batch, truths in batches(model, collate, dataset, chosen, batch_size, prefetch):
         for mode in (TEXT,) if family == TEXT else MODES:
             attentions = mode in GAZE_MODES and any(truth is not None for truth in truths)
             output = run_mode(model, batch, mode, generator, attentions)
@@ -75,33 +65,71 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, 
     return pd.DataFrame(rows).sort_values(["family", "mode", "key", "item"], ignore_index=True)
 
 
+def batches(model, collate, dataset, chosen, batch_size, prefetch):
+    """(family, items, batch on the model's device, ground truth of each item or None) of all chosen rows, one family
+    after another. An item with an answer per frame has True at `per_frame`."""
+    device = next(model.parameters()).device
+    jobs = [
+        (family, numbers[start : start + batch_size])
+        for family, numbers in chosen.items()
+        for start in range(0, len(numbers), batch_size)
+    ]
+    for family, items, batch, truths in ordered(
+        lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
+    ):
+        yield family, items, {name: value.to(device) for name, value in batch.items() if name != "keys"}, truths
+
+
+def subset(chosen, max_items, seed):
+    """Of {family: row numbers}, without the text-only ones, at most `max_items` of each, drawn with `seed`; the same
+    for every use of it, so that all who take as many see the same items."""
+    return {family: drawn(numbers, max_items, seed) for family, numbers in chosen.items() if family != TEXT}
+
+
+def drawn(numbers, max_items, seed):
+    """At most `max_items` of an ascending array of row numbers, drawn with `seed`: ascending list."""
+    if len(numbers) > max_items:
+        numbers = np.sort(np.random.default_rng(seed).choice(numbers, max_items, replace=False))
+    return np.asarray(numbers).tolist()
+
+
 def load(dataset, collate, patch_size, family, numbers):
     """(family, items, batch on the CPU, ground truth of each item or None)."""
     items = [dataset[number] for number in numbers]
     batch = collate(items)
     samples = [dataset.sample(number) for number in numbers]
     grid = batch["pixel_values"].shape[-1] // patch_size
+    counts = batch["num_frames"].tolist()
     truths = [
         targets.truth(sample, item["item"], num_frames, grid, dataset.fit)
-        for sample, item, num_frames in zip(samples, items, batch["num_frames"].tolist(), strict=True)
+        for sample, item, num_frames in zip(samples, items, counts, strict=True)
     ]
+    for item, sample, num_frames in zip(items, samples, counts, strict=True):
+        item["per_frame"] = per_frame.is_per_frame(sample, item, num_frames)
     return family, items, batch, truths
 
 
-@torch.inference_mode()
 def run_mode(model, batch, mode, generator, output_attentions):
     """The model's output for one of MODES (or TEXT). Blind: the frames are grey. Random query: drawn from
     `generator`, planned norm."""
-    control = mode not in GAZE_MODES
-    pixels = torch.zeros_like(batch["pixel_values"]) if mode == "blind" else batch["pixel_values"]
+    if mode == "blind":
+        batch = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+    source = "random" if mode == "random_query" else None
+    own = mode if mode in GAZE_MODES else "autoregressive"
+    return forward(model, batch, own, source, generator, output_attentions)
+
+
+@torch.inference_mode()
+def forward(model, batch, mode, query_source=None, generator=None, output_attentions=False):
+    """The model's output with the loss of the scored tokens, in one of its own modes."""
     return model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        pixel_values=pixels,
+        pixel_values=batch["pixel_values"],
         num_frames=batch["num_frames"],
         labels=batch["labels"].masked_fill(~batch["score_mask"], -100),
-        mode="autoregressive" if control else mode,
-        query_source="random" if mode == "random_query" else None,
+        mode=mode,
+        query_source=query_source,
         generator=generator,
         target_patches=batch.get("target_patches"),
         output_attentions=output_attentions,
@@ -119,13 +147,19 @@ def table_rows(family, items, truths, batch, mode, output):
     }
     sums = {name: values.tolist() for name, values in sums.items()}
     weights = output.attention_weights
-    maps = None if weights is None else gaze.attention_maps(weights.float().cpu().numpy())
+    weights = None if weights is None else weights.float().cpu().numpy()
     bounds = pairwise([0, *np.cumsum(sums["num_frames"])])
     rows = []
     for index, (item, truth, (start, stop)) in enumerate(zip(items, truths, bounds, strict=True)):
         row = {name: item[name] for name in ("key", "item", "source")} | {"family": family, "mode": mode}
         row |= {name: values[index] for name, values in sums.items()}
-        if truth is not None and maps is not None:
-            row |= gaze.summary(maps[:, start:stop], truth)
+        if item["per_frame"]:
+            row |= per_frame.token_columns(
+                *(values[index][scored[index]] for values in (output.token_loss, output.correct))
+            )
+        if truth is not None and weights is not None:
+            own = weights[:, start:stop]
+            row |= gaze.summary(gaze.attention_maps(own), truth)
+            row |= gaze.head_summary(gaze.head_maps(own), truth)
         rows.append(row)
     return rows

@@ -1,0 +1,228 @@
+"""Automated checks of whether a network looks at all: each a number, its bounds, and a verdict.
+
+The bounds are wide: a check that fails says that something is broken, not that a network is poor. F frames.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline_steps.evaluation.looks import RANDOM
+from pipeline_steps.metrics import Check, Diagnostics
+
+NO_QUERIES = "the network looks with ordinary tokens: it has no queries"
+NO_PLAN = "the network plans no queries: it looks with the static one"
+SHORT = "no clip has a planned query in two frames running"
+
+
+@dataclass(frozen=True)
+class Rule:
+    meaning: str
+    low: float | None
+    high: float | None
+    reason: str  # what a value out of bounds points to
+
+
+RULES = {
+    "query_spread": Rule(
+        "standard deviation of the planned queries over frames and clips, as a share of their root mean square",
+        0.05,
+        None,
+        "every frame of every clip gets nearly the same query: the planner ignores what was seen",
+    ),
+    "query_similarity": Rule(
+        "cosine of the planned queries of frames that follow each other, mean",
+        None,
+        0.98,
+        "the query does not move from frame to frame",
+    ),
+    "projection_bias": Rule(
+        "length of the query projection's bias over that of what it projects the planned queries to, mean",
+        None,
+        0.5,
+        "the bias drowns the queries, so that all of them look alike",
+    ),
+    "attention_entropy": Rule(
+        "entropy of the last layer's attention as a share of the greatest, mean over heads and frames",
+        None,
+        0.98,
+        "attention is spread evenly: the queries choose nothing",
+    ),
+    "max_attention": Rule(
+        "largest attention weight of the sharpest head of all layers, in multiples of an even spread",
+        3.0,
+        None,
+        "no head of any layer prefers a place",
+    ),
+    "focus_ratio": Rule(
+        "largest weight of a patch over the mean one, last layer, mean over heads and frames",
+        2.0,
+        None,
+        "the last layer prefers no patch",
+    ),
+    "fine_coarse_cosine": Rule(
+        "cosine of the fine and the coarse visual token of a frame, mean over frames with a planned query",
+        None,
+        0.98,
+        "planned queries find what the static one finds",
+    ),
+    "output_correlation": Rule(
+        "correlation of a frame's visual tokens for the planned and for a random query, mean",
+        None,
+        0.98,
+        "another query gives the same token: what is looked for does not matter",
+    ),
+    "token_similarity": Rule(
+        "cosine of the visual tokens of different frames of a clip, mean",
+        None,
+        0.98,
+        "all frames become the same token: the representation has collapsed",
+    ),
+    "collapse_in_training": Rule(
+        "token_similarity of the last diagnostics row of the training tables",
+        None,
+        0.98,
+        "all frames became the same token while the network was trained",
+    ),
+    "plan_sensitivity": Rule(
+        "relative change of a planned query over that of the hidden state it is planned from (a random step of 1 %)",
+        0.05,
+        None,
+        "the planned query does not depend on the language model's state",
+    ),
+    "path_agreement": Rule(
+        "largest difference of an item's loss per token between the coarse mode and the control static_query, which "
+        "are the same look on two paths",
+        None,
+        0.001,
+        "the parallel and the frame-by-frame path do not compute the same",
+    ),
+}
+
+
+def diagnose(model, observed, table, training_rows):
+    """`Diagnostics`, or None where there was no clip to look at.
+
+    observed: `looks.Observed` or None. table: item table. training_rows: rows of the training tables, in their order.
+    """
+    if observed is None:
+        return None
+    values = measure(model, observed) | {
+        "collapse_in_training": collapse(training_rows),
+        "path_agreement": path_agreement(model.config, table),
+    }
+    shown = {mode: looks for mode, looks in observed.looks.items() if looks.entropy is not None}
+    return Diagnostics(
+        checks={name: check(RULES[name], values[name]) for name in RULES},
+        entropy={mode: clipped(looks.entropy) for mode, looks in shown.items()},
+        peak={mode: clipped(looks.peak) for mode, looks in shown.items()},
+        num_items=len(observed.num_frames),
+        num_frames=sum(observed.num_frames),
+    )
+
+
+def clipped(shares):
+    """Shares [L, H] as lists, without what rounding puts beyond 0 and 1."""
+    return np.clip(shares, 0, 1).tolist()
+
+
+def check(rule, value):
+    """`Check` of a number, or of a str: why there is none."""
+    if isinstance(value, str):
+        verdict, value, reason = "not applicable", None, value
+    else:
+        inside = (rule.low is None or value >= rule.low) and (rule.high is None or value <= rule.high)
+        verdict, reason = "ok" if inside else "suspicious", rule.reason
+    return Check(verdict=verdict, value=value, low=rule.low, high=rule.high, meaning=rule.meaning, reason=reason)
+
+
+def measure(model, observed):
+    """{check: number, or why there is none} of all that the looks tell."""
+    looks, clips, times = observed.looks, observed.clips, observed.times
+    own = looks["autoregressive"]
+    values = {"token_similarity": similarity_within(own.tokens, clips)}
+    if own.queries is None:
+        return dict.fromkeys(RULES, NO_QUERIES) | values
+    values |= {
+        "attention_entropy": float(own.entropy[-1].mean()),
+        "max_attention": float(own.peak.max() * observed.num_places),
+        "focus_ratio": own.focus,
+        "projection_bias": bias_share(model.query_projection, model, own.queries),
+        "output_correlation": float(correlation(own.tokens, looks[RANDOM].tokens).mean()),
+    }
+    planned = times > 0  # no plan for the first frame
+    if model.config.coarse_only:
+        return dict.fromkeys(RULES, NO_PLAN) | values
+    if not planned.any():
+        return dict.fromkeys(RULES, SHORT) | values
+    return values | {
+        "query_spread": spread(own.queries[planned]),
+        "query_similarity": similarity_in_order(own.queries, planned),
+        "fine_coarse_cosine": float(cosine(looks["fine"].tokens, looks["coarse"].tokens)[planned].mean()),
+        "plan_sensitivity": observed.sensitivity,
+    }
+
+
+def spread(queries):
+    """Standard deviation over the rows of queries [F, Q], over their root mean square."""
+    return float(np.sqrt(queries.var(axis=0).mean() / np.square(queries).mean()))
+
+
+def cosine(a, b):
+    """Of the rows of two arrays [n, d]: [n]."""
+    return (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
+
+
+def correlation(a, b):
+    """Pearson correlation of the rows of two arrays [n, d], over d: [n]."""
+    return cosine(a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True))
+
+
+def similarity_in_order(queries, planned):
+    """Mean cosine of rows that follow each other and are both planned: the first planned one of a clip follows one
+    that is not."""
+    both = planned[1:] & planned[:-1]
+    return float(cosine(queries[1:], queries[:-1])[both].mean()) if both.any() else SHORT
+
+
+def similarity_within(tokens, clips):
+    """Mean cosine of all pairs of rows of the same clip; clips [F]."""
+    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+    pairs = []
+    for clip in np.unique(clips):
+        rows = unit[clips == clip]
+        pairs.append((rows @ rows.T)[np.triu_indices(len(rows), 1)])
+    pairs = np.concatenate(pairs)
+    return float(pairs.mean()) if len(pairs) else "no clip has two frames"
+
+
+@torch.inference_mode()
+def bias_share(projection, model, queries):
+    """Length of the projection's bias over the mean length of what its weights make of the queries [F, K * Q]; 0
+    without a bias."""
+    if projection.bias is None:
+        return 0.0
+    rows = torch.from_numpy(queries).to(projection.weight).reshape(-1, model.config.query_dim)
+    return float(projection.bias.norm() / (rows @ projection.weight.T).norm(dim=-1).mean())
+
+
+def collapse(rows):
+    """The last token similarity that training recorded, or why there is none."""
+    known = [row["token_similarity"] for row in rows if row.get("token_similarity")]
+    return float(known[-1]) if known else "the training tables hold no diagnostics"
+
+
+def path_agreement(config, table):
+    """Largest difference of an item's loss per token between coarse and static_query, or why there is none."""
+    if config.architecture != "foveated":
+        return NO_QUERIES
+    pairs = table[table["mode"].isin(["coarse", "static_query"])]
+    losses = pairs.assign(loss=pairs["loss_sum"] / pairs["num_tokens"]).pivot(
+        index=["family", "key", "item"], columns="mode", values="loss"
+    )
+    if "static_query" not in losses:
+        return "the controls were not measured"
+    if config.query_source not in ("planned", "static"):
+        return f"the network's own looks come from the query source '{config.query_source}'"
+    return float((losses["static_query"] - losses["coarse"]).abs().max())

@@ -1,0 +1,51 @@
+"""Answers that name something in every frame after the first, such as the digits that a hopping object shows.
+
+The k-th scored token (k = 1, 2 ...) is then about frame k, so a loss per frame can be told. T frames of a clip.
+"""
+
+import numpy as np
+
+from pipeline_steps.metrics import PerFrame
+from pipeline_steps.streaming.targets import source_frame
+
+
+def is_per_frame(sample, item, num_frames):
+    """Whether the ground truth of a PackedSample says so of an item (a row with `input_ids` and `score_mask`): its
+    target shows a digit in every frame, T - 1 tokens are scored, and they are equal where these digits are."""
+    target = sample.items[item["item"]].target
+    if item["kind"] != "video" or target is None or not sample.objects:
+        return False
+    tokens = np.asarray(item["input_ids"])[np.asarray(item["score_mask"], bool)]
+    shown = sample.objects[target].digits
+    digits = np.array([shown[source_frame(t, num_frames, len(shown))] for t in range(1, num_frames)])
+    if len(tokens) == 0 or len(tokens) != len(digits):
+        return False
+    return bool(np.array_equal(tokens[:, None] == tokens, digits[:, None] == digits))
+
+
+def token_columns(losses, correct):
+    """The columns of one item: losses (nats) and hits of its scored tokens, in their order."""
+    return {
+        "token_losses": [round(value, 6) for value in losses.tolist()],
+        "token_correct": correct.tolist(),
+    }
+
+
+def aggregate(rows):
+    """`PerFrame` of the rows of a DataFrame with `token_columns`, or None where no item has them."""
+    if "token_losses" not in rows or not (measured := rows[rows["token_losses"].notna()]).size:
+        return None
+    losses, hits = (by_frame(measured[name]) for name in ("token_losses", "token_correct"))
+    counts = (~np.isnan(losses)).sum(0)
+
+    def means(values):
+        sums = np.nansum(values, axis=0)
+        return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+
+    return PerFrame(loss=means(losses), accuracy=means(hits), num_items=counts.tolist())
+
+
+def by_frame(lists):
+    """Lists of the values at frames 1, 2 ... -> [items, T], NaN where an item has none (always at frame 0)."""
+    longest = max(map(len, lists))
+    return np.array([[np.nan, *values, *[np.nan] * (longest - len(values))] for values in lists], np.float64)

@@ -1,0 +1,107 @@
+"""Temporal sensitivity: the same questions about a part of each clip, in autoregressive mode.
+
+frames_4, frames_8, frames_16   so many frames, uniform over the clip, of clips that have more
+first_half, second_half         of clips of two frames or more; the middle frame of an odd number is in the second
+
+Answers are compared with those about all frames of the same clips: a network whose answers do not change does not
+use the frames that were taken away. Stills have no part that could be left out.
+"""
+
+import numpy as np
+import pandas as pd
+
+from pipeline_steps.evaluation import scoring
+from pipeline_steps.evaluation.predictions import by_item, predicted_tokens
+from pipeline_steps.metrics import VIEWS, View
+from pipeline_steps.streaming.targets import source_frame
+
+ALL_FRAMES = "all_frames"
+
+
+def places(view, num_frames):
+    """Which of a clip's frames a view shows: int64 array, or None where the clip is too short for it."""
+    half = num_frames // 2
+    if view in ("first_half", "second_half"):
+        chosen = np.arange(half) if view == "first_half" else np.arange(half, num_frames)
+        return chosen if half else None
+    count = int(view.removeprefix("frames_"))
+    return np.array([source_frame(i, count, num_frames) for i in range(count)]) if count < num_frames else None
+
+
+def select(item, chosen):
+    """The item with these of its frames; their ground truth stays theirs."""
+    kept = {name: item[name][chosen] for name in ("frames", "target_patches") if name in item}
+    return item | kept | {"num_frames": len(chosen)}
+
+
+def score_views(model, collate, loaded, progress):
+    """DataFrame with one row per clip and view (and one for all frames): family, key, item, view, num_tokens,
+    loss_sum, num_correct, predicted (token ids). loaded: `scoring.batches`."""
+    rows = []
+    for family, items, _, _ in loaded:
+        videos = [item for item in items if item["kind"] == "video"]
+        for view in (ALL_FRAMES, *VIEWS):
+            rows += view_rows(model, collate, family, videos, view)
+        progress.update(len(items))
+    return pd.DataFrame(rows)
+
+
+def view_rows(model, collate, family, items, view):
+    """The rows of one view, of the clips that are long enough."""
+    counts = [len(item["frames"]) for item in items]
+    parts = [np.arange(count) if view == ALL_FRAMES else places(view, count) for count in counts]
+    pairs = [(item, part) for item, part in zip(items, parts, strict=True) if part is not None]
+    if not pairs:
+        return []
+    shown = [select(item, part) for item, part in pairs]
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in collate(shown).items() if name != "keys"}
+    with predicted_tokens(model) as found:
+        output = scoring.forward(model, batch, "autoregressive")
+    nothing = [None] * len(shown)
+    rows = scoring.table_rows(family, shown, nothing, batch, ALL_FRAMES, output)
+    ids = by_item(found, [row["num_tokens"] for row in rows])
+    names = ("family", "key", "item", "num_tokens", "loss_sum", "num_correct")
+    return [
+        {name: row[name] for name in names} | {"view": view, "predicted": own.tolist()}
+        for row, own in zip(rows, ids, strict=True)
+    ]
+
+
+def aggregate(table, interval):
+    """{family: {view: `View`}}; interval: function of (numerators, denominators) per item."""
+    found = {}
+    if table.empty:
+        return found
+    indexed = table.set_index(["family", "view", "key", "item"]).sort_index()
+    for family in sorted(set(table["family"])):
+        everything = indexed.loc[family, ALL_FRAMES]
+        views = set(table.loc[table["family"] == family, "view"])
+        found[family] = {
+            view: compare(indexed.loc[family, view], everything, interval) for view in VIEWS if view in views
+        }
+    return found
+
+
+def compare(part, everything, interval):
+    """`View` of the items of `part`; both are indexed by (key, item)."""
+    everything = everything.loc[part.index]
+    tokens = part["num_tokens"].to_numpy()
+    loss, correct = part["loss_sum"].to_numpy(), part["num_correct"].to_numpy()
+    full_loss, full_correct = everything["loss_sum"].to_numpy(), everything["num_correct"].to_numpy()
+    others = np.array(
+        [np.sum(np.array(a) != np.array(b)) for a, b in zip(part["predicted"], everything["predicted"], strict=True)]
+    )
+    changed = others > 0
+    return View(
+        loss=float(loss.sum() / tokens.sum()),
+        accuracy=float(correct.sum() / tokens.sum()),
+        all_frames_loss=float(full_loss.sum() / tokens.sum()),
+        all_frames_accuracy=float(full_correct.sum() / tokens.sum()),
+        loss_difference=float((loss - full_loss).sum() / tokens.sum()),
+        loss_interval=interval(loss - full_loss, tokens),
+        answers_changed=float(changed.mean()),
+        answers_changed_interval=interval(changed, np.ones(len(changed))),
+        tokens_changed=float(others.sum() / tokens.sum()),
+        num_items=len(part),
+    )
