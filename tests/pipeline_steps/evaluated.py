@@ -1,0 +1,81 @@
+"""Networks and clips whose scores are known beforehand, for the tests of the evaluation.
+
+A clip of `Clips` is a list of numbers, one per frame: the frame's pixels all have that value.
+"""
+
+import types
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.objective import FoveatedVLMOutput
+from pipeline_steps.streaming.targets import Truth
+
+VOCABULARY, NUM_PATCHES = 64, 4  # frames of 2 x 2 patches of one pixel
+NUM_SCORED = 2  # tokens of every answer
+
+
+class Weighing(nn.Module):
+    """Loss of every scored token: sum over frames of (t + 1) * value, plus 100 for static queries, minus the number of
+    target patches for oracle ones. Its prediction is the sum of the values; right where that is 7."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.config = types.SimpleNamespace(
+            architecture="foveated", vision_config=types.SimpleNamespace(patch_size=1), query_source="planned"
+        )
+        self.config.__dict__.update(options)
+        self.language_model = nn.Module()
+        self.language_model.lm_head = nn.Linear(VOCABULARY, VOCABULARY, bias=False)
+        nn.init.eye_(self.language_model.lm_head.weight)
+
+    def forward(self, pixel_values, num_frames, labels, query_source=None, target_patches=None, **others):
+        values = pixel_values.mean((1, 2, 3)).split(num_frames.tolist())
+        loss = torch.stack([(own * torch.arange(1, len(own) + 1)).sum() for own in values])
+        if query_source == "static":
+            loss = loss + 100
+        if query_source == "oracle":
+            loss = loss - torch.stack([own.sum() for own in target_patches.split(num_frames.tolist())])
+        answers = torch.stack([own.sum() for own in values]).long()
+        asked = labels != -100
+        states = nn.functional.one_hot(answers, VOCABULARY).float()[:, None].expand(*asked.shape, -1)
+        self.language_model.lm_head(states[asked])
+        return FoveatedVLMOutput(token_loss=loss[:, None] * asked, correct=(answers == 7)[:, None] & asked)
+
+
+def clip(key, values, **fields):
+    """An item as `TokenizedShards` gives it."""
+    frames = np.array(values, np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
+    fixed = {"key": key, "item": 0, "source": "made", "kind": "video", "per_frame": False}
+    return fixed | {"num_frames": len(values), "frames": frames} | fields
+
+
+def collate(items):
+    shape = (len(items), 4)
+    scored = torch.zeros(shape, dtype=torch.bool)
+    scored[:, -NUM_SCORED:] = True
+    return {
+        "input_ids": torch.ones(shape, dtype=torch.long),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "labels": torch.ones(shape, dtype=torch.long),
+        "score_mask": scored,
+        "pixel_values": torch.from_numpy(np.concatenate([item["frames"] for item in items])).permute(0, 3, 1, 2),
+        "num_frames": torch.tensor([len(item["frames"]) for item in items]),
+        "keys": [item["key"] for item in items],
+    }
+
+
+def loaded(items, truths=None, family="made"):
+    """One batch as `scoring.batches` gives it."""
+    batch = {name: value for name, value in collate(items).items() if name != "keys"}
+    return [(family, items, batch, truths or [None] * len(items))]
+
+
+def truth_at(*patches):
+    """The target fills one patch of every frame; None: it is not visible."""
+    target = np.zeros((len(patches), NUM_PATCHES), bool)
+    for t, patch in enumerate(patches):
+        if patch is not None:
+            target[t, patch] = True
+    return Truth(target, target, np.zeros((len(patches), 4)))

@@ -1,0 +1,174 @@
+"""Controls, scores per source and per frame: on a network that weighs frames in a known way, and on a real one."""
+
+import types
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tqdm import tqdm
+
+from pipeline_steps.evaluation import breakdown, controls, per_frame, scoring, statistics
+from pipeline_steps.metrics import CONTROLS
+from tests.model import tiny
+from tests.pipeline_steps.evaluated import NUM_SCORED, Weighing, clip, loaded, truth_at
+
+SILENT = tqdm(disable=True)
+interval = partial(statistics.ratio_interval, num_samples=50, seed=1)
+
+
+def test_each_control_takes_away_what_it_says():
+    items = [clip("a", [1, 2, 3]), clip("b", [4])]
+    table = controls.score_controls(Weighing(), loaded(items, [truth_at(0, 1, None), None]), 1, SILENT)
+    losses = (table.set_index(["mode", "key"])["loss_sum"] / NUM_SCORED).to_dict()
+    order = controls.shuffled(3, 1, "a", 0)
+    shuffled = sum((t + 1) * [1, 2, 3][place] for t, place in enumerate(order))
+    assert losses == {
+        ("static_query", "a"): 14 + 100,
+        ("static_query", "b"): 4 + 100,
+        ("shuffled_frames", "a"): shuffled,
+        ("shuffled_frames", "b"): 4,
+        ("first_frame", "a"): 1 + 2 + 3,
+        ("first_frame", "b"): 4,
+        ("oracle_query", "a"): 14 - 2,  # no truth is known of b
+    }
+    assert shuffled != 14
+
+
+def test_frames_move_together_with_their_targets():
+    items = [clip("a", [1, 2, 3])]
+    _, _, batch, truths = loaded(items, [truth_at(0, 1, 2)])[0]
+    batch["target_patches"] = torch.from_numpy(truths[0].target)
+    shown = controls.controlled("shuffled_frames", items, batch, truths, 1)
+    values = shown["pixel_values"].mean((1, 2, 3))
+    assert shown["target_patches"].int().argmax(1).tolist() == (values - 1).int().tolist()
+    first = controls.controlled("first_frame", items, batch, truths, 1)
+    assert first["target_patches"].int().argmax(1).tolist() == [0, 0, 0]
+
+
+def test_an_order_is_never_the_own_one_and_does_not_depend_on_the_batch():
+    orders = [controls.shuffled(2, 1, key, 0).tolist() for key in "abcdefgh"]
+    assert orders == [[1, 0]] * 8
+    assert controls.shuffled(1, 1, "a", 0).tolist() == [0]
+    several = {tuple(controls.shuffled(6, seed, "a", 0)) for seed in range(20)}
+    assert len(several) > 15
+    assert all(sorted(order) == list(range(6)) for order in several)
+
+
+def test_effects_compare_the_same_items():
+    rows = [
+        ("a", "autoregressive", 2, 4.0, 2),
+        ("b", "autoregressive", 2, 2.0, 1),
+        ("c", "autoregressive", 2, 99.0, 0),  # not among the control's items
+        ("a", "first_frame", 2, 6.0, 1),
+        ("b", "first_frame", 2, 4.0, 0),
+    ]
+    table = pd.DataFrame(rows, columns=["key", "mode", "num_tokens", "loss_sum", "num_correct"])
+    found = controls.effects(table.assign(family="made", item=0), interval)
+    effect = found["made"]["first_frame"]
+    assert set(found["made"]) == {"first_frame"}
+    assert effect.loss_difference == pytest.approx(1.0)
+    assert effect.loss_interval == pytest.approx((1.0, 1.0))  # every item loses as much: unpaired it would spread
+    assert effect.accuracy_difference == pytest.approx(-0.5)
+    assert effect.num_items == 2
+
+
+def test_effects_refuse_other_tokens():
+    rows = [("a", "autoregressive", 2), ("a", "blind", 3)]
+    table = pd.DataFrame(rows, columns=["key", "mode", "num_tokens"])
+    table = table.assign(family="made", item=0, loss_sum=1.0, num_correct=1)
+    with pytest.raises(ValueError, match="1 items have other scored tokens"):
+        controls.effects(table, interval)
+
+
+def test_ordinary_tokens_have_no_query_controls():
+    names = controls.applicable(types.SimpleNamespace(architecture="multi_token"))
+    assert names == ["shuffled_frames", "first_frame"]
+    assert controls.applicable(types.SimpleNamespace(architecture="foveated")) == list(CONTROLS)
+
+
+def real_batch(rows=(0, 2, 3)):
+    batch = tiny.rows_of(tiny.make_batch(), list(rows))
+    batch["score_mask"] = batch["labels"] != -100
+    items = [clip(f"k{row}", [0] * tiny.NUM_FRAMES[row]) for row in rows]
+    truths = [truth_of(count) for count in batch["num_frames"].tolist()]
+    return items, batch, truths
+
+
+def truth_of(num_frames):
+    target = np.zeros((num_frames, 16), bool)
+    target[:, 5] = True
+    return scoring.targets.Truth(target, target, np.zeros((num_frames, 4)))
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_first_query": False}, {"attention": "shallow"}])
+def test_static_query_is_the_coarse_mode_on_the_other_path(options):
+    model = tiny.make_model(**options)
+    items, batch, truths = real_batch()
+    table = controls.score_controls(model, [("made", items, batch, truths)], 1, SILENT)
+    coarse = scoring.forward(model, batch, "coarse").token_loss.sum(1)
+    own = scoring.forward(model, batch, "autoregressive").token_loss.sum(1)
+    losses = table.pivot(index="key", columns="mode", values="loss_sum")
+    assert losses["static_query"].to_numpy() == pytest.approx(coarse.numpy(), abs=1e-4)
+    assert losses["shuffled_frames"]["k2"] == pytest.approx(own[1].item(), abs=1e-4)  # one frame has one order
+    assert abs(losses["shuffled_frames"]["k0"] - own[0].item()) > 1e-5
+
+
+def test_an_oracle_looks_at_the_target_and_nowhere_else():
+    items, batch, truths = real_batch()
+    table = controls.score_controls(tiny.make_model(), [("made", items, batch, truths)], 1, SILENT)
+    oracle = table[(table["mode"] == "oracle_query") & (table["gaze_frames"] > 0)]
+    assert oracle["peak_on_target"].tolist() == oracle["gaze_frames"].tolist() == [2, 1]
+    assert oracle["mass_on_target"].to_numpy() == pytest.approx([2.0, 1.0])
+    assert set(table[table["gaze_frames"] > 0]["mode"]) == {"static_query", "oracle_query"}
+
+
+# ---------------------------------------------------------------- per source, per frame
+
+
+def test_sources_are_told_apart():
+    rows = [("x", "card", "fine", 1.0, 1), ("x", "card", "fine", 3.0, 0), ("y", "card", "fine", 7.0, 0)]
+    table = pd.DataFrame(rows, columns=["source", "family", "mode", "loss_sum", "num_correct"]).assign(num_tokens=1)
+
+    def score(rows):
+        return statistics.score(*(rows[name].to_numpy() for name in controls.SUMS), 50, 1)
+
+    found = breakdown.source_scores(table, score)
+    assert {source: scores["card"]["fine"].loss for source, scores in found.items()} == {"x": 2.0, "y": 7.0}
+    assert found["x"]["card"]["fine"].num_items == 2
+
+
+def hopping(tokens, digits, **fields):
+    """(packed sample, item) of a target that shows these digits and an answer of these scored tokens."""
+    shown = types.SimpleNamespace(digits=digits)
+    sample = types.SimpleNamespace(items=[types.SimpleNamespace(target=0)], objects=[shown])
+    item = {"item": 0, "kind": "video", "input_ids": [9, *tokens], "score_mask": [False] + [True] * len(tokens)}
+    return sample, item | fields
+
+
+def test_answers_per_frame_are_recognised_by_the_truth():
+    assert per_frame.is_per_frame(*hopping([31, 32, 31], (7, 1, 2, 1)), 4)
+    assert not per_frame.is_per_frame(*hopping([31, 32, 33], (7, 1, 2, 1)), 4)  # another token for the same digit
+    assert not per_frame.is_per_frame(*hopping([31, 32], (7, 1, 2, 1)), 4)  # too few
+    assert not per_frame.is_per_frame(*hopping([31, 32, 31], (7, 1, 2, 1), kind="image"), 4)
+    assert per_frame.is_per_frame(*hopping([31], (7, 7, 5, 5)), 2)  # two of four source frames were packed
+    sample, item = hopping([31, 32, 31], (7, 1, 2, 1))
+    sample.objects = None
+    assert not per_frame.is_per_frame(sample, item, 4)
+
+
+def test_scores_belong_to_the_frame_that_is_named():
+    rows = pd.DataFrame(
+        [
+            per_frame.token_columns(np.array([1.0, 2.0, 6.0]), np.array([True, False, False])),
+            per_frame.token_columns(np.array([3.0, 4.0]), np.array([True, True])),
+            {"token_losses": None, "token_correct": None},
+        ]
+    )
+    found = per_frame.aggregate(rows)
+    assert found.loss == [None, 2.0, 3.0, 6.0]
+    assert found.accuracy == [None, 1.0, 0.5, 0.0]
+    assert found.num_items == [0, 2, 2, 1]
+    assert per_frame.aggregate(rows[2:]) is None
+    assert per_frame.aggregate(rows[[]]) is None
