@@ -71,6 +71,14 @@ class Gaze(Result):
     per_frame: list[Share | None]  # peak_on_target of each frame position, the first one included; null: never visible
 
 
+class GazeDifference(Result):
+    """Autoregressive peak_on_target minus a reference's, over the same frames."""
+
+    peak_on_target: float
+    interval: Interval  # 95 %, paired bootstrap over items
+    num_frames: int = Field(ge=1)
+
+
 class Generation(Result):
     """Greedy answers in autoregressive mode."""
 
@@ -144,6 +152,7 @@ class EvaluationResult(Result):
     provenance: dict
     sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, family, mode
     controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)
+    gaze_difference: dict[str, dict[str, GazeDifference]] | None = None  # by family, reference: chance, coarse, oracle
     per_frame: dict[str, dict[str, PerFrame]] | None = None  # by family, mode; families with an answer per frame
     temporal: dict[str, dict[str, View]] | None = None  # by family, one of VIEWS
     diagnostics: Diagnostics | None = None

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.evaluation import breakdown, controls, diagnostics, looks, statistics, temporal
+from pipeline_steps.evaluation import breakdown, controls, diagnostics, gaze_difference, looks, statistics, temporal
 from pipeline_steps.evaluation.scoring import TEXT, batches, choose_items, groups_by_family, score_items, subset
 from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.streaming.collate import Collator
@@ -249,6 +249,7 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
         provenance=origin,
         sources=breakdown.source_scores(table, partial(score_rows, options=options)),
         controls=controls.effects(table, interval),
+        gaze_difference=gaze_difference.differences(table, interval),
         per_frame=breakdown.frame_scores(table),
         temporal=None if views is None else temporal.aggregate(views, interval),
         diagnostics=diagnostics,

@@ -38,9 +38,9 @@ RULES = {
         "the query does not move from frame to frame",
     ),
     "projection_bias": Rule(
-        "length of the query projection's bias over that of what it projects the planned queries to, mean",
+        "length of the query projection's bias over the sum of it and the mean length that its weights give queries",
         None,
-        0.5,
+        0.35,
         "the bias drowns the queries, so that all of them look alike",
     ),
     "attention_entropy": Rule(
@@ -199,12 +199,13 @@ def similarity_within(tokens, clips):
 
 @torch.inference_mode()
 def bias_share(projection, model, queries):
-    """Length of the projection's bias over the mean length of what its weights make of the queries [F, K * Q]; 0
-    without a bias."""
+    """Length of the projection's bias over the sum of it and the mean length of what its weights make of the queries
+    [F, K * Q]; 0 without a bias."""
     if projection.bias is None:
         return 0.0
     rows = torch.from_numpy(queries).to(projection.weight).reshape(-1, model.config.query_dim)
-    return float(projection.bias.norm() / (rows @ projection.weight.T).norm(dim=-1).mean())
+    bias, length = projection.bias.norm(), (rows @ projection.weight.T).norm(dim=-1).mean()
+    return float(bias / (bias + length).clamp_min(1e-12))
 
 
 def collapse(rows):

@@ -1,0 +1,37 @@
+"""How much more often the autoregressive gaze is on the target than a peak anywhere (`chance`), than the static
+query's (`coarse`) and than the one that is told where to look (`oracle`): on the same frames of the same items."""
+
+from pipeline_steps.metrics import GazeDifference
+
+REFERENCES = {"coarse": "coarse", "oracle": "oracle_query"}  # name: mode of the item table
+OWN = "autoregressive"
+
+
+def differences(table, interval):
+    """{family: {reference: `GazeDifference`}}; interval: function of (numerators, denominators) per item."""
+    if "gaze_frames" not in table:
+        return {}
+    rows = table[table["gaze_frames"] > 0].set_index(["family", "mode", "key", "item"]).sort_index()
+    found = {}
+    for family in sorted(set(rows.index.get_level_values("family"))):
+        modes = {mode: rows.loc[family, mode] for mode in set(rows.loc[family].index.get_level_values("mode"))}
+        if OWN not in modes:
+            continue
+        own = modes[OWN]
+        found[family] = {"chance": difference(own, own["chance"], interval)}
+        for name, mode in REFERENCES.items():
+            if mode in modes:
+                shared = own.loc[modes[mode].index]
+                found[family][name] = difference(shared, modes[mode]["peak_on_target"], interval)
+    return found
+
+
+def difference(own, reference, interval):
+    """`GazeDifference` to the reference's sums over the same frames, one per item."""
+    change = (own["peak_on_target"] - reference).to_numpy()
+    frames = own["gaze_frames"].to_numpy()
+    return GazeDifference(
+        peak_on_target=float(change.sum() / frames.sum()),
+        interval=interval(change, frames),
+        num_frames=int(frames.sum()),
+    )
