@@ -1,5 +1,6 @@
 """Statistics and gaze geometry with known answers, and a whole scoring pass of a small network."""
 
+import json
 import types
 
 import numpy as np
@@ -14,7 +15,7 @@ from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from pipeline_steps import gaze, metrics, sidecar
 from pipeline_steps.answers import answer_span, up_to_answer
 from pipeline_steps.evaluation import __main__ as evaluation
-from pipeline_steps.evaluation import scoring, statistics
+from pipeline_steps.evaluation import diagnostics, scoring, statistics
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample
 from pipeline_steps.streaming import index, targets
@@ -286,6 +287,70 @@ def test_result_is_valid_and_deterministic(network, tmp_path):
         metrics.write_json(tmp_path / f"{name}.json", result)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     metrics.read_json(tmp_path / "a.json", metrics.EvaluationResult, "evaluation")
+
+
+def test_a_part_of_the_items_is_measured_further(network, tmp_path):
+    data, chosen, table = score(network, 4)
+    limits = {
+        "max_control_items_per_family": 2,
+        "max_temporal_clips_per_family": 2,
+        "max_diagnostic_clips": 3,
+        "max_items_per_family": 100,
+    }
+    settings = types.SimpleNamespace(bootstrap_samples=50, seed=1, batch_size=2, **limits)
+    streaming = types.SimpleNamespace(num_workers=0, prefetch_megabytes=1, image_replication=1)
+    parameters = types.SimpleNamespace(evaluation=settings, streaming=streaming)
+    collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
+    parts = evaluation.further_items(data, chosen, settings)
+    with tqdm(disable=True) as progress:
+        further = evaluation.score_further(network, collate, data, chosen, parameters, progress)
+    table = pd.concat([table, further.controls], ignore_index=True)
+    checks = diagnostics.diagnose(network, further.observed, table, [])
+    result = evaluation.summarise(table, [], {}, settings, {}, views=further.views, diagnostics=checks)
+    assert [{name: len(numbers) for name, numbers in part.items()} for part in parts] == [{"card": 2, "gist": 2}] * 3
+    assert {name: effect.num_items for name, effect in result.controls["gist"].items()} == {
+        "blind": 3,
+        "random_query": 3,
+        "static_query": 2,
+        "shuffled_frames": 2,
+        "first_frame": 2,
+    }
+    assert set(result.controls["card"]) - set(result.controls["gist"]) == {"oracle_query"}
+    assert result.gaze["card"]["oracle_query"].peak_on_target == 1
+    assert np.shape(result.gaze["card"]["autoregressive"].per_head) == (2, 2)
+    assert result.diagnostics.checks["path_agreement"].verdict == "ok"
+    assert result.temporal["card"]["second_half"].num_items == 2
+    assert result.sources["test"]["card"] == result.families["card"]
+    assert result.sources["test"]["text"]["text"] == result.text
+    assert set(result.mean) == {*metrics.MODES, "static_query", "shuffled_frames", "first_frame"}
+    metrics.write_json(tmp_path / "a.json", result)
+    metrics.read_json(tmp_path / "a.json", metrics.EvaluationResult, "evaluation")
+
+
+def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
+    data, chosen, _ = score(network, 4)
+    limits = ("max_control_items_per_family", "max_temporal_clips_per_family", "max_diagnostic_clips")
+    settings = types.SimpleNamespace(seed=1, batch_size=2, **dict.fromkeys(limits, 0))
+    streaming = types.SimpleNamespace(num_workers=0, prefetch_megabytes=1, image_replication=1)
+    with tqdm(disable=True) as progress:
+        parameters = types.SimpleNamespace(evaluation=settings, streaming=streaming)
+        further = evaluation.score_further(network, None, data, chosen, parameters, progress)
+    assert (len(further.controls), further.views, further.observed) == (0, None, None)
+
+
+def test_results_of_before_say_not_measured(network, tmp_path):
+    table = score(network, 4)[2]
+    settings = types.SimpleNamespace(bootstrap_samples=50, seed=1)
+    result = evaluation.summarise(table, [], {}, settings, {}).model_dump(mode="json")
+    new = ("sources", "controls", "per_frame", "temporal", "diagnostics", "gaze_difference")
+    old = {name: value for name, value in result.items() if name not in new}
+    for modes in old["gaze"].values():
+        for seen in modes.values():
+            del seen["per_head"], seen["mass_per_head"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    read = metrics.read_json(tmp_path / "old.json", metrics.EvaluationResult, "evaluation")
+    assert all(getattr(read, name) is None for name in new)
+    assert read.gaze["card"]["fine"].per_head is None
 
 
 def test_sample_of_large_families_is_seeded():

@@ -172,6 +172,10 @@ def test_each_damage_is_found(damage, expected):
         assert all(before[name] == "ok" for name in expected)
 
 
+def test_a_projection_without_bias_has_no_share():
+    assert diagnose(tiny.make_model()).checks["projection_bias"].value == 0
+
+
 def test_sharp_attention_passes():
     model = tiny.make_model(attention_temperature=0.02)
     found = verdicts(model)
