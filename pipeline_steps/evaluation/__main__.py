@@ -5,15 +5,14 @@
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes reports/metrics/evaluation.json
 (docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode, and
 answers.jsonl, greedy answers. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
-frames), random_query (queries of the planned norm). Cost at the embedded scale: about 40 seconds on two cores, below
-1 GB of memory. The same inputs give the same bytes.
+frames), random_query (queries of the planned norm), and those of controls.py on fewer items; parts of clips
+(temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale: about a minute on two
+cores, below 1 GB of memory. The same inputs give the same bytes.
 """
 
 import argparse
-import csv
 import os
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +29,18 @@ from tqdm import tqdm
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.evaluation import breakdown, controls, diagnostics, gaze_difference, looks, statistics, temporal
-from pipeline_steps.evaluation.scoring import TEXT, batches, choose_items, groups_by_family, score_items, subset
+from pipeline_steps.evaluation import breakdown, controls, further, gaze_difference, statistics, temporal
+from pipeline_steps.evaluation.scoring import (
+    TEXT,
+    choose_items,
+    for_file,
+    groups_by_family,
+    score_items,
+)
 from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
-from pipeline_steps.streaming.index import KINDS
 
-VIDEO = KINDS.index("video")
 PARAMS = (
     "evaluation",
     "streaming.image_replication",
@@ -61,7 +64,8 @@ def main():
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_family) for numbers in chosen.values())
-    total += sum(len(numbers) for part in further_items(dataset, chosen, settings) for numbers in part.values())
+    total += sum(len(numbers) for part in further.choose(dataset, chosen, settings) for numbers in part.values())
+    loading = prefetch(parameters.streaming, dataset)
     with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
         table = score_items(
             model,
@@ -70,11 +74,11 @@ def main():
             chosen,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            prefetch=prefetch(parameters.streaming, dataset),
+            prefetch=loading,
             progress=progress,
         )
-        further = score_further(model, collate, dataset, chosen, parameters, progress)
-        table = pd.concat([table, further.controls], ignore_index=True)
+        more = further.measure(model, collate, dataset, chosen, settings, loading, progress)
+        table = pd.concat([table, more.controls], ignore_index=True)
         answers = []
         for family, numbers in chosen.items():
             items = [dataset[number] for number in numbers[: settings.max_answers_per_family]]
@@ -86,11 +90,11 @@ def main():
         chance(training, dataset, chosen),
         settings,
         provenance(arguments, parameters, model.device),
-        views=further.views,
-        diagnostics=diagnostics.diagnose(model, further.observed, table, training_rows(arguments.metrics)),
+        views=more.views,
+        diagnostics=further.diagnose(model, more.observed, table, arguments.metrics),
     )
     with replaced_folder(arguments.outputs) as folder:
-        table.round(6).to_parquet(folder / "items.parquet", index=False)
+        for_file(table).to_parquet(folder / "items.parquet", index=False)
         write_jsonl(folder / "answers.jsonl", answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
     print_summary(result)
@@ -111,47 +115,6 @@ def load_model(checkpoint):
     """(model, tokenizer) of a trained folder, in fp32, on the GPU where there is one."""
     model, processor = load_checkpoint(checkpoint)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor.tokenizer
-
-
-@dataclass(frozen=True)
-class Further:
-    """What is measured of a part of the items."""
-
-    controls: pd.DataFrame  # item table
-    views: pd.DataFrame | None  # of `temporal.score_views`; None: not measured
-    observed: looks.Observed | None
-
-
-def further_items(dataset, chosen, settings):
-    """{family: item numbers} of the controls, of the temporal views and of the diagnostics."""
-    clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
-    share = -(-settings.max_diagnostic_clips // max(1, sum(map(bool, clips.values()))))
-    return (
-        subset(chosen, settings.max_control_items_per_family, settings.seed),
-        subset(clips, settings.max_temporal_clips_per_family, settings.seed),
-        subset(clips, share, settings.seed),
-    )
-
-
-def score_further(model, collate, dataset, chosen, parameters, progress):
-    """Controls, temporal views and looks: `Further`."""
-    settings = parameters.evaluation
-    for_controls, for_views, for_looks = further_items(dataset, chosen, settings)
-
-    def load(part):
-        ahead = prefetch(parameters.streaming, dataset)
-        return batches(model, collate, dataset, part, settings.batch_size, ahead)
-
-    table = controls.score_controls(model, load(for_controls), settings.seed, progress)
-    views = temporal.score_views(model, collate, load(for_views), progress)
-    observed = looks.observe(model, load(for_looks), settings.seed, progress)
-    return Further(table, views if settings.max_temporal_clips_per_family else None, observed)
-
-
-def training_rows(metrics_dir):
-    """Rows of the training tables, one stage after another; none where there are no tables."""
-    paths = [metrics_dir / f"{stage}.csv" for stage in ("stage1", "stage2", "stage3")]
-    return [row for path in paths if path.exists() for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
 
 
 def prefetch(streaming, dataset):
@@ -288,6 +251,13 @@ def print_summary(result):
         cells = ["-" if share is None else f"{share:.1%}" for share in shares]
         print(family.ljust(14) + "".join(cell.rjust(16) for cell in cells))
     print("mean".ljust(14) + "".join(f"{result.mean[mode].accuracy:.1%}".rjust(16) for mode in metrics.MODES))
+    checks = result.diagnostics.checks if result.diagnostics else {}
+    for name, check in checks.items():
+        if check.verdict == "suspicious":
+            bound = (
+                f"below {check.low:g}" if check.low is not None and check.value < check.low else f"above {check.high:g}"
+            )
+            print(f"suspicious: {name} {check.value:.3g} is {bound}: {check.reason}")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,7 @@ def is_per_frame(sample, item, num_frames):
 
 def token_columns(losses, correct):
     """The columns of one item: losses (nats) and hits of its scored tokens, in their order."""
-    return {
-        "token_losses": [round(value, 6) for value in losses.tolist()],
-        "token_correct": correct.tolist(),
-    }
+    return {"token_losses": losses.tolist(), "token_correct": correct.tolist()}
 
 
 def aggregate(rows):

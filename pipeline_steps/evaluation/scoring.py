@@ -163,3 +163,14 @@ def table_rows(family, items, truths, batch, mode, output):
             row |= gaze.head_summary(gaze.head_maps(own), truth)
         rows.append(row)
     return rows
+
+
+def for_file(table):
+    """The item table with 6 decimals, and 3 in its lists of losses and of attention: they would be most of the file."""
+    lists = [name for name in ("token_losses", "mass_per_head") if name in table]
+    short = {name: [rounded(values) for values in table[name]] for name in lists}
+    return table.round(6).assign(**short)
+
+
+def rounded(values):
+    return [round(value, 3) for value in values] if isinstance(values, list) else None

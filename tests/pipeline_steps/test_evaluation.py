@@ -15,7 +15,7 @@ from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from pipeline_steps import gaze, metrics, sidecar
 from pipeline_steps.answers import answer_span, up_to_answer
 from pipeline_steps.evaluation import __main__ as evaluation
-from pipeline_steps.evaluation import diagnostics, scoring, statistics
+from pipeline_steps.evaluation import further, scoring, statistics
 from pipeline_steps.params import UserError
 from pipeline_steps.records import PackedSample
 from pipeline_steps.streaming import index, targets
@@ -298,15 +298,14 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
         "max_items_per_family": 100,
     }
     settings = types.SimpleNamespace(bootstrap_samples=50, seed=1, batch_size=2, **limits)
-    streaming = types.SimpleNamespace(num_workers=0, prefetch_megabytes=1, image_replication=1)
-    parameters = types.SimpleNamespace(evaluation=settings, streaming=streaming)
     collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
-    parts = evaluation.further_items(data, chosen, settings)
+    parts = further.choose(data, chosen, settings)
     with tqdm(disable=True) as progress:
-        further = evaluation.score_further(network, collate, data, chosen, parameters, progress)
-    table = pd.concat([table, further.controls], ignore_index=True)
-    checks = diagnostics.diagnose(network, further.observed, table, [])
-    result = evaluation.summarise(table, [], {}, settings, {}, views=further.views, diagnostics=checks)
+        more = further.measure(network, collate, data, chosen, settings, PREFETCH, progress)
+    table = pd.concat([table, more.controls], ignore_index=True)
+    (tmp_path / "stage2.csv").write_text("event,token_similarity\ndiagnostics,0.5\n")
+    checks = further.diagnose(network, more.observed, table, tmp_path)
+    result = evaluation.summarise(table, [], {}, settings, {}, views=more.views, diagnostics=checks)
     assert [{name: len(numbers) for name, numbers in part.items()} for part in parts] == [{"card": 2, "gist": 2}] * 3
     assert {name: effect.num_items for name, effect in result.controls["gist"].items()} == {
         "blind": 3,
@@ -319,6 +318,7 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     assert result.gaze["card"]["oracle_query"].peak_on_target == 1
     assert np.shape(result.gaze["card"]["autoregressive"].per_head) == (2, 2)
     assert result.diagnostics.checks["path_agreement"].verdict == "ok"
+    assert result.diagnostics.checks["collapse_in_training"].value == 0.5
     assert result.temporal["card"]["second_half"].num_items == 2
     assert result.sources["test"]["card"] == result.families["card"]
     assert result.sources["test"]["text"]["text"] == result.text
@@ -331,11 +331,9 @@ def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
     data, chosen, _ = score(network, 4)
     limits = ("max_control_items_per_family", "max_temporal_clips_per_family", "max_diagnostic_clips")
     settings = types.SimpleNamespace(seed=1, batch_size=2, **dict.fromkeys(limits, 0))
-    streaming = types.SimpleNamespace(num_workers=0, prefetch_megabytes=1, image_replication=1)
     with tqdm(disable=True) as progress:
-        parameters = types.SimpleNamespace(evaluation=settings, streaming=streaming)
-        further = evaluation.score_further(network, None, data, chosen, parameters, progress)
-    assert (len(further.controls), further.views, further.observed) == (0, None, None)
+        more = further.measure(network, None, data, chosen, settings, PREFETCH, progress)
+    assert (len(more.controls), more.views, more.observed) == (0, None, None)
 
 
 def test_results_of_before_say_not_measured(network, tmp_path):
