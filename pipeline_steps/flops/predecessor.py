@@ -90,6 +90,7 @@ def corrections(config):
     rest = "patch embedding, last vision layer, planner, no gradient of the pixels"
     steps.append(CountStep(reason=rest, flops_per_sample=once))
     if ours != once:
-        reason = f"a second plan in {config.second_pass_probability:.0%} of the steps, coarse loss"
+        reason = f"a second plan in {config.second_pass_probability:.0%} of the steps"
+        reason += ", and a coarse loss" if config.lambda_coarse > 0 else ""
         steps.append(CountStep(reason=reason, flops_per_sample=ours))
     return steps

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline_steps import params
 from pipeline_steps.params import UserError
 from pipeline_steps.records import replaced_folder, write_text
-from pipeline_steps.report import differences, figures, provenance, tables, texts
+from pipeline_steps.report import compute, differences, figures, provenance, tables, texts
 from pipeline_steps.report.inputs import read_inputs
 from pipeline_steps.report.verdicts import verdicts
 
@@ -58,6 +58,12 @@ CAPTIONS = {
         "Top: where the compute goes. Bottom: cost over the number of frames for one foveated token, the fixed "
         "look (A6) and ordinary tokens (B1), same backbones, mean text length.",
     ),
+    "frontier": (
+        "Cost of one token a frame against several over the number of frames, by language model",
+        "Look for where a line falls below the dotted one: from there on one token a frame costs less than several, in "
+        "use (top) and in training (middle). Bottom: share of vision encoder and queries in the cost of one token a "
+        "frame; above the dotted line the vision encoder dominates, and fewer tokens can save little.",
+    ),
 }
 
 
@@ -77,6 +83,7 @@ def main():
             tables.gaze(result),
             *differences.tables(inputs, settings),
             tables.flops(inputs.flops),
+            *compute.tables(inputs.flops),
             tables.data(inputs.shards, inputs.tokens),
             tables.mixture(inputs.stages),
         )
@@ -86,6 +93,7 @@ def main():
         "gaze": figures.gaze(result),
         "curves": figures.curves(inputs.curves),
         "flops": figures.flops(inputs.flops),
+        "frontier": compute.frontier(inputs.flops),
     }
     reports = arguments.root / "reports"
     params.check_outputs(folders=[reports / "figures", reports / "tables"], files=[reports / "report.html"])
@@ -104,6 +112,7 @@ def main():
         tables=built,
         figures=shown,
         controls=texts.controls(result, settings.targets),
+        compute_lines=compute.statements(inputs.flops),
         answers=first_answers(inputs.answers),
         clips=clips(reports / "heatmaps", inputs.heatmaps),
         heatmap_rule=heatmap_rule(inputs.heatmaps),

@@ -1,0 +1,179 @@
+"""Compute: tables of budgets, of the predecessor's count and of an answer, and the figure of where one token a frame
+saves."""
+
+import numpy as np
+
+from pipeline_steps.metrics import GAZE_MODES
+from pipeline_steps.report.tables import Table, count, number, ordered_arms
+
+SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first
+COLOURS = dict(zip(SCALES, ("#8b95a3", "#2f80ed", "#12a594", "#d97706"), strict=True))
+MARKERS = dict(zip(SCALES, "sovD", strict=True))
+ABSENT = ("–", -1.0)
+
+
+def tables(result):
+    """All tables of this module, of a `FlopsResult`."""
+    return [passes(result), answers(result), budgets(result), corrections(result)]
+
+
+def passes(result):
+    """Where a forward pass of every mode goes: passes of the language model, and backward."""
+    rows = []
+    for mode in GAZE_MODES:
+        entry = result.modes[mode]
+        *planning, reading = entry.language_passes
+        cells = [number(value / 1e6, 2) for value in (sum(planning), reading, entry.total, entry.backward)]
+        positions = count(round(sum(entry.language_positions[:-1]))), count(round(entry.language_positions[-1]))
+        rows.append([mode, number(entry.num_looks, 0), positions[0], positions[1], *cells])
+    columns = ["mode", "looks", "planning positions", "positions read", "planning", "reading", "forward", "backward"]
+    note = (
+        "This network, mean sample. MFLOP; the language model plans (reads up to the last visual token, or frame by "
+        "frame) and reads everything. Backward: if every weight were trained in this mode."
+    )
+    return Table("flops_passes", "Passes of the language model and backward", columns, rows, note, strong=[6])
+
+
+def answers(result):
+    """An answer and a training sample of every arm: operations and memory."""
+    rows = []
+    for name in ordered_arms(result):
+        entry, memory = result.answers[name], result.memory[name]
+        cells = [number(value / 1e6, 2) for value in (entry.prefill, entry.per_decoded_token, entry.total)]
+        sizes = (entry.key_value_bytes, entry.vision_bytes, sum(memory.model_dump().values()))
+        rows.append([name.replace("_", " "), count(entry.num_prompt_tokens), *cells, *(kib(size) for size in sizes)])
+    num_tokens = next(iter(result.answers.values())).num_answer_tokens
+    columns = ["arm", "prompt", "prefill", "per token", f"{num_tokens} tokens", "key-value cache", "vision cache"]
+    note = (
+        "Autoregressive mode at the mean lengths. Prefill: MFLOP until the first token; per token: MFLOP of every "
+        "further one. Key-value cache: of the language model at the last token; vision cache: keys and values that the "
+        "queries look at. Activations: estimate of what one training sample keeps for its backward pass, with fused "
+        f"attention and without checkpointing. {result.assumptions['bytes_per_number']} bytes a number."
+    )
+    return Table("answers", "Cost and memory of an answer", [*columns, "activations"], rows, note, strong=[4])
+
+
+def kib(size):
+    return (f"{size / 1024:,.0f} KiB".replace(",", " "), size)
+
+
+def budgets(result):
+    """Samples that every budget pays for, with the predecessor's numbers."""
+    rows = [
+        [
+            (f"{row.budget:.1e}", row.budget),
+            row.scale,
+            row.arm.replace("_", " "),
+            number(row.flops_per_sample / 1e9, 1),
+            count(row.num_samples),
+            number(row.predecessor_flops_per_sample / 1e9, 1),
+            count(row.predecessor_num_samples),
+            number(row.num_samples / row.predecessor_num_samples, 2),
+        ]
+        for row in result.budgets
+    ]
+    lengths = result.assumptions["predecessor_sample"]
+    columns = [
+        "budget, FLOP",
+        "scale",
+        "arm",
+        "GFLOP a sample",
+        "samples",
+        "predecessor: GFLOP",
+        "samples then",
+        "ratio",
+    ]
+    note = (
+        f"Equal training compute (iso-FLOP): SmolLM2 and DINOv2-small, samples of {lengths['num_frames']} frames and "
+        f"{lengths['num_text_tokens']} text tokens, {lengths['num_labels']} with a loss, as the predecessor assumed. "
+        "Other lengths: `python -m pipeline_steps.flops --budget ... --frames ...`. The next table says why the two "
+        "counts differ."
+    )
+    return Table("budgets", "Training samples that a budget pays for", columns, rows, note, strong=[4])
+
+
+def corrections(result):
+    """From the predecessor's count of a training sample to ours, step by step."""
+    columns = sorted(result.corrections, key=lambda name: (name.split()[1], SCALES.index(name.split()[0])))
+    reasons = max((result.corrections[name] for name in columns), key=len)  # the longest list has every reason
+    rows = [[step.reason, *(added(result.corrections[name], step.reason) for name in columns)] for step in reasons]
+    rows.append(["our count", *(number(result.corrections[name][-1].flops_per_sample / 1e9, 1) for name in columns)])
+    note = "GFLOP of one training sample: the predecessor's count, what every correction adds, and our count."
+    return Table("corrections", "Why the counts differ", ["", *(n.replace("_", " ") for n in columns)], rows, note)
+
+
+def added(steps, reason):
+    """What the correction changes, as a cell; of the first step the count itself."""
+    before = 0.0
+    for index, step in enumerate(steps):
+        if step.reason == reason:
+            value = (step.flops_per_sample - before) / 1e9
+            return number(value, 1) if index == 0 else (f"{value:+.1f}", value)
+        before = step.flops_per_sample
+    return ABSENT
+
+
+def statements(result):
+    """Where one token a frame saves compute and where the vision encoder dominates, a sentence per language model."""
+    lines = []
+    for name in (name for name in SCALES if name in result.frontier):
+        entry = result.frontier[name]
+        most = next((n for n, part in zip(entry.num_frames, entry.vision_share, strict=True) if part > 0.5), None)
+        last = f"{entry.num_frames[-1]} frames"
+        saved = 1 - entry.foveated[-1] / entry.multi_token[-1]
+        lines.append(
+            f"{name}: one token a frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} in use and "
+            f"{frames_text(entry.cheaper_training_from)} in training; at {last} it costs {abs(saved):.0%} "
+            f"{'less' if saved > 0 else 'more'} in use. The vision encoder is "
+            + (f"more than half of its cost from {most} frames on." if most else f"less than half of it up to {last}.")
+        )
+    return lines
+
+
+def multi_tokens(result):
+    """Tokens per frame of the ordinary network that one foveated token is compared with."""
+    return next(name.split("_")[1] for name in result.arms if name.startswith("B1_"))
+
+
+def frames_text(count_):
+    return "at no number of frames" if count_ is None else f"from {count_} frame{'s' * (count_ > 1)} on"
+
+
+def frontier(result):
+    """(draw, width, height): one token against several over frames and language models, and the vision encoder's
+    share."""
+    names, several = [name for name in SCALES if name in result.frontier], multi_tokens(result)
+
+    def draw(figure, ink):
+        panels = figure.subplots(3, 1, sharex=True)
+        for name in names:
+            entry = result.frontier[name]
+            use, training = (
+                np.array(getattr(entry, f"foveated{what}")) / np.array(getattr(entry, f"multi_token{what}"))
+                for what in ("", "_training")
+            )
+            for axes, values in zip(panels, (use, training, entry.vision_share), strict=True):
+                style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4, "linewidth": 1.4}
+                axes.plot(entry.num_frames, values, label=name, **style)
+        frames = result.frontier[names[0]].num_frames
+        for axes, border, text in zip(
+            panels,
+            (1.0, 1.0, 0.5),
+            (
+                f"cost of one token / {several}, in use",
+                f"cost of one token / {several}, training",
+                "vision encoder's share",
+            ),
+            strict=True,
+        ):
+            axes.axhline(border, color=ink, linewidth=0.8, linestyle=":")
+            axes.set_title(text, fontsize=10, loc="left")
+            axes.set_ylim(bottom=0)
+            axes.grid(linewidth=0.6)
+            axes.set_axisbelow(True)
+        panels[-1].set_xscale("log", base=2)
+        panels[-1].set_xticks([n for n in frames if n & (n - 1) == 0], [str(n) for n in frames if n & (n - 1) == 0])
+        panels[-1].set_xlabel("frames")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+    return draw, 6.2, 7.0

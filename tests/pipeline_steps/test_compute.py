@@ -1,0 +1,71 @@
+"""Tables, sentences and figure of compute, from counts of the pretrained sizes."""
+
+import re
+
+import pytest
+
+from pipeline_steps import params
+from pipeline_steps.flops import __main__ as flops
+from pipeline_steps.flops.formulas import Sample
+from pipeline_steps.metrics import FlopsResult, Frontier
+from pipeline_steps.report import compute, figures
+
+
+@pytest.fixture(scope="module")
+def result():
+    """The result file for a SmolLM2-135M on two samples."""
+    parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
+    config = flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
+    return flops.count(config, [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
+
+
+def test_the_result_survives_its_file(result):
+    assert FlopsResult.model_validate_json(result.model_dump_json()) == result
+
+
+def test_budgets_hold_both_counts(result):
+    rows = compute.budgets(result).rows
+    assert len(rows) == 4 * 3 * 2
+    first = rows[0]
+    assert [first[1], first[2], first[6][0]] == ["135M", "foveated", "64 688"]
+    assert first[4][1] == pytest.approx(first[0][1] / (first[3][1] * 1e9), rel=0.01)
+    assert first[7][1] == pytest.approx(first[4][1] / 64688)
+
+
+def test_corrections_add_up(result):
+    table = compute.corrections(result)
+    assert table.columns[1:] == [
+        f"{size} {arm}" for arm in ("B1 16 tokens", "foveated") for size in ("135M", "360M", "1.7B")
+    ]
+    for column in range(1, 7):
+        values = [row[column][1] for row in table.rows if row[column] != compute.ABSENT]
+        assert sum(values[:-1]) == pytest.approx(values[-1])
+
+
+def test_answers_and_passes(result):
+    rows = {row[0]: row for row in compute.answers(result).rows}
+    assert list(rows) == ["foveated", "A6 coarse only", "B1 16 tokens"]
+    own = result.answers["foveated"]
+    assert rows["foveated"][4][1] == pytest.approx(own.total / 1e6)
+    assert rows["B1 16 tokens"][6] == ("0 KiB", 0)
+    fine = next(row for row in compute.passes(result).rows if row[0] == "fine")
+    assert fine[4][1] + fine[5][1] == pytest.approx(result.modes["fine"].components.language_model / 1e6)
+
+
+def test_statements_say_where_it_saves_and_where_vision_dominates(result):
+    curve = {"num_frames": [1, 2, 4], "foveated": [4.0, 4.0, 4.0], "multi_token": [2.0, 5.0, 8.0]}
+    training = {"foveated_training": [4.0, 4.0, 4.0], "multi_token_training": [2.0, 3.0, 2.0]}
+    rest = {"vision_share": [0.2, 0.3, 0.6], "cheaper_from": 2, "cheaper_training_from": None}
+    changed = result.model_copy(update={"frontier": {"360M": Frontier(**curve, **training, **rest)}})
+    assert compute.statements(changed) == [
+        "360M: one token a frame costs less than 16 from 2 frames on in use and at no number of frames in "
+        "training; at 4 frames it costs 50% less in use. The vision encoder is more than half of its cost from 4 "
+        "frames on."
+    ]
+
+
+def test_the_figure_draws_every_size_and_is_the_same_twice(result):
+    drawn = [figures.svg(*[compute.frontier(result)[0], "light", *compute.frontier(result)[1:]]) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert all(colour in drawn[0] for colour in compute.COLOURS.values())
+    assert not re.search(r"nan", drawn[0], re.IGNORECASE)
