@@ -122,8 +122,8 @@ def statements(result):
         last = f"{entry.num_frames[-1]} frames"
         saved = 1 - entry.foveated[-1] / entry.multi_token[-1]
         lines.append(
-            f"{name}: one token a frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} in use and "
-            f"{frames_text(entry.cheaper_training_from)} in training; at {last} it costs {abs(saved):.0%} "
+            f"{name}: one token a frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} in "
+            f"use and {frames_text(entry.cheaper_training_from)} in training; at {last} it costs {abs(saved):.0%} "
             f"{'less' if saved > 0 else 'more'} in use. The vision encoder is "
             + (f"more than half of its cost from {most} frames on." if most else f"less than half of it up to {last}.")
         )
