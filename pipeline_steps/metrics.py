@@ -17,7 +17,7 @@ from pipeline_steps.params import UserError
 MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
 CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
-VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half")  # parts of a clip
+VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
@@ -154,7 +154,7 @@ class EvaluationResult(Result):
     controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)
     gaze_difference: dict[str, dict[str, GazeDifference]] | None = None  # by family, reference: chance, coarse, oracle
     per_frame: dict[str, dict[str, PerFrame]] | None = None  # by family, mode; families with an answer per frame
-    temporal: dict[str, dict[str, View]] | None = None  # by family, one of VIEWS
+    temporal: dict[str, dict[str, View]] | None = None  # by family, part of the clip (VIEWS)
     diagnostics: Diagnostics | None = None
 
 

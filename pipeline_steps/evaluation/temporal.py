@@ -2,9 +2,11 @@
 
 frames_4, frames_8, frames_16   so many frames, uniform over the clip, of clips that have more
 first_half, second_half         of clips of two frames or more; the middle frame of an odd number is in the second
+first_half_held, ..._held       the same halves, each frame shown again until there are as many frames as before
 
 Answers are compared with those about all frames of the same clips: a network whose answers do not change does not
-use the frames that were taken away. Stills have no part that could be left out.
+use the frames that were taken away. The halves that are held tell what was not seen from a number of frames that the
+network may never have met in training. Stills have no part that could be left out.
 """
 
 import numpy as np
@@ -16,10 +18,14 @@ from pipeline_steps.metrics import VIEWS, View
 from pipeline_steps.streaming.targets import source_frame
 
 ALL_FRAMES = "all_frames"
+HELD = "_held"
 
 
 def places(view, num_frames):
     """Which of a clip's frames a view shows: int64 array, or None where the clip is too short for it."""
+    if view.endswith(HELD):
+        chosen = places(view.removesuffix(HELD), num_frames)
+        return None if chosen is None else chosen[np.arange(num_frames) * len(chosen) // num_frames]
     half = num_frames // 2
     if view in ("first_half", "second_half"):
         chosen = np.arange(half) if view == "first_half" else np.arange(half, num_frames)

@@ -25,6 +25,9 @@ interval = partial(statistics.ratio_interval, num_samples=50, seed=1)
         ("second_half", 5, [2, 3, 4]),
         ("first_half", 1, None),
         ("second_half", 1, None),
+        ("first_half_held", 6, [0, 0, 1, 1, 2, 2]),
+        ("second_half_held", 5, [2, 2, 3, 3, 4]),
+        ("first_half_held", 1, None),
         ("frames_4", 8, [1, 3, 5, 7]),
         ("frames_4", 6, [0, 2, 3, 5]),
         ("frames_4", 4, None),  # nothing is left out
@@ -55,7 +58,7 @@ def test_known_scores_and_changes():
     ]
     table = temporal.score_views(Weighing(), collate, loaded(items), tqdm(disable=True))
     found = temporal.aggregate(table, interval)["made"]
-    assert set(found) == {"first_half", "second_half", "frames_4"}
+    assert set(found) == {"first_half", "second_half", "first_half_held", "second_half_held", "frames_4"}
     first, second = found["first_half"], found["second_half"]
     assert (first.num_items, second.num_items, found["frames_4"].num_items) == (3, 3, 2)
     assert (first.answers_changed, second.answers_changed) == pytest.approx((2 / 3, 1.0))
@@ -65,6 +68,9 @@ def test_known_scores_and_changes():
     assert first.all_frames_loss == pytest.approx(losses["all"])
     assert first.loss == pytest.approx(losses["first"])
     assert first.loss_difference == pytest.approx(losses["first"] - losses["all"])
+    held = found["second_half_held"]  # a: 0; b: 1 1 1 1 2 2; c: 5 5
+    assert held.loss == pytest.approx((0 + (1 + 2 + 3 + 4 + 10 + 12) + 15) / 3)
+    assert (held.num_items, held.answers_changed) == (3, 1.0)
     four = found["frames_4"]  # frames 0, 2, 3, 5
     assert four.loss == pytest.approx((7 + 1 + 2 + 3 + 8) / 2)
     assert four.answers_changed == pytest.approx(1 / 2)
