@@ -1,11 +1,26 @@
 """Greedy answers of the model in autoregressive mode, for the items of `TokenizedShards` or any dict like them."""
 
+import copy
+
 import numpy as np
 import torch
 
 
-def answer_batch(model, tokenizer, collate, items, max_tokens):
+def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregressive"):
     """The model's answer to the question of every item: list of str. Frames as given, one left-padded batch."""
+    batch = to_device(prompt_batch(collate, items), model)
+    options = {
+        "max_new_tokens": max_tokens,
+        "do_sample": False,
+        "pad_token_id": collate.pad_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return as_text(tokenizer, model.generate(**batch, mode=mode, **options))
+
+
+def prompt_batch(collate, items):
+    """The items without their last answers, left-padded: `generate`'s input_ids, attention_mask [B, S], num_frames
+    [B], pixel_values and target_patches (None without frames, or where the items have no targets)."""
     rows = [collate([up_to_answer(item)]) for item in items]
     length = max(row["input_ids"].shape[1] for row in rows)
     pad = {"input_ids": collate.pad_id, "attention_mask": 0}
@@ -19,17 +34,43 @@ def answer_batch(model, tokenizer, collate, items, max_tokens):
     shown = [row for row in rows if len(row["pixel_values"])]
     for name in ("pixel_values", "target_patches"):
         batch[name] = torch.cat([row[name] for row in shown]) if shown and name in shown[0] else None
+    return batch
+
+
+def to_device(batch, model):
+    """The batch where the model is."""
     device = next(model.parameters()).device
-    batch = {name: value if value is None else value.to(device) for name, value in batch.items()}
-    options = {
-        "max_new_tokens": max_tokens,
-        "do_sample": False,
-        "pad_token_id": collate.pad_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return [
-        text.strip() for text in tokenizer.batch_decode(model.generate(**batch, **options), skip_special_tokens=True)
-    ]
+    return {name: value if value is None else value.to(device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def embedded_prompts(model, batch, mode="autoregressive", generator=None):
+    """`prompt_batch`'s prompts as the language model reads them [B, S, E], after one look at the frames."""
+    looked = None
+    if batch["pixel_values"] is not None:
+        frames = {name: batch[name] for name in ("pixel_values", "num_frames", "target_patches")}
+        looks = model.look(batch["input_ids"], batch["attention_mask"], mode=mode, generator=generator, **frames)
+        looked = looks[-1].visual_tokens
+    return model.embed(batch["input_ids"], looked)
+
+
+@torch.no_grad()
+def generate_after(model, tokenizer, embeddings, attention_mask, **options):
+    """What the model says after embedded prompts [B, S, E], left-padded: list of str. Greedy unless `options`, those
+    of the library's generation, say otherwise."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = {"do_sample": False, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id} | options
+    settings = copy.deepcopy(model.generation_config)
+    others = settings.update(**options)  # streamers and the like
+    ids = model.language_model.generate(
+        inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others
+    )
+    return as_text(tokenizer, ids)
+
+
+def as_text(tokenizer, ids):
+    """Generated ids [B, S] as stripped texts without control tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def up_to_answer(item):

@@ -18,6 +18,7 @@ MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
 CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
 VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
+SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
@@ -139,6 +140,31 @@ class Diagnostics(Result):
     num_frames: int = Field(ge=1)
 
 
+class ChoiceScore(Result):
+    """Share of multiple-choice items whose right option is chosen; intervals: 95 %, bootstrap over items."""
+
+    accuracy: Share
+    interval: Interval
+    blind: Share  # the same with grey frames
+    blind_interval: Interval
+    gain: float = Field(ge=-1, le=1)  # accuracy - blind
+    gain_interval: Interval  # items resampled in pairs
+
+
+class MultipleChoice(Result):
+    """Items with options, of one source and family or of all."""
+
+    num_items: int = Field(ge=1)
+    chance: Share  # mean of 1 / number of options
+    scorings: dict[str, ChoiceScore]  # SCORINGS
+    no_option: Share  # generated answers that are none of the options: they count as wrong
+    blind_no_option: Share
+    letters: dict[str, dict[str, Share]]  # "correct" and SCORINGS: how often each letter is right, or chosen
+    position_bias: dict[
+        str, Share | None
+    ]  # distance of the letters chosen from those that are right; null: none chosen
+
+
 class EvaluationResult(Result):
     """A key that is null by default is one that the evaluation did not measure."""
 
@@ -149,6 +175,7 @@ class EvaluationResult(Result):
     chance: dict[str, Share | None]  # null for a family that the training split does not have
     gaze: dict[str, dict[str, Gaze]]  # families whose items name a target with known boxes
     generation: dict[str, Generation]
+    multiple_choice: dict[str, MultipleChoice] = {}  # by 'source/family', and 'all'; empty: no item has options
     provenance: dict
     sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, family, mode
     controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)

@@ -3,11 +3,11 @@
     python -m pipeline_steps.evaluation
 
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes reports/metrics/evaluation.json
-(docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode, and
-answers.jsonl, greedy answers. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
-frames), random_query (queries of the planned norm), and those of controls.py on fewer items; parts of clips
-(temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale: about a minute on two
-cores, below 1 GB of memory. The same inputs give the same bytes.
+(docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode, answers.jsonl,
+greedy answers, and, where items have options, choices.parquet, one row per item. Modes: coarse, fine, autoregressive;
+controls in autoregressive mode: blind (grey frames), random_query (queries of the planned norm), and those of
+controls.py on fewer items; parts of clips (temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at
+the embedded scale: about a minute on two cores, below 1 GB of memory. The same inputs give the same bytes.
 """
 
 import argparse
@@ -29,7 +29,15 @@ from tqdm import tqdm
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.evaluation import breakdown, controls, further, gaze_difference, statistics, temporal
+from pipeline_steps.evaluation import (
+    breakdown,
+    controls,
+    further,
+    gaze_difference,
+    multiple_choice,
+    statistics,
+    temporal,
+)
 from pipeline_steps.evaluation.scoring import (
     TEXT,
     choose_items,
@@ -84,6 +92,8 @@ def main():
             items = [dataset[number] for number in numbers[: settings.max_answers_per_family]]
             answers += answer_rows(model, tokenizer, collate, family, items, settings.max_answer_tokens)
             progress.update(len(items))
+    loading = prefetch(parameters.streaming, dataset)
+    choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     result = summarise(
         table,
         answers,
@@ -93,7 +103,11 @@ def main():
         views=more.views,
         diagnostics=further.diagnose(model, more.observed, table, arguments.metrics),
     )
+    if choice_table is not None:
+        result.multiple_choice = multiple_choice.summarise(choice_table, settings.bootstrap_samples, settings.seed)
     with replaced_folder(arguments.outputs) as folder:
+        if choice_table is not None:
+            choice_table.to_parquet(folder / "choices.parquet", index=False)
         for_file(table).to_parquet(folder / "items.parquet", index=False)
         write_jsonl(folder / "answers.jsonl", answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
@@ -258,6 +272,11 @@ def print_summary(result):
                 f"below {check.low:g}" if check.low is not None and check.value < check.low else f"above {check.high:g}"
             )
             print(f"suspicious: {name} {check.value:.3g} is {bound}: {check.reason}")
+    for group, found in result.multiple_choice.items():
+        shares = [(name, score.accuracy) for name, score in found.scorings.items()]
+        shares += [(f"blind {name}", score.blind) for name, score in found.scorings.items()]
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in [*shares, ("chance", found.chance)])
+        print(f"options of {group} ({found.num_items}): {listed}")
 
 
 if __name__ == "__main__":

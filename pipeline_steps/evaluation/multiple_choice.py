@@ -1,0 +1,227 @@
+"""Multiple choice: which option the model takes, asked in three ways, with chance and the blind model beside each.
+
+The options come from the packed sample's fields. The frames of an item are looked at once; everything is read after
+that look. An answer is whole only with its end-of-turn token, in every scoring:
+
+letter       log-probability of the option's letter and the end-of-turn token
+likelihood   log-probability of the option's text and the end-of-turn token, divided by its number of tokens
+generation   the greedy answer, up to its end-of-turn token, is the letter, the option's text, or both as they are shown
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from pipeline_steps import answers, choices
+from pipeline_steps.evaluation import statistics
+from pipeline_steps.likelihood import answer_ids, answer_log_probs, check_room
+from pipeline_steps.metrics import SCORINGS, ChoiceScore, MultipleChoice
+from pipeline_steps.params import UserError
+from pipeline_steps.streaming.workers import ordered
+
+NO_OPTION = -1  # what a generated answer that is none of the options chooses
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item with options, and their token ids after its prompt; every answer ends with the end-of-turn token."""
+
+    number: int  # of the item in the data set
+    options: tuple[str, ...]
+    correct: int
+    letters: list[list[int]]
+    texts: list[list[int]]
+
+
+def questions(dataset, tokenizer, numbers):
+    """The Questions among the items `numbers`. UserError for an option that the tokenizer cannot put after its
+    question, or for an item whose tokens were made by another rendering of its options."""
+    found = []
+    for number in numbers:
+        row = dataset.rows[number]
+        item = dataset.sample(number).items[row["item"]]
+        if item.options is not None:
+            found.append(_question(tokenizer, number, row, item))
+    return found
+
+
+def _question(tokenizer, number, row, item):
+    where = f"sample '{row['key']}', item {row['item']}"
+    start, stop = answers.answer_span(row)
+    prompt = row["input_ids"][:start]
+    options = tuple(option.strip() for option in item.options)
+    letters, texts = (
+        [answer_ids(tokenizer, prompt, answer, where) for answer in given]
+        for given in (choices.LETTERS[: len(options)], options)
+    )
+    if letters[item.correct_option] != list(row["input_ids"][start:stop]):
+        raise UserError(
+            f"{where}: its tokens hold {tokenizer.decode(row['input_ids'][start:stop])!r} as the answer, its options "
+            f"{choices.LETTERS[item.correct_option]!r}: rerun `python -m pipeline_steps.tokens`."
+        )
+    return Question(number, options, item.correct_option, letters, texts)
+
+
+def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
+    """`score` of the Questions among the items {family: item numbers}, with the stage's settings; None without any."""
+    asked = questions(dataset, tokenizer, [number for numbers in chosen.values() for number in numbers])
+    if not asked:
+        return None
+    with tqdm(total=len(asked), desc="multiple choice", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
+        return score(
+            model,
+            tokenizer,
+            collate,
+            dataset,
+            asked,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_answer_tokens,
+            seed=settings.seed,
+            prefetch=prefetch,
+            progress=progress,
+        )
+
+
+def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, seed, prefetch, progress):
+    """DataFrame with one row per Question of `asked`, sorted by source, family, key and item.
+
+    Columns: key, item, source, family, num_options, correct; for every scoring chosen_NAME (an option's number;
+    generation: -1 for none); letter_scores and likelihood_scores (nats, one entry per option), answer (the generated
+    text); and all of those again as blind_..., with grey frames. An item without frames is blind either way.
+    """
+    by_number = {question.number: question for question in asked}
+    # room for the longest option, or generation could not choose it
+    max_tokens = max([max_tokens, *(len(ids) for question in asked for ids in question.texts)])
+    numbers = sorted(by_number)
+    jobs = [("", numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
+
+    def load(job):
+        items = [dataset[number] for number in job[1]]
+        return job[1], items, answers.prompt_batch(collate, items)
+
+    rows = []
+    for batch_numbers, items, batch in ordered(load, jobs, **prefetch):
+        batch = answers.to_device(batch, model)
+        own = [by_number[number] for number in batch_numbers]
+        known = [_known(question, item) for question, item in zip(own, items, strict=True)]
+        seen = ask(model, tokenizer, batch, own, known, max_tokens, seed)
+        grey = seen
+        if batch["pixel_values"] is not None:
+            blank = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+            grey = ask(model, tokenizer, blank, own, known, max_tokens, seed)
+        for row, shown, hidden in zip(known, seen, grey, strict=True):
+            rows.append(row | shown | {f"blind_{name}": value for name, value in hidden.items()})
+        progress.update(len(items))
+    return pd.DataFrame(rows).sort_values(["source", "family", "key", "item"], ignore_index=True)
+
+
+def _known(question, item):
+    return {
+        **{name: item[name] for name in ("key", "item", "source", "family")},
+        "num_options": len(question.options),
+        "correct": question.correct,
+    }
+
+
+def ask(model, tokenizer, batch, asked, known, max_tokens, seed):
+    """One dict per Question of a `prompt_batch`: what each scoring chooses, the scores, and the generated answer."""
+    mask = batch["attention_mask"]
+    generator = torch.Generator(mask.device).manual_seed(seed)
+    embeddings = answers.embedded_prompts(model, batch, generator=generator)  # the one look
+    sizes = mask.sum(1).tolist()
+    for row, size in zip(known, sizes, strict=True):
+        check_room(model.config, f"sample '{row['key']}', item {row['item']}", size, max_tokens)
+    said = answers.generate_after(model, tokenizer, embeddings, mask, max_new_tokens=max_tokens)
+    rows = []
+    for question, prompt, size, text in zip(asked, embeddings, sizes, said, strict=True):
+        letters, texts = option_scores(model, prompt[None, -size:], question)
+        rows.append(
+            {
+                "chosen_letter": int(np.argmax(letters)),
+                "chosen_likelihood": int(np.argmax(texts)),
+                "chosen_generation": option_of(text, question.options),
+                "letter_scores": [round(score, 6) for score in letters],
+                "likelihood_scores": [round(score, 6) for score in texts],
+                "answer": text,
+            }
+        )
+    return rows
+
+
+def option_scores(model, prompt, question):
+    """(letter scores, likelihood scores) of a Question after its embedded prompt [1, S, E]: lists, one per option."""
+    count = len(question.options)
+    log_probs, _ = answer_log_probs(model, prompt, question.letters + question.texts)
+    return [row.sum().item() for row in log_probs[:count]], [row.mean().item() for row in log_probs[count:]]
+
+
+def option_of(answer, options):
+    """The number of the option that a generated answer is, or NO_OPTION: its letter, its text, or "A. text" as the
+    question shows it. Case (of texts) and one full stop at the end do not count; of options that are the same text,
+    the first."""
+    answer, letters, texts = _plain(answer), choices.LETTERS[: len(options)], [*map(_plain, options)]
+    shown = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
+    forms = {text.casefold(): number for named in (shown, texts) for number, text in reversed([*enumerate(named)])}
+    if answer in {*letters}:
+        return letters.index(answer)
+    return forms.get(answer.casefold(), NO_OPTION)
+
+
+def _plain(text):
+    return text.strip().removesuffix(".").rstrip()
+
+
+def summarise(table, num_samples, seed):
+    """{'source/family': MultipleChoice} of a table of `score`, and all items together under 'all'."""
+    groups = {f"{source}/{family}": rows for (source, family), rows in table.groupby(["source", "family"])}
+    return {name: _summary(rows, num_samples, seed) for name, rows in ({"all": table} | groups).items()}
+
+
+def _summary(rows, num_samples, seed):
+    return MultipleChoice(
+        num_items=len(rows),
+        chance=float((1 / rows["num_options"]).mean()),
+        scorings={name: _choice_score(rows, name, num_samples, seed) for name in SCORINGS},
+        no_option=float((rows["chosen_generation"] == NO_OPTION).mean()),
+        blind_no_option=float((rows["blind_chosen_generation"] == NO_OPTION).mean()),
+        letters={
+            name: letter_shares(rows[column], rows["num_options"].max())
+            for name, column in (("correct", "correct"), *((name, f"chosen_{name}") for name in SCORINGS))
+        },
+        position_bias={name: position_bias(rows[f"chosen_{name}"], rows["correct"]) for name in SCORINGS},
+    )
+
+
+def _choice_score(rows, name, num_samples, seed):
+    correct = rows["correct"].to_numpy()
+    hits, blind = ((rows[f"{which}chosen_{name}"].to_numpy() == correct).astype(float) for which in ("", "blind_"))
+    ones = np.ones(len(rows))
+    return ChoiceScore(
+        accuracy=float(hits.mean()),
+        interval=statistics.ratio_interval(hits, ones, num_samples, seed),
+        blind=float(blind.mean()),
+        blind_interval=statistics.ratio_interval(blind, ones, num_samples, seed),
+        gain=float((hits - blind).mean()),
+        gain_interval=statistics.ratio_interval(hits - blind, ones, num_samples, seed),
+    )
+
+
+def letter_shares(chosen, num_options):
+    """{letter: share of the items that choose it}; what is missing to 1 chose none."""
+    counts = np.bincount(chosen[chosen >= 0], minlength=num_options)
+    return {choices.LETTERS[number]: float(count / len(chosen)) for number, count in enumerate(counts)}
+
+
+def position_bias(chosen, correct):
+    """Distance (total variation, 0..1) between how often each letter is chosen and how often it is right, over the
+    items that choose one: 0 for a model without preference, up to 1. None where no item chooses any."""
+    chosen, correct = np.asarray(chosen), np.asarray(correct)
+    made = chosen >= 0
+    if not made.any():
+        return None
+    longest = int(max(chosen[made].max(), correct[made].max())) + 1
+    shares = [np.bincount(values[made], minlength=longest) / made.sum() for values in (chosen, correct)]
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
