@@ -18,6 +18,7 @@ MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
 CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
 VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
+CAPTION_MODES = ("coarse", "fine", "autoregressive", "blind")
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -165,6 +166,48 @@ class MultipleChoice(Result):
     ]  # distance of the letters chosen from those that are right; null: none chosen
 
 
+class CaptionStyle(Result):
+    """How a group of texts is written, whatever it says. Words: lower case, without punctuation."""
+
+    num_words: float  # mean
+    empty: Share  # texts without a word
+    repetition: Share  # phrases of four words that their own text has said before
+    distinct_1: Share | None  # different words / words, over all texts; null: no words
+    distinct_2: Share | None  # the same of pairs of words
+    same_opening: Share  # texts that begin with the most frequent first three words
+    same_text: Share  # texts that are the most frequent one
+
+
+class Missed(Result):
+    """What the texts name of the attributes that the packed sample knows."""
+
+    complete_miss: Share  # texts that name none
+    interval: Interval  # 95 %, bootstrap over items
+    named: Share  # of a text's attributes, mean over texts
+    num_items: int = Field(ge=1)
+
+
+class CaptionScore(Result):
+    cider: float | None  # CIDEr-D, 0 to 10; null: fewer than two items
+    cider_interval: Interval | None
+    bleu: Share  # of the whole group, BLEU-4
+    meteor: Share  # equal words and stems, no synonyms
+    meteor_interval: Interval
+    missed: dict[str, Missed]  # 'colour', 'digit', 'bound' (a colour and its own digit); those that are known
+    style: CaptionStyle
+
+
+class Captions(Result):
+    """Free answers of a family."""
+
+    num_items: int = Field(ge=1)
+    modes: dict[str, CaptionScore]  # CAPTION_MODES
+    reference: CaptionStyle  # of the true answers
+    overlap_fine_coarse: Share  # words that an item's fine and coarse answers share
+    overlap_interval: Interval
+    same_fine_coarse: Share  # items whose fine and coarse answers are equal
+
+
 class EvaluationResult(Result):
     """A key that is null by default is one that the evaluation did not measure."""
 
@@ -176,6 +219,7 @@ class EvaluationResult(Result):
     gaze: dict[str, dict[str, Gaze]]  # families whose items name a target with known boxes
     generation: dict[str, Generation]
     multiple_choice: dict[str, MultipleChoice] = {}  # by 'source/family', and 'all'; empty: no item has options
+    captions: dict[str, Captions] = {}  # by family; empty: no item has a free answer
     provenance: dict
     sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, family, mode
     controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)

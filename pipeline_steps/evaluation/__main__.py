@@ -3,11 +3,12 @@
     python -m pipeline_steps.evaluation
 
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes reports/metrics/evaluation.json
-(docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode, answers.jsonl,
-greedy answers, and, where items have options, choices.parquet, one row per item. Modes: coarse, fine, autoregressive;
-controls in autoregressive mode: blind (grey frames), random_query (queries of the planned norm), and those of
-controls.py on fewer items; parts of clips (temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at
-the embedded scale: about a minute on two cores, below 1 GB of memory. The same inputs give the same bytes.
+(docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode,
+answers.jsonl, greedy answers, captions.jsonl, free answers in several modes, and, where items have options,
+choices.parquet, one row per item. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
+frames), random_query (queries of the planned norm), and those of controls.py on fewer items; parts of clips
+(temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale: about a minute on two
+cores, below 1 GB of memory. The same inputs give the same bytes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
 from pipeline_steps.evaluation import (
     breakdown,
+    captions,
     controls,
     further,
     gaze_difference,
@@ -90,10 +92,13 @@ def main():
         answers = []
         for family, numbers in chosen.items():
             items = [dataset[number] for number in numbers[: settings.max_answers_per_family]]
-            answers += answer_rows(model, tokenizer, collate, family, items, settings.max_answer_tokens)
-            progress.update(len(items))
+            for start in range(0, len(items), settings.batch_size):
+                batch = items[start : start + settings.batch_size]
+                answers += answer_rows(model, tokenizer, collate, family, batch, settings.max_answer_tokens)
+                progress.update(len(batch))
     loading = prefetch(parameters.streaming, dataset)
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
+    free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     result = summarise(
         table,
         answers,
@@ -105,11 +110,13 @@ def main():
     )
     if choice_table is not None:
         result.multiple_choice = multiple_choice.summarise(choice_table, settings.bootstrap_samples, settings.seed)
+    result.captions = captions.summarise(free_answers, objects, settings.bootstrap_samples, settings.seed)
     with replaced_folder(arguments.outputs) as folder:
         if choice_table is not None:
             choice_table.to_parquet(folder / "choices.parquet", index=False)
         for_file(table).to_parquet(folder / "items.parquet", index=False)
         write_jsonl(folder / "answers.jsonl", answers)
+        write_jsonl(folder / "captions.jsonl", free_answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
     print_summary(result)
 
@@ -173,7 +180,7 @@ def distinct(columns):
 
 def answer_rows(model, tokenizer, collate, family, items, max_tokens):
     """Rows of answers.jsonl: {key, item, family, question, expected, generated}."""
-    generated = answer_batch(model, tokenizer, collate, items, max_tokens) if items else []
+    generated = answer_batch(model, tokenizer, collate, items, max_tokens)
     return [
         {
             "key": item["key"],

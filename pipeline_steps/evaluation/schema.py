@@ -1,8 +1,8 @@
 """Parameters of the `evaluation` stage (section `evaluation` of params.yaml)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline_steps.params import StrictModel
 
@@ -16,6 +16,8 @@ class Section(StrictModel):
     max_diagnostic_clips: NonNegativeInt  # for the automated checks, of all families as many; 0: none
     max_answers_per_family: NonNegativeInt  # greedy answers written out, autoregressive mode; 0: none
     max_answer_tokens: PositiveInt
+    max_captions_per_family: NonNegativeInt  # free answers compared with the true ones, in several modes; 0: none
+    caption_min_words: Annotated[int, Field(ge=2)]  # in the true answer, for other families than `caption`
     bootstrap_samples: PositiveInt
     seed: NonNegativeInt  # of the samples of items, the random queries, the shuffled frames and the bootstrap
     num_threads: PositiveInt

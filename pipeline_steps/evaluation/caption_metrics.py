@@ -1,0 +1,162 @@
+"""Measures of free text: against a reference, of a text's style, and against what is to be seen.
+
+All of them work on the same words: lower case, without punctuation. Every list of texts is one text per item, in the
+same order.
+"""
+
+import math
+import re
+from collections import Counter
+from functools import cache
+
+import numpy as np
+
+from pipeline_steps.metrics import CaptionStyle
+
+ORDERS = 4  # of n-grams, as the published BLEU-4 and CIDEr-D
+SIGMA = 6.0  # words, of CIDEr-D's penalty on length
+REPEATED = 4  # words of a phrase that counts as repeated
+OPENING = 3  # words with which answers begin alike
+
+
+def words(text):
+    """The words of a text: lower case, letters and digits, with an apostrophe inside."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def ngrams(tokens, order):
+    return [tuple(tokens[start : start + order]) for start in range(len(tokens) - order + 1)]
+
+
+# ---------------------------------------------------------------- against the reference
+
+
+def cider(texts, references):
+    """CIDEr-D of every text, 0 to 10, the document frequencies being those of `references`: list of float.
+
+    The formula of the published scorer (Vedantam et al. 2015, CIDEr-D: clipped counts, a Gaussian of the difference in
+    length), one reference per text. ValueError for fewer than two texts: without other references no word is rare.
+    """
+    if len(references) < 2:
+        raise ValueError(f"CIDEr of {len(references)} text: the frequency of words needs at least two references")
+    pairs = [(words(text), words(reference)) for text, reference in zip(texts, references, strict=True)]
+    frequency = Counter()
+    for _, reference in pairs:
+        frequency.update({gram for order in range(1, ORDERS + 1) for gram in ngrams(reference, order)})
+    total = math.log(len(pairs))
+
+    def vector(tokens, order):
+        counts = Counter(ngrams(tokens, order))
+        return {gram: count * (total - math.log(max(1, frequency[gram]))) for gram, count in counts.items()}
+
+    return [_similarity(text, reference, vector) for text, reference in pairs]
+
+
+def _similarity(text, reference, vector):
+    difference = len(ngrams(text, 2)) - len(ngrams(reference, 2))  # as the published scorer measures lengths
+    penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
+    total = 0.0
+    for order in range(1, ORDERS + 1):
+        one, other = vector(text, order), vector(reference, order)
+        norms = math.hypot(*one.values()) * math.hypot(*other.values())
+        if norms:
+            total += sum(min(one[gram], other[gram]) * other[gram] for gram in one.keys() & other.keys()) / norms
+    return 10 * penalty * total / ORDERS
+
+
+def bleu(texts, references):
+    """Corpus BLEU-4, 0 to 1, by sacrebleu (its exponential smoothing)."""
+    from sacrebleu import corpus_bleu  # only needed here
+
+    prepared = [[" ".join(words(text)) for text in side] for side in (texts, references)]
+    score = corpus_bleu(prepared[0], [prepared[1]], tokenize="none", force=True).score
+    return min(1.0, score / 100)  # rounding gives it a little more than 100
+
+
+class _NoSynonyms:
+    """In the place of WordNet, whose data is no part of NLTK."""
+
+    @staticmethod
+    def synsets(word):
+        return []
+
+
+def meteor(texts, references):
+    """METEOR of every text, 0 to 1, by NLTK: matches of equal words and of equal stems, without synonyms."""
+    score = _meteor_score()
+    pairs = zip(texts, references, strict=True)
+    return [score([words(reference)], words(text), wordnet=_NoSynonyms) for text, reference in pairs]
+
+
+@cache
+def _meteor_score():
+    from nltk.translate.meteor_score import meteor_score  # slow import, only needed here
+
+    return meteor_score
+
+
+def overlap(text, other):
+    """Words that two texts share, 0 to 1: twice the common ones divided by all (2 |A n B| / (|A| + |B|)); two texts
+    without words are the same."""
+    one, two = Counter(words(text)), Counter(words(other))
+    return 2 * (one & two).total() / (one.total() + two.total()) if one or two else 1.0
+
+
+# ---------------------------------------------------------------- style
+
+
+def style(texts):
+    """`CaptionStyle` of texts, with or without a reference."""
+    split = [words(text) for text in texts]
+    return CaptionStyle(
+        num_words=float(np.mean([len(tokens) for tokens in split])),
+        empty=sum(not tokens for tokens in split) / len(split),
+        repetition=repetition(split),
+        distinct_1=distinct(split, 1),
+        distinct_2=distinct(split, 2),
+        same_opening=same_opening(split),
+        same_text=largest_share(map(tuple, split), len(split)),
+    )
+
+
+def repetition(split):
+    """Share of the phrases of REPEATED words that their own text has said before, over all texts. 0 where no text is
+    that long."""
+    phrases = [ngrams(tokens, REPEATED) for tokens in split]
+    total = sum(map(len, phrases))
+    return sum(len(own) - len(set(own)) for own in phrases) / total if total else 0.0
+
+
+def distinct(split, order):
+    """Different n-grams of all texts, divided by all of their n-grams; None where there are none."""
+    found = [gram for tokens in split for gram in ngrams(tokens, order)]
+    return len(set(found)) / len(found) if found else None
+
+
+def same_opening(split):
+    """Share of the texts that begin with the most frequent first OPENING words; a shorter text begins with all of its
+    words, one without words with nothing."""
+    return largest_share((tuple(tokens[:OPENING]) for tokens in split if tokens), len(split))
+
+
+def largest_share(values, total):
+    return max(Counter(values).values(), default=0) / total
+
+
+# ---------------------------------------------------------------- what is to be seen
+
+
+def attributes(objects):
+    """{kind: the set of what can be named} of a sample's objects: colours, digits (of all frames), and a colour right
+    before one of its own object's digits. Kinds that the objects do not have are left out."""
+    colours = {tuple(words(entry.colour)) for entry in objects} - {()}
+    digits = {(str(digit),) for entry in objects for digit in entry.digits}
+    bound = {(*words(entry.colour), str(digit)) for entry in objects if words(entry.colour) for digit in entry.digits}
+    return {kind: found for kind, found in (("colour", colours), ("digit", digits), ("bound", bound)) if found}
+
+
+def named(text, truths):
+    """How many of `truths` (tuples of words) a text holds, word after word."""
+    tokens = words(text)
+    held = {gram for order in {len(truth) for truth in truths} for gram in ngrams(tokens, order)}
+    return len(held & truths)

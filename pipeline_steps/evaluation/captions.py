@@ -1,0 +1,140 @@
+"""Free answers in the modes that are compared: how good, how varied, and whether they name what is to be seen."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline_steps import answers
+from pipeline_steps.evaluation import caption_metrics, statistics
+from pipeline_steps.likelihood import check_room
+from pipeline_steps.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
+from pipeline_steps.streaming.workers import ordered
+
+CAPTION = "caption"  # family whose answers are captions, however short
+
+
+def choose(dataset, chosen, tokenizer, min_words, max_items):
+    """{family: item numbers} of the items {family: item numbers} that have frames and a free answer: those of the
+    family `caption`, and any others whose answer has at least `min_words` words and is not an option. The first
+    `max_items` of each family; families without any are left out."""
+    found = {}
+    for family, numbers in chosen.items():
+        own = [number for number in numbers if _is_free(dataset.rows[number], tokenizer, min_words)]
+        if own:
+            found[family] = own[:max_items]
+    return found
+
+
+def _is_free(row, tokenizer, min_words):
+    if row["num_frames"] == 0:
+        return False
+    return row["family"] == CAPTION or len(caption_metrics.words(answers.expected_answer(tokenizer, row))) >= min_words
+
+
+def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
+    """(answers, objects) of the free items among {family: item numbers}, with the stage's settings; both empty
+    without any.
+
+    answers: one dict per item: key, item, source, family, expected, and the greedy answer in each of CAPTION_MODES.
+    objects: what is to be seen in the same items, or None where that is not known.
+    """
+    found = choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_family)
+    numbers = [number for own in found.values() for number in own]
+    jobs = [
+        (family, own[start : start + settings.batch_size])
+        for family, own in found.items()
+        for start in range(0, len(own), settings.batch_size)
+    ]
+
+    def load(job):
+        items = [dataset[number] for number in job[1]]
+        return job[0], items, answers.prompt_batch(collate, items)
+
+    rows = []
+    with tqdm(total=len(numbers), desc="captions", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
+        for family, items, batch in ordered(load, jobs, **prefetch):
+            where = f"free answers of the family '{family}'"
+            check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
+            said = say(model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed)
+            for place, item in enumerate(items):
+                known = {name: item[name] for name in ("key", "item", "source", "family")}
+                known["expected"] = answers.expected_answer(tokenizer, item)
+                rows.append(known | {mode: texts[place] for mode, texts in said.items()})
+            progress.update(len(items))
+    return rows, [dataset.sample(number).objects for number in numbers]
+
+
+def say(model, tokenizer, batch, max_tokens, seed):
+    """{mode: greedy answers} of a `prompt_batch` with frames, in each of CAPTION_MODES."""
+    said = {}
+    for mode in CAPTION_MODES:
+        shown = batch if mode != "blind" else batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+        generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
+        look = "autoregressive" if mode == "blind" else mode
+        prompts = answers.embedded_prompts(model, shown, look, generator)
+        said[mode] = answers.generate_after(
+            model, tokenizer, prompts, batch["attention_mask"], max_new_tokens=max_tokens
+        )
+    return said
+
+
+def summarise(rows, objects, num_samples, seed):
+    """{family: Captions} of what `measure` gives."""
+    families = {}
+    for row, seen in zip(rows, objects, strict=True):
+        families.setdefault(row["family"], []).append((row, seen))
+    options = {"num_samples": num_samples, "seed": seed}
+    return {
+        family: _summary([row for row, _ in pairs], [seen for _, seen in pairs], options)
+        for family, pairs in sorted(families.items())
+    }
+
+
+def _summary(rows, objects, options):
+    expected = [row["expected"] for row in rows]
+    shared = [caption_metrics.overlap(row["fine"], row["coarse"]) for row in rows]
+    return Captions(
+        num_items=len(rows),
+        modes={mode: _score([row[mode] for row in rows], expected, objects, options) for mode in CAPTION_MODES},
+        reference=caption_metrics.style(expected),
+        overlap_fine_coarse=float(np.mean(shared)),
+        overlap_interval=_interval(shared, options),
+        same_fine_coarse=sum(row["fine"] == row["coarse"] for row in rows) / len(rows),
+    )
+
+
+def _score(texts, expected, objects, options):
+    cider = caption_metrics.cider(texts, expected) if len(texts) > 1 else None
+    meteor = caption_metrics.meteor(texts, expected)
+    return CaptionScore(
+        cider=None if cider is None else float(np.mean(cider)),
+        cider_interval=None if cider is None else _interval(cider, options),
+        bleu=caption_metrics.bleu(texts, expected),
+        meteor=float(np.mean(meteor)),
+        meteor_interval=_interval(meteor, options),
+        missed=missed(texts, objects, options),
+        style=caption_metrics.style(texts),
+    )
+
+
+def missed(texts, objects, options):
+    """{kind of attribute: Missed} of the texts whose objects are known; empty where no objects are."""
+    found = {}
+    for text, seen in zip(texts, objects, strict=True):
+        for kind, truths in caption_metrics.attributes(seen or ()).items():
+            found.setdefault(kind, []).append((caption_metrics.named(text, truths), len(truths)))
+    result = {}
+    for kind, pairs in found.items():
+        named, known = np.array(pairs).T
+        result[kind] = Missed(
+            complete_miss=float((named == 0).mean()),
+            interval=_interval(named == 0, options),
+            named=float((named / known).mean()),
+            num_items=len(pairs),
+        )
+    return result
+
+
+def _interval(values, options):
+    values = np.asarray(values, dtype=float)
+    return statistics.ratio_interval(values, np.ones(len(values)), **options)

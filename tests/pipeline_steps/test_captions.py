@@ -1,0 +1,224 @@
+"""Measures of free answers with known values, and a whole measurement on a few clips."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline_steps import metrics
+from pipeline_steps.answers import answer_batch, as_text, prompt_batch
+from pipeline_steps.evaluation import caption_metrics, captions
+from pipeline_steps.records import SceneObject
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.tokens.chat import load_tokenizer
+from tests import checkpoints
+
+TEXTS = (
+    "a dog runs on the wet beach",
+    "a man plays a red guitar on stage",
+    "two cats sleep",
+    "a woman a woman cuts an onion with a knife",
+)
+REFERENCES = (
+    "a brown dog runs along the beach",
+    "a man is playing a guitar on stage",
+    "two cats sleep on a sofa",
+    "a woman cuts an onion with a sharp knife",
+)
+SETTINGS = SimpleNamespace(
+    batch_size=2,
+    max_answer_tokens=4,
+    seed=1,
+    caption_min_words=5,
+    max_captions_per_family=60,
+    bootstrap_samples=20,
+)
+PREFETCH = {"num_workers": 0, "limit": 1, "size_of": lambda job: 1}
+INTERVAL = {"num_samples": 20, "seed": 1}
+
+
+def thing(colour, *digits):
+    return SceneObject(colour=colour, place="top left", digits=digits, boxes=((0, 0, 1, 1),) * len(digits))
+
+
+# ---------------------------------------------------------------- against the reference
+
+
+def test_words_are_lower_case_without_punctuation():
+    assert caption_metrics.words("A dog's 2 red-ish_balls, été!") == ["a", "dog's", "2", "red", "ish", "balls", "été"]
+    assert caption_metrics.words(" ... ") == []
+
+
+def test_cider_is_that_of_the_published_scorer():
+    """Values of pycocoevalcap 1.2: `Cider().compute_score({i: [reference]}, {i: [text]})`."""
+    published = [2.1984082794161623, 3.0357142857142856, 4.3520855036946955, 6.609800730250836]
+    assert caption_metrics.cider(TEXTS, REFERENCES) == pytest.approx(published, rel=1e-12)
+    texts, references = ["", "a", "b b b b b", "red 7, blue 3"], ["a", "a c d", "b b", "red 7, blue 3"]
+    published = [0.0, 0.7882995574223046, 1.4340574666999675, 10.0]
+    assert caption_metrics.cider(texts, references) == pytest.approx(published, rel=1e-12)
+
+
+def test_cider_of_one_text_is_refused():
+    with pytest.raises(ValueError, match="at least two"):
+        caption_metrics.cider(["a"], ["a"])
+
+
+def test_bleu_of_known_texts():
+    assert caption_metrics.bleu(TEXTS, REFERENCES) == pytest.approx(0.4009033103, abs=1e-9)  # pycocoevalcap 1.2, Bleu_4
+    assert caption_metrics.bleu(REFERENCES, REFERENCES) == pytest.approx(1)
+    # 4 words of the reference's 5: every n-gram is right, so that the brevity penalty alone is left
+    assert caption_metrics.bleu(["One two, three four."], ["one two three four five"]) == pytest.approx(
+        math.exp(1 - 5 / 4)
+    )
+
+
+def test_meteor_of_known_texts():
+    equal, stem, none = caption_metrics.meteor(["two cats sleep", "two cat sleeping", "red"], ["two cats sleep"] * 3)
+    assert equal == pytest.approx(1 - 0.5 * (1 / 3) ** 3)  # one chunk of three matches
+    assert stem == equal
+    assert none == 0
+    (half,) = caption_metrics.meteor(["a b"], ["a c"])
+    precision = recall = 0.5
+    assert half == pytest.approx(precision * recall / (0.9 * precision + 0.1 * recall) * (1 - 0.5))
+
+
+def test_overlap_counts_words_that_are_shared():
+    assert caption_metrics.overlap("red 7, blue 3", "Red 7") == pytest.approx(2 * 2 / 6)
+    assert caption_metrics.overlap("a a a", "a") == pytest.approx(2 / 4)
+    assert caption_metrics.overlap("a", "b") == 0
+    assert caption_metrics.overlap("", "b") == 0
+    assert caption_metrics.overlap("", "...") == 1
+
+
+# ---------------------------------------------------------------- style
+
+
+def test_style_of_known_texts():
+    texts = ["a man walks in a park", "a man walks", "A man walks.", "", "dogs bark"]
+    found = caption_metrics.style(texts)
+    assert found.num_words == pytest.approx((6 + 3 + 3 + 0 + 2) / 5)
+    assert found.empty == 0.2
+    assert found.same_opening == 0.6
+    assert found.same_text == 0.4
+    assert found.distinct_1 == pytest.approx(len({"a", "man", "walks", "in", "park", "dogs", "bark"}) / 14)
+    assert found.distinct_2 == pytest.approx(6 / 10)
+    assert found.repetition == 0
+
+
+def test_repetition_is_within_a_text():
+    once, loop = "one two three four", "go on go on go on go on"
+    assert caption_metrics.style([once, once]).repetition == 0  # said by two texts, by neither twice
+    assert caption_metrics.style([loop]).repetition == pytest.approx(3 / 5)  # five phrases, two different ones
+    assert caption_metrics.style([once, loop]).repetition == pytest.approx(3 / 6)
+
+
+def test_style_of_silence():
+    found = caption_metrics.style(["", ""])
+    assert (found.empty, found.same_opening, found.same_text, found.repetition) == (1, 0, 1, 0)
+    assert found.distinct_1 is found.distinct_2 is None
+
+
+# ---------------------------------------------------------------- what is to be seen
+
+
+def test_attributes_are_colours_digits_and_their_binding():
+    objects = (thing("red", 7, 8), thing("dark blue", 3))
+    found = caption_metrics.attributes(objects)
+    assert found == {
+        "colour": {("red",), ("dark", "blue")},
+        "digit": {("7",), ("8",), ("3",)},
+        "bound": {("red", "7"), ("red", "8"), ("dark", "blue", "3")},
+    }
+    assert caption_metrics.attributes((thing("red"),)) == {"colour": {("red",)}}
+    assert caption_metrics.attributes(()) == {}
+
+
+def test_missed_counts_texts_that_name_nothing():
+    objects = [(thing("red", 7), thing("blue", 3))] * 4 + [None]
+    texts = ["red 7, blue 3", "Red 3, blue 7", "green 5", "reddish 77", "red 7"]
+    found = captions.missed(texts, objects, INTERVAL)
+    assert {kind: value.num_items for kind, value in found.items()} == {"colour": 4, "digit": 4, "bound": 4}
+    assert {kind: value.complete_miss for kind, value in found.items()} == {"colour": 0.5, "digit": 0.5, "bound": 0.75}
+    assert {kind: value.named for kind, value in found.items()} == {"colour": 0.5, "digit": 0.5, "bound": 0.25}
+    assert captions.missed(["red 7"], [None], INTERVAL) == {}
+
+
+# ---------------------------------------------------------------- whole measurements
+
+
+def rows_of(expected, **modes):
+    return [
+        {"family": "caption", "expected": text, **{mode: texts[place] for mode, texts in modes.items()}}
+        for place, text in enumerate(expected)
+    ]
+
+
+def test_summary_sets_modes_beside_each_other():
+    wrong = ["green 0"] * 4
+    truth = ["red 7, blue 3", "blue 1, cyan 4", "cyan 9, red 2", "blue 5, red 6"]
+    objects = [tuple(thing(part.split()[0], int(part.split()[1])) for part in text.split(", ")) for text in truth]
+    rows = rows_of(truth, fine=truth, coarse=wrong, autoregressive=[*truth[:2], *wrong[2:]], blind=wrong)
+    found = captions.summarise(rows, objects, 200, 1)["caption"]
+    assert found.num_items == 4
+    assert found.modes["fine"].cider == pytest.approx(10)
+    assert found.modes["coarse"].cider == 0
+    assert found.modes["autoregressive"].cider == pytest.approx(5)
+    assert found.modes["autoregressive"].cider_interval[0] < 5 < found.modes["autoregressive"].cider_interval[1]
+    assert found.modes["autoregressive"].missed["bound"].complete_miss == 0.5
+    assert found.modes["blind"].style.same_opening == 1
+    assert found.reference.same_opening == 0.25
+    assert (found.overlap_fine_coarse, found.same_fine_coarse) == (0, 0)
+
+
+def test_one_item_has_no_cider():
+    texts = ["a b c d e"]
+    rows = rows_of(texts, fine=texts, coarse=texts, autoregressive=texts, blind=texts)
+    found = captions.summarise(rows, [None], 20, 1)["caption"]
+    assert found.modes["fine"].cider is found.modes["fine"].cider_interval is None
+    assert (found.modes["fine"].missed, found.same_fine_coarse) == ({}, 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return checkpoints.make(tmp_path_factory.mktemp("captions"))
+
+
+def measured(made, model, **changes):
+    dataset = TokenizedShards(made.shards, made.tokens, "test")
+    tokenizer = load_tokenizer(made.tokenizer)
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
+    chosen = {name: numbers.tolist() for name, numbers in dataset.families().items()}
+    settings = SimpleNamespace(**(vars(SETTINGS) | changes))
+    return dataset, tokenizer, collate, captions.measure(model, tokenizer, collate, dataset, chosen, settings, PREFETCH)
+
+
+def test_free_answers_of_every_mode_are_those_of_the_model(made):
+    model = checkpoints.make_model()
+    dataset, tokenizer, collate, (rows, objects) = measured(made, model)
+    assert [row["family"] for row in rows] == ["caption", "image"]  # of eight families, those with five words or more
+    numbers = {dataset.rows[number]["key"]: number for number in range(len(dataset))}
+    for row, seen in zip(rows, objects, strict=True):
+        item = dataset[numbers[row["key"]]]
+        for mode in ("coarse", "fine", "autoregressive"):
+            assert row[mode] == answer_batch(model, tokenizer, collate, [item], SETTINGS.max_answer_tokens, mode)[0]
+        with torch.no_grad():
+            batch = prompt_batch(collate, [item])
+            grey = model.generate(
+                **(batch | {"pixel_values": 0 * batch["pixel_values"]}), max_new_tokens=4, do_sample=False
+            )
+        assert row["blind"] == as_text(tokenizer, grey)[0]
+        assert row["expected"] == ", ".join(f"{entry.colour} {entry.digits[0]}" for entry in seen)
+    found = captions.summarise(rows, objects, 20, 1)
+    assert set(found) == {"caption", "image"}
+    assert all(set(value.modes) == set(metrics.CAPTION_MODES) for value in found.values())
+
+
+def test_which_answers_are_free_is_a_parameter(made):
+    model = checkpoints.make_model()
+    families = [row["family"] for row in measured(made, model, caption_min_words=3)[3][0]]
+    assert {"caption", "image", "ask_place", "follow"} <= set(families)
+    assert "text" not in families
+    assert {row["family"] for row in measured(made, model, caption_min_words=99)[3][0]} == {"caption"}
+    assert measured(made, model, max_captions_per_family=0)[3] == ([], [])
