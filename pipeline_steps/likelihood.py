@@ -17,10 +17,7 @@ def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
     What comes before is tokenised along with it, from the prompt's last control token on, so that the ids are those of
     the whole chat. UserError that starts with `where` if the tokenizer joins the prompt's end with the answer's start.
     """
-    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control |= set(tokenizer.all_special_ids)
-    start = max((place for place, number in enumerate(prompt) if number in control), default=0)
-    tail = list(prompt[start:])
+    tail = list(prompt[last_control_token(tokenizer, prompt) :])
     text = tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     end = tokenizer.eos_token if end_of_turn else ""
     ids = tokenizer(text + answer + end, add_special_tokens=False, verbose=False)["input_ids"]
@@ -30,6 +27,13 @@ def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
             "answer at its source."
         )
     return ids[len(tail) :]
+
+
+def last_control_token(tokenizer, ids):
+    """Place of the last control token in `ids`, such as the one that begins the answer's turn; 0 without any."""
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control |= set(tokenizer.all_special_ids)
+    return max((place for place, number in enumerate(ids) if number in control), default=0)
 
 
 def check_room(config, where, num_prompt, num_answer):

@@ -68,6 +68,16 @@ def make_model(**options) -> FoveatedVLMForConditionalGeneration:
     return model
 
 
+def make_lively_model(**options) -> FoveatedVLMForConditionalGeneration:
+    """`make_model` whose answers differ with the question and the frames; that one repeats the chat's line break."""
+    model = make_model(**options)
+    for name, weight in model.language_model.model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.data *= 12
+    model.connector.weight.data *= 10
+    return model
+
+
 def save(model, made: Made, path: Path, system: str) -> None:
     options = FRAMES.model_dump() | {"image_replication": STILL_FRAMES, "system": system}
     save_checkpoint(path, model, made.tokenizer, **options)

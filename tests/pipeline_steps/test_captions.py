@@ -195,7 +195,7 @@ def measured(made, model, **changes):
 
 
 def test_free_answers_of_every_mode_are_those_of_the_model(made):
-    model = checkpoints.make_model()
+    model = checkpoints.make_lively_model()
     dataset, tokenizer, collate, (rows, objects) = measured(made, model)
     assert [row["family"] for row in rows] == ["caption", "image"]  # of eight families, those with five words or more
     numbers = {dataset.rows[number]["key"]: number for number in range(len(dataset))}
@@ -210,13 +210,14 @@ def test_free_answers_of_every_mode_are_those_of_the_model(made):
             )
         assert row["blind"] == as_text(tokenizer, grey)[0]
         assert row["expected"] == ", ".join(f"{entry.colour} {entry.digits[0]}" for entry in seen)
+    assert rows[0]["blind"] != rows[0]["autoregressive"] != rows[0]["coarse"] != ""
     found = captions.summarise(rows, objects, 20, 1)
     assert set(found) == {"caption", "image"}
     assert all(set(value.modes) == set(metrics.CAPTION_MODES) for value in found.values())
 
 
 def test_which_answers_are_free_is_a_parameter(made):
-    model = checkpoints.make_model()
+    model = checkpoints.make_lively_model()
     families = [row["family"] for row in measured(made, model, caption_min_words=3)[3][0]]
     assert {"caption", "image", "ask_place", "follow"} <= set(families)
     assert "text" not in families

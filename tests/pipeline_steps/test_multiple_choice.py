@@ -71,7 +71,7 @@ def measured(data, model, **changes):
 @pytest.mark.parametrize("layout", ["question_first", "vision_first"])
 def test_scores_are_those_of_each_option_alone(data, layout):
     dataset, tokenizer = data
-    model = checkpoints.make_model(layout=layout)
+    model = checkpoints.make_lively_model(layout=layout)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
     table = measured(data, model)
     asked = {question.number: question for question in multiple_choice.questions(dataset, tokenizer, range(4))}
@@ -89,6 +89,7 @@ def test_scores_are_those_of_each_option_alone(data, layout):
                 assert row[f"{prefix}chosen_{name}"] == alone.argmax()
         generated = answer_batch(model, tokenizer, collate, [item], longest(asked))[0]
         assert row["answer"] == generated
+    assert table["answer"].nunique() == 3
     assert not np.allclose(table["letter_scores"][0], table["blind_letter_scores"][0], atol=1e-4)
 
 
@@ -113,7 +114,7 @@ def longest(asked):
 
 
 def test_frames_are_looked_at_once_for_all_options(data, monkeypatch):
-    model, looks = checkpoints.make_model(), []
+    model, looks = checkpoints.make_lively_model(), []
     look = model.look
     monkeypatch.setattr(model, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
     measured(data, model, batch_size=3)
@@ -121,7 +122,7 @@ def test_frames_are_looked_at_once_for_all_options(data, monkeypatch):
 
 
 def test_scores_do_not_depend_on_the_batch(data):
-    model = checkpoints.make_model()
+    model = checkpoints.make_lively_model()
     one, all_at_once = measured(data, model, batch_size=1), measured(data, model, batch_size=3)
     for name in ("letter_scores", "likelihood_scores", "blind_letter_scores"):
         for left, right in zip(one[name], all_at_once[name], strict=True):
@@ -131,7 +132,7 @@ def test_scores_do_not_depend_on_the_batch(data):
 
 def test_a_model_that_knows_nothing_gives_every_token_the_same_share(data):
     """The end-of-turn token counts in every scoring: two tokens for a letter, one of the mean for a text."""
-    model = checkpoints.make_model()
+    model = checkpoints.make_lively_model()
     model.language_model.model.norm.weight.data.zero_()
     table = measured(data, model)
     for row in table.itertuples():

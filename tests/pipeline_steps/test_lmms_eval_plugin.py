@@ -1,0 +1,179 @@
+"""The plugin for lmms-eval, against the library where it is installed and against a stand-in of its interface
+(tests/standins) where it is not."""
+
+import importlib.util
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+if importlib.util.find_spec("lmms_eval") is None:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "standins"))
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+from model import FoveatedVLMProcessor
+from pipeline_steps import lmms_eval_plugin
+from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.params import ROOT, UserError
+from tests import checkpoints
+
+OPTIONS = {"max_new_tokens": 5, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    made = checkpoints.make(tmp_path_factory.mktemp("lmms_eval"))
+    checkpoints.save(checkpoints.make_lively_model(), made, made.checkpoint, "You watch videos.")
+    return made
+
+
+@pytest.fixture(scope="module")
+def lm(made):
+    """The plugin on a checkpoint, with a task of a video, a picture, two pictures and no picture."""
+    registry = ModelRegistryV2()
+    registry.register_manifest(lmms_eval_plugin.manifest())
+    plugin = registry.get_model_class("foveated_vlm", force_simple=True)
+    found = plugin.create_from_arg_string(f"pretrained={made.checkpoint}", {"batch_size": 2, "device": "cpu"})
+    one, two = (
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (60, 80, 3)).astype(np.uint8)) for seed in (1, 2)
+    )
+    shown = [[str(made.video)], [one], [one, two], []]
+    found.task_dict["task"] = {"test": [{"shown": visuals, "answer": " red"} for visuals in shown]}
+    return found
+
+
+def request(kind, doc_id, context, second):
+    arguments = (context, second, lambda doc: doc["shown"], doc_id, "task", "test")
+    metadata = {"task": "task", "doc_id": doc_id, "repeats": 1}
+    return Instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata)
+
+
+def test_the_entry_point_registers_a_model_of_the_library(lm):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lmms_eval.models"].items()
+    manifest = EntryPoint(name, value, "lmms_eval.models").load()()
+    assert (name, manifest.model_id) == ("foveated_vlm", "foveated_vlm")
+    assert manifest.simple_class_path == "pipeline_steps.lmms_eval_plugin.FoveatedVLM"
+    assert isinstance(lm, lmms)
+    assert (lm.rank, lm.world_size, lm.is_simple, lm.batch_size) == (0, 1, True, 2)
+
+
+def test_answers_are_those_of_the_checkpoint(lm, made):
+    model, processor = load_checkpoint(made.checkpoint)
+    questions = ["Which digits does red show?", "What is it?", "Which one is red?", "Say 31 backwards"]
+    requests = [request("generate_until", n, text, dict(OPTIONS)) for n, text in enumerate(questions)]
+    answers = lm.generate_until(requests)
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        visuals = lm.task_dict["task"]["test"][number]["shown"]
+        video = None if not visuals else visuals[0] if len(visuals) == 1 else visuals
+        inputs = processor(text=question, videos=video)
+        ids = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=2, eos_token_id=2)
+        assert answer == processor.decode(ids[0], skip_special_tokens=True).strip()
+    assert len(set(answers)) == 4
+    assert lm.generate_until(requests[::-1]) == answers[::-1]
+
+
+def test_requests_of_several_options_keep_their_order(lm):
+    short = request("generate_until", 3, "Say 31", OPTIONS | {"max_new_tokens": 1})
+    long = request("generate_until", 3, "Say 31", OPTIONS | {"max_new_tokens": 8})
+    one, two = lm.generate_until([short])[0], lm.generate_until([long])[0]
+    assert one != two
+    assert lm.generate_until([short, long, short, long, short]) == [one, two, one, two, one]
+    stopped = request("generate_until", 3, "Say 31", OPTIONS | {"max_new_tokens": 8, "until": [two[2:4]]})
+    assert lm.generate_until([stopped])[0] == two[: two.index(two[2:4])].strip()
+
+
+def test_losses_are_those_of_the_whole_network(lm, made):
+    """Losses, not log-probabilities: lmms-eval's multiple-choice tasks take the smallest value."""
+    model, processor = load_checkpoint(made.checkpoint)
+    continuations = [" red", "top left: 31", lambda doc: doc["answer"], "7"]
+    requests = [request("loglikelihood", n % 4, "What is it?", text) for n in range(4) for text in continuations]
+    found = lm.loglikelihood(requests)
+    for number, (loss, greedy) in enumerate(found):
+        doc_id, text = number // 4, ["red", "top left: 31", "red", "7"][number % 4]
+        visuals = lm.task_dict["task"]["test"][doc_id]["shown"]
+        video = None if not visuals else visuals[0] if len(visuals) == 1 else visuals
+        assert loss == pytest.approx(whole_loss(model, processor, "What is it?", video, text), abs=1e-4)
+        assert greedy is False  # the checkpoint never ends its turn
+    assert found[0] == found[2]
+    assert found[0] != found[4]  # another document
+
+
+def whole_loss(model, processor, question, video, answer):
+    inputs = processor(text=question, videos=video)
+    ids = processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    prompt = inputs["input_ids"]
+    whole = torch.cat([prompt, torch.tensor([ids])], dim=1)
+    labels = torch.cat([torch.full_like(prompt, -100), torch.tensor([ids])], dim=1)
+    shown = {name: inputs[name] for name in ("pixel_values", "num_frames") if name in inputs}
+    with torch.no_grad():
+        return model(input_ids=whole, labels=labels, mode="autoregressive", **shown).token_loss.double().sum().item()
+
+
+def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
+    looks, look = [], lm.model.look
+    monkeypatch.setattr(lm.model, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
+    lm.loglikelihood([request("loglikelihood", n, "Which?", text) for text in "ABCD" for n in (0, 1)])
+    assert len(looks) == 2
+
+
+def test_an_empty_context_is_an_answer_without_a_question(lm):
+    metadata = {"task": "task", "doc_id": 0, "repeats": 1}
+    unconditional = Instance(request_type="loglikelihood", arguments=("", "red"), idx=0, metadata=metadata)
+    ((loss, _),) = lm.loglikelihood([unconditional])
+    turn = lm.tokenizer("<|im_start|>assistant\nred<|im_end|>", add_special_tokens=False, return_tensors="pt")
+    labels = turn["input_ids"].clone()
+    labels[:, : len(lm.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])] = -100
+    with torch.no_grad():
+        whole = lm.model(input_ids=turn["input_ids"], labels=labels).token_loss.double().sum().item()
+    assert loss == pytest.approx(whole, abs=1e-4)
+
+
+def test_options_of_tasks(lm):
+    assert lm._options({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": True}) == (
+        {"max_new_tokens": 16, "num_beams": 1, "do_sample": False},
+        [],
+    )
+    assert lm._options({"temperature": 0.7, "until": "\n\n", "stop_sequences": ["Q:"]}) == (
+        {"max_new_tokens": 128, "temperature": 0.7, "do_sample": True},
+        ["\n\n", "Q:"],
+    )
+    assert lm._options({"image_aspect_ratio": "original"})[0] == {"max_new_tokens": 128, "do_sample": False}
+    with pytest.raises(UserError, match="hold visual_cot"):
+        lm._options({"visual_cot": True})
+
+
+def test_wrong_input_is_named(lm, made):
+    with pytest.raises(UserError, match="batch_size is 'auto'"):
+        lmms_eval_plugin.FoveatedVLM(str(made.checkpoint), batch_size="auto")
+    with pytest.raises(UserError, match="mode is 'blind'"):
+        lmms_eval_plugin.FoveatedVLM(str(made.checkpoint), mode="blind")
+    with pytest.raises(UserError, match="task x, document 3: 2 visuals of type dict, str"):
+        lmms_eval_plugin.as_video([{}, "a.mp4"], "task x, document 3")
+    with pytest.raises(NotImplementedError, match="single-round"):
+        lm.generate_until_multi_round([])
+
+
+def test_visuals_become_what_the_processor_takes(made, tmp_path):
+    picture = Image.new("RGB", (60, 60))
+    picture.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    assert lmms_eval_plugin.as_video(None, "x") is None
+    assert lmms_eval_plugin.as_video([], "x") is None
+    assert lmms_eval_plugin.as_video([path], "x") == path
+    assert lmms_eval_plugin.as_video(picture, "x") is picture
+    assert lmms_eval_plugin.as_video((picture, picture), "x") == [picture, picture]
+    assert [image.size for image in lmms_eval_plugin.as_video([path, path], "x")] == [(60, 60)] * 2
+    processor = FoveatedVLMProcessor.from_pretrained(made.checkpoint)
+    assert processor(text="Which?", videos=lmms_eval_plugin.as_video([path, path], "x"))["num_frames"].tolist() == [2]
+    assert processor(text="Which?", videos=lmms_eval_plugin.as_video([path], "x"))["num_frames"].tolist() == [
+        checkpoints.STILL_FRAMES
+    ]
