@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK, FAINT, RIGHT, WRONG = "#15181d", "#f2f4f7", "#9aa4b2", "#6ee7a0", "#ff8f8f"
 MARGIN, GAP = 16, 6  # px
+MAX_STRIP_HEIGHT = 16_000  # px; WebP allows 16 383
 MAX_COLUMNS = 8  # of a sheet: of longer clips evenly spaced frames, while their animation is whole
 COLOURS = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -235,6 +236,24 @@ def animation(clip, side):
             draw.text((MARGIN, bottom + number * 21), text, colour, face)
         pictures.append(picture)
     return pictures
+
+
+def strip(clip, side):
+    """(picture, geometry): a row per frame, a column per kind: the frame, then every mode's map over it.
+
+    Geometry {side, step in px, kinds: labels} finds a tile again. Tiles are smaller than `side` where the picture
+    would be higher than a WebP file may be.
+    """
+    side = min(side, MAX_STRIP_HEIGHT // len(clip.frames) - GAP)
+    boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
+    step = side + GAP
+    picture = Image.new("RGB", ((1 + len(clip.maps)) * step - GAP, len(clip.frames) * step - GAP), BACKGROUND)
+    for t, (frame, box) in enumerate(zip(clip.frames, boxes, strict=True)):
+        tiles = [frame_picture(frame, side)]
+        tiles += [mark_peak(overlay_picture(frame, maps[t], clip.scale, side), maps[t]) for maps in clip.maps.values()]
+        for column, tile in enumerate(tiles):
+            picture.paste(mark_box(tile, box), (column * step, t * step))
+    return picture, {"side": side, "step": step, "kinds": ["frame", *clip.maps]}
 
 
 def save_animation(pictures, file, milliseconds):

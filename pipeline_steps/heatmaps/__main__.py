@@ -2,9 +2,10 @@
 
     python -m pipeline_steps.heatmaps
 
-Reads params.yaml, outputs/stage3, data/shards and data/tokens; writes reports/heatmaps/: {key}-{item}.png and .gif,
-overview.png and index.json. Which clips: the first `num_clips` by key of every family whose items name a target (of
-every family, where no item does), so that nobody picks. Cost at the embedded scale: about 15 seconds on two cores.
+Reads params.yaml, outputs/stage3, data/shards and data/tokens; writes reports/heatmaps/: {key}-{item}.png (contact
+sheet), .gif (animation) and -frames.webp (every frame with every mode's map over it), overview.png and index.json.
+Which clips: the first `num_clips` by key of every family whose items name a target (of every family, where no item
+does), so that nobody picks. Cost at the embedded scale: about 15 seconds on two cores.
 """
 
 import argparse
@@ -130,15 +131,19 @@ def on_target(maps, truth):
 
 
 def draw(clip, folder, name, settings):
-    """Writes the sheet and the animation of one clip; returns their part of the index entry."""
+    """Writes the sheet, the frames and the animation of one clip; returns their part of the index entry."""
     sheet, geometry = drawing.contact_sheet(clip, settings.tile_pixels)
     sheet.save(folder / f"{name}.png")
+    frames, strip_geometry = drawing.strip(clip, settings.tile_pixels)
+    frames.save(folder / f"{name}-frames.webp", quality=80)
     pictures = drawing.animation(clip, settings.tile_pixels)
     drawing.save_animation(pictures, folder / f"{name}.gif", settings.frame_milliseconds)
     return {
         "sheet": f"{name}.png",
         "animation": f"{name}.gif",
         "geometry": geometry,
+        "frames": f"{name}-frames.webp",
+        "frames_geometry": strip_geometry,
         "frame_milliseconds": settings.frame_milliseconds,
     }
 

@@ -9,7 +9,7 @@ from pipeline_steps.report.tables import Table, count, number, ordered_arms
 SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first
 COLOURS = dict(zip(SCALES, ("#8b95a3", "#2f80ed", "#12a594", "#d97706"), strict=True))
 MARKERS = dict(zip(SCALES, "sovD", strict=True))
-ABSENT = ("–", -1.0)
+ABSENT = ("–", None)
 
 
 def tables(result):

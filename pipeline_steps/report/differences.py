@@ -23,7 +23,7 @@ NOTE = (
     "of the loss, Student's t with the bootstrap's standard error; Holm: adjusted for all ablations of this table that "
     "have a p. Above 1: the default recipe has the lower loss."
 )
-ABSENT = ("–", -1.0)
+ABSENT = ("–", None)
 
 
 def tables(inputs, settings):

@@ -23,7 +23,6 @@ COLOURS = {  # distinct for colour-blind readers, legible on white and on black
 }
 MARKERS = {"autoregressive": "o", "fine": "D", "coarse": "s", "blind": "X", "random_query": "^"}
 COMPONENT_COLOURS = ["#2f80ed", "#7cc4fa", "#12a594", "#a3d977", "#d97706", "#b05cc6"]
-FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#4c6ef5"]
 STYLE = {
     "svg.hashsalt": "report",
     "svg.fonttype": "path",
@@ -148,64 +147,6 @@ def gaze(result):
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
     return draw, WIDTH, 3.8 + 0.55 * len(names)
-
-
-def curves(tables):
-    """(draw, width, height): training loss and validation accuracy over the samples of all stages, or None without a
-    table."""
-    if not tables:
-        return None
-
-    def draw(figure, ink):
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
-        start, colours, mode_of_lines = 0, {}, set()
-        for stage, table in tables.items():
-            train = table[table["event"] == "train"]
-            x = start + train["samples"].to_numpy()
-            loss = train["loss"].to_numpy()
-            top.plot(x, loss, color=COLOURS["coarse"], alpha=0.5, linewidth=0.8)
-            top.plot(x, smooth(loss), color=COLOURS["autoregressive"], linewidth=1.8)
-            per_step = float(train["samples"].iloc[-1] / train["step"].iloc[-1])
-            checks = table[(table["event"] == "validation") & (table["mode"] == "fine")]
-            for family, rows in checks.groupby("family", sort=True):
-                colour = colours.setdefault(family, FAMILY_COLOURS[len(colours) % len(FAMILY_COLOURS)])
-                label = family if family not in mode_of_lines else None
-                mode_of_lines.add(family)
-                bottom.plot(
-                    start + rows["step"] * per_step,
-                    rows["accuracy"],
-                    "o-",
-                    color=colour,
-                    markersize=3.5,
-                    linewidth=1.3,
-                    label=label,
-                )
-            end = start + float(train["samples"].iloc[-1])
-            for axes in (top, bottom):
-                axes.axvline(end, color=ink, linewidth=0.8, linestyle=":")
-            top.text((start + end) / 2, 1.02, stage, transform=top.get_xaxis_transform(), ha="center", va="bottom")
-            start = end
-        top.set_ylabel("training loss (nats)")
-        bottom.set_ylabel("validation accuracy (fine)")
-        bottom.set_xlabel("training samples")
-        bottom.set_ylim(-0.02, 1.02)
-        bottom.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        bottom.xaxis.set_major_formatter(
-            matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
-        )
-        for axes in (top, bottom):
-            axes.grid(linewidth=0.6)
-            axes.set_axisbelow(True)
-        if colours:
-            figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-
-    return draw, WIDTH, 6.4
-
-
-def smooth(values, span=9):
-    """Running mean over at most `span` neighbours (an eighth of all where these are few), fewer at the ends."""
-    half = min(span, len(values) // 8) // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def flops(result):

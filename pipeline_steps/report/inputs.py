@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline_steps.metrics import EvaluationResult, FlopsResult, read_json
+from pipeline_steps.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.params import UserError
 from pipeline_steps.records import ShardsManifest, TokensManifest, read_record
 from pipeline_steps.report.budgets import Budget, budget_of, read_budget
 
 STAGES = ("stage1", "stage2", "stage3")
+DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
+CURVE_COLUMNS = ("event", "step", "samples", "source", "family", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
 
@@ -42,6 +44,7 @@ class Inputs:
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # stage -> its csv
     stages: dict[str, dict] = field(default_factory=dict)  # stage -> its json
     timings: dict[str, dict] = field(default_factory=dict)  # stage -> seconds, samples_per_second, device
+    streaming: StreamingResult | None = None  # what the training stages read, counted before they run
     backbones: dict | None = None
     heatmaps: dict | None = None
     answers: list[dict] = field(default_factory=list)
@@ -66,13 +69,14 @@ def read_inputs(root, ablation, seed):
         flops=read_json(metrics / "flops.json", FlopsResult, "dvc repro flops"),
         shards=read_record(ShardsManifest, root / "data/shards/manifest.json", "shards"),
         tokens=read_record(TokensManifest, root / "data/tokens/manifest.json", "tokens"),
+        streaming=read_streaming(metrics / "streaming.json", missing),
         backbones=read_optional(metrics / "backbones.json", missing),
         heatmaps=read_optional(root / "reports/heatmaps/index.json", missing),
         missing=missing,
     )
     for stage in STAGES:
         if (metrics / f"{stage}.csv").exists():
-            inputs.curves[stage] = pd.read_csv(metrics / f"{stage}.csv")
+            inputs.curves[stage] = read_curve(metrics / f"{stage}.csv", stage)
         else:
             missing.append(f"reports/metrics/{stage}.csv (learning curve; `dvc repro {stage}`)")
         if values := read_optional(metrics / f"{stage}.json", missing):
@@ -101,6 +105,24 @@ def read_optional(path, missing):
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error}): make it again with `dvc repro`") from None
+
+
+def read_streaming(path, missing):
+    if path.exists():
+        return read_json(path, StreamingResult, "dvc repro streaming")
+    missing.append("reports/metrics/streaming.json (what the training stages read; `dvc repro streaming`)")
+    return None
+
+
+def read_curve(path, stage):
+    """The table of a training stage. UserError for a column that is not there."""
+    table = pd.read_csv(path)
+    absent = [name for name in CURVE_COLUMNS if name not in table.columns]
+    if absent:
+        raise UserError(
+            f"{path}: no column {', '.join(absent)}: it is of another version: make it again with `dvc repro {stage}`"
+        )
+    return table
 
 
 def read_items(path, missing):

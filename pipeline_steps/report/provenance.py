@@ -1,5 +1,5 @@
-"""Where the numbers come from: commit, machine, files. Facts of this place and moment: they go into report.html
-only."""
+"""Where the numbers come from: files by their hashes, and commit and machine, which are facts of this place and moment
+and go into report.html only."""
 
 import os
 import platform
@@ -45,27 +45,30 @@ def read_lines(path):
     return Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
 
 
-def facts(root, inputs):
-    """[(name, value)] for the page."""
+def facts(root):
+    """[(name, value)] of this place and moment."""
     head, changed = commit(root)
-    origin = inputs.current.result.provenance
     state = "not a git repository" if head is None else head
     if changed:
         files = "1 changed file" if len(changed) == 1 else f"{len(changed)} changed files"
         state += f" with {files}: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}"
-    rows = [
-        ("commit", state),
-        ("ablation, seed", f"{inputs.current.ablation}, {inputs.current.seed}"),
-        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
-        ("machine", machine()),
-        ("torch, transformers", f"{origin.get('torch')}, {origin.get('transformers')}"),
-        ("evaluated checkpoint", origin.get("checkpoint_sha256")),
-        ("shards manifest", origin.get("shards_sha256")),
-        ("tokens manifest", origin.get("tokens_sha256")),
-    ]
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    rows = [("commit", state), ("written", written), ("machine", machine())]
     lock = Path(root) / "dvc.lock"
-    if lock.exists():
-        rows.append(("dvc.lock", sha256_file(lock)))
+    return [*rows, ("dvc.lock", sha256_file(lock))] if lock.exists() else rows
+
+
+def origin(root, inputs):
+    """[(name, value)] of the results: the same wherever and whenever the report is written."""
+    found = inputs.current.result.provenance
+    rows = [
+        ("ablation, seed", f"{inputs.current.ablation}, {inputs.current.seed}"),
+        ("torch, transformers", f"{found.get('torch')}, {found.get('transformers')}"),
+        ("evaluated checkpoint", found.get("checkpoint_sha256")),
+        ("shards manifest", found.get("shards_sha256")),
+        ("tokens manifest", found.get("tokens_sha256")),
+        ("parameters of the evaluation", found.get("parameters_sha256")),
+    ]
     return [(name, str(value)) for name, value in rows]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pipeline_steps.metrics import GAZE_MODES
 
 MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
+MISSING = ("–", None)  # sorts last, up or down
 
 MODE_NAMES = {
     "coarse": "coarse",
@@ -33,12 +34,20 @@ class Table:
     rows: list[list]
     note: str = ""
     strong: list[int] = field(default_factory=list)  # columns to stress
+    summary: list[int] = field(default_factory=list)  # rows that sum up others and stay below them when sorted
 
-    def markdown(self):
-        lines = [f"# {self.title}", ""]
+    def markdown(self, level=1):
+        """The table below its title as a heading (level 0: no heading); the note alone where there are no rows."""
+        lines = [f"{'#' * level} {self.title}", ""] if level else []
+        if not self.rows:
+            return "\n".join([*lines, self.note, ""])
         lines += ["| " + " | ".join(self.columns) + " |", "|" + "|".join(" --- " for _ in self.columns) + "|"]
         lines += ["| " + " | ".join(text_of(cell).replace("|", "\\|") for cell in row) + " |" for row in self.rows]
         return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+
+def is_number(cell):
+    return isinstance(cell, tuple)
 
 
 def text_of(cell):
@@ -48,7 +57,7 @@ def text_of(cell):
 def share(value, interval=None):
     """A share as per cent, with its interval in brackets."""
     if value is None:
-        return ("–", -1.0)
+        return MISSING
     text = f"{value:.1%}"
     return (f"{text} [{interval[0] * 100:.0f}–{interval[1] * 100:.0f}]" if interval else text, value)
 
@@ -138,6 +147,7 @@ def accuracies(result):
         generated = result.generation.get(family)
         rows.append([*row, share(generated.exact_match) if generated else share(None)])
     mean = [share(result.mean[mode].accuracy) for mode in MODES]
+    first_summary = len(rows)
     rows.append(
         [
             "mean of families",
@@ -170,6 +180,7 @@ def accuracies(result):
         "bootstrap intervals over items, in per cent. Chance: the training split's most frequent token at each "
         "answer position. Exact answers: generated greedily, the whole answer the same, on fewer items.",
         strong=[MODES.index("autoregressive") + 2],
+        summary=list(range(first_summary, len(rows))),
     )
 
 
@@ -186,13 +197,13 @@ def losses(result):
         ]
         interval = result.gap[family].interval if modes["autoregressive"].num_items > 1 else None
         rows.append([*row, number(result.gap[family].loss_ratio, 2, interval)])
-    mean = result.mean
+    mean, first_summary = result.mean, len(rows)
     ratio = number(mean["autoregressive"].loss / mean["fine"].loss, 2)
     rows.append(["mean of families", *(number(mean[mode].loss) for mode in MODES), ratio])
     if result.text:
         text = number(result.text.loss, 3, of_several(result.text, "loss"))
-        cells = [text if mode == "autoregressive" else ("–", -1.0) for mode in MODES]
-        rows.append(["text only (no frames)", *cells, ("–", -1.0)])
+        cells = [text if mode == "autoregressive" else MISSING for mode in MODES]
+        rows.append(["text only (no frames)", *cells, MISSING])
     return Table(
         "loss",
         "Loss by family and mode",
@@ -201,6 +212,7 @@ def losses(result):
         "Nats per scored answer token. The last column is what the parallel form of training hides: 1 = nothing; "
         "paired bootstrap intervals.",
         strong=[MODES.index("autoregressive") + 1],
+        summary=list(range(first_summary, len(rows))),
     )
 
 
@@ -260,7 +272,7 @@ def flops(result):
         for name in names:
             entry = entries[name]
             parts = [number(getattr(entry.components, component) / 1e6, 2) for component in COMPONENT_NAMES]
-            training = number(result.training[name] / 1e6, 1) if kind == "arm" else ("–", -1.0)
+            training = number(result.training[name] / 1e6, 1) if kind == "arm" else MISSING
             rows.append([f"{kind}: {name.replace('_', ' ')}", *parts, number(entry.total / 1e6, 2), training])
     facts = result.assumptions
     return Table(
@@ -284,6 +296,8 @@ def data(shards, tokens):
             len(entry.shards),
             entry.num_samples,
             entry.num_frames,
+            round(entry.seconds / 60),
+            round(entry.bytes / 1e6),
             items.num_items if items else 0,
             items.num_tokens if items else 0,
         ]
@@ -293,13 +307,11 @@ def data(shards, tokens):
     return Table(
         "data",
         "Data",
-        ["split", "shards", "samples", "frames", "items", "text tokens"],
+        ["split", "shards", "samples", "frames", "minutes of video", "MB", "items", "text tokens"],
         rows,
         f"Samples: {shards.seen} seen = {shards.packed} packed + {len(shards.quarantined)} quarantined"
         + (f": {quarantined}{more}" if quarantined else "")
-        + f". Items: {tokens.seen} seen = {tokens.kept} kept + {len(tokens.dropped)} dropped. Sources: "
-        + ", ".join(f"{name} {number_}" for name, number_ in shards.sources.items())
-        + ".",
+        + f". Items: {tokens.seen} seen = {tokens.kept} kept + {len(tokens.dropped)} dropped.",
     )
 
 

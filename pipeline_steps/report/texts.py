@@ -1,4 +1,41 @@
-"""The sentences of the report that are made of numbers."""
+"""The sentences of the report: captions, and those that are made of numbers."""
+
+CAPTIONS = {  # figure -> (alternative text, what to see)
+    "curves": (
+        "Training loss and validation accuracy over the training samples of the three stages",
+        "Top: training loss (grey: single steps, blue: running mean; each stage has its own data and loss, so steps "
+        "between stages are no surprise). Bottom: accuracy on validation items, by family, and by source where a "
+        "family comes from several. Look for families that stay flat while others rise.",
+    ),
+    "attention": (
+        "Entropy of the attention and similarity of the visual tokens over the training samples",
+        "Measured at every validation, last vision layer. Look for entropy that falls from 1 (the same attention on "
+        "every patch): the queries begin to choose. Cosines that stay near 1 mean that all frames give the same token, "
+        "or that planned queries find what the static one finds.",
+    ),
+    "families": (
+        "Accuracy of every family in every mode",
+        "Each family's accuracy by mode, with 95% intervals. Look for the distance between autoregressive (what is "
+        "deployed) and the two controls, and for autoregressive lying on fine: then the parallel form of training "
+        "hides nothing.",
+    ),
+    "gaze": (
+        "Share of frames whose attention peak is on the target, by family and by frame",
+        "Top: how often the most attended patch is the target's, against the share of patches that show it. Bottom: "
+        "over the frames; frame 0 is looked at before anything is known.",
+    ),
+    "flops": (
+        "Compute per sample by component, and over the number of frames",
+        "Top: where the compute goes. Bottom: cost over the number of frames for one foveated token, the fixed look "
+        "(A6) and ordinary tokens (B1), same backbones, mean text length.",
+    ),
+    "frontier": (
+        "Cost of one token a frame against several over the number of frames, by language model",
+        "Look for where a line falls below the dotted one: from there on one token a frame costs less than several, in "
+        "use (top) and in training (middle). Bottom: share of vision encoder and queries in the cost of one token a "
+        "frame; above the dotted line the vision encoder dominates, and fewer tokens can save little.",
+    ),
+}
 
 
 def lead(inputs):

@@ -61,6 +61,21 @@ def test_an_even_spread_is_not_drawn_bright():
     assert clip.scale == pytest.approx(0.25)
 
 
+def test_the_strip_holds_every_frame_and_mode_and_fits_into_a_webp_file():
+    picture, geometry = drawing.strip(make_clip(), SIDE)
+    assert geometry["kinds"] == ["frame", "coarse", "fine", "autoregressive"]
+    step = geometry["step"]
+    assert picture.size == (4 * step - drawing.GAP, NUM_FRAMES * step - drawing.GAP)
+    for column, patch in ((1, 0), (2, 5), (3, 10)):
+        for t in range(NUM_FRAMES):
+            tile = picture.crop((column * step, t * step, column * step + SIDE, t * step + SIDE))
+            cells = np.asarray(tile, int).reshape(4, SIDE // 4, 4, SIDE // 4, 3).mean(axis=(1, 3, 4))
+            assert cells.argmax() == patch
+    high, geometry = drawing.strip(make_clip(num_frames=64), 1024)
+    assert high.height < 16_383
+    assert geometry["side"] == 16_000 // 64 - drawing.GAP
+
+
 def test_long_clips_are_thinned_in_the_sheet_and_whole_in_the_animation():
     clip = make_clip(num_frames=20)
     _, geometry = drawing.contact_sheet(clip, SIDE)
@@ -77,6 +92,8 @@ def test_files_are_written_and_the_animation_moves(tmp_path, modes):
     clip.frames[1] = 200
     entry = heatmaps.draw(clip, tmp_path, "k-0", settings)
     json.dumps(entry)
+    with Image.open(tmp_path / entry["frames"]) as picture:
+        assert picture.width == (1 + len(modes)) * entry["frames_geometry"]["step"] - drawing.GAP
     with Image.open(tmp_path / entry["animation"]) as picture:
         assert (picture.n_frames, picture.info["duration"], picture.info["loop"]) == (NUM_FRAMES, 300, 0)
     drawing.overview(clip, 64).save(tmp_path / "overview.png")

@@ -13,9 +13,10 @@ from pipeline_steps import metrics
 from pipeline_steps.metrics import MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import verdicts
-from pipeline_steps.report.inputs import Run, read_inputs
+from pipeline_steps.report import ablations, curves, markdown, reading, verdicts
+from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.schema import Section
+from pipeline_steps.report.tables import text_of
 
 FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
@@ -144,24 +145,57 @@ def write_root(root, *, curves=True, heatmaps=True):
     write_manifests(root)
     if curves:
         for stage in ("stage1", "stage2", "stage3"):
-            rows = [{"event": "train", "step": s, "samples": 32 * s, "loss": 3 / s**0.5} for s in range(1, 60)]
-            rows += [
-                {"event": "validation", "step": s, "family": family, "mode": "fine", "loss": 1, "accuracy": s / 80}
-                for s in (20, 40, 59)
-                for family in FAMILIES
-            ]
-            pd.DataFrame(rows).to_csv(root / f"reports/metrics/{stage}.csv", index=False)
+            curve_table().to_csv(root / f"reports/metrics/{stage}.csv", index=False)
             mixture = {"card": {"num_samples": 100, "share": 0.86, "epochs": 1.0}}
             mixture["text"] = {"num_samples": 14, "share": 0.14, "epochs": 1.0}
             (root / f"reports/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
+        metrics.write_json(root / "reports/metrics/streaming.json", streaming_result())
     if heatmaps:
         write_heatmaps(root / "reports/heatmaps")
     (root / "params.yaml").write_text("seed: 1\n")
 
 
+def curve_table(sources=("procedural",), columns=CURVE_COLUMNS):
+    """The table of a training stage: all families from every source, diagnostics and one warning."""
+    rows = [{"event": "train", "step": s, "samples": 32 * s, "loss": 3 / s**0.5} for s in range(1, 60)]
+    for step in (20, 40, 59):
+        for source in sources:
+            shared = {"event": "validation", "step": step, "source": source, "mode": "fine", "loss": 1}
+            rows += [{**shared, "family": family, "accuracy": step / 80} for family in FAMILIES]
+        rows.append({"event": "diagnostics", "step": step, **dict.fromkeys(DIAGNOSTICS, 20 / step)})
+    rows.append({"event": "warning", "step": 59, "message": "uniform attention: <nothing> is chosen"})
+    return pd.DataFrame(rows, columns=columns)
+
+
+def served(num_items, num_samples, share, num_truncated=0):
+    return metrics.Served(
+        num_items=num_items,
+        num_samples=num_samples,
+        share=share,
+        epochs=num_samples / num_items,
+        num_frames=6 * num_samples,
+        text_tokens=30 * num_samples,
+        visual_tokens=6 * num_samples,
+        num_truncated=num_truncated,
+    )
+
+
+def streaming_result():
+    stage = metrics.StageServed(
+        num_steps=10,
+        sources={
+            "chat": {"text": served(50, 14, 0.14)},
+            "procedural": {"card": served(40, 86, 0.86, 3), "gist": served(7, 0, 0.0)},
+        },
+        total=served(97, 100, 1.0, 3),
+        unserved={"procedural/gist": 7},
+    )
+    return metrics.StreamingResult(stages={"stage1": stage})
+
+
 def write_manifests(root):
-    shard = {"name": "000000.tar", "num_samples": 9, "num_frames": 54, "bytes": 1, "sha256": "a"}
-    split = {"shards": [shard], "num_samples": 9, "num_frames": 54}
+    shard = {"name": "000000.tar", "num_samples": 9, "num_frames": 54, "seconds": 90.0, "bytes": 1, "sha256": "a"}
+    split = {"shards": [shard], "num_samples": 9, "num_frames": 54, "seconds": 90.0, "bytes": 2_000_000}
     bad = {"key": "x", "source": "folder", "path": "x.mp4", "reason": "truncated"}
     shards = {
         "splits": {"test": split},
@@ -171,12 +205,14 @@ def write_manifests(root):
         "sources": {"folder": 9},
         "frames": {"image_size": 56, "fit": "crop", "fps": 2.0, "max_frames": 16, "jpeg_quality": 95},
     }
-    token = {"name": "000000.parquet", "num_items": 9, "num_tokens": 99, "shard_sha256": "a", "sha256": "b"}
+    token = {"name": "000000.arrow", "num_items": 9, "num_tokens": 99, "shard_sha256": "a", "sha256": "b"}
     tokens = {
         "splits": {"test": {"shards": [token], "num_items": 9, "num_tokens": 99}},
         "seen": 9,
         "kept": 9,
         "dropped": [],
+        "truncated": [],
+        "sources": {"folder": {"seen": 9, "kept": 9, "truncated": 0, "dropped": 0, "tokens": 99}},
         "families": {"card": 9},
         "tokenizer_sha256": "c",
         "vocabulary_size": 512,
@@ -189,11 +225,15 @@ def write_manifests(root):
 
 
 def write_heatmaps(folder, peaks=None):
+    """One clip of three frames; the tile of frame t has the grey level 60 t + 40."""
     folder.mkdir(parents=True)
-    picture = Image.new("RGB", (64, 64), "#345")
-    picture.save(folder / "c.png")
-    picture.save(folder / "c.gif")
-    geometry = {"left": 0, "top": 0, "side": 10, "step": 12, "rows": ["frame", "coarse", "overlay"], "frames": [0, 1]}
+    Image.new("RGB", (64, 64), "#345").save(folder / "c.png")
+    Image.new("RGB", (64, 64), "#345").save(folder / "c.gif")
+    side, step, kinds = 32, 38, ["frame", "coarse", "fine", "autoregressive"]
+    strip = Image.new("RGB", (len(kinds) * step, 3 * step))
+    for t in range(3):
+        strip.paste((60 * t + 40,) * 3, (0, t * step, strip.width, t * step + side))
+    strip.save(folder / "c-frames.webp", lossless=True)
     clip = {
         "key": "c",
         "item": 0,
@@ -202,8 +242,14 @@ def write_heatmaps(folder, peaks=None):
         "answer": "red: 1",
         "prediction": "red: 1",
         "peak_on_target": peaks,
+        "num_frames": 3,
+        "sheet": "c.png",
+        "animation": "c.gif",
+        "geometry": {"left": 0, "top": 0, "side": 10, "step": 12, "rows": ["frame"], "frames": [0, 1, 2]},
+        "frames": "c-frames.webp",
+        "frames_geometry": {"side": side, "step": step, "kinds": kinds},
+        "frame_milliseconds": 700,
     }
-    clip |= {"num_frames": 2, "sheet": "c.png", "animation": "c.gif", "geometry": geometry, "frame_milliseconds": 700}
     (folder / "index.json").write_text(json.dumps({"clips": [clip], "rule": "the first", "split": "test"}))
 
 
@@ -272,6 +318,7 @@ def test_missing_optional_inputs_are_said(tmp_path, monkeypatch):
     assert "No learning curves" in page
     assert "No heatmaps" in page
     assert "stage2.csv" in page
+    assert "reports/metrics/streaming.json (what the training stages read" in page
 
 
 @pytest.mark.parametrize(
@@ -386,3 +433,112 @@ def test_one_item_has_no_interval_and_decides_nothing():
         assert " [" not in build_table(one).markdown()
     assert "apart in 7 of 7" in " ".join(report.texts.controls(several, SETTINGS.targets))
     assert "apart in 0 of 7" in " ".join(report.texts.controls(one, SETTINGS.targets))
+
+
+def test_what_the_stages_read_is_counted_and_the_rest_named(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    build(tmp_path, monkeypatch)
+    table = reading.reading(streaming_result())
+    assert [row[:3] for row in table.rows] == [
+        ["stage1", "chat", "text"],
+        ["stage1", "procedural", "card"],
+        ["stage1, all", "", ""],
+    ]
+    assert table.summary == [2]
+    assert [cell[1] for cell in table.rows[1][3:]] == [40, 86, 0.86, 2.15, 516, 2580, 516, 3]
+    assert table.note.endswith("stage1: procedural/gist (7).")
+    text = (tmp_path / "reports/tables/reading.md").read_text()
+    assert "| stage1 | procedural | card | 40 | 86 | 86.0% | 2.15 | 516 | 2 580 | 516 | 3 |" in text
+
+
+def test_sources_are_accounted_for(tmp_path):
+    write_root(tmp_path)
+    inputs = read_inputs(tmp_path, "none", 1)
+    assert [text_of(cell) for cell in reading.sources(inputs.shards, inputs.tokens).rows[0]] == [
+        *("folder", "9", "1", "9", "9", "0", "0", "99"),
+    ]
+
+
+def test_curves_are_per_family_and_per_source_where_a_family_has_several():
+    one = curves.family_lines({"stage1": curve_table(), "stage2": curve_table()})
+    assert list(one) == sorted(FAMILIES)
+    assert [stage for stage, _ in one["card"]] == ["stage1", "stage2"]
+    two = curves.family_lines({"stage1": curve_table(("chat", "procedural"))})
+    assert list(two) == [f"{source}/{family}" for source in ("chat", "procedural") for family in sorted(FAMILIES)]
+    assert two["chat/card"][0][1]["step"].tolist() == [20, 40, 59]
+
+
+def test_positions_of_validations_follow_the_samples():
+    timeline = curves.Timeline({"stage1": curve_table(), "stage2": curve_table()})
+    assert timeline.position("stage1", [20]).tolist() == [640]
+    assert timeline.position("stage2", [40]).tolist() == [59 * 32 + 1280]
+
+
+def test_attention_is_drawn_for_networks_that_look_and_warnings_are_said(tmp_path, monkeypatch):
+    assert curves.attention({"stage1": curve_table()}) is not None
+    table = curve_table()
+    assert curves.attention({"stage1": table[table["event"] != "diagnostics"]}) is None
+    write_root(tmp_path)
+    assert "stage2, step 59: uniform attention: &lt;nothing&gt; is chosen" in build(tmp_path, monkeypatch)
+
+
+def test_a_table_of_another_version_names_the_column(tmp_path):
+    write_root(tmp_path)
+    table = curve_table(columns=[name for name in CURVE_COLUMNS if name != "source"])
+    table.to_csv(tmp_path / "reports/metrics/stage2.csv", index=False)
+    with pytest.raises(UserError, match=r"stage2.csv: no column source.*dvc repro stage2"):
+        read_inputs(tmp_path, "none", 1)
+
+
+def test_ablations_differ_from_the_default_recipe_by_seed():
+    found = three_seeds("A6", 3.0)
+    table = ablations.ablations(found)
+    assert [row[0] for row in table.rows] == ["default recipe", "A6"]
+    base, arm = ([run for run in [found.current, *found.runs] if run.ablation == name] for name in ("none", "A6"))
+    ratios = [
+        own.result.mean["autoregressive"].loss / default.result.mean["autoregressive"].loss
+        for own, default in zip(arm, base, strict=True)
+    ]
+    assert table.rows[1][5][1] == pytest.approx(np.mean(ratios))
+    assert table.rows[0][3] == ("–", None)
+    assert f"[{min(ratios):.2f} to {max(ratios):.2f}]" in table.rows[1][5][0]
+
+
+def test_ablations_on_other_data_have_no_difference():
+    table = ablations.ablations(three_seeds("A6", 3.0, data="d2"))
+    assert table.rows[1][3] == ("–", None)
+    assert "other data than the default recipe, so without a difference: A6" in table.note
+
+
+def test_control_costs_are_points_of_accuracy():
+    result = result_of(item_table())
+    table = ablations.control_costs(result)
+    assert table.columns == ["family", "autoregressive", "blind", "random query"]
+    expected = 100 * (result.families["card"]["blind"].accuracy - result.families["card"]["autoregressive"].accuracy)
+    row = next(row for row in table.rows if row[0] == "card")
+    assert row[2] == (f"−{-expected:.1f}", pytest.approx(expected))
+
+
+def test_markdown_has_the_content_of_the_page_and_its_links_exist(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    page = build(tmp_path, monkeypatch)
+    text = (tmp_path / "reports/report.md").read_text()
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert headings == re.findall(r"<h2>(.*?)</h2>", page)
+    links = re.findall(r"""(?:src|srcset)="([^"]+)"|\]\(([^)]+)\)""", text)
+    paths = [first or second for first, second in links]
+    assert len(paths) >= 12
+    assert all((tmp_path / "reports" / path).exists() for path in paths)
+    for table in (tmp_path / "reports/tables").glob("*.md"):
+        rows = [line for line in table.read_text().split("\n") if line.startswith("| ")]
+        assert all(row in text for row in rows), table.name
+    assert "Which \\<b\\>?" in text
+
+
+def test_markdown_is_the_same_for_the_same_results(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    build(tmp_path, monkeypatch)
+    first = (tmp_path / "reports/report.md").read_bytes()
+    build(tmp_path, monkeypatch)
+    assert (tmp_path / "reports/report.md").read_bytes() == first
+    assert markdown.escaped("a|b\n<c>_d") == "a\\|b \\<c\\>\\_d"

@@ -1,0 +1,150 @@
+"""The learning curves: training loss, validation accuracy by family, attention, and the warnings of a training."""
+
+import matplotlib.ticker
+import numpy as np
+
+from pipeline_steps.report.figures import COLOURS, WIDTH
+
+FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#4c6ef5"]
+FAMILY_STYLES = ["-", "--", ":"]  # of families beyond the colours
+ATTENTION = {  # column of the tables -> (label, colour, marker)
+    "attention_uniformity": ("attention entropy, share of the greatest", COLOURS["autoregressive"], "o"),
+    "token_similarity": ("tokens of different frames, cosine", COLOURS["blind"], "X"),
+    "coarse_similarity": ("fine and coarse token, cosine", COLOURS["fine"], "D"),
+}
+
+
+class Timeline:
+    """The training samples of all stages on one axis."""
+
+    def __init__(self, tables):
+        self.stages, start = {}, 0.0
+        for stage, table in tables.items():
+            train = table[table["event"] == "train"]
+            self.stages[stage] = (start, train["step"].to_numpy(float), train["samples"].to_numpy(float))
+            start += float(train["samples"].iloc[-1])
+
+    def position(self, stage, steps):
+        """Samples seen before the stage and in it up to the steps, between two logged ones in proportion."""
+        start, known, samples = self.stages[stage]
+        return start + np.interp(steps, [0, *known], [0, *samples])
+
+    def mark(self, all_axes, ink):
+        """A line at the end of every stage, its name above the first axes."""
+        top = all_axes[0]
+        for stage, (start, _, samples) in self.stages.items():
+            for axes in all_axes:
+                axes.axvline(start + samples[-1], color=ink, linewidth=0.8, linestyle=":")
+            middle = start + samples[-1] / 2
+            top.text(middle, 1.02, stage, transform=top.get_xaxis_transform(), ha="center", va="bottom", fontsize=10)
+
+
+def finish(all_axes):
+    """Grids, and thousands with spaces below the last axes."""
+    spaced = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+    all_axes[-1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    all_axes[-1].xaxis.set_major_formatter(spaced)
+    all_axes[-1].set_xlabel("training samples")
+    for axes in all_axes:
+        axes.grid(linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def learning(tables):
+    """(draw, width, height): training loss and validation accuracy over the samples of all stages, or None without a
+    table."""
+    if not tables:
+        return None
+    lines = family_lines(tables)
+
+    def draw(figure, ink):
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
+        timeline = Timeline(tables)
+        for stage, table in tables.items():
+            train = table[table["event"] == "train"]
+            x, loss = timeline.position(stage, train["step"]), train["loss"].to_numpy()
+            top.plot(x, loss, color=COLOURS["coarse"], alpha=0.5, linewidth=0.8)
+            top.plot(x, smooth(loss), color=COLOURS["autoregressive"], linewidth=1.8)
+        for number, (name, pieces) in enumerate(lines.items()):
+            style = {
+                "color": FAMILY_COLOURS[number % len(FAMILY_COLOURS)],
+                "linestyle": FAMILY_STYLES[number // len(FAMILY_COLOURS) % len(FAMILY_STYLES)],
+                "label": name,
+            }
+            for stage, rows in pieces:
+                x = timeline.position(stage, rows["step"])
+                bottom.plot(x, rows["accuracy"], marker="o", markersize=3.5, linewidth=1.3, **style)
+                style["label"] = None  # one entry in the legend, however many stages
+        timeline.mark((top, bottom), ink)
+        top.set_ylabel("training loss (nats)")
+        bottom.set_ylabel("validation accuracy (fine)")
+        bottom.set_ylim(-0.02, 1.02)
+        bottom.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        finish((top, bottom))
+        if lines:
+            figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=3 if many else 4)
+
+    many = any(len(name) > 12 for name in lines)
+    return draw, WIDTH, 6.2 + 0.24 * (len(lines) // (3 if many else 4))
+
+
+def family_lines(tables):
+    """{name: [(stage, rows of the fine validations)]}: one line per family, per source and family where a family
+    comes from several sources."""
+    checks = {
+        stage: table[(table["event"] == "validation") & (table["mode"] == "fine")] for stage, table in tables.items()
+    }
+    sources = {}
+    for rows in checks.values():
+        for source, family in zip(rows["source"], rows["family"], strict=True):
+            sources.setdefault(family, set()).add(source)
+    lines = {}
+    for stage, rows in checks.items():
+        for (source, family), group in rows.groupby(["source", "family"], sort=True):
+            name = family if len(sources[family]) == 1 else f"{source}/{family}"
+            lines.setdefault(name, []).append((stage, group))
+    return dict(sorted(lines.items()))
+
+
+def smooth(values, span=9):
+    """Running mean over at most `span` neighbours (an eighth of all where these are few), fewer at the ends."""
+    half = min(span, len(values) // 8) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def attention(tables):
+    """(draw, width, height): entropy of the attention and similarity of the visual tokens over training, or None for
+    a network without queries, whose tables have no such rows."""
+    rows = {stage: table[table["event"] == "diagnostics"] for stage, table in tables.items()}
+    if not sum(map(len, rows.values())):
+        return None
+
+    def draw(figure, ink):
+        axes = figure.subplots()
+        timeline = Timeline(tables)
+        for column, (label, colour, marker) in ATTENTION.items():
+            for number, (stage, found) in enumerate(rows.items()):
+                axes.plot(
+                    timeline.position(stage, found["step"]),
+                    found[column],
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.4,
+                    color=colour,
+                    label=label if number == 0 else None,
+                )
+        timeline.mark((axes,), ink)
+        axes.set_ylim(top=1.03)
+        finish((axes,))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+
+    return draw, WIDTH, 4.0
+
+
+def warnings(tables):
+    """What the trainings warned of: one line each."""
+    return [
+        f"{stage}, step {int(row.step)}: {row.message}"
+        for stage, table in tables.items()
+        for row in table[table["event"] == "warning"].itertuples()
+    ]

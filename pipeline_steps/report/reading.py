@@ -1,0 +1,78 @@
+"""Tables of the data by source: what became of every sample and item, and what the training stages read of them."""
+
+from collections import Counter
+
+from pipeline_steps.report.tables import Table, count, number, share
+
+COLUMNS = [
+    "stage",
+    "source",
+    "family",
+    "items",
+    "samples",
+    "share",
+    "epochs",
+    "frames",
+    "text tokens",
+    "visual tokens",
+    "truncated",
+]
+
+
+def reading(streaming):
+    """`Table` of a `StreamingResult`: a row per stage, source and family, and a total per stage. None: no rows."""
+    table = Table("reading", "What the training stages read", COLUMNS, [])
+    if streaming is None:
+        table.note = "reports/metrics/streaming.json is not there (`dvc repro streaming`)."
+        return table
+    unserved = []
+    for stage, served in streaming.stages.items():
+        for source, families in served.sources.items():
+            for family, counts in families.items():
+                if f"{source}/{family}" not in served.unserved:
+                    table.rows.append([stage, source, family, *cells(counts)])
+        table.summary.append(len(table.rows))
+        table.rows.append([f"{stage}, all", "", "", *cells(served.total)])
+        if served.unserved:
+            names = ", ".join(f"{name} ({num_items})" for name, num_items in sorted(served.unserved.items()))
+            unserved.append(f"{stage}: {names}")
+    table.note = (
+        "Counted from the parameters and the token files before training. Items: that there are; samples: served, an "
+        "item as often as it is; epochs: samples per item. Frames and tokens are of the samples served, a still as "
+        "often as it is shown. Truncated: samples whose chat lost its last turns. Not served, because no entry of "
+        f"the mixture takes them (items): {'; '.join(unserved) if unserved else 'none'}."
+    )
+    return table
+
+
+def cells(counts):
+    """The numbers of one `Served`."""
+    return [
+        count(counts.num_items),
+        count(counts.num_samples),
+        share(counts.share),
+        number(counts.epochs, 2),
+        count(counts.num_frames),
+        count(counts.text_tokens),
+        count(counts.visual_tokens),
+        count(counts.num_truncated),
+    ]
+
+
+def sources(shards, tokens):
+    """`Table` of every source: samples packed and quarantined, items kept, cut and dropped."""
+    quarantined = Counter(entry.source for entry in shards.quarantined)
+    rows = []
+    for name in sorted({*shards.sources, *quarantined, *tokens.sources}):
+        items = tokens.sources.get(name)
+        counts = [items.seen, items.kept, items.truncated, items.dropped, items.tokens] if items else [0] * 5
+        rows.append([name, *map(count, (shards.sources.get(name, 0), quarantined[name], *counts))])
+    reasons = "; ".join(f"{entry.key}, item {entry.item} ({entry.reason})" for entry in tokens.dropped[:5])
+    note = "Seen = kept + dropped. Truncated: kept, but the chat lost its last turns to tokens.max_tokens."
+    return Table(
+        "sources",
+        "Sources",
+        ["source", "packed samples", "quarantined", "items seen", "kept", "truncated", "dropped", "text tokens"],
+        rows,
+        note + (f" The first dropped: {reasons}." if reasons else ""),
+    )
