@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint params report ablations bench clean
+.PHONY: help setup repro test browser lint params report ablations bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
@@ -17,6 +17,13 @@ repro: setup ## run the whole pipeline; only what changed runs again
 
 test: setup ## run the test suite
 	python -m pytest
+
+browser: ## Chromium and its driver, for the tests of the report in a browser (installed where root may, by apt-get)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then chromium --version 2>/dev/null; exit 0; fi; \
+	command -v apt-get >/dev/null || { echo "make browser: there is no apt-get here: install Chromium and chromedriver (of the same version) and put both on PATH" >&2; exit 1; }; \
+	[ "$$(id -u)" -eq 0 ] || { echo "make browser: Chromium or its driver is absent and only root may install them: sudo apt-get install chromium chromium-driver" >&2; exit 1; }; \
+	echo "apt-get install --yes --no-install-recommends chromium chromium-driver"; \
+	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium chromium-driver
 
 lint: setup ## ruff
 	ruff check .

@@ -13,10 +13,9 @@ from pipeline_steps import metrics
 from pipeline_steps.metrics import MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import ablations, curves, markdown, reading, verdicts
+from pipeline_steps.report import verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.schema import Section
-from pipeline_steps.report.tables import text_of
 
 FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
@@ -284,9 +283,8 @@ class Text(HTMLParser):
             self.words.append(data.strip())
 
 
-def test_page_is_self_contained_and_starts_with_the_verdict(tmp_path, monkeypatch):
-    write_root(tmp_path)
-    page = build(tmp_path, monkeypatch)
+def test_page_is_self_contained_and_starts_with_the_verdict(built):
+    root, page = built
     text = Text(page)
     assert text.words[0] == "Foveated <model>"
     assert text.words[1] == "Verdict"
@@ -295,12 +293,11 @@ def test_page_is_self_contained_and_starts_with_the_verdict(tmp_path, monkeypatc
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
-    assert (tmp_path / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(FAMILIES)
+    assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(FAMILIES)
 
 
-def test_missing_runs_are_undecided_and_name_their_command(tmp_path, monkeypatch):
-    write_root(tmp_path)
-    page = build(tmp_path, monkeypatch)
+def test_missing_runs_are_undecided_and_name_their_command(built):
+    page = built[1]
     assert "dvc exp run --temp --name A6-seed1 -S ablation=A6 -S seed=1" in page
     assert "dvc exp run --temp --name B1-seed1" in page
 
@@ -433,112 +430,3 @@ def test_one_item_has_no_interval_and_decides_nothing():
         assert " [" not in build_table(one).markdown()
     assert "apart in 7 of 7" in " ".join(report.texts.controls(several, SETTINGS.targets))
     assert "apart in 0 of 7" in " ".join(report.texts.controls(one, SETTINGS.targets))
-
-
-def test_what_the_stages_read_is_counted_and_the_rest_named(tmp_path, monkeypatch):
-    write_root(tmp_path)
-    build(tmp_path, monkeypatch)
-    table = reading.reading(streaming_result())
-    assert [row[:3] for row in table.rows] == [
-        ["stage1", "chat", "text"],
-        ["stage1", "procedural", "card"],
-        ["stage1, all", "", ""],
-    ]
-    assert table.summary == [2]
-    assert [cell[1] for cell in table.rows[1][3:]] == [40, 86, 0.86, 2.15, 516, 2580, 516, 3]
-    assert table.note.endswith("stage1: procedural/gist (7).")
-    text = (tmp_path / "reports/tables/reading.md").read_text()
-    assert "| stage1 | procedural | card | 40 | 86 | 86.0% | 2.15 | 516 | 2 580 | 516 | 3 |" in text
-
-
-def test_sources_are_accounted_for(tmp_path):
-    write_root(tmp_path)
-    inputs = read_inputs(tmp_path, "none", 1)
-    assert [text_of(cell) for cell in reading.sources(inputs.shards, inputs.tokens).rows[0]] == [
-        *("folder", "9", "1", "9", "9", "0", "0", "99"),
-    ]
-
-
-def test_curves_are_per_family_and_per_source_where_a_family_has_several():
-    one = curves.family_lines({"stage1": curve_table(), "stage2": curve_table()})
-    assert list(one) == sorted(FAMILIES)
-    assert [stage for stage, _ in one["card"]] == ["stage1", "stage2"]
-    two = curves.family_lines({"stage1": curve_table(("chat", "procedural"))})
-    assert list(two) == [f"{source}/{family}" for source in ("chat", "procedural") for family in sorted(FAMILIES)]
-    assert two["chat/card"][0][1]["step"].tolist() == [20, 40, 59]
-
-
-def test_positions_of_validations_follow_the_samples():
-    timeline = curves.Timeline({"stage1": curve_table(), "stage2": curve_table()})
-    assert timeline.position("stage1", [20]).tolist() == [640]
-    assert timeline.position("stage2", [40]).tolist() == [59 * 32 + 1280]
-
-
-def test_attention_is_drawn_for_networks_that_look_and_warnings_are_said(tmp_path, monkeypatch):
-    assert curves.attention({"stage1": curve_table()}) is not None
-    table = curve_table()
-    assert curves.attention({"stage1": table[table["event"] != "diagnostics"]}) is None
-    write_root(tmp_path)
-    assert "stage2, step 59: uniform attention: &lt;nothing&gt; is chosen" in build(tmp_path, monkeypatch)
-
-
-def test_a_table_of_another_version_names_the_column(tmp_path):
-    write_root(tmp_path)
-    table = curve_table(columns=[name for name in CURVE_COLUMNS if name != "source"])
-    table.to_csv(tmp_path / "reports/metrics/stage2.csv", index=False)
-    with pytest.raises(UserError, match=r"stage2.csv: no column source.*dvc repro stage2"):
-        read_inputs(tmp_path, "none", 1)
-
-
-def test_ablations_differ_from_the_default_recipe_by_seed():
-    found = three_seeds("A6", 3.0)
-    table = ablations.ablations(found)
-    assert [row[0] for row in table.rows] == ["default recipe", "A6"]
-    base, arm = ([run for run in [found.current, *found.runs] if run.ablation == name] for name in ("none", "A6"))
-    ratios = [
-        own.result.mean["autoregressive"].loss / default.result.mean["autoregressive"].loss
-        for own, default in zip(arm, base, strict=True)
-    ]
-    assert table.rows[1][5][1] == pytest.approx(np.mean(ratios))
-    assert table.rows[0][3] == ("–", None)
-    assert f"[{min(ratios):.2f} to {max(ratios):.2f}]" in table.rows[1][5][0]
-
-
-def test_ablations_on_other_data_have_no_difference():
-    table = ablations.ablations(three_seeds("A6", 3.0, data="d2"))
-    assert table.rows[1][3] == ("–", None)
-    assert "other data than the default recipe, so without a difference: A6" in table.note
-
-
-def test_control_costs_are_points_of_accuracy():
-    result = result_of(item_table())
-    table = ablations.control_costs(result)
-    assert table.columns == ["family", "autoregressive", "blind", "random query"]
-    expected = 100 * (result.families["card"]["blind"].accuracy - result.families["card"]["autoregressive"].accuracy)
-    row = next(row for row in table.rows if row[0] == "card")
-    assert row[2] == (f"−{-expected:.1f}", pytest.approx(expected))
-
-
-def test_markdown_has_the_content_of_the_page_and_its_links_exist(tmp_path, monkeypatch):
-    write_root(tmp_path)
-    page = build(tmp_path, monkeypatch)
-    text = (tmp_path / "reports/report.md").read_text()
-    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert headings == re.findall(r"<h2>(.*?)</h2>", page)
-    links = re.findall(r"""(?:src|srcset)="([^"]+)"|\]\(([^)]+)\)""", text)
-    paths = [first or second for first, second in links]
-    assert len(paths) >= 12
-    assert all((tmp_path / "reports" / path).exists() for path in paths)
-    for table in (tmp_path / "reports/tables").glob("*.md"):
-        rows = [line for line in table.read_text().split("\n") if line.startswith("| ")]
-        assert all(row in text for row in rows), table.name
-    assert "Which \\<b\\>?" in text
-
-
-def test_markdown_is_the_same_for_the_same_results(tmp_path, monkeypatch):
-    write_root(tmp_path)
-    build(tmp_path, monkeypatch)
-    first = (tmp_path / "reports/report.md").read_bytes()
-    build(tmp_path, monkeypatch)
-    assert (tmp_path / "reports/report.md").read_bytes() == first
-    assert markdown.escaped("a|b\n<c>_d") == "a\\|b \\<c\\>\\_d"

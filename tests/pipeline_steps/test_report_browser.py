@@ -1,0 +1,195 @@
+"""The page in a real browser: headless Chromium, driven by selenium.
+
+    python -m pytest -m browser
+
+Skipped, with the reason, where Chromium or its driver is absent; `.ci/run` installs both.
+"""
+
+import json
+import shutil
+import time
+
+import pytest
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed (the extra `dev`)")
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="no Chromium or no driver (Debian: apt-get install chromium chromium-driver)"
+    ),
+]
+CONTRAST = """
+const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const rgba = (text) => text.match(/[\\d.]+/g).map(Number);
+const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const ground = (e) => { const c = rgba(getComputedStyle(e).backgroundColor);
+  return c.length === 4 && c[3] === 0 && e.parentElement ? ground(e.parentElement) : c; };
+const worst = {};
+for (const e of document.querySelectorAll("main *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  if (!own || !e.offsetParent) continue;
+  const [x, y] = [rgba(getComputedStyle(e).color), ground(e)].map(luminance);
+  const ratio = (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
+  if (ratio < 4.5) worst[e.tagName + "." + e.className] = ratio;
+}
+return worst;
+"""
+
+
+@pytest.fixture(scope="module")
+def page(built):
+    """The address of the page."""
+    return (built[0] / "reports/report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = Chrome(options, ChromeService(DRIVER))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium, page):
+    """The page, opened anew: 1280 px wide, light, with JavaScript."""
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)  # what earlier tests left
+    show(chromium, width=1280, scheme="light")
+    chromium.get(page)
+    return chromium
+
+
+def show(browser, width, scheme):
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    preferences = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # no scrolling below a click
+    features = [{"name": name, "value": value} for name, value in preferences.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def wait_for(condition, seconds=15):
+    """The first true value of condition(); fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "the page did not get there in time"
+        time.sleep(0.05)
+    return value
+
+
+def requested(browser):
+    """Every address that the page asked for, itself included (and not what the browser's own start page did)."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [event["request"]["url"] for event in sent if not event["documentURL"].startswith("chrome:")]
+
+
+def shown_frame(browser):
+    """Grey level of the first tile of the clip's canvas, which tells the frame: 60 t + 40."""
+    script = "const c = document.querySelector('.clip canvas');"
+    return browser.execute_script(f"{script} return c.getContext('2d').getImageData(16, 44, 1, 1).data[0];")
+
+
+def column(browser, table, name):
+    """(header button, function that reads the column's cells from top to bottom)."""
+    heads = browser.find_elements(By.CSS_SELECTOR, f"#{table}-rows thead button")
+    number = [head.text for head in heads].index(name)
+    script = (
+        "return [...document.querySelector(arguments[0]).tBodies[0].rows].map((r) => r.cells[arguments[1]].innerText)"
+    )
+    return heads[number], lambda: browser.execute_script(script, f"#{table}-rows", number)
+
+
+def test_nothing_is_logged_nothing_is_fetched_and_every_image_loads(browser, page):
+    script = "return [...document.images].map((i) => [i.alt, i.complete, i.naturalWidth])"
+    wait_for(lambda: all(complete for _, complete, _ in browser.execute_script(script)))
+    images = browser.execute_script(script)
+    assert len(images) == 7  # five figures, frames and contact sheet of one clip
+    assert all(alt and width > 0 for alt, _, width in images)
+    wait_for(lambda: browser.find_element(By.CSS_SELECTOR, ".clip canvas").is_displayed())
+    addresses = [address for address in requested(browser) if not address.startswith("data:")]
+    assert addresses == [page]
+    assert browser.get_log("browser") == []
+
+
+def test_a_click_sorts_numbers_as_numbers_and_again_turns_around(browser):
+    head, cells = column(browser, "reading", "frames")
+    assert cells() == ["84", "516", "600"]
+    head.click()
+    assert cells() == ["516", "84", "600"]  # the sum stays below; as words 84 would come first
+    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+    head.click()
+    assert cells() == ["84", "516", "600"]
+    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+
+
+def test_the_keyboard_sorts_words_and_missing_values_stay_last(browser):
+    head, cells = column(browser, "accuracy", "family")
+    assert cells()[0] == "ask_colour"
+    head.send_keys(Keys.ENTER)
+    head.send_keys(Keys.ENTER)
+    assert cells()[0] == "image"
+    assert cells()[-2:] == ["mean of families", "text only (no frames)"]
+    head, cells = column(browser, "flops", "training")
+    for _ in range(2):
+        head.send_keys(Keys.SPACE)
+        assert cells()[-3:] == ["–"] * 3
+
+
+def test_the_slider_steps_through_the_frames(browser):
+    slider = browser.find_element(By.CSS_SELECTOR, ".clip input")
+    wait_for(slider.is_displayed)
+    assert shown_frame(browser) == 40
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert shown_frame(browser) == 100
+    assert browser.find_element(By.CSS_SELECTOR, ".clip output").text == "frame 1 of 0–2"
+    slider.send_keys(Keys.END)
+    assert shown_frame(browser) == 160
+
+
+def test_play_moves_on_and_pause_stays(browser):
+    button = browser.find_element(By.CSS_SELECTOR, ".clip button")
+    wait_for(button.is_displayed)
+    button.click()
+    assert button.accessible_name == "Pause"
+    wait_for(lambda: shown_frame(browser) == 100)
+    button.click()
+    frame = shown_frame(browser)
+    time.sleep(1)  # longer than a frame is shown
+    assert shown_frame(browser) == frame
+    assert button.accessible_name == "Play"
+
+
+def test_without_javascript_every_frame_is_visible(chromium, page):
+    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        chromium.get(page)
+        visible = {
+            name: chromium.find_element(By.CSS_SELECTOR, name).is_displayed()
+            for name in (".clip .frames", ".clip canvas", ".clip .controls", "#reading-rows", "figure img")
+        }
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert [name for name, shown in visible.items() if not shown] == [".clip canvas", ".clip .controls"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_is_legible(browser, width, scheme):
+    show(browser, width, scheme)
+    browser.refresh()
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(CONTRAST) == {}
+    chosen = browser.execute_script("const i = document.querySelector('figure img'); return i.currentSrc === i.src")
+    assert chosen == (scheme == "light")  # figures are drawn for both
