@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from pyarrow import parquet, types
 
 from pipeline_steps.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.params import UserError
@@ -126,8 +127,10 @@ def read_curve(path, stage):
 
 
 def read_items(path, missing):
+    """The table of items, without its columns of lists (gaze by layer and frame), which take most of the memory."""
     if path.exists():
-        return pd.read_parquet(path)
+        columns = [field.name for field in parquet.read_schema(path) if not types.is_nested(field.type)]
+        return pd.read_parquet(path, columns=columns)
     missing.append(f"{path.name} beside {path.parent.name} (paired intervals; `dvc repro evaluation`)")
     return None
 

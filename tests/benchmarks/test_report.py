@@ -1,0 +1,39 @@
+"""The benchmark of the report, on a few runs."""
+
+import json
+import shutil
+import sys
+
+import pandas as pd
+import pytest
+
+from benchmarks import report as benchmark
+from pipeline_steps.params import ROOT, UserError
+from tests.pipeline_steps.test_report import write_root
+
+
+def test_runs_differ_in_their_losses_and_are_all_reported(tmp_path):
+    write_root(tmp_path / "run")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "run/params.yaml")
+    num_bytes = benchmark.write_runs(tmp_path / "run", tmp_path / "runs", 31)
+    folders = sorted((tmp_path / "runs/reports/runs").iterdir())
+    assert [path.name for path in folders if path.name.endswith("seed1")] == [
+        *("A6-seed1", "B1-seed1", "X003-seed1", "none-seed1"),
+    ]
+    assert num_bytes == sum(file.stat().st_size for path in folders for file in path.iterdir())
+    losses = [json.loads((path / "evaluation.json").read_text())["mean"]["fine"]["loss"] for path in folders]
+    assert len(set(losses)) == 31
+    sums = [pd.read_parquet(path / "items.parquet")["loss_sum"].sum() for path in folders]
+    assert sums == pytest.approx([sums[0] * loss / losses[0] for loss in losses])
+    seconds, memory, page = benchmark.measure(tmp_path / "runs")
+    assert seconds > 0
+    assert memory > 0
+    assert page > 100_000
+    table = (tmp_path / "runs/reports/tables/ablations.md").read_text()
+    assert "| A6 | 10 seeds |" in table
+
+
+def test_without_a_finished_run_there_is_nothing_to_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", "--root", str(tmp_path)])
+    with pytest.raises(UserError, match="run `dvc repro evaluation` first"):
+        benchmark.main()
