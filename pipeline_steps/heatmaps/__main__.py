@@ -50,7 +50,8 @@ def main():
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
             if len(entries) == 1:
                 drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")
-        rule = f"the first {settings.num_clips} by key of every family that names a target (else of every family)"
+        first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
+        rule = f"{first} by key of every family that names a target (else of every family)"
         write_json(folder / "index.json", {"clips": entries, "rule": rule, "split": settings.split})
     print(
         f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "a model without queries: nothing to draw"

@@ -5,7 +5,8 @@ import numpy as np
 
 from pipeline_steps.report.figures import COLOURS, WIDTH
 
-FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#4c6ef5"]
+FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#8d6e5a"]
+FAMILY_MARKERS = "osD^vXP*"  # so that colour alone does not tell families apart
 FAMILY_STYLES = ["-", "--", ":"]  # of families beyond the colours
 ATTENTION = {  # column of the tables -> (label, colour, marker)
     "attention_uniformity": ("attention entropy, share of the greatest", COLOURS["autoregressive"], "o"),
@@ -68,12 +69,13 @@ def learning(tables):
         for number, (name, pieces) in enumerate(lines.items()):
             style = {
                 "color": FAMILY_COLOURS[number % len(FAMILY_COLOURS)],
+                "marker": FAMILY_MARKERS[number % len(FAMILY_MARKERS)],
                 "linestyle": FAMILY_STYLES[number // len(FAMILY_COLOURS) % len(FAMILY_STYLES)],
                 "label": name,
             }
             for stage, rows in pieces:
                 x = timeline.position(stage, rows["step"])
-                bottom.plot(x, rows["accuracy"], marker="o", markersize=3.5, linewidth=1.3, **style)
+                bottom.plot(x, rows["accuracy"], markersize=4.5, linewidth=1.3, **style)
                 style["label"] = None  # one entry in the legend, however many stages
         timeline.mark((top, bottom), ink)
         top.set_ylabel("training loss (nats)")
@@ -134,7 +136,8 @@ def attention(tables):
                     label=label if number == 0 else None,
                 )
         timeline.mark((axes,), ink)
-        axes.set_ylim(top=1.03)
+        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.03)  # a cosine may be negative
+        axes.set_ylabel("share, or cosine")
         finish((axes,))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
 

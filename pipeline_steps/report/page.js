@@ -65,4 +65,4 @@ function player(clip) {
   });
 }
 document.querySelectorAll(".clip").forEach(player);
-document.querySelectorAll("#heatmaps > p .scripted").forEach((element) => { element.hidden = false; });
+document.querySelectorAll("p.scripted, p > .scripted").forEach((element) => { element.hidden = false; });

@@ -292,16 +292,10 @@ def data(shards, tokens):
     rows = []
     for split, entry in shards.splits.items():
         items = tokens.splits.get(split)
-        values = [
-            len(entry.shards),
-            entry.num_samples,
-            entry.num_frames,
-            round(entry.seconds / 60),
-            round(entry.bytes / 1e6),
-            items.num_items if items else 0,
-            items.num_tokens if items else 0,
-        ]
-        rows.append([split, *map(count, values)])
+        cells = [*map(count, (len(entry.shards), entry.num_samples, entry.num_frames))]
+        cells += [number(entry.seconds / 60, 1), number(entry.bytes / 1e6, 1)]
+        cells += [*map(count, (items.num_items, items.num_tokens) if items else (0, 0))]
+        rows.append([split, *cells])
     quarantined = "; ".join(f"{entry.key} ({entry.reason})" for entry in shards.quarantined[:5])
     more = f" and {len(shards.quarantined) - 5} more" if len(shards.quarantined) > 5 else ""
     return Table(
