@@ -12,6 +12,7 @@ from pipeline_steps.params import ROOT, UserError
 from tests.pipeline_steps.test_report import write_root
 
 
+@pytest.mark.slow  # a page of 31 runs, in a process of its own
 def test_runs_differ_in_their_losses_and_are_all_reported(tmp_path):
     write_root(tmp_path / "run")
     shutil.copy(ROOT / "params.yaml", tmp_path / "run/params.yaml")
