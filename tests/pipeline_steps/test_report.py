@@ -16,6 +16,7 @@ from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.schema import Section
+from tests.pipeline_steps.invented_flops import flops_result
 
 FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
@@ -122,25 +123,7 @@ def write_root(root, *, curves=True, heatmaps=True):
         "generated": "red: 2",
     }
     (root / "outputs/evaluation/answers.jsonl").write_text(json.dumps(answer) + "\n")
-    parts = dict.fromkeys(metrics.Components.model_fields, 1e6)
-    entry = metrics.ModeFlops(components=metrics.Components(**parts), total=6e6)
-    arms = ("foveated", "A6_coarse_only", "B1_16_tokens")
-    flops = metrics.FlopsResult(
-        modes=dict.fromkeys(metrics.GAZE_MODES, entry),
-        arms=dict.fromkeys(arms, entry),
-        training_sample=18e6,
-        training=dict.fromkeys(arms, 18e6),
-        curves={"num_frames": [1, 2, 4], **{arm: [1e6, 2e6, 4e6] for arm in arms}},
-        per="sample",
-        assumptions={
-            "flop": "2 per multiply-accumulate",
-            "not_counted": "norms",
-            "split": "test",
-            "num_samples": 10,
-            **dict.fromkeys(("mean_num_frames", "mean_num_text_tokens", "mean_num_labels"), 6.0),
-        },
-    )
-    metrics.write_json(root / "reports/metrics/flops.json", flops)
+    metrics.write_json(root / "reports/metrics/flops.json", flops_result())
     write_manifests(root)
     if curves:
         for stage in ("stage1", "stage2", "stage3"):

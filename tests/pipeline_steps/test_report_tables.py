@@ -2,11 +2,10 @@
 
 import re
 
-import numpy as np
 import pytest
 
 from pipeline_steps.params import UserError
-from pipeline_steps.report import ablations, curves, markdown, reading
+from pipeline_steps.report import controls, curves, markdown, reading
 from pipeline_steps.report.inputs import CURVE_COLUMNS, read_inputs
 from pipeline_steps.report.tables import text_of
 from tests.pipeline_steps.test_report import (
@@ -16,7 +15,6 @@ from tests.pipeline_steps.test_report import (
     item_table,
     result_of,
     streaming_result,
-    three_seeds,
     write_root,
 )
 
@@ -73,29 +71,9 @@ def test_a_table_of_another_version_names_the_column(tmp_path):
         read_inputs(tmp_path, "none", 1)
 
 
-def test_ablations_differ_from_the_default_recipe_by_seed():
-    found = three_seeds("A6", 3.0)
-    table = ablations.ablations(found)
-    assert [row[0] for row in table.rows] == ["default recipe", "A6"]
-    base, arm = ([run for run in [found.current, *found.runs] if run.ablation == name] for name in ("none", "A6"))
-    ratios = [
-        own.result.mean["autoregressive"].loss / default.result.mean["autoregressive"].loss
-        for own, default in zip(arm, base, strict=True)
-    ]
-    assert table.rows[1][5][1] == pytest.approx(np.mean(ratios))
-    assert table.rows[0][3] == ("–", None)
-    assert f"[{min(ratios):.2f} to {max(ratios):.2f}]" in table.rows[1][5][0]
-
-
-def test_ablations_on_other_data_have_no_difference():
-    table = ablations.ablations(three_seeds("A6", 3.0, data="d2"))
-    assert table.rows[1][3] == ("–", None)
-    assert "other data than the default recipe, so without a difference: A6" in table.note
-
-
 def test_control_costs_are_points_of_accuracy():
     result = result_of(item_table())
-    table = ablations.control_costs(result)
+    table = controls.costs(result)
     assert table.columns == ["family", "autoregressive", "blind", "random query"]
     expected = 100 * (result.families["card"]["blind"].accuracy - result.families["card"]["autoregressive"].accuracy)
     row = next(row for row in table.rows if row[0] == "card")
