@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -33,6 +34,11 @@ SEED = 1  # of query sources that draw at random
 def manifest():
     """What the entry point registers."""
     return ModelManifest(model_id="foveated_vlm", simple_class_path=f"{__name__}.FoveatedVLM")
+
+
+class Likelihood(tuple, GenerationResult):
+    """(loss, is it what the model would answer): the pair that the interface asks for, in a form that reaches the task.
+    lmms-eval 0.7.3 turns every result that is no text into text, but for what a GenerationResult holds."""
 
 
 class FoveatedVLM(lmms):
@@ -131,7 +137,7 @@ class FoveatedVLM(lmms):
         ids = [answer_ids(self.tokenizer, prompt, answer, where) for answer in answers]
         check_room(self.model.config, where, prompts.shape[1], max(map(len, ids)))
         log_probs, most_likely = answer_log_probs(self.model, prompts, ids)
-        return [(-row.sum().item(), hits) for row, hits in zip(log_probs, most_likely, strict=True)]
+        return [Likelihood((-row.sum().item(), hits)) for row, hits in zip(log_probs, most_likely, strict=True)]
 
     def _prompt(self, context, visual):
         """(text ids, embeddings [1, S, E]) of the chat up to the answer. A blank context: the answer's beginning

@@ -15,7 +15,7 @@ from PIL import Image
 if importlib.util.find_spec("lmms_eval") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "standins"))
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
@@ -103,6 +103,7 @@ def test_losses_are_those_of_the_whole_network(lm, made):
         video = None if not visuals else visuals[0] if len(visuals) == 1 else visuals
         assert loss == pytest.approx(whole_loss(model, processor, "What is it?", video, text), abs=1e-4)
         assert greedy is False  # the checkpoint never ends its turn
+        assert unwrap_generation_output(found[number]) == ((loss, False), None)  # as the evaluator hands it on
     assert found[0] == found[2]
     assert found[0] != found[4]  # another document
 

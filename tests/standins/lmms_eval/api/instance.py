@@ -4,6 +4,19 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class GenerationResult:
+    text: str
+    token_counts: object = None
+
+
+def unwrap_generation_output(output):
+    """What the evaluator hands on of a model's result: for a pair of numbers its text."""
+    if isinstance(output, GenerationResult):
+        return output.text, output.token_counts
+    return str(output), None
+
+
+@dataclass
 class Instance:
     request_type: str
     arguments: tuple
