@@ -96,7 +96,6 @@ def main():
                 batch = items[start : start + settings.batch_size]
                 answers += answer_rows(model, tokenizer, collate, family, batch, settings.max_answer_tokens)
                 progress.update(len(batch))
-    loading = prefetch(parameters.streaming, dataset)
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     result = summarise(
