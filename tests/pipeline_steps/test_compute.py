@@ -4,19 +4,14 @@ import re
 
 import pytest
 
-from pipeline_steps import params
-from pipeline_steps.flops import __main__ as flops
-from pipeline_steps.flops.formulas import Sample
 from pipeline_steps.metrics import FlopsResult, Frontier
 from pipeline_steps.report import compute, figures
+from tests.pipeline_steps.counted import flops_result
 
 
 @pytest.fixture(scope="module")
 def result():
-    """The result file for a SmolLM2-135M on two samples."""
-    parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
-    config = flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
-    return flops.count(config, [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
+    return flops_result()
 
 
 def test_the_result_survives_its_file(result):

@@ -16,7 +16,7 @@ from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.schema import Section
-from tests.pipeline_steps.invented_flops import flops_result
+from tests.pipeline_steps.counted import flops_result
 
 FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
