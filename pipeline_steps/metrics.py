@@ -16,13 +16,14 @@ from pipeline_steps.params import UserError
 
 MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
-CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
-VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
 CAPTION_MODES = ("coarse", "fine", "autoregressive", "blind")
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
+
+CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
+VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
 
 
 class Result(BaseModel):
@@ -81,13 +82,6 @@ class GazeDifference(Result):
     num_frames: int = Field(ge=1)
 
 
-class Generation(Result):
-    """Greedy answers in autoregressive mode."""
-
-    exact_match: Share
-    num_items: int = Field(ge=1)
-
-
 class Control(Result):
     """A control minus the autoregressive mode, on the items that both scored: what it costs to take something away."""
 
@@ -139,6 +133,13 @@ class Diagnostics(Result):
     peak: dict[str, list[list[Share]]]  # by mode, layer, head: the largest attention weight, mean over frames
     num_items: int = Field(ge=1)
     num_frames: int = Field(ge=1)
+
+
+class Generation(Result):
+    """Greedy answers in autoregressive mode."""
+
+    exact_match: Share
+    num_items: int = Field(ge=1)
 
 
 class ChoiceScore(Result):

@@ -118,6 +118,7 @@ def main():
         write_jsonl(folder / "captions.jsonl", free_answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
     print_summary(result)
+    further.print_checks(result)
 
 
 def read_arguments():
@@ -271,13 +272,6 @@ def print_summary(result):
         cells = ["-" if share is None else f"{share:.1%}" for share in shares]
         print(family.ljust(14) + "".join(cell.rjust(16) for cell in cells))
     print("mean".ljust(14) + "".join(f"{result.mean[mode].accuracy:.1%}".rjust(16) for mode in metrics.MODES))
-    checks = result.diagnostics.checks if result.diagnostics else {}
-    for name, check in checks.items():
-        if check.verdict == "suspicious":
-            bound = (
-                f"below {check.low:g}" if check.low is not None and check.value < check.low else f"above {check.high:g}"
-            )
-            print(f"suspicious: {name} {check.value:.3g} is {bound}: {check.reason}")
     for group, found in result.multiple_choice.items():
         shares = [(name, score.accuracy) for name, score in found.scorings.items()]
         shares += [(f"blind {name}", score.blind) for name, score in found.scorings.items()]

@@ -51,3 +51,12 @@ def diagnose(model, observed, table, metrics_dir):
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
     return diagnostics.diagnose(model, observed, table, rows)
+
+
+def print_checks(result):
+    """The checks of an `EvaluationResult` that failed, on the terminal."""
+    checks = result.diagnostics.checks if result.diagnostics else {}
+    for name, check in checks.items():
+        if check.verdict == "suspicious":
+            bound = f"above {check.high:g}" if check.low is None or check.value >= check.low else f"below {check.low:g}"
+            print(f"suspicious: {name} {check.value:.3g} is {bound}: {check.reason}")

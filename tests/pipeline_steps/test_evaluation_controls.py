@@ -115,6 +115,27 @@ def test_static_query_is_the_coarse_mode_on_the_other_path(options):
     assert abs(losses["shuffled_frames"]["k0"] - own[0].item()) > 1e-5
 
 
+@pytest.mark.parametrize(
+    ("options", "query_controls"),
+    [
+        ({"coarse_only": True}, True),
+        ({"architecture": "multi_token", "num_visual_tokens_per_frame": 4}, False),
+        ({"hard_attention": "top_k"}, True),
+        ({"query_source": "fixed"}, True),
+    ],
+)
+def test_every_kind_of_network_has_its_controls(options, query_controls):
+    model = tiny.make_model(**options)
+    batch = tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2])
+    batch["score_mask"] = batch["labels"] != -100
+    items, truths = [clip("a", [0] * 3), clip("b", [0])], [truth_of(3), None]
+    table = controls.score_controls(model, [("made", items, batch, truths)], 1, SILENT)
+    counts = table.groupby("mode").size().to_dict()
+    assert counts == {"shuffled_frames": 2, "first_frame": 2} | (
+        {"static_query": 2, "oracle_query": 1} if query_controls else {}
+    )
+
+
 def test_an_oracle_looks_at_the_target_and_nowhere_else():
     items, batch, truths = real_batch()
     table = controls.score_controls(tiny.make_model(), [("made", items, batch, truths)], 1, SILENT)

@@ -1,5 +1,7 @@
 """Automated checks: known numbers on arrays, and networks that are broken in one known way each."""
 
+import types
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline_steps import metrics
-from pipeline_steps.evaluation import diagnostics, looks
+from pipeline_steps.evaluation import diagnostics, further, looks
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import clip
 
@@ -190,6 +192,38 @@ def test_networks_without_plans_or_queries():
     assert {name for name, check in ordinary.checks.items() if check.value is not None} == {"token_similarity"}
     assert ordinary.checks["attention_entropy"].reason == diagnostics.NO_QUERIES
     assert ordinary.entropy == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "shallow"},
+        {"num_visual_tokens_per_frame": 4},
+        {"num_visual_tokens_per_frame": 4, "token_aggregation": "weighted"},
+        {"hard_attention": "gumbel"},
+        {"query_source": "random"},
+        {"blind": True},
+        {"num_passes": 2, "query_update": "add", "layout": "vision_first"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_network_has_all_checks(options):
+    checks = diagnose(tiny.make_model(**options)).checks
+    assert {name for name, check in checks.items() if check.value is None} == {"collapse_in_training", "path_agreement"}
+
+
+def test_failed_checks_are_printed_with_their_bound(capsys):
+    model = tiny.make_model(query_bias=True)
+    fix_plan(model)
+    drown_queries(model)
+    further.print_checks(types.SimpleNamespace(diagnostics=diagnose(model)))
+    lines = capsys.readouterr().out
+    assert "suspicious: query_spread" in lines
+    assert "is below 0.05: every frame of every clip gets nearly the same query" in lines
+    assert "is above 0.35: the bias drowns the queries" in lines
+    assert "path_agreement" not in lines  # does not apply
+    further.print_checks(types.SimpleNamespace(diagnostics=None))
+    assert capsys.readouterr().out == ""
 
 
 def test_tables_of_layers_and_heads():
