@@ -6,20 +6,36 @@ from pipeline_steps.report.tables import MISSING, MODE_NAMES, Table, share
 
 
 def costs(result):
-    """`Table`: what every control costs every family, in points of accuracy."""
-    names = [mode for mode in result.mean if mode not in GAZE_MODES]
-    entries = [*result.families.items(), ("mean of families", result.mean)]
-    rows = []
-    for family, scores in entries:
-        own = scores[MODE].accuracy
-        costs = [points(scores[name].accuracy - own) if name in scores else MISSING for name in names]
-        rows.append([family, share(own), *costs])
-    columns = ["family", MODE, *(MODE_NAMES.get(name, name.replace("_", " ")) for name in names)]
+    """`Table`: what every control costs every family, in points of accuracy: on the items that both scored, with
+    intervals, where the result has them (`EvaluationResult.controls`), else the difference of the two accuracies."""
+    families = result.controls or {
+        family: {name: score.accuracy - scores[MODE].accuracy for name, score in scores.items()}
+        for family, scores in result.families.items()
+    }
+    found = dict.fromkeys(name for entries in families.values() for name in entries if name not in GAZE_MODES)
+    rows = [
+        [family, share(result.families[family][MODE].accuracy), *(cost(entries.get(name)) for name in found)]
+        for family, entries in families.items()
+    ]
+    columns = ["family", MODE, *(MODE_NAMES.get(name, name.replace("_", " ")) for name in found)]
     note = (
         "Accuracy in autoregressive mode, and what it becomes in points when something is taken away: far below zero "
         "means that the model needs it. Controls are other ways to look with the same weights, not trained baselines."
     )
-    return Table("controls", "What each control costs", columns, rows, note, summary=[len(rows) - 1])
+    if result.controls:
+        note += " In brackets 95% intervals, paired bootstrap over the items that both scored."
+    return Table("controls", "What each control costs", columns, rows, note)
+
+
+def cost(entry):
+    """A `Control`, a difference of accuracies or None as a cell."""
+    if entry is None:
+        return MISSING
+    if isinstance(entry, float):
+        return points(entry)
+    low, high = (points(border)[0] for border in entry.accuracy_interval)
+    text, value = points(entry.accuracy_difference)
+    return (f"{text} [{low} to {high}]" if entry.num_items > 1 else text, value)
 
 
 def points(difference):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from pipeline_steps import metrics
 from pipeline_steps.params import UserError
 from pipeline_steps.report import controls, curves, markdown, reading
 from pipeline_steps.report.inputs import CURVE_COLUMNS, read_inputs
@@ -101,3 +102,18 @@ def test_markdown_is_the_same_for_the_same_results(built, tmp_path, monkeypatch)
     for name in ("report.md", "figures/curves.svg", "figures/attention-dark.svg"):
         assert (tmp_path / "reports" / name).read_bytes() == (built[0] / "reports" / name).read_bytes()
     assert markdown.escaped("a|b\n<c>_d") == "a\\|b \\<c\\>\\_d"
+
+
+def test_paired_controls_come_with_their_intervals():
+    control = metrics.Control(
+        loss_difference=1.0,
+        loss_interval=(0.9, 1.1),
+        accuracy_difference=-0.5,
+        accuracy_interval=(-0.55, -0.4),
+        num_items=40,
+    )
+    result = result_of(item_table()).model_copy(update={"controls": {"card": {"static_query": control}, "gist": {}}})
+    table = controls.costs(result)
+    assert table.columns == ["family", "autoregressive", "static query"]
+    assert table.rows[0][2] == ("−50.0 [−55.0 to −40.0]", -50.0)
+    assert table.rows[1][2] == ("–", None)
