@@ -73,6 +73,7 @@ def different_data(runs):
     return reasons
 
 
+@lru_cache(maxsize=64)  # the default recipe's runs are asked for with every ablation
 def scored_items(run):
     """(key, item, scored tokens) of everything that the run's table holds in the mode of the comparison."""
     rows = run.items[run.items["mode"] == MODE]
@@ -109,7 +110,7 @@ def means_of(run, families):
 
 def effects(base, arms, families, settings):
     """(`Effect` on the log loss, `Effect` on the accuracy)."""
-    base, arms = ([item_sums(run, families) for run in runs] for runs in (base, arms))
+    base, arms = ([item_sums(run, tuple(families)) for run in runs] for runs in (base, arms))
     resamples = resamples_of(base[0].family_sizes, settings.bootstrap_samples, settings.seed)
     return tuple(
         paired_effect(
@@ -128,6 +129,7 @@ def resamples_of(family_sizes, num_samples, seed):
     return Resamples(family_sizes, num_samples, seed)
 
 
+@lru_cache(maxsize=64)
 def item_sums(run, families):
     """`Sums` of a run's items in the mode of the comparison, sorted by family, key and item."""
     rows = run.items[(run.items["mode"] == MODE) & run.items["family"].isin(families)]

@@ -23,7 +23,7 @@ CURVE_COLUMNS = ("event", "step", "samples", "source", "family", "mode", "loss",
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
 
-@dataclass
+@dataclass(eq=False)  # a key of caches by identity
 class Run:
     """The evaluation of one trained model."""
 

@@ -108,7 +108,9 @@ class Resamples:
     def __init__(self, family_sizes, num_samples, seed):
         rng = np.random.default_rng(seed)
         self.family_sizes = tuple(family_sizes)
-        self.counts = [rng.multinomial(size, np.full(size, 1 / size), num_samples) for size in family_sizes]
+        self.counts = [
+            rng.multinomial(size, np.full(size, 1 / size), num_samples).astype(float) for size in family_sizes
+        ]
 
     def means(self, sums, num_tokens):
         """Mean over families of sum / tokens: (resampled [num_samples, seeds], observed [seeds]) of sums
