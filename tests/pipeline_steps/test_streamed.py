@@ -188,10 +188,11 @@ def test_closing_early_leaves_neither_threads_nor_processes(root, server):
     import psutil
 
     settings = section(server.url, num_workers=2)
-    threads = threading.active_count()
+    threads, before = threading.active_count(), psutil.Process().children(recursive=True)
     for _ in loader(dataset(settings), settings, num_samples=1_000):
         break
-    assert not [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    after = psutil.Process().children(recursive=True)
+    assert not [child for child in after if child not in before and child.is_running()]
     server.shutdown()  # its own threads
     assert threading.active_count() <= threads
 
