@@ -60,7 +60,10 @@ def read_index(path, seed):
     columns |= {"splits": array("b"), "sources": array("h")}
     sources = {}
     for number, start, line in _lines(path):
-        sample = parse(RawSample, line, f"{path} line {number}")
+        try:
+            sample = parse(RawSample, line, f"{path} line {number}")
+        except UserError as error:
+            raise UserError(f"{error}. Rerun `python -m pipeline_steps.sources`.") from None
         order, key = _numbers(seed, sample.key)
         video_order, video = (order, key) if sample.video_id == sample.key else _numbers(seed, sample.video_id)
         if sample.kind == "text":

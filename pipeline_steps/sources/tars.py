@@ -11,6 +11,7 @@ import glob
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,6 +82,9 @@ def _tell(name: str, damaged: list[str], num_tars: int) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)$", re.IGNORECASE)
+
+
 def find_tars(entry) -> list[tuple[str, str]]:
     """(absolute path, name within the entry without its ending) of every archive, sorted. UserError if none."""
     given = os.path.abspath(Path(entry.path).expanduser())
@@ -91,6 +95,13 @@ def find_tars(entry) -> list[tuple[str, str]]:
         found = glob.glob(given, recursive=True)
     else:
         base, found = os.path.dirname(given), [given]
+    packed = sorted(path for path in Path(given).rglob("*") if COMPRESSED.search(path.name)) if base == given else []
+    if packed:
+        raise UserError(
+            f"sources.tars '{entry.name}': {len(packed)} compressed archive(s) in {entry.path}, such as "
+            f"{printable(str(packed[0]))}, which cannot be read in place. "
+            "Decompress them, or name the others by a pattern."
+        )
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
         problem = f"{missing[0]} is no file" if missing else "no .tar found"

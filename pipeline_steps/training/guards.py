@@ -32,7 +32,8 @@ def refuse_non_finite(stage: str, step: int, loss: float, norm: float, batch: di
     )
     raise UserError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch['keys'])}. Lower "
-        f"training.{stage}.learning_rate or look at these samples: the batch is {path}, the last state is beside it."
+        f"training.{stage}.learning_rate or look at these samples: the batch is {path}, and the last "
+        "state, if there is one, is beside it."
     )
 
 

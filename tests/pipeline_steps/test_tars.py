@@ -405,3 +405,11 @@ def test_the_example_group_shows_valid_entries():
     content["sources"]["tars"][1]["name"] = "openvid"
     with pytest.raises(UserError, match="two sources have the name 'openvid'"):
         params.check("conf/", content)
+
+
+def test_compressed_archives_are_refused_and_not_passed_over(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(b"")
+    (tmp_path / "train-1.TAR.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 compressed archive.s. in .*train-1\.TAR\.gz.*Decompress them"):
+        tars.find_tars(entry(tmp_path))
+    assert [name for _, name in tars.find_tars(entry(tmp_path / "*.tar"))] == ["train-0"]

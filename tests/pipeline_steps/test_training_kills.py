@@ -57,8 +57,11 @@ def test_twenty_kills_change_nothing(finished_run, tmp_path):
     rng.shuffle(moments)
     for moment in [*moments, "while the best weights are written", "publish", "publish", "publish"]:
         kills[moment] = kills.get(moment, 0) + kill_at(moment, folder, rng)
+    while sum(kills.values()) < NUM_KILLS:  # some came too late, when the stage was over: once more from the start
+        shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
+        kills["any time"] += kill_at("any time", folder, rng)
+    shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
     pipeline.train(folder, "stage2")
-    assert sum(kills.values()) >= NUM_KILLS - 4, kills  # a fast machine may be over before the last ones
     assert kills["while a state is written"] >= 5
     assert kills["publish"] >= 1
     for name in RESULTS:
