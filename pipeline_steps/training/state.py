@@ -141,8 +141,8 @@ def _read(folder: Path) -> tuple[dict[str, dict], dict]:
         tensors = {file.stem: _load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: cannot be read ({error}). Remove this folder to go on from the state before, or, where there is "
-            "none (training.common.keep_checkpoints), to begin again."
+            f"{folder}: cannot be read ({error}). Remove this folder to go on from the state before, or, where there "
+            "is none (training.common.keep_checkpoints), to begin again."
         ) from None
     if values.get("format") != FORMAT:
         raise UserError(
