@@ -1,6 +1,8 @@
 """Tables of what an evaluation measures besides families and modes: options, written answers, parts of clips, single
 frames, diagnostics, gaze against references, sources. A table without rows says in its note what was not measured."""
 
+from statistics import fmean
+
 from pipeline_steps.metrics import SCORINGS, VIEWS
 from pipeline_steps.report.controls import points
 from pipeline_steps.report.tables import MISSING, MODE_NAMES, MODES, Table, count, number, of_several, share
@@ -34,6 +36,7 @@ def tables(result):
         per_frame(result, "loss"),
         gaze_difference(result),
         checks(result),
+        attention(result),
     ]
 
 
@@ -111,7 +114,7 @@ def captions(result):
     attributes = list(
         dict.fromkeys(name for group in result.captions.values() for s in group.modes.values() for name in s.missed)
     )
-    columns = ["family", "mode", "items", "CIDEr", "BLEU-4", "METEOR"]
+    columns = ["family", "mode", "items", "CIDEr", "BLEU", "METEOR"]
     columns += [f"{name} {what}" for name in attributes for what in ("named", "all missed")]
     table = Table("captions", "Free answers against the true ones", columns, [], strong=[3])
     for family, group in result.captions.items():
@@ -192,8 +195,8 @@ def caption_overlap(result):
 
 def temporal(result):
     """A row per family and part of the clip: scores of the part and of all frames of the same clips."""
-    columns = ["family", "shown", "items", "accuracy", "of all frames", "loss", "of all frames", "loss lost"]
-    columns += ["answers changed", "tokens changed"]
+    columns = ["family", "shown", "items", "accuracy of part", "accuracy of all", "loss of part", "loss of all"]
+    columns += ["loss lost", "answers changed", "tokens changed"]
     rows = []
     for family, views in (result.temporal or {}).items():
         for name in VIEWS:
@@ -243,7 +246,7 @@ def per_frame(result, quantity):
     meaning = "Share of scored answer tokens that are right" if quantity == "accuracy" else "Nats per scored token"
     note = (
         f"{meaning}, by the frame that the token is about. A row that falls to the right forgets or drifts over time; "
-        "the coarse row shows what a look without a plan gets of every frame."
+        "coarse: what the same weights get of a frame by a look without a plan."
         if rows
         else "Not measured: no family has an answer per frame."
     )
@@ -268,8 +271,8 @@ def gaze_difference(result):
     note = (
         "Points of frames whose most attended patch is the target's, autoregressive minus each reference over the "
         "same frames; in brackets 95% paired bootstrap intervals over items. Above chance and coarse is what choosing "
-        "where to look gains; the oracle is told where the target is: an interval that holds 0 there means nothing "
-        "is left to gain."
+        "where to look gains; the oracle is told where the target is: where that "
+        "interval holds 0, a better choice would show no gain on these frames."
         if rows
         else "Not measured: no item of this split names a target whose place is known, or the network has no queries."
     )
@@ -298,6 +301,30 @@ def checks(result):
     return table
 
 
+def attention(result):
+    """A row per mode and vision layer: how sharp its heads look."""
+    columns = ["mode", "layer", "entropy, mean", "lowest head", "highest head", "largest weight, mean", "sharpest head"]
+    found = result.diagnostics
+    rows = [
+        [
+            mode,
+            count(layer),
+            *map(share, (fmean(heads), min(heads), max(heads))),
+            *map(share, (fmean(peaks), max(peaks))),
+        ]
+        for mode, layers in (found.entropy if found else {}).items()
+        for layer, (heads, peaks) in enumerate(zip(layers, found.peak[mode], strict=True))
+    ]
+    note = (
+        "Attention of the queries to the patches. Entropy: as a share of an even spread's; 100% means that a head "
+        "chooses nothing. Largest weight: of one patch, mean over frames. Look at the last layer, which the gaze "
+        "tables are about: sharp heads choose, and heads that differ widely share the work."
+        if rows
+        else "Not measured: the evaluation ran without diagnostic clips, or the network has no queries."
+    )
+    return Table("attention_layers", "Attention by layer", columns, rows, note)
+
+
 def bounds(check):
     """The allowed values of a `Check` as text."""
     if check.low is not None and check.high is not None:
@@ -321,7 +348,8 @@ def signed(value, digits, interval=None):
     """A difference as a cell."""
 
     def written(number):
-        return f"{number:+.{digits}f}".replace("-", "−")
+        text = f"{number:+.{digits}f}"
+        return text.replace("-", "−") if float(text) else text[1:]  # zero has no sign
 
     text = written(value)
     return (f"{text} [{written(interval[0])} to {written(interval[1])}]" if interval else text, value)
