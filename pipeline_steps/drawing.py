@@ -1,7 +1,8 @@
 """Contact sheets and animations of attention maps, drawn with Pillow.
 
 A clip is drawn from a `Clip`; maps are attention over the patches (pipeline_steps/gaze.py), coloured on one scale per
-clip, the same for all modes: black is 0, the brightest yellow `Clip.scale`.
+clip, the same for all modes: black is 0, the brightest yellow `Clip.scale`. A difference of two maps has two colours on
+the same scale: MORE and LESS, at their strongest where the maps differ by `Clip.scale`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,8 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK, FAINT, RIGHT, WRONG = "#15181d", "#f2f4f7", "#9aa4b2", "#6ee7a0", "#ff8f8f"
 MARGIN, GAP = 16, 6  # px
+LEGEND_HEIGHT = 68  # px, below a sheet
 MAX_STRIP_HEIGHT = 16_000  # px; WebP allows 16 383
 MAX_COLUMNS = 8  # of a sheet: of longer clips evenly spaced frames, while their animation is whole
+MORE, LESS = (255, 159, 28), (76, 168, 255)  # orange and blue: told apart by colour-blind readers
 COLOURS = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -57,6 +60,14 @@ class Clip:
         peak = max(float(values.max()) for values in self.maps.values())
         return max(peak, min(1.0, 4 / next(iter(self.maps.values())).shape[1]))
 
+    @property
+    def difference(self):
+        """[T, N]: the attention of the mode that is deployed minus that of the static query; None for a clip that was
+        not looked at in both."""
+        if not {"autoregressive", "coarse"} <= self.maps.keys():
+            return None
+        return self.maps["autoregressive"] - self.maps["coarse"]
+
 
 def font(size, bold=False):
     return ImageFont.truetype(FONTS / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
@@ -74,9 +85,21 @@ def heat_picture(values, scale, side):
 def overlay_picture(frame, values, scale, side):
     """The map over the frame: the frame stays visible in grey where there is no attention."""
     strength = heat(values, scale, side)
+    return blended(frame, strength, COLOURS[(255 * strength).astype(np.uint8)], side)
+
+
+def difference_picture(frame, values, scale, side):
+    """A difference of two maps over the frame: MORE where it is above 0, LESS where it is below."""
+    more, less = heat(np.maximum(values, 0), scale, side), heat(np.maximum(-values, 0), scale, side)
+    colours = np.where((more >= less)[..., None], np.array(MORE), np.array(LESS))
+    return blended(frame, np.maximum(more, less), colours, side)
+
+
+def blended(frame, strength, colours, side):
+    """The frame in grey under colours [side, side, 3], the denser the greater the strength 0..1 [side, side]."""
     grey = np.asarray(frame_picture(frame, side).convert("L"), np.float32)[..., None]
     opacity = 0.62 * strength[..., None] ** 0.7  # never so dense that the digit under it is lost
-    mixed = (1 - opacity) * grey + opacity * COLOURS[(255 * strength).astype(np.uint8)]
+    mixed = (1 - opacity) * grey + opacity * colours
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
@@ -126,7 +149,20 @@ def tile_rows(clip, side):
     mode, maps = list(clip.maps.items())[-1]
     tiles = [overlay_picture(frame, values, clip.scale, side) for frame, values in zip(clip.frames, maps, strict=True)]
     rows.append((f"{mode},\nover the frame", [mark_box(tile, box) for tile, box in zip(tiles, boxes, strict=True)]))
+    if (difference := difference_tiles(clip, side)) is not None:
+        rows.append(("autoregressive\nminus coarse", difference))
     return rows
+
+
+def difference_tiles(clip, side):
+    """T pictures of `Clip.difference` over the frames, or None where there is none."""
+    if (values := clip.difference) is None:
+        return None
+    boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
+    return [
+        mark_box(difference_picture(frame, value, clip.scale, side), box)
+        for frame, value, box in zip(clip.frames, values, boxes, strict=True)
+    ]
 
 
 def contact_sheet(clip, side):
@@ -140,7 +176,7 @@ def contact_sheet(clip, side):
     width = max(2 * MARGIN + label_width + len(clip.frames) * (side + GAP) - GAP, 640)
     header = header_lines(clip, width - 2 * MARGIN)
     top = MARGIN + sum(height for *_, height in header) + 30
-    sheet = Image.new("RGB", (width, top + len(rows) * (side + GAP) - GAP + 44), BACKGROUND)
+    sheet = Image.new("RGB", (width, top + len(rows) * (side + GAP) - GAP + LEGEND_HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     write_lines(draw, header, MARGIN, MARGIN)
     left = MARGIN + label_width
@@ -151,8 +187,13 @@ def contact_sheet(clip, side):
         draw.multiline_text((left - 12, y + side / 2), label, INK, font(15), anchor="rm", align="right", spacing=4)
         for t, tile in enumerate(tiles):
             sheet.paste(tile, (left + t * (side + GAP), y))
-    draw.text((left, sheet.height - 16), legend(clip), FAINT, font(13), anchor="ls")
-    scale_bar(sheet, clip, sheet.height - 30)
+    below = sheet.height - LEGEND_HEIGHT
+    draw.text((left, below + 28), legend(clip), FAINT, font(13), anchor="ls")
+    scale_bar(sheet, COLOURS, "0", f"{clip.scale:.0%} of the attention", below + 15)
+    if clip.difference is not None:
+        text = "autoregressive minus coarse: orange where it looks more, blue where less"
+        draw.text((left, below + 52), text, FAINT, font(13), anchor="ls")
+        scale_bar(sheet, difference_colours(), f"−{clip.scale:.0%}", f"+{clip.scale:.0%} of the attention", below + 39)
     return sheet, {
         "left": left,
         "top": top,
@@ -168,16 +209,22 @@ def legend(clip):
     return f"{box}ring: the patch with the most attention"
 
 
-def scale_bar(sheet, clip, y):
-    """The colour scale, at the right end of line y."""
-    width, height, label = 140, 12, f"{clip.scale:.0%} of the attention"
+def difference_colours():
+    """Colours [256, 3] from the strongest LESS over the ground to the strongest MORE."""
+    strength = np.linspace(-1, 1, 256)[:, None]
+    return (np.abs(strength) * np.where(strength < 0, LESS, MORE)).astype(np.uint8)
+
+
+def scale_bar(sheet, colours, low, high, y):
+    """A colour scale [256, 3] with what its ends mean, at the right end of line y."""
+    width, height = 140, 12
     text = font(13)
-    x = sheet.width - MARGIN - int(text.getlength(label)) - 6 - width
-    bar = np.repeat(COLOURS[np.linspace(0, 255, width).astype(int)][None], height, axis=0)
+    x = sheet.width - MARGIN - int(text.getlength(high)) - 6 - width
+    bar = np.repeat(colours[np.linspace(0, 255, width).astype(int)][None], height, axis=0)
     sheet.paste(Image.fromarray(bar), (x, y))
     draw = ImageDraw.Draw(sheet)
-    draw.text((x - 6, y + height), "0", FAINT, text, anchor="rs")
-    draw.text((x + width + 6, y + height), label, FAINT, text, anchor="ls")
+    draw.text((x - 6, y + height), low, FAINT, text, anchor="rs")
+    draw.text((x + width + 6, y + height), high, FAINT, text, anchor="ls")
 
 
 def header_lines(clip, width):
@@ -239,7 +286,7 @@ def animation(clip, side):
 
 
 def strip(clip, side):
-    """(picture, geometry): a row per frame, a column per kind: the frame, then every mode's map over it.
+    """(picture, geometry): a row per frame, a column per kind: the frame, every mode's map over it, the difference.
 
     Geometry {side, step in px, kinds: labels} finds a tile again. Tiles are smaller than `side` where the picture
     would be higher than a WebP file may be.
@@ -247,13 +294,19 @@ def strip(clip, side):
     side = min(side, MAX_STRIP_HEIGHT // len(clip.frames) - GAP)
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
     step = side + GAP
-    picture = Image.new("RGB", ((1 + len(clip.maps)) * step - GAP, len(clip.frames) * step - GAP), BACKGROUND)
-    for t, (frame, box) in enumerate(zip(clip.frames, boxes, strict=True)):
-        tiles = [frame_picture(frame, side)]
-        tiles += [mark_peak(overlay_picture(frame, maps[t], clip.scale, side), maps[t]) for maps in clip.maps.values()]
-        for column, tile in enumerate(tiles):
-            picture.paste(mark_box(tile, box), (column * step, t * step))
-    return picture, {"side": side, "step": step, "kinds": ["frame", *clip.maps]}
+    columns = {"frame": [mark_box(frame_picture(f, side), box) for f, box in zip(clip.frames, boxes, strict=True)]}
+    for mode, maps in clip.maps.items():
+        columns[mode] = [
+            mark_box(mark_peak(overlay_picture(frame, values, clip.scale, side), values), box)
+            for frame, values, box in zip(clip.frames, maps, boxes, strict=True)
+        ]
+    if (difference := difference_tiles(clip, side)) is not None:
+        columns["difference"] = difference
+    picture = Image.new("RGB", (len(columns) * step - GAP, len(clip.frames) * step - GAP), BACKGROUND)
+    for column, tiles in enumerate(columns.values()):
+        for t, tile in enumerate(tiles):
+            picture.paste(tile, (column * step, t * step))
+    return picture, {"side": side, "step": step, "kinds": list(columns)}
 
 
 def save_animation(pictures, file, milliseconds):

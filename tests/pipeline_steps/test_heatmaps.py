@@ -44,7 +44,8 @@ def test_heat_is_where_the_attention_is():
 def test_sheet_geometry_finds_every_tile():
     clip = make_clip()
     sheet, geometry = drawing.contact_sheet(clip, SIDE)
-    assert geometry["rows"] == ["frame", "coarse", "fine", "autoregressive", "autoregressive, over the frame"]
+    kinds = ["frame", "coarse", "fine", "autoregressive", "autoregressive, over the frame"]
+    assert geometry["rows"] == [*kinds, "autoregressive minus coarse"]
     for row, patch in ((1, 0), (2, 5), (3, 10)):
         left, top = geometry["left"] + geometry["step"], geometry["top"] + row * geometry["step"]
         tile = np.asarray(sheet.crop((left, top, left + SIDE, top + SIDE)), int)
@@ -55,6 +56,26 @@ def test_sheet_geometry_finds_every_tile():
     assert plain.tobytes() != sheet.tobytes()  # the box is drawn
 
 
+def test_the_difference_is_orange_where_the_model_looks_more_and_blue_where_less():
+    clip = make_clip(boxes=False)
+    expected = np.zeros((NUM_FRAMES, 16))
+    expected[:, 0], expected[:, 10] = -0.68, 0.68
+    assert clip.difference == pytest.approx(expected)
+    tiles = drawing.difference_tiles(clip, SIDE)
+    assert len(tiles) == NUM_FRAMES
+    colours = np.asarray(tiles[0], int).reshape(4, SIDE // 4, 4, SIDE // 4, 3).mean(axis=(1, 3)).reshape(16, 3)
+    warmth = colours[:, 0] - colours[:, 2]
+    assert (warmth.argmin(), warmth.argmax()) == (0, 10)
+    assert colours[3] == pytest.approx([90, 90, 90], abs=1)  # where both look alike the frame stays as it is
+
+
+def test_clips_seen_in_one_mode_have_no_difference():
+    clip = make_clip(modes=("coarse",))
+    assert clip.difference is None
+    assert drawing.strip(clip, SIDE)[1]["kinds"] == ["frame", "coarse"]
+    assert drawing.contact_sheet(clip, SIDE)[1]["rows"][-1] == "coarse, over the frame"
+
+
 def test_an_even_spread_is_not_drawn_bright():
     clip = make_clip()
     clip.maps = {"coarse": np.full((NUM_FRAMES, 16), 1 / 16)}
@@ -63,9 +84,9 @@ def test_an_even_spread_is_not_drawn_bright():
 
 def test_the_strip_holds_every_frame_and_mode_and_fits_into_a_webp_file():
     picture, geometry = drawing.strip(make_clip(), SIDE)
-    assert geometry["kinds"] == ["frame", "coarse", "fine", "autoregressive"]
+    assert geometry["kinds"] == ["frame", "coarse", "fine", "autoregressive", "difference"]
     step = geometry["step"]
-    assert picture.size == (4 * step - drawing.GAP, NUM_FRAMES * step - drawing.GAP)
+    assert picture.size == (5 * step - drawing.GAP, NUM_FRAMES * step - drawing.GAP)
     for column, patch in ((1, 0), (2, 5), (3, 10)):
         for t in range(NUM_FRAMES):
             tile = picture.crop((column * step, t * step, column * step + SIDE, t * step + SIDE))
@@ -93,7 +114,7 @@ def test_files_are_written_and_the_animation_moves(tmp_path, modes):
     entry = heatmaps.draw(clip, tmp_path, "k-0", settings)
     json.dumps(entry)
     with Image.open(tmp_path / entry["frames"]) as picture:
-        assert picture.width == (1 + len(modes)) * entry["frames_geometry"]["step"] - drawing.GAP
+        assert picture.width == (1 + len(modes) + (len(modes) > 1)) * entry["frames_geometry"]["step"] - drawing.GAP
     with Image.open(tmp_path / entry["animation"]) as picture:
         assert (picture.n_frames, picture.info["duration"], picture.info["loop"]) == (NUM_FRAMES, 300, 0)
     drawing.overview(clip, 64).save(tmp_path / "overview.png")
