@@ -2,10 +2,12 @@
 
     python -m pipeline_steps.heatmaps
 
-Reads params.yaml, outputs/stage3, data/shards and data/tokens; writes reports/heatmaps/: {key}-{item}.png (contact
-sheet), .gif (animation) and -frames.webp (every frame with every mode's map over it), overview.png and index.json.
-Which clips: the first `num_clips` by key of every family whose items name a target (of every family, where no item
-does), so that nobody picks. Cost at the embedded scale: about 15 seconds on two cores.
+Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
+reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with every mode's
+map over it, and the difference), contact_sheet.png (many clips), overview.png and index.json. Which clips, so that
+nobody picks: the first `num_clips` by key of every family whose items name a target (of every family, where no item
+does); on contact_sheet.png the best, the worst and random ones (sheet.py). Cost at the embedded scale: about 20
+seconds on two cores.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # the same number of threads, so the same sums
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -21,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline_steps import drawing, gaze, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.heatmaps import over_frames, sheet
 from pipeline_steps.metrics import GAZE_MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.records import replaced_folder, write_json
@@ -30,6 +34,7 @@ from pipeline_steps.streaming.dataset import TokenizedShards
 
 PARAMS = ("heatmaps", "streaming.image_replication")
 OVERVIEW_SIDE = 120  # px
+SHEET_BATCH = 16  # clips of the sheet in one forward pass
 
 
 def main():
@@ -42,17 +47,27 @@ def main():
     replication = parameters.streaming.image_replication
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
-    numbers = choose_clips(dataset, settings.num_clips) if model.config.architecture == "foveated" else []
+    foveated = model.config.architecture == "foveated"
+    numbers = choose_clips(dataset, settings.num_clips) if foveated else []
     with replaced_folder(arguments.outputs) as folder:
-        entries = []
+        entries, seen = [], []
         for number in tqdm(numbers, desc="heatmaps", unit="clip", dynamic_ncols=True):
             clip, entry = look(model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens)
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
+            seen.append(clip.maps)
             if len(entries) == 1:
                 drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")
         first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
-        rule = f"{first} by key of every family that names a target (else of every family)"
-        write_json(folder / "index.json", {"clips": entries, "rule": rule, "split": settings.split})
+        index = {
+            "clips": entries,
+            "rule": f"{first} by key of every family that names a target (else of every family)",
+            "split": settings.split,
+            "over_frames": over_frames.mean_curves(seen),
+            "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
+            if foveated and settings.num_sheet_clips
+            else None,
+        }
+        write_json(folder / "index.json", index)
     print(
         f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "a model without queries: nothing to draw"
     )
@@ -64,6 +79,7 @@ def read_arguments():
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/stage3"))
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
+    parser.add_argument("--items", type=Path, default=Path("outputs/evaluation/items.parquet"))
     parser.add_argument("--outputs", type=Path, default=Path("reports/heatmaps"))
     return parser.parse_args()
 
@@ -96,17 +112,11 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
     item = dataset[number]
     batch = collate([item])
     num_frames = int(batch["num_frames"][0])
-    wanted = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
-    inputs = {name: batch[name] for name in wanted if name in batch}
-    maps = {}
-    for mode in ("coarse",) if model.config.coarse_only else GAZE_MODES:
-        weights = model(**inputs, mode=mode, output_attentions=True).attention_weights
-        maps[mode] = gaze.attention_maps(weights.numpy())
-    grid = round(maps["coarse"].shape[-1] ** 0.5)
-    truth = targets.truth(dataset.sample(number), item["item"], num_frames, grid, dataset.fit)
-    frames = item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
+    modes = ("coarse",) if model.config.coarse_only else GAZE_MODES
+    maps = {mode: attention(model, batch, mode) for mode in modes}
+    truth = truth_of(dataset, number, item, maps["coarse"])
     clip = drawing.Clip(
-        frames=frames,
+        frames=shown_frames(item, num_frames),
         maps={mode: values[-1] for mode, values in maps.items()},
         boxes=None if truth is None else truth.boxes,
         title=f"{item['family']}  ·  {item['key']}",
@@ -122,6 +132,70 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
         "peak_on_target": None if truth is None else {mode: on_target(values, truth) for mode, values in maps.items()},
     }
     return clip, entry
+
+
+def attention(model, batch, mode):
+    """Attention maps [L, frames of the batch one item after another, N] of a forward pass in one mode."""
+    wanted = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
+    inputs = {name: batch[name] for name in wanted if name in batch}
+    return gaze.attention_maps(model(**inputs, mode=mode, output_attentions=True).attention_weights.numpy())
+
+
+def truth_of(dataset, number, item, maps):
+    """The `Truth` of a row on the patches of its maps [L, T, N], or None."""
+    grid = round(maps.shape[-1] ** 0.5)
+    return targets.truth(dataset.sample(number), item["item"], maps.shape[1], grid, dataset.fit)
+
+
+def shown_frames(item, num_frames):
+    """The frames as the model gets them: a picture is repeated."""
+    return item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
+
+
+@torch.inference_mode()
+def draw_sheet(model, collate, dataset, settings, items_path, folder):
+    """Writes contact_sheet.png; returns its part of index.json. UserError for scored items that are not in the
+    dataset."""
+    chosen = sheet.choose(sheet.read_losses(items_path), settings.num_sheet_clips, settings.seed)
+    entries = [{"part": part, **row} for part, rows in chosen.items() for row in rows.to_dict("records")]
+    numbers = sheet_rows(dataset, entries, items_path)
+    mode = "coarse" if model.config.coarse_only else sheet.MODE
+    tiles = []
+    for start in tqdm(range(0, len(numbers), SHEET_BATCH), desc="contact sheet", unit="batch", dynamic_ncols=True):
+        items = [dataset[number] for number in numbers[start : start + SHEET_BATCH]]
+        batch = collate(items)
+        counts = batch["num_frames"].tolist()
+        parts = np.split(attention(model, batch, mode), np.cumsum(counts)[:-1], axis=1)
+        for place, (item, maps) in enumerate(zip(items, parts, strict=True), start):
+            entry, truth = entries[place], truth_of(dataset, numbers[place], item, maps)
+            clip = drawing.Clip(
+                frames=shown_frames(item, maps.shape[1]),
+                maps={mode: maps[-1]},
+                boxes=None if truth is None else truth.boxes,
+                title=item["family"],
+                question="",
+                answer=None,
+                prediction="",
+            )
+            name = f"{entry['key']} / {entry['item']}"
+            tiles.append(sheet.Tile(clip, entry["part"], entry["family"], name, entry["loss"], entry["correct"]))
+    sheet.picture(tiles).save(folder / "contact_sheet.png")
+    rounded = [entry | {"loss": round(entry["loss"], 6)} for entry in entries]
+    return {"picture": "contact_sheet.png", "rule": sheet.rule(chosen, settings.seed), "mode": mode, "clips": rounded}
+
+
+def sheet_rows(dataset, entries, items_path):
+    """Row numbers of chosen items; UserError for one that is not in the dataset."""
+    rows = {(row["key"], row["item"]): number for number, row in enumerate(dataset.rows)}
+    absent = [(entry["key"], entry["item"]) for entry in entries if (entry["key"], entry["item"]) not in rows]
+    if absent:
+        key, item = absent[0]
+        raise UserError(
+            f"{items_path} scores item {item} of '{key}', which is not in split '{dataset.split}' of "
+            f"{dataset.tokens_dir} ({len(absent)} of {len(entries)} chosen items are not): set heatmaps.split to "
+            "evaluation.split, or run `dvc repro evaluation`"
+        )
+    return [rows[entry["key"], entry["item"]] for entry in entries]
 
 
 def on_target(maps, truth):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline_steps.params import StrictModel
 
@@ -10,6 +10,8 @@ from pipeline_steps.params import StrictModel
 class Section(StrictModel):
     split: Literal["validation", "test"]
     num_clips: PositiveInt  # per family: the first ones by key, so that nobody picks
+    num_sheet_clips: NonNegativeInt  # on the sheet of best, worst and random ones, by their loss; 0: no such sheet
+    seed: NonNegativeInt  # of the random third of that sheet
     tile_pixels: int = Field(ge=64, le=1024)  # side of one picture
     frame_milliseconds: PositiveInt  # of the animations
     max_answer_tokens: PositiveInt

@@ -1,0 +1,29 @@
+"""How the attention changes over the frames of a clip: its entropy and its peak.
+
+Both are of the maps that the pictures show: last layer, mean over heads and queries, patches only.
+"""
+
+import numpy as np
+
+
+def curve(maps):
+    """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: an even spread; largest weight [T])."""
+    logs = np.log(maps, out=np.zeros_like(maps), where=maps > 0)
+    return -(maps * logs).sum(-1) / np.log(maps.shape[-1]), maps.max(-1)
+
+
+def mean_curves(clips):
+    """{mode: {entropy, peak: means per frame over the clips that have that frame, num_clips: how many these are}} of
+    clips [{mode: maps [T, N]}]."""
+    curves = {}
+    for maps in clips:
+        for mode, values in maps.items():
+            curves.setdefault(mode, []).append(curve(values))
+    return {mode: _mean(pairs) for mode, pairs in curves.items()}
+
+
+def _mean(pairs):
+    longest = max(len(entropy) for entropy, _ in pairs)
+    padded = np.array([[np.pad(v, (0, longest - len(v)), constant_values=np.nan) for v in pair] for pair in pairs])
+    entropy, peak = np.nanmean(padded, axis=0).round(6).tolist()
+    return {"entropy": entropy, "peak": peak, "num_clips": (~np.isnan(padded[:, 0])).sum(0).tolist()}
