@@ -304,17 +304,12 @@ def checks(result):
 def attention(result):
     """A row per mode and vision layer: how sharp its heads look."""
     columns = ["mode", "layer", "entropy, mean", "lowest head", "highest head", "largest weight, mean", "sharpest head"]
-    found = result.diagnostics
-    rows = [
-        [
-            mode,
-            count(layer),
-            *map(share, (fmean(heads), min(heads), max(heads))),
-            *map(share, (fmean(peaks), max(peaks))),
-        ]
-        for mode, layers in (found.entropy if found else {}).items()
-        for layer, (heads, peaks) in enumerate(zip(layers, found.peak[mode], strict=True))
-    ]
+    entropy = result.diagnostics.entropy if result.diagnostics else {}
+    rows = []
+    for mode in (mode for mode in MODES if mode in entropy):
+        for layer, (heads, peaks) in enumerate(zip(entropy[mode], result.diagnostics.peak[mode], strict=True)):
+            cells = map(share, (fmean(heads), min(heads), max(heads), fmean(peaks), max(peaks)))
+            rows.append([MODE_NAMES[mode], count(layer), *cells])
     note = (
         "Attention of the queries to the patches. Entropy: as a share of an even spread's; 100% means that a head "
         "chooses nothing. Largest weight: of one patch, mean over frames. Look at the last layer, which the gaze "
