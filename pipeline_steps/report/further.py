@@ -56,8 +56,8 @@ def by_source(result):
         ]
         table.strong = [columns.index("autoregressive")]
         table.note = (
-            "The same scores as above, apart for each source: a family that only one source answers well was learned "
-            "from that source's style. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats per "
+            "The same scores as above, apart for each source: where a family differs widely between its sources, "
+            "the mean over them says little. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats per "
             "scored answer token, autoregressive. Items without frames stand in the autoregressive column."
         )
     return table
@@ -222,7 +222,7 @@ def view_cells(view):
         share(view.all_frames_accuracy),
         number(view.loss),
         number(view.all_frames_loss),
-        signed(view.loss_difference, 2, view.loss_interval if several else None),
+        signed(view.loss_difference, 3, view.loss_interval if several else None),
         share(view.answers_changed, view.answers_changed_interval if several else None),
         share(view.tokens_changed),
     ]
@@ -243,9 +243,10 @@ def per_frame(result, quantity):
         [family, MODE_NAMES[mode], *(cell(values[t] if t < len(values) else None) for t in asked)]
         for family, mode, values in found
     ]
+    worse = "falls" if quantity == "accuracy" else "rises"
     meaning = "Share of scored answer tokens that are right" if quantity == "accuracy" else "Nats per scored token"
     note = (
-        f"{meaning}, by the frame that the token is about. A row that falls to the right forgets or drifts over time; "
+        f"{meaning}, by the frame that the token is about. A row that {worse} to the right drifts over time; "
         "coarse: what the same weights get of a frame by a look without a plan."
         if rows
         else "Not measured: no family has an answer per frame."

@@ -122,14 +122,14 @@ def test_captions_name_what_is_known_and_keep_columns_where_it_is_not(plain):
 
 
 def test_parts_of_clips_stand_beside_all_frames(plain):
-    views = {"second_half": a_view(-0.001, num_items=1), "frames_4": a_view()}
+    views = {"second_half": a_view(-0.0001, num_items=1), "frames_4": a_view()}
     table = further.temporal(plain.model_copy(update={"temporal": {"card": views}}))
     assert texts(table) == [
         [
-            *("card", "4 frames of all", "40", "30.0%", "90.0%", "2.500", "0.500", "+2.00 [+1.00 to +3.00]"),
+            *("card", "4 frames of all", "40", "30.0%", "90.0%", "2.500", "0.500", "+2.000 [+1.000 to +3.000]"),
             *("80.0% [70–90]", "60.0%"),
         ],
-        ["card", "second half", "1", "30.0%", "90.0%", "2.500", "0.500", "0.00", "80.0%", "60.0%"],
+        ["card", "second half", "1", "30.0%", "90.0%", "2.500", "0.500", "0.000", "80.0%", "60.0%"],
     ]
 
 
@@ -145,6 +145,7 @@ def test_frames_that_nothing_is_asked_of_are_left_out(plain):
         ["card", "blind", "50.0%", "25.0%"],
         ["follow", "autoregressive", "100.0%", "–"],
     ]
+    assert ("falls" in table.note, "rises" in further.per_frame(result, "loss").note) == (True, True)
     assert texts(further.per_frame(result, "loss"))[2] == ["follow", "autoregressive", "3.000", "–"]
 
 
