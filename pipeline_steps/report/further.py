@@ -57,8 +57,8 @@ def by_source(result):
         table.strong = [columns.index("autoregressive")]
         table.note = (
             "The same scores as above, apart for each source: where a family differs widely between its sources, "
-            "the mean over them says little. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats per "
-            "scored answer token, autoregressive. Items without frames stand in the autoregressive column."
+            "the mean over them says little. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats "
+            "per scored answer token, autoregressive. Items without frames stand in the autoregressive column."
         )
     return table
 
