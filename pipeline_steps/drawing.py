@@ -98,9 +98,14 @@ def difference_picture(frame, values, scale, side):
 def blended(frame, strength, colours, side):
     """The frame in grey under colours [side, side, 3], the denser the greater the strength 0..1 [side, side]."""
     grey = np.asarray(frame_picture(frame, side).convert("L"), np.float32)[..., None]
-    opacity = 0.62 * strength[..., None] ** 0.7  # never so dense that the digit under it is lost
+    opacity = density(strength[..., None])
     mixed = (1 - opacity) * grey + opacity * colours
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+
+
+def density(strength):
+    """Opacity of a colour over a frame, never so dense that the digit under it is lost."""
+    return 0.62 * strength**0.7
 
 
 def heat(values, scale, side):
@@ -210,9 +215,10 @@ def legend(clip):
 
 
 def difference_colours():
-    """Colours [256, 3] from the strongest LESS over the ground to the strongest MORE."""
+    """Colours [256, 3] of a difference over a dark frame, from the strongest LESS to the strongest MORE."""
     strength = np.linspace(-1, 1, 256)[:, None]
-    return (np.abs(strength) * np.where(strength < 0, LESS, MORE)).astype(np.uint8)
+    opacity = density(np.abs(strength))
+    return ((1 - opacity) * 50 + opacity * np.where(strength < 0, LESS, MORE)).astype(np.uint8)
 
 
 def scale_bar(sheet, colours, low, high, y):

@@ -210,7 +210,7 @@ def draw(clip, folder, name, settings):
     sheet, geometry = drawing.contact_sheet(clip, settings.tile_pixels)
     sheet.save(folder / f"{name}.png")
     frames, strip_geometry = drawing.strip(clip, settings.tile_pixels)
-    frames.save(folder / f"{name}-frames.webp", quality=80)
+    frames.save(folder / f"{name}-frames.webp", quality=65)
     pictures = drawing.animation(clip, settings.tile_pixels)
     drawing.save_animation(pictures, folder / f"{name}.gif", settings.frame_milliseconds)
     return {

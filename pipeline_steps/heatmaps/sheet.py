@@ -42,7 +42,7 @@ def read_losses(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro evaluation`, which writes it") from None
     except ValueError as error:  # pyarrow: no such column, or not a Parquet file
-        raise UserError(f"{path}: {error}: make it again with `dvc repro evaluation`") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0]}: make it again with `dvc repro evaluation`") from None
     table = table[(table["mode"] == MODE) & (table["num_frames"] > 0)]
     return table.assign(
         loss=table["loss_sum"] / table["num_tokens"], correct=table["num_correct"] == table["num_tokens"]
@@ -106,7 +106,7 @@ def draw_tile(sheet, tile, x, y, width):
     """Two lines of text and a row of frames, at most NUM_FRAMES of them."""
     draw = ImageDraw.Draw(sheet)
     draw.text((x, y + 13), tile.family, INK, font(13, bold=True), anchor="ls")
-    said = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.3f}"
+    said = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.4f}"
     draw.text((x + width, y + 13), said, RIGHT if tile.correct else WRONG, font(13), anchor="rs")
     draw.text((x, y + 13 + LINE), shortened(tile.name, font(12), width), FAINT, font(12), anchor="ls")
     clip, _ = tile.clip.thinned(NUM_FRAMES)

@@ -27,6 +27,7 @@ from pipeline_steps.report import (
     differences,
     figures,
     further,
+    looks,
     markdown,
     provenance,
     reading,
@@ -86,6 +87,7 @@ def main():
         "compute_lines": compute.statements(inputs.flops),
         "answers": first_answers(inputs.answers),
         "heatmap_rule": heatmap_rule(inputs.heatmaps),
+        "contact_sheet": looks.contact_sheet(reports / "heatmaps", inputs.heatmaps),
         "missing": inputs.missing,
         "backbones": list(texts.flattened(inputs.backbones or {})),
         "origin": provenance.origin(arguments.root, inputs),
@@ -139,6 +141,7 @@ def draw_figures(inputs):
         "gaze": figures.gaze(result),
         "flops": figures.flops(inputs.flops),
         "frontier": compute.frontier(inputs.flops),
+        "over_frames": looks.over_frames(inputs.heatmaps),
     }
 
 
@@ -158,7 +161,7 @@ def render_page(**values):
         name: jinja2.utils.markupsafe.Markup((HERE / f"page.{name}").read_text(encoding="utf-8"))
         for name in ("css", "js")
     }
-    helpers = {"text_of": tables.text_of, "is_number": tables.is_number}
+    helpers = {"text_of": tables.text_of, "data_uri": data_uri, "is_number": tables.is_number}
     return loader.get_template("page.html.jinja").render(**values, **parts, **helpers, contents=CONTENTS)
 
 
@@ -210,7 +213,7 @@ def inlined(folder, index):
                 raise UserError(f"{folder / 'index.json'} names {path}, which does not exist: run `dvc repro heatmaps`")
         buffer = io.BytesIO()
         with Image.open(folder / entry["sheet"]) as picture:
-            picture.save(buffer, "WEBP", quality=80)
+            picture.save(buffer, "WEBP", quality=65)
         with Image.open(folder / entry["frames"]) as picture:
             size = {"width": picture.width, "height": picture.height}
         frames = (folder / entry["frames"]).read_bytes()

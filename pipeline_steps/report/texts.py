@@ -35,6 +35,11 @@ CAPTIONS = {  # figure -> (alternative text, what to see)
         "use (top) and in training (middle). Bottom: share of vision encoder and queries in the cost of one token a "
         "frame; above the dotted line the vision encoder dominates, and fewer tokens can save little.",
     ),
+    "over_frames": (
+        "Entropy and largest weight of the attention over the frames, by mode",
+        "Mean of the clips above, last vision layer, mean over heads; 1 is the same attention on every patch. Look for "
+        "planned queries that choose (low entropy, high peak) from frame 1 on, where the static one (coarse) does not.",
+    ),
 }
 
 

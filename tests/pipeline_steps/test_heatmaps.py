@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from pipeline_steps import drawing
 from pipeline_steps.heatmaps import __main__ as heatmaps
+from pipeline_steps.heatmaps import over_frames, sheet
 from pipeline_steps.params import UserError
 
 NUM_FRAMES, SIDE = 3, 96
@@ -147,3 +149,86 @@ def test_all_families_where_no_target_is_known():
 def test_no_frames_is_a_user_error():
     with pytest.raises(UserError, match="nothing to draw"):
         heatmaps.choose_clips(Data(ROWS[3:], {}), 1)
+
+
+def losses(values):
+    """The table of `sheet.read_losses` for {(key, item): loss}."""
+    rows = [(key, item, "card", loss, loss < 1) for (key, item), loss in values.items()]
+    return pd.DataFrame(rows, columns=sheet.COLUMNS)
+
+
+def names(chosen):
+    return {part: list(zip(rows["key"], rows["item"], strict=True)) for part, rows in chosen.items()}
+
+
+def test_best_worst_and_random_clips_in_equal_parts():
+    table = losses({(f"k{n}", 0): float(n) for n in range(12)})
+    chosen = names(sheet.choose(table, 7, seed=1))
+    assert chosen["best"] == [("k0", 0), ("k1", 0), ("k2", 0)]
+    assert chosen["worst"] == [("k11", 0), ("k10", 0)]
+    assert len(chosen["random"]) == 2
+    assert set(chosen["random"]) < {(f"k{n}", 0) for n in range(3, 10)}
+    assert names(sheet.choose(table.sample(frac=1, random_state=3), 7, seed=1)) == chosen  # rows in any order
+    drawn = {tuple(names(sheet.choose(table, 7, seed=seed))["random"]) for seed in range(20)}
+    assert len(drawn) > 3
+
+
+def test_a_clip_with_several_items_is_shown_once_and_few_clips_are_all_shown():
+    table = losses({("a", 0): 0.1, ("a", 1): 9.0, ("b", 0): 2.0, ("b", 1): 2.0, ("c", 1): 1.0})
+    chosen = names(sheet.choose(table, 64, seed=1))
+    assert chosen == {"best": [("a", 0)], "worst": [("b", 1)], "random": [("c", 1)]}
+    assert "the 1 lowest (best), the 1 highest (worst), and 1 of the rest" in sheet.rule(sheet.choose(table, 64, 1), 1)
+
+
+def test_losses_are_per_scored_token_of_items_with_frames(tmp_path):
+    rows = [
+        ("a", 0, "card", "autoregressive", 4, 2.0, 4, 6),
+        ("a", 0, "card", "coarse", 4, 8.0, 0, 6),
+        ("b", 0, "card", "autoregressive", 5, 5.0, 4, 6),
+        ("t", 0, "text", "text", 5, 5.0, 4, 0),
+    ]
+    columns = ["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "items.parquet")
+    read = sheet.read_losses(tmp_path / "items.parquet").to_dict("records")
+    assert [(row["key"], row["loss"], row["correct"]) for row in read] == [("a", 0.5, True), ("b", 1.0, False)]
+    with pytest.raises(UserError, match=r"absent\.parquet does not exist: run `dvc repro evaluation`"):
+        sheet.read_losses(tmp_path / "absent.parquet")
+    pd.DataFrame({"key": ["a"]}).to_parquet(tmp_path / "old.parquet")
+    with pytest.raises(UserError, match=r"old\.parquet: .*make it again"):
+        sheet.read_losses(tmp_path / "old.parquet")
+
+
+def test_scored_items_of_another_split_are_a_user_error():
+    entries = [{"key": "b", "item": 0}, {"key": "z", "item": 0}]
+    assert heatmaps.sheet_rows(Data(ROWS, {}), entries[:1], "items.parquet") == [2]
+    with pytest.raises(UserError, match=r"'z'.*split 'test'.*1 of 2"):
+        heatmaps.sheet_rows(Data(ROWS, {}), entries, "items.parquet")
+
+
+def test_the_sheet_shows_every_tile_and_its_attention():
+    clip = make_clip(boxes=False, modes=("autoregressive",))  # bright at patch 0
+    tiles = [sheet.Tile(clip, part, "card", f"{part} / 0", 0.5, part == "best") for part in ("best", "worst")]
+    picture = sheet.picture(tiles)
+    single = sheet.picture(tiles[:1])
+    assert picture.width == single.width
+    height = 2 * sheet.LINE + sheet.SIDE + 3 * drawing.GAP
+    assert picture.height - single.height == sheet.BAND + height
+    for number in range(2):
+        top = drawing.MARGIN + sheet.BAND + 2 * sheet.LINE + drawing.GAP + number * (sheet.BAND + height)
+        for t in range(NUM_FRAMES):
+            left = drawing.MARGIN + t * (sheet.SIDE + sheet.FRAME_GAP)
+            tile = np.asarray(picture.crop((left, top, left + sheet.SIDE, top + sheet.SIDE)), int)
+            assert tile.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3, 4)).argmax() == 0
+    face = drawing.font(12)
+    assert sheet.shortened("a" * 200 + "-7", face, 100).endswith("-7")
+    assert face.getlength(sheet.shortened("a" * 200 + "-7", face, 100)) <= 100
+
+
+def test_entropy_and_peak_over_the_frames():
+    even, single = np.full(16, 1 / 16), np.eye(16)[3]
+    half = np.zeros(16)
+    half[:4] = 0.25  # two of four bits
+    found = over_frames.mean_curves([{"fine": np.array([even, single, half])}, {"fine": np.array([single, single])}])
+    assert found["fine"]["entropy"] == pytest.approx([0.5, 0, 0.5])
+    assert found["fine"]["peak"] == pytest.approx([(1 / 16 + 1) / 2, 1, 0.25], abs=1e-6)
+    assert found["fine"]["num_clips"] == [2, 2, 1]

@@ -232,7 +232,12 @@ def write_heatmaps(folder, peaks=None):
         "frames_geometry": {"side": side, "step": step, "kinds": kinds},
         "frame_milliseconds": 700,
     }
-    (folder / "index.json").write_text(json.dumps({"clips": [clip], "rule": "the first", "split": "test"}))
+    Image.new("RGB", (96, 64), "#345").save(folder / "contact_sheet.png")
+    sheet = {"picture": "contact_sheet.png", "rule": "by <loss>", "mode": "autoregressive", "clips": [{}] * 5}
+    curve = {"entropy": [0.9, 0.4, 0.2], "peak": [0.1, 0.6, 0.8], "num_clips": [1, 1, 1]}
+    index = {"clips": [clip], "rule": "the first", "split": "test", "contact_sheet": sheet}
+    index["over_frames"] = dict.fromkeys(("coarse", "fine", "autoregressive"), curve)
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 def build(root, monkeypatch):

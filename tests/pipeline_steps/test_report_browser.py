@@ -114,7 +114,7 @@ def test_nothing_is_logged_nothing_is_fetched_and_every_image_loads(browser, pag
     script = "return [...document.images].map((i) => [i.alt, i.complete, i.naturalWidth])"
     wait_for(lambda: all(complete for _, complete, _ in browser.execute_script(script)))
     images = browser.execute_script(script)
-    assert len(images) == 8  # six figures, frames and contact sheet of one clip
+    assert len(images) == 10  # seven figures, frames and sheet of one clip, sheet of many
     assert all(alt and width > 0 for alt, _, width in images)
     wait_for(lambda: browser.find_element(By.CSS_SELECTOR, ".clip canvas").is_displayed())
     addresses = [address for address in requested(browser) if not address.startswith("data:")]
