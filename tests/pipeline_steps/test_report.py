@@ -13,7 +13,7 @@ from pipeline_steps import metrics
 from pipeline_steps.metrics import MODES
 from pipeline_steps.params import UserError
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import verdicts
+from pipeline_steps.report import looks, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.schema import Section
 from tests.pipeline_steps.counted import flops_result
@@ -282,6 +282,21 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
     assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(FAMILIES)
+
+
+def test_the_sheet_of_many_clips_and_the_attention_over_the_frames_are_on_the_page(built):
+    root, page = built
+    assert "5 clips chosen by rule: by &lt;loss&gt;. Over the frames: attention in the autoregressive mode" in page
+    assert "Entropy and largest weight of the attention over the frames" in page
+    assert "](heatmaps/contact_sheet.png): 5 clips chosen by rule" in (root / "reports/report.md").read_text()
+
+
+def test_an_index_of_another_version_is_a_user_error():
+    with pytest.raises(UserError, match="no over_frames, contact_sheet"):
+        looks.over_frames({"clips": [], "rule": "the first"})
+    nothing = {"clips": [], "rule": "", "over_frames": {}, "contact_sheet": None}
+    assert looks.over_frames(nothing) is None
+    assert looks.contact_sheet("reports/heatmaps", nothing) is None
 
 
 def test_missing_runs_are_undecided_and_name_their_command(built):
