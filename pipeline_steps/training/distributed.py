@@ -98,15 +98,15 @@ def processes(device: str):
         distributed.destroy_process_group()
 
 
-def wrap(model: nn.Module, group: Processes, sharding: str) -> nn.Module:
+def wrap(model: nn.Module, group: Processes, divided: bool) -> nn.Module:
     """What is called in a training step: the model itself, or one that shares gradients with the other processes.
 
-    fsdp: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
+    `divided`: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
     "PyTorch FSDP"; torch's `fully_shard`) and put together while the layer runs. The model is changed in place.
     """
     if group.world_size == 1:
         return model
-    if sharding == "fsdp":
+    if divided:
         for layer in model.vision_encoder.encoder.layer:
             fully_shard(layer)
             register_fsdp_forward_method(layer, "attend")

@@ -37,7 +37,7 @@ def train(run: Run) -> dict:
     with stopped_by_sigterm(run):
         for step, batch in enumerate(run.watch.progress(run.loader, first), start=first):
             row = train_step(run, trainer, batch, step)
-            if step % run.common.watch.log_every == 0 or step == run.num_steps - 1:
+            if run.is_logged(step):
                 run.history.append(row)
             after_step(run, trainer, step + 1)
     with averaged(trainer):
@@ -57,7 +57,6 @@ def train(run: Run) -> dict:
 
 def prepare(run: Run) -> Trainer:
     """The trainer, and the loader, at the beginning of the stage or where the last state says."""
-    names = {id(p): name for name, p in run.model.named_parameters()}
     reference = None
     if run.settings.loss == "preference":
         check_preferences(run)
@@ -67,12 +66,11 @@ def prepare(run: Run) -> Trainer:
     saved = state.load_state(run.folder)
     if saved is not None:
         run.model.load_state_dict(saved[0]["model"])
-    groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)
+    trainable_parameters(run.model, run.settings, run.common.weight_decay)  # freezes what is not trained
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
-    wrapped = wrap(run.model, run.processes, run.common.sharding)
-    if run.processes.world_size > 1 and run.common.sharding == "fsdp":  # the parameters are others now
-        names = {id(p): name for name, p in run.model.named_parameters()}
-        groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)
+    wrapped = wrap(run.model, run.processes, run.is_divided)
+    groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)  # dividing makes other ones
+    names = {id(p): name for name, p in run.model.named_parameters()}
     if run.common.compile:
         run.model.compile_hot_paths()
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.common.betas, fused=True)
@@ -119,7 +117,7 @@ def choose_micro_batch_size(run: Run) -> int | None:
     places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
     largest = np.argsort(-places, kind="stable").tolist()
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    parts = run.processes.world_size if run.common.sharding == "fsdp" else 1
+    parts = run.processes.world_size if run.is_divided else 1
 
     def try_size(size: int) -> None:
         state_to_come = trained[0].new_empty(2 * sum(parameter.numel() for parameter in trained) // parts)
@@ -147,8 +145,7 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     trainer.optimizer.zero_grad(set_to_none=True)
     sums, total = accumulate(run, trainer, batch, num_plans)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    logged = step % run.common.watch.log_every == 0 or step == run.num_steps - 1
-    norms = group_norms(trainer.optimizer) if logged else {}
+    norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
     norm = state.whole(clip_grad_norm_(parameters, run.common.clip_norm)).item()
     loss, *extra = run.processes.sum(*sums.values())
     guards.refuse_non_finite(run.stage, step, loss, norm, batch, run.folder)
@@ -164,7 +161,7 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     }
     row |= dict(zip(list(sums)[1:], extra, strict=True))
     row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
-    run.watch.step(row, num_samples=int(total[2]), num_positions=int(total[3]))
+    run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]))
     return row
 
 
@@ -179,6 +176,7 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
     pieces = list(micro_batches(batch, run.micro_batch_size))
     sums: Counter = Counter(loss=0.0)
     for number, piece in enumerate(pieces):
+        of = counts(piece)
         inputs = to_device(piece, device) | {"mode": "coarse" if config.coarse_only else "fine", "num_plans": num_plans}
         with (
             run.watch.flops_of(len(piece["keys"])),
@@ -188,11 +186,11 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
             if trainer.reference is not None:
                 inputs["reference_log_probs"] = trainer.reference.preference_log_probs(**inputs)
             output = trainer.wrapped(**inputs)
-            loss = weighted_loss(output, config, counts(piece), total)
+            loss = weighted_loss(output, config, of, total)
             # the processes' gradients are averaged, the parts of the loss are to be added
             (loss * run.processes.world_size).backward()
         sums["loss"] += loss.item()
-        for name, value in extra_losses(output, counts(piece), total).items():
+        for name, value in extra_losses(output, of, total).items():
             sums[name] += value
     return sums, total
 

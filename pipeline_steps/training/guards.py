@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from model.losses import attention_entropy
 from pipeline_steps.params import UserError
 from pipeline_steps.records import writable, write_json
 
@@ -45,7 +46,7 @@ def attention_diagnostics(fine, coarse, num_frames: torch.Tensor) -> dict[str, f
     coarse_similarity: mean cosine of a frame's fine and coarse token. num_frames [B].
     """
     weights = fine.attention_weights[-1].float()  # [F, H, K, N + 1]
-    entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean()
+    entropy = attention_entropy(weights).mean()
     tokens = F.normalize(fine.visual_tokens.float().flatten(1), dim=-1)  # [F, P * E]
     pairs = [piece @ piece.T for piece in tokens.split(num_frames.tolist()) if len(piece) > 1]
     others = [pair[~torch.eye(len(pair), dtype=torch.bool, device=pair.device)] for pair in pairs]

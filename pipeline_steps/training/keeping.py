@@ -9,7 +9,7 @@ def save(run: Run, trainer: Trainer, step: int) -> None:
     """The state after a step, written by the main process; all of them take part in putting it together."""
     loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
     tensors = {
-        "model": {name: state.whole(value) for name, value in run.model.state_dict().items()},
+        "model": state.weights(run.model),
         "optimizer": state.optimizer_tensors(trainer.optimizer, trainer.names),
     }
     if trainer.average is not None:
@@ -40,7 +40,7 @@ def keep_best(run: Run, trainer: Trainer, rows: list[dict]) -> None:
         return
     run.best = {"step": rows[0]["step"], "loss": loss}
     with averaged(trainer):
-        weights = {name: state.whole(value) for name, value in run.model.state_dict().items()}
+        weights = state.weights(run.model)
         if run.processes.is_main:
             state.save_best(run.folder, weights, run.best)
     run.processes.wait()
@@ -48,12 +48,11 @@ def keep_best(run: Run, trainer: Trainer, rows: list[dict]) -> None:
 
 def publish_weights(run: Run, trainer: Trainer) -> None:
     """`run.published` of the main process: the model with the weights of the last step, their average or the best."""
-    divided = run.processes.world_size > 1 and run.common.sharding == "fsdp"
-    if run.common.publish == "last" and trainer.average is None and not divided:
+    if run.common.publish == "last" and trainer.average is None and not run.is_divided:
         run.published = run.model
         return
     with averaged(trainer):
-        weights = {name: state.whole(value).detach().clone() for name, value in run.model.state_dict().items()}
+        weights = {name: value.detach().clone() for name, value in state.weights(run.model).items()}
     if run.common.publish == "best" and run.best is not None:
         weights = state.load_best(run.folder)[0]["model"]
     if run.processes.is_main:

@@ -70,6 +70,15 @@ class Run:
     def num_steps(self) -> int:
         return self.loader.num_steps
 
+    @property
+    def is_divided(self) -> bool:
+        """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
+        return self.processes.world_size > 1 and self.common.sharding == "fsdp"
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step, counted from 0, has a row in the metrics table."""
+        return step % self.common.watch.log_every == 0 or step == self.num_steps - 1
+
     def generator(self, *names: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
 

@@ -171,6 +171,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state_dict with whole tensors."""
+    return {name: whole(value) for name, value in model.state_dict().items()}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
     """{"<parameter name>/<what>": tensor} of an optimizer's state. names: {id(parameter): name}."""
     return {

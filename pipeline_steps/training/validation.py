@@ -52,21 +52,17 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
 def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
     """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
     group, size = run.processes, run.micro_batch_size or run.common.batch_size
-    alone = group.world_size == 1 or run.common.sharding == "fsdp"
-    own = numbers if alone else numbers[group.rank :: group.world_size]
+    network = model if run.is_divided else run.model  # without what shares gradients
+    own = numbers if run.is_divided else numbers[group.rank :: group.world_size]
     loss = correct = tokens = 0
     for start in range(0, len(own), size):
         batch = collate([run.validation[number] for number in own[start : start + size]])
         scored = batch["score_mask"].to(run.device)
-        output = (
-            model(**to_device(batch, run.device), mode=mode)
-            if alone
-            else run.model(**to_device(batch, run.device), mode=mode)
-        )
+        output = network(**to_device(batch, run.device), mode=mode)
         loss += output.token_loss[scored].double().sum().item()
         correct += int(output.correct[scored].sum())
         tokens += int(scored.sum())
-    return (loss, correct, tokens) if alone else tuple(group.sum(loss, correct, tokens))
+    return (loss, correct, tokens) if run.is_divided else tuple(group.sum(loss, correct, tokens))
 
 
 def watched_items(run) -> list[dict]:

@@ -51,11 +51,12 @@ class Watch:
         ) as self.bar:
             yield from self.bar
 
-    def step(self, row: dict, num_samples: int, num_positions: int) -> None:
-        """After every step: its row of the metrics table, and how many samples and sequence positions it had."""
+    def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int) -> None:
+        """After every step: its row of the metrics table, whether that is kept, and how many samples and sequence
+        positions the step had."""
         self.samples += num_samples
         self.positions += num_positions
-        if not self.is_main or ((row["step"] - 1) % self.settings.log_every and row["step"] != self.num_steps):
+        if not (self.is_main and is_logged):
             return
         speed = self.speed()
         self.bar.set_postfix_str(bar_text(row, speed))

@@ -49,7 +49,7 @@ def make_run(stage: str, layout: str, folder, **options) -> Run:
     every = SimpleNamespace(order=np.arange(4))
     run.__dict__["served"] = SimpleNamespace(plan=every)
     run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
-    run.watch = SimpleNamespace(flops_of=lambda num_samples: nullcontext(), step=lambda row, **counts: None)
+    run.watch = SimpleNamespace(flops_of=lambda num_samples: nullcontext(), step=lambda row, is_logged, **counts: None)
     return run
 
 
