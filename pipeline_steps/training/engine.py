@@ -68,6 +68,8 @@ def prepare(run: Run) -> Trainer:
         run.model.load_state_dict(saved[0]["model"])
     trainable_parameters(run.model, run.settings, run.common.weight_decay)  # freezes what is not trained
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
+    if run.is_divided:
+        check_side_by_side(run)
     wrapped = wrap(run.model, run.processes, run.is_divided)
     groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)  # dividing makes other ones
     names = {id(p): name for name, p in run.model.named_parameters()}
@@ -99,6 +101,21 @@ def check_preferences(run: Run) -> None:
             f"rejected answer, such as one of sample '{run.train.rows[int(lacking[0])]['key']}'. Name the source of "
             f"the preferences in training.{run.stage}.mixture."
         )
+
+
+def check_side_by_side(run: Run) -> None:
+    """UserError when the processes of a divided network would not run the same layers at the same time, and so wait for
+    each other for ever: all need as many micro-batches, and frames in the same ones."""
+    plan, size, world = run.served.plan, run.micro_batch_size or run.common.batch_size, run.processes.world_size
+    for step in range(plan.num_steps):
+        shown = [run.train.index.num_frames[plan.items(step, rank, world)] > 0 for rank in range(world)]
+        pieces = [[bool(own[at : at + size].any()) for at in range(0, len(own), size)] for own in shown]
+        if any(own != pieces[0] for own in pieces):
+            raise UserError(
+                f"step {step + 1} of {run.stage}: with training.common.sharding fsdp all {world} processes need frames "
+                f"in the same micro-batches (of {size} samples), their shares have them in {pieces}. Raise "
+                "training.common.batch_size or micro_batch_size, set text_share to 0, or take sharding ddp."
+            )
 
 
 def choose_micro_batch_size(run: Run) -> int | None:
@@ -147,8 +164,8 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
     norm = state.whole(clip_grad_norm_(parameters, run.common.clip_norm)).item()
-    loss, *extra = run.processes.sum(*sums.values())
-    guards.refuse_non_finite(run.stage, step, loss, norm, batch, run.folder)
+    losses = over_processes(run, sums)
+    guards.refuse_non_finite(run.stage, step, losses["loss"], norm, batch, run.folder)
     trainer.optimizer.step()
     if trainer.average is not None:
         trainer.average.update()
@@ -157,9 +174,8 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
         "step": step + 1,
         "samples": run.loader.samples_seen(step + 1),
         "tokens": int(total[0]),
-        "loss": loss,
     }
-    row |= dict(zip(list(sums)[1:], extra, strict=True))
+    row |= losses
     row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
     run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]))
     return row
@@ -193,6 +209,14 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
         for name, value in extra_losses(output, of, total).items():
             sums[name] += value
     return sums, total
+
+
+def over_processes(run: Run, sums: dict[str, float]) -> dict[str, float]:
+    """The step's losses from this process's parts: what any process has. All of them send the same number of values,
+    whatever their shares hold: one of text only has no loss of the attention."""
+    names = ("loss", *EXTRA_LOSSES)
+    values = run.processes.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
+    return {name: value for name, value, there in zip(names, values, values[len(names) :], strict=False) if there}
 
 
 def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:

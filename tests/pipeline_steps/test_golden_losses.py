@@ -9,14 +9,18 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.training.engine import prepare, train_step
+from pipeline_steps.params import UserError
+from pipeline_steps.streaming.plan import Plan
+from pipeline_steps.training.distributed import Processes
+from pipeline_steps.training.engine import check_side_by_side, prepare, train_step
 from pipeline_steps.training.run import Run
-from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch
+from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch, rows_of
 
 LAYOUTS = ("question_first", "vision_first")
 LOSSES = {"stage1": "all_text", "stage2": "answer_only", "stage3": "preference"}
@@ -85,6 +89,45 @@ def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
         found.setdefault(step, set()).add(row["loss"])
     assert len(found[0]) == 1
     assert found[0] != found[1]
+
+
+class Noted(Processes):
+    """One process that notes how many values it sends to the others."""
+
+    sent: ClassVar[list[int]] = []
+
+    def sum(self, *numbers):
+        self.sent.append(len(numbers))
+        return super().sum(*numbers)
+
+
+def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
+    options = {"lambda_coarse": 0.1, "lambda_entropy": 0.1, "lambda_contrastive": 0.1}
+    sent, rows = {}, {}
+    for name, samples in (("frames", [0, 2]), ("text", [1, 1])):
+        run = make_run("stage2", "question_first", tmp_path, **options)
+        run.processes, Noted.sent = Noted(), []
+        rows[name] = train_step(run, prepare(run), rows_of(make_batch(), samples) | {"keys": ["a", "b"]}, 0)
+        sent[name] = Noted.sent
+    assert sent["frames"] == sent["text"]
+    assert {"loss_entropy", "loss_contrastive"} <= set(rows["frames"])
+    assert not {"loss_entropy", "loss_contrastive"} & set(rows["text"])
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "size", "wrong"),
+    [([3, 3, 0, 0], 1, None), ([3, 0, 0, 3], None, None), ([3, 0, 3, 0], 1, r"\[\[True, True\], \[False, False\]\]")],
+)
+def test_a_divided_network_needs_frames_in_the_same_micro_batches(tmp_path, num_frames, size, wrong):
+    run = make_run("stage2", "question_first", tmp_path)
+    run.processes, run.micro_batch_size = Processes(world_size=2), size
+    run.train.index.num_frames = np.array(num_frames)
+    run.served.plan = Plan(np.arange(4), np.array([0, 4]))
+    if wrong is None:
+        check_side_by_side(run)
+        return
+    with pytest.raises(UserError, match=rf"step 1 of stage2: .* all 2 processes need frames .* {wrong}"):
+        check_side_by_side(run)
 
 
 if __name__ == "__main__":
