@@ -23,6 +23,7 @@ from model.configuration_foveated_vlm import MODES
 from model.input_checks import check_room
 from pipeline_steps import drawing, gaze, params
 from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.device import choose_device
 from pipeline_steps.params import UserError
 from pipeline_steps.records import write_bytes
 
@@ -46,7 +47,7 @@ def ask(arguments):
     transformers_logging.disable_progress_bar()
     output = check(arguments)
     model, processor = load_checkpoint(arguments.checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(choose_device())
     try:
         inputs = processor(text=arguments.question, videos=arguments.video)
         answer = stream_answer(model, processor, inputs, arguments.mode, arguments.max_new_tokens)

@@ -20,6 +20,12 @@ def attention_maps(weights):
     return patches / patches.sum(axis=-1, keepdims=True)
 
 
+def spread(weights):
+    """Entropy of weights [..., N], each row summing to 1, as a share of log(N): [...]. 0: one place, 1: all alike."""
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
+
+
 def head_maps(weights):
     """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that looks at
     the class token alone has a map of zeros."""

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from pipeline_steps import gaze, metrics, params
 from pipeline_steps.answers import answer_batch, expected_answer, question
 from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.device import choose_device
 from pipeline_steps.evaluation import (
     breakdown,
     captions,
@@ -135,7 +136,7 @@ def read_arguments():
 def load_model(checkpoint):
     """(model, tokenizer) of a trained folder, in fp32, on the GPU where there is one."""
     model, processor = load_checkpoint(checkpoint)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor.tokenizer
+    return model.to(choose_device()), processor.tokenizer
 
 
 def prefetch(streaming, dataset):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline_steps.evaluation import scoring
+from pipeline_steps.gaze import spread
 from pipeline_steps.metrics import GAZE_MODES
 
 RANDOM = "random_query"
@@ -100,10 +101,9 @@ def array(tensor):
 
 def sharpness(weights):
     """weights [L, F, H, K, N + 1] -> (entropy [L, H] as a share of log(N + 1), peak [L, H], focus)."""
-    entropy = -(weights * np.log(np.maximum(weights, 1e-12))).sum(-1) / np.log(weights.shape[-1])
     patches = weights[-1, ..., 1:].mean(axis=(1, 2))  # [F, N]
     focus = (patches.max(-1) / np.maximum(patches.mean(-1), 1e-12)).mean()
-    return entropy.mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
+    return spread(weights).mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
 
 
 @contextmanager

@@ -5,11 +5,12 @@ Both are of the maps that the pictures show: last layer, mean over heads and que
 
 import numpy as np
 
+from pipeline_steps.gaze import spread
+
 
 def curve(maps):
     """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: an even spread; largest weight [T])."""
-    logs = np.log(maps, out=np.zeros_like(maps), where=maps > 0)
-    return -(maps * logs).sum(-1) / np.log(maps.shape[-1]), maps.max(-1)
+    return spread(maps), maps.max(-1)
 
 
 def mean_curves(clips):

@@ -1,11 +1,19 @@
-"""A whole `FlopsResult` for tests of its readers: a SmolLM2-135M counted on two samples (milliseconds, no weights)."""
+"""What the tests of the report share: a `FlopsResult` of a SmolLM2-135M on two samples (milliseconds), a section."""
 
 from pipeline_steps import params
 from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.flops.formulas import Sample
+from pipeline_steps.report.schema import Section
 
 
 def flops_result():
     parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
     config = flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
     return flops.count(config, [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
+
+
+def report_section(title, families):
+    """The section `report` of params.yaml with few resamples, and targets for these families."""
+    targets = {"mean_accuracy": 0.75, "family_accuracy": 0.45, "card_loss": 0.7, "gap": 0.05, "blind_excess": 0.1}
+    numbers = {"min_seeds": 3, "margin": 0.05, "bootstrap_samples": 200, "seed": 1}
+    return Section(title=title, **numbers, targets={"families": list(families), **targets})

@@ -15,27 +15,12 @@ from pipeline_steps.params import UserError
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import looks, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
-from pipeline_steps.report.schema import Section
-from tests.pipeline_steps.counted import flops_result
+from tests.pipeline_steps.counted import flops_result, report_section
 
 FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
 ACCURACY = {"coarse": 0.42, "fine": 0.915, "autoregressive": 0.91, "blind": 0.12, "random_query": 0.38}
-SETTINGS = Section(
-    title="Foveated <model>",
-    min_seeds=3,
-    margin=0.05,
-    bootstrap_samples=200,
-    seed=1,
-    targets={
-        "families": list(FAMILIES),
-        "mean_accuracy": 0.75,
-        "family_accuracy": 0.45,
-        "card_loss": 0.7,
-        "gap": 0.05,
-        "blind_excess": 0.1,
-    },
-)
+SETTINGS = report_section("Foveated <model>", FAMILIES)
 
 
 def item_table(scale=1.0, seed=0, num_items=40):

@@ -9,26 +9,12 @@ from pipeline_steps.params import UserError
 from pipeline_steps.report import budgets, differences, verdicts
 from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.inputs import Run
-from pipeline_steps.report.schema import Section
 from pipeline_steps.report.verdicts import NOT_VALIDATED, UNDECIDED, VALIDATED
+from tests.pipeline_steps.counted import report_section
 
 FAMILIES = ("card", "gist")
 MODE = "autoregressive"
-SETTINGS = Section(
-    title="Report",
-    min_seeds=3,
-    margin=0.05,
-    bootstrap_samples=200,
-    seed=1,
-    targets={
-        "families": list(FAMILIES),
-        "mean_accuracy": 0.75,
-        "family_accuracy": 0.45,
-        "card_loss": 0.7,
-        "gap": 0.05,
-        "blind_excess": 0.1,
-    },
-)
+SETTINGS = report_section("Report", FAMILIES)
 DIFFICULTY = np.random.default_rng(0).gamma(4.0, 0.25, (len(FAMILIES), 40))
 
 
