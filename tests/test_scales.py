@@ -55,7 +55,8 @@ def test_a_pretrained_scale_is_the_published_network(scale):
             FoveatedVLMConfig(Dinov2Config(**vision), text, visual_token_id=text.vocab_size, **options)
         )
     assert count(model) == sum(expected) == pytest.approx(NOMINAL[size], rel=0.01)
-    _, table = trainable_parameters(model, parameters.training.stage1, parameters.training.common.weight_decay)
+    common = parameters.training.common
+    _, table = trainable_parameters(model, parameters.training.stage1, common.weight_decay, common.optimizer)
     assert [(row["group"], row["trainable"]) for row in table] == [
         ("connector", expected[2]),
         ("vision", expected[1]),

@@ -111,7 +111,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> No
             processes=group,
         )
         run.watch = Watch(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
-        _, table = trainable_parameters(run.model, settings, common.weight_decay)
+        _, table = trainable_parameters(run.model, settings, common.weight_decay, common.optimizer)
         if group.is_main:
             write_json(live / "parameters.json", table)
         devices = f"{group.world_size} x {group.device}" if group.world_size > 1 else group.device

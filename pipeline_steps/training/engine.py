@@ -19,6 +19,7 @@ from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import without_sync, wrap
 from pipeline_steps.training.keeping import all_quarantined, keep_best, publish_weights, save
 from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
+from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, trainable_parameters
 from pipeline_steps.training.run import Run, Trainer, announce, averaged
 from pipeline_steps.training.schedule import learning_rate
@@ -66,22 +67,23 @@ def prepare(run: Run) -> Trainer:
     saved = state.load_state(run.folder)
     if saved is not None:
         run.model.load_state_dict(saved[0]["model"])
-    trainable_parameters(run.model, run.settings, run.common.weight_decay)  # freezes what is not trained
+    options = (run.settings, run.common.weight_decay, run.common.optimizer)
+    trainable_parameters(run.model, *options)  # freezes what is not trained
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
     if run.is_divided:
         check_side_by_side(run)
     wrapped = wrap(run.model, run.processes, run.is_divided)
-    groups, _ = trainable_parameters(run.model, run.settings, run.common.weight_decay)  # dividing makes other ones
+    groups, _ = trainable_parameters(run.model, *options)  # dividing makes other ones
     names = {id(p): name for name, p in run.model.named_parameters()}
     if run.common.compile:
         run.model.compile_hot_paths()
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.common.betas, fused=True)
+    optimizer = Optimizer(groups, run.common.betas)
     average = Average(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
     trainer = Trainer(wrapped, optimizer, average, reference, names)
     if saved is None:
         return trainer
     tensors, values = saved
-    state.restore_optimizer(optimizer, tensors["optimizer"], names)
+    optimizer.restore(tensors["optimizer"], names)
     if average is not None:
         average.load(tensors["average"])
     run.history, run.best = values["history"], values["best"]
@@ -159,7 +161,7 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     trainer.wrapped.train()
     num_plans = config.num_passes + int(run.generator(step).random() < config.second_pass_probability)
     torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # random queries, sampled attention
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.zero_grad()
     sums, total = accumulate(run, trainer, batch, num_plans)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
@@ -226,13 +228,13 @@ def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:
     return {name: output[name].mean().item() * share[name] for name in EXTRA_LOSSES if name in output}
 
 
-def set_learning_rates(run: Run, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
+def set_learning_rates(run: Run, optimizer: Optimizer, step: int) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, run.num_steps, group["peak"], group["name"], run.settings)
     return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
 
 
-def group_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def group_norms(optimizer: Optimizer) -> dict[str, float]:
     """Gradient norm of every learning-rate group, before clipping."""
     norms = {}
     for name in GROUPS:

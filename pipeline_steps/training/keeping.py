@@ -10,7 +10,7 @@ def save(run: Run, trainer: Trainer, step: int) -> None:
     loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
     tensors = {
         "model": state.weights(run.model),
-        "optimizer": state.optimizer_tensors(trainer.optimizer, trainer.names),
+        "optimizer": trainer.optimizer.tensors(trainer.names),
     }
     if trainer.average is not None:
         tensors["average"] = {name: state.whole(value) for name, value in trainer.average.values.items()}

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
 from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import ALONE, Processes
+from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.watching import Watch
 
 
@@ -88,7 +88,7 @@ class Trainer:
     """What a step works with and a state holds."""
 
     wrapped: nn.Module  # the model, or what shares its gradients with other processes
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     average: Average | None
     reference: nn.Module | None  # frozen copy of the weights that a preference stage began with
     names: dict[int, str]  # {id(parameter): name}

@@ -28,6 +28,7 @@ class Common(StrictModel):
     batch_size: PositiveInt  # samples per optimizer step, of all devices together
     micro_batch_size: PositiveInt | Literal["auto"] | None  # samples per forward pass of one device; null: all of them;
     # auto: as many as the GPU's memory takes, found before the first step
+    optimizer: Literal["adamw", "muon"]  # muon: for the weight matrices of linear maps, AdamW for the rest
     weight_decay: NonNegativeFloat  # on matrices only
     betas: tuple[Momentum, Momentum]  # AdamW
     clip_norm: PositiveFloat  # of the gradient

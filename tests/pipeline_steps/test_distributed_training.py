@@ -14,6 +14,7 @@ from tests import pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EVERY_STEP = ("training.common.watch.log_every=1", "training.common.watch.dvclive=false")
 EVERY_STEP += ("training.common.watch.tensorboard=false", "training.stage1.num_samples=40")
+MUON = "training.common.optimizer=muon"
 
 
 def folder_for(finished_run, tmp_path, *overrides):
@@ -30,6 +31,13 @@ def curve(folder):
 def alone(finished_run, tmp_path_factory):
     """The stage in one process and one piece."""
     folder = folder_for(finished_run, tmp_path_factory.mktemp("alone"))
+    pipeline.train(folder, "stage1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone_with_muon(finished_run, tmp_path_factory):
+    folder = folder_for(finished_run, tmp_path_factory.mktemp("alone_with_muon"), MUON)
     pipeline.train(folder, "stage1")
     return folder
 
@@ -74,6 +82,14 @@ def test_the_curve_does_not_depend_on_processes(alone, finished_run, tmp_path, n
     assert_same_run(folder, alone)
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_the_curve_with_muon_does_not_depend_on_processes(alone_with_muon, finished_run, tmp_path, sharding):
+    """FSDP2 divides the matrices by rows, which Muon orthogonalizes whole."""
+    folder = folder_for(finished_run, tmp_path, MUON, f"training.common.sharding={sharding}")
+    pipeline.train(folder, "stage1", 2)
+    assert_same_run(folder, alone_with_muon)
+
+
 def test_torchrun_starts_it(alone, finished_run, tmp_path):
     folder = folder_for(finished_run, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -84,9 +100,12 @@ def test_torchrun_starts_it(alone, finished_run, tmp_path):
     assert_same_run(folder, alone)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, sharding):
-    options = (f"training.common.sharding={sharding}", "training.common.checkpoint_every=2")
+@pytest.mark.parametrize(
+    ("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("ddp", "muon"), ("fsdp", "muon")]
+)
+def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, sharding, optimizer):
+    options = (f"training.common.sharding={sharding}", f"training.common.optimizer={optimizer}")
+    options += ("training.common.checkpoint_every=2",)
     expected, folder = tmp_path / "expected", tmp_path / "killed"
     for place in (expected, folder):
         place.mkdir()

@@ -69,16 +69,18 @@ def test_twenty_kills_change_nothing(finished_run, tmp_path):
     assert not list(folder.glob(".scratch/stage2/*/"))
 
 
-def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path):
-    expected = folder_for(finished_run, tmp_path / "expected")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path, optimizer):
+    chosen = f"training.common.optimizer={optimizer}"
+    expected = folder_for(finished_run, tmp_path / "expected", chosen)
     pipeline.train(expected, "stage2")
-    folder = folder_for(finished_run, tmp_path / "other")
+    folder = folder_for(finished_run, tmp_path / "other", chosen)
     (process,) = pipeline.start_training(folder, "stage2")
     wait_for(process, ".scratch/stage2/*/step-*", folder)
     process.kill()
     process.join()
     other = ("streaming.num_workers=0", "training.common.checkpoint_every=3", "training.common.watch.dvclive=false")
-    pipeline.write_params(folder, *OPTIONS, *other)
+    pipeline.write_params(folder, *OPTIONS, chosen, *other)
     pipeline.train(folder, "stage2")
     assert "going on from step" in (folder / "log-0.txt").read_text()
     for name in RESULTS:

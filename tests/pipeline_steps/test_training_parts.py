@@ -13,6 +13,7 @@ from pipeline_steps.params import UserError
 from pipeline_steps.training import guards, state
 from pipeline_steps.training.__main__ import by_family
 from pipeline_steps.training.averaging import Average
+from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
 from tests.model.tiny import make_batch, make_model
@@ -66,12 +67,16 @@ def test_converging_groups_meet_from_above_and_below():
     assert connector[0] / vision[0] == pytest.approx(100)  # 100:1 converges to 1:1
 
 
-def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_connector():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_connector(optimizer):
     model = make_model(attention="shallow", tie_first_query=False)
-    groups, table = trainable_parameters(model, settings(), weight_decay=0.01)
+    groups, table = trainable_parameters(model, settings(), 0.01, optimizer)
     members = [id(p) for group in groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in model.parameters())
     assert sum(row["trainable"] for row in table) == sum(p.numel() for p in model.parameters())
+    for name in ("adamw", "muon"):
+        own = sum(p.numel() for group in groups if group["optimizer"] == name for p in group["params"])
+        assert sum(row[name] for row in table) == own
     connector = {name.split(".")[0] for name, _ in model.named_parameters() if group_of(name) == "connector"}
     assert connector == {
         "connector", "static_query", "first_query", "query_projection", "planner", "shallow_attention"
@@ -91,11 +96,43 @@ def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_conn
 )
 def test_a_frozen_group_is_not_trained(options, frozen):
     model = make_model()
-    groups, table = trainable_parameters(model, settings(**options), weight_decay=0.01)
+    groups, table = trainable_parameters(model, settings(**options), 0.01, "muon")
     assert {group["name"] for group in groups} == set(GROUPS) - frozen
     assert all(p.requires_grad == (group_of(name) not in frozen) for name, p in model.named_parameters())
     assert {row["group"] for row in table if not row["trainable"]} == frozen
     assert {row["group"] for row in table if not row["learning_rate"]} == frozen
+    assert all(row["muon"] + row["adamw"] == row["trainable"] for row in table)
+
+
+def muon_names(model):
+    groups, _ = trainable_parameters(model, settings(), 0.01, "muon")
+    own = {id(p) for group in groups if group["optimizer"] == "muon" for p in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def test_muon_trains_the_matrices_of_linear_maps_only():
+    """Table of the parts: what is left to AdamW has no two dimensions or no rows that are summed over."""
+    model = make_model(num_visual_tokens_per_frame=2, token_aggregation="weighted", tie_first_query=False)
+    names = muon_names(model)
+    left = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2} - names
+    assert left == {
+        "static_query", "first_query", "aggregation_score.weight", "language_model.model.embed_tokens.weight",
+        "vision_encoder.embeddings.cls_token", "vision_encoder.embeddings.position_embeddings",
+        "vision_encoder.embeddings.patch_embeddings.projection.weight",
+    }  # fmt: skip
+    assert {"connector.weight", "planner.weight", "query_projection.weight"} <= names
+    assert {name.split(".")[0] for name in names} == {
+        "connector", "planner", "query_projection", "vision_encoder", "language_model"
+    }  # fmt: skip
+    assert all(model.get_parameter(name).ndim == 2 for name in names)
+
+
+def test_an_output_layer_of_its_own_is_no_matrix_for_muon():
+    model = make_model()
+    head = model.language_model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    assert "language_model.lm_head.weight" in dict(model.named_parameters())
+    assert "language_model.lm_head.weight" not in muon_names(model)
 
 
 def test_a_rate_that_rises_from_zero_is_no_freezing():
@@ -104,13 +141,13 @@ def test_a_rate_that_rises_from_zero_is_no_freezing():
         rates={"vision": 0.0},
         converged_learning_rate=SimpleNamespace(connector=1e-3, vision=1e-4, language=1e-4),
     )
-    groups, _ = trainable_parameters(make_model(), rising, 0.0)
+    groups, _ = trainable_parameters(make_model(), rising, 0.0, "adamw")
     assert "vision" in {group["name"] for group in groups}
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="all learning rates are 0"):
-        trainable_parameters(make_model(), settings(rates=dict.fromkeys(GROUPS, 0.0)), 0.0)
+        trainable_parameters(make_model(), settings(rates=dict.fromkeys(GROUPS, 0.0)), 0.0, "adamw")
 
 
 # ---------------------------------------------------------------- states
@@ -175,26 +212,48 @@ def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
     assert (tensors["model"]["w"].item(), values["step"]) == (1.0, 3)
 
 
-def test_an_optimizer_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
     def trained(steps, saved=None):
         model = make_model().train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        groups, _ = trainable_parameters(model, settings(), 0.01, name)
+        optimizer = Optimizer(groups, betas=(0.9, 0.98))
         names = {id(p): name for name, p in model.named_parameters()}
         if saved is not None:
             model.load_state_dict(saved[0]["model"])
-            state.restore_optimizer(optimizer, saved[0]["optimizer"], names)
+            optimizer.restore(saved[0]["optimizer"], names)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"]
         for _ in range(steps):
             optimizer.zero_grad()
             model(**make_batch()).loss.backward()
             optimizer.step()
-        return model, state.optimizer_tensors(optimizer, names)
+        return model, optimizer.tensors(names)
 
     expected, _ = trained(4)
     model, tensors = trained(2)
+    kinds = {what for _, _, what in (key.rpartition("/") for key in tensors)}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
     state.save_state(tmp_path, 2, {"model": model.state_dict(), "optimizer": tensors}, {}, keep=1)
     again, _ = trained(2, state.load_state(tmp_path))
     for (name, one), other in zip(expected.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_muon_moves_a_matrix_by_an_orthogonal_one_of_adamws_size():
+    """All singular values of an update are alike, at the root mean square 0.2 of the learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(64, 16))
+    matrix.grad = torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    groups = [{"params": [matrix], "weight_decay": 0.0, "optimizer": "muon", "peak": 1e-3, "name": "connector"}]
+    optimizer = Optimizer(groups, betas=(0.9, 0.98))
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+    spread = torch.linalg.svdvals(matrix.grad)
+    assert spread[0] / spread[-1] > 20
+    values = torch.linalg.svdvals(matrix.detach())
+    assert values[0] / values[-1] < 2  # Newton-Schulz leaves them between about .7 and 1.2
+    assert matrix.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.25)
 
 
 # ---------------------------------------------------------------- averages and guards
