@@ -111,7 +111,6 @@ class Attention(nn.Module):
         keys: Tensor,
         values: Tensor,
         how: QueryAttention,
-        layer: int = 0,
         num_patch_rows: int = 0,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +120,7 @@ class Attention(nn.Module):
         looking = queries[:, :, num_patch_rows:]
         weights = None
         if looking.shape[2] and (output_attentions or not how.is_plain):
-            weights = how.weights(looking, keys, layer)
+            weights = how.weights(looking, keys)
         if how.is_plain or not looking.shape[2]:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
@@ -164,7 +163,6 @@ class Layer(nn.Module):
         self,
         rows: Tensor,
         how: QueryAttention,
-        index: int,
         num_patch_rows: int,
         skip_patches: bool,
         output_attentions: bool,
@@ -175,7 +173,7 @@ class Layer(nn.Module):
         keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows])
         if skip_patches:
             rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
-        rows, weights = self.read(rows, normed, keys, values, how, index, num_patch_rows, output_attentions)
+        rows, weights = self.read(rows, normed, keys, values, how, num_patch_rows, output_attentions)
         return rows, keys, values, weights
 
     def read(
@@ -185,20 +183,17 @@ class Layer(nn.Module):
         keys: Tensor,
         values: Tensor,
         how: QueryAttention,
-        index: int,
         num_patch_rows: int,
         output_attentions: bool,
     ):
         """rows, normed = norm1(rows): [F, rows, D] -> (rows, weights of the query rows or None)."""
-        mixed, weights = self.attention(normed, keys, values, how, index, num_patch_rows, output_attentions)
+        mixed, weights = self.attention(normed, keys, values, how, num_patch_rows, output_attentions)
         rows = rows + self.layer_scale1(mixed)
         return rows + self.layer_scale2(self.mlp(self.norm2(rows))), weights
 
-    def attend(
-        self, rows: Tensor, keys: Tensor, values: Tensor, how: QueryAttention, index: int, output_attentions: bool
-    ):
+    def attend(self, rows: Tensor, keys: Tensor, values: Tensor, how: QueryAttention, output_attentions: bool):
         """Query rows alone, over the layer's cached keys and values: [F, K, D] -> (rows, weights or None)."""
-        return self.read(rows, self.norm1(rows), keys, values, how, index, 0, output_attentions)
+        return self.read(rows, self.norm1(rows), keys, values, how, 0, output_attentions)
 
 
 class LayerStack(nn.Module):
@@ -245,9 +240,8 @@ class FoveatedEncoder(nn.Module):
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             skip_patches = index == last and not need_patch_features
-            rows, keys, values, seen = self._run(
-                layer, rows, how, index, num_patch_rows, skip_patches, output_attentions
-            )
+            own = how.of_layer(index)
+            rows, keys, values, seen = self._run(layer, rows, own, num_patch_rows, skip_patches, output_attentions)
             walk.keys.append(keys)
             walk.values.append(values)
             weights.append(seen)
@@ -268,7 +262,7 @@ class FoveatedEncoder(nn.Module):
         """
         rows, weights = query_rows, []
         for index, (layer, keys, values) in enumerate(zip(self.encoder.layer, walk.keys, walk.values, strict=True)):
-            rows, seen = self._run(layer.attend, rows, keys, values, how, index, output_attentions)
+            rows, seen = self._run(layer.attend, rows, keys, values, how.of_layer(index), output_attentions)
             weights.append(seen)
         return self.layernorm(rows), torch.stack(weights) if output_attentions else None
 
@@ -309,6 +303,6 @@ class ShallowQueryAttention(nn.Module):
         self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False, how: QueryAttention = PLAIN
     ) -> tuple[Tensor, Tensor | None]:
         """As `FoveatedEncoder.attend`, over one layer."""
-        normed = self.query_norm(query_rows)
+        normed, how = self.query_norm(query_rows), how.of_layer(0)
         mixed, weights = self.attention(normed, walk.keys[0], walk.values[0], how, output_attentions=output_attentions)
         return self.layernorm(query_rows + mixed), weights[None] if output_attentions else None

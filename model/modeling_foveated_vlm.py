@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
+from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
 from .input_checks import check_cache, check_inputs, check_left_padded, check_room
@@ -68,7 +69,6 @@ class FoveatedVLMForConditionalGeneration(
             self.time_projection = nn.Linear(TIME_FEATURES, text.hidden_size, bias=False)
         if config.architecture == "foveated":
             self._build_query_path(config)
-        self._compiled_reading = None  # set by compile_hot_paths
         self.post_init()
 
     def _build_query_path(self, config: FoveatedVLMConfig) -> None:
@@ -184,7 +184,7 @@ class FoveatedVLMForConditionalGeneration(
 
     def _plan(self, hidden: Tensor) -> Tensor:
         """Hidden states at the visual tokens [f, P, E] -> the queries of the next frame [f, K, Q]."""
-        planned = self.planner(hidden)  # [f, P, K / P * Q]
+        planned = self.planner(hidden).to(self.static_query.dtype)  # [f, P, K / P * Q]
         return planned.reshape(len(planned), self.config.num_visual_tokens_per_frame, self.config.query_dim)
 
     def _walk(
@@ -197,7 +197,7 @@ class FoveatedVLMForConditionalGeneration(
             return walk, None if queries is None else self._attend(queries, walk, times, how, output_attentions)
         if queries is None:
             return self.vision_encoder.walk(pixel_values), None
-        rows = self.query_projection(queries)
+        rows = self._query_rows(queries)
         walk = self.vision_encoder.walk(pixel_values, rows, output_attentions=output_attentions, how=how)
         return walk, Look(self._tokens(walk.query_output, times), queries, walk.attention_weights)
 
@@ -205,8 +205,13 @@ class FoveatedVLMForConditionalGeneration(
         self, queries: Tensor, walk: VisionWalk, times: Tensor, how: QueryAttention, output_attentions: bool
     ) -> Look:
         attention = self.shallow_attention if self.config.attention == "shallow" else self.vision_encoder
-        features, weights = attention.attend(self.query_projection(queries), walk, output_attentions, how)
+        features, weights = attention.attend(self._query_rows(queries), walk, output_attentions, how)
         return Look(self._tokens(features, times), queries, weights)
+
+    def _query_rows(self, queries: Tensor) -> Tensor:
+        """Queries [F, K, Q] -> rows [F, K, D] in the weights' precision, as the patches are: under autocast too every
+        mode has the same residual stream."""
+        return self.query_projection(queries).to(self.query_projection.weight.dtype)
 
     def _tokens(self, features: Tensor, times: Tensor) -> Tensor:
         """What the queries of a frame found [F, K, D] -> its visual tokens [F, P, E]."""
@@ -250,8 +255,7 @@ class FoveatedVLMForConditionalGeneration(
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
         """Hidden states [B, S, E] of the language model over text and visual tokens."""
-        reading = self._compiled_reading or self.language_model.model
-        return reading(
+        return self.language_model.model(
             inputs_embeds=self.embed(input_ids, visual_tokens),
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask),
@@ -381,13 +385,10 @@ class FoveatedVLMForConditionalGeneration(
         )
 
     def compile_hot_paths(self, **options) -> None:
-        """torch.compile for the vision walk, the queries' walk and the parallel reading of the language model.
+        """torch.compile for every layer of the vision encoder and of the language model, in place (`compiled.py`).
 
-        Each becomes one graph: an operation that cannot be compiled is an error, no silent fall-back. `options` are
-        torch.compile's. The weights and their names stay as they are. Not compiled: the autoregressive mode's reading
-        frame by frame, whose cache grows.
+        An operation that cannot be compiled is an error. `options` are torch.compile's. The weights
+        and their names stay as they are. Not compiled: what reads with a key-value cache, which grows: the language
+        model's frame-by-frame reading and `generate`.
         """
-        options = {"fullgraph": True, "dynamic": True, **options}
-        self.vision_encoder.walk = torch.compile(self.vision_encoder.walk, **options)
-        self.vision_encoder.attend = torch.compile(self.vision_encoder.attend, **options)
-        self._compiled_reading = torch.compile(self.language_model.model.forward, **options)
+        compile_layers(self.vision_encoder.encoder.layer, self.language_model.model.layers, **options)

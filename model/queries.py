@@ -3,7 +3,7 @@
 Shapes: F frames, K query rows per frame, N patches, H heads, C head width, L layers, Q query width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 class QueryAttention:
     """How query rows attend; softmax attention to the whole frame where nothing is set.
 
-    temperature: [L], the logits of each layer are divided by it. hard: `top_k` keeps the `top_k` largest logits of
+    temperature: [L], or of one layer [], divides the logits. hard: `top_k` keeps the `top_k` largest logits of
     every head; `gumbel` takes one place per head, sampled in training with a straight-through gradient (Jang et al.
     2017, "Categorical Reparameterization with Gumbel-Softmax"), the largest one otherwise. allowed: bool [F, N + 1],
     where a query may look at all.
@@ -30,11 +30,11 @@ class QueryAttention:
     def is_plain(self) -> bool:
         return self.temperature is None and self.hard == "none" and self.allowed is None
 
-    def weights(self, queries: Tensor, keys: Tensor, layer: int = 0) -> Tensor:
+    def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention weights of queries [F, H, K, C] to keys [F, H, N + 1, C]: [F, H, K, N + 1]."""
         logits = queries @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5
         if self.temperature is not None:
-            logits = logits / self.temperature[layer]
+            logits = logits / self.temperature
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed[:, None, None], float("-inf"))
         if self.hard == "top_k":
@@ -46,11 +46,15 @@ class QueryAttention:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         return logits.softmax(dim=-1)
 
+    def of_layer(self, index: int) -> "QueryAttention":
+        """The same for one layer, whose temperature it has."""
+        return self if self.temperature is None else replace(self, temperature=self.temperature[index])
+
     def select_frames(self, index: Tensor) -> "QueryAttention":
         """The same for a subset of the frames (index: int64 [f])."""
         if self.allowed is None:
             return self
-        return QueryAttention(self.temperature, self.hard, self.top_k, self.allowed[index], self.training)
+        return replace(self, allowed=self.allowed[index])
 
 
 class QuerySource:

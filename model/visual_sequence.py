@@ -71,7 +71,9 @@ class VisualSequence:
         """
         shape = (len(self.num_frames), self.tokens_per_frame)
         samples = self.samples_of(frames)
-        embeddings = visual_tokens.new_zeros(*shape, visual_tokens.shape[-1]).index_copy(0, samples, visual_tokens)
+        dtype = self.model.language_model.get_input_embeddings().weight.dtype  # as `embed`: autocast makes other tokens
+        embeddings = visual_tokens.new_zeros(*shape, visual_tokens.shape[-1], dtype=dtype)
+        embeddings = embeddings.index_copy(0, samples, visual_tokens.to(dtype))
         present = torch.zeros(shape, dtype=cache["mask"].dtype, device=embeddings.device).index_fill(0, samples, 1)
         cache["mask"] = torch.cat([cache["mask"], present], dim=1)
         return self._run(embeddings, position_ids(cache["mask"])[:, -self.tokens_per_frame :], cache)

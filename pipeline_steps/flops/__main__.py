@@ -11,14 +11,16 @@ tokens, and the mean is reported. The second form needs params.yaml only; --fram
 
 import argparse
 import copy
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from model import FoveatedVLMConfig
+from pipeline_steps import flop_formulas as formulas
 from pipeline_steps import metrics, params
-from pipeline_steps.flops import formulas, iso, predecessor, scales, serving
-from pipeline_steps.flops.formulas import Sample
+from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.flops import iso, predecessor, scales, serving
 from pipeline_steps.params import UserError
 from pipeline_steps.records import ShardsManifest, read_record
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -148,11 +150,8 @@ def count(config, samples, parameters):
     typical = Sample(**{name: round(value) for name, value in means.items()})
     size = settings.bytes_per_number
     return metrics.FlopsResult(
-        modes={mode: formulas.mean(formulas.forward(config, sample, mode) for sample in samples) for mode in modes},
-        arms={
-            name: formulas.mean(formulas.forward(arm, sample, "autoregressive") for sample in samples)
-            for name, arm in arms.items()
-        },
+        modes={mode: mean_flops(config, samples, mode) for mode in modes},
+        arms={name: mean_flops(arm, samples, "autoregressive") for name, arm in arms.items()},
         training_sample=training(config, samples),
         training={name: training(arm, samples) for name, arm in arms.items()},
         curves={"num_frames": list(map(float, CURVE_FRAMES)), **{n: curve(arm, typical) for n, arm in arms.items()}},
@@ -172,6 +171,12 @@ def count(config, samples, parameters):
             **{f"mean_{name}": value for name, value in means.items()},
         },
     )
+
+
+def mean_flops(config, samples, mode):
+    """`metrics.ModeFlops`: the mean of the samples."""
+    found = formulas.mean(formulas.forward(config, sample, mode) for sample in samples)
+    return metrics.ModeFlops.model_validate(asdict(found))
 
 
 def training(config, samples):

@@ -2,8 +2,9 @@
 
 import math
 
-from pipeline_steps.flops import formulas, predecessor
-from pipeline_steps.flops.formulas import Sample
+from pipeline_steps import flop_formulas as formulas
+from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.flops import predecessor
 from pipeline_steps.metrics import BudgetSamples, Frontier
 
 

@@ -9,8 +9,8 @@ whatever the data held.
 
 import math
 
-from pipeline_steps.flops import formulas
-from pipeline_steps.flops.formulas import Sample
+from pipeline_steps import flop_formulas as formulas
+from pipeline_steps.flop_formulas import Sample
 from pipeline_steps.metrics import CountStep
 
 NUM_FRAMES, NUM_TEXT_TOKENS, NUM_PATCH_ROWS = 8, 128, 257

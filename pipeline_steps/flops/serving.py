@@ -1,4 +1,4 @@
-"""What an answer costs, and what memory it and a training sample take. From shapes alone, as formulas.py.
+"""What an answer costs, and what memory it and a training sample take. From shapes alone, as flop_formulas.py.
 
 An answer (`generate`): the frames are looked at one after another with the language model's key-value cache, the whole
 prompt is read once more in one pass whose last position gives the first token (together: prefill), then every further
@@ -21,7 +21,7 @@ vocabulary           V numbers in fp32 per labelled position
 D vision width, E language width, A, C width of all query heads and of all key-value heads, I feed-forward width.
 """
 
-from pipeline_steps.flops.formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
+from pipeline_steps.flop_formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
 from pipeline_steps.metrics import AnswerCost, TrainingMemory
 
 FP32 = 4  # bytes

@@ -26,6 +26,7 @@ from pipeline_steps.training.schedule import learning_rate
 from pipeline_steps.training.validation import draw_looks, to_device, validate
 
 EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margin")  # of lambdas, and of preferences
+MOMENTS = 2  # that AdamW keeps of every trained weight
 STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
 
 
@@ -72,11 +73,11 @@ def prepare(run: Run) -> Trainer:
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
     if run.is_divided:
         check_side_by_side(run)
+    if run.common.compile:
+        run.model.compile_hot_paths()  # first, so that what sharding does around a layer stays outside of its graph
     wrapped = wrap(run.model, run.processes, run.is_divided)
     groups, _ = trainable_parameters(run.model, *options)  # dividing makes other ones
     names = {id(p): name for name, p in run.model.named_parameters()}
-    if run.common.compile:
-        run.model.compile_hot_paths()
     optimizer = Optimizer(groups, run.common.betas)
     average = Average(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
     trainer = Trainer(wrapped, optimizer, average, reference, names)
@@ -122,7 +123,7 @@ def check_side_by_side(run: Run) -> None:
 
 def choose_micro_batch_size(run: Run) -> int | None:
     """Samples per forward pass: the given number, None for a whole batch, or as many of the largest samples as fit the
-    memory of every process's GPU, beside the optimizer's state that there will be.
+    memory of every process's GPU, beside what the run keeps there from the first step on (`state_to_come`).
 
     Every process tries by itself with the whole model, so with fsdp, which divides it, more may fit than is found.
     """
@@ -135,24 +136,41 @@ def choose_micro_batch_size(run: Run) -> int | None:
     patches = (run.train.image_size // run.model.config.vision_config.patch_size) ** 2
     places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
     largest = np.argsort(-places, kind="stable").tolist()
-    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    parts = run.processes.world_size if run.is_divided else 1
 
     def try_size(size: int) -> None:
-        state_to_come = trained[0].new_empty(2 * sum(parameter.numel() for parameter in trained) // parts)
-        batch = to_device(run.loader.collate([run.train[number] for number in largest[:size]]), run.device)
-        num_plans = run.model.config.num_passes + 1
-        try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=run.common.precision == "bf16"):
-                output = run.model.train()(**batch, num_plans=num_plans)
-                (output.log_probs.sum() if output.loss is None else output.loss).backward()
-        finally:
-            run.model.zero_grad(set_to_none=True)
-            del state_to_come
+        batch = run.loader.collate([run.train[number] for number in largest[:size]])
+        try_micro_batch(run, batch, accumulates=size < share)
 
     size = run.processes.smallest(guards.find_micro_batch_size(share, try_size))
     announce(run, [f"{run.stage}: micro-batches of {size} samples fit the memory of {run.device}"])
     return size
+
+
+def state_to_come(run: Run) -> list[torch.Tensor]:
+    """Empty tensors as large as what one process keeps of its trained weights beside them: AdamW's two moments, and the
+    average of the weights where there is one. With fsdp a process keeps its part."""
+    copies = MOMENTS + (run.common.ema_decay is not None)
+    parts = run.processes.world_size if run.is_divided else 1
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    return [parameter.new_empty(copies * -(-parameter.numel() // parts)) for parameter in trained]
+
+
+def try_micro_batch(run: Run, batch: dict, accumulates: bool) -> None:
+    """A forward and a backward pass of a batch of the whole network, beside the `state_to_come` and, where the step
+    `accumulates` micro-batches or several processes share their gradients in buckets, beside all gradients."""
+    config, kept = run.model.config, state_to_come(run)
+    if accumulates or (run.processes.world_size > 1 and not run.is_divided):
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    inputs = to_device(batch, run.device) | {"mode": "coarse" if config.coarse_only else "fine"}
+    try:
+        with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"):
+            output = run.model.train()(**inputs, num_plans=config.num_passes + 1)
+            (output.log_probs.sum() if output.loss is None else output.loss).backward()
+    finally:
+        run.model.zero_grad(set_to_none=True)
+        del kept
 
 
 def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
@@ -179,7 +197,8 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     }
     row |= losses
     row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
-    run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]))
+    flops = run.step_flops.of_batch(batch, num_plans) if run.watch.peak else 0.0
+    run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]), flops=flops)
     return row
 
 
@@ -197,7 +216,6 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
         of = counts(piece)
         inputs = to_device(piece, device) | {"mode": "coarse" if config.coarse_only else "fine", "num_plans": num_plans}
         with (
-            run.watch.flops_of(len(piece["keys"])),
             without_sync(trainer.wrapped, number == len(pieces) - 1),
             torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"),
         ):

@@ -14,6 +14,7 @@ from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
 from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import ALONE, Processes
+from pipeline_steps.training.mfu import StepFlops
 from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.watching import Watch
 
@@ -65,6 +66,11 @@ class Run:
         )
         group = self.processes
         return Loader(self.train, self.served, collate, self.streaming, rank=group.rank, world_size=group.world_size)
+
+    @cached_property
+    def step_flops(self) -> StepFlops:
+        """Of the training steps, once it is settled what is trained."""
+        return StepFlops(self.model, self.train.image_size)
 
     @property
     def num_steps(self) -> int:

@@ -6,20 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pipeline_steps.params import UserError
+from pipeline_steps.training.mfu import peak_flops
 
-# dense bf16 tensor-core TFLOP/s of NVIDIA's data sheets
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0}
 SIDE = 112  # px of a picture
 
 
@@ -29,11 +26,10 @@ class Watch:
     def __init__(self, settings, stage: str, num_steps: int, folder: Path, group, precision: str):
         """`folder`: for all that is written. `group`: the Processes of the run."""
         self.settings, self.stage, self.num_steps, self.folder = settings, stage, num_steps, folder
-        self.device, self.is_main, self.num_devices = group.device, group.is_main, group.world_size
+        self.device, self.is_main = group.device, group.is_main
         self.peak = peak_flops(settings.peak_tflops, group.device, precision)
-        self.flops_per_sample: float | None = None
         self.bar: tqdm | None = None
-        self.started, self.samples, self.positions = time.monotonic(), 0, 0
+        self.started, self.samples, self.positions, self.flops = time.monotonic(), 0, 0, 0.0
         self.loggers = start_loggers(settings, stage, folder) if group.is_main else []
 
     def progress(self, batches: Iterable, first: int) -> Iterator:
@@ -51,11 +47,12 @@ class Watch:
         ) as self.bar:
             yield from self.bar
 
-    def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int) -> None:
-        """After every step: its row of the metrics table, whether that is kept, and how many samples and sequence
-        positions the step had."""
+    def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int, flops: float) -> None:
+        """After every step: its row of the metrics table, whether that is kept, how many samples and sequence positions
+        the step had, and the FLOPs of this process's part of it (0 where the peak is unknown)."""
         self.samples += num_samples
         self.positions += num_positions
+        self.flops += flops
         if not (self.is_main and is_logged):
             return
         speed = self.speed()
@@ -70,8 +67,8 @@ class Watch:
             "speed/tokens_per_second": self.positions / seconds,
             "speed/peak_memory_gib": peak_memory(self.device),
         }
-        if self.peak and self.flops_per_sample:
-            values["speed/mfu"] = self.flops_per_sample * self.samples / seconds / (self.peak * self.num_devices)
+        if self.peak:
+            values["speed/mfu"] = self.flops / seconds / self.peak
         return values
 
     def rows(self, rows: list[dict]) -> None:
@@ -99,16 +96,6 @@ class Watch:
             for logger in self.loggers:
                 logger.picture(f"looks/{item['key']}", strip, step)
 
-    @contextmanager
-    def flops_of(self, num_samples: int) -> Iterator[None]:
-        """Around the gradient of `num_samples` samples: counts its FLOPs once, where the device's peak is known."""
-        if not self.peak or self.flops_per_sample:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.flops_per_sample = counter.get_total_flops() / num_samples
-
     def close(self) -> None:
         for logger in self.loggers:
             logger.close()
@@ -127,16 +114,6 @@ def bar_text(row: dict, speed: dict[str, float]) -> str:
     if "speed/mfu" in speed:
         parts.append(f"MFU {speed['speed/mfu']:.1%}")
     return ", ".join(parts)
-
-
-def peak_flops(given: float | None, device: str, precision: str) -> float | None:
-    """FLOP/s of one device at its best, or None where nobody says."""
-    if given is not None:
-        return given * 1e12
-    if device == "cpu" or precision != "bf16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 
 def peak_memory(device: str) -> float:

@@ -9,8 +9,9 @@ from transformers import Dinov2Config, LlamaConfig, LlamaForCausalLM
 from model.configuration_foveated_vlm import FoveatedVLMConfig
 from model.foveated_encoder import FoveatedEncoder
 from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
-from pipeline_steps.flops import formulas, scales, serving
-from pipeline_steps.flops.formulas import Sample
+from pipeline_steps import flop_formulas as formulas
+from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.flops import scales, serving
 
 VISUAL = 128
 SAMPLE = Sample(num_frames=5, num_text_tokens=23, num_tokens_before=9, num_labels=7)

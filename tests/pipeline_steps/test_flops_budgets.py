@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 
+from pipeline_steps import flop_formulas as formulas
 from pipeline_steps import params
+from pipeline_steps.flop_formulas import Sample
 from pipeline_steps.flops import __main__ as flops
-from pipeline_steps.flops import formulas, iso, predecessor, scales
-from pipeline_steps.flops.formulas import Sample
+from pipeline_steps.flops import iso, predecessor, scales
 from pipeline_steps.params import UserError
 
 

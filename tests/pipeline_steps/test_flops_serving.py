@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
+from pipeline_steps.flop_formulas import Sample
 from pipeline_steps.flops import scales, serving
-from pipeline_steps.flops.formulas import Sample
 from tests.pipeline_steps.test_flops import SAMPLE, batch_of, make_config
 
 ARMS = [

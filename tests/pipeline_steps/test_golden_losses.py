@@ -6,7 +6,6 @@ ones with `python -m tests.pipeline_steps.test_golden_losses` and say in docs/ex
 
 import itertools
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -56,7 +55,7 @@ def make_run(stage: str, layout: str, folder, optimizer: str = "adamw", **option
     every = SimpleNamespace(order=np.arange(4))
     run.__dict__["served"] = SimpleNamespace(plan=every)
     run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
-    run.watch = SimpleNamespace(flops_of=lambda num_samples: nullcontext(), step=lambda row, is_logged, **counts: None)
+    run.watch = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
     return run
 
 

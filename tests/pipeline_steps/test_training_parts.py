@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline_steps.params import UserError
-from pipeline_steps.training import guards, state
+from pipeline_steps.training import engine, guards, state
 from pipeline_steps.training.__main__ import by_family
 from pipeline_steps.training.averaging import Average
+from pipeline_steps.training.distributed import Processes
 from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
@@ -344,6 +345,50 @@ def test_a_sample_that_never_fits_is_an_error():
 
     with pytest.raises(UserError, match="a single sample is too large"):
         guards.find_micro_batch_size(8, try_size)
+
+
+def auto_run(**options):
+    """A run as `try_micro_batch` sees it."""
+    model = make_model().train()
+    groups, _ = trainable_parameters(model, settings(freeze_vision=True), weight_decay=0.01)
+    common = SimpleNamespace(**({"ema_decay": None, "precision": "fp32"} | options.pop("common", {})))
+    run = {"processes": Processes(), "is_divided": False, "device": "cpu"} | options
+    return SimpleNamespace(model=model, common=common, **run), groups
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_what_is_reserved_is_what_optimizer_and_average_hold(decay):
+    run, groups = auto_run(common={"ema_decay": decay})
+    reserved = sum(tensor.nbytes for tensor in engine.state_to_come(run))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    run.model(**make_batch()).loss.backward()
+    optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values() if value.ndim or value.numel() > 1]
+    if decay is not None:
+        held += Average(run.model, decay).values.values()
+    assert reserved == sum(value.nbytes for value in held)
+    parts, _ = auto_run(common={"ema_decay": decay}, is_divided=True, processes=Processes(world_size=2))
+    assert sum(tensor.nbytes for tensor in engine.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("accumulates", "options", "there"),
+    [
+        (True, {}, True),
+        (False, {}, False),  # a whole step in one piece: gradients come while activations go
+        (False, {"processes": Processes(world_size=2)}, True),  # buckets
+        (False, {"processes": Processes(world_size=2), "is_divided": True}, False),
+    ],
+)
+def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumulates, options, there, monkeypatch):
+    run, _ = auto_run(**options)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    seen = []
+    run.model.register_forward_pre_hook(lambda *_: seen.append({p.grad is not None for p in trained}))
+    monkeypatch.setattr(engine, "state_to_come", lambda run: seen.append("state") or [])
+    engine.try_micro_batch(run, make_batch(), accumulates)
+    assert seen == ["state", {there}]
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_scores_of_a_family_are_weighted_by_tokens_over_its_sources():
