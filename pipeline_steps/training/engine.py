@@ -19,14 +19,13 @@ from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import without_sync, wrap
 from pipeline_steps.training.keeping import all_quarantined, keep_best, publish_weights, save
 from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
-from pipeline_steps.training.optimizers import Optimizer
-from pipeline_steps.training.parameters import GROUPS, trainable_parameters
+from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
+from pipeline_steps.training.parameters import GROUPS, trainable_parameters, weight_matrices
 from pipeline_steps.training.run import Run, Trainer, announce, averaged
 from pipeline_steps.training.schedule import learning_rate
 from pipeline_steps.training.validation import draw_looks, to_device, validate
 
 EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margin")  # of lambdas, and of preferences
-MOMENTS = 2  # that AdamW keeps of every trained weight
 STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
 
 
@@ -147,12 +146,14 @@ def choose_micro_batch_size(run: Run) -> int | None:
 
 
 def state_to_come(run: Run) -> list[torch.Tensor]:
-    """Empty tensors as large as what one process keeps of its trained weights beside them: AdamW's two moments, and the
-    average of the weights where there is one. With fsdp a process keeps its part."""
-    copies = MOMENTS + (run.common.ema_decay is not None)
+    """Empty tensors as large as what one process keeps of its trained weights beside them: the optimizer's state, and
+    the average of the weights where there is one. With fsdp a process keeps its part."""
     parts = run.processes.world_size if run.is_divided else 1
+    for_muon = weight_matrices(run.model) if run.common.optimizer == "muon" else set()
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    return [parameter.new_empty(copies * -(-parameter.numel() // parts)) for parameter in trained]
+    has_average = run.common.ema_decay is not None
+    copies = [STATE_COPIES["muon" if id(parameter) in for_muon else "adamw"] + has_average for parameter in trained]
+    return [p.new_empty(count * -(-p.numel() // parts)) for p, count in zip(trained, copies, strict=True)]
 
 
 def try_micro_batch(run: Run, batch: dict, accumulates: bool) -> None:

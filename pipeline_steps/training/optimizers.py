@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from pipeline_steps.training import state
 
+STATE_COPIES = {"adamw": 2, "muon": 1}  # numbers kept of every trained weight
 MOMENTUM = 0.95  # of Muon, with Nesterov's step
 
 

@@ -347,27 +347,30 @@ def test_a_sample_that_never_fits_is_an_error():
         guards.find_micro_batch_size(8, try_size)
 
 
-def auto_run(**options):
+def auto_run(optimizer="adamw", **options):
     """A run as `try_micro_batch` sees it."""
     model = make_model().train()
-    groups, _ = trainable_parameters(model, settings(freeze_vision=True), weight_decay=0.01)
-    common = SimpleNamespace(**({"ema_decay": None, "precision": "fp32"} | options.pop("common", {})))
+    groups, _ = trainable_parameters(model, settings(freeze_vision=True), 0.01, optimizer)
+    defaults = {"ema_decay": None, "precision": "fp32", "optimizer": optimizer}
+    common = SimpleNamespace(**(defaults | options.pop("common", {})))
     run = {"processes": Processes(), "is_divided": False, "device": "cpu"} | options
     return SimpleNamespace(model=model, common=common, **run), groups
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_what_is_reserved_is_what_optimizer_and_average_hold(decay):
-    run, groups = auto_run(common={"ema_decay": decay})
+def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
+    run, groups = auto_run(name, common={"ema_decay": decay})
     reserved = sum(tensor.nbytes for tensor in engine.state_to_come(run))
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    optimizer = Optimizer(groups, (0.9, 0.98))
     run.model(**make_batch()).loss.backward()
     optimizer.step()
-    held = [value for state in optimizer.state.values() for value in state.values() if value.ndim or value.numel() > 1]
+    held = [value for part in optimizer.parts for state in part.state.values() for value in state.values()]
+    held = [value for value in held if value.ndim or value.numel() > 1]  # without counters of steps
     if decay is not None:
         held += Average(run.model, decay).values.values()
     assert reserved == sum(value.nbytes for value in held)
-    parts, _ = auto_run(common={"ema_decay": decay}, is_divided=True, processes=Processes(world_size=2))
+    parts, _ = auto_run(name, common={"ema_decay": decay}, is_divided=True, processes=Processes(world_size=2))
     assert sum(tensor.nbytes for tensor in engine.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
 
 
