@@ -11,7 +11,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 repro: setup ## run the whole pipeline; only what changed runs again
-	python -m pipeline_steps.params
+	python -m pipeline_steps.common.params
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/report.html"
 
@@ -29,7 +29,7 @@ lint: setup ## ruff
 	ruff check .
 
 params: setup ## write params.yaml from conf/
-	python -m pipeline_steps.params --compose
+	python -m pipeline_steps.common.params --compose
 
 report: setup ## rebuild the report and what it needs
 	dvc repro report

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline_steps.sources.hub import reader, tables
-from pipeline_steps.sources.hub.catalogue import ADAPTERS
+from pipeline_steps.sources.hub.registry import ADAPTERS
 
 ROWS_PER_GROUP = 1000
 

@@ -39,8 +39,8 @@ import pyarrow as pa
 from PIL import Image
 
 from model.processing_foveated_vlm import normalise
-from pipeline_steps import params, sidecar
-from pipeline_steps.records import (
+from pipeline_steps.common import params, sidecar
+from pipeline_steps.common.records import (
     FramePolicy,
     ShardEntry,
     ShardsManifest,

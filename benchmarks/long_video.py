@@ -18,8 +18,9 @@ from unittest.mock import patch
 import av
 import numpy as np
 
-from pipeline_steps import frames, params
-from pipeline_steps.params import UserError
+from model import frames
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
 
 FPS, KEY_SECONDS = 30, 2
 

@@ -27,9 +27,9 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.configuration_foveated_vlm import MODES
-from pipeline_steps import params
-from pipeline_steps.params import UserError
-from pipeline_steps.records import write_json
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import write_json
 
 FRAMES = (1, 2, 4, 8, 16, 32, 64)
 FIT_FROM = 8  # frames

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from pipeline_steps import params, records
-from pipeline_steps.frames import read_media
+from model.frames import read_media
+from pipeline_steps.common import params, records
 from pipeline_steps.shards.hashes import hash_frames
 
 NEEDED = 3  # of four frames

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline_steps import params
-from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import write_json
+from pipeline_steps.common import params
+from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.records import write_json
 
 NUM_SEEDS = 10
 COMPARED = ("none", "A6", "B1")  # what the verdicts read

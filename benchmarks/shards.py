@@ -24,8 +24,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from pipeline_steps import params, records
-from pipeline_steps.frames import read_media
+from model.frames import read_media
+from pipeline_steps.common import params, records
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.schema import Section
 

@@ -6,7 +6,7 @@ square of image_size px (pictures.square).
 
 Media that cannot be read in full raise MediaError, whose `reason` is short and the same on every machine.
 
-This file goes with every checkpoint, for the processor; pipeline_steps/frames.py is a link to it, so that packing
+This file goes with every checkpoint, for the processor; model/frames.py is a link to it, so that packing
 neither imports nor depends on the rest of the network's code. It needs Pillow, and PyAV where a video is decoded.
 """
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import FoveatedVLMForConditionalGeneration
-from pipeline_steps import params
 from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
-from pipeline_steps.checkpoint import save_checkpoint
-from pipeline_steps.records import FramePolicy, RawSample
+from pipeline_steps.common import params
+from pipeline_steps.common.checkpoint import save_checkpoint
+from pipeline_steps.common.records import FramePolicy, RawSample
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import folder, procedural

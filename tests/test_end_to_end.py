@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline_steps.metrics import MODES, EvaluationResult
-from pipeline_steps.world import KINDS
+from pipeline_steps.common.metrics import MODES, EvaluationResult
+from pipeline_steps.world.digits import KINDS
 from tests import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # on a busy machine; a quiet one needs a tenth

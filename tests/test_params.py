@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from pipeline_steps import params
-from pipeline_steps.params import ROOT, StrictModel, UserError
-from pipeline_steps.world import KINDS
+from pipeline_steps.common import params
+from pipeline_steps.common.params import ROOT, StrictModel, UserError
+from pipeline_steps.world.digits import KINDS
 
 PARAMS_FILE = ROOT / "params.yaml"
 GROUP_FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -52,7 +52,7 @@ def message(path, *keys):
 
 
 def test_params_file_is_what_conf_composes_to():
-    assert PARAMS_FILE.read_text() == params.compose(), "run `python -m pipeline_steps.params --compose`"
+    assert PARAMS_FILE.read_text() == params.compose(), "run `python -m pipeline_steps.common.params --compose`"
 
 
 @pytest.mark.parametrize("overrides", [[], ["ablation=A6", "seed=2"], ["data=folder", "sources.folder.path=/clips"]])
@@ -229,14 +229,14 @@ def test_reading_needs_only_pydantic_and_yaml():
     code = (
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'torch', 'transformers', 'numpy', 'dvc'): sys.modules[name] = None\n"
-        "from pipeline_steps import params\n"
+        "from pipeline_steps.common import params\n"
         "params.read('params.yaml', 'seed')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def test_command_checks_the_file(edited):
-    command = [sys.executable, "-m", "pipeline_steps.params", "--params"]
+    command = [sys.executable, "-m", "pipeline_steps.common.params", "--params"]
     done = subprocess.run([*command, PARAMS_FILE], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run([*command, edited("sed", 1)], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -247,7 +247,7 @@ def test_command_checks_the_file(edited):
 
 
 def test_command_composes_and_writes_nothing_when_it_fails(tmp_path):
-    command = [sys.executable, "-m", "pipeline_steps.params", "--params", tmp_path / "params.yaml", "--compose"]
+    command = [sys.executable, "-m", "pipeline_steps.common.params", "--params", tmp_path / "params.yaml", "--compose"]
     done = subprocess.run([*command, "seed=two"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert 'conf/ (seed=two): 1 problem\n  seed: should be a valid integer, found "two"' in done.stderr

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline_steps import params
-from pipeline_steps.params import ROOT, StrictModel
+from pipeline_steps.common import params
+from pipeline_steps.common.params import ROOT, StrictModel
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SHARED = {"streaming"}  # packages that several stages use (one counts what it serves); every other belongs to one

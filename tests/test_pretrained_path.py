@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline_steps.metrics import MODES
+from pipeline_steps.common.metrics import MODES
 from tests import pipeline, published
 from tests.pipeline_steps import clips
 

@@ -7,10 +7,10 @@ import torch
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from pipeline_steps import params
 from pipeline_steps.backbones.language_model import build_language_model
 from pipeline_steps.backbones.tokenizer import train_tokenizer
 from pipeline_steps.backbones.vision_encoder import build_vision_encoder
+from pipeline_steps.common import params
 from pipeline_steps.training.parameters import trainable_parameters
 from tests.model.test_published_sizes import NOMINAL, SIZES, count
 

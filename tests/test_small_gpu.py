@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from pipeline_steps import params
 from pipeline_steps.backbones import __main__ as backbones
 from pipeline_steps.backbones import language_model, vision_encoder
+from pipeline_steps.common import params
 from tests import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

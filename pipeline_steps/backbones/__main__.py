@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline_steps import params
-from pipeline_steps.records import replaced_folder, write_text
+from pipeline_steps.common import params
+from pipeline_steps.common.records import replaced_folder, write_text
 
 from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model

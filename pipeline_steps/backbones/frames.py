@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from pipeline_steps import world
+from pipeline_steps.world import digits as world
 
 JITTER = world.PATCH - world.GLYPH
 CROWDED_FILL = 0.85  # share of a crowded frame's patches that hold a digit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline_steps.device import choose_device
+from pipeline_steps.common.device import choose_device
 
 from .schema import Embedded
 from .warm_up import optimise

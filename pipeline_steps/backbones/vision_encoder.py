@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import Dinov2Config
 
 from model.foveated_encoder import FoveatedEncoder, VisionWalk
-from pipeline_steps import world
-from pipeline_steps.device import choose_device
-from pipeline_steps.params import UserError
+from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.params import UserError
+from pipeline_steps.world import digits as world
 
 from .frames import Frames, pixel_values
 from .schema import Embedded

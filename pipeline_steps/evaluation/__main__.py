@@ -27,28 +27,23 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from pipeline_steps import gaze, metrics, params
-from pipeline_steps.answers import answer_batch, expected_answer, question
-from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.device import choose_device
+from pipeline_steps.common import metrics, params
+from pipeline_steps.common.checkpoint import load_checkpoint
+from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.records import fingerprint, replaced_folder, sha256_file, write_jsonl
 from pipeline_steps.evaluation import (
     breakdown,
     captions,
     controls,
-    further,
     gaze_difference,
     multiple_choice,
     statistics,
+    subset_evals,
     temporal,
 )
-from pipeline_steps.evaluation.scoring import (
-    TEXT,
-    choose_items,
-    for_file,
-    groups_by_family,
-    score_items,
-)
-from pipeline_steps.records import fingerprint, replaced_folder, sha256_file, write_jsonl
+from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_family, score_items
+from pipeline_steps.inference import gaze
+from pipeline_steps.inference.answers import answer_batch, expected_answer, question
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
@@ -75,7 +70,7 @@ def main():
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_family) for numbers in chosen.values())
-    total += sum(len(numbers) for part in further.choose(dataset, chosen, settings) for numbers in part.values())
+    total += sum(len(numbers) for part in subset_evals.choose(dataset, chosen, settings) for numbers in part.values())
     loading = prefetch(parameters.streaming, dataset)
     with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
         table = score_items(
@@ -88,7 +83,7 @@ def main():
             prefetch=loading,
             progress=progress,
         )
-        more = further.measure(model, collate, dataset, chosen, settings, loading, progress)
+        more = subset_evals.measure(model, collate, dataset, chosen, settings, loading, progress)
         table = pd.concat([table, more.controls], ignore_index=True)
         answers = []
         for family, numbers in chosen.items():
@@ -106,7 +101,7 @@ def main():
         settings,
         provenance(arguments, parameters, model.device),
         views=more.views,
-        diagnostics=further.diagnose(model, more.observed, table, arguments.metrics),
+        diagnostics=subset_evals.diagnose(model, more.observed, table, arguments.metrics),
     )
     if choice_table is not None:
         result.multiple_choice = multiple_choice.summarise(choice_table, settings.bootstrap_samples, settings.seed)
@@ -119,7 +114,7 @@ def main():
         write_jsonl(folder / "captions.jsonl", free_answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
     print_summary(result)
-    further.print_checks(result)
+    subset_evals.print_checks(result)
 
 
 def read_arguments():

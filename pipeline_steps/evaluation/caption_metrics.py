@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from pipeline_steps.metrics import CaptionStyle
+from pipeline_steps.common.metrics import CaptionStyle
 
 ORDERS = 4  # of n-grams, as the published BLEU-4 and CIDEr-D
 SIGMA = 6.0  # words, of CIDEr-D's penalty on length

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline_steps import answers
+from pipeline_steps.common.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
 from pipeline_steps.evaluation import caption_metrics, statistics
-from pipeline_steps.likelihood import check_room
-from pipeline_steps.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
-from pipeline_steps.streaming.workers import ordered
+from pipeline_steps.inference import answers
+from pipeline_steps.inference.likelihood import check_room
+from pipeline_steps.streaming.prefetch import ordered
 
 CAPTION = "caption"  # family whose answers are captions, however short
 

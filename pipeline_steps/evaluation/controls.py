@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline_steps.common.metrics import CONTROLS, Control
 from pipeline_steps.evaluation import scoring
-from pipeline_steps.metrics import CONTROLS, Control
 
 QUERY_SOURCES = {"static_query": "static", "oracle_query": "oracle"}
 COMPARED = ("blind", "random_query", *CONTROLS)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline_steps.evaluation.looks import RANDOM
-from pipeline_steps.metrics import Check, Diagnostics
+from pipeline_steps.common.metrics import Check, Diagnostics
+from pipeline_steps.evaluation.attention_probes import RANDOM
 
 NO_QUERIES = "the network looks with ordinary tokens: it has no queries"
 NO_PLAN = "the network plans no queries: it looks with the static one"

@@ -1,7 +1,7 @@
 """How much more often the autoregressive gaze is on the target than a peak anywhere (`chance`), than the static
 query's (`coarse`) and than the one that is told where to look (`oracle`): on the same frames of the same items."""
 
-from pipeline_steps.metrics import GazeDifference
+from pipeline_steps.common.metrics import GazeDifference
 
 REFERENCES = {"coarse": "coarse", "oracle": "oracle_query"}  # name: mode of the item table
 OWN = "autoregressive"

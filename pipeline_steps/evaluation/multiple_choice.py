@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pipeline_steps import answers, choices
+from pipeline_steps.common import choices
+from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
+from pipeline_steps.common.params import UserError
 from pipeline_steps.evaluation import statistics
-from pipeline_steps.likelihood import answer_ids, answer_log_probs, check_room
-from pipeline_steps.metrics import SCORINGS, ChoiceScore, MultipleChoice
-from pipeline_steps.params import UserError
-from pipeline_steps.streaming.workers import ordered
+from pipeline_steps.inference import answers
+from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room
+from pipeline_steps.streaming.prefetch import ordered
 
 NO_OPTION = -1  # what a generated answer that is none of the options chooses
 

@@ -5,7 +5,7 @@ The k-th scored token (k = 1, 2 ...) is then about frame k, so a loss per frame 
 
 import numpy as np
 
-from pipeline_steps.metrics import PerFrame
+from pipeline_steps.common.metrics import PerFrame
 from pipeline_steps.streaming.targets import source_frame
 
 

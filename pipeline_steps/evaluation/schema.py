@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 
 class Section(StrictModel):

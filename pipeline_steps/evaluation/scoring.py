@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline_steps import gaze
+from pipeline_steps.common.metrics import GAZE_MODES, MODES
+from pipeline_steps.common.params import UserError
 from pipeline_steps.evaluation import per_frame
-from pipeline_steps.metrics import GAZE_MODES, MODES
-from pipeline_steps.params import UserError
+from pipeline_steps.inference import gaze
 from pipeline_steps.streaming import targets
-from pipeline_steps.streaming.workers import ordered
+from pipeline_steps.streaming.prefetch import ordered
 
 TEXT = "text"  # family and mode of text-only samples: without frames all modes are the same
 

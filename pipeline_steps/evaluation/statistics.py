@@ -6,7 +6,7 @@ num_tokens [n].
 
 import numpy as np
 
-from pipeline_steps.metrics import Gap, Score
+from pipeline_steps.common.metrics import Gap, Score
 
 BLOCK = 100  # resamples drawn at a time: bounds the memory at BLOCK x num_items counts
 INTERVAL = (2.5, 97.5)

@@ -12,9 +12,9 @@ network may never have met in training. Stills have no part that could be left o
 import numpy as np
 import pandas as pd
 
+from pipeline_steps.common.metrics import VIEWS, View
 from pipeline_steps.evaluation import scoring
 from pipeline_steps.evaluation.predictions import by_item, predicted_tokens
-from pipeline_steps.metrics import VIEWS, View
 from pipeline_steps.streaming.targets import source_frame
 
 ALL_FRAMES = "all_frames"

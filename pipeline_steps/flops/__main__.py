@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from model import FoveatedVLMConfig
-from pipeline_steps import flop_formulas as formulas
-from pipeline_steps import metrics, params
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common import flop_formulas as formulas
+from pipeline_steps.common import metrics, params
+from pipeline_steps.common.flop_formulas import Sample
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import ShardsManifest, read_record
 from pipeline_steps.flops import iso, predecessor, scales, serving
-from pipeline_steps.params import UserError
-from pipeline_steps.records import ShardsManifest, read_record
 from pipeline_steps.streaming.dataset import TokenizedShards
 
 PARAMS = ("flops", "model", "streaming.image_replication")

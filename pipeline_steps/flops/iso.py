@@ -2,10 +2,10 @@
 
 import math
 
-from pipeline_steps import flop_formulas as formulas
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common import flop_formulas as formulas
+from pipeline_steps.common.flop_formulas import Sample
+from pipeline_steps.common.metrics import BudgetSamples, Frontier
 from pipeline_steps.flops import predecessor
-from pipeline_steps.metrics import BudgetSamples, Frontier
 
 
 def budget_samples(budgets, configs, sample):

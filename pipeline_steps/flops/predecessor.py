@@ -9,9 +9,9 @@ whatever the data held.
 
 import math
 
-from pipeline_steps import flop_formulas as formulas
-from pipeline_steps.flop_formulas import Sample
-from pipeline_steps.metrics import CountStep
+from pipeline_steps.common import flop_formulas as formulas
+from pipeline_steps.common.flop_formulas import Sample
+from pipeline_steps.common.metrics import CountStep
 
 NUM_FRAMES, NUM_TEXT_TOKENS, NUM_PATCH_ROWS = 8, 128, 257
 # Its sample in our terms: a token before the frames, loss on all text after it.

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 
 class Text(StrictModel):

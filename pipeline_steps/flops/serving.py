@@ -21,8 +21,8 @@ vocabulary           V numbers in fp32 per labelled position
 D vision width, E language width, A, C width of all query heads and of all key-value heads, I feed-forward width.
 """
 
-from pipeline_steps.flop_formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
-from pipeline_steps.metrics import AnswerCost, TrainingMemory
+from pipeline_steps.common.flop_formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
+from pipeline_steps.common.metrics import AnswerCost, TrainingMemory
 
 FP32 = 4  # bytes
 

@@ -21,13 +21,14 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from pipeline_steps import drawing, gaze, params
-from pipeline_steps.answers import answer_batch, expected_answer, question
-from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.common import params
+from pipeline_steps.common.checkpoint import load_checkpoint
+from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import replaced_folder, write_json
 from pipeline_steps.heatmaps import over_frames, sheet
-from pipeline_steps.metrics import GAZE_MODES
-from pipeline_steps.params import UserError
-from pipeline_steps.records import replaced_folder, write_json
+from pipeline_steps.inference import drawing, gaze
+from pipeline_steps.inference.answers import answer_batch, expected_answer, question
 from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards

@@ -5,7 +5,7 @@ Both are of the maps that the pictures show: last layer, mean over heads and que
 
 import numpy as np
 
-from pipeline_steps.gaze import spread
+from pipeline_steps.inference.gaze import spread
 
 
 def curve(maps):

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from pipeline_steps import drawing
-from pipeline_steps.drawing import BACKGROUND, FAINT, GAP, INK, MARGIN, RIGHT, WRONG, font
-from pipeline_steps.params import UserError
+from pipeline_steps.common.params import UserError
+from pipeline_steps.inference import drawing
+from pipeline_steps.inference.drawing import BACKGROUND, FAINT, GAP, INK, MARGIN, RIGHT, WRONG, font
 
 COLUMNS = ["key", "item", "family", "loss", "correct"]
 PARTS = ("best", "worst", "random")

@@ -17,17 +17,17 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from pipeline_steps import params
-from pipeline_steps.params import UserError
-from pipeline_steps.records import replaced_folder, write_text
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import replaced_folder, write_text
 from pipeline_steps.report import (
+    attention_figures,
     compute,
     controls,
     curves,
+    detail_tables,
     differences,
     figures,
-    further,
-    looks,
     markdown,
     provenance,
     reading,
@@ -87,7 +87,7 @@ def main():
         "compute_lines": compute.statements(inputs.flops),
         "answers": first_answers(inputs.answers),
         "heatmap_rule": heatmap_rule(inputs.heatmaps),
-        "contact_sheet": looks.contact_sheet(reports / "heatmaps", inputs.heatmaps),
+        "contact_sheet": attention_figures.contact_sheet(reports / "heatmaps", inputs.heatmaps),
         "missing": inputs.missing,
         "backbones": list(texts.flattened(inputs.backbones or {})),
         "origin": provenance.origin(arguments.root, inputs),
@@ -119,7 +119,7 @@ def build_tables(inputs, settings):
             tables.losses(result),
             tables.gaze(result),
             controls.costs(result),
-            *further.tables(result),
+            *detail_tables.tables(result),
             *differences.tables(inputs, settings),
             tables.flops(inputs.flops),
             *compute.tables(inputs.flops),
@@ -141,7 +141,7 @@ def draw_figures(inputs):
         "gaze": figures.gaze(result),
         "flops": figures.flops(inputs.flops),
         "frontier": compute.frontier(inputs.flops),
-        "over_frames": looks.over_frames(inputs.heatmaps),
+        "over_frames": attention_figures.over_frames(inputs.heatmaps),
     }
 
 

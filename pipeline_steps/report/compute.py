@@ -3,7 +3,7 @@ saves."""
 
 import numpy as np
 
-from pipeline_steps.metrics import GAZE_MODES
+from pipeline_steps.common.metrics import GAZE_MODES
 from pipeline_steps.report.tables import Table, count, number, ordered_arms
 
 SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first

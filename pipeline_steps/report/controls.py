@@ -1,6 +1,6 @@
 """The table of the controls: what is lost when something is taken away from a finished network."""
 
-from pipeline_steps.metrics import GAZE_MODES
+from pipeline_steps.common.metrics import GAZE_MODES
 from pipeline_steps.report.comparisons import MODE
 from pipeline_steps.report.tables import MISSING, MODE_NAMES, Table, share
 

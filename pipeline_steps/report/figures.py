@@ -8,7 +8,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pipeline_steps.metrics import GAZE_MODES, MODES
+from pipeline_steps.common.metrics import GAZE_MODES, MODES
 from pipeline_steps.report.tables import COMPONENT_NAMES, MODE_NAMES, ordered_arms
 
 WIDTH = 6.2  # inches: legible when shrunk to a phone

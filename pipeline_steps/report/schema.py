@@ -2,7 +2,7 @@
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 
 class Targets(StrictModel):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipeline_steps.metrics import GAZE_MODES
+from pipeline_steps.common.metrics import GAZE_MODES
 
 MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
 MISSING = ("–", None)  # sorts last, up or down

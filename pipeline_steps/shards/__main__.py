@@ -17,9 +17,9 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline_steps import params, records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
+from pipeline_steps.common import params, records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
 from pipeline_steps.shards import leaks, scratch
 from pipeline_steps.shards.fan_out import cancel_left_over, run_snakemake
 from pipeline_steps.shards.index import read_index
@@ -27,8 +27,8 @@ from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("pipeline_steps/frames.py", "pipeline_steps/pictures.py", "pipeline_steps/records.py")
-CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "pipeline_steps/video.py")
+CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/records.py")
+CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scipy")  # that bytes of a shard or hashes of its frames depend on
 MAX_LISTED = 20  # quarantined samples shown in the terminal

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline_steps.params import ROOT, UserError
+from pipeline_steps.common.params import ROOT, UserError
 
 PROFILES = ROOT / "workflow" / "profiles"
 LOG = "snakemake.log"  # in scratch

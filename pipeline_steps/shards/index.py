@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline_steps.params import UserError
-from pipeline_steps.records import SPLITS, RawSample, parse
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import SPLITS, RawSample, parse
 
 UNDECIDED = -1
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import SPLITS
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import SPLITS
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
 
 BANDS = WORDS * 4  # of 16 bits

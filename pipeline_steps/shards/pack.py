@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline_steps import params, records
-from pipeline_steps.frames import Media, MediaError, read_media
-from pipeline_steps.params import UserError
-from pipeline_steps.pictures import jpeg
-from pipeline_steps.records import FramePolicy, PackedSample, Quarantined, Record, ShardEntry
+from model.frames import Media, MediaError, read_media
+from model.pictures import jpeg
+from pipeline_steps.common import params, records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import FramePolicy, PackedSample, Quarantined, Record, ShardEntry
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames
 
 

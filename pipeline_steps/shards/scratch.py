@@ -11,8 +11,8 @@ import hashlib
 import os
 import shutil
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
 from pipeline_steps.shards.pack import Settings, ShardReport
 
 

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_steps import params
-from pipeline_steps.params import UserError
-from pipeline_steps.records import RawSample, replaced_folder
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import RawSample, replaced_folder
 from pipeline_steps.sources import chat, folder, procedural, tars
 from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary

@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from pipeline_steps.params import UserError
-from pipeline_steps.records import RawSample, media_sha256, slug, writable
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import RawSample, media_sha256, slug, writable
 from pipeline_steps.sources import metadata as rows_of
 from pipeline_steps.sources.folder_items import row_items
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline_steps.choices import LETTERS
-from pipeline_steps.params import UserError
-from pipeline_steps.records import Message
+from pipeline_steps.common.choices import LETTERS
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import Message
 
 TEXTS = ("caption", "question", "answer", "rejected")
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 
 class TrainMix(StrictModel):

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline_steps.params import UserError
-from pipeline_steps.records import Quarantined, RawSample, parse, slug, to_json
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import Quarantined, RawSample, parse, slug, to_json
 from pipeline_steps.sources.archive import Damaged, members
 from pipeline_steps.sources.chatml import decoder
 from pipeline_steps.sources.index import MAX_LISTED

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import FoveatedVLMConfig
-from pipeline_steps import metrics, params
+from pipeline_steps.common import metrics, params
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import plan_stage
 from pipeline_steps.streaming.statistics import count, table

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from model.processing_foveated_vlm import normalise, visual_places
-from pipeline_steps.params import UserError
-from pipeline_steps.streaming.memory import Pool
+from pipeline_steps.common.params import UserError
+from pipeline_steps.streaming.buffer_pool import Pool
 
 IGNORED = -100
 IDLE = 256 * 2**20  # bytes that are kept for the next batches' pixels

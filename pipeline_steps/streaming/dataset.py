@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image, UnidentifiedImageError
 
-from pipeline_steps import sidecar
-from pipeline_steps.params import UserError
-from pipeline_steps.records import (
+from pipeline_steps.common import sidecar
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import (
     PackedSample,
     ShardEntry,
     ShardsManifest,
@@ -27,9 +27,9 @@ from pipeline_steps.records import (
     read_record,
 )
 from pipeline_steps.streaming import index
-from pipeline_steps.streaming.files import OpenFiles
-from pipeline_steps.streaming.fit import check_fit
-from pipeline_steps.streaming.memory import Pool
+from pipeline_steps.streaming.buffer_pool import Pool
+from pipeline_steps.streaming.compatibility import check_fit
+from pipeline_steps.streaming.file_cache import OpenFiles
 from pipeline_steps.streaming.targets import truth
 
 IDLE = 64 * 2**20  # bytes that are kept for the next items' frames

@@ -8,14 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from pipeline_steps.params import UserError
+from pipeline_steps.common.params import UserError
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order_seed
 from pipeline_steps.streaming.plan import Plan, make_plan
+from pipeline_steps.streaming.prefetch import ordered
 from pipeline_steps.streaming.remote import copy_index
-from pipeline_steps.streaming.streamed import Stream, StreamedMixture, StreamedShards
-from pipeline_steps.streaming.workers import ordered
+from pipeline_steps.streaming.webdataset_reader import Stream, StreamedMixture, StreamedShards
 
 MEGABYTE = 2**20
 MAX_NAMED = 10  # samples in an error message

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline_steps.metrics import Served, StageServed
+from pipeline_steps.common.metrics import Served, StageServed
 from pipeline_steps.streaming.loader import StagePlan
 
 

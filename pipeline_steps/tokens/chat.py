@@ -14,8 +14,8 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from pipeline_steps import choices
-from pipeline_steps.params import UserError
+from pipeline_steps.common import choices
+from pipeline_steps.common.params import UserError
 
 PROBE = "\N{REPLACEMENT CHARACTER}"
 

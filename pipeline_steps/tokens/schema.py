@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 ALL = "*"  # the entry of every source that has none of its own
 Line = Annotated[str, Field(min_length=1)]

@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline_steps import records, sidecar
-from pipeline_steps.params import UserError
-from pipeline_steps.records import Dropped, PackedSample, ShardEntry, TokensEntry
+from pipeline_steps.common import records, sidecar
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import Dropped, PackedSample, ShardEntry, TokensEntry
 from pipeline_steps.tokens.rows import tokenize_samples
 
 RERUN = "Rerun `python -m pipeline_steps.shards`."

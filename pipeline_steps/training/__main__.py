@@ -30,10 +30,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from model import FoveatedVLMForConditionalGeneration
-from pipeline_steps import checkpoint, params
-from pipeline_steps.device import choose_device
-from pipeline_steps.params import UserError
-from pipeline_steps.records import (
+from pipeline_steps.common import checkpoint, params
+from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import (
     ShardsManifest,
     TokensManifest,
     locked_scratch,
@@ -42,14 +42,14 @@ from pipeline_steps.records import (
     write_json,
     write_text,
 )
+from pipeline_steps.monitoring.metrics_logger import Watch
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import open_training_split
+from pipeline_steps.training.checkpoint_io import run_fingerprint
+from pipeline_steps.training.context import Run, announce
 from pipeline_steps.training.distributed import Processes, processes
-from pipeline_steps.training.engine import EXTRA_LOSSES, train
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
-from pipeline_steps.training.run import Run, announce
-from pipeline_steps.training.state import run_fingerprint
-from pipeline_steps.training.watching import Watch
+from pipeline_steps.training.train_loop import EXTRA_LOSSES, train
 
 STAGES = ("stage1", "stage2", "stage3")
 PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from pipeline_steps.training import state
+from pipeline_steps.training import checkpoint_io
 
 STATE_COPIES = {"adamw": 2, "muon": 1}  # numbers kept of every trained weight
 MOMENTUM = 0.95  # of Muon, with Nesterov's step
@@ -88,9 +88,11 @@ class Optimizer:
     def tensors(self, names: dict[int, str]) -> dict[str, torch.Tensor]:
         """{"<parameter name>/<what>": whole tensor} of the state. names: {id(parameter): name}. Every process of a
         divided network has to call it."""
-        return {key: value for part in self.parts for key, value in state.optimizer_tensors(part, names).items()}
+        return {
+            key: value for part in self.parts for key, value in checkpoint_io.optimizer_tensors(part, names).items()
+        }
 
     def restore(self, tensors: dict[str, torch.Tensor], names: dict[int, str]) -> None:
         """Puts what `tensors` gave back, by parameter name."""
         for part in self.parts:
-            state.restore_optimizer(part, tensors, names)
+            checkpoint_io.restore_optimizer(part, tensors, names)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pipeline_steps.params import StrictModel
+from pipeline_steps.common.params import StrictModel
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline_steps.streaming.collate import Collator
-from pipeline_steps.training.guards import attention_diagnostics
+from pipeline_steps.training.checks import attention_diagnostics
 
 TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels", "target_patches")
 TENSORS += ("rejected_input_ids", "rejected_attention_mask", "rejected_labels")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import loader
-from pipeline_steps import params
+from pipeline_steps.common import params
 from pipeline_steps.streaming.dataset import TokenizedShards
 
 

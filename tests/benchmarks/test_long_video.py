@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import long_video
-from pipeline_steps import video
-from pipeline_steps.params import UserError
+from model import video
+from pipeline_steps.common.params import UserError
 
 
 def test_both_ways_are_timed_and_compared(tmp_path, monkeypatch):

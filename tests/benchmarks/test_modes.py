@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import modes
-from pipeline_steps import params
+from pipeline_steps.common import params
 from tests.model.tiny import MODES, make_model
 
 FRAMES = (4, 8, 16, 32)

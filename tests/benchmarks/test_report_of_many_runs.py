@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import report as benchmark
-from pipeline_steps.params import ROOT, UserError
+from pipeline_steps.common.params import ROOT, UserError
 from tests.pipeline_steps.test_report import write_root
 
 

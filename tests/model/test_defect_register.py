@@ -260,7 +260,7 @@ CHANGES = {
 }
 READ_BY_THE_PIPELINE = {
     "layout": "pipeline_steps/streaming/collate.py",
-    "second_pass_probability": "pipeline_steps/training/engine.py",
+    "second_pass_probability": "pipeline_steps/training/train_loop.py",
 }
 
 
@@ -434,7 +434,7 @@ def handlers():
 def test_B34_running_out_of_memory_stops_the_run():
     """Steps that ran out of memory were skipped: half of the batches of a run, the long clips among them."""
     found = [place for place, names, raises in handlers() if names & BLANKET and not raises]
-    assert [place.split(":")[0] for place in found] == ["pipeline_steps/training/guards.py"]  # before the first step
+    assert [place.split(":")[0] for place in found] == ["pipeline_steps/training/checks.py"]  # before the first step
     model = make_model()
     model.vision_encoder.walk = lambda *arguments, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError):

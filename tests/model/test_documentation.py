@@ -7,7 +7,7 @@ import re
 import pytest
 
 from model import FoveatedVLMConfig, FoveatedVLMProcessor
-from pipeline_steps.params import ROOT
+from pipeline_steps.common.params import ROOT
 
 
 @pytest.mark.parametrize(

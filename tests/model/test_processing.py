@@ -12,8 +12,8 @@ from transformers import AutoProcessor
 from model import FoveatedVLMProcessor, frames
 from model.pictures import FITS
 from model.processing_foveated_vlm import normalise
-from pipeline_steps import params, records
-from pipeline_steps.answers import up_to_answer
+from pipeline_steps.common import params, records
+from pipeline_steps.inference.answers import up_to_answer
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Model
 
 from model import FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
-from pipeline_steps.checkpoint import load_checkpoint, load_model
-from pipeline_steps.params import ROOT, UserError
+from pipeline_steps.common.checkpoint import load_checkpoint, load_model
+from pipeline_steps.common.params import ROOT, UserError
 from tests import checkpoints
 from tests.model.tiny import make_batch, make_model
 

@@ -1,7 +1,7 @@
 """What the tests of the report share: a `FlopsResult` of a SmolLM2-135M on two samples (milliseconds), a section."""
 
-from pipeline_steps import params
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common import params
+from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.report.schema import Section
 

@@ -23,7 +23,7 @@ import av
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pipeline_steps.frames import MediaError, read_media
+from model.frames import MediaError, read_media
 from tests.pipeline_steps.clips import write_clip, write_image
 
 SIZE, MAX_FRAMES = 16, 4  # of what is read

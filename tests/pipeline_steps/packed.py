@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline_steps import params, records, sidecar
-from pipeline_steps.records import (
+from pipeline_steps.common import params, records, sidecar
+from pipeline_steps.common.records import (
     FramePolicy,
     PackedSample,
     ShardEntry,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline_steps import ask, params
-from pipeline_steps.checkpoint import load_checkpoint
+from pipeline_steps.common import params
+from pipeline_steps.common.checkpoint import load_checkpoint
+from pipeline_steps.inference import ask
 from tests import checkpoints
 from tests.pipeline import ROOT
 
@@ -125,7 +126,15 @@ def test_a_question_that_is_too_long_has_one_message(run, capsys, caplog, monkey
 
 
 def test_a_reader_that_wants_no_more_ends_the_command_quietly(made, tmp_path):
-    command = [sys.executable, "-m", "pipeline_steps.ask", "--checkpoint", made.checkpoint, "--question", QUESTION]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline_steps.inference.ask",
+        "--checkpoint",
+        made.checkpoint,
+        "--question",
+        QUESTION,
+    ]
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -146,7 +155,16 @@ def test_a_reader_that_wants_no_more_ends_the_command_quietly(made, tmp_path):
 
 def test_ctrl_c_while_the_answer_streams(made, tmp_path):
     """Words arrive before the end, and an interrupt ends the command with code 130, quietly and without a file."""
-    command = [sys.executable, "-u", "-m", "pipeline_steps.ask", "--checkpoint", made.checkpoint, "--video", made.video]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "pipeline_steps.inference.ask",
+        "--checkpoint",
+        made.checkpoint,
+        "--video",
+        made.video,
+    ]
     command += ["--question", QUESTION, "--max-new-tokens", "4000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -15,14 +15,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 
 from model.foveated_encoder import FoveatedEncoder
-from pipeline_steps import params, world
 from pipeline_steps.backbones import __main__ as stage
 from pipeline_steps.backbones import hub, language_model, vision_encoder
 from pipeline_steps.backbones.frames import Frames, pixel_values
 from pipeline_steps.backbones.schema import Embedded, Local
 from pipeline_steps.backbones.tokenizer import train_tokenizer
-from pipeline_steps.params import UserError
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
 from pipeline_steps.sources.chat import KINDS, make_question
+from pipeline_steps.world import digits as world
 
 TINY = Embedded(
     seed=3,

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline_steps import metrics
-from pipeline_steps.answers import answer_batch, as_text, prompt_batch
+from pipeline_steps.common import metrics
+from pipeline_steps.common.records import SceneObject
 from pipeline_steps.evaluation import caption_metrics, captions
-from pipeline_steps.records import SceneObject
+from pipeline_steps.inference.answers import answer_batch, as_text, prompt_batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.tokens.chat import load_tokenizer

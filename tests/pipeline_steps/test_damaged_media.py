@@ -9,7 +9,7 @@ from threading import Timer
 
 import pytest
 
-from pipeline_steps.params import ROOT
+from pipeline_steps.common.params import ROOT
 
 COUNT, SEED = 2200, 1
 MAX_SECONDS = 30  # for one file, on a busy machine; most take some milliseconds, a picture of 8192 x 8192 px a second

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pipeline_steps import sidecar
-from pipeline_steps.params import UserError
+from pipeline_steps.common import sidecar
+from pipeline_steps.common.params import UserError
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.dataset import UnreadableSample
-from pipeline_steps.streaming.files import OpenFiles
+from pipeline_steps.streaming.file_cache import OpenFiles
 from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import SIZE, Clip, clips, open_split, write
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline_steps.device import choose_device
-from pipeline_steps.params import UserError
+from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.params import UserError
 
 
 @pytest.mark.parametrize(

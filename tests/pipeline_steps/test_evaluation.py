@@ -12,12 +12,13 @@ from tqdm import tqdm
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from pipeline_steps import gaze, metrics, sidecar
-from pipeline_steps.answers import answer_span, up_to_answer
+from pipeline_steps.common import metrics, sidecar
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import PackedSample
 from pipeline_steps.evaluation import __main__ as evaluation
-from pipeline_steps.evaluation import further, scoring, statistics
-from pipeline_steps.params import UserError
-from pipeline_steps.records import PackedSample
+from pipeline_steps.evaluation import scoring, statistics, subset_evals
+from pipeline_steps.inference import gaze
+from pipeline_steps.inference.answers import answer_span, up_to_answer
 from pipeline_steps.streaming import index, targets
 from pipeline_steps.streaming.collate import Collator
 
@@ -299,12 +300,12 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     }
     settings = types.SimpleNamespace(bootstrap_samples=50, seed=1, batch_size=2, **limits)
     collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
-    parts = further.choose(data, chosen, settings)
+    parts = subset_evals.choose(data, chosen, settings)
     with tqdm(disable=True) as progress:
-        more = further.measure(network, collate, data, chosen, settings, PREFETCH, progress)
+        more = subset_evals.measure(network, collate, data, chosen, settings, PREFETCH, progress)
     table = pd.concat([table, more.controls], ignore_index=True)
     (tmp_path / "stage2.csv").write_text("event,token_similarity\ndiagnostics,0.5\n")
-    checks = further.diagnose(network, more.observed, table, tmp_path)
+    checks = subset_evals.diagnose(network, more.observed, table, tmp_path)
     result = evaluation.summarise(table, [], {}, settings, {}, views=more.views, diagnostics=checks)
     assert [{name: len(numbers) for name, numbers in part.items()} for part in parts] == [{"card": 2, "gist": 2}] * 3
     assert {name: effect.num_items for name, effect in result.controls["gist"].items()} == {
@@ -332,7 +333,7 @@ def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
     limits = ("max_control_items_per_family", "max_temporal_clips_per_family", "max_diagnostic_clips")
     settings = types.SimpleNamespace(seed=1, batch_size=2, **dict.fromkeys(limits, 0))
     with tqdm(disable=True) as progress:
-        more = further.measure(network, None, data, chosen, settings, PREFETCH, progress)
+        more = subset_evals.measure(network, None, data, chosen, settings, PREFETCH, progress)
     assert (len(more.controls), more.views, more.observed) == (0, None, None)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from pipeline_steps.common.metrics import CONTROLS
 from pipeline_steps.evaluation import breakdown, controls, per_frame, scoring, statistics
-from pipeline_steps.metrics import CONTROLS
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import NUM_SCORED, Weighing, clip, loaded, truth_at
 

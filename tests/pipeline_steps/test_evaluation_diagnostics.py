@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline_steps import metrics
-from pipeline_steps.evaluation import diagnostics, further, looks
+from pipeline_steps.common import metrics
+from pipeline_steps.evaluation import attention_probes, diagnostics, subset_evals
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import clip
 
@@ -24,7 +24,7 @@ def observe(model):
     batch = tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2, 3])
     batch["score_mask"] = batch["labels"] != -100
     items = [clip(key, [0]) for key in "abc"]
-    return looks.observe(model, [("made", items, batch, [None] * 3)], 1, tqdm(disable=True))
+    return attention_probes.observe(model, [("made", items, batch, [None] * 3)], 1, tqdm(disable=True))
 
 
 def diagnose(model, table=CONTROLS_MISSING, rows=()):
@@ -39,7 +39,7 @@ def verdicts(model):
 
 
 def test_even_attention_has_the_greatest_entropy():
-    entropy, peak, focus = looks.sharpness(np.full((2, 3, 4, 1, 17), 1 / 17))
+    entropy, peak, focus = attention_probes.sharpness(np.full((2, 3, 4, 1, 17), 1 / 17))
     assert entropy == pytest.approx(np.ones((2, 4)))
     assert peak == pytest.approx(np.full((2, 4), 1 / 17))
     assert focus == pytest.approx(1.0)
@@ -49,7 +49,7 @@ def test_sharp_attention_of_one_head():
     weights = np.full((1, 2, 2, 1, 17), 1 / 17)
     weights[:, :, 1] = 0
     weights[:, :, 1, :, 5] = 1
-    entropy, peak, focus = looks.sharpness(weights)
+    entropy, peak, focus = attention_probes.sharpness(weights)
     assert entropy[0] == pytest.approx([1, 0], abs=1e-9)
     assert peak[0] == pytest.approx([1 / 17, 1])
     mean = (1 + 16 / 17) / 16
@@ -87,7 +87,7 @@ def test_sensitivity_of_a_known_planner(weight, bias, expected):
     nn.init.eye_(planner.weight).data.mul_(weight)
     nn.init.constant_(planner.bias, bias)
     hidden = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0))
-    found = looks.sensitivity(planner, hidden, torch.Generator().manual_seed(1))
+    found = attention_probes.sensitivity(planner, hidden, torch.Generator().manual_seed(1))
     assert found == pytest.approx(expected, abs=1e-3)
 
 
@@ -216,13 +216,13 @@ def test_failed_checks_are_printed_with_their_bound(capsys):
     model = tiny.make_model(query_bias=True)
     fix_plan(model)
     drown_queries(model)
-    further.print_checks(types.SimpleNamespace(diagnostics=diagnose(model)))
+    subset_evals.print_checks(types.SimpleNamespace(diagnostics=diagnose(model)))
     lines = capsys.readouterr().out
     assert "suspicious: query_spread" in lines
     assert "is below 0.05: every frame of every clip gets nearly the same query" in lines
     assert "is above 0.35: the bias drowns the queries" in lines
     assert "path_agreement" not in lines  # does not apply
-    further.print_checks(types.SimpleNamespace(diagnostics=None))
+    subset_evals.print_checks(types.SimpleNamespace(diagnostics=None))
     assert capsys.readouterr().out == ""
 
 
@@ -235,5 +235,5 @@ def test_tables_of_layers_and_heads():
 
 
 def test_no_clips_no_diagnostics():
-    nothing = looks.observe(tiny.make_model(), [], 1, tqdm(disable=True))
+    nothing = attention_probes.observe(tiny.make_model(), [], 1, tqdm(disable=True))
     assert diagnostics.diagnose(tiny.make_model(), nothing, CONTROLS_MISSING, []) is None

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline_steps import gaze
 from pipeline_steps.evaluation import gaze_difference, statistics
+from pipeline_steps.inference import gaze
 from pipeline_steps.streaming.targets import Truth
 
 GRID = 4

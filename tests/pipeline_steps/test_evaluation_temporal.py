@@ -7,9 +7,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from pipeline_steps.common.metrics import VIEWS
 from pipeline_steps.evaluation import scoring, statistics, temporal
 from pipeline_steps.evaluation.predictions import by_item, predicted_tokens
-from pipeline_steps.metrics import VIEWS
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import Weighing, clip, collate, loaded
 

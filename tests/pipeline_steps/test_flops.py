@@ -9,8 +9,8 @@ from transformers import Dinov2Config, LlamaConfig, LlamaForCausalLM
 from model.configuration_foveated_vlm import FoveatedVLMConfig
 from model.foveated_encoder import FoveatedEncoder
 from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
-from pipeline_steps import flop_formulas as formulas
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common import flop_formulas as formulas
+from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.flops import scales, serving
 
 VISUAL = 128

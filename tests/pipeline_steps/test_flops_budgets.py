@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline_steps import flop_formulas as formulas
-from pipeline_steps import params
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common import flop_formulas as formulas
+from pipeline_steps.common import params
+from pipeline_steps.common.flop_formulas import Sample
+from pipeline_steps.common.params import UserError
 from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.flops import iso, predecessor, scales
-from pipeline_steps.params import UserError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
-from pipeline_steps.flop_formulas import Sample
+from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.flops import scales, serving
 from tests.pipeline_steps.test_flops import SAMPLE, batch_of, make_config
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import read_samples
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import read_samples
 from pipeline_steps.sources import folder
 from pipeline_steps.sources.__main__ import collect
 from tests.pipeline_steps.test_sources import jsonl, media, section

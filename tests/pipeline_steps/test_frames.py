@@ -10,9 +10,9 @@ import pytest
 from av.codec.context import Flags
 from PIL import Image
 
-from pipeline_steps.frames import MediaError, Policy, choose_times, read_media
-from pipeline_steps.params import ROOT
-from pipeline_steps.pictures import load_image, square
+from model.frames import MediaError, Policy, choose_times, read_media
+from model.pictures import load_image, square
+from pipeline_steps.common.params import ROOT
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 
 LOSSLESS = {"crf": "4", "preset": "ultrafast"}
@@ -393,8 +393,8 @@ def test_sound_only_and_oversized(tmp_path, clip, monkeypatch):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert reason(sound) == "no video stream"
-    monkeypatch.setattr("pipeline_steps.video.MAX_VIDEO_PIXELS", 31 * 32)
-    monkeypatch.setattr("pipeline_steps.pictures.MAX_PIXELS", 31 * 32)
+    monkeypatch.setattr("model.video.MAX_VIDEO_PIXELS", 31 * 32)
+    monkeypatch.setattr("model.pictures.MAX_PIXELS", 31 * 32)
     assert reason(clip) == "unsupported size 32x32"
     image = write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
     assert reason(image, "image") == "unsupported size 32x32"

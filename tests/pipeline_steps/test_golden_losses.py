@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.params import UserError
+from pipeline_steps.common.params import UserError
 from pipeline_steps.streaming.plan import Plan
+from pipeline_steps.training.context import Run
 from pipeline_steps.training.distributed import Processes
-from pipeline_steps.training.engine import check_side_by_side, prepare, train_step
-from pipeline_steps.training.run import Run
+from pipeline_steps.training.train_loop import check_side_by_side, prepare, train_step
 from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch, rows_of
 
 LAYOUTS = ("question_first", "vision_first")

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline_steps import drawing
+from pipeline_steps.common.params import UserError
 from pipeline_steps.heatmaps import __main__ as heatmaps
 from pipeline_steps.heatmaps import over_frames, sheet
-from pipeline_steps.params import UserError
+from pipeline_steps.inference import drawing
 
 NUM_FRAMES, SIDE = 3, 96
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import media_sha256, read_samples, to_json
+from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.records import media_sha256, read_samples, to_json
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.hub import adapter, media, openvid, reader, tables
-from pipeline_steps.sources.hub.catalogue import ADAPTERS
+from pipeline_steps.sources.hub.registry import ADAPTERS
 from tests.pipeline_steps import hub_files
 from tests.pipeline_steps.hub_files import NOTHING, all_of, collected, entry, section
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline_steps import frames, video
-from pipeline_steps.frames import MediaError, read_media
+from model import frames, video
+from model.frames import MediaError, read_media
 from tests.pipeline_steps.clips import write_clip
 
 NUM_FRAMES, FPS = 90, 10

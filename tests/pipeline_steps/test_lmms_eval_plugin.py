@@ -20,9 +20,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from model import FoveatedVLMProcessor
-from pipeline_steps import lmms_eval_plugin
-from pipeline_steps.checkpoint import load_checkpoint
-from pipeline_steps.params import ROOT, UserError
+from pipeline_steps.common.checkpoint import load_checkpoint
+from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.inference import lmms_eval_plugin
 from tests import checkpoints
 
 OPTIONS = {"max_new_tokens": 5, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
@@ -61,7 +61,7 @@ def test_the_entry_point_registers_a_model_of_the_library(lm):
     ((name, value),) = project["entry-points"]["lmms_eval.models"].items()
     manifest = EntryPoint(name, value, "lmms_eval.models").load()()
     assert (name, manifest.model_id) == ("foveated_vlm", "foveated_vlm")
-    assert manifest.simple_class_path == "pipeline_steps.lmms_eval_plugin.FoveatedVLM"
+    assert manifest.simple_class_path == "pipeline_steps.inference.lmms_eval_plugin.FoveatedVLM"
     assert isinstance(lm, lmms)
     assert (lm.rank, lm.world_size, lm.is_simple, lm.batch_size) == (0, 1, True, 2)
 

@@ -9,11 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_steps.training import engine, mfu
+from pipeline_steps.monitoring import mfu
+from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.mfu import StepFlops, peak_flops
+from pipeline_steps.training import train_loop
 from pipeline_steps.training.distributed import Processes
-from pipeline_steps.training.mfu import StepFlops, peak_flops
 from pipeline_steps.training.parameters import GROUPS, group_of
-from pipeline_steps.training.watching import Watch
 from tests.model.tiny import make_batch, make_model, one_sample, preference_batch, rows_of
 from tests.pipeline_steps.test_golden_losses import make_run
 
@@ -131,8 +132,8 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
         run.common.activation_checkpointing, run.train.image_size = checkpointed, 56
         seen = found[checkpointed] = []
         run.watch = SimpleNamespace(peak=1.0, step=lambda *_, seen=seen, **counts: seen.append(counts["flops"]))
-        trainer = engine.prepare(run)
-        rows = [engine.train_step(run, trainer, batch, step) for step, batch in enumerate(steps)]
+        trainer = train_loop.prepare(run)
+        rows = [train_loop.train_step(run, trainer, batch, step) for step, batch in enumerate(steps)]
         expected = [run.step_flops.of_batch(batch, row["num_plans"]) for batch, row in zip(steps, rows, strict=True)]
         assert seen == expected
     assert found[True] == found[False]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline_steps import params
-from pipeline_steps.answers import answer_batch, answer_span
 from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
 from pipeline_steps.evaluation import multiple_choice
-from pipeline_steps.likelihood import answer_ids, check_room
-from pipeline_steps.params import UserError
+from pipeline_steps.inference.answers import answer_batch, answer_span
+from pipeline_steps.inference.likelihood import answer_ids, check_room
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import folder

@@ -6,9 +6,9 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import FramePolicy, PackedSample, RawSample
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import FramePolicy, PackedSample, RawSample
 from pipeline_steps.shards.pack import Settings, pack_shard
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import RawSample
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import RawSample
 from tests.pipeline_steps.clips import text_row
 
 

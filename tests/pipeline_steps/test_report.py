@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline_steps import metrics
-from pipeline_steps.metrics import MODES
-from pipeline_steps.params import UserError
+from pipeline_steps.common import metrics
+from pipeline_steps.common.metrics import MODES
+from pipeline_steps.common.params import UserError
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import looks, verdicts
+from pipeline_steps.report import attention_figures, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from tests.pipeline_steps.counted import flops_result, report_section
 
@@ -278,10 +278,10 @@ def test_the_sheet_of_many_clips_and_the_attention_over_the_frames_are_on_the_pa
 
 def test_an_index_of_another_version_is_a_user_error():
     with pytest.raises(UserError, match="no over_frames, contact_sheet"):
-        looks.over_frames({"clips": [], "rule": "the first"})
+        attention_figures.over_frames({"clips": [], "rule": "the first"})
     nothing = {"clips": [], "rule": "", "over_frames": {}, "contact_sheet": None}
-    assert looks.over_frames(nothing) is None
-    assert looks.contact_sheet("reports/heatmaps", nothing) is None
+    assert attention_figures.over_frames(nothing) is None
+    assert attention_figures.contact_sheet("reports/heatmaps", nothing) is None
 
 
 def test_missing_runs_are_undecided_and_name_their_command(built):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from pipeline_steps.frames import read_media
-from pipeline_steps.params import UserError
+from model.frames import read_media
+from pipeline_steps.common.params import UserError
 from pipeline_steps.shards import leaks
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames

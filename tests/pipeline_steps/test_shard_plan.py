@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline_steps import records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import RawSample
+from pipeline_steps.common import records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import RawSample
 from pipeline_steps.shards.index import read_index, uniform
 from pipeline_steps.shards.leaks import text_leaks
 from pipeline_steps.shards.plan import HASH_BITS, assign_splits, buckets, plan_shards

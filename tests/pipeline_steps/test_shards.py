@@ -17,16 +17,9 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from pipeline_steps import records
-from pipeline_steps.params import ROOT, UserError
-from pipeline_steps.records import (
-    FramePolicy,
-    PackedSample,
-    Quarantined,
-    ShardEntry,
-    ShardsManifest,
-    SplitEntry,
-)
+from pipeline_steps.common import records
+from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.records import FramePolicy, PackedSample, Quarantined, ShardEntry, ShardsManifest, SplitEntry
 from pipeline_steps.shards import fan_out
 from pipeline_steps.shards.__main__ import build, check_quarantine
 from pipeline_steps.shards.pack import Settings, pack_shard
@@ -133,7 +126,7 @@ def test_a_changed_file_is_an_error_not_a_quarantine(raw, tmp_path):
 def run_stage(raw, output, scratch, **changes):
     """`python -m pipeline_steps.shards` with its own section, as a process that a test may kill."""
     code = (
-        "import sys, json; from pipeline_steps import params; from pipeline_steps.shards.__main__ import build;"
+        "import sys, json; from pipeline_steps.common import params; from pipeline_steps.shards.__main__ import build;"
         "from pipeline_steps.shards.schema import Section;"
         "params.run(lambda: print(build(Section(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]).packed))"
     )
@@ -405,4 +398,4 @@ def test_code_of_the_fingerprint_exists():
     code = "import sys, pipeline_steps.shards.pack; print(*(m for m in sys.modules if m.startswith('pipeline_steps.')))"
     imported = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
     packing = {f"{name.replace('.', '/')}.py" for name in imported} - {"pipeline_steps/shards.py"}
-    assert packing - {"pipeline_steps/params.py"} <= set(CODE)
+    assert packing - {"pipeline_steps/common/params.py"} <= set(CODE)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline_steps import frames, params, world
-from pipeline_steps.records import Quarantined, RawSample, read_samples
+from model import frames
+from pipeline_steps.common import params
+from pipeline_steps.common.records import Quarantined, RawSample, read_samples
 from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.index import open_index, print_summary
+from pipeline_steps.world import digits as world
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 

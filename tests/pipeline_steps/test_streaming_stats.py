@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from pipeline_steps import metrics, params
+from pipeline_steps.common import metrics, params
 from pipeline_steps.streaming import __main__ as command
 from pipeline_steps.streaming.loader import Loader, plan_stage
 from pipeline_steps.streaming.statistics import count, table

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline_steps import params, records
-from pipeline_steps.params import UserError
-from pipeline_steps.records import FramePolicy, RawSample, read_samples
+from pipeline_steps.common import params, records
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import FramePolicy, RawSample, read_samples
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect

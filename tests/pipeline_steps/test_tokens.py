@@ -14,9 +14,9 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import normalizers
 
-from pipeline_steps import params, records, sidecar
-from pipeline_steps.params import UserError
-from pipeline_steps.records import FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
+from pipeline_steps.common import params, records, sidecar
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.tokens import __main__ as stage

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline_steps.params import ROOT
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.training.__main__ import COLUMNS
 from pipeline_steps.training.schema import Common, Stage, Watch
 

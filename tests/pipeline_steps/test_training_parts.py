@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline_steps.params import UserError
-from pipeline_steps.training import engine, guards, state
+from pipeline_steps.common.params import UserError
+from pipeline_steps.training import checkpoint_io, checks, train_loop
 from pipeline_steps.training.__main__ import by_family
-from pipeline_steps.training.averaging import Average
 from pipeline_steps.training.distributed import Processes
+from pipeline_steps.training.ema import Average
 from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
@@ -155,13 +155,13 @@ def test_nothing_to_train_is_an_error():
 
 
 def test_states_replace_each_other_and_the_last_ones_are_kept(tmp_path):
-    assert state.load_state(tmp_path) is None
+    assert checkpoint_io.load_state(tmp_path) is None
     for step in (2, 4, 6):
         tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w/step": torch.tensor(float(step))}}
-        state.save_state(tmp_path, step, tensors, {"history": [step]}, keep=2)
+        checkpoint_io.save_state(tmp_path, step, tensors, {"history": [step]}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
     (tmp_path / ".step-00000008.partial").mkdir()  # a kill during the next write leaves this
-    tensors, values = state.load_state(tmp_path)
+    tensors, values = checkpoint_io.load_state(tmp_path)
     assert values["step"] == 6
     assert tensors["model"]["w"].tolist() == [6.0] * 3
     assert tensors["optimizer"]["w/step"].item() == 6.0
@@ -169,47 +169,47 @@ def test_states_replace_each_other_and_the_last_ones_are_kept(tmp_path):
 
 def test_tied_weights_are_written_once_and_come_back(tmp_path):
     model = make_model()
-    state.save_state(tmp_path, 1, {"model": model.state_dict()}, {}, keep=1)
+    checkpoint_io.save_state(tmp_path, 1, {"model": model.state_dict()}, {}, keep=1)
     stored = load_file(tmp_path / "step-00000001" / "model.safetensors")
     assert len(stored) < len(model.state_dict())
-    tensors, _ = state.load_state(tmp_path)
+    tensors, _ = checkpoint_io.load_state(tmp_path)
     assert tensors["model"].keys() == model.state_dict().keys()
     make_model().load_state_dict(tensors["model"])
 
 
 def test_a_state_of_another_format_is_refused(tmp_path):
-    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
     path = tmp_path / "step-00000001" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(UserError, match=r"a state of format 99, this version reads 1\. Remove"):
-        state.load_state(tmp_path)
+        checkpoint_io.load_state(tmp_path)
 
 
 def test_a_damaged_state_is_named(tmp_path):
-    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
     (tmp_path / "step-00000001" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"step-00000001: cannot be read .* go on from the state before"):
-        state.load_state(tmp_path)
+        checkpoint_io.load_state(tmp_path)
 
 
 def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
-    state.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state.os, "rename", full)
+    monkeypatch.setattr(checkpoint_io.os, "rename", full)
     with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
-        state.save_state(tmp_path, 2, {"model": {"w": torch.zeros(1)}}, {}, keep=1)
+        checkpoint_io.save_state(tmp_path, 2, {"model": {"w": torch.zeros(1)}}, {}, keep=1)
     monkeypatch.undo()
-    assert state.load_state(tmp_path)[1]["step"] == 1
+    assert checkpoint_io.load_state(tmp_path)[1]["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
-    state.save_best(tmp_path, {"w": torch.ones(1)}, {"step": 3, "loss": 1.0})
+    checkpoint_io.save_best(tmp_path, {"w": torch.ones(1)}, {"step": 3, "loss": 1.0})
     (tmp_path / "best").rename(tmp_path / ".best.old")
-    tensors, values = state.load_best(tmp_path)
+    tensors, values = checkpoint_io.load_best(tmp_path)
     assert (tensors["model"]["w"].item(), values["step"]) == (1.0, 3)
 
 
@@ -235,8 +235,8 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
     model, tensors = trained(2)
     kinds = {what for _, _, what in (key.rpartition("/") for key in tensors)}
     assert kinds == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
-    state.save_state(tmp_path, 2, {"model": model.state_dict(), "optimizer": tensors}, {}, keep=1)
-    again, _ = trained(2, state.load_state(tmp_path))
+    checkpoint_io.save_state(tmp_path, 2, {"model": model.state_dict(), "optimizer": tensors}, {}, keep=1)
+    again, _ = trained(2, checkpoint_io.load_state(tmp_path))
     for (name, one), other in zip(expected.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -275,9 +275,9 @@ def test_average_is_exponential_and_swaps_back():
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(tmp_path):
     batch = make_batch() | {"keys": list("abcd")}
-    guards.refuse_non_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
+    checks.refuse_non_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
     with pytest.raises(UserError, match=r"stage2 step 7: loss nan, gradient norm 1\.0 on samples a, b, c, d"):
-        guards.refuse_non_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
+        checks.refuse_non_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
     kept = load_file(tmp_path / "non_finite-00000007.safetensors")
     assert torch.equal(kept["pixel_values"], batch["pixel_values"])
     assert json.loads((tmp_path / "non_finite-00000007.json").read_text())["keys"] == list("abcd")
@@ -299,7 +299,7 @@ LOOKS = {"attention_uniformity": 0.6, "coarse_similarity": 0.3}
     ],
 )
 def test_a_plateau_has_the_name_of_its_cause(losses, accuracy, diagnostics, named):
-    found = guards.plateau(losses, [accuracy] * len(losses), diagnostics, validations=3, progress=0.02)
+    found = checks.plateau(losses, [accuracy] * len(losses), diagnostics, validations=3, progress=0.02)
     assert (found is None) if named is None else (named in found)
 
 
@@ -310,8 +310,8 @@ def test_attention_that_chooses_nothing_is_measured_as_uniform():
     for name, options in (("as built", {}), ("flat", {"attention_temperature": 1e6})):
         model = make_model(query_init_std=30.0, **options)
         fine, coarse = (model(**inputs, mode=mode, output_attentions=True) for mode in ("fine", "coarse"))
-        found[name] = guards.attention_diagnostics(fine, coarse, batch["num_frames"])
-        same = guards.attention_diagnostics(coarse, coarse, batch["num_frames"])
+        found[name] = checks.attention_diagnostics(fine, coarse, batch["num_frames"])
+        same = checks.attention_diagnostics(coarse, coarse, batch["num_frames"])
         assert same["coarse_similarity"] == pytest.approx(1.0)
     assert found["flat"]["attention_uniformity"] == pytest.approx(1.0, abs=1e-4)
     assert found["as built"]["attention_uniformity"] < 0.95
@@ -321,8 +321,8 @@ def test_attention_that_chooses_nothing_is_measured_as_uniform():
 
 def test_repeats_are_warned_of():
     mixture = {"card": {"epochs": 3.0}, "gist": {"epochs": 12.5}}
-    assert guards.warn_of_repeats("stage1", mixture, 20.0) == []
-    (line,) = guards.warn_of_repeats("stage1", mixture, 10.0)
+    assert checks.warn_of_repeats("stage1", mixture, 20.0) == []
+    (line,) = checks.warn_of_repeats("stage1", mixture, 10.0)
     assert "'gist' is served 12.5 times" in line
 
 
@@ -335,7 +335,7 @@ def test_the_micro_batch_is_halved_until_it_fits(fits, found):
         if size > fits:
             raise torch.OutOfMemoryError("out of memory")
 
-    assert guards.find_micro_batch_size(32, try_size) == found
+    assert checks.find_micro_batch_size(32, try_size) == found
     assert tried == [size for size in (32, 16, 8, 4, 2, 1) if size >= found]
 
 
@@ -344,7 +344,7 @@ def test_a_sample_that_never_fits_is_an_error():
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(UserError, match="a single sample is too large"):
-        guards.find_micro_batch_size(8, try_size)
+        checks.find_micro_batch_size(8, try_size)
 
 
 def auto_run(optimizer="adamw", **options):
@@ -361,7 +361,7 @@ def auto_run(optimizer="adamw", **options):
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     run, groups = auto_run(name, common={"ema_decay": decay})
-    reserved = sum(tensor.nbytes for tensor in engine.state_to_come(run))
+    reserved = sum(tensor.nbytes for tensor in train_loop.state_to_come(run))
     optimizer = Optimizer(groups, (0.9, 0.98))
     run.model(**make_batch()).loss.backward()
     optimizer.step()
@@ -371,7 +371,7 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
         held += Average(run.model, decay).values.values()
     assert reserved == sum(value.nbytes for value in held)
     parts, _ = auto_run(name, common={"ema_decay": decay}, is_divided=True, processes=Processes(world_size=2))
-    assert sum(tensor.nbytes for tensor in engine.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
+    assert sum(tensor.nbytes for tensor in train_loop.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumula
     seen = []
     run.model.register_forward_pre_hook(lambda *_: seen.append({p.grad is not None for p in trained}))
     monkeypatch.setattr(engine, "state_to_come", lambda run: seen.append("state") or [])
-    engine.try_micro_batch(run, make_batch(), accumulates)
+    train_loop.try_micro_batch(run, make_batch(), accumulates)
     assert seen == ["state", {there}]
     assert all(parameter.grad is None for parameter in run.model.parameters())
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline_steps import metrics
-from pipeline_steps.params import UserError
+from pipeline_steps.common import metrics
+from pipeline_steps.common.params import UserError
 from pipeline_steps.report import budgets, differences, verdicts
 from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.inputs import Run

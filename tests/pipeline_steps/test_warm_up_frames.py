@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline_steps import world
 from pipeline_steps.backbones.frames import Frames
+from pipeline_steps.world import digits as world
 
 
 @pytest.mark.parametrize("num_crowded", [0, 1])

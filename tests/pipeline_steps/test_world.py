@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline_steps import world
-from pipeline_steps.world import COLOUR_NAMES, COLOURS, KINDS, PLACES, render, sample_scene, scene_items
+from pipeline_steps.world import digits as world
+from pipeline_steps.world.digits import COLOUR_NAMES, COLOURS, KINDS, PLACES, render, sample_scene, scene_items
 
 
 @pytest.fixture(scope="module")

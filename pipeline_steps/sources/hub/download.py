@@ -17,12 +17,12 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from pipeline_steps import params
-from pipeline_steps.params import UserError
-from pipeline_steps.records import writable, write_jsonl
+from pipeline_steps.common import params
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import writable, write_jsonl
 from pipeline_steps.sources.hub import reader
-from pipeline_steps.sources.hub.catalogue import ADAPTERS
 from pipeline_steps.sources.hub.media import MediaFolder
+from pipeline_steps.sources.hub.registry import ADAPTERS
 from pipeline_steps.sources.hub.tables import chosen_tables, where
 
 PARAMS = ("sources",)

@@ -13,11 +13,11 @@ from pathlib import Path
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from pipeline_steps.params import UserError
-from pipeline_steps.records import Item, Quarantined, RawSample, slug
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import Item, Quarantined, RawSample, slug
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable
-from pipeline_steps.sources.hub.catalogue import ADAPTERS
 from pipeline_steps.sources.hub.media import Container, MediaFolder
+from pipeline_steps.sources.hub.registry import ADAPTERS
 from pipeline_steps.sources.hub.tables import check_entry, chosen_tables, read_rows, where
 
 MAX_LISTED = 5  # names of missing media, or reasons, in a message

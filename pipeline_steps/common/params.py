@@ -1,0 +1,358 @@
+"""The strict reader of params.yaml, and the wrapper that every entry point runs in.
+
+    python -m pipeline_steps.common.params                            check params.yaml (under a second)
+    python -m pipeline_steps.common.params --compose [OVERRIDE ...]   write params.yaml from conf/, as `dvc exp run` does
+
+params.yaml holds `seed`, `ablation` and one section per `pipeline_steps/<name>/schema.py`, whose class
+`Section(StrictModel)` lists its keys. Schemas have no default values: every value is in conf/ and in params.yaml.
+Usage in an entry point:
+
+    PARAMS = ("seed", "training.common")                         # the same list as the stage's params in dvc.yaml
+    parameters = params.read("params.yaml", *PARAMS)
+    parameters.training.common.batch_size                        # a key outside PARAMS is an AttributeError
+"""
+
+import argparse
+import difflib
+import errno
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import typing
+from functools import reduce
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+ROOT = Path(__file__).resolve().parent.parent
+OTHER_SECTIONS = {"model": "pipeline_steps.training.model_schema"}  # that no stage has to itself
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG}
+
+
+class UserError(Exception):
+    """Something that the user can correct: shown as one paragraph without a traceback, exit code 1."""
+
+
+class StrictModel(BaseModel):
+    """Base of all sections: read-only, unknown keys are errors, types are not converted (an int is a float)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Parameters:
+    """A read-only namespace that holds the requested keys only."""
+
+    def __init__(self, path, values):
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_values", values)
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in self._values:
+            dotted = f"{self._path}.{name}" if self._path else name
+            raise AttributeError(
+                f"parameter '{dotted}' was not requested: add it to PARAMS and to the stage's params in dvc.yaml"
+            )
+        return self._values[name]
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"parameters are read-only, cannot set '{name}'")
+
+    def as_dict(self):
+        """Plain nested dict of the requested keys (for fingerprints and provenance)."""
+        return {name: _plain(value) for name, value in self._values.items()}
+
+
+def _plain(value):
+    if isinstance(value, Parameters):
+        return value.as_dict()
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def section_modules():
+    """{section: module whose class `Section` describes it}: the schema.py of every stage, and OTHER_SECTIONS."""
+    names = sorted(path.parent.name for path in (ROOT / "pipeline_steps").glob("*/schema.py"))
+    return {name: f"pipeline_steps.{name}.schema" for name in names} | OTHER_SECTIONS
+
+
+def schema():
+    """The model of the whole file: `seed`, `ablation` and one section per entry of `section_modules`."""
+    sections = {
+        name: (importlib.import_module(module).Section, ...) for name, module in sorted(section_modules().items())
+    }
+    seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and NumPy both take
+    return create_model("Params", __base__=StrictModel, seed=(seed, ...), ablation=(str, ...), **sections)
+
+
+def read(path, *keys):
+    """Validates the WHOLE file and returns a read-only namespace of the requested dotted keys, or raises UserError."""
+    document = check(path, load(path))
+    tree = {}
+    for key in keys:
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            parent = reduce(getattr, parts[:depth], document)
+            if part not in getattr(type(parent), "model_fields", {}):
+                raise UserError(
+                    f"{path}: no parameter '{key}'" + _suggest(part, getattr(type(parent), "model_fields", {}))
+                )
+        branch = reduce(lambda node, part: node.setdefault(part, {}), parts[:-1], tree)
+        branch[parts[-1]] = reduce(getattr, parts, document)
+    return _namespace("", tree)
+
+
+def _namespace(path, tree):
+    children = {
+        name: _namespace(f"{path}.{name}".lstrip("."), value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+    }
+    return Parameters(path, children)
+
+
+def check(path, content):
+    """The whole content as one pydantic object; UserError names all problems at once (`path`: the file in messages)."""
+    model = schema()
+    try:
+        return model.model_validate_json(json.dumps(content))  # JSON mode: a yaml list is a valid tuple
+    except ValidationError as error:
+        raise UserError(_explain(path, model, error)) from None
+
+
+def load(path):
+    """The yaml file as a plain dict. UserError for a missing file, a syntax error or a key that is given twice."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Run in the repository root, name the file with --params, "
+            "or write it anew with `python -m pipeline_steps.common.params --compose`."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not utf-8 text ({error})") from None
+    return parse(path, text)
+
+
+def parse(path, text):
+    """The yaml text as a plain dict (`path`: the file in messages)."""
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as 'model:' at the top level, found {type(content).__name__}")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a float and dates as text, as Hydra does, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _explain(path, model, error):
+    """One paragraph that names every problem of a ValidationError: dotted key, what is wrong, allowed keys, a guess."""
+    problems = error.errors()
+    missing = {tuple(p["loc"]) for p in problems if p["type"] == "missing"}
+    lines, guessed = [], set()
+    for problem in (p for p in problems if p["type"] == "extra_forbidden"):
+        loc = tuple(problem["loc"])
+        fields = _fields(model, loc[:-1])
+        absent = [name for name in fields if (*loc[:-1], name) in missing]
+        close = difflib.get_close_matches(loc[-1], absent, 1, 0.6)
+        if close:
+            guessed.add((*loc[:-1], close[0]))
+        lines.append(
+            f"{_dotted(loc)}: unknown key" + _suggest(loc[-1], close or fields, allowed=fields, others=_all_keys(model))
+        )
+    for problem in problems:
+        loc = tuple(problem["loc"])
+        if problem["type"] == "missing" and loc not in guessed:
+            lines.append(f"{_dotted(loc)}: missing (this section needs: {', '.join(_fields(model, loc[:-1]))})")
+        elif problem["type"] not in ("missing", "extra_forbidden"):
+            text = problem["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+            lines.append(f"{_dotted(loc) or 'the whole file'}: {text}, found {json.dumps(problem['input'])[:200]}")
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return "\n  ".join(
+        [
+            f"{path}: {count}",
+            *lines,
+            "Correct conf/ and run `python -m pipeline_steps.common.params --compose` (or correct this file only).",
+        ]
+    )
+
+
+def _dotted(loc):
+    return ".".join(str(part) for part in loc)
+
+
+def _suggest(name, candidates, allowed=None, others=()):
+    """' (probably a typo: did you mean ...? Allowed keys: ...)': nearest candidate, else that name elsewhere."""
+    close = difflib.get_close_matches(name, list(candidates), 1, 0.6)
+    elsewhere = [key for key in others if key.split(".")[-1] == name]
+    guess = (
+        f"probably a typo: did you mean '{close[0]}'? "
+        if close
+        else f"did you mean '{elsewhere[0]}'? "
+        if elsewhere
+        else ""
+    )
+    return f" ({guess}Allowed keys: {', '.join(allowed or candidates) or 'none'})"
+
+
+def _fields(model, loc):
+    """Field names of the sub-model that `loc` leads to (empty when it leads through a list or a tagged union)."""
+    for part in loc:
+        model = _submodel(model.model_fields[part].annotation) if model and part in model.model_fields else None
+    return list(model.model_fields) if model else []
+
+
+def _submodel(annotation):
+    """The pydantic model in an annotation such as Stage or `Stage | None`, else None."""
+    candidates = [annotation, *typing.get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _all_keys(model, prefix=""):
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if submodel := _submodel(field.annotation):
+            yield from _all_keys(submodel, f"{prefix}{name}.")
+
+
+def compose(overrides=(), config_dir=ROOT / "conf"):
+    """params.yaml's text from conf/: byte for byte what `dvc exp run -S OVERRIDE ...` writes (dvc/utils/hydra.py)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(Path(config_dir).resolve()), version_base=None):
+            config = hydra_compose(config_name="config", overrides=list(overrides))
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{config_dir} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    return OmegaConf.to_yaml(config)
+
+
+def compose_checked(overrides=(), config_dir=ROOT / "conf"):
+    """`compose`, and UserError when the chosen ablation leaves every other parameter as it is."""
+    text = compose(overrides, config_dir)
+    content = yaml.load(text, Loader=_Loader)
+    if content.get("ablation") != "none":
+        plain = yaml.load(compose([*overrides, "ablation=none"], config_dir), Loader=_Loader)
+        if {**plain, "ablation": content.get("ablation")} == content:
+            raise UserError(
+                f"conf/ablation/{content.get('ablation')}.yaml changes no parameter of this run (overrides: "
+                f"{' '.join(overrides)}). Give it another value, or use ablation=none."
+            )
+    return text
+
+
+def check_outputs(folders=(), files=()):
+    """UserError before the work begins if one of these outputs could not be written at its end."""
+    for path, is_file in [(Path(p), False) for p in folders] + [(Path(p), True) for p in files]:
+        if path.is_dir() == is_file and path.exists():
+            found, wanted = ("a folder", "a file") if is_file else ("a file", "a folder")
+            raise UserError(f"{path}: is {found}, but {wanted} is to be written there. Move it or give another place.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            reason = "Not a directory" if path.parent.is_file() else error.strerror
+            raise UserError(
+                f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
+                "or give another place."
+            ) from None
+
+
+def _safetensors_errors():
+    return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
+
+
+def _unwritable(error):
+    """'FILE: REASON' if the disk refused what was written, also where torch or safetensors hide it, else None."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    number = cause.errno if isinstance(cause, OSError) else int(hidden[1]) if hidden else None
+    if number not in UNWRITABLE:
+        return None
+    return f"{getattr(cause, 'filename', None) or 'an output'}: {os.strerror(number)}"
+
+
+def run(main):
+    """Calls `main()` and exits: 0, or 1 with one paragraph on stderr for a UserError, or 130 when interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except (OSError, RuntimeError, *_safetensors_errors()) as error:
+        problem = _unwritable(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}. Check that it can be written and that the disk is not full.", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check params.yaml, or write it from conf/.")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for --compose, e.g. ablation=A6 seed=2")
+    parser.add_argument("--params", default="params.yaml", help="the file to check or write (default: params.yaml)")
+    parser.add_argument("--compose", action="store_true", help="write the file from conf/ first")
+    arguments = parser.parse_args()
+    if arguments.overrides and not arguments.compose:
+        parser.error("overrides need --compose")
+    if arguments.compose:
+        text = compose_checked(arguments.overrides)
+        check(f"conf/ ({' '.join(arguments.overrides)})" if arguments.overrides else "conf/", parse("conf/", text))
+        Path(arguments.params).write_text(text, encoding="utf-8")
+    check(arguments.params, load(arguments.params))
+    print(f"{arguments.params}: all parameters are valid")
+
+
+if __name__ == "__main__":
+    from pipeline_steps.common import params  # the same module object that the schemas import
+
+    params.run(params.main)

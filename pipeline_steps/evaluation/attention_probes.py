@@ -1,0 +1,131 @@
+"""What a network does while it looks, for the diagnostics: queries, visual tokens, and how sharp its attention is.
+
+Shapes: F frames, L layers, H heads, K queries and P visual tokens per frame, N patches, Q query width, E language
+width.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.evaluation import scoring
+from pipeline_steps.inference.gaze import spread
+
+RANDOM = "random_query"
+STEP = 0.01  # length of the change of a hidden state, as a share of its own
+
+
+@dataclass
+class Looks:
+    """Of one mode, over the frames of all clips; None where the network has no queries."""
+
+    tokens: np.ndarray  # [F, P * E]
+    queries: np.ndarray | None  # [F, K * Q]
+    entropy: np.ndarray | None  # [L, H], share of the greatest, mean over frames and queries
+    peak: np.ndarray | None  # [L, H], the largest weight, mean over frames and queries
+    focus: float | None  # the largest patch's weight over the mean one; last layer, mean over heads and frames
+
+
+@dataclass
+class Observed:
+    looks: dict[str, Looks]  # by mode, RANDOM among them where there are queries
+    num_frames: list[int]  # of every clip
+    num_places: int  # N + 1, what attention is spread over
+    sensitivity: float | None  # relative change of a planned query by that of the hidden state that it is planned from
+
+    @property
+    def clips(self):
+        """Index of every frame's clip: [F]."""
+        return np.repeat(np.arange(len(self.num_frames)), self.num_frames)
+
+    @property
+    def times(self):
+        """Index of every frame in its clip: [F]."""
+        return np.concatenate([np.arange(count) for count in self.num_frames])
+
+
+@dataclass
+class Sums:
+    """Batches of one mode, until they become `Looks`."""
+
+    tokens: list = field(default_factory=list)
+    queries: list = field(default_factory=list)
+    sharpness: list = field(default_factory=list)  # (frames, entropy, peak, focus)
+
+    def add(self, output):
+        self.tokens.append(array(output.visual_tokens.flatten(1)))
+        if output.queries is not None:
+            self.queries.append(array(output.queries.flatten(1)))
+            self.sharpness.append((len(output.queries), *sharpness(array(output.attention_weights))))
+
+    def looks(self):
+        tokens = np.concatenate(self.tokens)
+        if not self.queries:
+            return Looks(tokens, None, None, None, None)
+        frames, *values = zip(*self.sharpness, strict=True)
+        entropy, peak, focus = (np.average(np.stack(value), axis=0, weights=frames) for value in values)
+        return Looks(tokens, np.concatenate(self.queries), entropy, peak, float(focus))
+
+
+def observe(model, loaded, seed, progress):
+    """`Observed` of batches of clips (`scoring.batches`), or None when there are none."""
+    config = model.config
+    has_queries = config.architecture == "foveated"
+    modes = (*GAZE_MODES, RANDOM) if has_queries else GAZE_MODES
+    sums, counts, changes, places = {mode: Sums() for mode in modes}, [], [], 0
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for _, items, batch, _ in loaded:
+        counts += batch["num_frames"].tolist()
+        places = (batch["pixel_values"].shape[-1] // config.vision_config.patch_size) ** 2 + 1
+        for mode in modes:
+            own, source = ("autoregressive", "random") if mode == RANDOM else (mode, None)
+            with planned_from(model) as hidden:
+                output = scoring.forward(model, batch, own, source, generator, has_queries)
+            sums[mode].add(output)
+            if mode == "fine" and hidden:
+                changes.append((len(hidden[-1]), sensitivity(model.planner, hidden[-1], generator)))
+        progress.update(len(items))
+    if not counts:
+        return None
+    frames, values = zip(*changes, strict=True) if changes else ((), ())
+    change = float(np.average(values, weights=frames)) if changes else None
+    return Observed({mode: one.looks() for mode, one in sums.items()}, counts, places, change)
+
+
+def array(tensor):
+    return tensor.detach().float().cpu().numpy().astype(np.float64)
+
+
+def sharpness(weights):
+    """weights [L, F, H, K, N + 1] -> (entropy [L, H] as a share of log(N + 1), peak [L, H], focus)."""
+    patches = weights[-1, ..., 1:].mean(axis=(1, 2))  # [F, N]
+    focus = (patches.max(-1) / np.maximum(patches.mean(-1), 1e-12)).mean()
+    return spread(weights).mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
+
+
+@contextmanager
+def planned_from(model):
+    """Around a forward pass: the list of hidden states [frames, P, E] that queries are planned from."""
+    hidden = []
+    if not hasattr(model, "planner"):
+        yield hidden
+        return
+    hook = model.planner.register_forward_hook(lambda _, inputs, output: hidden.append(inputs[0]))
+    try:
+        yield hidden
+    finally:
+        hook.remove()
+
+
+@torch.inference_mode()
+def sensitivity(planner, hidden, generator):
+    """Mean over frames of (relative change of the planned queries) / STEP, when the hidden states [F, P, E] change by
+    STEP of their length in a random direction. 0: the plan ignores them; 1: it changes as much as they do."""
+    noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
+    step = STEP * noise * hidden.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    before, after = planner(hidden).flatten(1), planner(hidden + step).flatten(1)
+    change = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+    return change.mean().item() / STEP

@@ -1,0 +1,62 @@
+"""What is measured of a part of the items: controls, parts of clips, and how the network looks."""
+
+import csv
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pipeline_steps.evaluation import attention_probes, controls, diagnostics, temporal
+from pipeline_steps.evaluation.scoring import batches, subset
+from pipeline_steps.streaming.index import KINDS
+
+VIDEO = KINDS.index("video")
+STAGES = ("stage1", "stage2", "stage3")
+
+
+@dataclass(frozen=True)
+class Further:
+    controls: pd.DataFrame  # item table
+    views: pd.DataFrame | None  # of `temporal.score_views`; None: not measured
+    observed: attention_probes.Observed | None
+
+
+def choose(dataset, chosen, settings):
+    """{family: item numbers} of the controls, of the parts of clips and of the diagnostics, out of those that are
+    scored; settings: section `evaluation`."""
+    clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
+    clips = {name: numbers for name, numbers in clips.items() if numbers}
+    share = -(-settings.max_diagnostic_clips // max(1, len(clips)))
+    return (
+        subset(chosen, settings.max_control_items_per_family, settings.seed),
+        subset(clips, settings.max_temporal_clips_per_family, settings.seed),
+        subset(clips, share, settings.seed),
+    )
+
+
+def measure(model, collate, dataset, chosen, settings, prefetch, progress):
+    """`Further` of the items that `choose` takes; prefetch: arguments of `streaming.workers.ordered`."""
+    for_controls, for_views, for_looks = (
+        batches(model, collate, dataset, part, settings.batch_size, prefetch)
+        for part in choose(dataset, chosen, settings)
+    )
+    table = controls.score_controls(model, for_controls, settings.seed, progress)
+    views = temporal.score_views(model, collate, for_views, progress)
+    observed = attention_probes.observe(model, for_looks, settings.seed, progress)
+    return Further(table, views if settings.max_temporal_clips_per_family else None, observed)
+
+
+def diagnose(model, observed, table, metrics_dir):
+    """`metrics.Diagnostics` or None, with the training tables of metrics_dir where there are some."""
+    paths = [metrics_dir / f"{stage}.csv" for stage in STAGES]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
+    return diagnostics.diagnose(model, observed, table, rows)
+
+
+def print_checks(result):
+    """The checks of an `EvaluationResult` that failed, on the terminal."""
+    checks = result.diagnostics.checks if result.diagnostics else {}
+    for name, check in checks.items():
+        if check.verdict == "suspicious":
+            bound = f"above {check.high:g}" if check.low is None or check.value >= check.low else f"below {check.low:g}"
+            print(f"suspicious: {name} {check.value:.3g} is {bound}: {check.reason}")

@@ -1,0 +1,98 @@
+"""Does attention fall on the object that the answer needs? Ground-truth boxes on the patch grid.
+
+The truth is a `Truth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
+patches in row-major order.
+"""
+
+import numpy as np
+
+from pipeline_steps.common.metrics import Gaze
+
+SHARES = ("peak_on_target", "peak_on_any_object", "mass_on_target", "chance", "chance_among_objects")
+
+
+def attention_maps(weights):
+    """Attention as maps over the patches: weights [L, T, H, K, 1 + N] -> [L, T, N].
+
+    Mean over heads and queries; the class token (first column) is left out and the rest is scaled to sum to 1.
+    """
+    patches = np.asarray(weights, dtype=np.float64).mean(axis=(2, 3))[..., 1:]
+    return patches / patches.sum(axis=-1, keepdims=True)
+
+
+def spread(weights):
+    """Entropy of weights [..., N], each row summing to 1, as a share of log(N): [...]. 0: one place, 1: all alike."""
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
+
+
+def head_maps(weights):
+    """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that looks at
+    the class token alone has a map of zeros."""
+    patches = np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2)
+    total = patches.sum(axis=-1, keepdims=True)
+    return np.divide(patches, total, out=np.zeros_like(patches), where=total > 0)
+
+
+def on_patches(maps, patches):
+    """maps [..., T, N], patches bool [T, N] -> (is the strongest patch one of them: bool [..., T], attention mass on
+    them: [..., T])."""
+    peaks = maps.argmax(-1)[..., None]
+    hits = np.take_along_axis(np.broadcast_to(patches, maps.shape), peaks, axis=-1)[..., 0]
+    return hits, (maps * patches).sum(-1)
+
+
+def summary(maps, truth):
+    """Sums of one item over the frames that show the target, the first frame (no planned query yet) left out. maps
+    [L, T, N]."""
+    hits, mass = on_patches(maps, truth.target)
+    any_hits, _ = on_patches(maps, truth.any_object)
+    visible = truth.target.any(-1)
+    planned = visible & (np.arange(len(visible)) > 0)
+    return {
+        "gaze_frames": int(planned.sum()),
+        "peak_on_target": int(hits[-1, planned].sum()),
+        "peak_on_any_object": int(any_hits[-1, planned].sum()),
+        "mass_on_target": float(mass[-1, planned].sum()),
+        "chance": float(truth.target[planned].mean(-1).sum()),
+        "chance_among_objects": float((truth.target[planned].sum(-1) / truth.any_object[planned].sum(-1)).sum()),
+        "per_layer": hits[:, planned].sum(-1).tolist(),
+        "per_frame": np.where(visible, hits[-1], np.nan).tolist(),
+    }
+
+
+def head_summary(maps, truth):
+    """Sums of one item as in `summary`, of every layer and head one after another. maps [L, H, T, N]."""
+    hits, mass = on_patches(maps, truth.target)
+    hits &= maps.any(-1)  # no peak: no hit
+    planned = truth.target.any(-1) & (np.arange(maps.shape[2]) > 0)
+    sums = {"per_head": hits[..., planned].sum(-1), "mass_per_head": mass[..., planned].sum(-1)}
+    return {name: values.ravel().tolist() for name, values in sums.items()}
+
+
+def aggregate(rows, interval):
+    """`Gaze` of the items in a DataFrame of `summary` columns, or None when no frame shows a target.
+
+    interval: function of (numerators, denominators) per item.
+    """
+    rows = rows[rows["gaze_frames"] > 0]
+    if rows.empty:
+        return None
+    frames = int(rows["gaze_frames"].sum())
+    tracks = rows["per_frame"].tolist()
+    longest = max(map(len, tracks))
+    # NaN: not visible, or the clip is shorter
+    padded = np.array([[*track, *[np.nan] * (longest - len(track))] for track in tracks])
+    seen = ~np.isnan(padded)
+    layers = len(rows["per_layer"].iloc[0])
+    heads = [name for name in ("per_head", "mass_per_head") if name in rows]
+    return Gaze(
+        **{name: (np.array(rows[name].tolist()).sum(0) / frames).reshape(layers, -1).tolist() for name in heads},
+        **{name: float(rows[name].sum()) / frames for name in SHARES},
+        peak_on_target_interval=interval(rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy()),
+        num_frames=frames,
+        per_layer=(np.array(rows["per_layer"].tolist()).sum(0) / frames).tolist(),
+        per_frame=[
+            float(np.nansum(padded[:, t]) / seen[:, t].sum()) if seen[:, t].any() else None for t in range(longest)
+        ],
+    )

@@ -1,0 +1,81 @@
+"""How likely given answers are: the prompt is read once, every answer is read after it.
+
+Shapes: A answers, S tokens of the prompt (visual ones included), L tokens of the longest answer, E language width,
+V vocabulary.
+"""
+
+import torch
+from transformers import DynamicCache
+
+from pipeline_steps.common.params import UserError
+
+
+def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
+    """Token ids of `answer` (text) as they follow the ids `prompt` of a chat up to its answer, and the end-of-turn
+    token.
+
+    What comes before is tokenised along with it, from the prompt's last control token on, so that the ids are those of
+    the whole chat. UserError that starts with `where` if the tokenizer joins the prompt's end with the answer's start.
+    """
+    tail = list(prompt[last_control_token(tokenizer, prompt) :])
+    text = tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    end = tokenizer.eos_token if end_of_turn else ""
+    ids = tokenizer(text + answer + end, add_special_tokens=False, verbose=False)["input_ids"]
+    if ids[: len(tail)] != tail or len(ids) == len(tail):
+        raise UserError(
+            f"{where}: the tokenizer gives the answer {answer!r} no token of its own after {text!r}. Correct the "
+            "answer at its source."
+        )
+    return ids[len(tail) :]
+
+
+def last_control_token(tokenizer, ids):
+    """Place of the last control token in `ids`, such as the one that begins the answer's turn; 0 without any."""
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control |= set(tokenizer.all_special_ids)
+    return max((place for place, number in enumerate(ids) if number in control), default=0)
+
+
+def check_room(config, where, num_prompt, num_answer):
+    """UserError if a prompt and the longest text after it have no room in the language model; both in tokens."""
+    limit = config.text_config.max_position_embeddings
+    if num_prompt + num_answer > limit:
+        raise UserError(
+            f"{where}: the question with its frames has {num_prompt} tokens and the longest answer {num_answer}, the "
+            f"language model reads at most {limit}. Take the item out, or fewer frames (shards.max_frames)."
+        )
+
+
+@torch.inference_mode()
+def answer_log_probs(model, prompt, answers):
+    """Log-probability of every token of each answer, given the prompt and the answer's tokens before it.
+
+    prompt: embeddings [1, S, E] of the whole prompt, visual tokens in place, without padding. answers: A lists of
+    token ids. Returns (A float64 tensors, one entry per token; A bool: every token is the most likely one).
+    """
+    language, device, longest = model.language_model, prompt.device, max(map(len, answers))
+    ids = torch.zeros(len(answers), longest, dtype=torch.int64)  # [A, L]
+    for row, answer in zip(ids, answers, strict=True):
+        row[: len(answer)] = torch.tensor(answer)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    cache = DynamicCache(config=model.config.text_config)
+    hidden = language.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    hidden = hidden.expand(len(answers), -1, -1)  # [A, 1, E]: the answers' first tokens are read from it
+    if longest > 1:
+        cache.batch_repeat_interleave(len(answers))
+        size = prompt.shape[1]
+        read = torch.arange(longest - 1) < (lengths - 1)[:, None]  # [A, L - 1]
+        mask = torch.cat([torch.ones(len(answers), size, dtype=torch.int64), read.long()], dim=1)
+        after = language.model(
+            inputs_embeds=language.get_input_embeddings()(ids[:, :-1].to(device)),
+            attention_mask=mask.to(device),
+            position_ids=(size + torch.arange(longest - 1)).expand(len(answers), -1).to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        hidden = torch.cat([hidden, after], dim=1)  # [A, L, E]
+    logits = language.lm_head(hidden).double()  # [A, L, V]
+    log_probs = logits.log_softmax(-1).gather(-1, ids.to(device)[..., None])[..., 0].cpu()
+    most_likely = logits.argmax(-1).cpu() == ids
+    pairs = [(row[:length], hits[:length]) for row, hits, length in zip(log_probs, most_likely, lengths, strict=True)]
+    return [row for row, _ in pairs], [bool(hits.all()) for _, hits in pairs]

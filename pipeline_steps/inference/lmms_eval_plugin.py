@@ -1,0 +1,218 @@
+"""The checkpoints of this repository as a model of lmms-eval, so that its tasks run on them.
+
+    python -m lmms_eval --model foveated_vlm --model_args pretrained=outputs/stage3 --tasks pope --batch_size 8
+
+lmms-eval finds it by the entry point `foveated_vlm` of the group `lmms_eval.models`; docs/metrics.md says how both are
+installed. Frames and chats are prepared by the checkpoint's own processor, exactly as for training.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from model import FoveatedVLMForConditionalGeneration
+from model.configuration_foveated_vlm import MODES
+from model.input_checks import check_inputs
+from model.pictures import IMAGE_SUFFIXES
+from pipeline_steps.common.params import UserError
+from pipeline_steps.inference.answers import embedded_prompts
+from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room, last_control_token
+
+OPTIONS = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")  # of the library's generate
+UNUSED = ("image_aspect_ratio",)  # how LLaVA prepares its pictures; ours are prepared as in training
+SEED = 1  # of query sources that draw at random
+
+
+def manifest():
+    """What the entry point registers."""
+    return ModelManifest(model_id="foveated_vlm", simple_class_path=f"{__name__}.FoveatedVLM")
+
+
+class Likelihood(tuple, GenerationResult):
+    """(loss, is it what the model would answer): the pair that the interface asks for, in a form that reaches the task.
+    lmms-eval 0.7.3 turns every result that is no text into text, but for what a GenerationResult holds."""
+
+
+class FoveatedVLM(lmms):
+    """A trained folder, or a published checkpoint, behind lmms-eval's interface for simple models.
+
+    pretrained: folder or name. device: default the GPU of this process where there is one. dtype: of the weights.
+    mode: how the frames are looked at. max_new_tokens: of answers whose task names no number.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        dtype: str = "float32",
+        mode: str = "autoregressive",
+        max_new_tokens: int = 128,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+        if mode not in MODES:
+            raise UserError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+        self.batch_size, self.mode, self.max_new_tokens = int(batch_size), mode, int(max_new_tokens)
+        self.device = torch.device(own_device() if device in (None, "cuda") else device)
+        network = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+        if not isinstance(network, FoveatedVLMForConditionalGeneration):
+            raise UserError(f"{pretrained}: a {type(network).__name__}, expected a checkpoint of this repository")
+        self.model = network.to(self.device).eval()
+        self.processor = AutoProcessor.from_pretrained(pretrained)
+        self.tokenizer = self.processor.tokenizer
+
+    def generate_until(self, requests) -> list[str]:
+        """The answer to every request (context, generation options, doc_to_visual, doc_id, task, split), cut before
+        the first of the task's stop strings."""
+        found = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # requests that are generated alike
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="answers", unit="item") as progress:
+            for key, numbers in groups.items():
+                options, stops = self._options(json.loads(key))
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    texts = self._answers([requests[n].args for n in batch], options)
+                    for number, text in zip(batch, texts, strict=True):
+                        found[number] = cut(text, stops)
+                        self.cache_hook.add_partial("generate_until", requests[number].args[:2], found[number])
+                    progress.update(len(batch))
+        return found
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """(loss, is it what the model would answer) of every request (context, continuation, doc_to_visual, doc_id,
+        task, split); the continuation may be a function of the document.
+
+        The loss is the continuation's negative log-probability, end-of-turn token included, in nats: lmms-eval's
+        multiple-choice tasks take the SMALLEST value, and divide it by the number of characters for `acc_norm`. The
+        frames of a document are looked at once for all continuations of one context.
+        """
+        found: list = [None] * len(requests)
+        groups: dict[tuple, list[int]] = {}
+        for number, request in enumerate(requests):
+            context, _, *place = request.args
+            groups.setdefault((context, *place[1:]), []).append(number)
+        for numbers in tqdm(groups.values(), disable=self.rank != 0, desc="likelihoods", unit="context"):
+            for number, pair in zip(numbers, self._losses([requests[n].args for n in numbers]), strict=True):
+                found[number] = pair
+                self.cache_hook.add_partial("loglikelihood", requests[number].args[:2], pair)
+        return found
+
+    def generate_until_multi_round(self, requests) -> list[str]:
+        raise NotImplementedError("a FoveatedVLM looks at its frames once, for one question: run single-round tasks")
+
+    # ---- one batch, one context
+
+    def _answers(self, batch, options):
+        visuals = [self._visual(*arguments[2:6]) for arguments in batch]
+        inputs = self.processor(text=[arguments[0] for arguments in batch], videos=visuals).to(self.device)
+        room = self.model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
+        options = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
+        end = self.tokenizer.eos_token_id
+        ids = self.model.generate(
+            **inputs, mode=self.mode, generator=self._generator(), eos_token_id=end, pad_token_id=end, **options
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _losses(self, batch):
+        context, _, *place = batch[0]
+        answers = [self._continuation(*arguments) for arguments in batch]
+        prompt, prompts = self._prompt(context, self._visual(*place) if place else None)
+        where = f"the context {context[:60]!r}"
+        ids = [answer_ids(self.tokenizer, prompt, answer, where) for answer in answers]
+        check_room(self.model.config, where, prompts.shape[1], max(map(len, ids)))
+        log_probs, most_likely = answer_log_probs(self.model, prompts, ids)
+        return [Likelihood((-row.sum().item(), hits)) for row, hits in zip(log_probs, most_likely, strict=True)]
+
+    def _prompt(self, context, visual):
+        """(text ids, embeddings [1, S, E]) of the chat up to the answer. A blank context: the answer's beginning
+        alone, without a question."""
+        blank = not context.strip() and visual is None
+        inputs = self.processor(text="?" if blank else context, videos=visual).to(self.device)
+        ids = inputs["input_ids"]
+        if blank:
+            last = last_control_token(self.tokenizer, ids[0].tolist())
+            return ids[0, last:].tolist(), self.model.embed(ids[:, last:], None)
+        batch = {name: inputs.get(name) for name in ("pixel_values", "num_frames", "attention_mask", "input_ids")}
+        shown = (batch["pixel_values"], batch["num_frames"], self.mode, None, None)
+        check_inputs(self.model.config, ids, *shown)
+        text = ids[ids != self.model.config.visual_token_id].tolist()
+        return text, embedded_prompts(self.model, batch | {"target_patches": None}, self.mode, self._generator())
+
+    def _generator(self):
+        return torch.Generator(self.device).manual_seed(SEED)
+
+    # ---- what a task gives
+
+    def _visual(self, doc_to_visual, doc_id, task, split):
+        return as_video(doc_to_visual(self.task_dict[task][split][doc_id]), f"task {task}, document {doc_id}")
+
+    def _continuation(self, context, continuation, *place):
+        if callable(continuation):
+            _, doc_id, task, split = place
+            continuation = continuation(self.task_dict[task][split][doc_id])
+        return str(continuation).strip()  # in a chat the answer follows a line break, without the task's delimiter
+
+    def _options(self, given):
+        """(options of `generate`, stop strings) of a task's generation_kwargs."""
+        stops = [text for name in ("until", "stop_sequences") for text in as_list(given.pop(name, None))]
+        options = {"max_new_tokens": given.pop("max_new_tokens", self.max_new_tokens)}
+        options |= {name: given.pop(name) for name in OPTIONS if given.get(name) is not None}
+        unknown = {name for name, value in given.items() if value is not None} - {*UNUSED, *OPTIONS}
+        if unknown:
+            raise UserError(
+                f"generation_kwargs of a task hold {', '.join(sorted(unknown))}, known are max_new_tokens, until, "
+                f"stop_sequences, {', '.join(OPTIONS)}. Leave them out with --gen_kwargs or in the task's file."
+            )
+        warm = options.get("temperature", 0) > 0  # tasks ask for greedy answers by a temperature of 0
+        options["do_sample"] = warm and options.get("do_sample", True)
+        if not options["do_sample"]:
+            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+        return options, stops
+
+
+def own_device():
+    """The GPU of this process, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def as_list(value):
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def cut(text, stops):
+    """The text before the first of the stop strings."""
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)].strip() if ends else text
+
+
+def as_video(visuals, where):
+    """A document's visuals as the processor takes them: None, a path, one picture, or a list of pictures. UserError
+    that starts with `where` for anything else."""
+    visuals = [] if visuals is None else visuals if isinstance(visuals, list | tuple) else [visuals]
+    if not visuals:
+        return None
+    if len(visuals) == 1 and isinstance(visuals[0], str | os.PathLike | Image.Image):
+        return visuals[0]
+    if all(isinstance(visual, str | os.PathLike) for visual in visuals):
+        if all(Path(visual).suffix.lower() in IMAGE_SUFFIXES for visual in visuals):
+            return [Image.open(visual) for visual in visuals]
+    elif all(isinstance(visual, Image.Image) for visual in visuals):
+        return list(visuals)
+    kinds = ", ".join(sorted({type(visual).__name__ for visual in visuals}))
+    raise UserError(f"{where}: {len(visuals)} visuals of type {kinds}, expected one video or pictures")

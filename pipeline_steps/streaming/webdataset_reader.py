@@ -1,0 +1,190 @@
+"""Reading shards once through, from anywhere, behind the interface of `TokenizedShards`.
+
+Every group of the mixture reads its own sequence of shards, which are shared out among the ranks, and draws its next
+item among those of the next `shuffle_samples`. The order is computed from the sidecars before anything is read, so
+batches, counts and states are the same as for local shards; unlike there, it depends on the number of ranks.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from pipeline_steps.common.params import UserError
+from pipeline_steps.streaming import remote
+from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
+from pipeline_steps.streaming.mixture import Groups, Mixture, interleave
+
+SHARDS, ITEMS = 1, 2  # mark the random numbers of streams apart from those of other orders
+
+
+class StreamedShards(TokenizedShards):
+    """The items of one split of the data set at `url`. Training reads their frames by a `Stream`, in its order."""
+
+    sequential = True
+
+    def __init__(self, *directories, url: str, retries: int, **options):
+        super().__init__(*directories, with_frames=False, **options)
+        self.url, self.retries = url, retries
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """int32 [n]: place of every item's shard in `shards`."""
+        return np.repeat(np.array(self._shard_of, np.int32), [batch.num_rows for batch in self.rows.batches])
+
+    def numbers_of(self, shard: int) -> dict[str, list[int]]:
+        """Item numbers of every sample of a shard, by key."""
+        numbers: dict[str, list[int]] = {}
+        for own, start, batch in zip(self._shard_of, self.rows.starts, self.rows.batches, strict=False):
+            for row, key in enumerate(batch.column("key").to_pylist() if own == shard else ()):
+                numbers.setdefault(key, []).append(int(start) + row)
+        return numbers
+
+    def raw(self, number: int, members: dict[str, bytes]) -> Raw:
+        """An item out of the members of its sample. UnreadableSample when one of its frames is not among them."""
+        row = self.rows[number]
+        count, single = row["num_frames"], row["kind"] == "image" and row["num_frames"] == 1
+        names = ["jpg"] if single else [f"{frame:03d}.jpg" for frame in range(count)]
+        absent = [name for name in names if name not in members]
+        if absent:
+            raise UnreadableSample(self.url, row["key"], f"{absent[0]} is not in its shard")
+        return Raw(row, [members[name] for name in names], members.get("json"))
+
+    def read(self, number: int) -> Raw:
+        """One item out of its turn: its shard is read up to it, so this is for a few items only."""
+        path = f"shards/{self.split}/{self.shards[self.shard_number(number)].name}"
+        samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries)
+        return self.raw(number, next(samples))
+
+
+class StreamedMixture(Mixture):
+    """The order in which `world_size` ranks read streams: each rank interleaves the groups in the same shares.
+
+    Batches have `batch_size` samples of which rank r gets every world_size-th, from r on. UserError when a group has
+    fewer shards than there are ranks.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        num_samples: int,
+        seed: int,
+        *,
+        shard_of: np.ndarray,
+        shuffle_samples: int,
+        batch_size: int,
+        world_size: int,
+    ):
+        super().__init__(groups.items, groups.weights, num_samples, seed)
+        self.shard_of, self.shuffle_samples, self.world_size = shard_of, shuffle_samples, world_size
+        self.rank_of = np.arange(num_samples) % batch_size % world_size  # of every position
+        weights = np.array([groups.weights[name] for name in self.names], float)
+        for rank in range(world_size):
+            mine = self.rank_of == rank
+            self.group_of[mine] = interleave(weights, int(mine.sum()))[0]
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        order = np.empty(self.num_samples, np.int64)
+        for rank in range(self.world_size):
+            for group in range(len(self.names)):
+                places = np.flatnonzero((self.rank_of == rank) & (self.group_of == group))
+                served, epoch = [np.zeros(0, np.int64)], 0
+                while sum(map(len, served)) < len(places):
+                    served.append(self.stream_epoch(group, epoch, rank)[0])
+                    epoch += 1
+                order[places] = np.concatenate(served)[: len(places)]
+        return order
+
+    def stream_epoch(self, group: int, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """A rank's items of a group in the order of one epoch, and the shards in the order in which they are read.
+        An item is moved by less than `shuffle_samples` places from where it is read."""
+        items = self.groups[self.names[group]]
+        shards = np.unique(self.shard_of[items])
+        if len(shards) < self.world_size:
+            raise UserError(
+                f"'{self.names[group]}' lies in {len(shards)} shard(s), fewer than {self.world_size} ranks, and the "
+                "reader webdataset shares out whole shards. Pack smaller shards (shards.samples_per_shard), take fewer "
+                "ranks, or read local shards (streaming.reader: local)."
+            )
+        mine = np.random.default_rng([self.seed, group, epoch, SHARDS]).permutation(shards)[rank :: self.world_size]
+        place = np.full(int(shards[-1]) + 1, -1)
+        place[mine] = np.arange(len(mine))
+        places = place[self.shard_of[items]]
+        own = items[places >= 0][np.argsort(places[places >= 0], kind="stable")]
+        drawn = np.random.default_rng([self.seed, group, epoch, ITEMS, rank])
+        return own[np.argsort(np.arange(len(own)) + drawn.uniform(0, self.shuffle_samples, len(own)))], mine
+
+
+class Stream:
+    """Reads the items of a rank in the order of a `StreamedMixture`, from the rank's `place`-th on."""
+
+    def __init__(self, dataset: StreamedShards, mixture: StreamedMixture, rank: int, place: int):
+        self.place, self.group_of = place, mixture.group_of[mixture.rank_of == rank]
+        served = np.bincount(self.group_of[:place], minlength=len(mixture.names))
+        self.readers = [_Reader(dataset, mixture, group, rank, int(count)) for group, count in enumerate(served)]
+
+    def read(self, number: int) -> Raw | UnreadableSample:
+        """The next item, which is `number`; or the error of its sample, which does not end the stream."""
+        reader = self.readers[self.group_of[self.place]]
+        self.place += 1
+        return reader.read(number)
+
+    def close(self) -> None:
+        """Ends the connections."""
+        for reader in self.readers:
+            reader.samples.close()
+
+
+class _Reader:
+    """The stream of one group."""
+
+    def __init__(self, dataset: StreamedShards, mixture: StreamedMixture, group: int, rank: int, served: int):
+        self.dataset, self.mixture, self.group, self.rank = dataset, mixture, group, rank
+        self.epoch, self.skipped = 0, served  # items to pass over in this epoch
+        self.pending: dict[int, dict] = {}  # members of the samples of items that were read and not asked for yet
+        self.left = 0  # items of this epoch
+        self.samples: Iterator[dict] = _nothing()
+
+    def read(self, number: int) -> Raw | UnreadableSample:
+        while not self.left:
+            self._begin()
+        while number not in self.pending:
+            self._advance()
+        self.left -= 1
+        try:
+            return self.dataset.raw(number, self.pending.pop(number))
+        except UnreadableSample as error:
+            return error
+
+    def _begin(self) -> None:
+        """Start the epoch, or pass over it when all of it was served before."""
+        items, shards = self.mixture.stream_epoch(self.group, self.epoch, self.rank)
+        self.epoch += 1
+        wanted = items[self.skipped :]
+        self.skipped, self.left = max(self.skipped - len(items), 0), len(wanted)
+        if self.left:
+            self.samples.close()
+            self.samples = self._samples(set(wanted.tolist()), shards)
+
+    def _samples(self, wanted: set[int], shards: np.ndarray) -> Iterator[dict]:
+        """The samples of the wanted items, each with the `numbers` of these."""
+        for shard in shards.tolist():
+            numbers = {
+                key: own
+                for key, all_of_it in self.dataset.numbers_of(shard).items()
+                if (own := [number for number in all_of_it if number in wanted])
+            }
+            if numbers:
+                path = f"shards/{self.dataset.split}/{self.dataset.shards[shard].name}"
+                for sample in remote.read_shard(self.dataset.url, path, set(numbers), self.dataset.retries):
+                    yield {**sample, "numbers": numbers[sample["__key__"]]}
+
+    def _advance(self) -> None:
+        sample = next(self.samples)
+        for number in sample["numbers"]:
+            self.pending[number] = sample
+
+
+def _nothing() -> Iterator[dict]:
+    yield from ()

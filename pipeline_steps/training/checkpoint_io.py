@@ -1,0 +1,207 @@
+"""Unfinished training: where its states live, and how they are written so that a kill at any moment, a full disk or a
+second run loses nothing but time.
+
+A state is a folder `step-00000200` with model.safetensors, optimizer.safetensors and state.json (the step, the curves
+so far, the best validation; version FORMAT). It appears by one rename when all of it is on the disk; reading it runs no
+pickled code.
+"""
+
+import json
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline_steps.common.params import UserError
+from pipeline_steps.common.records import fingerprint, sha256_file, writable
+
+FORMAT = 1
+WITHOUT_EFFECT = {  # parameters that no weight and no row of the metrics table depends on: a run may go on with others
+    "streaming": {"num_workers", "prefetch_megabytes", "retries"},
+    "training.common": {"checkpoint_every", "keep_checkpoints"},
+    "training.common.watch": {
+        "tensorboard", "dvclive", "wandb_project", "heatmaps_every", "num_heatmap_clips", "peak_tflops"
+    },
+}  # fmt: skip
+BEST = "best"
+CODE = (
+    "model",
+    "pipeline_steps/streaming",
+    "pipeline_steps/training",
+    "pipeline_steps/common/checkpoint.py",
+    "pipeline_steps/common/device.py",
+    "pipeline_steps/common/params.py",
+    "pipeline_steps/common/records.py",
+    "pipeline_steps/common/sidecar.py",
+)
+
+
+def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
+    """16 hex digits of everything that determines the run: parameters (but WITHOUT_EFFECT), input files, code,
+    libraries."""
+    root = Path(__file__).resolve().parents[2]
+    code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
+    libraries = [version(name) for name in ("torch", "transformers")]
+    return fingerprint(stage, _effective(parameters), [sha256_file(path) for path in inputs], libraries, *sorted(code))
+
+
+def _effective(parameters: dict, section: str = "") -> dict:
+    """Nested parameters less WITHOUT_EFFECT."""
+    return {
+        name: _effective(value, f"{section}.{name}".lstrip(".")) if isinstance(value, dict) else value
+        for name, value in parameters.items()
+        if name not in WITHOUT_EFFECT.get(section, ())
+    }
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:
+    """Write the state of a step beside the older ones and remove all but the last `keep` of them.
+
+    tensors: {"model": {name: tensor}, "optimizer": {...}, ...}, a file each; values: JSON-able. UserError when the
+    disk refuses; the older states are then as they were.
+    """
+    _write_whole(folder / f"step-{step:08d}", tensors, values | {"step": step, "format": FORMAT})
+    for old in _states(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_state(folder: Path) -> tuple[dict[str, dict], dict] | None:
+    """(tensors, values) of the last complete state, or None at the beginning of a run."""
+    states = _states(folder)
+    return _read(states[-1]) if states else None
+
+
+def save_best(folder: Path, weights: dict[str, torch.Tensor], values: dict) -> None:
+    """Replace the best weights so far."""
+    _write_whole(folder / BEST, {"model": weights}, values | {"format": FORMAT})
+
+
+def load_best(folder: Path) -> tuple[dict[str, dict], dict] | None:
+    """(tensors, values) of the best weights so far, or None."""
+    if not (folder / BEST).exists() and (folder / f".{BEST}.old").exists():  # killed between the two renames
+        os.rename(folder / f".{BEST}.old", folder / BEST)
+    return _read(folder / BEST) if (folder / BEST).is_dir() else None
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _write_whole(target: Path, tensors: dict[str, dict], values: dict) -> None:
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    with writable(target.parent):
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        for name, group in tensors.items():
+            _save_tensors(group, partial / f"{name}.safetensors")
+        with writable(target):
+            (partial / "state.json").write_text(json.dumps(values))
+            for file in partial.iterdir():
+                _sync(file)
+            _sync(partial)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(partial, target)
+            _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict, path: Path) -> None:
+    """Tied tensors are written as one and its other names, which safetensors does not do by itself."""
+    first, names = {}, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        if place in first:
+            names[name] = first[place][0]
+        else:
+            first[place] = name, tensor
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in first.values()}, path, metadata=names or None)
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}). Check that the disk has space; the states before are whole."
+        ) from None
+
+
+def _read(folder: Path) -> tuple[dict[str, dict], dict]:
+    try:
+        values = json.loads((folder / "state.json").read_text())
+        tensors = {file.stem: _load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot be read ({error}). Remove this folder to go on from the state before, or, where there "
+            "is none (training.common.keep_checkpoints), to begin again."
+        ) from None
+    if values.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: a state of format {values.get('format')}, this version reads {FORMAT}. Remove the folder "
+            f"{folder.parent} to begin again."
+        )
+    return tensors, values
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        return tensors | {name: tensors[same] for name, same in (file.metadata() or {}).items() if same in tensors}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of one that is divided among processes (each of which has to call this)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state_dict with whole tensors."""
+    return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    """{"<parameter name>/<what>": tensor} of an optimizer's state. names: {id(parameter): name}."""
+    return {
+        f"{names[id(parameter)]}/{what}": whole(value)
+        for parameter, state in optimizer.state.items()
+        for what, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, names: dict[int, str]) -> None:
+    """Puts what `optimizer_tensors` gave back, by parameter name."""
+    of_parameter: dict[str, dict] = {}
+    for key, value in tensors.items():
+        name, _, what = key.rpartition("/")
+        of_parameter.setdefault(name, {})[what] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {what: divided(value, parameter) for what, value in of_parameter[names[id(parameter)]].items()}
+        for number, parameter in enumerate(parameters)
+        if names[id(parameter)] in of_parameter
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def divided(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value` divided among the processes as the parameter is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,113 @@
+"""What one stage's training consists of, and how far it is."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.mfu import StepFlops
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
+from pipeline_steps.training.distributed import ALONE, Processes
+from pipeline_steps.training.ema import Average
+from pipeline_steps.training.optimizers import Optimizer
+
+
+@dataclass
+class Run:
+    """One stage: what is trained, on what, and how far it is."""
+
+    stage: str
+    model: nn.Module
+    train: TokenizedShards
+    validation: TokenizedShards
+    seed: int
+    common: object  # training.common
+    settings: object  # training.<stage>
+    streaming: object
+    folder: Path  # scratch, for the states
+    processes: Processes = ALONE
+    history: list[dict] = field(default_factory=list)  # rows of the metrics table
+    best: dict | None = None  # {"step", "loss"} of the best validation so far
+    micro_batch_size: int | None = None
+    watch: Watch | None = None
+    published: nn.Module | None = None  # the main process's model at the end of the stage
+    stop_requested: bool = False
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    @cached_property
+    def served(self) -> StagePlan:
+        """Which items, in which batches. UserError where the data lack them."""
+        return plan_stage(
+            self.train,
+            self.settings,
+            self.streaming,
+            stage=self.stage,
+            seed=self.seed,
+            batch_size=self.common.batch_size,
+            tokens_per_frame=self.model.config.tokens_per_frame,
+            world_size=self.processes.world_size,
+        )
+
+    @cached_property
+    def loader(self) -> Loader:
+        """This process's batches."""
+        collate = Collator.for_model(
+            self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
+        )
+        group = self.processes
+        return Loader(self.train, self.served, collate, self.streaming, rank=group.rank, world_size=group.world_size)
+
+    @cached_property
+    def step_flops(self) -> StepFlops:
+        """Of the training steps, once it is settled what is trained."""
+        return StepFlops(self.model, self.train.image_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.loader.num_steps
+
+    @property
+    def is_divided(self) -> bool:
+        """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
+        return self.processes.world_size > 1 and self.common.sharding == "fsdp"
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step, counted from 0, has a row in the metrics table."""
+        return step % self.common.watch.log_every == 0 or step == self.num_steps - 1
+
+    def generator(self, *names: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
+
+
+@dataclass
+class Trainer:
+    """What a step works with and a state holds."""
+
+    wrapped: nn.Module  # the model, or what shares its gradients with other processes
+    optimizer: Optimizer
+    average: Average | None
+    reference: nn.Module | None  # frozen copy of the weights that a preference stage began with
+    names: dict[int, str]  # {id(parameter): name}
+
+
+@contextmanager
+def averaged(trainer: Trainer):
+    """The model has the averaged weights inside the block, if they are kept."""
+    with trainer.average.in_place() if trainer.average is not None else nullcontext():
+        yield
+
+
+def announce(run: Run, lines: list[str]) -> None:
+    if run.processes.is_main:
+        for line in lines:
+            tqdm.write(line)

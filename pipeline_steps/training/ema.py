@@ -1,0 +1,44 @@
+"""An exponential moving average of the trained weights (Polyak averaging), validated and published in their place."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline_steps.training.checkpoint_io import divided
+
+
+class Average:
+    """Averages of a model's trainable parameters: after n updates, decay * average + (1 - decay) * weights each."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After every optimizer step."""
+        self._update(list(self.values.values()), [p.detach() for p in self.parameters.values()], 0)
+
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Averages of an earlier run of the same stage."""
+        for name, value in values.items():
+            self.values[name].copy_(divided(value, self.parameters[name]))
+
+    @contextmanager
+    def in_place(self):
+        """The model has the averaged weights inside the block, its own again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            own = parameter.detach().clone()
+            parameter.copy_(self.values[name])
+            self.values[name].copy_(own)

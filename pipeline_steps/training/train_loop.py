@@ -1,0 +1,317 @@
+"""The training loop of all stages.
+
+Everything random is a function of (seed, stage, step), so the state of a run is its step, weights and optimizer; a run
+that is killed anywhere and started again ends with the same weights, bit by bit (CPU, same number of threads).
+"""
+
+import copy
+import signal
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from pipeline_steps.common.params import UserError
+from pipeline_steps.training import checkpoint_io, checks
+from pipeline_steps.training.checkpointing import all_quarantined, keep_best, publish_weights, save
+from pipeline_steps.training.context import Run, Trainer, announce, averaged
+from pipeline_steps.training.distributed import without_sync, wrap
+from pipeline_steps.training.ema import Average
+from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
+from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
+from pipeline_steps.training.parameters import GROUPS, trainable_parameters, weight_matrices
+from pipeline_steps.training.schedule import learning_rate
+from pipeline_steps.training.validation import draw_looks, to_device, validate
+
+EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margin")  # of lambdas, and of preferences
+STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
+
+
+def train(run: Run) -> dict:
+    """Train to the end of the sample budget, from the saved state if there is one. Returns the final validation
+    result."""
+    trainer = prepare(run)
+    first, served = run.loader.step, run.served.mixture.statistics()
+    announce(run, checks.warn_of_repeats(run.stage, served, run.common.watch.max_epochs))
+    with stopped_by_sigterm(run):
+        for step, batch in enumerate(run.watch.progress(run.loader, first), start=first):
+            row = train_step(run, trainer, batch, step)
+            if run.is_logged(step):
+                run.history.append(row)
+            after_step(run, trainer, step + 1)
+    with averaged(trainer):
+        final = validate(run, trainer.wrapped, run.num_steps, modes=("fine", "autoregressive"))
+    run.history += final
+    run.watch.rows(final)
+    keep_best(run, trainer, final)
+    publish_weights(run, trainer)
+    return {
+        "validation": final,
+        "best": run.best,
+        "mixture": served,
+        "unserved": run.served.groups.unserved,
+        "quarantined": all_quarantined(run),
+    }
+
+
+def prepare(run: Run) -> Trainer:
+    """The trainer, and the loader, at the beginning of the stage or where the last state says."""
+    reference = None
+    if run.settings.loss == "preference":
+        check_preferences(run)
+        reference = copy.deepcopy(run.model).requires_grad_(False)
+    if run.common.activation_checkpointing:
+        run.model.gradient_checkpointing_enable()
+    saved = checkpoint_io.load_state(run.folder)
+    if saved is not None:
+        run.model.load_state_dict(saved[0]["model"])
+    options = (run.settings, run.common.weight_decay, run.common.optimizer)
+    trainable_parameters(run.model, *options)  # freezes what is not trained
+    run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
+    if run.is_divided:
+        check_side_by_side(run)
+    if run.common.compile:
+        run.model.compile_hot_paths()  # first, so that what sharding does around a layer stays outside of its graph
+    wrapped = wrap(run.model, run.processes, run.is_divided)
+    groups, _ = trainable_parameters(run.model, *options)  # dividing makes other ones
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    optimizer = Optimizer(groups, run.common.betas)
+    average = Average(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
+    trainer = Trainer(wrapped, optimizer, average, reference, names)
+    if saved is None:
+        return trainer
+    tensors, values = saved
+    optimizer.restore(tensors["optimizer"], names)
+    if average is not None:
+        average.load(tensors["average"])
+    run.history, run.best = values["history"], values["best"]
+    own = values["loader"] if run.processes.is_main else values["loader"] | {"quarantined": {}}
+    run.loader.load_state_dict(own)
+    announce(run, [f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})"])
+    return trainer
+
+
+def check_preferences(run: Run) -> None:
+    """UserError when the stage would train on an item that has no rejected answer."""
+    order = run.served.plan.order
+    lacking = order[run.train.index.num_rejected[order] == 0]
+    if len(lacking):
+        raise UserError(
+            f"training.{run.stage}.loss is preference, but {len(np.unique(lacking)):,} items of its mixture have no "
+            f"rejected answer, such as one of sample '{run.train.rows[int(lacking[0])]['key']}'. Name the source of "
+            f"the preferences in training.{run.stage}.mixture."
+        )
+
+
+def check_side_by_side(run: Run) -> None:
+    """UserError when the processes of a divided network would not run the same layers at the same time, and so wait for
+    each other for ever: all need as many micro-batches, and frames in the same ones."""
+    plan, size, world = run.served.plan, run.micro_batch_size or run.common.batch_size, run.processes.world_size
+    for step in range(plan.num_steps):
+        shown = [run.train.index.num_frames[plan.items(step, rank, world)] > 0 for rank in range(world)]
+        pieces = [[bool(own[at : at + size].any()) for at in range(0, len(own), size)] for own in shown]
+        if any(own != pieces[0] for own in pieces):
+            raise UserError(
+                f"step {step + 1} of {run.stage}: with training.common.sharding fsdp all {world} processes need frames "
+                f"in the same micro-batches (of {size} samples), their shares have them in {pieces}. Raise "
+                "training.common.batch_size or micro_batch_size, set text_share to 0, or take sharding ddp."
+            )
+
+
+def choose_micro_batch_size(run: Run) -> int | None:
+    """Samples per forward pass: the given number, None for a whole batch, or as many of the largest samples as fit the
+    memory of every process's GPU, beside what the run keeps there from the first step on (`state_to_come`).
+
+    Every process tries by itself with the whole model, so with fsdp, which divides it, more may fit than is found.
+    """
+    wanted = run.common.micro_batch_size
+    if wanted != "auto":
+        return wanted
+    if run.device == "cpu":
+        return None
+    share = -(-int(np.diff(run.served.plan.starts).max()) // run.processes.world_size)
+    patches = (run.train.image_size // run.model.config.vision_config.patch_size) ** 2
+    places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
+    largest = np.argsort(-places, kind="stable").tolist()
+
+    def try_size(size: int) -> None:
+        batch = run.loader.collate([run.train[number] for number in largest[:size]])
+        try_micro_batch(run, batch, accumulates=size < share)
+
+    size = run.processes.smallest(checks.find_micro_batch_size(share, try_size))
+    announce(run, [f"{run.stage}: micro-batches of {size} samples fit the memory of {run.device}"])
+    return size
+
+
+def state_to_come(run: Run) -> list[torch.Tensor]:
+    """Empty tensors as large as what one process keeps of its trained weights beside them: the optimizer's state, and
+    the average of the weights where there is one. With fsdp a process keeps its part."""
+    parts = run.processes.world_size if run.is_divided else 1
+    for_muon = weight_matrices(run.model) if run.common.optimizer == "muon" else set()
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    has_average = run.common.ema_decay is not None
+    copies = [STATE_COPIES["muon" if id(parameter) in for_muon else "adamw"] + has_average for parameter in trained]
+    return [p.new_empty(count * -(-p.numel() // parts)) for p, count in zip(trained, copies, strict=True)]
+
+
+def try_micro_batch(run: Run, batch: dict, accumulates: bool) -> None:
+    """A forward and a backward pass of a batch of the whole network, beside the `state_to_come` and, where the step
+    `accumulates` micro-batches or several processes share their gradients in buckets, beside all gradients."""
+    config, kept = run.model.config, state_to_come(run)
+    if accumulates or (run.processes.world_size > 1 and not run.is_divided):
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    inputs = to_device(batch, run.device) | {"mode": "coarse" if config.coarse_only else "fine"}
+    try:
+        with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"):
+            output = run.model.train()(**inputs, num_plans=config.num_passes + 1)
+            (output.log_probs.sum() if output.loss is None else output.loss).backward()
+    finally:
+        run.model.zero_grad(set_to_none=True)
+        del kept
+
+
+def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
+    """One optimizer step; returns its row of the metrics table."""
+    config, rates = run.model.config, set_learning_rates(run, trainer.optimizer, step)
+    trainer.wrapped.train()
+    num_plans = config.num_passes + int(run.generator(step).random() < config.second_pass_probability)
+    torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # random queries, sampled attention
+    trainer.optimizer.zero_grad()
+    sums, total = accumulate(run, trainer, batch, num_plans)
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
+    norm = checkpoint_io.whole(clip_grad_norm_(parameters, run.common.clip_norm)).item()
+    losses = over_processes(run, sums)
+    checks.refuse_non_finite(run.stage, step, losses["loss"], norm, batch, run.folder)
+    trainer.optimizer.step()
+    if trainer.average is not None:
+        trainer.average.update()
+    row = {
+        "event": "train",
+        "step": step + 1,
+        "samples": run.loader.samples_seen(step + 1),
+        "tokens": int(total[0]),
+    }
+    row |= losses
+    row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
+    flops = run.step_flops.of_batch(batch, num_plans) if run.watch.peak else 0.0
+    run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]), flops=flops)
+    return row
+
+
+def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple[dict[str, float], list[float]]:
+    """Gradients of the whole step's loss, from this process's micro-batches.
+
+    Returns ({"loss": ..., and EXTRA_LOSSES that there are}: this process's parts, which add up over the processes to
+    the step's values, and the whole step's `counts` and number of sequence positions).
+    """
+    config, device = run.model.config, run.device
+    total = run.processes.sum(*counts(batch), int(batch["attention_mask"].sum()))
+    pieces = list(micro_batches(batch, run.micro_batch_size))
+    sums: Counter = Counter(loss=0.0)
+    for number, piece in enumerate(pieces):
+        of = counts(piece)
+        inputs = to_device(piece, device) | {"mode": "coarse" if config.coarse_only else "fine", "num_plans": num_plans}
+        with (
+            without_sync(trainer.wrapped, number == len(pieces) - 1),
+            torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"),
+        ):
+            if trainer.reference is not None:
+                inputs["reference_log_probs"] = trainer.reference.preference_log_probs(**inputs)
+            output = trainer.wrapped(**inputs)
+            loss = weighted_loss(output, config, of, total)
+            # the processes' gradients are averaged, the parts of the loss are to be added
+            (loss * run.processes.world_size).backward()
+        sums["loss"] += loss.item()
+        for name, value in extra_losses(output, of, total).items():
+            sums[name] += value
+    return sums, total
+
+
+def over_processes(run: Run, sums: dict[str, float]) -> dict[str, float]:
+    """The step's losses from this process's parts: what any process has. All of them send the same number of values,
+    whatever their shares hold: one of text only has no loss of the attention."""
+    names = ("loss", *EXTRA_LOSSES)
+    values = run.processes.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
+    return {name: value for name, value, there in zip(names, values, values[len(names) :], strict=False) if there}
+
+
+def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:
+    """This micro-batch's parts of the step's EXTRA_LOSSES, unweighted by the configuration."""
+    tokens, frames, samples = shares(of, total)
+    share = {"loss_coarse": tokens, "loss_entropy": frames, "loss_contrastive": frames, "reward_margin": samples}
+    return {name: output[name].mean().item() * share[name] for name in EXTRA_LOSSES if name in output}
+
+
+def set_learning_rates(run: Run, optimizer: Optimizer, step: int) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.num_steps, group["peak"], group["name"], run.settings)
+    return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+
+
+def group_norms(optimizer: Optimizer) -> dict[str, float]:
+    """Gradient norm of every learning-rate group, before clipping."""
+    norms = {}
+    for name in GROUPS:
+        own = [p.grad for g in optimizer.param_groups if g["name"] == name for p in g["params"] if p.grad is not None]
+        if own:
+            norms[f"grad_norm_{name}"] = checkpoint_io.whole(get_total_norm(own)).item()
+    return norms
+
+
+def after_step(run: Run, trainer: Trainer, done: int) -> None:
+    """Validation and states, where they are due; the end of the process where SIGTERM asked for it."""
+    last = done == run.num_steps
+    if done % run.common.validate_every == 0 and not last:
+        with averaged(trainer):
+            rows = validate(run, trainer.wrapped, done)
+        run.history += rows
+        run.watch.rows(rows)
+        keep_best(run, trainer, rows)
+        warn_of_plateau(run, done)
+    every = run.common.watch.heatmaps_every
+    if every and (done % every == 0 or last):
+        with averaged(trainer):
+            draw_looks(run, trainer.wrapped, done)
+    stop = run.processes.sum(run.stop_requested)[0] > 0
+    if (done % run.common.checkpoint_every == 0 or stop) and not last:
+        save(run, trainer, done)
+    if stop and not last:
+        announce(
+            run,
+            [f"{run.stage}: ended by SIGTERM after step {done}; the same command goes on from there ({run.folder})"],
+        )
+        raise SystemExit(STOPPED)
+
+
+def warn_of_plateau(run: Run, step: int) -> None:
+    """A line, and a row of the metrics table, when the run has stopped learning in a way that is known."""
+    rows = [row for row in run.history if row["event"] == "validation" and row["mode"] == "fine"]
+    means = {}
+    for row in rows:
+        means.setdefault(row["step"], []).append((row["loss"], row["accuracy"]))
+    losses, accuracies = ([float(np.mean([pair[i] for pair in pairs])) for pairs in means.values()] for i in (0, 1))
+    diagnostics = next((row for row in reversed(run.history) if row["event"] == "diagnostics"), {})
+    watch = run.common.watch
+    message = checks.plateau(losses, accuracies, diagnostics, watch.plateau_validations, watch.plateau_progress)
+    if message:
+        run.history.append({"event": "warning", "step": step, "message": message})
+        announce(run, [f"{run.stage} step {step}: {message}"])
+
+
+@contextmanager
+def stopped_by_sigterm(run: Run):
+    """SIGTERM, which clusters send before they take a node away, lets the step end and saves its state."""
+
+    def request(*_):
+        run.stop_requested = True
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
