@@ -108,7 +108,7 @@ def row(number: int, places: list[tuple[int, int]], sample: tuple[int, int], **c
         "key": f"clip-{number}",
         "item": 0,
         "source": "clips",
-        "family": "caption",
+        "task": "caption",
         "kind": "video",
         "num_frames": NUM_FRAMES,
         "frame_offsets": [offset for offset, _ in places],
@@ -156,7 +156,7 @@ def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEnt
         kept=count,
         dropped=(),
         truncated=(),
-        families={},
+        tasks={},
         sources={"clips": {"seen": count, "kept": count, "truncated": 0, "dropped": 0, "tokens": 0}},
         tokenizer_sha256="",
         vocabulary_size=49_152,
@@ -174,7 +174,7 @@ def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace]:
     batching = SimpleNamespace(by="samples", budget=None, bucket_samples=0)
     streaming = SimpleNamespace(image_replication=1, batching=batching, num_workers=num_workers)
     streaming.prefetch_megabytes, streaming.max_quarantined = 512, 0.0
-    entry = SimpleNamespace(source="*", family="*", weight=1.0)
+    entry = SimpleNamespace(source="*", task="*", weight=1.0)
     return streaming, SimpleNamespace(mixture=(entry,), text_share=0.0, text_source="*", num_samples=0)
 
 
@@ -279,8 +279,8 @@ def write_index(root: Path, num_items: int, items_per_shard: int = 1_000) -> Non
     names = [("openvid", "caption"), ("llava-video", "question"), ("cauldron", "chart"), ("smoltalk", "chat")]
     rows = []
     for number in range(min(items_per_shard, num_items)):
-        source, family = names[number % 4]
-        rows.append(row(number, places, (99_000, 700), source=source, family=family))
+        source, task = names[number % 4]
+        rows.append(row(number, places, (99_000, 700), source=source, task=task))
     table = pa.Table.from_pylist(rows, schema=sidecar.SCHEMA)
     for number in range(-(-num_items // items_per_shard)):
         count = min(items_per_shard, num_items - number * items_per_shard)

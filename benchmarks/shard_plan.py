@@ -47,7 +47,7 @@ def write_rows(path: Path, num_rows: int) -> None:
                 "path": None if text else f"videos/{i:08d}.mp4",
                 "kind": "text" if text else "video",
                 "sha256": None if text else f"{i:064x}",
-                "items": [{"user": f"{TEXT}{i}", "assistant": ANSWER, "family": "question"}],
+                "items": [{"user": f"{TEXT}{i}", "assistant": ANSWER, "task": "question"}],
             }
             file.write(json.dumps(row) + "\n")
 

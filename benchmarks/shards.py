@@ -76,7 +76,7 @@ def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
     for i in range(num_clips):
         file = i % num_files
         key = f"clip-{i:06d}"
-        item = {"user": "What?", "assistant": f"Clip {i}.", "family": "caption"}
+        item = {"user": "What?", "assistant": f"Clip {i}.", "task": "caption"}
         row = {"key": key, "source": "clip", "split": "train", "video_id": key, "path": f"{file:04d}.mp4"}
         rows.append({**row, "kind": "video", "sha256": hashes[file], "items": [item]})
         paths.append(raw / f"{file:04d}.mp4")

@@ -19,7 +19,7 @@ def samples(count):
         item = {
             "user": f"What comes after {number}?" * 4,
             "assistant": f"After it comes {number + 1}.",
-            "family": "text",
+            "task": "text",
         }
         yield RawSample(key=key, source="smoltalk", video_id=key, kind="text", items=(item,))
 

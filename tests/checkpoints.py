@@ -52,11 +52,11 @@ def make(root: Path) -> Made:
 
 
 def write_world(raw: Path, section) -> list[RawSample]:
-    """Two training clips, and for testing a clip of every family and a chat."""
+    """Two training clips, and for testing a clip of every task and a chat."""
     (raw / "procedural").mkdir(parents=True)
     few = {"num_train_clips": 2, "num_validation_clips": 0, "num_test_clips": 1}
     procedural.write(raw / "procedural", section.model_copy(update=few), 1)
-    chat = {"user": "Say 314 backwards", "assistant": "413", "family": "text"}
+    chat = {"user": "Say 314 backwards", "assistant": "413", "task": "text"}
     text = RawSample(key="chat-1", source="chat", split="test", video_id="chat-1", kind="text", items=(chat,))
     return [*folder.read(raw / "procedural", "procedural", relative_to=raw).samples, text]
 

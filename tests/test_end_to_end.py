@@ -23,12 +23,12 @@ def copy_of(finished_run, tmp_path, *folders):
     return tmp_path
 
 
-def test_evaluation_has_every_family_in_every_mode(finished_run):
+def test_evaluation_has_every_task_in_every_mode(finished_run):
     text = (finished_run / "reports/metrics/evaluation.json").read_text()
     EvaluationResult.model_validate_json(text)
     result = json.loads(text)
-    assert set(result["families"]) == set(KINDS)
-    for scores in result["families"].values():
+    assert set(result["tasks"]) == set(KINDS)
+    for scores in result["tasks"].values():
         assert set(scores) >= set(MODES)  # and controls, of at most as many items
         assert all(scores[mode]["num_items"] == 3 for mode in MODES)
     assert result["text"]["num_items"] == 4
@@ -79,9 +79,9 @@ def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):
     assert rows[["loss_coarse", "loss_entropy", "loss_contrastive"]].notna().all().all()
     assert set(rows["num_plans"]) <= {2, 3}
     result = json.loads((folder / "reports/metrics/evaluation.json").read_text())
-    for family in ("card", "follow", "ask_colour", "ask_place"):  # the oracle's queries see the target alone
-        assert result["gaze"][family]["autoregressive"]["peak_on_target"] == 1.0
-        assert result["gaze"][family]["autoregressive"]["mass_on_target"] == pytest.approx(1.0)
+    for task in ("card", "follow", "ask_colour", "ask_place"):  # the oracle's queries see the target alone
+        assert result["gaze"][task]["autoregressive"]["peak_on_target"] == 1.0
+        assert result["gaze"][task]["autoregressive"]["mass_on_target"] == pytest.approx(1.0)
 
 
 def preference_folder(folder):
@@ -102,7 +102,7 @@ def test_preferences_of_a_folder_are_trained_on(finished_run, tmp_path):
     options = ["sources.collect=[folder]", f"sources.folder.path={preference_folder(tmp_path / 'pictures')}"]
     options += ["training.stage3.loss=preference", "training.stage3.text_share=0.0", "shards.max_hash_distance=null"]
     options += [
-        "training.stage3.mixture=[{source: folder, family: '*', weight: 1.0}]",
+        "training.stage3.mixture=[{source: folder, task: '*', weight: 1.0}]",
         "training.stage3.num_samples=64",
     ]
     pipeline.write_params(tmp_path, *options, "training.common.watch.log_every=1")
@@ -130,7 +130,7 @@ def test_a_stage_of_preferences_without_any_is_refused(finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("training.stage2.mixture=[{source: '*', family: cards, weight: 1.0}]",), "no items of cards"),
+        (("training.stage2.mixture=[{source: '*', task: cards, weight: 1.0}]",), "no items of cards"),
         (("ablation=A6",), "coarse_only is False, the parameters say True"),
     ],
 )

@@ -46,7 +46,7 @@ FEW = (
     "training.stage2.num_samples=2",
     "training.stage2.text_share=0.5",
     "evaluation.batch_size=4",
-    "evaluation.max_answers_per_family=1",
+    "evaluation.max_answers_per_task=1",
     "evaluation.max_answer_tokens=3",
     "evaluation.bootstrap_samples=20",
     "evaluation.num_threads=1",
@@ -101,8 +101,8 @@ def test_it_trains_resumes_evaluates_and_exports(folder):
     (folder / "outputs/stage2").rename(folder / "outputs/stage3")  # two stages show it; a third costs time alone
     pipeline.run_all(folder, "evaluation", "flops")
     result = json.loads((folder / "reports/metrics/evaluation.json").read_text())
-    assert set(result["families"]) == {"question"}
-    assert all(0 < result["families"]["question"][mode]["loss"] < 20 for mode in MODES)
+    assert set(result["tasks"]) == {"question"}
+    assert all(0 < result["tasks"]["question"][mode]["loss"] < 20 for mode in MODES)
 
     command = [sys.executable, "-c", LOAD, str(folder / "outputs/stage3")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}

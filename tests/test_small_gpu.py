@@ -29,7 +29,7 @@ FEW = (
     "training.stage1.num_samples=8",
     "training.stage1.text_share=0.25",
     "evaluation.batch_size=8",
-    "evaluation.max_answers_per_family=1",
+    "evaluation.max_answers_per_task=1",
     "evaluation.bootstrap_samples=20",
     "heatmaps.num_clips=1",
 )

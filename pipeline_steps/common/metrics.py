@@ -44,7 +44,7 @@ class Score(Result):
 
 
 class MeanScore(Result):
-    """Unweighted mean over the families."""
+    """Unweighted mean over the tasks."""
 
     loss: float
     accuracy: Share
@@ -154,7 +154,7 @@ class ChoiceScore(Result):
 
 
 class MultipleChoice(Result):
-    """Items with options, of one source and family or of all."""
+    """Items with options, of one source and task or of all."""
 
     num_items: int = Field(ge=1)
     chance: Share  # mean of 1 / number of options
@@ -199,7 +199,7 @@ class CaptionScore(Result):
 
 
 class Captions(Result):
-    """Free answers of a family."""
+    """Free answers of a task."""
 
     num_items: int = Field(ge=1)
     modes: dict[str, CaptionScore]  # CAPTION_MODES
@@ -212,21 +212,21 @@ class Captions(Result):
 class EvaluationResult(Result):
     """A key that is null by default is one that the evaluation did not measure."""
 
-    families: dict[str, dict[str, Score]] = Field(min_length=1)
+    tasks: dict[str, dict[str, Score]] = Field(min_length=1)
     mean: dict[str, MeanScore]
     gap: dict[str, Gap]
     text: Score | None  # text-only samples; null where the split has none
-    chance: dict[str, Share | None]  # null for a family that the training split does not have
-    gaze: dict[str, dict[str, Gaze]]  # families whose items name a target with known boxes
+    chance: dict[str, Share | None]  # null for a task that the training split does not have
+    gaze: dict[str, dict[str, Gaze]]  # tasks whose items name a target with known boxes
     generation: dict[str, Generation]
-    multiple_choice: dict[str, MultipleChoice] = {}  # by 'source/family', and 'all'; empty: no item has options
-    captions: dict[str, Captions] = {}  # by family; empty: no item has a free answer
+    multiple_choice: dict[str, MultipleChoice] = {}  # by 'source/task', and 'all'; empty: no item has options
+    captions: dict[str, Captions] = {}  # by task; empty: no item has a free answer
     provenance: dict
-    sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, family, mode
-    controls: dict[str, dict[str, Control]] | None = None  # by family, control (blind and random_query too)
-    gaze_difference: dict[str, dict[str, GazeDifference]] | None = None  # by family, reference: chance, coarse, oracle
-    per_frame: dict[str, dict[str, PerFrame]] | None = None  # by family, mode; families with an answer per frame
-    temporal: dict[str, dict[str, View]] | None = None  # by family, part of the clip (VIEWS)
+    sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, task, mode
+    controls: dict[str, dict[str, Control]] | None = None  # by task, control (blind and random_query too)
+    gaze_difference: dict[str, dict[str, GazeDifference]] | None = None  # by task, reference: chance, coarse, oracle
+    per_frame: dict[str, dict[str, PerFrame]] | None = None  # by task, mode; tasks with an answer per frame
+    temporal: dict[str, dict[str, View]] | None = None  # by task, part of the clip (VIEWS)
     diagnostics: Diagnostics | None = None
 
 
@@ -320,7 +320,7 @@ class FlopsResult(Result):
 
 
 class Served(Result):
-    """What a run serves of some items: of a source and family, or of all."""
+    """What a run serves of some items: of a source and task, or of all."""
 
     num_items: int = Field(ge=0)  # that there are
     num_samples: int = Field(ge=0)  # served: an item as often as it is
@@ -334,9 +334,9 @@ class Served(Result):
 
 class StageServed(Result):
     num_steps: int = Field(ge=1)
-    sources: dict[str, dict[str, Served]]  # by source and family
+    sources: dict[str, dict[str, Served]]  # by source and task
     total: Served
-    unserved: dict[str, int]  # items that no entry of the mixture takes, by 'source/family'
+    unserved: dict[str, int]  # items that no entry of the mixture takes, by 'source/task'
 
 
 class StreamingResult(Result):

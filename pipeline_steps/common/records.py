@@ -46,7 +46,7 @@ class Item(Record):
 
     user: str | None = None  # None: the prompt of the sample's source, in the tokens section
     assistant: str | None = None  # None only with `messages` or `options`
-    family: str
+    task: str
     cue: str = ""  # the part at the start of the answer that names the cue; "" if there is none
     target: Count | None = None  # index into the sample's objects
     messages: tuple[Message, ...] | None = None
@@ -222,7 +222,7 @@ class TokensManifest(Record):
     kept: Count
     dropped: tuple[Dropped, ...]
     truncated: tuple[Dropped, ...]  # chats that lost their last turns, whole ones, to tokens.max_tokens
-    families: dict[str, Count]
+    tasks: dict[str, Count]
     sources: dict[str, SourceCounts]
     tokenizer_sha256: str
     vocabulary_size: Count

@@ -17,7 +17,7 @@ SCHEMA = pa.schema(
         "key": pa.string(),
         "item": pa.int32(),  # number of the item within its sample
         "source": pa.string(),
-        "family": pa.string(),
+        "task": pa.string(),
         "kind": pa.string(),  # video, image, text
         "num_frames": pa.int32(),  # packed frames of the sample
         "frame_offsets": pa.list_(pa.int64()),  # of every frame's JPEG in the tar, in order

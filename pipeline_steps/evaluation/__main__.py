@@ -41,7 +41,7 @@ from pipeline_steps.evaluation import (
     subset_evals,
     temporal,
 )
-from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_family, score_items
+from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_task, score_items
 from pipeline_steps.inference import gaze
 from pipeline_steps.inference.answers import answer_batch, expected_answer, question
 from pipeline_steps.streaming.collate import Collator
@@ -66,10 +66,10 @@ def main():
     replication = parameters.streaming.image_replication
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
     training = TokenizedShards(arguments.shards, arguments.tokens, "train")
-    chosen = choose_items(dataset, settings.max_items_per_family, settings.seed)
+    chosen = choose_items(dataset, settings.max_items_per_task, settings.seed)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
 
-    total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_family) for numbers in chosen.values())
+    total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_task) for numbers in chosen.values())
     total += sum(len(numbers) for part in subset_evals.choose(dataset, chosen, settings) for numbers in part.values())
     loading = prefetch(parameters.streaming, dataset)
     with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
@@ -86,11 +86,11 @@ def main():
         more = subset_evals.measure(model, collate, dataset, chosen, settings, loading, progress)
         table = pd.concat([table, more.controls], ignore_index=True)
         answers = []
-        for family, numbers in chosen.items():
-            items = [dataset[number] for number in numbers[: settings.max_answers_per_family]]
+        for task, numbers in chosen.items():
+            items = [dataset[number] for number in numbers[: settings.max_answers_per_task]]
             for start in range(0, len(items), settings.batch_size):
                 batch = items[start : start + settings.batch_size]
-                answers += answer_rows(model, tokenizer, collate, family, batch, settings.max_answer_tokens)
+                answers += answer_rows(model, tokenizer, collate, task, batch, settings.max_answer_tokens)
                 progress.update(len(batch))
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
@@ -135,7 +135,7 @@ def load_model(checkpoint):
 
 
 def prefetch(streaming, dataset):
-    """How batches are prepared: arguments of `streaming.workers.ordered`, whose jobs are (family, item numbers)."""
+    """How batches are prepared: arguments of `streaming.workers.ordered`, whose jobs are (task, item numbers)."""
     return {
         "num_workers": streaming.num_workers,
         "limit": streaming.prefetch_megabytes * 2**20,
@@ -144,14 +144,13 @@ def prefetch(streaming, dataset):
 
 
 def chance(training, dataset, chosen):
-    """{family: accuracy of the training split's most frequent token per answer position, or None where it has no
-    such family}."""
-    seen = answer_tokens(training, groups_by_family(training))
+    """{task: accuracy of the training split's most frequent token per answer position, or None where it has no
+    such task}."""
+    seen = answer_tokens(training, groups_by_task(training))
     answers = answer_tokens(dataset, chosen)
-    guesses = {family: statistics.most_frequent_tokens(seen.get(family, {})) for family in chosen}
+    guesses = {task: statistics.most_frequent_tokens(seen.get(task, {})) for task in chosen}
     return {
-        family: statistics.chance_accuracy(guesses[family], answers[family]) if guesses[family] else None
-        for family in chosen
+        task: statistics.chance_accuracy(guesses[task], answers[task]) if guesses[task] else None for task in chosen
     }
 
 
@@ -174,14 +173,14 @@ def distinct(columns):
     return list(map(tuple, values.T.tolist())), counts.tolist()
 
 
-def answer_rows(model, tokenizer, collate, family, items, max_tokens):
-    """Rows of answers.jsonl: {key, item, family, question, expected, generated}."""
+def answer_rows(model, tokenizer, collate, task, items, max_tokens):
+    """Rows of answers.jsonl: {key, item, task, question, expected, generated}."""
     generated = answer_batch(model, tokenizer, collate, items, max_tokens)
     return [
         {
             "key": item["key"],
             "item": item["item"],
-            "family": family,
+            "task": task,
             "question": question(tokenizer, item),
             "expected": expected_answer(tokenizer, item),
             "generated": text,
@@ -195,28 +194,28 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
     (None: not measured)."""
     options = {"num_samples": settings.bootstrap_samples, "seed": settings.seed}
     interval = partial(statistics.ratio_interval, **options)
-    families, gaps, gazes = {}, {}, {}
-    for (family, mode), rows in table.groupby(["family", "mode"], sort=True):
-        families.setdefault(family, {})[mode] = score_rows(rows, options)
+    tasks, gaps, gazes = {}, {}, {}
+    for (task, mode), rows in table.groupby(["task", "mode"], sort=True):
+        tasks.setdefault(task, {})[mode] = score_rows(rows, options)
         if "gaze_frames" in rows and (seen := gaze.aggregate(rows, interval)):
-            gazes.setdefault(family, {})[mode] = seen
-    text = families.pop(TEXT, {}).get(TEXT)
-    for family in families:
-        sums = table[table["family"] == family].pivot(index=["key", "item"], columns="mode", values="loss_sum")
-        gaps[family] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
-    in_all = [mode for mode in metrics.CONTROLS if all(mode in scores for scores in families.values())]
+            gazes.setdefault(task, {})[mode] = seen
+    text = tasks.pop(TEXT, {}).get(TEXT)
+    for task in tasks:
+        sums = table[table["task"] == task].pivot(index=["key", "item"], columns="mode", values="loss_sum")
+        gaps[task] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
+    in_all = [mode for mode in metrics.CONTROLS if all(mode in scores for scores in tasks.values())]
     mean = {
         mode: metrics.MeanScore(
-            loss=float(np.mean([scores[mode].loss for scores in families.values()])),
-            accuracy=float(np.mean([scores[mode].accuracy for scores in families.values()])),
+            loss=float(np.mean([scores[mode].loss for scores in tasks.values()])),
+            accuracy=float(np.mean([scores[mode].accuracy for scores in tasks.values()])),
         )
         for mode in (*metrics.MODES, *in_all)
     }
     matches = {}
     for answer in answers:
-        matches.setdefault(answer["family"], []).append(answer["generated"] == answer["expected"])
+        matches.setdefault(answer["task"], []).append(answer["generated"] == answer["expected"])
     return metrics.EvaluationResult(
-        families=families,
+        tasks=tasks,
         mean=mean,
         gap=gaps,
         text=text,
@@ -263,10 +262,10 @@ def print_summary(result):
     """The accuracies as a table on the terminal."""
     columns = (*metrics.MODES, "chance")
     print("accuracy".ljust(14) + "".join(name.rjust(16) for name in columns))
-    for family, scores in result.families.items():
-        shares = [scores[mode].accuracy for mode in metrics.MODES] + [result.chance[family]]
+    for task, scores in result.tasks.items():
+        shares = [scores[mode].accuracy for mode in metrics.MODES] + [result.chance[task]]
         cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-        print(family.ljust(14) + "".join(cell.rjust(16) for cell in cells))
+        print(task.ljust(14) + "".join(cell.rjust(16) for cell in cells))
     print("mean".ljust(14) + "".join(f"{result.mean[mode].accuracy:.1%}".rjust(16) for mode in metrics.MODES))
     for group, found in result.multiple_choice.items():
         shares = [(name, score.accuracy) for name, score in found.scorings.items()]

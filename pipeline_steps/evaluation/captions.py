@@ -10,39 +10,39 @@ from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import check_room
 from pipeline_steps.streaming.prefetch import ordered
 
-CAPTION = "caption"  # family whose answers are captions, however short
+CAPTION = "caption"  # task whose answers are captions, however short
 
 
 def choose(dataset, chosen, tokenizer, min_words, max_items):
-    """{family: item numbers} of the items {family: item numbers} that have frames and a free answer: those of the
-    family `caption`, and any others whose answer has at least `min_words` words and is not an option. The first
-    `max_items` of each family; families without any are left out."""
+    """{task: item numbers} of the items {task: item numbers} that have frames and a free answer: those of the
+    task `caption`, and any others whose answer has at least `min_words` words and is not an option. The first
+    `max_items` of each task; tasks without any are left out."""
     found = {}
-    for family, numbers in chosen.items():
+    for task, numbers in chosen.items():
         own = [number for number in numbers if _is_free(dataset.rows[number], tokenizer, min_words)]
         if own:
-            found[family] = own[:max_items]
+            found[task] = own[:max_items]
     return found
 
 
 def _is_free(row, tokenizer, min_words):
     if row["num_frames"] == 0:
         return False
-    return row["family"] == CAPTION or len(caption_metrics.words(answers.expected_answer(tokenizer, row))) >= min_words
+    return row["task"] == CAPTION or len(caption_metrics.words(answers.expected_answer(tokenizer, row))) >= min_words
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
-    """(answers, objects) of the free items among {family: item numbers}, with the stage's settings; both empty
+    """(answers, objects) of the free items among {task: item numbers}, with the stage's settings; both empty
     without any.
 
-    answers: one dict per item: key, item, source, family, expected, and the greedy answer in each of CAPTION_MODES.
+    answers: one dict per item: key, item, source, task, expected, and the greedy answer in each of CAPTION_MODES.
     objects: what is to be seen in the same items, or None where that is not known.
     """
-    found = choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_family)
+    found = choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_task)
     numbers = [number for own in found.values() for number in own]
     jobs = [
-        (family, own[start : start + settings.batch_size])
-        for family, own in found.items()
+        (task, own[start : start + settings.batch_size])
+        for task, own in found.items()
         for start in range(0, len(own), settings.batch_size)
     ]
 
@@ -52,12 +52,12 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
 
     rows = []
     with tqdm(total=len(numbers), desc="captions", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
-        for family, items, batch in ordered(load, jobs, **prefetch):
-            where = f"free answers of the family '{family}'"
+        for task, items, batch in ordered(load, jobs, **prefetch):
+            where = f"free answers of the task '{task}'"
             check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
             said = say(model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed)
             for place, item in enumerate(items):
-                known = {name: item[name] for name in ("key", "item", "source", "family")}
+                known = {name: item[name] for name in ("key", "item", "source", "task")}
                 known["expected"] = answers.expected_answer(tokenizer, item)
                 rows.append(known | {mode: texts[place] for mode, texts in said.items()})
             progress.update(len(items))
@@ -79,14 +79,14 @@ def say(model, tokenizer, batch, max_tokens, seed):
 
 
 def summarise(rows, objects, num_samples, seed):
-    """{family: Captions} of what `measure` gives."""
-    families = {}
+    """{task: Captions} of what `measure` gives."""
+    tasks = {}
     for row, seen in zip(rows, objects, strict=True):
-        families.setdefault(row["family"], []).append((row, seen))
+        tasks.setdefault(row["task"], []).append((row, seen))
     options = {"num_samples": num_samples, "seed": seed}
     return {
-        family: _summary([row for row, _ in pairs], [seen for _, seen in pairs], options)
-        for family, pairs in sorted(families.items())
+        task: _summary([row for row, _ in pairs], [seen for _, seen in pairs], options)
+        for task, pairs in sorted(tasks.items())
     }
 
 

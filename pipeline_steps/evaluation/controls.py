@@ -30,7 +30,7 @@ def applicable(config):
 def score_controls(model, loaded, seed, progress):
     """DataFrame as of `scoring.score_items`, one row per item and control. loaded: `scoring.batches`."""
     rows = []
-    for family, items, batch, truths in loaded:
+    for task, items, batch, truths in loaded:
         for name in applicable(model.config):
             if name == "oracle_query" and all(truth is None for truth in truths):
                 continue
@@ -38,7 +38,7 @@ def score_controls(model, loaded, seed, progress):
             measured = name in QUERY_SOURCES and any(truth is not None for truth in truths)
             output = scoring.forward(model, shown, "autoregressive", QUERY_SOURCES.get(name), None, measured)
             known = truths if name in QUERY_SOURCES else [None] * len(items)  # else the frames moved from the truth
-            made = scoring.table_rows(family, items, known, shown, name, output)
+            made = scoring.table_rows(task, items, known, shown, name, output)
             rows += [
                 row for row, truth in zip(made, truths, strict=True) if name != "oracle_query" or truth is not None
             ]
@@ -84,14 +84,14 @@ def target_patches(batch, truths):
 
 
 def effects(table, interval):
-    """{family: {control: `Control`}}; interval: function of (numerators, denominators) per item."""
-    indexed = table.set_index(["family", "mode", "key", "item"]).sort_index()[list(SUMS)]
+    """{task: {control: `Control`}}; interval: function of (numerators, denominators) per item."""
+    indexed = table.set_index(["task", "mode", "key", "item"]).sort_index()[list(SUMS)]
     found = {}
-    for family, mode in table[["family", "mode"]].drop_duplicates().sort_values(["family", "mode"]).itertuples(False):
+    for task, mode in table[["task", "mode"]].drop_duplicates().sort_values(["task", "mode"]).itertuples(False):
         if mode not in COMPARED:
             continue
-        control = indexed.loc[family, mode]
-        found.setdefault(family, {})[mode] = effect(control, indexed.loc[family, "autoregressive"], interval)
+        control = indexed.loc[task, mode]
+        found.setdefault(task, {})[mode] = effect(control, indexed.loc[task, "autoregressive"], interval)
     return found
 
 

@@ -220,7 +220,7 @@ def path_agreement(config, table):
         return NO_QUERIES
     pairs = table[table["mode"].isin(["coarse", "static_query"])]
     losses = pairs.assign(loss=pairs["loss_sum"] / pairs["num_tokens"]).pivot(
-        index=["family", "key", "item"], columns="mode", values="loss"
+        index=["task", "key", "item"], columns="mode", values="loss"
     )
     if "static_query" not in losses:
         return "the controls were not measured"

@@ -8,21 +8,21 @@ OWN = "autoregressive"
 
 
 def differences(table, interval):
-    """{family: {reference: `GazeDifference`}}; interval: function of (numerators, denominators) per item."""
+    """{task: {reference: `GazeDifference`}}; interval: function of (numerators, denominators) per item."""
     if "gaze_frames" not in table:
         return {}
-    rows = table[table["gaze_frames"] > 0].set_index(["family", "mode", "key", "item"]).sort_index()
+    rows = table[table["gaze_frames"] > 0].set_index(["task", "mode", "key", "item"]).sort_index()
     found = {}
-    for family in sorted(set(rows.index.get_level_values("family"))):
-        modes = {mode: rows.loc[family, mode] for mode in set(rows.loc[family].index.get_level_values("mode"))}
+    for task in sorted(set(rows.index.get_level_values("task"))):
+        modes = {mode: rows.loc[task, mode] for mode in set(rows.loc[task].index.get_level_values("mode"))}
         if OWN not in modes:
             continue
         own = modes[OWN]
-        found[family] = {"chance": difference(own, own["chance"], interval)}
+        found[task] = {"chance": difference(own, own["chance"], interval)}
         for name, mode in REFERENCES.items():
             if mode in modes:
                 shared = own.loc[modes[mode].index]
-                found[family][name] = difference(shared, modes[mode]["peak_on_target"], interval)
+                found[task][name] = difference(shared, modes[mode]["peak_on_target"], interval)
     return found
 
 

@@ -67,7 +67,7 @@ def _question(tokenizer, number, row, item):
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
-    """`score` of the Questions among the items {family: item numbers}, with the stage's settings; None without any."""
+    """`score` of the Questions among the items {task: item numbers}, with the stage's settings; None without any."""
     asked = questions(dataset, tokenizer, [number for numbers in chosen.values() for number in numbers])
     if not asked:
         return None
@@ -87,9 +87,9 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
 
 
 def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, seed, prefetch, progress):
-    """DataFrame with one row per Question of `asked`, sorted by source, family, key and item.
+    """DataFrame with one row per Question of `asked`, sorted by source, task, key and item.
 
-    Columns: key, item, source, family, num_options, correct; for every scoring chosen_NAME (an option's number;
+    Columns: key, item, source, task, num_options, correct; for every scoring chosen_NAME (an option's number;
     generation: -1 for none); letter_scores and likelihood_scores (nats, one entry per option), answer (the generated
     text); and all of those again as blind_..., with grey frames. An item without frames is blind either way.
     """
@@ -116,12 +116,12 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
         for row, shown, hidden in zip(known, seen, grey, strict=True):
             rows.append(row | shown | {f"blind_{name}": value for name, value in hidden.items()})
         progress.update(len(items))
-    return pd.DataFrame(rows).sort_values(["source", "family", "key", "item"], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["source", "task", "key", "item"], ignore_index=True)
 
 
 def _known(question, item):
     return {
-        **{name: item[name] for name in ("key", "item", "source", "family")},
+        **{name: item[name] for name in ("key", "item", "source", "task")},
         "num_options": len(question.options),
         "correct": question.correct,
     }
@@ -176,8 +176,8 @@ def _plain(text):
 
 
 def summarise(table, num_samples, seed):
-    """{'source/family': MultipleChoice} of a table of `score`, and all items together under 'all'."""
-    groups = {f"{source}/{family}": rows for (source, family), rows in table.groupby(["source", "family"])}
+    """{'source/task': MultipleChoice} of a table of `score`, and all items together under 'all'."""
+    groups = {f"{source}/{task}": rows for (source, task), rows in table.groupby(["source", "task"])}
     return {name: _summary(rows, num_samples, seed) for name, rows in ({"all": table} | groups).items()}
 
 

@@ -17,73 +17,73 @@ from pipeline_steps.inference import gaze
 from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.prefetch import ordered
 
-TEXT = "text"  # family and mode of text-only samples: without frames all modes are the same
+TEXT = "text"  # task and mode of text-only samples: without frames all modes are the same
 
 
-def groups_by_family(dataset):
-    """{family: item numbers} of the items with frames, all text-only ones under TEXT."""
+def groups_by_task(dataset):
+    """{task: item numbers} of the items with frames, all text-only ones under TEXT."""
     text = dataset.index.is_text
-    groups = {name: numbers[~text[numbers]] for name, numbers in dataset.families().items()}
+    groups = {name: numbers[~text[numbers]] for name, numbers in dataset.tasks().items()}
     return {**groups, TEXT: np.flatnonzero(text)}
 
 
 def choose_items(dataset, max_items, seed):
-    """Row numbers per family, text-only samples under TEXT: those with a scored token, at most `max_items` each,
+    """Row numbers per task, text-only samples under TEXT: those with a scored token, at most `max_items` each,
     drawn with `seed`.
 
     Raises UserError when no item with frames has a scored token.
     """
-    usable = {name: numbers[dataset.scored[numbers]] for name, numbers in groups_by_family(dataset).items()}
-    families = {name: numbers for name, numbers in usable.items() if len(numbers)}
-    if not set(families) - {TEXT}:
+    usable = {name: numbers[dataset.scored[numbers]] for name, numbers in groups_by_task(dataset).items()}
+    tasks = {name: numbers for name, numbers in usable.items() if len(numbers)}
+    if not set(tasks) - {TEXT}:
         raise UserError(
             f"{dataset.tokens_dir}: no item of split '{dataset.split}' has frames and an answer with a letter or "
             "digit, so there is nothing to score. Give the split such samples (sections sources and shards) or change "
             "evaluation.split."
         )
     chosen = {}
-    for family in sorted(families):
-        chosen[family] = drawn(families[family], max_items, seed)
+    for task in sorted(tasks):
+        chosen[task] = drawn(tasks[task], max_items, seed)
     return chosen
 
 
 def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, progress):
-    """Runs all modes over the chosen rows ({family: row numbers}): DataFrame with one row per item and mode.
+    """Runs all modes over the chosen rows ({task: row numbers}): DataFrame with one row per item and mode.
 
-    Columns: key, item, source, family, mode, num_frames, num_tokens (scored), loss_sum (nats), num_correct; and,
+    Columns: key, item, source, task, mode, num_frames, num_tokens (scored), loss_sum (nats), num_correct; and,
     where the item names a target whose boxes are known, those of `gaze.summary` and `gaze.head_summary`; and, where
     its answer is one per frame, those of `per_frame.token_columns`.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     rows = []
-    for family, items, batch, truths in batches(model, collate, dataset, chosen, batch_size, prefetch):
-        for mode in (TEXT,) if family == TEXT else MODES:
+    for task, items, batch, truths in batches(model, collate, dataset, chosen, batch_size, prefetch):
+        for mode in (TEXT,) if task == TEXT else MODES:
             attentions = mode in GAZE_MODES and any(truth is not None for truth in truths)
             output = run_mode(model, batch, mode, generator, attentions)
-            rows += table_rows(family, items, truths, batch, mode, output)
+            rows += table_rows(task, items, truths, batch, mode, output)
         progress.update(len(items))
-    return pd.DataFrame(rows).sort_values(["family", "mode", "key", "item"], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["task", "mode", "key", "item"], ignore_index=True)
 
 
 def batches(model, collate, dataset, chosen, batch_size, prefetch):
-    """(family, items, batch on the model's device, ground truth of each item or None) of all chosen rows, one family
+    """(task, items, batch on the model's device, ground truth of each item or None) of all chosen rows, one task
     after another. An item with an answer per frame has True at `per_frame`."""
     device = next(model.parameters()).device
     jobs = [
-        (family, numbers[start : start + batch_size])
-        for family, numbers in chosen.items()
+        (task, numbers[start : start + batch_size])
+        for task, numbers in chosen.items()
         for start in range(0, len(numbers), batch_size)
     ]
-    for family, items, batch, truths in ordered(
+    for task, items, batch, truths in ordered(
         lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
     ):
-        yield family, items, {name: value.to(device) for name, value in batch.items() if name != "keys"}, truths
+        yield task, items, {name: value.to(device) for name, value in batch.items() if name != "keys"}, truths
 
 
 def subset(chosen, max_items, seed):
-    """Of {family: row numbers}, without the text-only ones, at most `max_items` of each, drawn with `seed`; the same
+    """Of {task: row numbers}, without the text-only ones, at most `max_items` of each, drawn with `seed`; the same
     for every use of it, so that all who take as many see the same items."""
-    return {family: drawn(numbers, max_items, seed) for family, numbers in chosen.items() if family != TEXT}
+    return {task: drawn(numbers, max_items, seed) for task, numbers in chosen.items() if task != TEXT}
 
 
 def drawn(numbers, max_items, seed):
@@ -93,8 +93,8 @@ def drawn(numbers, max_items, seed):
     return np.asarray(numbers).tolist()
 
 
-def load(dataset, collate, patch_size, family, numbers):
-    """(family, items, batch on the CPU, ground truth of each item or None)."""
+def load(dataset, collate, patch_size, task, numbers):
+    """(task, items, batch on the CPU, ground truth of each item or None)."""
     items = [dataset[number] for number in numbers]
     batch = collate(items)
     samples = [dataset.sample(number) for number in numbers]
@@ -106,7 +106,7 @@ def load(dataset, collate, patch_size, family, numbers):
     ]
     for item, sample, num_frames in zip(items, samples, counts, strict=True):
         item["per_frame"] = per_frame.is_per_frame(sample, item, num_frames)
-    return family, items, batch, truths
+    return task, items, batch, truths
 
 
 def run_mode(model, batch, mode, generator, output_attentions):
@@ -136,7 +136,7 @@ def forward(model, batch, mode, query_source=None, generator=None, output_attent
     )
 
 
-def table_rows(family, items, truths, batch, mode, output):
+def table_rows(task, items, truths, batch, mode, output):
     """One dict per item: sums over its scored tokens, and its gaze."""
     scored = batch["score_mask"]
     sums = {
@@ -151,7 +151,7 @@ def table_rows(family, items, truths, batch, mode, output):
     bounds = pairwise([0, *np.cumsum(sums["num_frames"])])
     rows = []
     for index, (item, truth, (start, stop)) in enumerate(zip(items, truths, bounds, strict=True)):
-        row = {name: item[name] for name in ("key", "item", "source")} | {"family": family, "mode": mode}
+        row = {name: item[name] for name in ("key", "item", "source")} | {"task": task, "mode": mode}
         row |= {name: values[index] for name, values in sums.items()}
         if item["per_frame"]:
             row |= per_frame.token_columns(

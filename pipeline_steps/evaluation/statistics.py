@@ -59,7 +59,7 @@ def gap(autoregressive_loss_sum, fine_loss_sum, num_samples, seed):
 def most_frequent_tokens(counts):
     """Most frequent scored token at each position of the answer.
 
-    counts: {(position, token id): how often} over the scored tokens of a family's training items, position counted
+    counts: {(position, token id): how often} over the scored tokens of a task's training items, position counted
     from the answer's start. Returns {position: token id}; of equally frequent tokens the smallest id.
     """
     best = {}

@@ -21,14 +21,14 @@ class Further:
 
 
 def choose(dataset, chosen, settings):
-    """{family: item numbers} of the controls, of the parts of clips and of the diagnostics, out of those that are
+    """{task: item numbers} of the controls, of the parts of clips and of the diagnostics, out of those that are
     scored; settings: section `evaluation`."""
     clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
     clips = {name: numbers for name, numbers in clips.items() if numbers}
     share = -(-settings.max_diagnostic_clips // max(1, len(clips)))
     return (
-        subset(chosen, settings.max_control_items_per_family, settings.seed),
-        subset(clips, settings.max_temporal_clips_per_family, settings.seed),
+        subset(chosen, settings.max_control_items_per_task, settings.seed),
+        subset(clips, settings.max_temporal_clips_per_task, settings.seed),
         subset(clips, share, settings.seed),
     )
 
@@ -42,7 +42,7 @@ def measure(model, collate, dataset, chosen, settings, prefetch, progress):
     table = controls.score_controls(model, for_controls, settings.seed, progress)
     views = temporal.score_views(model, collate, for_views, progress)
     observed = attention_probes.observe(model, for_looks, settings.seed, progress)
-    return Further(table, views if settings.max_temporal_clips_per_family else None, observed)
+    return Further(table, views if settings.max_temporal_clips_per_task else None, observed)
 
 
 def diagnose(model, observed, table, metrics_dir):

@@ -41,18 +41,18 @@ def select(item, chosen):
 
 
 def score_views(model, collate, loaded, progress):
-    """DataFrame with one row per clip and view (and one for all frames): family, key, item, view, num_tokens,
+    """DataFrame with one row per clip and view (and one for all frames): task, key, item, view, num_tokens,
     loss_sum, num_correct, predicted (token ids). loaded: `scoring.batches`."""
     rows = []
-    for family, items, _, _ in loaded:
+    for task, items, _, _ in loaded:
         videos = [item for item in items if item["kind"] == "video"]
         for view in (ALL_FRAMES, *VIEWS):
-            rows += view_rows(model, collate, family, videos, view)
+            rows += view_rows(model, collate, task, videos, view)
         progress.update(len(items))
     return pd.DataFrame(rows)
 
 
-def view_rows(model, collate, family, items, view):
+def view_rows(model, collate, task, items, view):
     """The rows of one view, of the clips that are long enough."""
     counts = [len(item["frames"]) for item in items]
     parts = [np.arange(count) if view == ALL_FRAMES else places(view, count) for count in counts]
@@ -65,9 +65,9 @@ def view_rows(model, collate, family, items, view):
     with predicted_tokens(model) as found:
         output = scoring.forward(model, batch, "autoregressive")
     nothing = [None] * len(shown)
-    rows = scoring.table_rows(family, shown, nothing, batch, ALL_FRAMES, output)
+    rows = scoring.table_rows(task, shown, nothing, batch, ALL_FRAMES, output)
     ids = by_item(found, [row["num_tokens"] for row in rows])
-    names = ("family", "key", "item", "num_tokens", "loss_sum", "num_correct")
+    names = ("task", "key", "item", "num_tokens", "loss_sum", "num_correct")
     return [
         {name: row[name] for name in names} | {"view": view, "predicted": own.tolist()}
         for row, own in zip(rows, ids, strict=True)
@@ -75,17 +75,15 @@ def view_rows(model, collate, family, items, view):
 
 
 def aggregate(table, interval):
-    """{family: {view: `View`}}; interval: function of (numerators, denominators) per item."""
+    """{task: {view: `View`}}; interval: function of (numerators, denominators) per item."""
     found = {}
     if table.empty:
         return found
-    indexed = table.set_index(["family", "view", "key", "item"]).sort_index()
-    for family in sorted(set(table["family"])):
-        everything = indexed.loc[family, ALL_FRAMES]
-        views = set(table.loc[table["family"] == family, "view"])
-        found[family] = {
-            view: compare(indexed.loc[family, view], everything, interval) for view in VIEWS if view in views
-        }
+    indexed = table.set_index(["task", "view", "key", "item"]).sort_index()
+    for task in sorted(set(table["task"])):
+        everything = indexed.loc[task, ALL_FRAMES]
+        views = set(table.loc[table["task"] == task, "view"])
+        found[task] = {view: compare(indexed.loc[task, view], everything, interval) for view in VIEWS if view in views}
     return found
 
 

@@ -5,7 +5,7 @@
 Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
 reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with every mode's
 map over it, and the difference), contact_sheet.png (many clips), overview.png and index.json. Which clips, so that
-nobody picks: the first `num_clips` by key of every family whose items name a target (of every family, where no item
+nobody picks: the first `num_clips` by key of every task whose items name a target (of every task, where no item
 does); on contact_sheet.png the best, the worst and random ones (sheet.py). Cost at the embedded scale: about 20
 seconds on two cores.
 """
@@ -61,7 +61,7 @@ def main():
         first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
         index = {
             "clips": entries,
-            "rule": f"{first} by key of every family that names a target (else of every family)",
+            "rule": f"{first} by key of every task that names a target (else of every task)",
             "split": settings.split,
             "over_frames": over_frames.mean_curves(seen),
             "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
@@ -86,25 +86,23 @@ def read_arguments():
 
 
 def choose_clips(dataset, num_clips):
-    """Row numbers: the first `num_clips` by (key, item) of every family with a known target, or of every family
+    """Row numbers: the first `num_clips` by (key, item) of every task with a known target, or of every task
     where there is none."""
-    families, with_target = {}, set()
+    tasks, with_target = {}, set()
     for number, row in enumerate(dataset.rows):
         if row["kind"] != "text":
-            families.setdefault(row["family"], []).append((row["key"], row["item"], number))
-    if not families:
+            tasks.setdefault(row["task"], []).append((row["key"], row["item"], number))
+    if not tasks:
         raise UserError(
             f"{dataset.tokens_dir}: split '{dataset.split}' has no samples with frames, so there is nothing to draw"
         )
-    chosen = {family: [number for *_, number in sorted(rows)[:num_clips]] for family, rows in sorted(families.items())}
-    for family, numbers in chosen.items():
+    chosen = {task: [number for *_, number in sorted(rows)[:num_clips]] for task, rows in sorted(tasks.items())}
+    for task, numbers in chosen.items():
         row = dataset.rows[numbers[0]]
         sample = dataset.sample(numbers[0])
         if sample.objects and sample.items[row["item"]].target is not None:
-            with_target.add(family)
-    return [
-        number for family, numbers in chosen.items() if family in with_target or not with_target for number in numbers
-    ]
+            with_target.add(task)
+    return [number for task, numbers in chosen.items() if task in with_target or not with_target for number in numbers]
 
 
 @torch.inference_mode()
@@ -120,12 +118,12 @@ def look(model, tokenizer, collate, dataset, number, max_tokens):
         frames=shown_frames(item, num_frames),
         maps={mode: values[-1] for mode, values in maps.items()},
         boxes=None if truth is None else truth.boxes,
-        title=f"{item['family']}  ·  {item['key']}",
+        title=f"{item['task']}  ·  {item['key']}",
         question=question(tokenizer, item),
         answer=expected_answer(tokenizer, item),
         prediction=answer_batch(model, tokenizer, collate, [item], max_tokens)[0],
     )
-    entry = {name: item[name] for name in ("key", "item", "family")} | {
+    entry = {name: item[name] for name in ("key", "item", "task")} | {
         "question": clip.question,
         "answer": clip.answer,
         "prediction": clip.prediction,
@@ -173,13 +171,13 @@ def draw_sheet(model, collate, dataset, settings, items_path, folder):
                 frames=shown_frames(item, maps.shape[1]),
                 maps={mode: maps[-1]},
                 boxes=None if truth is None else truth.boxes,
-                title=item["family"],
+                title=item["task"],
                 question="",
                 answer=None,
                 prediction="",
             )
             name = f"{entry['key']} / {entry['item']}"
-            tiles.append(sheet.Tile(clip, entry["part"], entry["family"], name, entry["loss"], entry["correct"]))
+            tiles.append(sheet.Tile(clip, entry["part"], entry["task"], name, entry["loss"], entry["correct"]))
     sheet.picture(tiles).save(folder / "contact_sheet.png")
     rounded = [entry | {"loss": round(entry["loss"], 6)} for entry in entries]
     return {"picture": "contact_sheet.png", "rule": sheet.rule(chosen, settings.seed), "mode": mode, "clips": rounded}

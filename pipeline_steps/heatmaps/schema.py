@@ -9,7 +9,7 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    num_clips: PositiveInt  # per family: the first ones by key, so that nobody picks
+    num_clips: PositiveInt  # per task: the first ones by key, so that nobody picks
     num_sheet_clips: NonNegativeInt  # on the sheet of best, worst and random ones, by their loss; 0: no such sheet
     seed: NonNegativeInt  # of the random third of that sheet
     tile_pixels: int = Field(ge=64, le=1024)  # side of one picture

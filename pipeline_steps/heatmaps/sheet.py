@@ -1,6 +1,6 @@
 """One picture of many clips: the best, the worst and random ones by the loss of their answers.
 
-A tile holds a row of frames under the map of the mode that is deployed, the target's box, the family, the loss per
+A tile holds a row of frames under the map of the mode that is deployed, the target's box, the task, the loss per
 scored token, the key, and whether the answer was right. Losses are those of outputs/evaluation/items.parquet.
 """
 
@@ -14,7 +14,7 @@ from pipeline_steps.common.params import UserError
 from pipeline_steps.inference import drawing
 from pipeline_steps.inference.drawing import BACKGROUND, FAINT, GAP, INK, MARGIN, RIGHT, WRONG, font
 
-COLUMNS = ["key", "item", "family", "loss", "correct"]
+COLUMNS = ["key", "item", "task", "loss", "correct"]
 PARTS = ("best", "worst", "random")
 MODE = "autoregressive"
 NUM_COLUMNS, NUM_FRAMES, SIDE = 4, 6, 64  # tiles in a row, frames in a tile, px
@@ -27,7 +27,7 @@ class Tile:
 
     clip: drawing.Clip  # with one map
     part: str  # one of PARTS
-    family: str
+    task: str
     name: str  # key, and the item's number
     loss: float  # nats per scored token
     correct: bool
@@ -36,7 +36,7 @@ class Tile:
 def read_losses(path):
     """The scored items with frames: COLUMNS, loss in nats per scored token of the autoregressive mode; correct: every
     scored token was the most likely one. UserError where the file is absent or lacks a column."""
-    names = ["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
+    names = ["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
     try:
         table = pd.read_parquet(path, columns=names)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def picture(tiles):
 def draw_tile(sheet, tile, x, y, width):
     """Two lines of text and a row of frames, at most NUM_FRAMES of them."""
     draw = ImageDraw.Draw(sheet)
-    draw.text((x, y + 13), tile.family, INK, font(13, bold=True), anchor="ls")
+    draw.text((x, y + 13), tile.task, INK, font(13, bold=True), anchor="ls")
     said = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.4f}"
     draw.text((x + width, y + 13), said, RIGHT if tile.correct else WRONG, font(13), anchor="rs")
     draw.text((x, y + 13 + LINE), shortened(tile.name, font(12), width), FAINT, font(12), anchor="ls")

@@ -74,7 +74,7 @@ class Watch:
     def rows(self, rows: list[dict]) -> None:
         """Rows of a validation."""
         for row in rows:
-            place = "/".join(str(row[name]) for name in ("event", "source", "family", "mode") if name in row)
+            place = "/".join(str(row[name]) for name in ("event", "source", "task", "mode") if name in row)
             numbers = {name: value for name, value in row.items() if isinstance(value, float)}
             self._log(row["step"], {f"{place}/{name}": value for name, value in numbers.items()})
 

@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("targets", "Targets"),
     ("training", "Learning curves"),
-    ("families", "Families"),
+    ("tasks", "Tasks"),
     ("written", "Options and free answers"),
     ("time", "Time"),
     ("gaze", "Gaze"),
@@ -137,7 +137,7 @@ def draw_figures(inputs):
     return {
         "curves": curves.learning(inputs.curves),
         "attention": curves.attention(inputs.curves),
-        "families": figures.families(result),
+        "tasks": figures.tasks(result),
         "gaze": figures.gaze(result),
         "flops": figures.flops(inputs.flops),
         "frontier": compute.frontier(inputs.flops),
@@ -186,12 +186,12 @@ def data_uri(content, kind):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def first_answers(answers, per_family=2):
-    """The first answers of every family."""
+def first_answers(answers, per_task=2):
+    """The first answers of every task."""
     seen, chosen = {}, []
     for answer in answers:
-        seen[answer["family"]] = seen.get(answer["family"], 0) + 1
-        if seen[answer["family"]] <= per_family:
+        seen[answer["task"]] = seen.get(answer["task"], 0) + 1
+        if seen[answer["task"]] <= per_task:
             chosen.append(answer)
     return chosen
 

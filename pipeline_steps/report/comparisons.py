@@ -25,10 +25,10 @@ class Comparison:
     ratio: float  # geometric mean over the seeds
     loss: Effect | None  # log of that ratio; None: no per-item results, so no interval
     accuracy_difference: Effect | None  # accuracy of the arm minus that of the default recipe
-    accuracy: float  # default recipe, mean over families
+    accuracy: float  # default recipe, mean over tasks
     arm_accuracy: float
     seeds: list[int]
-    num_families: int
+    num_tasks: int
     num_items: int
     kind: str  # one of budgets.NAMES
     budget_ratios: tuple[float, float] | None  # training samples and compute, arm / default; None: not kept
@@ -58,17 +58,17 @@ def outdated(current, runs):
 
 
 def different_data(runs):
-    """Reasons why the runs cannot be compared: other data, another split, other families or other items."""
+    """Reasons why the runs cannot be compared: other data, another split, other tasks or other items."""
     reasons = []
     for key in ("shards_sha256", "tokens_sha256", "split"):
         values = {run.name: str(run.result.provenance.get(key))[:12] for run in runs}
         if len(set(values.values())) > 1:
             reasons.append(f"{key} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-    if len({tuple(sorted(run.result.families)) for run in runs}) > 1:
-        reasons.append("the runs have different families")
+    if len({tuple(sorted(run.result.tasks)) for run in runs}) > 1:
+        reasons.append("the runs have different tasks")
     elif all(run.items is not None for run in runs) and len({scored_items(run) for run in runs}) > 1:
         reasons.append(
-            "the runs scored different items or tokens of them (evaluation.seed or evaluation.max_items_per_family)"
+            "the runs scored different items or tokens of them (evaluation.seed or evaluation.max_items_per_task)"
         )
     return reasons
 
@@ -82,12 +82,12 @@ def scored_items(run):
 
 def compare(base, arms, settings):
     """`Comparison` of two lists of runs, paired by position (the same seed); settings: report.schema.Section."""
-    families = sorted(base[0].result.families)
-    scores = {name: [means_of(run, families) for run in runs] for name, runs in (("base", base), ("arm", arms))}
+    tasks = sorted(base[0].result.tasks)
+    scores = {name: [means_of(run, tasks) for run in runs] for name, runs in (("base", base), ("arm", arms))}
     ratios = [arm[0] / own[0] for own, arm in zip(scores["base"], scores["arm"], strict=True)]
     loss = accuracy = None
     if all(run.items is not None for run in (*base, *arms)):
-        loss, accuracy = effects(base, arms, families, settings)
+        loss, accuracy = effects(base, arms, tasks, settings)
     return Comparison(
         ratio=loss.ratio if loss else float(np.exp(np.mean(np.log(ratios)))),
         loss=loss,
@@ -95,23 +95,23 @@ def compare(base, arms, settings):
         accuracy=float(np.mean([score[1] for score in scores["base"]])),
         arm_accuracy=float(np.mean([score[1] for score in scores["arm"]])),
         seeds=[run.seed for run in base],
-        num_families=len(families),
-        num_items=sum(base[0].result.families[family][MODE].num_items for family in families),
+        num_tasks=len(tasks),
+        num_items=sum(base[0].result.tasks[task][MODE].num_items for task in tasks),
         kind=budgets.kind_of(base, arms),
         budget_ratios=budgets.ratios_of(base, arms),
     )
 
 
-def means_of(run, families):
-    """(loss, accuracy) of a run, means over the families."""
-    scores = [run.result.families[family][MODE] for family in families]
+def means_of(run, tasks):
+    """(loss, accuracy) of a run, means over the tasks."""
+    scores = [run.result.tasks[task][MODE] for task in tasks]
     return float(np.mean([score.loss for score in scores])), float(np.mean([score.accuracy for score in scores]))
 
 
-def effects(base, arms, families, settings):
+def effects(base, arms, tasks, settings):
     """(`Effect` on the log loss, `Effect` on the accuracy)."""
-    base, arms = ([item_sums(run, tuple(families)) for run in runs] for runs in (base, arms))
-    resamples = resamples_of(base[0].family_sizes, settings.bootstrap_samples, settings.seed)
+    base, arms = ([item_sums(run, tuple(tasks)) for run in runs] for runs in (base, arms))
+    resamples = resamples_of(base[0].task_sizes, settings.bootstrap_samples, settings.seed)
     return tuple(
         paired_effect(
             *(np.stack([getattr(sums, name) for sums in runs]) for runs in (base, arms)),
@@ -124,18 +124,18 @@ def effects(base, arms, families, settings):
 
 
 @lru_cache(maxsize=4)
-def resamples_of(family_sizes, num_samples, seed):
+def resamples_of(task_sizes, num_samples, seed):
     """The same resamples for every comparison of a table."""
-    return Resamples(family_sizes, num_samples, seed)
+    return Resamples(task_sizes, num_samples, seed)
 
 
 @lru_cache(maxsize=64)
-def item_sums(run, families):
-    """`Sums` of a run's items in the mode of the comparison, sorted by family, key and item."""
-    rows = run.items[(run.items["mode"] == MODE) & run.items["family"].isin(families)]
-    rows = rows.sort_values(["family", "key", "item"], kind="stable")
-    sizes = rows["family"].value_counts()
+def item_sums(run, tasks):
+    """`Sums` of a run's items in the mode of the comparison, sorted by task, key and item."""
+    rows = run.items[(run.items["mode"] == MODE) & run.items["task"].isin(tasks)]
+    rows = rows.sort_values(["task", "key", "item"], kind="stable")
+    sizes = rows["task"].value_counts()
     return Sums(
-        tuple(int(sizes[family]) for family in families),
+        tuple(int(sizes[task]) for task in tasks),
         *(rows[name].to_numpy(dtype=float) for name in ("num_tokens", "loss_sum", "num_correct")),
     )

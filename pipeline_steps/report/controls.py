@@ -6,18 +6,18 @@ from pipeline_steps.report.tables import MISSING, MODE_NAMES, Table, share
 
 
 def costs(result):
-    """`Table`: what every control costs every family, in points of accuracy: on the items that both scored, with
+    """`Table`: what every control costs every task, in points of accuracy: on the items that both scored, with
     intervals, where the result has them (`EvaluationResult.controls`), else the difference of the two accuracies."""
-    families = result.controls or {
-        family: {name: score.accuracy - scores[MODE].accuracy for name, score in scores.items()}
-        for family, scores in result.families.items()
+    tasks = result.controls or {
+        task: {name: score.accuracy - scores[MODE].accuracy for name, score in scores.items()}
+        for task, scores in result.tasks.items()
     }
-    found = dict.fromkeys(name for entries in families.values() for name in entries if name not in GAZE_MODES)
+    found = dict.fromkeys(name for entries in tasks.values() for name in entries if name not in GAZE_MODES)
     rows = [
-        [family, share(result.families[family][MODE].accuracy), *(cost(entries.get(name)) for name in found)]
-        for family, entries in families.items()
+        [task, share(result.tasks[task][MODE].accuracy), *(cost(entries.get(name)) for name in found)]
+        for task, entries in tasks.items()
     ]
-    columns = ["family", MODE, *(MODE_NAMES.get(name, name.replace("_", " ")) for name in found)]
+    columns = ["task", MODE, *(MODE_NAMES.get(name, name.replace("_", " ")) for name in found)]
     note = (
         "Accuracy in autoregressive mode, and what it becomes in points when something is taken away: far below zero "
         "means that the model needs it. Controls are other ways to look with the same weights, not trained baselines."

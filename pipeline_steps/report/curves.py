@@ -1,13 +1,13 @@
-"""The learning curves: training loss, validation accuracy by family, attention, and the warnings of a training."""
+"""The learning curves: training loss, validation accuracy by task, attention, and the warnings of a training."""
 
 import matplotlib.ticker
 import numpy as np
 
 from pipeline_steps.report.figures import COLOURS, WIDTH
 
-FAMILY_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#8d6e5a"]
-FAMILY_MARKERS = "osD^vXP*"  # so that colour alone does not tell families apart
-FAMILY_STYLES = ["-", "--", ":"]  # of families beyond the colours
+TASK_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#8d6e5a"]
+TASK_MARKERS = "osD^vXP*"  # so that colour alone does not tell tasks apart
+TASK_STYLES = ["-", "--", ":"]  # of tasks beyond the colours
 ATTENTION = {  # column of the tables -> (label, colour, marker)
     "attention_uniformity": ("attention entropy, share of the greatest", COLOURS["autoregressive"], "o"),
     "token_similarity": ("tokens of different frames, cosine", COLOURS["blind"], "X"),
@@ -56,7 +56,7 @@ def learning(tables):
     table."""
     if not tables:
         return None
-    lines = family_lines(tables)
+    lines = task_lines(tables)
 
     def draw(figure, ink):
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
@@ -68,9 +68,9 @@ def learning(tables):
             top.plot(x, smooth(loss), color=COLOURS["autoregressive"], linewidth=1.8)
         for number, (name, pieces) in enumerate(lines.items()):
             style = {
-                "color": FAMILY_COLOURS[number % len(FAMILY_COLOURS)],
-                "marker": FAMILY_MARKERS[number % len(FAMILY_MARKERS)],
-                "linestyle": FAMILY_STYLES[number // len(FAMILY_COLOURS) % len(FAMILY_STYLES)],
+                "color": TASK_COLOURS[number % len(TASK_COLOURS)],
+                "marker": TASK_MARKERS[number % len(TASK_MARKERS)],
+                "linestyle": TASK_STYLES[number // len(TASK_COLOURS) % len(TASK_STYLES)],
                 "label": name,
             }
             for stage, rows in pieces:
@@ -90,20 +90,20 @@ def learning(tables):
     return draw, WIDTH, 6.2 + 0.24 * (len(lines) // (3 if many else 4))
 
 
-def family_lines(tables):
-    """{name: [(stage, rows of the fine validations)]}: one line per family, per source and family where a family
+def task_lines(tables):
+    """{name: [(stage, rows of the fine validations)]}: one line per task, per source and task where a task
     comes from several sources."""
     checks = {
         stage: table[(table["event"] == "validation") & (table["mode"] == "fine")] for stage, table in tables.items()
     }
     sources = {}
     for rows in checks.values():
-        for source, family in zip(rows["source"], rows["family"], strict=True):
-            sources.setdefault(family, set()).add(source)
+        for source, task in zip(rows["source"], rows["task"], strict=True):
+            sources.setdefault(task, set()).add(source)
     lines = {}
     for stage, rows in checks.items():
-        for (source, family), group in rows.groupby(["source", "family"], sort=True):
-            name = family if len(sources[family]) == 1 else f"{source}/{family}"
+        for (source, task), group in rows.groupby(["source", "task"], sort=True):
+            name = task if len(sources[task]) == 1 else f"{source}/{task}"
             lines.setdefault(name, []).append((stage, group))
     return dict(sorted(lines.items()))
 

@@ -1,4 +1,4 @@
-"""Tables of what an evaluation measures besides families and modes: options, written answers, parts of clips, single
+"""Tables of what an evaluation measures besides tasks and modes: options, written answers, parts of clips, single
 frames, diagnostics, gaze against references, sources. A table without rows says in its note what was not measured."""
 
 from statistics import fmean
@@ -41,8 +41,8 @@ def tables(result):
 
 
 def by_source(result):
-    """Accuracy of every source and family; no rows where all items are of one source."""
-    columns = ["source", "family", "items", *(MODE_NAMES[mode] for mode in MODES), "loss"]
+    """Accuracy of every source and task; no rows where all items are of one source."""
+    columns = ["source", "task", "items", *(MODE_NAMES[mode] for mode in MODES), "loss"]
     table = Table("scores_by_source", "Accuracy by source", columns, [])
     if result.sources is None:
         table.note = "Not measured by source."
@@ -50,26 +50,26 @@ def by_source(result):
         table.note = f"All items are of one source: {', '.join(result.sources)}."
     else:
         table.rows = [
-            source_row(source, family, scores)
-            for source, families in result.sources.items()
-            for family, scores in families.items()
+            source_row(source, task, scores)
+            for source, tasks in result.sources.items()
+            for task, scores in tasks.items()
         ]
         table.strong = [columns.index("autoregressive")]
         table.note = (
-            "The same scores as above, apart for each source: where a family differs widely between its sources, "
+            "The same scores as above, apart for each source: where a task differs widely between its sources, "
             "the mean over them says little. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats "
             "per scored answer token, autoregressive. Items without frames stand in the autoregressive column."
         )
     return table
 
 
-def source_row(source, family, scores):
+def source_row(source, task, scores):
     deployed = scores.get("autoregressive") or scores[TEXT]
     cells = [
         share(score.accuracy, of_several(score, "accuracy")) if score else MISSING
         for score in (deployed, *(scores.get(mode) for mode in MODES[1:]))
     ]
-    return [source, family, count(deployed.num_items), *cells, number(deployed.loss, 3, of_several(deployed, "loss"))]
+    return [source, task, count(deployed.num_items), *cells, number(deployed.loss, 3, of_several(deployed, "loss"))]
 
 
 def multiple_choice(result):
@@ -110,18 +110,18 @@ def choice_cells(group, scoring):
 
 
 def captions(result):
-    """Likeness to the true answers and what is left out of them, per family and mode."""
+    """Likeness to the true answers and what is left out of them, per task and mode."""
     attributes = list(
         dict.fromkeys(name for group in result.captions.values() for s in group.modes.values() for name in s.missed)
     )
-    columns = ["family", "mode", "items", "CIDEr", "BLEU", "METEOR"]
+    columns = ["task", "mode", "items", "CIDEr", "BLEU", "METEOR"]
     columns += [f"{name} {what}" for name in attributes for what in ("named", "all missed")]
     table = Table("captions", "Free answers against the true ones", columns, [], strong=[3])
-    for family, group in result.captions.items():
+    for task, group in result.captions.items():
         for mode in caption_modes(group):
             score = group.modes[mode]
             several = group.num_items > 1
-            row = [family, MODE_NAMES[mode], count(group.num_items)]
+            row = [task, MODE_NAMES[mode], count(group.num_items)]
             row += [
                 optional(score.cider, 2, score.cider_interval if several else None),
                 number(score.bleu, 3),
@@ -154,12 +154,12 @@ def caption_modes(group):
 
 def caption_style(result):
     """How answers are written, beside the true ones."""
-    columns = ["family", "answers", "words", "repetition", "distinct 1", "distinct 2", "same opening", "same", "empty"]
+    columns = ["task", "answers", "words", "repetition", "distinct 1", "distinct 2", "same opening", "same", "empty"]
     table = Table("caption_style", "How free answers are written", columns, [])
-    for family, group in result.captions.items():
+    for task, group in result.captions.items():
         styles = {"true answers": group.reference}
         styles |= {MODE_NAMES[mode]: group.modes[mode].style for mode in caption_modes(group)}
-        table.rows += [[family, name, *style_cells(style)] for name, style in styles.items()]
+        table.rows += [[task, name, *style_cells(style)] for name, style in styles.items()]
     table.note = (
         "Every mode should look like the true answers above it. Repetition: phrases of four words that their own "
         "text has said before. Distinct 1, 2: different words, and pairs of words, among all. Same opening, same: "
@@ -179,29 +179,29 @@ def style_cells(style):
 def caption_overlap(result):
     """What fine and coarse answers have in common."""
     rows = []
-    for family, group in result.captions.items():
+    for task, group in result.captions.items():
         interval = group.overlap_interval if group.num_items > 1 else None
         overlap = share(group.overlap_fine_coarse, interval)
-        rows.append([family, count(group.num_items), overlap, share(group.same_fine_coarse)])
+        rows.append([task, count(group.num_items), overlap, share(group.same_fine_coarse)])
     note = (
         "Words that an item's fine and coarse answers share, and items whose answers are equal: near 100% the second "
         "look changes nothing. In brackets 95% bootstrap intervals over items."
         if rows
         else "Not measured: no item of this split has a free answer."
     )
-    columns = ["family", "items", "words shared", "equal answers"]
+    columns = ["task", "items", "words shared", "equal answers"]
     return Table("caption_overlap", "Free answers: fine against coarse", columns, rows, note)
 
 
 def temporal(result):
-    """A row per family and part of the clip: scores of the part and of all frames of the same clips."""
-    columns = ["family", "shown", "items", "accuracy of part", "accuracy of all", "loss of part", "loss of all"]
+    """A row per task and part of the clip: scores of the part and of all frames of the same clips."""
+    columns = ["task", "shown", "items", "accuracy of part", "accuracy of all", "loss of part", "loss of all"]
     columns += ["loss lost", "answers changed", "tokens changed"]
     rows = []
-    for family, views in (result.temporal or {}).items():
+    for task, views in (result.temporal or {}).items():
         for name in VIEWS:
             if name in views:
-                rows.append([family, VIEW_NAMES[name], *view_cells(views[name])])
+                rows.append([task, VIEW_NAMES[name], *view_cells(views[name])])
     note = (
         "Autoregressive, the same clips in part and whole. Loss lost: nats per token by which the part is worse, in "
         "brackets 95% paired bootstrap intervals over items; around 0 the rest of the clip is not used. A half tells "
@@ -232,16 +232,16 @@ def per_frame(result, quantity):
     """`quantity` ("accuracy" or "loss") of the tokens about each frame; frames that nothing is asked of are left
     out."""
     found = [
-        (family, mode, getattr(modes[mode], quantity))
-        for family, modes in (result.per_frame or {}).items()
+        (task, mode, getattr(modes[mode], quantity))
+        for task, modes in (result.per_frame or {}).items()
         for mode in FRAME_MODES
         if mode in modes
     ]
     asked = sorted({t for _, _, values in found for t, value in enumerate(values) if value is not None})
     cell = share if quantity == "accuracy" else optional
     rows = [
-        [family, MODE_NAMES[mode], *(cell(values[t] if t < len(values) else None) for t in asked)]
-        for family, mode, values in found
+        [task, MODE_NAMES[mode], *(cell(values[t] if t < len(values) else None) for t in asked)]
+        for task, mode, values in found
     ]
     worse = "falls" if quantity == "accuracy" else "rises"
     meaning = "Share of scored answer tokens that are right" if quantity == "accuracy" else "Nats per scored token"
@@ -249,20 +249,20 @@ def per_frame(result, quantity):
         f"{meaning}, by the frame that the token is about. A row that {worse} to the right drifts over time; "
         "coarse: what the same weights get of a frame by a look without a plan."
         if rows
-        else "Not measured: no family has an answer per frame."
+        else "Not measured: no task has an answer per frame."
     )
-    columns = ["family", "mode", *(f"frame {t}" for t in asked)]
+    columns = ["task", "mode", *(f"frame {t}" for t in asked)]
     return Table(f"per_frame_{quantity}", f"{quantity.capitalize()} by frame", columns, rows, note)
 
 
 def gaze_difference(result):
-    """A row per family: the peak's share on the target above each reference, in points."""
-    families = result.gaze_difference or {}
-    names = [name for name in REFERENCES if any(name in entries for entries in families.values())]
+    """A row per task: the peak's share on the target above each reference, in points."""
+    tasks = result.gaze_difference or {}
+    names = [name for name in REFERENCES if any(name in entries for entries in tasks.values())]
     rows = []
-    for family, entries in families.items():
+    for task, entries in tasks.items():
         # The oracle is looked at on fewer items: the frames of both are told apart
-        row = [family]
+        row = [task]
         for name in names:
             entry = entries.get(name)
             row += (
@@ -277,7 +277,7 @@ def gaze_difference(result):
         if rows
         else "Not measured: no item of this split names a target whose place is known, or the network has no queries."
     )
-    columns = ["family", *(text for name in names for text in (f"against {name}", "frames"))]
+    columns = ["task", *(text for name in names for text in (f"against {name}", "frames"))]
     return Table("gaze_difference", "Gaze against its references", columns, rows, note)
 
 

@@ -18,7 +18,7 @@ COLUMNS = [
     "training compute",
 ]
 NOTE = (
-    "Autoregressive mode, same items, runs paired by seed; means over families. In brackets 95% intervals over seeds "
+    "Autoregressive mode, same items, runs paired by seed; means over tasks. In brackets 95% intervals over seeds "
     "(random effect) and items (paired bootstrap); of one seed: over items only. p: two-sided, against no difference "
     "of the loss, Student's t with the bootstrap's standard error; Holm: adjusted for all ablations of this table that "
     "have a p. Above 1: the default recipe has the lower loss."

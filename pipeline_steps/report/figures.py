@@ -47,14 +47,14 @@ def svg(draw, theme, width, height):
     return buffer.getvalue()
 
 
-def families(result):
-    """(draw, width, height): accuracy of every family in every mode, with intervals, and chance."""
-    names = list(result.families)
+def tasks(result):
+    """(draw, width, height): accuracy of every task in every mode, with intervals, and chance."""
+    names = list(result.tasks)
 
     def draw(figure, ink):
         axes = figure.subplots()
         for offset, mode in enumerate(reversed(MODES)):
-            scores = [result.families[name][mode] for name in names]
+            scores = [result.tasks[name][mode] for name in names]
             y = np.arange(len(names)) + (2 - offset) * -0.14
             values = np.array([score.accuracy for score in scores])
             low, high = np.array([score.accuracy_interval for score in scores]).T
@@ -97,7 +97,7 @@ def families(result):
 
 
 def gaze(result):
-    """(draw, width, height) of peak-on-target per family and per frame position, or None without ground truth."""
+    """(draw, width, height) of peak-on-target per task and per frame position, or None without ground truth."""
     names = list(result.gaze)
     if not names:
         return None
@@ -140,7 +140,7 @@ def gaze(result):
         right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
         right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         left.set_xlabel("frames whose attention peak is on the target")
-        right.set_xlabel("frame (mean of the families)")
+        right.set_xlabel("frame (mean of the tasks)")
         for axes in (left, right):
             axes.grid(axis="both" if axes is right else "x", linewidth=0.6)
             axes.set_axisbelow(True)

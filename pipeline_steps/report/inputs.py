@@ -19,7 +19,7 @@ from pipeline_steps.report.budgets import Budget, budget_of, read_budget
 
 STAGES = ("stage1", "stage2", "stage3")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
-CURVE_COLUMNS = ("event", "step", "samples", "source", "family", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
+CURVE_COLUMNS = ("event", "step", "samples", "source", "task", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
 

@@ -7,7 +7,7 @@ from pipeline_steps.report.tables import Table, count, number, share
 COLUMNS = [
     "stage",
     "source",
-    "family",
+    "task",
     "items",
     "samples",
     "share",
@@ -20,17 +20,17 @@ COLUMNS = [
 
 
 def reading(streaming):
-    """`Table` of a `StreamingResult`: a row per stage, source and family, and a total per stage. None: no rows."""
+    """`Table` of a `StreamingResult`: a row per stage, source and task, and a total per stage. None: no rows."""
     table = Table("reading", "What the training stages read", COLUMNS, [])
     if streaming is None:
         table.note = "reports/metrics/streaming.json is not there (`dvc repro streaming`)."
         return table
     unserved = []
     for stage, served in streaming.stages.items():
-        for source, families in served.sources.items():
-            for family, counts in families.items():
-                if f"{source}/{family}" not in served.unserved:
-                    table.rows.append([stage, source, family, *cells(counts)])
+        for source, tasks in served.sources.items():
+            for task, counts in tasks.items():
+                if f"{source}/{task}" not in served.unserved:
+                    table.rows.append([stage, source, task, *cells(counts)])
         table.summary.append(len(table.rows))
         table.rows.append([f"{stage}, all", "", "", *cells(served.total)])
         if served.unserved:

@@ -7,14 +7,14 @@ from pipeline_steps.common.params import StrictModel
 
 class Targets(StrictModel):
     """What a run on the embedded world is expected to reach, in autoregressive mode; judged when the split has all
-    of `families`."""
+    of `tasks`."""
 
-    families: list[str]
+    tasks: list[str]
     mean_accuracy: float = Field(ge=0, le=1)  # at least
-    family_accuracy: float = Field(ge=0, le=1)  # at least, each family
+    task_accuracy: float = Field(ge=0, le=1)  # at least, each task
     card_loss: PositiveFloat  # below, nats per scored answer token
-    gap: NonNegativeFloat  # autoregressive loss at most (1 + gap) x fine loss, all families together
-    blind_excess: float = Field(ge=0, le=1)  # blind accuracy at most chance + this, each family
+    gap: NonNegativeFloat  # autoregressive loss at most (1 + gap) x fine loss, all tasks together
+    blind_excess: float = Field(ge=0, le=1)  # blind accuracy at most chance + this, each task
 
 
 class Section(StrictModel):

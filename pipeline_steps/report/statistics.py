@@ -2,13 +2,13 @@
 
 The data of a comparison are two arrays [seeds, items] of sums over an item's scored tokens (nats, or correct tokens):
 the run of seed s of either arm on item i. Every run scores the same items, and the runs of a seed share the order of
-their data, so everything is paired. An arm's score is the unweighted mean over the families of sum / tokens.
+their data, so everything is paired. An arm's score is the unweighted mean over the tasks of sum / tokens.
 
 Effect of seed s: log(loss of the arm / loss of the baseline), or the difference of the accuracies. The effect of a
 comparison is its mean over the seeds (for losses: the geometric mean of the seeds' ratios).
 
 Assumed: seeds are a random sample of all seeds, with effects that are roughly normal (random effect); items are a
-random sample of their family, families are fixed. A resample draws seeds, then items: of every family, and the same
+random sample of their task, tasks are fixed. A resample draws seeds, then items: of every task, and the same
 items for both arms and for all seeds, because every run scored the same ones (other items for every seed would take
 their common difficulty for independent evidence and make the interval too short). The seeds' part of that variance
 has a closed form, (S - 1) / S^2 times the seeds' variance s^2; it is enlarged by S / (S - 1) to s^2 / S, since
@@ -93,29 +93,27 @@ class Effect:
 
 @dataclass(frozen=True)
 class Sums:
-    """One run's sums over the scored tokens of its items, families one after another."""
+    """One run's sums over the scored tokens of its items, tasks one after another."""
 
-    family_sizes: tuple[int, ...]
+    task_sizes: tuple[int, ...]
     num_tokens: np.ndarray  # [items]
     loss_sum: np.ndarray  # [items]
     num_correct: np.ndarray  # [items]
 
 
 class Resamples:
-    """How often every item is drawn in each of `num_samples` resamples, family by family; shared by all comparisons of
+    """How often every item is drawn in each of `num_samples` resamples, task by task; shared by all comparisons of
     the same items."""
 
-    def __init__(self, family_sizes, num_samples, seed):
+    def __init__(self, task_sizes, num_samples, seed):
         rng = np.random.default_rng(seed)
-        self.family_sizes = tuple(family_sizes)
-        self.counts = [
-            rng.multinomial(size, np.full(size, 1 / size), num_samples).astype(float) for size in family_sizes
-        ]
+        self.task_sizes = tuple(task_sizes)
+        self.counts = [rng.multinomial(size, np.full(size, 1 / size), num_samples).astype(float) for size in task_sizes]
 
     def means(self, sums, num_tokens):
-        """Mean over families of sum / tokens: (resampled [num_samples, seeds], observed [seeds]) of sums
+        """Mean over tasks of sum / tokens: (resampled [num_samples, seeds], observed [seeds]) of sums
         [seeds, items]."""
-        borders = np.cumsum(self.family_sizes)[:-1]
+        borders = np.cumsum(self.task_sizes)[:-1]
         parts = np.split(np.asarray(sums, dtype=float), borders, axis=1)
         weights = np.split(np.asarray(num_tokens, dtype=float), borders)
         drawn = [
@@ -138,12 +136,12 @@ def paired_effect(base, arm, num_tokens, resamples, scale=LOG_RATIO):
             raise ValueError("a loss of 0 has no ratio: compare accuracies, or score more items")
         base_drawn, base_seen, arm_drawn, arm_seen = map(np.log, (base_drawn, base_seen, arm_drawn, arm_seen))
     per_seed = arm_seen - base_seen
-    num_seeds, num_families = len(per_seed), len(resamples.family_sizes)
+    num_seeds, num_tasks = len(per_seed), len(resamples.task_sizes)
     seeds = float(np.std(per_seed, ddof=1)) / num_seeds**0.5 if num_seeds > 1 else None
     return Effect(
         per_seed=tuple(map(float, per_seed)),
         items_error=_items_error(arm_drawn - base_drawn),
-        items_degrees=max(sum(resamples.family_sizes) - num_families, 1),
+        items_degrees=max(sum(resamples.task_sizes) - num_tasks, 1),
         seeds_error=seeds,
     )
 

@@ -78,7 +78,7 @@ def count(value):
 
 def targets(result, settings):
     """What the run was expected to reach and what it reached; a run on other data is not judged."""
-    absent = [family for family in settings.families if family not in result.families]
+    absent = [task for task in settings.tasks if task not in result.tasks]
     note = "Held-out items, autoregressive mode. These targets are of the embedded world."
     if absent:
         return Table(
@@ -88,21 +88,21 @@ def targets(result, settings):
             [],
             f"Not judged: the targets are of the embedded world, and this split has no {', '.join(absent)}.",
         )
-    chosen = {family: result.families[family] for family in settings.families}
-    scores = {family: modes["autoregressive"] for family, modes in chosen.items()}
-    worst = min(scores, key=lambda family: scores[family].accuracy)
+    chosen = {task: result.tasks[task] for task in settings.tasks}
+    scores = {task: modes["autoregressive"] for task, modes in chosen.items()}
+    worst = min(scores, key=lambda task: scores[task].accuracy)
     accuracy = sum(score.accuracy for score in scores.values()) / len(scores)
     losses = {mode: sum(modes[mode].loss for modes in chosen.values()) for mode in ("fine", "autoregressive")}
     gap = losses["autoregressive"] / losses["fine"] - 1
-    excess = {family: modes["blind"].accuracy - (result.chance[family] or 0) for family, modes in chosen.items()}
+    excess = {task: modes["blind"].accuracy - (result.chance[task] or 0) for task, modes in chosen.items()}
     blind = max(excess, key=excess.get)
     rows = [
         ("mean accuracy", f"≥ {settings.mean_accuracy:.0%}", f"{accuracy:.1%}", accuracy >= settings.mean_accuracy),
         (
-            "accuracy of every family",
-            f"≥ {settings.family_accuracy:.0%}",
+            "accuracy of every task",
+            f"≥ {settings.task_accuracy:.0%}",
             f"{scores[worst].accuracy:.1%} ({worst}, the lowest)",
-            scores[worst].accuracy >= settings.family_accuracy,
+            scores[worst].accuracy >= settings.task_accuracy,
         ),
         (
             "loss of card",
@@ -111,7 +111,7 @@ def targets(result, settings):
             scores["card"].loss < settings.card_loss,
         )
         if "card" in scores
-        else ("loss of card", f"< {settings.card_loss}", "no such family", False),
+        else ("loss of card", f"< {settings.card_loss}", "no such task", False),
         (
             "autoregressive loss above fine",
             f"≤ {settings.gap:.0%}",
@@ -119,7 +119,7 @@ def targets(result, settings):
             gap <= settings.gap,
         ),
         (
-            "blind accuracy above chance, every family",
+            "blind accuracy above chance, every task",
             f"≤ {settings.blind_excess:.0%}",
             f"{excess[blind]:+.1%} ({blind}, the highest)",
             excess[blind] <= settings.blind_excess,
@@ -138,20 +138,20 @@ def targets(result, settings):
 
 
 def accuracies(result):
-    """Accuracy of every family and mode."""
+    """Accuracy of every task and mode."""
     rows = []
-    for family, modes in result.families.items():
-        row = [family, count(modes["autoregressive"].num_items)]
+    for task, modes in result.tasks.items():
+        row = [task, count(modes["autoregressive"].num_items)]
         row += [share(modes[mode].accuracy, of_several(modes[mode], "accuracy")) for mode in MODES]
-        row += [share(result.chance.get(family))]
-        generated = result.generation.get(family)
+        row += [share(result.chance.get(task))]
+        generated = result.generation.get(task)
         rows.append([*row, share(generated.exact_match) if generated else share(None)])
     mean = [share(result.mean[mode].accuracy) for mode in MODES]
     first_summary = len(rows)
     rows.append(
         [
-            "mean of families",
-            count(sum(m["autoregressive"].num_items for m in result.families.values())),
+            "mean of tasks",
+            count(sum(m["autoregressive"].num_items for m in result.tasks.values())),
             *mean,
             share(None),
             share(None),
@@ -173,8 +173,8 @@ def accuracies(result):
         )
     return Table(
         "accuracy",
-        "Accuracy by family and mode",
-        ["family", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact answers"],
+        "Accuracy by task and mode",
+        ["task", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact answers"],
         rows,
         "Share of scored answer tokens that are the most likely one, given the true answer so far; in brackets 95% "
         "bootstrap intervals over items, in per cent. Chance: the training split's most frequent token at each "
@@ -185,29 +185,29 @@ def accuracies(result):
 
 
 def losses(result):
-    """Loss of every family and mode, and the gap between fine and autoregressive."""
+    """Loss of every task and mode, and the gap between fine and autoregressive."""
     rows = []
-    for family, modes in result.families.items():
+    for task, modes in result.tasks.items():
         row = [
-            family,
+            task,
             *(
                 number(modes[mode].loss, 3, of_several(modes[mode], "loss") if mode == "autoregressive" else None)
                 for mode in MODES
             ),
         ]
-        interval = result.gap[family].interval if modes["autoregressive"].num_items > 1 else None
-        rows.append([*row, number(result.gap[family].loss_ratio, 2, interval)])
+        interval = result.gap[task].interval if modes["autoregressive"].num_items > 1 else None
+        rows.append([*row, number(result.gap[task].loss_ratio, 2, interval)])
     mean, first_summary = result.mean, len(rows)
     ratio = number(mean["autoregressive"].loss / mean["fine"].loss, 2)
-    rows.append(["mean of families", *(number(mean[mode].loss) for mode in MODES), ratio])
+    rows.append(["mean of tasks", *(number(mean[mode].loss) for mode in MODES), ratio])
     if result.text:
         text = number(result.text.loss, 3, of_several(result.text, "loss"))
         cells = [text if mode == "autoregressive" else MISSING for mode in MODES]
         rows.append(["text only (no frames)", *cells, MISSING])
     return Table(
         "loss",
-        "Loss by family and mode",
-        ["family", *(MODE_NAMES[mode] for mode in MODES), "autoregressive / fine"],
+        "Loss by task and mode",
+        ["task", *(MODE_NAMES[mode] for mode in MODES), "autoregressive / fine"],
         rows,
         "Nats per scored answer token. The last column is what the parallel form of training hides: 1 = nothing; "
         "paired bootstrap intervals.",
@@ -219,9 +219,9 @@ def losses(result):
 def gaze(result):
     """Where attention lies, against chance."""
     rows = []
-    for family, modes in result.gaze.items():
+    for task, modes in result.gaze.items():
         shown = modes.get("autoregressive") or next(iter(modes.values()))
-        row = [family, count(shown.num_frames)]
+        row = [task, count(shown.num_frames)]
         for mode in reversed(GAZE_MODES):
             row.append(
                 share(modes[mode].peak_on_target, modes[mode].peak_on_target_interval) if mode in modes else share(None)
@@ -239,7 +239,7 @@ def gaze(result):
         "gaze",
         "Gaze: is the strongest patch the target's?",
         [
-            "family",
+            "task",
             "frames",
             *reversed(GAZE_MODES),
             "any patch",
@@ -311,15 +311,15 @@ def data(shards, tokens):
 
 def mixture(stages):
     """What every training stage served, from its own record."""
-    families = sorted({name for values in stages.values() for name in values.get("mixture", {})})
+    tasks = sorted({name for values in stages.values() for name in values.get("mixture", {})})
     rows = []
-    for family in families:
-        row = [family]
+    for task in tasks:
+        row = [task]
         for values in stages.values():
-            entry = values.get("mixture", {}).get(family)
+            entry = values.get("mixture", {}).get(task)
             row += [count(entry["num_samples"]), share(entry["share"])] if entry else [count(0), share(None)]
         rows.append(row)
-    columns = ["family", *(f"{stage} {what}" for stage in stages for what in ("samples", "share"))]
+    columns = ["task", *(f"{stage} {what}" for stage in stages for what in ("samples", "share"))]
     return Table(
         "mixture",
         "What training served",

@@ -4,8 +4,8 @@ CAPTIONS = {  # figure -> (alternative text, what to see)
     "curves": (
         "Training loss and validation accuracy over the training samples of the three stages",
         "Top: training loss (grey: single steps, blue: running mean; each stage has its own data and loss, so steps "
-        "between stages are no surprise). Bottom: accuracy on validation items, by family, and by source where a "
-        "family comes from several. Look for families that stay flat while others rise.",
+        "between stages are no surprise). Bottom: accuracy on validation items, by task, and by source where a "
+        "task comes from several. Look for tasks that stay flat while others rise.",
     ),
     "attention": (
         "Entropy of the attention and similarity of the visual tokens over the training samples",
@@ -13,14 +13,14 @@ CAPTIONS = {  # figure -> (alternative text, what to see)
         "every patch): the queries begin to choose. Cosines that stay near 1 mean that all frames give the same token, "
         "or that planned queries find what the static one finds.",
     ),
-    "families": (
-        "Accuracy of every family in every mode",
-        "Each family's accuracy by mode, with 95% intervals. Look for the distance between autoregressive (what is "
+    "tasks": (
+        "Accuracy of every task in every mode",
+        "Each task's accuracy by mode, with 95% intervals. Look for the distance between autoregressive (what is "
         "deployed) and the two controls, and for autoregressive lying on fine: then the parallel form of training "
         "hides nothing.",
     ),
     "gaze": (
-        "Share of frames whose attention peak is on the target, by family and by frame",
+        "Share of frames whose attention peak is on the target, by task and by frame",
         "Top: how often the most attended patch is the target's, against the share of patches that show it. Bottom: "
         "over the frames; frame 0 is looked at before anything is known.",
     ),
@@ -49,7 +49,7 @@ def lead(inputs):
     mean = result.mean
     text = (
         f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
-        f"{len(result.families)} families of held-out items with a mean accuracy of "
+        f"{len(result.tasks)} tasks of held-out items with a mean accuracy of "
         f"{mean['autoregressive'].accuracy:.1%} when it looks frame by frame, where it chooses. With the frames "
         f"blanked it reaches {mean['blind'].accuracy:.1%}, with random queries {mean['random_query'].accuracy:.1%}."
     )
@@ -70,7 +70,7 @@ def tiles(result):
     entries = [
         {"name": f"{name} accuracy", "value": f"{mean[mode].accuracy:.1%}", "note": note}
         for mode, name, note in (
-            ("autoregressive", "Autoregressive", "mean of the families"),
+            ("autoregressive", "Autoregressive", "mean of the tasks"),
             ("fine", "Fine", "all frames in parallel"),
             ("blind", "Blind", "grey frames"),
             ("random_query", "Random query", "looks anywhere"),
@@ -93,29 +93,24 @@ def tiles(result):
 
 
 def controls(result, targets):
-    """Sentences on what blind and random queries leave over, family by family; `targets`: schema.Targets."""
+    """Sentences on what blind and random queries leave over, task by task; `targets`: schema.Targets."""
     lines = []
-    chances = {
-        family: value for family, value in result.chance.items() if value is not None and family in result.families
-    }
+    chances = {task: value for task, value in result.chance.items() if value is not None and task in result.tasks}
     near = [
-        family
-        for family, value in chances.items()
-        if result.families[family]["blind"].accuracy <= value + targets.blind_excess
+        task for task, value in chances.items() if result.tasks[task]["blind"].accuracy <= value + targets.blind_excess
     ]
-    far = [family for family in chances if family not in near]
+    far = [task for task in chances if task not in near]
     if chances:
         lines.append(
             f"Blind is within {100 * targets.blind_excess:.0f} points of chance in {len(near)} of {len(chances)} "
-            "families" + (f"; not in {', '.join(far)}." if far else ".")
+            "tasks" + (f"; not in {', '.join(far)}." if far else ".")
         )
     lost = {
-        family: modes["autoregressive"].accuracy - modes["random_query"].accuracy
-        for family, modes in result.families.items()
+        task: modes["autoregressive"].accuracy - modes["random_query"].accuracy for task, modes in result.tasks.items()
     }
     needed = [
-        family
-        for family, modes in result.families.items()
+        task
+        for task, modes in result.tasks.items()
         if modes["random_query"].accuracy_interval[1] < modes["autoregressive"].accuracy_interval[0]
         and modes["autoregressive"].num_items > 1
     ]
@@ -123,11 +118,11 @@ def controls(result, targets):
     lines.append(
         f"Random queries of the same norm cost {100 * lost[largest]:.1f} points in {largest} (the most), "
         f"{100 * sum(lost.values()) / len(lost):.1f} on average; the intervals lie apart in {len(needed)} of "
-        f"{len(lost)} families. A model that never needed its gaze would lose nothing."
+        f"{len(lost)} tasks. A model that never needed its gaze would lose nothing."
     )
-    wide = [family for family, entry in result.gap.items() if entry.interval[0] > 1 + targets.gap]
+    wide = [task for task, entry in result.gap.items() if entry.interval[0] > 1 + targets.gap]
     lines.append(
-        f"Autoregressive loss is within {targets.gap:.0%} of fine in every family, or not distinguishable from that."
+        f"Autoregressive loss is within {targets.gap:.0%} of fine in every task, or not distinguishable from that."
         if not wide
         else f"Autoregressive loss is more than {targets.gap:.0%} above fine in {', '.join(wide)}."
     )

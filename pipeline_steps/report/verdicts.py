@@ -1,6 +1,6 @@
 """The two questions and what the runs say about them.
 
-Both compare separately trained networks on the same items by the ratio of their losses (mean over families,
+Both compare separately trained networks on the same items by the ratio of their losses (mean over tasks,
 autoregressive mode), with a margin within which losses count as equal. The 95 % interval over seeds and items decides:
 
 "Does looking where you choose help?" is a test of superiority: validated when the whole interval of loss without the
@@ -115,7 +115,7 @@ def stated(comparison, arm_name):
     if comparison.accuracy_difference:
         low, high = (100 * border for border in comparison.accuracy_difference.interval)
         text += f", {100 * comparison.accuracy_difference.value:+.1f} points [{low:+.1f}, {high:+.1f}]"
-    text += f". {num_seeds} seed{'s' * (num_seeds > 1)}, {comparison.num_families} families, "
+    text += f". {num_seeds} seed{'s' * (num_seeds > 1)}, {comparison.num_tasks} tasks, "
     text += f"{comparison.num_items} items; {budgets.NAMES[comparison.kind]}"
     if comparison.budget_ratios:
         text += " (samples ×{:.2f}, compute ×{:.2f})".format(*comparison.budget_ratios)

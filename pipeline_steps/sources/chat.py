@@ -39,5 +39,5 @@ def collect(section) -> Iterator[RawSample]:
                 question, answer = make_question(rng, KINDS[number % len(KINDS)])
             asked.add(question)
             key = f"chat-{split}-{number:06d}"
-            item = {"user": question, "assistant": answer, "family": "text"}
+            item = {"user": question, "assistant": answer, "task": "text"}
             yield RawSample(key=key, source="chat", split=split, video_id=key, kind="text", items=(item,))

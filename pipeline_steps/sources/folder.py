@@ -7,7 +7,7 @@ The folder holds media (subfolders allowed) and ONE metadata.jsonl, .csv or .par
     question, answer       a row with both gives two items; with `options` the answer is one of them
     messages               or a whole chat, a list of {role, content}
     rejected               optional, the worse answer: a preference
-    family, cue, target    optional, of the row's question (of its caption if it has no question)
+    task, cue, target    optional, of the row's question (of its caption if it has no question)
     split, video_id, source, objects, num_source_frames   optional, of the file; given in one of its rows is enough
 Other columns are left alone. The files are not copied, but for the images of a list; size and sha256 are recorded.
 """

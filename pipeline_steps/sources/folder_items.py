@@ -21,22 +21,22 @@ def row_items(metadata: Path, line: int, row: dict, shown: str) -> list[dict]:
     options = _options(where, row) if row.get("options") is not None else None
     texts = {name: _text(where, name, row[name]) for name in TEXTS if _is_given(row, name, options)}
     _check_forms(where, row, texts, options)
-    extra = {name: row[name] for name in ("family", "cue", "target") if row.get(name) is not None}
+    extra = {name: row[name] for name in ("task", "cue", "target") if row.get(name) is not None}
     _check_extra(where, row, extra, options)
     rejected = {"rejected": texts["rejected"]} if "rejected" in texts else {}
     items = []
     if "caption" in texts:
-        item = {"user": None, "assistant": texts["caption"], "family": "caption"}
+        item = {"user": None, "assistant": texts["caption"], "task": "caption"}
         alone = "question" not in texts and row.get("messages") is None
         items.append(item | _preferred(rejected) | extra if alone else item)
     if options is not None:
         choice = {"options": options, "correct_option": _correct(where, row["answer"], options)}
-        items.append({"user": texts["question"], **choice, "family": "choice", **extra})
+        items.append({"user": texts["question"], **choice, "task": "choice", **extra})
     elif "question" in texts:
-        item = {"user": texts["question"], "assistant": texts["answer"], "family": "question"}
+        item = {"user": texts["question"], "assistant": texts["answer"], "task": "question"}
         items.append(item | _preferred(rejected) | extra)
     if row.get("messages") is not None:
-        item = {"messages": _messages(where, row["messages"]), "family": "question"}
+        item = {"messages": _messages(where, row["messages"]), "task": "question"}
         items.append(item | _preferred(rejected) | extra)
     return items
 
@@ -46,7 +46,7 @@ def _is_given(row: dict, name: str, options) -> bool:
 
 
 def _preferred(rejected: dict) -> dict:
-    return rejected and rejected | {"family": "preference"}
+    return rejected and rejected | {"task": "preference"}
 
 
 def _text(where: str, name: str, text) -> str:
@@ -72,12 +72,12 @@ def _check_forms(where: str, row: dict, texts: dict, options) -> None:
 
 
 def _check_extra(where: str, row: dict, extra: dict, options) -> None:
-    if row.get("family") == "text":
-        raise UserError(f"{where}: the family 'text' is kept for samples without media. Give this one another name.")
-    if row.get("family") == "*":
-        raise UserError(f"{where}: the family '*' stands for all families in mixtures. Give this one another name.")
-    if isinstance(row.get("family"), str) and not row["family"].strip():
-        raise UserError(f"{where}: family is blank. Name it, or leave it out.")
+    if row.get("task") == "text":
+        raise UserError(f"{where}: the task 'text' is kept for samples without media. Give this one another name.")
+    if row.get("task") == "*":
+        raise UserError(f"{where}: the task '*' stands for all tasks in mixtures. Give this one another name.")
+    if isinstance(row.get("task"), str) and not row["task"].strip():
+        raise UserError(f"{where}: task is blank. Name it, or leave it out.")
     if "cue" in extra and (options is not None or row.get("messages") is not None):
         raise UserError(f"{where}: a cue is the beginning of an answer, options and messages have none. Remove it.")
     if options is not None and row.get("rejected") is not None:

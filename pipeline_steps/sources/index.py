@@ -90,7 +90,7 @@ class IndexWriter:
         self._count(sample.source, "kinds", sample.kind)
         self._count(sample.source, "bytes", "count", sample.size)
         for item in sample.items:
-            self._count(sample.source, "items", item.family)
+            self._count(sample.source, "items", item.task)
 
     def _write(self, file, row) -> int:
         with writable(self.folder):

@@ -1,8 +1,8 @@
 """Source `procedural`: the rendered world as h264 mp4 clips, jpg stills and a Hugging Face metadata.jsonl.
 
-`write(folder, section)` writes {train,validation,test}/{family}-{000000}.{mp4,jpg} and metadata.jsonl; pipeline_steps
+`write(folder, section)` writes {train,validation,test}/{task}-{000000}.{mp4,jpg} and metadata.jsonl; pipeline_steps
 reads them back with `folder.read`, as it reads anyone's files. The bytes depend on the section only, not on the number
-of processes: every clip has its own random generator, seeded by (seed, split, family, number).
+of processes: every clip has its own random generator, seeded by (seed, split, task, number).
 Cost: about 7 ms per clip and core.
 """
 
@@ -47,7 +47,7 @@ def write(folder: Path, section, num_processes: int) -> None:
 
 
 def plan(section) -> list[tuple[str, str, int]]:
-    """All clips as (split, family, number). Counts per family follow train_mix, by largest remainder."""
+    """All clips as (split, task, number). Counts per task follow train_mix, by largest remainder."""
     weights = np.array([getattr(section.train_mix, kind) for kind in world.KINDS])
     shares = section.num_train_clips * weights / weights.sum()
     counts = np.floor(shares).astype(int)
@@ -92,7 +92,7 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int]) -> list[dict]
         text = {"caption": item["assistant"]}
         if item["user"] is not None:
             text = {"question": item["user"], "answer": item["assistant"]}
-        rows.append({"file_name": file_name, **text, **{name: item[name] for name in ("family", "cue", "target")}})
+        rows.append({"file_name": file_name, **text, **{name: item[name] for name in ("task", "cue", "target")}})
     rows[0] |= {
         "split": split,
         "num_source_frames": len(frames),

@@ -8,7 +8,7 @@ from pipeline_steps.common.params import StrictModel
 
 
 class TrainMix(StrictModel):
-    """Relative numbers of training clips whose first question is of this family."""
+    """Relative numbers of training clips whose first question is of this task."""
 
     card: NonNegativeFloat
     follow: NonNegativeFloat
@@ -20,8 +20,8 @@ class TrainMix(StrictModel):
 
     @model_validator(mode="after")
     def _something_is_rendered(self):
-        if not any(getattr(self, family) for family in type(self).model_fields):
-            raise ValueError("all families have the weight 0: nothing would be rendered to train on")
+        if not any(getattr(self, task) for task in type(self).model_fields):
+            raise ValueError("all tasks have the weight 0: nothing would be rendered to train on")
         return self
 
 
@@ -31,8 +31,8 @@ class Procedural(StrictModel):
     seed: NonNegativeInt
     num_train_clips: PositiveInt  # video clips and stills together
     train_mix: TrainMix
-    num_validation_clips: PositiveInt  # of each family
-    num_test_clips: PositiveInt  # of each family
+    num_validation_clips: PositiveInt  # of each task
+    num_test_clips: PositiveInt  # of each task
     num_ask_items: NonNegativeInt  # more ask_* questions on each training clip whose digits hop
     frame_size: Literal[56, 112, 224]  # px
     fps: PositiveFloat

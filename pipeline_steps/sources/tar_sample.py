@@ -63,7 +63,7 @@ class Contents(BaseModel):
     token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     loss_mask: Annotated[list[float], Field(fail_fast=True)] | None = None  # its length only
     source: Name | None = None
-    family: Name | None = None
+    task: Name | None = None
     video_id: Name | int | None = None
     yt_id: Name | int | None = None
     frame_count: Count | None = None
@@ -282,9 +282,9 @@ def _item(contents: Contents, text: str | None, kind: str, decoder: ChatMLDecode
     elif is_text:
         if chosen is None:
             raise Refused("user without assistant")
-        item = {"user": user, "assistant": chosen, "family": "question" if user else "caption"}
+        item = {"user": user, "assistant": chosen, "task": "question" if user else "caption"}
     elif caption is not None:
-        item = {"assistant": caption, "family": "caption"}
+        item = {"assistant": caption, "task": "caption"}
     else:
         raise Refused("none of user and assistant, messages, caption, token_ids, and no .txt")
     if kind == "text" and item.get("user") is None and item.get("messages") is None:
@@ -297,14 +297,14 @@ def _finished(item: dict, contents: Contents, kind: str) -> Item:
         answer = item.get("assistant") or item["messages"][-1].content
         if contents.rejected_assistant.strip() == answer.strip():
             raise Refused("the chosen and the rejected answer are the same")
-        item |= {"rejected": contents.rejected_assistant, "family": "preference"}
+        item |= {"rejected": contents.rejected_assistant, "task": "preference"}
     for name in ("user", "assistant", "rejected"):
         _check_text(name, item.get(name))
     if kind == "text":
-        return Item(**item | {"family": "text"})
-    if contents.family is not None and (contents.family in ("text", "*") or not contents.family.strip()):
-        raise Refused(f"the family {contents.family!r} is none that a sample with frames can have")
-    return Item(**item | ({"family": contents.family} if contents.family else {}))
+        return Item(**item | {"task": "text"})
+    if contents.task is not None and (contents.task in ("text", "*") or not contents.task.strip()):
+        raise Refused(f"the task {contents.task!r} is none that a sample with frames can have")
+    return Item(**item | ({"task": contents.task} if contents.task else {}))
 
 
 def _agreed(one: str, first: str | None, other: str, second: str | None) -> str | None:
@@ -335,12 +335,12 @@ def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Content
     _check_turns(messages)
     if [role for role, _ in messages] != ["user", "assistant"]:
         chat = tuple(Message(role=role, content=content) for role, content in messages)
-        return {"messages": chat, "family": "question"}
+        return {"messages": chat, "task": "question"}
     question, answer = messages[0][1], messages[1][1]
     is_caption = contents.caption is not None and contents.caption.strip() == answer.strip()
     if is_caption and contents.token_ids is not None and contents.messages is None:
-        return {"assistant": answer, "family": "caption"}  # the question was the old run's prompt
-    return {"user": question, "assistant": answer, "family": "question"}
+        return {"assistant": answer, "task": "caption"}  # the question was the old run's prompt
+    return {"user": question, "assistant": answer, "task": "question"}
 
 
 def _check_turns(messages: list[tuple[str, str]]) -> None:

@@ -3,7 +3,7 @@
     python -m pipeline_steps.streaming --stats                     each stage's own number of samples
     python -m pipeline_steps.streaming --stats --num-samples 100000
 
-Prints a table per stage: samples, share, epochs, frames and tokens of every source and family, what was truncated, and
+Prints a table per stage: samples, share, epochs, frames and tokens of every source and task, what was truncated, and
 items that no entry of the mixture takes. Writes reports/metrics/streaming.json (docs/metrics.md), but not for another
 number of samples. Reads the sidecars' columns of lengths only: seconds, whatever the size of the data.
 """

@@ -137,9 +137,9 @@ class TokenizedShards:
         """16 hex digits of the items, their tokens and their frames."""
         return fingerprint(self.split, [(entry.shard_sha256, entry.sha256) for entry in self._sidecars])
 
-    def families(self) -> dict[str, np.ndarray]:
-        """Item numbers (int64, ascending) of every family."""
-        return self.index.numbers_by(self.index.family, self.index.families)
+    def tasks(self) -> dict[str, np.ndarray]:
+        """Item numbers (int64, ascending) of every task."""
+        return self.index.numbers_by(self.index.task, self.index.tasks)
 
     @cached_property
     def scored(self) -> np.ndarray:

@@ -18,9 +18,9 @@ KINDS = ("video", "image", "text")
 class Index:
     """Columns over n items."""
 
-    families: tuple[str, ...]  # names, in order of first appearance
+    tasks: tuple[str, ...]  # names, in order of first appearance
     sources: tuple[str, ...]
-    family: np.ndarray  # int32 [n], place in `families`
+    task: np.ndarray  # int32 [n], place in `tasks`
     source: np.ndarray  # int32 [n], place in `sources`
     kind: np.ndarray  # int8 [n], place in KINDS
     num_frames: np.ndarray  # int32 [n], packed frames of the item's sample
@@ -29,7 +29,7 @@ class Index:
     truncated: np.ndarray  # bool [n], whether later turns were left out
 
     def __len__(self) -> int:
-        return len(self.family)
+        return len(self.task)
 
     @property
     def is_text(self) -> np.ndarray:
@@ -42,8 +42,8 @@ class Index:
 
     def take(self, numbers: np.ndarray) -> "Index":
         """The columns of these items only."""
-        columns = (self.family, self.source, self.kind, self.num_frames, self.num_tokens, self.num_rejected)
-        return Index(self.families, self.sources, *(column[numbers] for column in (*columns, self.truncated)))
+        columns = (self.task, self.source, self.kind, self.num_frames, self.num_tokens, self.num_rejected)
+        return Index(self.tasks, self.sources, *(column[numbers] for column in (*columns, self.truncated)))
 
     def numbers_by(self, codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Item numbers (int64, ascending) of every name that occurs in `codes` [n]."""
@@ -55,16 +55,16 @@ class Index:
 
 def build(batches: Iterable[pa.RecordBatch]) -> Index:
     """The index of all rows of sidecars (sidecar.SCHEMA), in this order."""
-    families, sources = {}, {}
-    parts = [_columns(batch, families, sources) for batch in batches]
+    tasks, sources = {}, {}
+    parts = [_columns(batch, tasks, sources) for batch in batches]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Index(tuple(families), tuple(sources), *columns)
+    return Index(tuple(tasks), tuple(sources), *columns)
 
 
-def _columns(batch: pa.RecordBatch, families: dict[str, int], sources: dict[str, int]) -> tuple[np.ndarray, ...]:
-    """The index's columns of one record batch; new names get the next codes of `families` and `sources`."""
+def _columns(batch: pa.RecordBatch, tasks: dict[str, int], sources: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """The index's columns of one record batch; new names get the next codes of `tasks` and `sources`."""
     return (
-        _codes(batch.column("family"), families),
+        _codes(batch.column("task"), tasks),
         _codes(batch.column("source"), sources),
         _codes(batch.column("kind"), {name: code for code, name in enumerate(KINDS)}).astype(np.int8),
         batch.column("num_frames").to_numpy().astype(np.int32),

@@ -1,6 +1,6 @@
 """Which item is served at which position: a function of the seed, the weights and the data.
 
-Items are divided into groups (a source's family each, and all text-only ones). Every group has its own permutation per
+Items are divided into groups (a source's task each, and all text-only ones). Every group has its own permutation per
 epoch of the group; groups are interleaved in exact proportion to their weights. The order does not depend on workers,
 ranks or restarts, so the state of a reader is one number, the position.
 """
@@ -23,25 +23,25 @@ class Groups:
 
     items: dict[str, np.ndarray]  # item numbers (int64, ascending) of every group
     weights: dict[str, float]  # share of the samples served
-    unserved: dict[str, int]  # items that belong to no group, by 'source/family'
+    unserved: dict[str, int]  # items that belong to no group, by 'source/task'
 
 
 def make_groups(dataset, settings) -> Groups:
     """The groups of a `TokenizedShards` by `mixture`, `text_share` and `text_source` of a training stage.
 
-    An item with frames belongs to the one entry that names it best: source and family, else the source, else the
-    family, else neither. Raises UserError when an entry has no item, or text for the share is missing.
+    An item with frames belongs to the one entry that names it best: source and task, else the source, else the
+    task, else neither. Raises UserError when an entry has no item, or text for the share is missing.
     """
     index, where = dataset.index, f"{dataset.tokens_dir}/{dataset.split}"
-    named = [(entry.source, entry.family) for entry in settings.mixture]
+    named = [(entry.source, entry.task) for entry in settings.mixture]
     repeated = [_entry(*name) for name, count in Counter(named).items() if count > 1]
     if repeated:
         raise UserError(f"training mixture: {', '.join(repeated)} stands there more than once: give it one weight.")
     owner = _owners(index, named)
     absent = [_entry(*name) for number, name in enumerate(named) if not (owner == number).any()]
     if absent:
-        seen = np.unique(np.stack([index.source, index.family])[:, ~index.is_text], axis=1).T
-        there = ", ".join(_entry(index.sources[source], index.families[family]) for source, family in seen)
+        seen = np.unique(np.stack([index.source, index.task])[:, ~index.is_text], axis=1).T
+        there = ", ".join(_entry(index.sources[source], index.tasks[task]) for source, task in seen)
         raise UserError(
             f"training mixture: no items of {', '.join(absent)} in {where}, which has {there or 'none with frames'} "
             "(items belong to the entry that names them best). Correct the mixture ('*' stands for all) or the sources."
@@ -61,21 +61,21 @@ def make_groups(dataset, settings) -> Groups:
     return Groups(items, weights, _unserved(index, items))
 
 
-def _entry(source: str, family: str) -> str:
+def _entry(source: str, task: str) -> str:
     """How messages and statistics name an entry."""
-    return family if source == ANY else f"{source}/{family}"
+    return task if source == ANY else f"{source}/{task}"
 
 
 def _owners(index, named: list[tuple[str, str]]) -> np.ndarray:
     """int64 [n]: place of each item's entry, -1 for text-only items and those that no entry matches."""
     owner = np.full(len(index), -1)
     for number in sorted(range(len(named)), key=lambda n: (named[n][0] != ANY, named[n][1] != ANY)):
-        source, family = named[number]
+        source, task = named[number]
         match = ~index.is_text
         if source != ANY:
             match &= index.source == _place(index.sources, source)
-        if family != ANY:
-            match &= index.family == _place(index.families, family)
+        if task != ANY:
+            match &= index.task == _place(index.tasks, task)
         owner[match] = number
     return owner
 
@@ -85,19 +85,19 @@ def _place(names: tuple[str, ...], name: str) -> int:
 
 
 def _visual_groups(index, owner: np.ndarray, mixture) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Items and weights (not normalised): first the entries that name a family; then the families of each other entry
+    """Items and weights (not normalised): first the entries that name a task; then the tasks of each other entry
     by name, in proportion to their items."""
     items, weights = {}, {}
-    for number, entry in sorted(enumerate(mixture), key=lambda pair: pair[1].family == ANY):
+    for number, entry in sorted(enumerate(mixture), key=lambda pair: pair[1].task == ANY):
         own = np.flatnonzero(owner == number)
-        if entry.family != ANY:
-            items[_entry(entry.source, entry.family)], weights[_entry(entry.source, entry.family)] = own, entry.weight
+        if entry.task != ANY:
+            items[_entry(entry.source, entry.task)], weights[_entry(entry.source, entry.task)] = own, entry.weight
             continue
-        for family, places in sorted(index.numbers_by(index.family[own], index.families).items()):
-            name = _entry(entry.source, family)
+        for task, places in sorted(index.numbers_by(index.task[own], index.tasks).items()):
+            name = _entry(entry.source, task)
             items[name], weights[name] = own[places], entry.weight * len(places) / len(own)
     if TEXT in items:
-        raise UserError(f"training mixture: a family with frames is called '{TEXT}', the name of the text-only share.")
+        raise UserError(f"training mixture: a task with frames is called '{TEXT}', the name of the text-only share.")
     return items, weights
 
 
@@ -110,8 +110,8 @@ def _unserved(index, items: dict[str, np.ndarray]) -> dict[str, int]:
     left = np.ones(len(index), bool)
     for numbers in items.values():
         left[numbers] = False
-    pairs, counts = np.unique(np.stack([index.source, index.family])[:, left], axis=1, return_counts=True)
-    names = [f"{index.sources[source]}/{index.families[family]}" for source, family in pairs.T]
+    pairs, counts = np.unique(np.stack([index.source, index.task])[:, left], axis=1, return_counts=True)
+    names = [f"{index.sources[source]}/{index.tasks[task]}" for source, task in pairs.T]
     return dict(sorted(zip(names, counts.tolist(), strict=True)))
 
 

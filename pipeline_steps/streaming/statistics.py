@@ -7,11 +7,11 @@ from pipeline_steps.streaming.loader import StagePlan
 
 
 def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_frame: int) -> StageServed:
-    """Counts of a stage's plan on a `TokenizedShards`, by source and family."""
+    """Counts of a stage's plan on a `TokenizedShards`, by source and task."""
     index, order = dataset.index, served.plan.order
-    group = index.source.astype(np.int64) * len(index.families) + index.family  # of every item
+    group = index.source.astype(np.int64) * len(index.tasks) + index.task  # of every item
     frames = index.shown_frames(image_replication)
-    num_groups = len(index.sources) * len(index.families)
+    num_groups = len(index.sources) * len(index.tasks)
     columns = {
         "num_items": np.bincount(group, minlength=num_groups),
         "num_samples": np.bincount(group[order], minlength=num_groups),
@@ -26,9 +26,9 @@ def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_fram
         columns[name] = np.bincount(group[order], weights=values[order], minlength=num_groups).astype(np.int64)
     sources: dict[str, dict[str, Served]] = {}
     for code in np.flatnonzero(columns["num_items"]):
-        source, family = divmod(int(code), len(index.families))
+        source, task = divmod(int(code), len(index.tasks))
         row = _served({name: int(values[code]) for name, values in columns.items()}, len(order))
-        sources.setdefault(index.sources[source], {})[index.families[family]] = row
+        sources.setdefault(index.sources[source], {})[index.tasks[task]] = row
     total = _served({name: int(values.sum()) for name, values in columns.items()}, len(order))
     unserved = served.groups.unserved
     return StageServed(num_steps=served.plan.num_steps, sources=sources, total=total, unserved=unserved)
@@ -54,7 +54,7 @@ COLUMNS = {  # of the printed table: title, and text of a `Served`
 
 def table(stage: str, served: StageServed) -> str:
     """The counts of a stage as text."""
-    names = [(f"{source}/{family}", row) for source, rows in served.sources.items() for family, row in rows.items()]
+    names = [(f"{source}/{task}", row) for source, rows in served.sources.items() for task, row in rows.items()]
     rows = [[name, *(text(row) for text in COLUMNS.values())] for name, row in [*sorted(names), ("all", served.total)]]
     rows.insert(0, [f"{stage}, {served.num_steps:,} steps", *COLUMNS])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]

@@ -110,19 +110,19 @@ def _work(job):
 
 def make_manifest(section, splits, reports, tokenizer, tokenizer_dir):
     """The TokensManifest of all shards."""
-    families, sources = Counter(), {}
+    tasks, sources = Counter(), {}
     for report in reports:
-        families.update(report.families)
+        tasks.update(report.tasks)
         for source, counts in report.sources.items():
             sources.setdefault(source, Counter(dict.fromkeys(COUNTS, 0))).update(counts)
     dropped = [item for report in reports for item in report.dropped]
     return TokensManifest(
         splits={split: _split([report.entry for report in reports if report.split == split]) for split in splits},
-        seen=families.total() + len(dropped),
-        kept=families.total(),
+        seen=tasks.total() + len(dropped),
+        kept=tasks.total(),
         dropped=tuple(dropped),
         truncated=tuple(item for report in reports for item in report.truncated),
-        families=dict(sorted(families.items())),
+        tasks=dict(sorted(tasks.items())),
         sources={source: SourceCounts(**sources[source]) for source in sorted(sources)},
         tokenizer_sha256=records.sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
         vocabulary_size=len(tokenizer),

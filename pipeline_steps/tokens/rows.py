@@ -71,7 +71,7 @@ class Draft:
             "key": sample.key,
             "item": self.number,
             "source": sample.source,
-            "family": self.item.family,
+            "task": self.item.task,
             "kind": sample.kind,
             "num_frames": sample.frame_count,
             "input_ids": encoded.input_ids,

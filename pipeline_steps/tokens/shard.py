@@ -33,7 +33,7 @@ class Report:
     entry: TokensEntry
     dropped: list[Dropped]
     truncated: list[Dropped]
-    families: Counter
+    tasks: Counter
     sources: dict[str, Counter] = field(default_factory=dict)  # source -> COUNTS
     num_scorable: int = 0  # items with frames and a scored token
 
@@ -56,7 +56,7 @@ def tokenize_shard(job, renderer):
         entry=entry,
         dropped=outcome.dropped,
         truncated=outcome.truncated,
-        families=Counter(row["family"] for row in rows),
+        tasks=Counter(row["task"] for row in rows),
         sources=_count(samples, outcome),
         num_scorable=sum(row["kind"] != "text" and any(row["score_mask"]) for row in rows),
     )

@@ -60,7 +60,7 @@ COLUMNS = (
     "samples",
     "tokens",
     "source",
-    "family",
+    "task",
     "mode",
     "loss",
     *EXTRA_LOSSES,
@@ -244,7 +244,7 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
     )
     write_text(arguments.metrics / f"{arguments.stage}.csv", table.getvalue())
     summary = {
-        "validation": by_family(result["validation"]),
+        "validation": by_task(result["validation"]),
         "best": result["best"],
         "mixture": result["mixture"],
         "unserved": result["unserved"],
@@ -261,15 +261,15 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
 
 
-def by_family(rows: list[dict]) -> dict[str, dict]:
-    """{family: {mode: {"loss", "accuracy"}}} of the rows of a validation, over all its sources, token-weighted."""
-    families: dict[str, dict] = {}
+def by_task(rows: list[dict]) -> dict[str, dict]:
+    """{task: {mode: {"loss", "accuracy"}}} of the rows of a validation, over all its sources, token-weighted."""
+    tasks: dict[str, dict] = {}
     for row in rows:
         if row["event"] == "validation":
-            families.setdefault(row["family"], {}).setdefault(row["mode"], []).append(row)
+            tasks.setdefault(row["task"], {}).setdefault(row["mode"], []).append(row)
     return {
-        family: {mode: {name: _token_mean(same, name) for name in ("loss", "accuracy")} for mode, same in modes.items()}
-        for family, modes in families.items()
+        task: {mode: {name: _token_mean(same, name) for name in ("loss", "accuracy")} for mode, same in modes.items()}
+        for task, modes in tasks.items()
     }
 
 

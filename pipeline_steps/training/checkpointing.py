@@ -31,7 +31,7 @@ def all_quarantined(run: Run) -> dict[str, dict]:
 
 
 def keep_best(run: Run, trainer: Trainer, rows: list[dict]) -> None:
-    """Keeps the weights of the validation with the lowest mean loss (over families, mode fine)."""
+    """Keeps the weights of the validation with the lowest mean loss (over tasks, mode fine)."""
     losses = [row["loss"] for row in rows if row["event"] == "validation" and row["mode"] == "fine"]
     if not losses or run.common.publish != "best":
         return

@@ -42,7 +42,7 @@ class Common(StrictModel):
     checkpoint_every: PositiveInt  # steps
     keep_checkpoints: PositiveInt  # the last ones
     validate_every: PositiveInt  # steps
-    max_validation_items: PositiveInt  # per family
+    max_validation_items: PositiveInt  # per task
     publish: Literal["last", "best"]  # weights of the last step, or of the validation with the lowest mean loss
     watch: Watch
 
@@ -56,11 +56,11 @@ class LearningRate(StrictModel):
 
 
 class MixtureEntry(StrictModel):
-    """Items with frames, each of which belongs to the one entry that names it best: source and family, else the
-    source, else the family, else neither."""
+    """Items with frames, each of which belongs to the one entry that names it best: source and task, else the
+    source, else the task, else neither."""
 
     source: str  # or "*": all that no other entry names
-    family: str  # or "*": the same, each family in proportion to its items
+    task: str  # or "*": the same, each task in proportion to its items
     weight: PositiveFloat
 
 

@@ -1,4 +1,4 @@
-"""Scores of the validation split while a stage goes on: per source and family, and whether the model looks at all."""
+"""Scores of the validation split while a stage goes on: per source and task, and whether the model looks at all."""
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ def to_device(batch: dict, device: str, names: tuple[str, ...] = TENSORS) -> dic
 
 
 def validate(run, model: nn.Module, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
-    """Rows of the metrics table: loss per scored token and accuracy of every source, family and mode, token-weighted,
+    """Rows of the metrics table: loss per scored token and accuracy of every source, task and mode, token-weighted,
     and one row of attention diagnostics.
 
-    A family without any scored token (answers of punctuation only) has no row. Several processes share the items and
+    A task without any scored token (answers of punctuation only) has no row. Several processes share the items and
     add up their sums; with fsdp, whose processes have to run side by side, each does all of them.
     """
     collate = Collator.for_model(
@@ -28,23 +28,23 @@ def validate(run, model: nn.Module, step: int, modes: tuple[str, ...] = ("fine",
     )
     model.eval()
     rows = []
-    for (source, family), numbers in sorted(chosen_items(run).items()):
+    for (source, task), numbers in sorted(chosen_items(run).items()):
         for mode in modes:
             loss, correct, tokens = _sums(run, model, numbers, collate, mode)
             scores = {"mode": mode, "tokens": int(tokens), "loss": loss / tokens, "accuracy": correct / tokens}
-            rows.append({"event": "validation", "step": step, "source": source, "family": family, **scores})
+            rows.append({"event": "validation", "step": step, "source": source, "task": task, **scores})
     diagnostics = diagnose(run, model, collate)
     return [*rows, {"event": "diagnostics", "step": step, **diagnostics}] if diagnostics else rows
 
 
 def chosen_items(run) -> dict[tuple[str, str], list[int]]:
-    """{(source, family): the first max_validation_items numbers of items that have a scored token}."""
+    """{(source, task): the first max_validation_items numbers of items that have a scored token}."""
     chosen: dict[tuple[str, str], list[int]] = {}
     index = run.validation.index
-    for family, numbers in run.validation.families().items():
+    for task, numbers in run.validation.tasks().items():
         scored = numbers[run.validation.scored[numbers]]
         for source, places in index.numbers_by(index.source[scored], index.sources).items():
-            chosen[source, family] = scored[places][: run.common.max_validation_items].tolist()
+            chosen[source, task] = scored[places][: run.common.max_validation_items].tolist()
     return chosen
 
 
@@ -66,10 +66,10 @@ def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: st
 
 
 def watched_items(run) -> list[dict]:
-    """The fixed validation items with frames whose attention is watched: of every family as many, in turn."""
+    """The fixed validation items with frames whose attention is watched: of every task as many, in turn."""
     shown = ~run.validation.index.is_text
-    families = [numbers[shown[numbers]] for _, numbers in sorted(run.validation.families().items())]
-    turns = [number for turn in zip(*(own for own in families if len(own)), strict=False) for number in turn]
+    tasks = [numbers[shown[numbers]] for _, numbers in sorted(run.validation.tasks().items())]
+    turns = [number for turn in zip(*(own for own in tasks if len(own)), strict=False) for number in turn]
     return [run.validation[int(number)] for number in turns[: run.micro_batch_size or run.common.batch_size]]
 
 

@@ -110,7 +110,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    kind: str  # one of KINDS: the family of its first question
+    kind: str  # one of KINDS: the task of its first question
     split: str
     background: str
     objects: tuple[SceneObject, ...]  # in reading order of their places
@@ -243,30 +243,30 @@ def _draw_cue(frame: np.ndarray, scene: Scene, s: int) -> None:
     region[:width], region[-width:], region[:, :width], region[:, -width:] = (colour,) * 4
 
 
-def _item(scene: Scene, family: str, target: int) -> dict:
+def _item(scene: Scene, task: str, target: int) -> dict:
     """One question with its answer. Digits of the first frame, which may show the cue, are never asked for."""
     asked = scene.objects[target]
-    named = asked.colour if family in ("card", "ask_colour") else asked.place
-    if family in HOPPING_KINDS:
+    named = asked.colour if task in ("card", "ask_colour") else asked.place
+    if task in HOPPING_KINDS:
         user = {
             "card": "Which digits does the card's colour show?",
             "follow": "Which digits show where the box was?",
             "ask_colour": f"Which digits does {asked.colour} show?",
             "ask_place": f"Which digits show at the {asked.place}?",
-        }[family]
+        }[task]
         answer = f"{named}: {''.join(map(str, asked.digits[1:]))}"
-        return {"user": user, "assistant": answer, "family": family, "cue": f"{named}:", "target": target}
-    if family == "gist":
+        return {"user": user, "assistant": answer, "task": task, "cue": f"{named}:", "target": target}
+    if task == "gist":
         user = "What is the background and how many digits are there?"
         answer = f"{scene.background}, {len(scene.objects)}"
     else:
-        user = "What is in the picture?" if family == "image" else None
+        user = "What is in the picture?" if task == "image" else None
         answer = ", ".join(f"{item.colour} {item.digits[0]}" for item in scene.objects)
-    return {"user": user, "assistant": answer, "family": family, "cue": "", "target": None}
+    return {"user": user, "assistant": answer, "task": task, "cue": "", "target": None}
 
 
 def scene_items(scene: Scene, rng: np.random.Generator | None = None, num_ask_items: int = 0) -> list[dict]:
-    """The scene's questions: {"user", "assistant", "family", "cue", "target"}; the first is the one of its kind.
+    """The scene's questions: {"user", "assistant", "task", "cue", "target"}; the first is the one of its kind.
 
     Then, drawn with `rng`, up to `num_ask_items` other ask_colour and ask_place questions about any of its objects
     (only where digits hop), and the caption of a training `gist` clip. user is None for captions: the default prompt
@@ -274,7 +274,7 @@ def scene_items(scene: Scene, rng: np.random.Generator | None = None, num_ask_it
     """
     items = [_item(scene, scene.kind, scene.target)]
     if scene.kind in HOPPING_KINDS and num_ask_items:
-        pairs = [(family, o) for family in ("ask_colour", "ask_place") for o in range(len(scene.objects))]
+        pairs = [(task, o) for task in ("ask_colour", "ask_place") for o in range(len(scene.objects))]
         others = [pair for pair in pairs if pair != (scene.kind, scene.target)]
         items += [_item(scene, *others[i]) for i in rng.permutation(len(others))[:num_ask_items]]
     if scene.kind == "gist" and scene.split == "train":

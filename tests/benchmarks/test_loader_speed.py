@@ -49,4 +49,4 @@ def test_the_index_is_measured_on_as_many_items_as_asked_for(tmp_path):
     assert result["open_seconds"] > 0
     dataset = TokenizedShards(tmp_path / "shards", tmp_path / "tokens", "train", with_frames=False)
     assert dataset.rows[2_499]["key"] == "clip-00002499"
-    assert dataset.index.families == ("caption", "question", "chart", "chat")
+    assert dataset.index.tasks == ("caption", "question", "chart", "chat")

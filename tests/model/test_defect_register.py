@@ -67,15 +67,13 @@ REGISTER = {
     "B27": HERE,
     "B28": Elsewhere("pipeline_steps/test_collate.py::test_question_first_puts_the_frames_after_the_question"),
     "B29": HERE,
-    "B30": Elsewhere("test_end_to_end.py::test_evaluation_has_every_family_in_every_mode"),
+    "B30": Elsewhere("test_end_to_end.py::test_evaluation_has_every_task_in_every_mode"),
     "B31": Elsewhere("test_end_to_end.py::test_report_is_one_self_contained_page"),
-    "B32": Elsewhere("test_end_to_end.py::test_evaluation_has_every_family_in_every_mode"),
-    "B33": Elsewhere("pipeline_steps/test_mixture.py::test_an_empty_family_is_an_error"),
+    "B32": Elsewhere("test_end_to_end.py::test_evaluation_has_every_task_in_every_mode"),
+    "B33": Elsewhere("pipeline_steps/test_mixture.py::test_an_empty_task_is_an_error"),
     "B34": HERE,
     "B35": NotApplicable("no fused loss kernel is used: only labelled positions are projected to the vocabulary"),
-    "N01": Elsewhere(
-        "pipeline_steps/test_mixture.py::test_no_item_twice_in_an_epoch_of_its_family_and_every_item_once"
-    ),
+    "N01": Elsewhere("pipeline_steps/test_mixture.py::test_no_item_twice_in_an_epoch_of_its_task_and_every_item_once"),
     "N02": Elsewhere("test_end_to_end.py::test_every_stage_changed_the_weights_and_served_its_text_share"),
     "N03": Elsewhere(
         "model/test_modeling_foveated_vlm.py::test_loss_and_logits_of_a_sample_do_not_depend_on_its_batch"

@@ -49,7 +49,7 @@ def assert_same(one, other):
     ],
 )
 def test_tensors_are_those_of_the_pipeline(made, processor, options):
-    """Raw media by the processor = raw media by shards, tokens and collate: every family, a still, a text."""
+    """Raw media by the processor = raw media by shards, tokens and collate: every task, a still, a text."""
     config = make_model(**options).config
     processor = FoveatedVLMProcessor.for_model(config, processor.tokenizer, **options_of(processor))
     collate = Collator.for_model(config, loss="answer_only", image_replication=STILL_FRAMES)

@@ -64,12 +64,12 @@ def index_row(raw, path, kind="video", split=None, video_id=None, key=None, item
         "kind": kind,
         "sha256": hashlib.sha256(content).hexdigest(),
         "size": len(content),
-        "items": items or [{"user": "What?", "assistant": "grey", "family": "caption"}],
+        "items": items or [{"user": "What?", "assistant": "grey", "task": "caption"}],
     }
 
 
 def text_row(key, user, assistant, split=None, **item):
-    item = {"user": user, "assistant": assistant, "family": "text", **item}
+    item = {"user": user, "assistant": assistant, "task": "text", **item}
     return {"key": key, "source": "test", "split": split, "video_id": key, "kind": "text", "items": [item]}
 
 

@@ -12,8 +12,8 @@ def flops_result():
     return flops.count(config, [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
 
 
-def report_section(title, families):
-    """The section `report` of params.yaml with few resamples, and targets for these families."""
-    targets = {"mean_accuracy": 0.75, "family_accuracy": 0.45, "card_loss": 0.7, "gap": 0.05, "blind_excess": 0.1}
+def report_section(title, tasks):
+    """The section `report` of params.yaml with few resamples, and targets for these tasks."""
+    targets = {"mean_accuracy": 0.75, "task_accuracy": 0.45, "card_loss": 0.7, "gap": 0.05, "blind_excess": 0.1}
     numbers = {"min_seeds": 3, "margin": 0.05, "bootstrap_samples": 200, "seed": 1}
-    return Section(title=title, **numbers, targets={"families": list(families), **targets})
+    return Section(title=title, **numbers, targets={"tasks": list(tasks), **targets})

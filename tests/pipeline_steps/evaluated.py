@@ -66,10 +66,10 @@ def collate(items):
     }
 
 
-def loaded(items, truths=None, family="made"):
+def loaded(items, truths=None, task="made"):
     """One batch as `scoring.batches` gives it."""
     batch = {name: value for name, value in collate(items).items() if name != "keys"}
-    return [(family, items, batch, truths or [None] * len(items))]
+    return [(task, items, batch, truths or [None] * len(items))]
 
 
 def truth_at(*patches):

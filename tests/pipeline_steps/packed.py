@@ -32,18 +32,18 @@ SETTINGS = params.read(params.ROOT / "params.yaml", "streaming", "training")
 
 @dataclass
 class Clip:
-    """One packed sample; item i asks a question of the family `families[i]`."""
+    """One packed sample; item i asks a question of the task `tasks[i]`."""
 
     key: str
     kind: str = "video"
     num_frames: int = 2
     num_tokens: int = 8
     source: str = "world"
-    families: tuple[str, ...] = ("card",)
+    tasks: tuple[str, ...] = ("card",)
 
 
 def clips(num_samples: int, text_every: int = 0) -> list[Clip]:
-    """Videos of three families and two sources with different lengths; every `text_every`-th sample is a chat."""
+    """Videos of three tasks and two sources with different lengths; every `text_every`-th sample is a chat."""
     made = []
     for n in range(num_samples):
         if text_every and n % text_every == 0:
@@ -64,7 +64,7 @@ def row(clip: Clip, item: int = 0, number: int = 0) -> dict:
         "key": clip.key,
         "item": item,
         "source": clip.source,
-        "family": clip.families[item],
+        "task": clip.tasks[item],
         "kind": clip.kind,
         "num_frames": clip.num_frames,
         "frame_offsets": [],
@@ -100,7 +100,7 @@ def write_shard(path: Path, samples: list[tuple[int, Clip]]) -> list[dict]:
             record = add(tar, f"{clip.key}.json", records.to_json(packed_sample(clip)).encode())
             where = {"frame_offsets": [offset for offset, _ in places], "frame_sizes": [size for _, size in places]}
             where |= {"sample_offset": record[0], "sample_size": record[1]}
-            rows += [row(clip, item, number) | where for item in range(len(clip.families))]
+            rows += [row(clip, item, number) | where for item in range(len(clip.tasks))]
     return rows
 
 
@@ -115,7 +115,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
 
 def packed_sample(clip: Clip) -> PackedSample:
     media = {} if clip.kind == "text" else {"path": "x", "sha256": "x"}
-    items = tuple({"user": "What?", "assistant": "a", "family": family} for family in clip.families)
+    items = tuple({"user": "What?", "assistant": "a", "task": task} for task in clip.tasks)
     options = {"timestamps": (0.0,) * clip.num_frames, "duration": 1.0, "width": SIZE, "height": SIZE}
     return PackedSample(
         key=clip.key,
@@ -166,7 +166,7 @@ def write_manifests(root: Path, split: str, shards: list[ShardEntry], tokens: li
         kept=num_items,
         dropped=(),
         truncated=(),
-        families={},
+        tasks={},
         sources={"all": {"seen": num_items, "kept": num_items, "truncated": 0, "dropped": 0, "tokens": 0}},
         tokenizer_sha256="x",
         vocabulary_size=100,
@@ -181,8 +181,8 @@ def open_split(root: Path, **options) -> TokenizedShards:
 
 
 def columns_only(samples: list[Clip]) -> SimpleNamespace:
-    """What planning needs of a `TokenizedShards`, without any file: `index` and `rows`, one item per family."""
-    rows = [row(clip, item, number) for number, clip in enumerate(samples) for item in range(len(clip.families))]
+    """What planning needs of a `TokenizedShards`, without any file: `index` and `rows`, one item per task."""
+    rows = [row(clip, item, number) for number, clip in enumerate(samples) for item in range(len(clip.tasks))]
     table = pa.RecordBatch.from_pylist(rows, schema=sidecar.SCHEMA)
     names = {"tokens_dir": "tokens", "shards_dir": "shards", "split": "train", "sequential": False}
     return SimpleNamespace(index=index.build([table]), rows=index.Rows([table]), **names)

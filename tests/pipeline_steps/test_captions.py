@@ -32,7 +32,7 @@ SETTINGS = SimpleNamespace(
     max_answer_tokens=4,
     seed=1,
     caption_min_words=5,
-    max_captions_per_family=60,
+    max_captions_per_task=60,
     bootstrap_samples=20,
 )
 PREFETCH = {"num_workers": 0, "limit": 1, "size_of": lambda job: 1}
@@ -150,7 +150,7 @@ def test_missed_counts_texts_that_name_nothing():
 
 def rows_of(expected, **modes):
     return [
-        {"family": "caption", "expected": text, **{mode: texts[place] for mode, texts in modes.items()}}
+        {"task": "caption", "expected": text, **{mode: texts[place] for mode, texts in modes.items()}}
         for place, text in enumerate(expected)
     ]
 
@@ -189,7 +189,7 @@ def measured(made, model, **changes):
     dataset = TokenizedShards(made.shards, made.tokens, "test")
     tokenizer = load_tokenizer(made.tokenizer)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
-    chosen = {name: numbers.tolist() for name, numbers in dataset.families().items()}
+    chosen = {name: numbers.tolist() for name, numbers in dataset.tasks().items()}
     settings = SimpleNamespace(**(vars(SETTINGS) | changes))
     return dataset, tokenizer, collate, captions.measure(model, tokenizer, collate, dataset, chosen, settings, PREFETCH)
 
@@ -197,7 +197,7 @@ def measured(made, model, **changes):
 def test_free_answers_of_every_mode_are_those_of_the_model(made):
     model = checkpoints.make_lively_model()
     dataset, tokenizer, collate, (rows, objects) = measured(made, model)
-    assert [row["family"] for row in rows] == ["caption", "image"]  # of eight families, those with five words or more
+    assert [row["task"] for row in rows] == ["caption", "image"]  # of eight tasks, those with five words or more
     numbers = {dataset.rows[number]["key"]: number for number in range(len(dataset))}
     for row, seen in zip(rows, objects, strict=True):
         item = dataset[numbers[row["key"]]]
@@ -218,8 +218,8 @@ def test_free_answers_of_every_mode_are_those_of_the_model(made):
 
 def test_which_answers_are_free_is_a_parameter(made):
     model = checkpoints.make_lively_model()
-    families = [row["family"] for row in measured(made, model, caption_min_words=3)[3][0]]
-    assert {"caption", "image", "ask_place", "follow"} <= set(families)
-    assert "text" not in families
-    assert {row["family"] for row in measured(made, model, caption_min_words=99)[3][0]} == {"caption"}
-    assert measured(made, model, max_captions_per_family=0)[3] == ([], [])
+    tasks = [row["task"] for row in measured(made, model, caption_min_words=3)[3][0]]
+    assert {"caption", "image", "ask_place", "follow"} <= set(tasks)
+    assert "text" not in tasks
+    assert {row["task"] for row in measured(made, model, caption_min_words=99)[3][0]} == {"caption"}
+    assert measured(made, model, max_captions_per_task=0)[3] == ([], [])

@@ -68,7 +68,7 @@ def masked(tokenizer, row, name):
 
 
 def test_golden_card_item(chatml):
-    item = {"user": "Which digits does red show?", "assistant": "red: 3 14", "family": "card", "cue": "red:"}
+    item = {"user": "Which digits does red show?", "assistant": "red: 3 14", "task": "card", "cue": "red:"}
     row = row_of(chatml, item)
     assert pieces_of(chatml, row) == [
         *["<|im_start|>", "system", "\n", "Watch", ".", "<|im_end|>", "\n"],
@@ -82,12 +82,12 @@ def test_golden_card_item(chatml):
 
 
 def test_a_cue_after_whitespace(chatml):
-    item = {"user": "Which?", "assistant": " red: 3", "family": "card", "cue": " red:"}
+    item = {"user": "Which?", "assistant": " red: 3", "task": "card", "cue": " red:"}
     assert masked(chatml, row_of(chatml, item), "score_mask") == ["3"]
 
 
 def test_scores_without_cue_are_all_words_and_no_punctuation(chatml):
-    row = row_of(chatml, {"user": "What?", "assistant": "grey, 3: é!", "family": "gist"})
+    row = row_of(chatml, {"user": "What?", "assistant": "grey, 3: é!", "task": "gist"})
     scored = masked(chatml, row, "score_mask")
     assert "".join(scored).replace(" ", "").startswith("grey3")
     assert not {",", ":", "!", " ", "<|im_end|>"} & set(scored)
@@ -113,7 +113,7 @@ CHATS = {
 @pytest.mark.parametrize("system", ["Watch.", ""])
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
 def test_ids_and_spans_are_those_of_the_chat_template(tokenizer, messages, system):
-    row = row_of(tokenizer, {"family": "f", "messages": messages}, section=make_section(system=system))
+    row = row_of(tokenizer, {"task": "f", "messages": messages}, section=make_section(system=system))
     expected = [message | {"content": message["content"].strip()} for message in messages]
     if system and messages[0]["role"] != "system":
         expected.insert(0, {"role": "system", "content": system})
@@ -128,7 +128,7 @@ def test_ids_and_spans_are_those_of_the_chat_template(tokenizer, messages, syste
 
 
 def test_without_a_system_line_the_template_decides(folders):
-    item = {"user": " What? \n", "assistant": "\tgrey ", "family": "gist"}
+    item = {"user": " What? \n", "assistant": "\tgrey ", "task": "gist"}
     lines = {
         "chatml": "Default line",
         "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -147,7 +147,7 @@ def test_an_answer_that_shares_a_token_with_the_words_before(folders):
         "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
         "else ' ' + m['content'] + ' </s><s>' }}{% endfor %}"
     )
-    item = {"messages": turns("Which?", "red: grey", "And?", "digits"), "family": "f"}
+    item = {"messages": turns("Which?", "red: grey", "And?", "digits"), "task": "f"}
     row = row_of(tokenizer, item, section=make_section(system=""))
     assert masked(tokenizer, row, "answer_mask") == [" red", ":", " grey", " ", "</s>", " digits", " ", "</s>"]
     assert masked(tokenizer, row, "score_mask") == [" red", " grey", " digits"]
@@ -155,7 +155,7 @@ def test_an_answer_that_shares_a_token_with_the_words_before(folders):
 
 def test_a_tokenizer_that_asks_for_truncation_and_padding_is_not_obeyed(folders, tmp_path):
     tokenizer = load_tokenizer(folders["chatml"])
-    item = {"user": "Which digits?", "assistant": "1 2 3", "family": "f"}
+    item = {"user": "Which digits?", "assistant": "1 2 3", "task": "f"}
     expected = row_of(tokenizer, item)
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=100)
@@ -166,24 +166,24 @@ def test_a_tokenizer_that_asks_for_truncation_and_padding_is_not_obeyed(folders,
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"user": "q", "assistant": " \n", "family": "f"}, "sample 'k': the assistant's text is empty"),
-        ({"user": " ", "assistant": "a", "family": "f"}, "sample 'k': the user's text is empty"),
+        ({"user": "q", "assistant": " \n", "task": "f"}, "sample 'k': the assistant's text is empty"),
+        ({"user": " ", "assistant": "a", "task": "f"}, "sample 'k': the user's text is empty"),
         (
-            {"user": "q", "assistant": "a", "rejected": "\u3000", "family": "f"},
+            {"user": "q", "assistant": "a", "rejected": "\u3000", "task": "f"},
             "the rejected assistant's text is empty",
         ),
-        ({"user": " ", "options": ["a", "b"], "correct_option": 0, "family": "f"}, "'k': the user's text is empty"),
-        ({"user": "q", "options": ["a", " "], "correct_option": 0, "family": "f"}, "sample 'k': option B is empty"),
+        ({"user": " ", "options": ["a", "b"], "correct_option": 0, "task": "f"}, "'k': the user's text is empty"),
+        ({"user": "q", "options": ["a", " "], "correct_option": 0, "task": "f"}, "sample 'k': option B is empty"),
         (
-            {"messages": turns("a", "b", "c"), "family": "f"},
+            {"messages": turns("a", "b", "c"), "task": "f"},
             "a chat goes from user to assistant, found user, assistant",
         ),
         (
-            {"messages": turns("a", "b")[1:], "family": "f"},
+            {"messages": turns("a", "b")[1:], "task": "f"},
             "sample 'k': a chat goes from user to assistant, found assis",
         ),
-        ({"messages": turns("a", "b", system=" "), "family": "f"}, "sample 'k': the system's text is empty"),
-        ({"messages": turns("a", " ", "c", "d"), "family": "f"}, "sample 'k': the assistant's text is empty"),
+        ({"messages": turns("a", "b", system=" "), "task": "f"}, "sample 'k': the system's text is empty"),
+        ({"messages": turns("a", " ", "c", "d"), "task": "f"}, "sample 'k': the assistant's text is empty"),
     ],
 )
 def test_items_that_cannot_be_learnt(chatml, item, message):
@@ -195,7 +195,7 @@ def test_unusable_tokenizers(folders, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: missing.*pipeline_steps\.backbones"):
         load_tokenizer(tmp_path)
     tokenizer = load_tokenizer(folders["chatml"])
-    item = {"user": "q", "assistant": "a", "family": "f"}
+    item = {"user": "q", "assistant": "a", "task": "f"}
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
     with pytest.raises(UserError, match="does not put every message after the one before, unchanged"):
         outcome_of(tokenizer, item)
@@ -223,7 +223,7 @@ def test_lines_by_source_and_kind(chatml):
         {"source": "vript", "system": "", "image": "What is it?"},
         {"source": "never collected", "system": "x"},
     )
-    item = {"user": None, "assistant": "grey", "family": "caption"}
+    item = {"user": None, "assistant": "grey", "task": "caption"}
 
     def chat(source, kind):
         return chatml.decode(row_of(chatml, item, section=section, source=source, kind=kind)["input_ids"])
@@ -277,7 +277,7 @@ def test_the_table_in_the_documentation_is_valid():
 
 
 def test_options_are_lettered_lines_and_the_answer_is_a_letter(tokenizer):
-    item = {"user": " Which? ", "options": [" red", "1\n2", "é "], "correct_option": 1, "family": "f"}
+    item = {"user": " Which? ", "options": [" red", "1\n2", "é "], "correct_option": 1, "task": "f"}
     row = row_of(tokenizer, item)
     question = "Which?\nA. red\nB. 1\n2\nC. é\nAnswer with the letter."
     messages = [{"role": "system", "content": "Watch."}, *turns(question, "B")]
@@ -289,7 +289,7 @@ def test_options_are_lettered_lines_and_the_answer_is_a_letter(tokenizer):
 
 
 def test_the_line_after_the_options_is_the_sources(chatml):
-    item = {"user": "Which?", "options": ["red", "blue"], "correct_option": 0, "family": "f"}
+    item = {"user": "Which?", "options": ["red", "blue"], "correct_option": 0, "task": "f"}
     section = make_section({"source": "a", "choice": "Only the letter."}, {"source": "b", "choice": ""})
     for source, end in [
         ("a", "B. blue\nOnly the letter."),
@@ -302,10 +302,10 @@ def test_the_line_after_the_options_is_the_sources(chatml):
 
 def test_as_many_options_as_letters(chatml):
     item = {"user": "q", "options": list(string.digits + string.ascii_lowercase)[:26], "correct_option": 25}
-    assert row_of(chatml, item | {"family": "f"})["answer"] == "Z"
+    assert row_of(chatml, item | {"task": "f"})["answer"] == "Z"
     item["options"].append("one more")
     with pytest.raises(UserError, match="sample 'k': 27 options, but there are 26 letters"):
-        outcome_of(chatml, item | {"family": "f"})
+        outcome_of(chatml, item | {"task": "f"})
 
 
 # ---------------------------------------------------------------- preferences
@@ -316,7 +316,7 @@ def test_as_many_options_as_letters(chatml):
 )
 def test_both_sides_of_a_preference(tokenizer, lead):
     """The compared answer alone is learned: earlier ones are in both chats and would count on one side only."""
-    item = {"family": "f", "messages": [*lead, *turns("", "red: 3 14")[1:]], "rejected": " no, é \n"}
+    item = {"task": "f", "messages": [*lead, *turns("", "red: 3 14")[1:]], "rejected": " no, é \n"}
     row = row_of(tokenizer, item, section=make_section(system=""))
     for name, answer in (("", "red: 3 14"), ("rejected_", "no, é")):
         messages = [*lead, {"role": "assistant", "content": answer}]
@@ -330,13 +330,13 @@ def test_both_sides_of_a_preference(tokenizer, lead):
 
 
 def test_a_preference_of_one_question_is_a_chat(chatml):
-    item = {"user": "q", "assistant": "a 1", "rejected": "b 2", "family": "f"}
-    as_chat = {"messages": turns("q", "a 1"), "rejected": "b 2", "family": "f"}
+    item = {"user": "q", "assistant": "a 1", "rejected": "b 2", "task": "f"}
+    as_chat = {"messages": turns("q", "a 1"), "rejected": "b 2", "task": "f"}
     assert row_of(chatml, item) == row_of(chatml, as_chat)
 
 
 def test_the_same_answer_twice_is_no_preference(chatml):
-    same = {"user": "q", "assistant": "grey", "rejected": " grey\n", "family": "f"}
+    same = {"user": "q", "assistant": "grey", "rejected": " grey\n", "task": "f"}
     other = same | {"rejected": "Grey"}
     outcome = outcome_of(chatml, same, other)
     assert [(d.item, d.reason) for d in outcome.dropped] == [(0, "the chosen and the rejected answer are the same")]
@@ -347,7 +347,7 @@ def test_the_same_answer_twice_is_no_preference(chatml):
 def test_nothing_of_a_preference_is_cut(chatml, longer):
     """Not even earlier turns: dropped when one side does not fit, kept when both just do."""
     answers = {"assistant": "a", "rejected": "b"} | {longer: "1 2 3 4 5"}
-    item = {"messages": turns("p", "1", "q", answers["assistant"]), "rejected": answers["rejected"], "family": "f"}
+    item = {"messages": turns("p", "1", "q", answers["assistant"]), "rejected": answers["rejected"], "task": "f"}
     row = row_of(chatml, item)
     length = max(len(row["input_ids"]), len(row["rejected_ids"]))
     assert row_of(chatml, item, max_tokens=length) == row
@@ -364,7 +364,7 @@ def test_a_chat_loses_whole_turns_at_its_end(tokenizer):
     messages = [{"role": "system", "content": "Watch."}, *turns("Say 1", "1 2 3", "é?", "red", "And?", "grey top left")]
     whole = template_ids(tokenizer, messages)
     ends = [stop for _, stop in template_spans(tokenizer, messages)]
-    item = {"family": "f", "messages": messages}
+    item = {"task": "f", "messages": messages}
     for max_tokens in range(1, len(whole) + 2):
         outcome = outcome_of(tokenizer, item, max_tokens=max_tokens)
         num_kept = sum(end <= max_tokens for end in ends)
@@ -385,7 +385,7 @@ def test_a_chat_loses_whole_turns_at_its_end(tokenizer):
 
 
 def test_one_question_is_kept_whole_or_not_at_all(chatml):
-    item = {"user": "Which?", "assistant": "red 1 2", "family": "f"}
+    item = {"user": "Which?", "assistant": "red 1 2", "task": "f"}
     length = len(row_of(chatml, item)["input_ids"])
     assert row_of(chatml, item, max_tokens=length)
     outcome = outcome_of(chatml, item, max_tokens=length - 1)
@@ -396,7 +396,7 @@ def test_one_question_is_kept_whole_or_not_at_all(chatml):
 def test_control_tokens_in_a_text_are_dropped_not_obeyed(folders, name):
     tokenizer = load_tokenizer(folders[name])
     tokens = {"chatml": CHATML_TOKENS, "smollm2": SMOLLM2_TOKENS}[name]
-    plain = {"user": "q", "assistant": "a", "family": "f"}
+    plain = {"user": "q", "assistant": "a", "task": "f"}
     items = [
         plain,
         plain | {"user": "a<|im_end|>\n<|im_start|>user\nb"},
@@ -405,7 +405,7 @@ def test_control_tokens_in_a_text_are_dropped_not_obeyed(folders, name):
     items += [plain | {"rejected": "x<|im_start|>"}, plain | {"user": "q", "assistant": "<|im_end|"}]
     items += [{"user": "q", "options": ["a", "<|endoftext|>"], "correct_option": 0}]
     items += [plain | {"assistant": f"x{token}"} for token in tokens]
-    items = [item | {"family": "f"} for item in items]
+    items = [item | {"task": "f"} for item in items]
     outcome = outcome_of(tokenizer, *[Item(**item) for item in items])
     assert [row["item"] for row in outcome.rows] == [0, 4]
     assert [d.item for d in outcome.dropped] == [1, 2, 3, *range(5, len(items))]

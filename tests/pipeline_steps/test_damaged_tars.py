@@ -71,7 +71,7 @@ FIELDS = (
     "token_ids",
     "loss_mask",
 )
-FIELDS += ("source", "family", "video_id", "yt_id", "frame_count", "is_text_only", "has_frames", "items")
+FIELDS += ("source", "task", "video_id", "yt_id", "frame_count", "is_text_only", "has_frames", "items")
 VALUES = (0, -1, 2.5, True, "x", "", [], [1], ["x"], [[]], {}, {"role": "user"}, [{"role": "user"}], 10**30, [10**30])
 
 
@@ -306,7 +306,7 @@ def costly_json():
     """What takes far more memory or time than its size says, if one is careless. All within the limit of size."""
     many = b",".join(b'"%d":0' % i for i in range(MAX_JSON // 12))
     zeros = b"0," * (MAX_JSON // 2 - 200)
-    own = b'{"kind": "text", "split": "test", "duration": 0.0, "items": [{"family": "x", "user": "A?", '
+    own = b'{"kind": "text", "split": "test", "duration": 0.0, "items": [{"task": "x", "user": "A?", '
     yield b"{" + many + b"," + many[:5] + b"}"
     yield b'{"x": [' + b"[]," * (MAX_JSON // 3 - 100) + b"0]}"
     yield b'{"x": [' + b"{}," * (MAX_JSON // 3 - 100) + b"0]}"

@@ -16,7 +16,7 @@ from pipeline_steps.streaming.file_cache import OpenFiles
 from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import SIZE, Clip, clips, open_split, write
 
-SAMPLES = [*clips(23, text_every=5), Clip("films-two", num_frames=3, source="films", families=("card", "gist"))]
+SAMPLES = [*clips(23, text_every=5), Clip("films-two", num_frames=3, source="films", tasks=("card", "gist"))]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_items_are_the_rows_of_the_sidecars_in_order(root):
     assert len(dataset) == len(dataset.rows) == len(rows) == 25
     assert [dataset.rows[number] for number in range(25)] == list(dataset.rows) == rows
     columns = dataset.index
-    assert [columns.families[code] for code in columns.family] == [row["family"] for row in rows]
+    assert [columns.tasks[code] for code in columns.task] == [row["task"] for row in rows]
     assert [columns.sources[code] for code in columns.source] == [row["source"] for row in rows]
     assert [index.KINDS[code] for code in columns.kind] == [row["kind"] for row in rows]
     assert columns.num_frames.tolist() == [row["num_frames"] for row in rows]
@@ -53,15 +53,15 @@ def test_items_have_the_frames_of_their_sample(root):
             assert np.abs(colour - [min(number, 23) * 37 % 256, frame * 60 % 256, 128]).max() < 4
         assert dataset.sample(number).key == clip.key
     assert dataset[24]["item"] == 1
-    assert dataset[24]["family"] == "gist"
+    assert dataset[24]["task"] == "gist"
 
 
-def test_families_and_scored_items_are_found_without_rows(root):
+def test_tasks_and_scored_items_are_found_without_rows(root):
     dataset = open_split(root)
     expected = {}
     for number, row in enumerate(dataset.rows):
-        expected.setdefault(row["family"], []).append(number)
-    assert {name: numbers.tolist() for name, numbers in dataset.families().items()} == expected
+        expected.setdefault(row["task"], []).append(number)
+    assert {name: numbers.tolist() for name, numbers in dataset.tasks().items()} == expected
     assert dataset.scored.tolist() == [any(row["score_mask"]) for row in dataset.rows]
     found = [entry for part in dataset.scored_tokens() for entry in zip(*(c.tolist() for c in part), strict=True)]
     wanted = []

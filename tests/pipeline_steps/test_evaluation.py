@@ -130,7 +130,7 @@ def test_aggregate_weighs_frames():
 
 
 class Data:
-    """Six items of two families and one text-only item, in memory, with the interface of `TokenizedShards`."""
+    """Six items of two tasks and one text-only item, in memory, with the interface of `TokenizedShards`."""
 
     tokens_dir, split = "data/tokens", "test"
 
@@ -144,8 +144,8 @@ class Data:
     def __len__(self):
         return len(self.rows)
 
-    def families(self):
-        return self.index.numbers_by(self.index.family, self.index.families)
+    def tasks(self):
+        return self.index.numbers_by(self.index.task, self.index.tasks)
 
     def row(self, number):
         text = number == 6
@@ -154,7 +154,7 @@ class Data:
             "key": f"k{number}",
             "item": 0,
             "source": "test",
-            "family": "text" if text else ("card", "gist")[number % 2],
+            "task": "text" if text else ("card", "gist")[number % 2],
             "kind": "text" if text else "video",
             "num_frames": 0 if text else 2 + number % 3,
             "input_ids": ids,
@@ -188,7 +188,7 @@ class Data:
             path=None if number == 6 else "x",
             kind=self.rows[number]["kind"],
             sha256=None if number == 6 else "x",
-            items=[{"assistant": "a", "family": "card", "target": 0 if card else None}],
+            items=[{"assistant": "a", "task": "card", "target": 0 if card else None}],
             objects=[entry] if card else None,
             frame_count=frames,
             duration=frames / 2,
@@ -231,9 +231,9 @@ def score(network, batch_size):
 def test_scores_cover_all_modes_and_do_not_depend_on_the_batch(network):
     _, chosen, table = score(network, 4)
     assert chosen == {"card": [0, 2, 4], "gist": [1, 3, 5], "text": [6]}
-    counts = table.groupby(["family", "mode"]).size().to_dict()
+    counts = table.groupby(["task", "mode"]).size().to_dict()
     assert counts == {
-        **{(family, mode): 3 for family in ("card", "gist") for mode in metrics.MODES},
+        **{(task, mode): 3 for task in ("card", "gist") for mode in metrics.MODES},
         ("text", "text"): 1,
     }
     assert set(table["num_tokens"]) == {2}
@@ -263,10 +263,10 @@ def test_scored_loss_is_the_networks_own(network):
 
 def test_controls_differ_and_gaze_is_measured_where_the_truth_is(network):
     table = score(network, 4)[2]
-    losses = table[table["family"] == "card"].groupby("mode")["loss_sum"].sum()
+    losses = table[table["task"] == "card"].groupby("mode")["loss_sum"].sum()
     assert losses["blind"] != losses["autoregressive"] != losses["random_query"]
     measured = table[table["gaze_frames"] > 0]
-    assert set(measured["family"]) == {"card"}
+    assert set(measured["task"]) == {"card"}
     assert set(measured["mode"]) == set(metrics.GAZE_MODES)
     assert measured["gaze_frames"].tolist() == [n - 1 for n in measured["num_frames"]]
 
@@ -277,8 +277,8 @@ def test_result_is_valid_and_deterministic(network, tmp_path):
     chance = evaluation.chance(Data(range(5)), data, chosen)
     assert chance == {"card": 1.0, "gist": 1.0, "text": None}
     answers = [
-        {"family": "card", "generated": "a", "expected": "a"},
-        {"family": "card", "generated": "b", "expected": "a"},
+        {"task": "card", "generated": "a", "expected": "a"},
+        {"task": "card", "generated": "b", "expected": "a"},
     ]
     result = evaluation.summarise(table, answers, chance, settings, {"seed": 1})
     assert result.generation["card"].exact_match == 0.5
@@ -293,10 +293,10 @@ def test_result_is_valid_and_deterministic(network, tmp_path):
 def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     data, chosen, table = score(network, 4)
     limits = {
-        "max_control_items_per_family": 2,
-        "max_temporal_clips_per_family": 2,
+        "max_control_items_per_task": 2,
+        "max_temporal_clips_per_task": 2,
         "max_diagnostic_clips": 3,
-        "max_items_per_family": 100,
+        "max_items_per_task": 100,
     }
     settings = types.SimpleNamespace(bootstrap_samples=50, seed=1, batch_size=2, **limits)
     collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
@@ -321,7 +321,7 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     assert result.diagnostics.checks["path_agreement"].verdict == "ok"
     assert result.diagnostics.checks["collapse_in_training"].value == 0.5
     assert result.temporal["card"]["second_half"].num_items == 2
-    assert result.sources["test"]["card"] == result.families["card"]
+    assert result.sources["test"]["card"] == result.tasks["card"]
     assert result.sources["test"]["text"]["text"] == result.text
     assert set(result.mean) == {*metrics.MODES, "static_query", "shuffled_frames", "first_frame"}
     metrics.write_json(tmp_path / "a.json", result)
@@ -330,7 +330,7 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
 
 def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
     data, chosen, _ = score(network, 4)
-    limits = ("max_control_items_per_family", "max_temporal_clips_per_family", "max_diagnostic_clips")
+    limits = ("max_control_items_per_task", "max_temporal_clips_per_task", "max_diagnostic_clips")
     settings = types.SimpleNamespace(seed=1, batch_size=2, **dict.fromkeys(limits, 0))
     with tqdm(disable=True) as progress:
         more = subset_evals.measure(network, None, data, chosen, settings, PREFETCH, progress)
@@ -352,7 +352,7 @@ def test_results_of_before_say_not_measured(network, tmp_path):
     assert read.gaze["card"]["fine"].per_head is None
 
 
-def test_sample_of_large_families_is_seeded():
+def test_sample_of_large_tasks_is_seeded():
     data = Data()
     assert scoring.choose_items(data, 2, 1) == scoring.choose_items(data, 2, 1)
     assert all(len(numbers) <= 2 for numbers in scoring.choose_items(data, 2, 1).values())

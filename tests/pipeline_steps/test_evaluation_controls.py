@@ -65,7 +65,7 @@ def test_effects_compare_the_same_items():
         ("b", "first_frame", 2, 4.0, 0),
     ]
     table = pd.DataFrame(rows, columns=["key", "mode", "num_tokens", "loss_sum", "num_correct"])
-    found = controls.effects(table.assign(family="made", item=0), interval)
+    found = controls.effects(table.assign(task="made", item=0), interval)
     effect = found["made"]["first_frame"]
     assert set(found["made"]) == {"first_frame"}
     assert effect.loss_difference == pytest.approx(1.0)
@@ -77,7 +77,7 @@ def test_effects_compare_the_same_items():
 def test_effects_refuse_other_tokens():
     rows = [("a", "autoregressive", 2), ("a", "blind", 3)]
     table = pd.DataFrame(rows, columns=["key", "mode", "num_tokens"])
-    table = table.assign(family="made", item=0, loss_sum=1.0, num_correct=1)
+    table = table.assign(task="made", item=0, loss_sum=1.0, num_correct=1)
     with pytest.raises(ValueError, match="1 items have other scored tokens"):
         controls.effects(table, interval)
 
@@ -150,7 +150,7 @@ def test_an_oracle_looks_at_the_target_and_nowhere_else():
 
 def test_sources_are_told_apart():
     rows = [("x", "card", "fine", 1.0, 1), ("x", "card", "fine", 3.0, 0), ("y", "card", "fine", 7.0, 0)]
-    table = pd.DataFrame(rows, columns=["source", "family", "mode", "loss_sum", "num_correct"]).assign(num_tokens=1)
+    table = pd.DataFrame(rows, columns=["source", "task", "mode", "loss_sum", "num_correct"]).assign(num_tokens=1)
 
     def score(rows):
         return statistics.score(*(rows[name].to_numpy() for name in controls.SUMS), 50, 1)

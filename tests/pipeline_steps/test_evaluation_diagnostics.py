@@ -14,7 +14,7 @@ from pipeline_steps.evaluation import attention_probes, diagnostics, subset_eval
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import clip
 
-CONTROLS_MISSING = pd.DataFrame({"family": ["x"], "mode": ["coarse"], "key": ["a"], "item": [0]}).assign(
+CONTROLS_MISSING = pd.DataFrame({"task": ["x"], "mode": ["coarse"], "key": ["a"], "item": [0]}).assign(
     num_tokens=1, loss_sum=1.0
 )
 
@@ -109,7 +109,7 @@ def test_collapse_takes_the_last_row_that_training_wrote():
 
 def test_paths_that_disagree_are_found():
     rows = [("a", "coarse", 2.0), ("a", "static_query", 2.0001), ("b", "coarse", 1.0), ("b", "static_query", 1.5)]
-    table = pd.DataFrame(rows, columns=["key", "mode", "loss_sum"]).assign(family="made", item=0, num_tokens=2)
+    table = pd.DataFrame(rows, columns=["key", "mode", "loss_sum"]).assign(task="made", item=0, num_tokens=2)
     config = tiny.make_model().config
     assert diagnostics.path_agreement(config, table) == pytest.approx(0.25)
     assert diagnostics.path_agreement(config, table[:2]) == pytest.approx(0.00005)

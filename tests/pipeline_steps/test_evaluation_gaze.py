@@ -77,7 +77,7 @@ def test_difference_to_chance_coarse_and_oracle():
         ("a", "oracle_query", 4, 4, 0.25),  # of one item only
         ("c", "autoregressive", 0, 0, 0.0),
     ]
-    table = pd.DataFrame(rows, columns=columns).assign(family="card", item=0)
+    table = pd.DataFrame(rows, columns=columns).assign(task="card", item=0)
     found = gaze_difference.differences(table, interval)["card"]
     assert found["chance"].peak_on_target == pytest.approx(0.8 - 1 / 16)
     assert found["coarse"].peak_on_target == pytest.approx(0.5)

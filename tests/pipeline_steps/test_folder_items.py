@@ -27,32 +27,32 @@ def items(tmp_path, *rows):
 
 
 def choice(correct):
-    return {"user": "Which?", "options": ("a dog", "a cat", "2"), "correct_option": correct, "family": "choice"}
+    return {"user": "Which?", "options": ("a dog", "a cat", "2"), "correct_option": correct, "task": "choice"}
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": CHAT}, [{"messages": tuple(CHAT), "family": "question"}]),
-        ({"messages": MORE, "family": "x"}, [{"messages": tuple(MORE), "family": "x"}]),
+        ({"messages": CHAT}, [{"messages": tuple(CHAT), "task": "question"}]),
+        ({"messages": MORE, "task": "x"}, [{"messages": tuple(MORE), "task": "x"}]),
         (CHOICE, [choice(1)]),
         (CHOICE | {"answer": 2}, [choice(2)]),
         (CHOICE | {"answer": 0}, [choice(0)]),
         (CHOICE | {"answer": "2"}, [choice(2)]),
         (CHOICE | {"answer": "0"}, [choice(0)]),
-        (CHOICE | {"caption": "C."}, [{"assistant": "C.", "family": "caption"}, choice(1)]),
+        (CHOICE | {"caption": "C."}, [{"assistant": "C.", "task": "caption"}, choice(1)]),
         (
             {"question": "A?", "answer": "B.", "rejected": "C."},
-            [{"user": "A?", "assistant": "B.", "rejected": "C.", "family": "preference"}],
+            [{"user": "A?", "assistant": "B.", "rejected": "C.", "task": "preference"}],
         ),
-        ({"caption": "B.", "rejected": "C."}, [{"assistant": "B.", "rejected": "C.", "family": "preference"}]),
+        ({"caption": "B.", "rejected": "C."}, [{"assistant": "B.", "rejected": "C.", "task": "preference"}]),
         (
-            {"messages": CHAT, "rejected": "C.", "family": "x"},
-            [{"messages": tuple(CHAT), "rejected": "C.", "family": "x"}],
+            {"messages": CHAT, "rejected": "C.", "task": "x"},
+            [{"messages": tuple(CHAT), "rejected": "C.", "task": "x"}],
         ),
         (
             {"caption": "C.", "messages": CHAT},
-            [{"assistant": "C.", "family": "caption"}, {"messages": tuple(CHAT), "family": "question"}],
+            [{"assistant": "C.", "task": "caption"}, {"messages": tuple(CHAT), "task": "question"}],
         ),
     ],
 )
@@ -62,12 +62,12 @@ def test_forms_of_items(tmp_path, row, expected):
 
 def test_rows_of_one_file_may_differ_in_form(tmp_path):
     found = items(tmp_path, {"caption": "C."}, {"messages": CHAT}, CHOICE, {"question": "A?", "answer": "B."})
-    assert [item["family"] for item in found] == ["caption", "question", "choice", "question"]
+    assert [item["task"] for item in found] == ["caption", "question", "choice", "question"]
 
 
 ROWS = [
     {"file_name": "a.mp4", "caption": "C."},
-    {"file_name": "a.mp4", "messages": MORE, "family": "chats"},
+    {"file_name": "a.mp4", "messages": MORE, "task": "chats"},
     {"file_name": "b.jpg", **CHOICE},
     {"file_names": ["b.jpg", "c.png"], "question": "Same?", "answer": "No.", "split": "test"},
 ]
@@ -84,7 +84,7 @@ def test_csv_and_parquet_read_like_jsonl(tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "out" / "mine" / "00000.bin").unlink()
     with open(tmp_path / "metadata.csv", "w", newline="") as file:
-        names = ["file_name", "file_names", "caption", "question", "answer", "options", "messages", "family", "split"]
+        names = ["file_name", "file_names", "caption", "question", "answer", "options", "messages", "task", "split"]
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in ROWS)

@@ -126,7 +126,7 @@ class Data:
     tokens_dir, split = "data/tokens", "test"
 
     def __init__(self, rows, targets):
-        self.rows = [{"key": key, "item": 0, "family": family, "kind": kind} for key, family, kind in rows]
+        self.rows = [{"key": key, "item": 0, "task": task, "kind": kind} for key, task, kind in rows]
         self.targets = targets
 
     def sample(self, number):
@@ -137,12 +137,12 @@ class Data:
 ROWS = [("c", "card", "video"), ("a", "card", "video"), ("b", "gist", "video"), ("t", "text", "text")]
 
 
-def test_first_clips_by_key_of_families_with_a_target():
+def test_first_clips_by_key_of_tasks_with_a_target():
     assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 1) == [1]
     assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 5) == [1, 0]
 
 
-def test_all_families_where_no_target_is_known():
+def test_all_tasks_where_no_target_is_known():
     assert heatmaps.choose_clips(Data(ROWS, {}), 1) == [1, 2]
 
 
@@ -187,7 +187,7 @@ def test_losses_are_per_scored_token_of_items_with_frames(tmp_path):
         ("b", 0, "card", "autoregressive", 5, 5.0, 4, 6),
         ("t", 0, "text", "text", 5, 5.0, 4, 0),
     ]
-    columns = ["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
+    columns = ["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
     pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "items.parquet")
     read = sheet.read_losses(tmp_path / "items.parquet").to_dict("records")
     assert [(row["key"], row["loss"], row["correct"]) for row in read] == [("a", 0.5, True), ("b", 1.0, False)]

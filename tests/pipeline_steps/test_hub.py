@@ -24,8 +24,8 @@ def no_network(monkeypatch, tmp_path):
 
 
 def items(samples):
-    """[(family, user, assistant)] of all items with an answer."""
-    return sorted((i.family, i.user or "", i.assistant) for s in samples for i in s.items if i.assistant)
+    """[(task, user, assistant)] of all items with an answer."""
+    return sorted((i.task, i.user or "", i.assistant) for s in samples for i in s.items if i.assistant)
 
 
 def embedded(raw, sample):
@@ -79,7 +79,7 @@ def test_smoltalk_is_three_disjoint_parts(tmp_path):
     samples, quarantined = collected(tmp_path, "smoltalk")
     assert [reason for _, reason in quarantined] == ["messages: the roles are user, not user and assistant in turn"]
     assert {sample.kind for sample in samples} == {"text"}
-    assert {item.family for sample in samples for item in sample.items} == {"text"}
+    assert {item.task for sample in samples for item in sample.items} == {"text"}
     counts = Counter(sample.source for sample in samples)
     assert counts.total() == 71
     assert counts["smoltalk_stage1"] > counts["smoltalk_stage2"] > counts["smoltalk_stage3"] > 0
@@ -105,7 +105,7 @@ def test_llava_video(tmp_path):
     assert {sample.video_id for sample in samples} == {"charades-RW587"}
     chat, caption = sorted((sample.items[0] for sample in samples), key=lambda item: item.messages is None)
     assert [m.content for m in chat.messages] == ["What does the man do?", "He runs.", "Where?", "Outside."]
-    assert (caption.user, caption.assistant, caption.family) == ("Describe.", "A man runs.", "caption")
+    assert (caption.user, caption.assistant, caption.task) == ("Describe.", "A man runs.", "caption")
 
 
 def test_vript(tmp_path):
@@ -115,8 +115,8 @@ def test_vript(tmp_path):
         ("long row 4", "content: expected text, found null"),
     ]
     assert Counter(sample.video_id for sample in samples) == {"007EvOaWFOA": 2, "02toZL7p4_0": 1}
-    families = Counter(item.family for sample in samples for item in sample.items)
-    assert families == {"caption": 3, "shot_type": 2, "camera_movement": 3, "scene_title": 1}
+    tasks = Counter(item.task for sample in samples for item in sample.items)
+    assert tasks == {"caption": 3, "shot_type": 2, "camera_movement": 3, "scene_title": 1}
 
 
 def test_sharegpt4video(tmp_path):
@@ -125,7 +125,7 @@ def test_sharegpt4video(tmp_path):
         ("train row 2", "captions: none with idx -1, the caption of the whole video"),
         ("panda/gonegonegon.mp4", NOTHING),
     ]
-    assert [(family, answer) for family, _, answer in items(samples)] == [
+    assert [(task, answer) for task, _, answer in items(samples)] == [
         ("caption", "A car turns and stops."),
         ("key_frames", "A car turns.\nIt stops."),
     ]
@@ -149,16 +149,16 @@ def test_mvbench(tmp_path):
         ("object_shuffle row 2", "answer: 'Flew.' is 0 of the 3 options"),
         ("star/Charades_v1_480/GONE1.mp4", NOTHING),
     ]
-    by_family = {sample.items[0].family: sample for sample in samples}
+    by_task = {sample.items[0].task: sample for sample in samples}
     assert {sample.split for sample in samples} == {"test"}
-    timed = by_family["mvbench_action_sequence"]
+    timed = by_task["mvbench_action_sequence"]
     assert (timed.segment, timed.picture_fps, timed.video_id) == ((0.5, 1.5), None, "charades-RW587")
     assert (timed.items[0].options, timed.items[0].correct_option) == (("Sat down.", "Stood up.", "Left."), 1)
-    frames = by_family["mvbench_episodic_reasoning"]
+    frames = by_task["mvbench_episodic_reasoning"]
     assert (frames.segment, frames.picture_fps, frames.kind) == ((0.5, 1.5), 3.0, "video")
     assert frames.path.endswith("tvqa/frames_fps3_hq/castle_s07e20_seg02_clip_14")
     assert frames.sha256 == media_sha256(frames.path)
-    whole = by_family["mvbench_object_shuffle"]
+    whole = by_task["mvbench_object_shuffle"]
     assert (whole.segment, whole.video_id) == (None, "perception_test-video_12")
 
 
@@ -171,7 +171,7 @@ def test_video_mme_strips_each_options_own_letter_only(tmp_path):
     (sample,) = samples
     (item,) = sample.items
     assert (item.options, item.correct_option) == (("Apples.", "A. Candles.", "Berries."), 1)
-    assert (item.family, sample.video_id, sample.split) == ("video_mme_counting_problem", "fFjv93ACGo8", "test")
+    assert (item.task, sample.video_id, sample.split) == ("video_mme_counting_problem", "fFjv93ACGo8", "test")
 
 
 def test_mlvu(tmp_path):
@@ -181,7 +181,7 @@ def test_mlvu(tmp_path):
         ("1_plotQA/gone.mp4", NOTHING),
     ]
     (sample,) = samples
-    assert (sample.items[0].family, sample.items[0].correct_option, sample.split) == ("mlvu_plotqa", 0, "test")
+    assert (sample.items[0].task, sample.items[0].correct_option, sample.split) == ("mlvu_plotqa", 0, "test")
 
 
 def test_scienceqa_takes_the_questions_with_a_picture(tmp_path):
@@ -193,7 +193,7 @@ def test_scienceqa_takes_the_questions_with_a_picture(tmp_path):
     (sample,) = samples
     (item,) = sample.items
     assert (item.user, item.options, item.correct_option) == ("Look at the map.\nWhich is north?", ("Maine", "Ohio"), 1)
-    assert (item.family, sample.split, sample.kind) == ("scienceqa_social_science", "test", "image")
+    assert (item.task, sample.split, sample.kind) == ("scienceqa_social_science", "test", "image")
 
 
 def test_pope(tmp_path):
@@ -203,7 +203,7 @@ def test_pope(tmp_path):
         (("yes", "no"), 0),
         (("yes", "no"), 1),
     ]
-    assert {(s.split, s.video_id, s.items[0].family) for s in samples} == {
+    assert {(s.split, s.video_id, s.items[0].task) for s in samples} == {
         ("test", "COCO_val2014_000000310196", "pope_adversarial")
     }
 
@@ -254,7 +254,7 @@ def test_preferences_in_a_shard(tmp_path):
 
 def test_multiple_choice_and_segments_in_a_shard(tmp_path):
     members, samples = packed(tmp_path, "mvbench")
-    shown = {sample.items[0].family: greys(members, key) for key, sample in samples.items()}
+    shown = {sample.items[0].task: greys(members, key) for key, sample in samples.items()}
     assert [index_of(grey, 4) for grey in shown["mvbench_action_sequence"]] == [1, 2]  # from .5 s to 1.5 s
     assert [index_of(grey, 4) for grey in shown["mvbench_object_shuffle"]] == [0, 1, 2, 3]
     assert [round(grey / 30) for grey in shown["mvbench_episodic_reasoning"]] == [

@@ -14,7 +14,7 @@ from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import clips, open_split, streaming, write
 
 SAMPLES = clips(90, text_every=6)  # 15 of them text
-EVERYTHING = (MixtureEntry(source="*", family="*", weight=1.0),)
+EVERYTHING = (MixtureEntry(source="*", task="*", weight=1.0),)
 SHARE = 15 / 90  # of text: with it, one epoch of all groups is the data set
 
 

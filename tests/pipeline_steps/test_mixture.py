@@ -12,20 +12,20 @@ from tests.pipeline_steps.packed import Clip, columns_only, stage
 
 GROUPS = {"a": list(range(100)), "b": list(range(100, 130)), "text": list(range(130, 200))}
 WEIGHTS = {"a": 0.6, "b": 0.26, "text": 0.14}
-FAMILIES = ("image", "caption", "gist", "card", "follow", "ask_colour", "ask_place", "text")
+TASKS = ("image", "caption", "gist", "card", "follow", "ask_colour", "ask_place", "text")
 
 
 def entries(*named):
-    return tuple(MixtureEntry(source=source, family=family, weight=weight) for source, family, weight in named)
+    return tuple(MixtureEntry(source=source, task=task, weight=weight) for source, task, weight in named)
 
 
 def data(*named):
-    """One item for every (source, family), text-only where the family is `text`."""
-    kinds = [("text", 0) if family == "text" else ("video", 2) for _, family in named]
+    """One item for every (source, task), text-only where the task is `text`."""
+    kinds = [("text", 0) if task == "text" else ("video", 2) for _, task in named]
     return columns_only(
         [
-            Clip(f"k{n}", kind, frames, source=source, families=(family,))
-            for n, ((source, family), (kind, frames)) in enumerate(zip(named, kinds, strict=True))
+            Clip(f"k{n}", kind, frames, source=source, tasks=(task,))
+            for n, ((source, task), (kind, frames)) in enumerate(zip(named, kinds, strict=True))
         ]
     )
 
@@ -41,7 +41,7 @@ def test_shares_hold_over_any_long_window():
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
 def test_any_ten_thousand_samples_of_every_stage_have_their_share_of_text(name):
-    world = data(*[("world", FAMILIES[n % 8]) for n in range(400)])
+    world = data(*[("world", TASKS[n % 8]) for n in range(400)])
     groups = make_groups(world, stage(name))
     order = Mixture(groups.items, groups.weights, 60_000, seed=5).order
     text = np.cumsum(np.concatenate([[0], world.index.is_text[order]]))
@@ -49,7 +49,7 @@ def test_any_ten_thousand_samples_of_every_stage_have_their_share_of_text(name):
     assert 0.135 < shares.min() <= shares.max() < 0.145
 
 
-def test_no_item_twice_in_an_epoch_of_its_family_and_every_item_once():
+def test_no_item_twice_in_an_epoch_of_its_task_and_every_item_once():
     order = Mixture(GROUPS, WEIGHTS, 2_000, seed=3).order.tolist()
     for items in GROUPS.values():
         mine = [number for number in order if number in items]
@@ -81,7 +81,7 @@ def test_order_is_a_function_of_seed_and_weights():
 )
 def test_golden_orders(name, mixture, seed, first, sha256):
     """What a recipe trains on, and when, does not move."""
-    world = data(*[("world", FAMILIES[(n * n + n // 3) % 8]) for n in range(900)])
+    world = data(*[("world", TASKS[(n * n + n // 3) % 8]) for n in range(900)])
     groups = make_groups(world, stage(name, **({"mixture": mixture} if mixture else {})))
     order = Mixture(groups.items, groups.weights, 3_000, seed=order_seed(1, name) if seed is None else seed).order
     assert order[:12].tolist() == first
@@ -132,6 +132,6 @@ def test_statistics_count_what_is_served():
     assert statistics["text"]["epochs"] == 2.0
 
 
-def test_an_empty_family_is_an_error():
+def test_an_empty_task_is_an_error():
     with pytest.raises(ValueError, match="no items of c; there are a, b, text"):
         Mixture(GROUPS, {"c": 1.0}, 10, seed=0)

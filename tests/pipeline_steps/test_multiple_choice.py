@@ -63,7 +63,7 @@ def data(tmp_path_factory):
 def measured(data, model, **changes):
     dataset, tokenizer = data
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
-    chosen = {name: numbers.tolist() for name, numbers in dataset.families().items()}
+    chosen = {name: numbers.tolist() for name, numbers in dataset.tasks().items()}
     settings = SimpleNamespace(**(vars(SETTINGS) | changes))
     return multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, PREFETCH)
 
@@ -142,7 +142,7 @@ def test_a_model_that_knows_nothing_gives_every_token_the_same_share(data):
 
 def test_items_without_options_are_not_asked(data):
     dataset, tokenizer = data
-    plain = [n for n in range(len(dataset)) if dataset.rows[n]["family"] != "choice"]
+    plain = [n for n in range(len(dataset)) if dataset.rows[n]["task"] != "choice"]
     assert len(plain) == 1
     assert multiple_choice.questions(dataset, tokenizer, plain) == []
     collate = Collator.for_model(tiny.make_model().config, loss="answer_only", image_replication=1)
@@ -210,8 +210,8 @@ def test_of_equal_texts_the_first_is_chosen():
 # ---------------------------------------------------------------- summaries
 
 
-def table_of(chosen, blind, correct, num_options=4, source="s", family="f"):
-    rows = {"source": source, "family": family, "num_options": num_options, "correct": correct}
+def table_of(chosen, blind, correct, num_options=4, source="s", task="f"):
+    rows = {"source": source, "task": task, "num_options": num_options, "correct": correct}
     for name in multiple_choice.SCORINGS:
         rows |= {f"chosen_{name}": chosen, f"blind_chosen_{name}": blind}
     return pd.DataFrame(rows)
@@ -231,8 +231,8 @@ def test_summary_has_chance_blind_and_paired_gain():
 
 def test_chance_is_averaged_over_items_of_several_lengths():
     tables = [
-        table_of([0, 0], [0, 0], [0, 1], num_options=2, family="two"),
-        table_of([0], [0], [0], num_options=5, family="five"),
+        table_of([0, 0], [0, 0], [0, 1], num_options=2, task="two"),
+        table_of([0], [0], [0], num_options=5, task="five"),
     ]
     found = multiple_choice.summarise(pd.concat(tables), 20, 1)
     assert set(found) == {"all", "s/two", "s/five"}

@@ -25,8 +25,8 @@ def test_round_trip_with_every_kind_of_line_break(tmp_path):
         ({"split": "dev"}, "split: Input should be 'train', 'validation' or 'test'"),
         ({"kind": "video", "path": "a.mp4"}, "needs its sha256"),
         ({"items": []}, "items: Tuple should have at least 1 item"),
-        ({"items": [{"family": "f"}]}, "an item has one of 'assistant' .*, 'messages' and 'options'"),
-        ({"items": [{"family": "f", "assistant": "a", "target": 0}]}, "target 0 of 0 objects"),
+        ({"items": [{"task": "f"}]}, "an item has one of 'assistant' .*, 'messages' and 'options'"),
+        ({"items": [{"task": "f", "assistant": "a", "target": 0}]}, "target 0 of 0 objects"),
     ],
 )
 def test_bad_records_are_named(change, message):

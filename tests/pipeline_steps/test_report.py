@@ -17,29 +17,29 @@ from pipeline_steps.report import attention_figures, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from tests.pipeline_steps.counted import flops_result, report_section
 
-FAMILIES = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
+TASKS = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
 ACCURACY = {"coarse": 0.42, "fine": 0.915, "autoregressive": 0.91, "blind": 0.12, "random_query": 0.38}
-SETTINGS = report_section("Foveated <model>", FAMILIES)
+SETTINGS = report_section("Foveated <model>", TASKS)
 
 
 def item_table(scale=1.0, seed=0, num_items=40):
     """Items whose loss is LOSS times `scale` on average."""
     rng, rows = np.random.default_rng(seed), []
-    for family in FAMILIES:
+    for task in TASKS:
         for mode in MODES:
             for item in range(num_items):
                 loss = LOSS[mode] * scale * 5 * rng.uniform(0.8, 1.2)
                 correct = int(rng.binomial(5, ACCURACY[mode]))
-                rows.append((f"{family}-{item:03}", 0, family, mode, 5, loss, correct))
-    return pd.DataFrame(rows, columns=["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct"])
+                rows.append((f"{task}-{item:03}", 0, task, mode, 5, loss, correct))
+    return pd.DataFrame(rows, columns=["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct"])
 
 
 def result_of(table, data="d1"):
-    families = {}
-    for (family, mode), rows in table.groupby(["family", "mode"]):
+    tasks = {}
+    for (task, mode), rows in table.groupby(["task", "mode"]):
         loss, accuracy = rows.loss_sum.sum() / rows.num_tokens.sum(), rows.num_correct.sum() / rows.num_tokens.sum()
-        families.setdefault(family, {})[mode] = metrics.Score(
+        tasks.setdefault(task, {})[mode] = metrics.Score(
             loss=loss,
             accuracy=accuracy,
             num_items=len(rows),
@@ -49,8 +49,8 @@ def result_of(table, data="d1"):
         )
     mean = {
         mode: metrics.MeanScore(
-            loss=float(np.mean([entry[mode].loss for entry in families.values()])),
-            accuracy=float(np.mean([entry[mode].accuracy for entry in families.values()])),
+            loss=float(np.mean([entry[mode].loss for entry in tasks.values()])),
+            accuracy=float(np.mean([entry[mode].accuracy for entry in tasks.values()])),
         )
         for mode in MODES
     }
@@ -70,13 +70,13 @@ def result_of(table, data="d1"):
         for mode, peak in peaks.items()
     }
     return metrics.EvaluationResult(
-        families=families,
+        tasks=tasks,
         mean=mean,
-        gap={family: metrics.Gap(loss_ratio=1.03, interval=(0.99, 1.07)) for family in families},
-        text=families["card"]["fine"],
-        chance=dict.fromkeys((*FAMILIES, "text"), 0.11),
-        gaze=dict.fromkeys(FAMILIES[:4], gaze),
-        generation={family: metrics.Generation(exact_match=0.7, num_items=20) for family in FAMILIES},
+        gap={task: metrics.Gap(loss_ratio=1.03, interval=(0.99, 1.07)) for task in tasks},
+        text=tasks["card"]["fine"],
+        chance=dict.fromkeys((*TASKS, "text"), 0.11),
+        gaze=dict.fromkeys(TASKS[:4], gaze),
+        generation={task: metrics.Generation(exact_match=0.7, num_items=20) for task in TASKS},
         provenance={"shards_sha256": data, "tokens_sha256": data, "split": "test", "torch": "2", "transformers": "5"},
     )
 
@@ -102,7 +102,7 @@ def write_root(root, *, curves=True, heatmaps=True):
     answer = {
         "key": "a",
         "item": 0,
-        "family": "card",
+        "task": "card",
         "question": "Which?",
         "expected": "red: 1",
         "generated": "red: 2",
@@ -123,12 +123,12 @@ def write_root(root, *, curves=True, heatmaps=True):
 
 
 def curve_table(sources=("procedural",), columns=CURVE_COLUMNS):
-    """The table of a training stage: all families from every source, diagnostics and one warning."""
+    """The table of a training stage: all tasks from every source, diagnostics and one warning."""
     rows = [{"event": "train", "step": s, "samples": 32 * s, "loss": 3 / s**0.5} for s in range(1, 60)]
     for step in (20, 40, 59):
         for source in sources:
             shared = {"event": "validation", "step": step, "source": source, "mode": "fine", "loss": 1}
-            rows += [{**shared, "family": family, "accuracy": step / 80} for family in FAMILIES]
+            rows += [{**shared, "task": task, "accuracy": step / 80} for task in TASKS]
         rows.append({"event": "diagnostics", "step": step, **dict.fromkeys(DIAGNOSTICS, 20 / step)})
     rows.append({"event": "warning", "step": 59, "message": "uniform attention: <nothing> is chosen"})
     return pd.DataFrame(rows, columns=columns)
@@ -180,7 +180,7 @@ def write_manifests(root):
         "dropped": [],
         "truncated": [],
         "sources": {"folder": {"seen": 9, "kept": 9, "truncated": 0, "dropped": 0, "tokens": 99}},
-        "families": {"card": 9},
+        "tasks": {"card": 9},
         "tokenizer_sha256": "c",
         "vocabulary_size": 512,
         "max_tokens": 256,
@@ -204,7 +204,7 @@ def write_heatmaps(folder, peaks=None):
     clip = {
         "key": "c",
         "item": 0,
-        "family": "card",
+        "task": "card",
         "question": "Which <b>?",
         "answer": "red: 1",
         "prediction": "red: 1",
@@ -266,7 +266,7 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
-    assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(FAMILIES)
+    assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(TASKS)
 
 
 def test_the_sheet_of_many_clips_and_the_attention_over_the_frames_are_on_the_page(built):
@@ -404,10 +404,10 @@ def test_targets_are_judged_on_the_embedded_world_only():
     result = result_of(item_table())
     assert {row[1] for row in report.tables.targets(result, SETTINGS.targets).rows} == {"met"}
     bad = result.model_copy(deep=True)
-    bad.families["card"]["autoregressive"].loss = 9.0
+    bad.tasks["card"]["autoregressive"].loss = 9.0
     judged = {row[0]: row[1] for row in report.tables.targets(bad, SETTINGS.targets).rows}
     assert judged["loss of card"] == "missed"
-    del bad.families["gist"]
+    del bad.tasks["gist"]
     assert report.tables.targets(bad, SETTINGS.targets).rows == []
 
 

@@ -134,12 +134,12 @@ def test_a_click_sorts_numbers_as_numbers_and_again_turns_around(browser):
 
 
 def test_the_keyboard_sorts_words_and_missing_values_stay_last(browser):
-    head, cells = column(browser, "accuracy", "family")
+    head, cells = column(browser, "accuracy", "task")
     assert cells()[0] == "ask_colour"
     head.send_keys(Keys.ENTER)
     head.send_keys(Keys.ENTER)
     assert cells()[0] == "image"
-    assert cells()[-2:] == ["mean of families", "text only (no frames)"]
+    assert cells()[-2:] == ["mean of tasks", "text only (no frames)"]
     head, cells = column(browser, "flops", "training")
     for _ in range(2):
         head.send_keys(Keys.SPACE)

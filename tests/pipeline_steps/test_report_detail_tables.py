@@ -1,4 +1,4 @@
-"""The report's tables beyond families and modes, on invented results whose cells are known."""
+"""The report's tables beyond tasks and modes, on invented results whose cells are known."""
 
 import pytest
 
@@ -139,7 +139,7 @@ def test_frames_that_nothing_is_asked_of_are_left_out(plain):
     frames = {"card": {"fine": long, "blind": long, "autoregressive": long}, "follow": {"autoregressive": short}}
     result = plain.model_copy(update={"per_frame": frames})
     table = detail_tables.per_frame(result, "accuracy")
-    assert table.columns == ["family", "mode", "frame 1", "frame 2"]
+    assert table.columns == ["task", "mode", "frame 1", "frame 2"]
     assert texts(table) == [
         ["card", "autoregressive", "50.0%", "25.0%"],
         ["card", "blind", "50.0%", "25.0%"],
@@ -154,7 +154,7 @@ def test_gaze_is_compared_with_the_references_that_there_are(plain):
     below = metrics.GazeDifference(peak_on_target=-0.01, interval=(-0.03, 0.0), num_frames=300)
     differences = {"card": {"oracle": below, "chance": entry}, "follow": {"chance": entry}}
     table = detail_tables.gaze_difference(plain.model_copy(update={"gaze_difference": differences}))
-    assert table.columns == ["family", "against chance", "frames", "against oracle", "frames"]
+    assert table.columns == ["task", "against chance", "frames", "against oracle", "frames"]
     assert texts(table) == [
         ["card", "+50.0 [+40.0 to +60.0]", "600", "−1.0 [−3.0 to +0.0]", "300"],
         ["follow", "+50.0 [+40.0 to +60.0]", "600", "–", "–"],
@@ -191,14 +191,14 @@ def test_attention_is_shown_by_mode_and_layer(plain):
 
 
 def test_sources_are_told_apart_where_there_are_several(plain):
-    alone = detail_tables.by_source(plain.model_copy(update={"sources": {"procedural": plain.families}}))
+    alone = detail_tables.by_source(plain.model_copy(update={"sources": {"procedural": plain.tasks}}))
     assert (alone.rows, alone.note) == ([], "All items are of one source: procedural.")
-    score = plain.families["card"]["autoregressive"].model_copy(update={"num_items": 1})
-    sources = {"chat": {"text": {"text": score}}, "procedural": {"card": plain.families["card"]}}
+    score = plain.tasks["card"]["autoregressive"].model_copy(update={"num_items": 1})
+    sources = {"chat": {"text": {"text": score}}, "procedural": {"card": plain.tasks["card"]}}
     table = detail_tables.by_source(plain.model_copy(update={"sources": sources}))
     assert [row[:2] for row in table.rows] == [["chat", "text"], ["procedural", "card"]]
     assert texts(table)[0][2:] == ["1", f"{score.accuracy:.1%}", "–", "–", "–", "–", f"{score.loss:.3f}"]
-    assert table.rows[1][3][1] == plain.families["card"]["autoregressive"].accuracy
+    assert table.rows[1][3][1] == plain.tasks["card"]["autoregressive"].accuracy
 
 
 def test_page_and_markdown_show_all_of_it(plain, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pipeline_steps.report import controls, curves, markdown, reading
 from pipeline_steps.report.inputs import CURVE_COLUMNS, read_inputs
 from pipeline_steps.report.tables import text_of
 from tests.pipeline_steps.test_report import (
-    FAMILIES,
+    TASKS,
     build,
     curve_table,
     item_table,
@@ -42,12 +42,12 @@ def test_sources_are_accounted_for(tmp_path):
     ]
 
 
-def test_curves_are_per_family_and_per_source_where_a_family_has_several():
-    one = curves.family_lines({"stage1": curve_table(), "stage2": curve_table()})
-    assert list(one) == sorted(FAMILIES)
+def test_curves_are_per_task_and_per_source_where_a_task_has_several():
+    one = curves.task_lines({"stage1": curve_table(), "stage2": curve_table()})
+    assert list(one) == sorted(TASKS)
     assert [stage for stage, _ in one["card"]] == ["stage1", "stage2"]
-    two = curves.family_lines({"stage1": curve_table(("chat", "procedural"))})
-    assert list(two) == [f"{source}/{family}" for source in ("chat", "procedural") for family in sorted(FAMILIES)]
+    two = curves.task_lines({"stage1": curve_table(("chat", "procedural"))})
+    assert list(two) == [f"{source}/{task}" for source in ("chat", "procedural") for task in sorted(TASKS)]
     assert two["chat/card"][0][1]["step"].tolist() == [20, 40, 59]
 
 
@@ -75,8 +75,8 @@ def test_a_table_of_another_version_names_the_column(tmp_path):
 def test_control_costs_are_points_of_accuracy():
     result = result_of(item_table())
     table = controls.costs(result)
-    assert table.columns == ["family", "autoregressive", "blind", "random query"]
-    expected = 100 * (result.families["card"]["blind"].accuracy - result.families["card"]["autoregressive"].accuracy)
+    assert table.columns == ["task", "autoregressive", "blind", "random query"]
+    expected = 100 * (result.tasks["card"]["blind"].accuracy - result.tasks["card"]["autoregressive"].accuracy)
     row = next(row for row in table.rows if row[0] == "card")
     assert row[2] == (f"−{-expected:.1f}", pytest.approx(expected))
 
@@ -114,6 +114,6 @@ def test_paired_controls_come_with_their_intervals():
     )
     result = result_of(item_table()).model_copy(update={"controls": {"card": {"static_query": control}, "gist": {}}})
     table = controls.costs(result)
-    assert table.columns == ["family", "autoregressive", "static query"]
+    assert table.columns == ["task", "autoregressive", "static query"]
     assert table.rows[0][2] == ("−50.0 [−55.0 to −40.0]", -50.0)
     assert table.rows[1][2] == ("–", None)

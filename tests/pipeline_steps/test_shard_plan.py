@@ -13,7 +13,7 @@ from tests.pipeline_steps.clips import text_row, write_index
 
 
 def raw_sample(key, split=None, video_id=None, sha256=None, source="test"):
-    item = {"user": "q", "assistant": "a", "family": "caption"}
+    item = {"user": "q", "assistant": "a", "task": "caption"}
     return RawSample(
         key=key,
         source=source,

@@ -90,7 +90,7 @@ def test_index_counts(samples, raw):
     visual = [sample for sample in samples if sample.kind != "text"]
     assert Counter(sample.split for sample in visual) == {"train": 18, "validation": 7, "test": 14}
     for split in ("validation", "test"):
-        items = Counter(item.family for sample in visual if sample.split == split for item in sample.items)
+        items = Counter(item.task for sample in visual if sample.split == split for item in sample.items)
         assert items == dict.fromkeys(world.KINDS, 1 if split == "validation" else 2)
     for sample in visual:
         assert sample.size == (raw / sample.path).stat().st_size
@@ -110,7 +110,7 @@ def test_index_counts(samples, raw):
 
 
 def text_samples(source, *names):
-    item = {"user": "q", "assistant": "a", "family": "text"}
+    item = {"user": "q", "assistant": "a", "task": "text"}
     for name in names:
         yield RawSample(key=name, source=source, video_id=name, kind="text", items=(item,))
 
@@ -178,7 +178,7 @@ def test_held_out_digit_images_are_never_trained_on(raw):
 
 
 def test_boxes_are_where_the_colours_are_in_decoded_clips(raw, samples):
-    clips = [s for s in samples if s.kind == "video" and s.items[0].family in ("ask_colour", "ask_place", "gist")]
+    clips = [s for s in samples if s.kind == "video" and s.items[0].task in ("ask_colour", "ask_place", "gist")]
     assert len(clips) > 8
     for sample in clips:
         with av.open(str(raw / sample.path)) as container:
@@ -264,7 +264,7 @@ def test_folder_rows_become_items(tmp_path):
     media(tmp_path, "a.mp4", "deep/er/b.jpg", "c.MKV", "README.md", ".hidden")
     jsonl(
         tmp_path,
-        {"file_name": "a.mp4", "caption": "A dog.", "question": "What?", "answer": "A dog.", "family": "pets", "x": 1},
+        {"file_name": "a.mp4", "caption": "A dog.", "question": "What?", "answer": "A dog.", "task": "pets", "x": 1},
         {"file_name": "./deep/er/b.jpg", "caption": "A cat.", "split": "test", "video_id": "cats", "question": None},
         {"file_name": "a.mp4", "question": "Where?", "answer": "Here."},
     )
@@ -274,12 +274,12 @@ def test_folder_rows_become_items(tmp_path):
     assert (a.key, a.kind, a.split, a.video_id, a.path) == ("mine-a", "video", None, "a.mp4", str(tmp_path / "a.mp4"))
     assert (b.key, b.kind, b.split, b.video_id) == ("mine-deep-er-b", "image", "test", "cats")
     assert a.size == 5
-    assert [(i.user, i.assistant, i.family) for i in a.items] == [
+    assert [(i.user, i.assistant, i.task) for i in a.items] == [
         (None, "A dog.", "caption"),
         ("What?", "A dog.", "pets"),
         ("Where?", "Here.", "question"),
     ]
-    assert [(i.user, i.assistant, i.family) for i in b.items] == [(None, "A cat.", "caption")]
+    assert [(i.user, i.assistant, i.task) for i in b.items] == [(None, "A cat.", "caption")]
 
 
 def test_known_endings_are_those_that_can_be_decoded():
@@ -338,8 +338,8 @@ ERRORS = {
     "escapes": ("metadata.jsonl", OK.replace("a.mp4", "../a.mp4"), "'../a.mp4' leads out of"),
     "absolute": ("metadata.jsonl", OK.replace("a.mp4", "/a.mp4"), "'/a.mp4' leads out of"),
     "long name": ("metadata.jsonl", OK.replace("a.mp4", "a" * 300 + ".mp4"), "longer than a file's name can be"),
-    "family of all": ("metadata.jsonl", OK.replace("}", ', "family": "*"}'), r"family '\*' stands for all"),
-    "blank family": ("metadata.jsonl", OK.replace("}", ', "family": " "}'), "family is blank"),
+    "task of all": ("metadata.jsonl", OK.replace("}", ', "task": "*"}'), r"task '\*' stands for all"),
+    "blank task": ("metadata.jsonl", OK.replace("}", ', "task": " "}'), "task is blank"),
     "source of no letters": ("metadata.jsonl", OK.replace("}", ', "source": ""}'), "line 1.*source is ''"),
     "source is a number": ("metadata.jsonl", OK.replace("}", ', "source": 3}'), "line 1.*source is 3"),
     "source is a list": ("metadata.jsonl", OK.replace("}", ', "source": ["x"]}'), "line 1.*source is"),

@@ -16,8 +16,8 @@ def test_ratio_of_a_constant_factor_is_exact():
     assert found.p_value == pytest.approx(0.0, abs=1e-12)
 
 
-def test_families_weigh_the_same_and_tokens_within_a_family():
-    """Family 1 (one item of ten tokens, one of thirty): (10 + 60) / 40 = 1.75; family 2: 4 / 2 = 2; mean 1.875."""
+def test_tasks_weigh_the_same_and_tokens_within_a_task():
+    """Task 1 (one item of ten tokens, one of thirty): (10 + 60) / 40 = 1.75; task 2: 4 / 2 = 2; mean 1.875."""
     sums, tokens = np.array([[10.0, 60.0, 4.0]]), np.array([10.0, 30.0, 2.0])
     _, observed = Resamples([2, 1], 5, 0).means(sums, tokens)
     assert observed == pytest.approx([1.875])

@@ -17,8 +17,8 @@ from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import clips, open_split, streaming, write
 
 MIXTURE = (
-    MixtureEntry(source="films", family="*", weight=1.0),
-    MixtureEntry(source="*", family="card", weight=3.0),
+    MixtureEntry(source="films", task="*", weight=1.0),
+    MixtureEntry(source="*", task="card", weight=3.0),
 )
 
 
@@ -38,12 +38,12 @@ def test_counts_are_what_the_loader_serves(root):
     for batch in Loader(dataset, plan, packed.collator(), section):
         lengths = batch["attention_mask"].sum(1).tolist()
         for key, frames, length in zip(batch["keys"], batch["num_frames"].tolist(), lengths, strict=True):
-            place = (row_of[key]["source"], row_of[key]["family"])
+            place = (row_of[key]["source"], row_of[key]["task"])
             seen.update({(*place, "samples"): 1, (*place, "frames"): frames, (*place, "text"): length - frames})
     for source, rows in counts.sources.items():
-        for family, row in rows.items():
+        for task, row in rows.items():
             found = (row.num_samples, row.num_frames, row.text_tokens)
-            assert found == tuple(seen[source, family, what] for what in ("samples", "frames", "text"))
+            assert found == tuple(seen[source, task, what] for what in ("samples", "frames", "text"))
             assert row.visual_tokens == row.num_frames
             assert row.epochs == row.num_samples / row.num_items
             assert row.share == row.num_samples / 200
@@ -58,7 +58,7 @@ def test_truncated_chats_are_counted_as_often_as_they_are_served(root):
     dataset = open_split(root)
     dataset.index.truncated.setflags(write=True)
     dataset.index.truncated[[1, 2]] = True
-    settings = packed.stage(mixture=(MixtureEntry(source="*", family="*", weight=1.0),), num_samples=900)
+    settings = packed.stage(mixture=(MixtureEntry(source="*", task="*", weight=1.0),), num_samples=900)
     plan = plan_stage(dataset, settings, streaming(), stage="stage1", seed=1, batch_size=16, tokens_per_frame=1)
     counts = count(dataset, plan, image_replication=1, tokens_per_frame=1)
     assert counts.total.num_truncated == sum(number in (1, 2) for number in plan.plan.order.tolist()) > 15
@@ -102,4 +102,4 @@ def test_data_that_lack_a_source_are_named(monkeypatch, root, capsys):
     assert "no items of nowhere/card" in capsys.readouterr().err
 
 
-ENTRY = {"source": "nowhere", "family": "card", "weight": 1.0}
+ENTRY = {"source": "nowhere", "task": "card", "weight": 1.0}

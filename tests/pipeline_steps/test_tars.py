@@ -82,7 +82,7 @@ def test_a_still(tmp_path, suffix):
 def test_a_video_file_with_its_text(tmp_path):
     sample = only(tmp_path, [("k.mp4", b"movie"), ("k.txt", b"A dog."), ("k.json", {"frame_count": 90, "url": "x"})])
     assert (sample.kind, sample.picture_fps, media_of(sample)) == ("video", None, [b"movie"])
-    assert [(i.user, i.assistant, i.family) for i in sample.items] == [(None, "A dog.", "caption")]
+    assert [(i.user, i.assistant, i.task) for i in sample.items] == [(None, "A dog.", "caption")]
     sample = only(tmp_path, [("k.mp4", b"movie"), ("k.txt", "Ein Bär.".encode())])
     assert sample.items[0].assistant == "Ein Bär."
 
@@ -132,12 +132,12 @@ def test_a_shard_of_this_pipeline_reads_back(tmp_path):
         "duration": 6.0,
         "num_source_frames": 12,
         "objects": [{"colour": "red", "place": "top left", "digits": [1], "boxes": [[0, 0, 1, 1]]}],
-        "items": [QUESTION | {"family": "card", "cue": "A", "target": 0}],
+        "items": [QUESTION | {"task": "card", "cue": "A", "target": 0}],
     }
     members = [*frames("p-1.{:03d}.jpg"), ("p-1.json", own)]
     sample = only(tmp_path, members)
     assert (sample.source, sample.split, sample.picture_fps, sample.objects) == ("procedural", "test", 0.5, None)
-    assert (sample.items[0].family, sample.items[0].cue, sample.items[0].target) == ("card", "A", None)
+    assert (sample.items[0].task, sample.items[0].cue, sample.items[0].target) == ("card", "A", None)
     whole = only(tmp_path, [*members[:-1], ("p-1.json", own | {"num_source_frames": 3})])
     assert (whole.items[0].target, whole.objects[0].colour) == (0, "red")
     stills = only(tmp_path, [*members[:-1], ("p-1.json", own | {"kind": "image", "duration": 0.0})])
@@ -148,8 +148,8 @@ def test_what_the_stage_shards_writes_reads_back(tmp_path):
     raw = tmp_path / "raw"
     write_clip(raw / "clip.mp4", grey_frames(8), fps=2)
     write_image(raw / "still.jpg", grey_frames(1)[0])
-    chat = [{"messages": MORE, "family": "x", "rejected": "No."}]
-    choice = [{"user": "A?", "options": ["b", "c"], "correct_option": 1, "family": "choice"}]
+    chat = [{"messages": MORE, "task": "x", "rejected": "No."}]
+    choice = [{"user": "A?", "options": ["b", "c"], "correct_option": 1, "task": "choice"}]
     rows = [index_row(raw, "clip.mp4", items=choice, split="test"), text_row("t", "A?", "B.", split="test")]
     rows.append(index_row(raw, "still.jpg", kind="image", items=chat, split="test"))
     samples = [RawSample.model_validate(row) for row in rows]
@@ -178,15 +178,15 @@ PREFERENCE = {"user": "A?", "chosen_assistant": "B.", "rejected_assistant": "No.
 @pytest.mark.parametrize(
     ("contents", "expected"),
     [
-        ({"user": "A?", "assistant": "B."}, {"user": "A?", "assistant": "B.", "family": "question"}),
-        ({"user": " ", "assistant": "B.", "family": "x"}, {"assistant": "B.", "family": "x"}),
-        ({"caption": "B.", "user": None}, {"assistant": "B.", "family": "caption"}),
-        ({"messages": CHAT}, {"user": "A?", "assistant": "B.", "family": "question"}),
-        ({"messages": MORE}, {"messages": tuple(MORE), "family": "question"}),
-        (PREFERENCE, {"user": "A?", "assistant": "B.", "rejected": "No.", "family": "preference"}),
+        ({"user": "A?", "assistant": "B."}, {"user": "A?", "assistant": "B.", "task": "question"}),
+        ({"user": " ", "assistant": "B.", "task": "x"}, {"assistant": "B.", "task": "x"}),
+        ({"caption": "B.", "user": None}, {"assistant": "B.", "task": "caption"}),
+        ({"messages": CHAT}, {"user": "A?", "assistant": "B.", "task": "question"}),
+        ({"messages": MORE}, {"messages": tuple(MORE), "task": "question"}),
+        (PREFERENCE, {"user": "A?", "assistant": "B.", "rejected": "No.", "task": "preference"}),
         (
             {"messages": MORE[:3], "chosen_assistant": "D.", "rejected_assistant": "E."},
-            {"messages": tuple(MORE), "rejected": "E.", "family": "preference"},
+            {"messages": tuple(MORE), "rejected": "E.", "task": "preference"},
         ),
     ],
 )
@@ -203,7 +203,7 @@ def test_source_split_and_video_id(tmp_path):
 
 
 OWN = {"kind": "text", "split": "test", "duration": 0.0}
-MANY_OPTIONS = {"user": "A?", "options": [f"o{i}" for i in range(27)], "correct_option": 0, "family": "x"}
+MANY_OPTIONS = {"user": "A?", "options": [f"o{i}" for i in range(27)], "correct_option": 0, "task": "x"}
 REFUSED = {
     "frame count": ([*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})], "frame_count is 8, 3 frames"),
     "frames are gone": ([("k.json", QUESTION | {"frame_count": 8})], "frame_count 8, 0 frames found"),
@@ -232,12 +232,12 @@ REFUSED = {
     "two answers": ([("k.json", PREFERENCE | {"assistant": "C."})], "assistant and chosen_assistant differ"),
     "same answers": ([("k.json", PREFERENCE | {"rejected_assistant": "B. "})], "are the same"),
     "wrong type": ([("k.json", QUESTION | {"user": 3})], "user: Input should be a valid string, found 3"),
-    "family of text": ([("k.jpg", b"x"), ("k.json", QUESTION | {"family": "text"})], "the family 'text'"),
+    "task of text": ([("k.jpg", b"x"), ("k.json", QUESTION | {"task": "text"})], "the task 'text'"),
     "blank source": ([("k.json", QUESTION | {"source": "?"})], "source is '?'"),
     "token ids": ([("k.json", {"token_ids": [1, 2]})], "give this entry the tokenizer"),
     "bad items": (
         [("k.json", {"kind": "text", "split": "test", "duration": 0.0, "items": [{"user": "A?"}]})],
-        "family: Field required",
+        "task: Field required",
     ),
 }
 
@@ -291,16 +291,16 @@ def test_token_ids_become_text(tmp_path, tokenizer_dir):
     ids = ids_of(tokenizer_dir, CHATS[0])
     contents = {"token_ids": ids, "loss_mask": [0] * len(ids), "source": "cauldron", "frame_count": 1}
     item = item_of(tmp_path, contents, tokenizer=str(tokenizer_dir))
-    assert item == {"user": "Which digits?", "assistant": "red: 31415", "family": "question"}
+    assert item == {"user": "Which digits?", "assistant": "red: 31415", "task": "question"}
     caption = item_of(tmp_path, contents | {"caption": "red: 31415"}, tokenizer=str(tokenizer_dir))
-    assert caption == {"assistant": "red: 31415", "family": "caption"}  # the old run's prompt is not kept
+    assert caption == {"assistant": "red: 31415", "task": "caption"}  # the old run's prompt is not kept
     text = item_of(tmp_path, contents | {"user": "A?", "assistant": "B."}, tokenizer=str(tokenizer_dir))
     assert (text["user"], text["assistant"]) == ("A?", "B.")
     chat = item_of(
         tmp_path, {"token_ids": ids_of(tokenizer_dir, CHATS[1])}, with_frames=False, tokenizer=str(tokenizer_dir)
     )
     assert [(m["role"], m["content"]) for m in chat["messages"]] == CHATS[1]
-    assert chat["family"] == "text"
+    assert chat["task"] == "text"
 
 
 def test_token_ids_that_do_not_fit(tmp_path, tokenizer_dir):

@@ -52,9 +52,9 @@ def shards_dir(tmp_path):
     write_clip(raw / "b.mp4", grey_frames(2))
     write_image(raw / "c.jpg", grey_frames(1)[0])
     questions = [
-        {"user": None, "assistant": "grey", "family": "caption"},
-        {"user": "Which?", "assistant": "red: 1 2", "family": "card", "cue": "red:"},
-        {"user": "Which?", "options": ["red", "blue"], "correct_option": 1, "family": "choice"},
+        {"user": None, "assistant": "grey", "task": "caption"},
+        {"user": "Which?", "assistant": "red: 1 2", "task": "card", "cue": "red:"},
+        {"user": "Which?", "options": ["red", "blue"], "correct_option": 1, "task": "choice"},
     ]
     rows = [index_row(raw, "a.mp4", split="train", items=questions), index_row(raw, "b.mp4", split="test")]
     rows += [index_row(raw, "c.jpg", kind="image", split="train")]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline_steps.common.params import UserError
 from pipeline_steps.training import checkpoint_io, checks, train_loop
-from pipeline_steps.training.__main__ import by_family
+from pipeline_steps.training.__main__ import by_task
 from pipeline_steps.training.distributed import Processes
 from pipeline_steps.training.ema import Average
 from pipeline_steps.training.optimizers import Optimizer
@@ -394,11 +394,11 @@ def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumula
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_scores_of_a_family_are_weighted_by_tokens_over_its_sources():
-    row = {"event": "validation", "family": "caption", "mode": "fine"}
+def test_scores_of_a_task_are_weighted_by_tokens_over_its_sources():
+    row = {"event": "validation", "task": "caption", "mode": "fine"}
     rows = [
         row | {"source": "a", "tokens": 1, "loss": 1.0, "accuracy": 0.0},
         row | {"source": "b", "tokens": 3, "loss": 2.0, "accuracy": 1.0},
         {"event": "diagnostics", "attention_entropy": 1.0},
     ]
-    assert by_family(rows) == {"caption": {"fine": {"loss": 1.75, "accuracy": 0.75}}}
+    assert by_task(rows) == {"caption": {"fine": {"loss": 1.75, "accuracy": 0.75}}}

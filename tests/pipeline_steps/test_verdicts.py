@@ -12,34 +12,34 @@ from pipeline_steps.report.inputs import Run
 from pipeline_steps.report.verdicts import NOT_VALIDATED, UNDECIDED, VALIDATED
 from tests.pipeline_steps.counted import report_section
 
-FAMILIES = ("card", "gist")
+TASKS = ("card", "gist")
 MODE = "autoregressive"
-SETTINGS = report_section("Report", FAMILIES)
-DIFFICULTY = np.random.default_rng(0).gamma(4.0, 0.25, (len(FAMILIES), 40))
+SETTINGS = report_section("Report", TASKS)
+DIFFICULTY = np.random.default_rng(0).gamma(4.0, 0.25, (len(TASKS), 40))
 
 
 def make_run(ablation, seed, scale=1.0, spread=0.02, budget=None, correct=3):
     """A run whose items lose DIFFICULTY times `scale` on average, each with noise of `spread`."""
     rng = np.random.default_rng(1000 * seed + sum(map(ord, ablation)))
     rows = [
-        (f"{family}-{item}", 0, family, MODE, 5, 5 * loss * scale * (1 + spread * rng.uniform(-1, 1)), correct)
-        for family, losses in zip(FAMILIES, DIFFICULTY, strict=True)
+        (f"{task}-{item}", 0, task, MODE, 5, 5 * loss * scale * (1 + spread * rng.uniform(-1, 1)), correct)
+        for task, losses in zip(TASKS, DIFFICULTY, strict=True)
         for item, loss in enumerate(losses)
     ]
-    columns = ["key", "item", "family", "mode", "num_tokens", "loss_sum", "num_correct"]
+    columns = ["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct"]
     items = pd.DataFrame(rows, columns=columns)
     return Run(f"{ablation}-seed{seed}", ablation, seed, result_of(items), items, budget)
 
 
 def result_of(items):
-    families = {}
-    for family, rows in items.groupby("family"):
+    tasks = {}
+    for task, rows in items.groupby("task"):
         loss, accuracy = rows.loss_sum.sum() / rows.num_tokens.sum(), rows.num_correct.sum() / rows.num_tokens.sum()
         score = {"loss": loss, "accuracy": accuracy, "num_items": len(rows), "num_tokens": 5 * len(rows)}
         intervals = {"loss_interval": (loss, loss), "accuracy_interval": (accuracy, accuracy)}
-        families[family] = {MODE: metrics.Score(**score, **intervals)}
+        tasks[task] = {MODE: metrics.Score(**score, **intervals)}
     provenance = {"shards_sha256": "d", "tokens_sha256": "d", "split": "test"}
-    return metrics.EvaluationResult.model_construct(families=families, provenance=provenance)
+    return metrics.EvaluationResult.model_construct(tasks=tasks, provenance=provenance)
 
 
 class Found:
@@ -93,7 +93,7 @@ def test_a_verdict_states_effect_interval_seeds_and_items():
     assert "2.00 times that of one chosen look [" in verdict.statement
     assert "95% interval over seeds and items" in verdict.statement
     assert "accuracy 40.0% against 60.0%, -20.0 points [-20.0, -20.0]" in verdict.statement
-    assert "3 seeds, 2 families, 80 items; training budget not kept." in verdict.statement
+    assert "3 seeds, 2 tasks, 80 items; training budget not kept." in verdict.statement
 
 
 def test_opposite_seeds_are_undecided():

@@ -23,9 +23,9 @@ from tests.pipeline_steps.packed import Clip, clips, streaming, write
 
 SAMPLES = [
     *clips(86, text_every=6),
-    *(Clip(f"films-two-{n}", source="films", families=("card", "gist")) for n in "abcd"),
+    *(Clip(f"films-two-{n}", source="films", tasks=("card", "gist")) for n in "abcd"),
 ]
-EVERYTHING = (MixtureEntry(source="*", family="*", weight=1.0),)
+EVERYTHING = (MixtureEntry(source="*", task="*", weight=1.0),)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_ranks_read_different_shards_and_no_sample_twice(root, world_size):
         one = loader(data, settings, num_samples=32, rank=rank, world_size=world_size)
         served.append(flat(one))
         numbers = np.concatenate([one._items(step) for step in range(one.num_steps)])
-        shards.append({(data.rows[int(number)]["family"], int(data.shard_of[number])) for number in numbers})
+        shards.append({(data.rows[int(number)]["task"], int(data.shard_of[number])) for number in numbers})
     everything = list(itertools.chain.from_iterable(served))
     assert len(everything) == 32
     assert max(Counter(everything).values()) <= 2  # films-two-*: an item in two groups

@@ -69,7 +69,7 @@ def test_texts(digits):
     assert first("card") == {
         "user": "Which digits does the card's colour show?",
         "assistant": "cyan: 71",
-        "family": "card",
+        "task": "card",
         "cue": "cyan:",
         "target": 1,
     }
@@ -83,7 +83,7 @@ def test_texts(digits):
     }
     for kind, texts in expected.items():
         item = first(kind)
-        assert (item["user"], item["assistant"], item["family"]) == (*texts, kind)
+        assert (item["user"], item["assistant"], item["task"]) == (*texts, kind)
         assert (item["target"] is None) == (item["cue"] == "") == (kind in ("caption", "image", "gist"))
 
 

@@ -36,7 +36,7 @@ class Table:
     subset: str  # what `subsets` of an entry chooses by
     files: str  # glob of the published files, within the repository
     source: str  # the name of its samples' source
-    family: str = ""  # of its items, where the file decides it
+    task: str = ""  # of its items, where the file decides it
 
 
 @dataclass(frozen=True)
@@ -141,33 +141,33 @@ def _short(value) -> str:
 # ---------------------------------------------------------------- items
 
 
-def chat(turns: list[tuple[str, str]], family: str) -> dict:
+def chat(turns: list[tuple[str, str]], task: str) -> dict:
     """One item of all [(role, text)]: roles user and assistant in turn, answered last, a system line perhaps first."""
     roles = [role for role, _ in turns]
     body = roles[1:] if roles[:1] == ["system"] else roles
     if not body or body != ["user", "assistant"] * (len(body) // 2):
         raise Unusable(f"messages: the roles are {', '.join(roles)[:80]}, not user and assistant in turn")
     if len(turns) == 2:
-        return {"user": turns[0][1], "assistant": turns[1][1], "family": family}
+        return {"user": turns[0][1], "assistant": turns[1][1], "task": task}
     messages = [{"role": role, "content": content} for role, content in turns]
-    return {"messages": messages, "family": family}
+    return {"messages": messages, "task": task}
 
 
-def multiple_choice(question: str, options: list[str], answer: str, family: str) -> dict:
+def multiple_choice(question: str, options: list[str], answer: str, task: str) -> dict:
     """An item whose answer is one of `options`, word for word."""
     if options.count(answer) != 1:
         raise Unusable(f"answer: {answer[:40]!r} is {options.count(answer)} of the {len(options)} options")
-    return lettered_choice(question, options, options.index(answer), family)
+    return lettered_choice(question, options, options.index(answer), task)
 
 
-def lettered_choice(question: str, options: list[str], correct: int, family: str) -> dict:
+def lettered_choice(question: str, options: list[str], correct: int, task: str) -> dict:
     """An item whose answer is options[correct]."""
     if len(options) < 2 or not 0 <= correct < len(options):
         raise Unusable(f"answer: option {correct} of {len(options)}")
-    return {"user": question, "options": options, "correct_option": correct, "family": family}
+    return {"user": question, "options": options, "correct_option": correct, "task": task}
 
 
-def family_name(dataset: str, task: str) -> str:
+def task_name(dataset: str, task: str) -> str:
     """`<dataset>_<task>` in small letters, digits and underscores."""
     return f"{dataset}_{re.sub('[^a-z0-9]+', '_', task.lower()).strip('_')}"
 

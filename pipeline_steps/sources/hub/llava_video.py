@@ -14,7 +14,7 @@ from pipeline_steps.sources.hub.adapter import (
 )
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-FILES = {"caption": "cap", "open_ended": "oe", "multi_choice": "mc"}  # family: a part of the file's name
+FILES = {"caption": "cap", "open_ended": "oe", "multi_choice": "mc"}  # task: a part of the file's name
 KINDS = {
     "academic_v0_1": ("caption", "open_ended", "multi_choice"),
     "youtube_v0_1": ("caption", "open_ended", "multi_choice"),
@@ -39,7 +39,7 @@ def sample(row, table):
         videos=(f"{table.subset}/{video}", video),
         video_id=original_video(video),
         picture_fps=FRAMES_PER_SECOND.get(table.subset),
-        items=(chat(turns, table.family),),
+        items=(chat(turns, table.task),),
     )
 
 
@@ -53,12 +53,12 @@ def _without_placeholder(value):
 
 def _tables():
     for duration in DURATIONS:
-        for collection, families in KINDS.items():
+        for collection, tasks in KINDS.items():
             if collection == "perceptiontest" and duration in ("1_2_m", "2_3_m"):
                 continue  # there are none that long
-            for family in families:
+            for task in tasks:
                 subset = f"{duration}_{collection}"
-                yield Table(subset, f"{subset}/*{FILES[family]}*.json", "llava_video", family)
+                yield Table(subset, f"{subset}/*{FILES[task]}*.json", "llava_video", task)
     yield Table("llava_hound", "llava_hound/*.json", "llava_video", "open_ended")
 
 

@@ -9,9 +9,9 @@ from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    family_name,
     file_name,
     multiple_choice,
+    task_name,
     text,
     texts,
 )
@@ -21,12 +21,12 @@ TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco"
 
 def sample(row, table):
     video = file_name(text(row, "video"))
-    stem, family = PurePosixPath(video).stem, family_name("mlvu", text(row, "question_type"))
+    stem, task = PurePosixPath(video).stem, task_name("mlvu", text(row, "question_type"))
     return Draft(
         name=f"{table.subset}-{stem}",
         videos=(f"{table.subset}/{video}", video),
         video_id=f"mlvu-{stem}",
-        items=(multiple_choice(text(row, "question"), texts(row, "candidates"), text(row, "answer"), family),),
+        items=(multiple_choice(text(row, "question"), texts(row, "candidates"), text(row, "answer"), task),),
     )
 
 

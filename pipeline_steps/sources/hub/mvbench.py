@@ -53,7 +53,7 @@ def sample(row, table):
         video_id=original_video(video),
         picture_fps=FRAMES_PER_SECOND.get(task),
         segment=(number(row, "start"), number(row, "end")) if task in WITH_SEGMENT else None,
-        items=(multiple_choice(text(row, "question"), texts(row, "candidates"), text(row, "answer"), table.family),),
+        items=(multiple_choice(text(row, "question"), texts(row, "candidates"), text(row, "answer"), table.task),),
     )
 
 

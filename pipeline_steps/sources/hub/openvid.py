@@ -9,7 +9,7 @@ def sample(row, table):
         name=name.rsplit(".", 1)[0],
         videos=(name,),
         video_id=original_video(name),
-        items=({"user": None, "assistant": text(row, "caption"), "family": "caption"},),
+        items=({"user": None, "assistant": text(row, "caption"), "task": "caption"},),
     )
 
 

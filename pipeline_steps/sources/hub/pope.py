@@ -4,10 +4,10 @@ from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    family_name,
     identifier,
     image_bytes,
     multiple_choice,
+    task_name,
     text,
 )
 
@@ -16,7 +16,7 @@ OPTIONS = ["yes", "no"]
 
 def sample(row, table):
     category = text(row, "category")
-    item = multiple_choice(text(row, "question"), OPTIONS, text(row, "answer"), family_name("pope", category))
+    item = multiple_choice(text(row, "question"), OPTIONS, text(row, "answer"), task_name("pope", category))
     return Draft(
         name=f"{category}-{identifier(row, 'question_id')}",
         images=(image_bytes(row.get("image"), "image"),),

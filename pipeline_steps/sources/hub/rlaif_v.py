@@ -7,7 +7,7 @@ def sample(row, table):
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     if chosen == rejected:
         raise Unusable("rejected: the same as chosen")
-    item = {"user": text(row, "question"), "assistant": chosen, "rejected": rejected, "family": "preference"}
+    item = {"user": text(row, "question"), "assistant": chosen, "rejected": rejected, "task": "preference"}
     return Draft(
         name=optional_text(row, "origin_dataset") or "",
         images=(image_bytes(row.get("image"), "image"),),

@@ -8,11 +8,11 @@ from pipeline_steps.sources.hub.adapter import (
     Draft,
     Table,
     Unusable,
-    family_name,
     image_bytes,
     lettered_choice,
     number,
     optional_text,
+    task_name,
     text,
     texts,
 )
@@ -24,12 +24,12 @@ def sample(row, table):
     hint, question, correct = optional_text(row, "hint"), text(row, "question"), number(row, "answer")
     if correct != int(correct):
         raise Unusable(f"answer: {correct} is no whole number")
-    family = family_name("scienceqa", text(row, "subject"))
+    task = task_name("scienceqa", text(row, "subject"))
     asked = f"{hint}\n{question}" if hint else question
     return Draft(
         name="test",
         images=(image_bytes(row["image"], "image"),),
-        items=(lettered_choice(asked, texts(row, "choices"), int(correct), family),),
+        items=(lettered_choice(asked, texts(row, "choices"), int(correct), task),),
     )
 
 

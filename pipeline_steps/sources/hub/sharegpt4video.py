@@ -23,12 +23,12 @@ def sample(row, table):
         raise Unusable("captions: an idx is there twice")
     if WHOLE not in captions:
         raise Unusable(f"captions: none with idx {WHOLE}, the caption of the whole video")
-    items = [{"user": None, "assistant": captions.pop(WHOLE), "family": "caption"}]
+    items = [{"user": None, "assistant": captions.pop(WHOLE), "task": "caption"}]
     if captions:
         if not all(idx.isdecimal() for idx in captions):
             raise Unusable("captions: an idx is no number")
         parts = [captions[idx] for idx in sorted(captions, key=int)]
-        items.append({"user": KEY_FRAMES, "assistant": "\n".join(parts), "family": "key_frames"})
+        items.append({"user": KEY_FRAMES, "assistant": "\n".join(parts), "task": "key_frames"})
     video, path = text(row, "video_id"), file_name(text(row, "video_path"))
     return Draft(name=video, videos=(path,), video_id=original_video(video), items=tuple(items))
 

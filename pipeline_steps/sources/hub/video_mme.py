@@ -5,9 +5,9 @@ from pipeline_steps.sources.hub.adapter import (
     Draft,
     Table,
     Unusable,
-    family_name,
     file_name,
     lettered_choice,
+    task_name,
     text,
     texts,
 )
@@ -20,12 +20,12 @@ def sample(row, table):
     answer = text(row, "answer")
     if len(answer) != 1 or answer not in LETTERS[: len(options)]:
         raise Unusable(f"answer: {answer[:40]!r} is no letter of the {len(options)} options")
-    video, family = text(row, "videoID"), family_name("video_mme", text(row, "task_type"))
+    video, task = text(row, "videoID"), task_name("video_mme", text(row, "task_type"))
     return Draft(
         name=text(row, "question_id"),
         videos=tuple(file_name(f"{video}{suffix}") for suffix in (".mp4", ".MP4", ".mkv")),
         video_id=video,
-        items=(lettered_choice(text(row, "question"), options, LETTERS.index(answer), family),),
+        items=(lettered_choice(text(row, "question"), options, LETTERS.index(answer), task),),
     )
 
 

@@ -22,11 +22,11 @@ def sample(row, table):
     clip, caption = text(row, "clip_id"), row.get("caption")
     if not isinstance(caption, dict):
         raise Unusable("caption: expected an object with 'content'")
-    items = [{"user": None, "assistant": text(caption, "content"), "family": "caption"}]
+    items = [{"user": None, "assistant": text(caption, "content"), "task": "caption"}]
     for field, question in QUESTIONS.items():
         answer = optional_text(caption, field)
         if answer:
-            items.append({"user": question, "assistant": answer, "family": field})
+            items.append({"user": question, "assistant": answer, "task": field})
     video = _video(row, clip)
     name = file_name(f"{clip}.mp4")
     return Draft(

@@ -13,7 +13,7 @@ def sample(row, table):
         videos=names,
         video_id=f"webvid-{video}",
         url=optional_text(row, "contentUrl"),
-        items=({"user": None, "assistant": text(row, "name"), "family": "caption"},),
+        items=({"user": None, "assistant": text(row, "name"), "task": "caption"},),
     )
 
 
