@@ -140,7 +140,7 @@ def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEnt
     totals = {name: sum(getattr(s, name) for s in shards) for name in ("num_samples", "num_frames", "seconds", "bytes")}
     items = {name: sum(getattr(t, name) for t in tokens) for name in ("num_items", "num_tokens")}
     count = items["num_items"]
-    policy = FramePolicy(image_size=SIZE, fit="crop", fps=2.0, max_frames=NUM_FRAMES, jpeg_quality=90)
+    policy = FramePolicy(image_size=SIZE, resize_mode="crop", fps=2.0, max_frames=NUM_FRAMES, jpeg_quality=90)
     packed = ShardsManifest(
         splits={"train": SplitEntry(shards=tuple(shards), **totals)},
         seen=totals["num_samples"],

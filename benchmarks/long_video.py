@@ -49,7 +49,9 @@ def measure(path: Path, max_frames: int, repeats: int) -> dict[str, float]:
         for way, index in ways.items():
             with patch.object(frames, "read_index", index):
                 start = time.perf_counter()
-                media = frames.read_media(path, "video", fps=2.0, max_frames=max_frames, image_size=56, fit="crop")
+                media = frames.read_media(
+                    path, "video", fps=2.0, max_frames=max_frames, image_size=56, resize_mode="crop"
+                )
             seconds[way].append(time.perf_counter() - start)
             pictures[way] = [image.tobytes() for image in media.frames]
     if pictures["keys"] != pictures["everything"]:

@@ -115,7 +115,7 @@ def line(name, values):
 
 def measure(section, raw, every, folder):
     policy = {"fps": section.fps, "max_frames": section.max_frames, "image_size": section.image_size}
-    policy["fit"] = section.fit
+    policy["resize_mode"] = section.resize_mode
     samples = [sample for sample in records.read_samples(raw / "index.jsonl") if sample.kind != "text"]
     hashes = {}
     for sample in tqdm(samples, desc="hash", mininterval=1):

@@ -32,7 +32,7 @@ SEED, SHARE = 1, 0.005  # of validation and of test
 DISTANCE = 24  # bits
 TEXT = "What does the person on the left do after the door has been opened, and who is watching? " * 3
 ANSWER = "She puts the box on the table and sits down. " * 4
-FRAMES = FramePolicy(image_size=224, fit="crop", fps=2.0, max_frames=64, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=224, resize_mode="crop", fps=2.0, max_frames=64, jpeg_quality=95)
 
 
 def write_rows(path: Path, num_rows: int) -> None:

@@ -36,7 +36,7 @@ MAX_PROCESSES = 2
 def make_section(image_size: int, samples_per_shard: int) -> Section:
     return Section(
         image_size=image_size,
-        fit="crop",
+        resize_mode="crop",
         fps=2.0,
         max_frames=64,
         jpeg_quality=95,
@@ -89,7 +89,7 @@ def decode(path: Path, section: Section) -> int:
         "fps": section.fps,
         "max_frames": section.max_frames,
         "image_size": section.image_size,
-        "fit": section.fit,
+        "resize_mode": section.resize_mode,
     }
     return len(read_media(path, "video", **policy).frames)
 

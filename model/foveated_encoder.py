@@ -23,7 +23,7 @@ PLAIN = QueryAttention()
 
 
 @dataclass
-class VisionWalk:
+class EncodedFrames:
     """What one pass over the vision encoder leaves behind."""
 
     keys: list[Tensor]  # L x [F, H, N + 1, C]
@@ -32,9 +32,9 @@ class VisionWalk:
     patch_features: Tensor | None = None  # [F, N + 1, D], after the final layer norm; row 0 is the class token
     attention_weights: Tensor | None = None  # [L, F, H, K, N + 1]
 
-    def select_frames(self, index: Tensor) -> "VisionWalk":
+    def select_frames(self, index: Tensor) -> "EncodedFrames":
         """The walk of a subset of the frames (index: int64 [f])."""
-        return VisionWalk([key[index] for key in self.keys], [value[index] for value in self.values])
+        return EncodedFrames([key[index] for key in self.keys], [value[index] for value in self.values])
 
 
 class PatchEmbeddings(nn.Module):
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         rows: Tensor,
         keys: Tensor,
         values: Tensor,
-        how: QueryAttention,
+        query_attention: QueryAttention,
         num_patch_rows: int = 0,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +119,9 @@ class Attention(nn.Module):
         queries = self.split_heads(self.attention.query(rows))
         looking = queries[:, :, num_patch_rows:]
         weights = None
-        if looking.shape[2] and (output_attentions or not how.is_plain):
-            weights = how.weights(looking, keys)
-        if how.is_plain or not looking.shape[2]:
+        if looking.shape[2] and (output_attentions or not query_attention.is_plain):
+            weights = query_attention.weights(looking, keys)
+        if query_attention.is_plain or not looking.shape[2]:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
             patches = F.scaled_dot_product_attention(queries[:, :, :num_patch_rows], keys, values)
@@ -162,7 +162,7 @@ class Layer(nn.Module):
     def forward(
         self,
         rows: Tensor,
-        how: QueryAttention,
+        query_attention: QueryAttention,
         num_patch_rows: int,
         skip_patches: bool,
         output_attentions: bool,
@@ -173,7 +173,7 @@ class Layer(nn.Module):
         keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows])
         if skip_patches:
             rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
-        rows, weights = self.read(rows, normed, keys, values, how, num_patch_rows, output_attentions)
+        rows, weights = self.read(rows, normed, keys, values, query_attention, num_patch_rows, output_attentions)
         return rows, keys, values, weights
 
     def read(
@@ -182,18 +182,20 @@ class Layer(nn.Module):
         normed: Tensor,
         keys: Tensor,
         values: Tensor,
-        how: QueryAttention,
+        query_attention: QueryAttention,
         num_patch_rows: int,
         output_attentions: bool,
     ):
         """rows, normed = norm1(rows): [F, rows, D] -> (rows, weights of the query rows or None)."""
-        mixed, weights = self.attention(normed, keys, values, how, num_patch_rows, output_attentions)
+        mixed, weights = self.attention(normed, keys, values, query_attention, num_patch_rows, output_attentions)
         rows = rows + self.layer_scale1(mixed)
         return rows + self.layer_scale2(self.mlp(self.norm2(rows))), weights
 
-    def attend(self, rows: Tensor, keys: Tensor, values: Tensor, how: QueryAttention, output_attentions: bool):
+    def attend(
+        self, rows: Tensor, keys: Tensor, values: Tensor, query_attention: QueryAttention, output_attentions: bool
+    ):
         """Query rows alone, over the layer's cached keys and values: [F, K, D] -> (rows, weights or None)."""
-        return self.read(rows, self.norm1(rows), keys, values, how, 0, output_attentions)
+        return self.read(rows, self.norm1(rows), keys, values, query_attention, 0, output_attentions)
 
 
 class LayerStack(nn.Module):
@@ -218,14 +220,14 @@ class FoveatedEncoder(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False  # switched by PreTrainedModel.gradient_checkpointing_enable
 
-    def walk(
+    def encode(
         self,
         pixel_values: Tensor,
         query_rows: Tensor | None = None,
         need_patch_features: bool = False,
         output_attentions: bool = False,
-        how: QueryAttention = PLAIN,
-    ) -> VisionWalk:
+        query_attention: QueryAttention = PLAIN,
+    ) -> EncodedFrames:
         """One pass over the layers: the keys and values of every layer, and `query_rows` riding along.
 
         pixel_values [F, 3, height, width] (multiples of the patch size), query_rows [F, K, D] or None.
@@ -236,33 +238,39 @@ class FoveatedEncoder(nn.Module):
         num_patch_rows = rows.shape[1]
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
-        walk, weights = VisionWalk([], []), []
+        encoded, weights = EncodedFrames([], []), []
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             skip_patches = index == last and not need_patch_features
-            own = how.of_layer(index)
+            own = query_attention.of_layer(index)
             rows, keys, values, seen = self._run(layer, rows, own, num_patch_rows, skip_patches, output_attentions)
-            walk.keys.append(keys)
-            walk.values.append(values)
+            encoded.keys.append(keys)
+            encoded.values.append(values)
             weights.append(seen)
         rows = self.layernorm(rows)
         if query_rows is not None:
-            walk.query_output = rows[:, -query_rows.shape[1] :]
-            walk.attention_weights = torch.stack(weights) if output_attentions else None
+            encoded.query_output = rows[:, -query_rows.shape[1] :]
+            encoded.attention_weights = torch.stack(weights) if output_attentions else None
         if need_patch_features:
-            walk.patch_features = rows[:, :num_patch_rows]
-        return walk
+            encoded.patch_features = rows[:, :num_patch_rows]
+        return encoded
 
     def attend(
-        self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False, how: QueryAttention = PLAIN
+        self,
+        query_rows: Tensor,
+        encoded: EncodedFrames,
+        output_attentions: bool = False,
+        query_attention: QueryAttention = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
         """Query rows [F, K, D] walk through all layers over the cached keys and values.
 
         Returns (features [F, K, D] after the final layer norm, attention weights [L, F, H, K, N + 1] or None).
         """
         rows, weights = query_rows, []
-        for index, (layer, keys, values) in enumerate(zip(self.encoder.layer, walk.keys, walk.values, strict=True)):
-            rows, seen = self._run(layer.attend, rows, keys, values, how.of_layer(index), output_attentions)
+        for index, (layer, keys, values) in enumerate(
+            zip(self.encoder.layer, encoded.keys, encoded.values, strict=True)
+        ):
+            rows, seen = self._run(layer.attend, rows, keys, values, query_attention.of_layer(index), output_attentions)
             weights.append(seen)
         return self.layernorm(rows), torch.stack(weights) if output_attentions else None
 
@@ -294,15 +302,21 @@ class ShallowQueryAttention(nn.Module):
         self.attention = Attention(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def prepare(self, walk: VisionWalk) -> VisionWalk:
+    def prepare(self, encoded: EncodedFrames) -> EncodedFrames:
         """Keys and values of the patch features: a walk of one layer. Needs `walk.patch_features`."""
-        keys, values = self.attention.keys_and_values(walk.patch_features)
-        return VisionWalk([keys], [values], patch_features=walk.patch_features)
+        keys, values = self.attention.keys_and_values(encoded.patch_features)
+        return EncodedFrames([keys], [values], patch_features=encoded.patch_features)
 
     def attend(
-        self, query_rows: Tensor, walk: VisionWalk, output_attentions: bool = False, how: QueryAttention = PLAIN
+        self,
+        query_rows: Tensor,
+        encoded: EncodedFrames,
+        output_attentions: bool = False,
+        query_attention: QueryAttention = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
         """As `FoveatedEncoder.attend`, over one layer."""
-        normed, how = self.query_norm(query_rows), how.of_layer(0)
-        mixed, weights = self.attention(normed, walk.keys[0], walk.values[0], how, output_attentions=output_attentions)
+        normed, query_attention = self.query_norm(query_rows), query_attention.of_layer(0)
+        mixed, weights = self.attention(
+            normed, encoded.keys[0], encoded.values[0], query_attention, output_attentions=output_attentions
+        )
         return self.layernorm(query_rows + mixed), weights[None] if output_attentions else None

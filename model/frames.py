@@ -40,10 +40,10 @@ class Policy:
     fps: float  # frames per second that are taken of a video
     max_frames: int
     image_size: int  # px
-    fit: str  # of pictures.FITS
+    resize_mode: str  # of pictures.RESIZE_MODES
 
 
-def read_media(path, kind, *, fps, max_frames, image_size, fit, parts=(), picture_fps=None, segment=None):
+def read_media(path, kind, *, fps, max_frames, image_size, resize_mode, parts=(), picture_fps=None, segment=None):
     """The frames of a medium as Media. Raises MediaError, and ImportError for a video file without PyAV.
 
     path: a file; or with `parts`, ((offset, bytes) ...), a file that holds the media; or a folder of pictures, taken
@@ -51,7 +51,7 @@ def read_media(path, kind, *, fps, max_frames, image_size, fit, parts=(), pictur
     max_frames. kind "video": one video file, or its frames as pictures at `picture_fps` frames per second (None: they
     were taken at `fps`). segment: (start, end) seconds, the piece of a video that is meant.
     """
-    policy = Policy(fps, max_frames, image_size, fit)
+    policy = Policy(fps, max_frames, image_size, resize_mode)
     pieces = _pieces(os.fspath(path), parts)
     if kind == "image":
         return _stills(pieces, policy)
@@ -104,7 +104,7 @@ def _media_of(pieces, times, duration, policy):
     for piece in pieces:
         image = load_image(piece.path if piece.offset is None else io.BytesIO(piece.read()))
         sizes.append(image.size)
-        frames.append(square(image, policy.image_size, policy.fit))
+        frames.append(square(image, policy.image_size, policy.resize_mode))
     return Media(frames, [round(time, 4) for time in times], round(duration, 4), *sizes[0])
 
 
@@ -112,7 +112,7 @@ def _video(piece, policy, segment):
     index = read_index(piece)
     start, end = _bounds(index.duration, segment)
     wanted = choose_times(index.times, start, end, policy)
-    frames, times, sizes = zip(*decode(piece, index, wanted, policy.image_size, policy.fit), strict=True)
+    frames, times, sizes = zip(*decode(piece, index, wanted, policy.image_size, policy.resize_mode), strict=True)
     return Media(list(frames), [round(time, 4) for time in times], round(end - start, 4), *sizes[-1])
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
-from .foveated_encoder import FoveatedEncoder, ShallowQueryAttention, VisionWalk
+from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
 from .input_checks import check_cache, check_inputs, check_left_padded, check_room
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
@@ -34,7 +34,7 @@ from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, posit
 
 
 @dataclass
-class Look:
+class FrameTokens:
     """Visual tokens and how they came about."""
 
     visual_tokens: Tensor | None  # [F, P, E]
@@ -109,7 +109,7 @@ class FoveatedVLMForConditionalGeneration(
 
     # ---- looking: frames -> visual tokens
 
-    def look(
+    def encode_frames(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -122,7 +122,7 @@ class FoveatedVLMForConditionalGeneration(
         output_attentions: bool = False,
         frame_times: Tensor | None = None,
         target_patches: Tensor | None = None,
-    ) -> list[Look]:
+    ) -> list[FrameTokens]:
         """The visual tokens of all frames: one `Look` per pass, the last one being the mode's own.
 
         input_ids [B, S], attention_mask [B, S], pixel_values [F, 3, height, width], num_frames [B]. `num_plans` is the
@@ -135,31 +135,31 @@ class FoveatedVLMForConditionalGeneration(
         if config.blind:
             pixel_values = torch.zeros_like(pixel_values)
         if config.architecture == "multi_token":
-            walk = self.vision_encoder.walk(pixel_values, need_patch_features=True)
-            pooled = pool_patches(walk.patch_features, config.num_visual_tokens_per_frame)
-            return [Look(self.connect(pooled, times))]
+            encoded = self.vision_encoder.encode(pixel_values, need_patch_features=True)
+            pooled = pool_patches(encoded.patch_features, config.num_visual_tokens_per_frame)
+            return [FrameTokens(self.connect(pooled, times))]
         static = self.static_query.expand(len(pixel_values), -1, -1)  # [F, K, Q]
         has_first = not (config.coarse_only or config.tie_first_query)
         first = self.first_query.expand(len(pixel_values), -1, -1) if has_first else static
         choose = QuerySource(query_source or config.query_source, static, generator)
-        how = self._query_attention()
+        query_attention = self._query_attention()
         chosen = self._query_attention(target_patches if choose.source == "oracle" else None)
         if mode == "coarse" or config.coarse_only:
-            return [self._walk(pixel_values, times, choose(static), chosen, output_attentions)[1]]
+            return [self._encode(pixel_values, times, choose(static), chosen, output_attentions)[1]]
         language = VisualSequence(self, input_ids, attention_mask, num_frames)
         if mode == "autoregressive":
             check_cache(self)
-            walk, _ = self._walk(pixel_values, times, None, how, output_attentions)
-            return [self._look_autoregressively(walk, times, first, language, choose, chosen, output_attentions)]
-        walk, coarse = self._walk(pixel_values, times, static, how, output_attentions)
-        looks = [coarse]
+            encoded, _ = self._encode(pixel_values, times, None, query_attention, output_attentions)
+            return [self._encode_autoregressively(encoded, times, first, language, choose, chosen, output_attentions)]
+        encoded, coarse = self._encode(pixel_values, times, static, query_attention, output_attentions)
+        passes = [coarse]
         for _ in range(config.num_passes if num_plans is None else num_plans):
-            planned = self._plan(language.hidden_states(looks[-1].visual_tokens))  # [F, K, Q]
+            planned = self._plan(language.hidden_states(passes[-1].visual_tokens))  # [F, K, Q]
             if config.query_update == "add":
                 planned = first + language.running_sum(planned)
             queries = choose(language.shift_by_one_frame(planned, first))
-            looks.append(self._attend(queries, walk, times, chosen, output_attentions))
-        return looks
+            passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
+        return passes
 
     def connect(self, features: Tensor, times: Tensor) -> Tensor:
         """Vision features [F, P, D] at times [F] -> visual tokens [F, P, E] on the scale of the language model's
@@ -187,26 +187,40 @@ class FoveatedVLMForConditionalGeneration(
         planned = self.planner(hidden).to(self.static_query.dtype)  # [f, P, K / P * Q]
         return planned.reshape(len(planned), self.config.num_visual_tokens_per_frame, self.config.query_dim)
 
-    def _walk(
-        self, pixel_values: Tensor, times: Tensor, queries: Tensor | None, how: QueryAttention, output_attentions: bool
-    ) -> tuple[VisionWalk, Look | None]:
+    def _encode(
+        self,
+        pixel_values: Tensor,
+        times: Tensor,
+        queries: Tensor | None,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+    ) -> tuple[EncodedFrames, FrameTokens | None]:
         """The one pass over the vision encoder, with the look of the queries [F, K, Q] that ride along, if any."""
         if self.config.attention == "shallow":
-            walk = self.vision_encoder.walk(pixel_values, need_patch_features=True)
-            walk = self.shallow_attention.prepare(walk)
-            return walk, None if queries is None else self._attend(queries, walk, times, how, output_attentions)
+            encoded = self.vision_encoder.encode(pixel_values, need_patch_features=True)
+            encoded = self.shallow_attention.prepare(encoded)
+            return encoded, None if queries is None else self._attend(
+                queries, encoded, times, query_attention, output_attentions
+            )
         if queries is None:
-            return self.vision_encoder.walk(pixel_values), None
+            return self.vision_encoder.encode(pixel_values), None
         rows = self._query_rows(queries)
-        walk = self.vision_encoder.walk(pixel_values, rows, output_attentions=output_attentions, how=how)
-        return walk, Look(self._tokens(walk.query_output, times), queries, walk.attention_weights)
+        encoded = self.vision_encoder.encode(
+            pixel_values, rows, output_attentions=output_attentions, query_attention=query_attention
+        )
+        return encoded, FrameTokens(self._tokens(encoded.query_output, times), queries, encoded.attention_weights)
 
     def _attend(
-        self, queries: Tensor, walk: VisionWalk, times: Tensor, how: QueryAttention, output_attentions: bool
-    ) -> Look:
+        self,
+        queries: Tensor,
+        encoded: EncodedFrames,
+        times: Tensor,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+    ) -> FrameTokens:
         attention = self.shallow_attention if self.config.attention == "shallow" else self.vision_encoder
-        features, weights = attention.attend(self._query_rows(queries), walk, output_attentions, how)
-        return Look(self._tokens(features, times), queries, weights)
+        features, weights = attention.attend(self._query_rows(queries), encoded, output_attentions, query_attention)
+        return FrameTokens(self._tokens(features, times), queries, weights)
 
     def _query_rows(self, queries: Tensor) -> Tensor:
         """Queries [F, K, Q] -> rows [F, K, D] in the weights' precision, as the patches are: under autocast too every
@@ -221,27 +235,40 @@ class FoveatedVLMForConditionalGeneration(
             features = (self.aggregation_score(features).softmax(1) * features).sum(1, keepdim=True)
         return self.connect(features, times)
 
-    def _look_autoregressively(
-        self, walk: VisionWalk, times: Tensor, first: Tensor, language: VisualSequence, choose, how, output_attentions
-    ) -> Look:
+    def _encode_autoregressively(
+        self,
+        encoded: EncodedFrames,
+        times: Tensor,
+        first: Tensor,
+        language: VisualSequence,
+        choose,
+        query_attention,
+        output_attentions,
+    ) -> FrameTokens:
         """Frame by frame with the language model's key-value cache: linear in the number of frames."""
-        order, looks = [], []
+        order, passes = [], []
         planned, cache = None, language.start_cache()
         for frames in language.frames_by_time():  # frames: int64 [samples that have this frame], indices into F
             queries = choose(first[frames] if planned is None else planned[language.samples_of(frames)], frames)
-            seen = walk.select_frames(frames)
-            look = self._attend(queries, seen, times[frames], how.select_frames(frames), output_attentions)
-            steps = self._plan(language.step(look.visual_tokens, frames, cache))  # [B', K, Q]
+            seen = encoded.select_frames(frames)
+            frame_tokens = self._attend(
+                queries, seen, times[frames], query_attention.select_frames(frames), output_attentions
+            )
+            steps = self._plan(language.step(frame_tokens.visual_tokens, frames, cache))  # [B', K, Q]
             if self.config.query_update == "add":
                 planned = steps + (first[: len(steps)] if planned is None else planned)
             else:
                 planned = steps
             order.append(frames)
-            looks.append(look)
+            passes.append(frame_tokens)
         back = torch.cat(order).argsort()
-        weights = torch.cat([look.attention_weights for look in looks], dim=1)[:, back] if output_attentions else None
-        tokens = torch.cat([look.visual_tokens for look in looks])[back]
-        return Look(tokens, torch.cat([look.queries for look in looks])[back], weights)
+        weights = (
+            torch.cat([frame_tokens.attention_weights for frame_tokens in passes], dim=1)[:, back]
+            if output_attentions
+            else None
+        )
+        tokens = torch.cat([frame_tokens.visual_tokens for frame_tokens in passes])[back]
+        return FrameTokens(tokens, torch.cat([frame_tokens.queries for frame_tokens in passes])[back], weights)
 
     # ---- reading: visual tokens and text -> losses, answers
 
@@ -253,7 +280,7 @@ class FoveatedVLMForConditionalGeneration(
             return embeddings
         return embeddings.masked_scatter(is_visual[..., None].expand_as(embeddings), visual_tokens.to(embeddings.dtype))
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
+    def language_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
         """Hidden states [B, S, E] of the language model over text and visual tokens."""
         return self.language_model.model(
             inputs_embeds=self.embed(input_ids, visual_tokens),
@@ -303,9 +330,9 @@ class FoveatedVLMForConditionalGeneration(
         further = (rejected_attention_mask, rejected_labels, reference_log_probs)
         if rejected_input_ids is None and any(given is not None for given in further):
             raise ValueError("rejected_input_ids is missing, but arguments that belong to it are given: give it too")
-        looks: list[Look] = []
+        passes: list[FrameTokens] = []
         if pixel_values is not None and len(pixel_values):
-            looks = self.look(
+            passes = self.encode_frames(
                 input_ids,
                 attention_mask,
                 pixel_values,
@@ -318,20 +345,22 @@ class FoveatedVLMForConditionalGeneration(
                 frame_times,
                 target_patches,
             )
-        look = looks[-1] if looks else Look(None)
+        frame_tokens = passes[-1] if passes else FrameTokens(None)
         if rejected_input_ids is not None:
             rejected = (rejected_input_ids, rejected_attention_mask, rejected_labels)
             chosen = (input_ids, attention_mask, labels)
-            output = FoveatedVLMOutput(**self._preference(chosen, rejected, look.visual_tokens, reference_log_probs))
+            output = FoveatedVLMOutput(
+                **self._preference(chosen, rejected, frame_tokens.visual_tokens, reference_log_probs)
+            )
         else:
-            hidden = self.read(input_ids, attention_mask, look.visual_tokens)
+            hidden = self.language_hidden_states(input_ids, attention_mask, frame_tokens.visual_tokens)
             output = self._losses(hidden, labels, return_logits)
-            if labels is not None and self.training and len(looks) > 1:
-                self._add_training_losses(output, input_ids, attention_mask, labels, looks[0], look)
-            elif labels is not None and self.training and not looks and mode == "fine":
+            if labels is not None and self.training and len(passes) > 1:
+                self._add_training_losses(output, input_ids, attention_mask, labels, passes[0], frame_tokens)
+            elif labels is not None and self.training and not passes and mode == "fine":
                 self._add_coarse_loss_of_text(output)
-        output.visual_tokens, output.queries = look.visual_tokens, look.queries
-        output.attention_weights = look.attention_weights if output_attentions else None
+        output.visual_tokens, output.queries = frame_tokens.visual_tokens, frame_tokens.queries
+        output.attention_weights = frame_tokens.attention_weights if output_attentions else None
         return output
 
     # ---- answering
@@ -367,7 +396,7 @@ class FoveatedVLMForConditionalGeneration(
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         tokens = None
         if pixel_values is not None and len(pixel_values):
-            looks = self.look(
+            passes = self.encode_frames(
                 input_ids,
                 attention_mask,
                 pixel_values,
@@ -378,7 +407,7 @@ class FoveatedVLMForConditionalGeneration(
                 frame_times=frame_times,
                 target_patches=target_patches,
             )
-            tokens = looks[-1].visual_tokens
+            tokens = passes[-1].visual_tokens
         embeddings = self.embed(input_ids, tokens)
         return self.language_model.generate(
             inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others

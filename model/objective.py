@@ -88,7 +88,7 @@ class ObjectiveMixin:
         """Adds what the configuration weighs beside the text loss of the last pass."""
         config = self.config
         if config.lambda_coarse > 0:
-            hidden = self.read(input_ids, attention_mask, coarse.visual_tokens)
+            hidden = self.language_hidden_states(input_ids, attention_mask, coarse.visual_tokens)
             output.loss_coarse = self._losses(hidden, labels, False).loss
             output.loss = output.loss + config.lambda_coarse * output.loss_coarse
         if config.lambda_entropy > 0:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageOps
 
-FITS = ("crop", "letterbox")
+RESIZE_MODES = ("crop", "letterbox")
 MAX_PIXELS = 2**26  # of a still: 8192 x 8192; reading it takes 4 to 20 bytes per pixel, by its format
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -80,13 +80,13 @@ def upright(image):
         raise MediaError(TRUNCATED) from None
 
 
-def square(image, size, fit, pixel_aspect=1.0):
+def square(image, size, resize_mode, pixel_aspect=1.0):
     """The picture as `size` x `size` px in its displayed proportions, in one bicubic resampling.
 
-    fit: "crop", the shorter side to `size` and the centre of the longer one, or "letterbox", the longer side to `size`
+    resize_mode: "crop", the shorter side to `size` and the centre of the longer one, or "letterbox", the longer side to `size`
     and black bars. pixel_aspect: width of a pixel / its height.
     """
-    if fit == "letterbox":
+    if resize_mode == "letterbox":
         return _letterbox(image, size, pixel_aspect)
     side = min(image.width * pixel_aspect, image.height)
     half_width, half_height = side / pixel_aspect / 2, side / 2

@@ -34,7 +34,7 @@ class PreferenceMixin:
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual_tokens: Tensor | None
     ) -> Tensor:
         """Summed log-probability of the labelled tokens of every sample: [B]."""
-        hidden = self.read(input_ids, attention_mask, visual_tokens)
+        hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
         asked, losses, _ = self._token_losses(hidden, labels)
         return -losses.new_zeros(len(labels)).index_add(0, asked.nonzero()[:, 0], losses)
 

@@ -17,7 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_foveated_vlm import LAYOUTS
 from .frames import read_media
-from .pictures import FITS, IMAGE_SUFFIXES, MediaError, jpeg, square, upright
+from .pictures import IMAGE_SUFFIXES, RESIZE_MODES, MediaError, jpeg, square, upright
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
 IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -64,7 +64,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         tokens_per_frame: placeholders per frame, the model's.
         visual_token_id: id of the placeholder, the model's; None: the first id after the tokenizer's.
         bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
-        fit: how pictures are made square: `crop` (shorter side to image_size, centre of the longer one) or
+        resize_mode: how pictures are made square: `crop` (shorter side to image_size, centre of the longer one) or
             `letterbox` (longer side to image_size, black bars).
 
     Raises ValueError for an option outside its range, an unknown layout or fit, or a tokenizer without chat template.
@@ -84,13 +84,13 @@ class FoveatedVLMProcessor(ProcessorMixin):
         tokens_per_frame=1,
         visual_token_id=None,
         bos_token_id=None,
-        fit="crop",
+        resize_mode="crop",
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
-        if fit not in FITS:
-            raise ValueError(f"fit={fit!r} is not one of {', '.join(FITS)}")
+        if resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode={resize_mode!r} is not one of {', '.join(RESIZE_MODES)}")
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template: give one (chat_template)")
         self.image_size = _whole("image_size", image_size)
@@ -99,7 +99,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         self.jpeg_quality = None if jpeg_quality is None else _whole("jpeg_quality", jpeg_quality, 100, " or None")
         self.image_replication = _whole("image_replication", image_replication)
         self.tokens_per_frame = _whole("tokens_per_frame", tokens_per_frame)
-        self.system, self.layout, self.fit = system, layout, fit
+        self.system, self.layout, self.resize_mode = system, layout, resize_mode
         self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
         self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
 
@@ -210,7 +210,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
                     fps=self.fps,
                     max_frames=self.max_frames,
                     image_size=self.image_size,
-                    fit=self.fit,
+                    resize_mode=self.resize_mode,
                 )
             except MediaError as error:
                 raise ValueError(f"{os.fspath(video)}: {error.reason}. Give a whole video or image file") from None
@@ -228,13 +228,13 @@ class FoveatedVLMProcessor(ProcessorMixin):
         """One PIL image or array [height, width, 3], cut as the training data's frames."""
         if isinstance(frame, Image.Image):
             try:
-                return square(upright(frame), self.image_size, self.fit)
+                return square(upright(frame), self.image_size, self.resize_mode)
             except MediaError as error:
                 raise ValueError(f"videos: a PIL image: {error.reason}. Give a whole picture of 8 bits") from None
         array = np.asarray(frame)
         if not _is_rgb(array, 3):
             raise _wrong_form(array)
-        return square(Image.fromarray(array), self.image_size, self.fit)
+        return square(Image.fromarray(array), self.image_size, self.resize_mode)
 
     def _compressed(self, picture: Image.Image) -> Image.Image:
         """The picture after the compression of the training data's frames."""

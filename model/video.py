@@ -60,19 +60,21 @@ class Unreliable(Exception):
     """A key frame that did not turn out to be one: the clip is decoded from its beginning."""
 
 
-def decode(piece, index, wanted, image_size, fit):
+def decode(piece, index, wanted, image_size, resize_mode):
     """[(square, seconds, displayed (width, height))] of the frames at the times `wanted`, some of index.times in order.
 
     Only what lies between a wanted frame and the key frame before it is decoded, if the file has such, and only the
     squares of wanted frames are kept: memory does not grow with the clip's length. Raises MediaError.
     """
     try:
-        return _take(piece, index, wanted, image_size, fit, _frames_from_keys if index.keys else _frames_from_start)
+        return _take(
+            piece, index, wanted, image_size, resize_mode, _frames_from_keys if index.keys else _frames_from_start
+        )
     except Unreliable:
-        return _take(piece, index, wanted, image_size, fit, _frames_from_start)
+        return _take(piece, index, wanted, image_size, resize_mode, _frames_from_start)
 
 
-def _take(piece, index, wanted, image_size, fit, frames_of):
+def _take(piece, index, wanted, image_size, resize_mode, frames_of):
     """`decode`, with the frames that `frames_of` finds."""
     tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further off than one sampling step is a hole
     taken, before = [], -math.inf
@@ -87,7 +89,7 @@ def _take(piece, index, wanted, image_size, fit, frames_of):
                 raise MediaError("frames out of order")
             if time > before:
                 image, pixel_aspect, size = _upright(to_rgb, frame, aspect)
-                picture = square(image, image_size, fit, pixel_aspect)
+                picture = square(image, image_size, resize_mode, pixel_aspect)
             taken.append((picture, time, size))
             before = time
     if len(taken) < len(wanted):

@@ -32,7 +32,7 @@ class VisualSequence:
 
     def hidden_states(self, visual_tokens: Tensor) -> Tensor:
         """Hidden states at the visual tokens, in parallel: [F, P, E] -> [F, P, E]."""
-        hidden = self.model.read(self.input_ids, self.attention_mask, visual_tokens)
+        hidden = self.model.language_hidden_states(self.input_ids, self.attention_mask, visual_tokens)
         return hidden[self.is_visual].unflatten(0, (-1, self.tokens_per_frame))
 
     def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline_steps.sources import folder, procedural
 from pipeline_steps.tokens.__main__ import build
 from tests.model import tiny
 
-FRAMES = FramePolicy(image_size=56, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=56, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 VOCABULARY, MAX_POSITIONS = 400, 4096  # tokens
 STILL_FRAMES = 3  # frames that a still becomes
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Dinov2Config
 
-from model.foveated_encoder import FoveatedEncoder, VisionWalk
+from model.foveated_encoder import EncodedFrames, FoveatedEncoder
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.params import UserError
 from pipeline_steps.world import digits as world
@@ -140,17 +140,17 @@ def on_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str,
 def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> Tensor:
     """The weighted sum of the losses that a batch has labels for."""
     if "colour_digit" not in batch:
-        walk = encoder.walk(pixel_values(batch["frames"]), need_patch_features=True)
-        return patch_loss(heads, walk, batch)
-    walk = walk_with_table(encoder, heads, batch)
-    query_loss = F.cross_entropy(heads.query_digit(walk.query_output).flatten(0, 1), query_labels(batch).flatten())
-    class_loss = class_token_loss(heads, walk.patch_features[:, 0], batch)
-    return patch_loss(heads, walk, batch) + QUERY_WEIGHT * query_loss + CLASS_TOKEN_WEIGHT * class_loss
+        encoded = encoder.encode(pixel_values(batch["frames"]), need_patch_features=True)
+        return patch_loss(heads, encoded, batch)
+    encoded = encode_with_table(encoder, heads, batch)
+    query_loss = F.cross_entropy(heads.query_digit(encoded.query_output).flatten(0, 1), query_labels(batch).flatten())
+    class_loss = class_token_loss(heads, encoded.patch_features[:, 0], batch)
+    return patch_loss(heads, encoded, batch) + QUERY_WEIGHT * query_loss + CLASS_TOKEN_WEIGHT * class_loss
 
 
-def walk_with_table(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> VisionWalk:
+def encode_with_table(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> EncodedFrames:
     frames = pixel_values(batch["frames"])
-    return encoder.walk(frames, heads.table.expand(len(frames), -1, -1), need_patch_features=True)
+    return encoder.encode(frames, heads.table.expand(len(frames), -1, -1), need_patch_features=True)
 
 
 def query_labels(batch: dict[str, Tensor]) -> Tensor:
@@ -158,8 +158,8 @@ def query_labels(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([batch["colour_digit"], batch["place_digit"]], dim=1)
 
 
-def patch_loss(heads: Heads, walk: VisionWalk, batch: dict[str, Tensor]) -> Tensor:
-    patches = walk.patch_features[:, 1:]
+def patch_loss(heads: Heads, encoded: EncodedFrames, batch: dict[str, Tensor]) -> Tensor:
+    patches = encoded.patch_features[:, 1:]
     return F.cross_entropy(heads.patch_digit(patches).flatten(0, 1), batch["patch_digit"].flatten()) + F.cross_entropy(
         heads.patch_colour(patches).flatten(0, 1), batch["patch_colour"].flatten()
     )
@@ -187,9 +187,9 @@ def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedde
 
 def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of queries' digits, patches' digits and patches' colours, on the CPU."""
-    walk = walk_with_table(encoder, heads, {"frames": frames.to(heads.table.device)})
-    patches = walk.patch_features[:, 1:]
-    logits = heads.query_digit(walk.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
+    encoded = encode_with_table(encoder, heads, {"frames": frames.to(heads.table.device)})
+    patches = encoded.patch_features[:, 1:]
+    logits = heads.query_digit(encoded.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
     return tuple(values.cpu() for values in logits)
 
 

@@ -156,7 +156,9 @@ class FramePolicy(Record):
     """How packed frames were made of the media, and so how a question's video has to be prepared."""
 
     image_size: Count  # px, packed frames are square
-    fit: Literal["crop", "letterbox"]  # shorter side to image_size and centre crop, or longer side and black bars
+    resize_mode: Literal[
+        "crop", "letterbox"
+    ]  # shorter side to image_size and centre crop, or longer side and black bars
     fps: float  # frames per second taken of a video
     max_frames: Count  # of one video
     jpeg_quality: Count  # 1 to 100

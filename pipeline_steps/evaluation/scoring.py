@@ -101,7 +101,7 @@ def load(dataset, collate, patch_size, task, numbers):
     grid = batch["pixel_values"].shape[-1] // patch_size
     counts = batch["num_frames"].tolist()
     truths = [
-        targets.truth(sample, item["item"], num_frames, grid, dataset.fit)
+        targets.ground_truth(sample, item["item"], num_frames, grid, dataset.resize_mode)
         for sample, item, num_frames in zip(samples, items, counts, strict=True)
     ]
     for item, sample, num_frames in zip(items, samples, counts, strict=True):

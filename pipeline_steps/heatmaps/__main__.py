@@ -143,7 +143,7 @@ def attention(model, batch, mode):
 def truth_of(dataset, number, item, maps):
     """The `Truth` of a row on the patches of its maps [L, T, N], or None."""
     grid = round(maps.shape[-1] ** 0.5)
-    return targets.truth(dataset.sample(number), item["item"], maps.shape[1], grid, dataset.fit)
+    return targets.ground_truth(dataset.sample(number), item["item"], maps.shape[1], grid, dataset.resize_mode)
 
 
 def shown_frames(item, num_frames):

@@ -49,8 +49,10 @@ def embedded_prompts(model, batch, mode="autoregressive", generator=None):
     looked = None
     if batch["pixel_values"] is not None:
         frames = {name: batch[name] for name in ("pixel_values", "num_frames", "target_patches")}
-        looks = model.look(batch["input_ids"], batch["attention_mask"], mode=mode, generator=generator, **frames)
-        looked = looks[-1].visual_tokens
+        passes = model.encode_frames(
+            batch["input_ids"], batch["attention_mask"], mode=mode, generator=generator, **frames
+        )
+        looked = passes[-1].visual_tokens
     return model.embed(batch["input_ids"], looked)
 
 

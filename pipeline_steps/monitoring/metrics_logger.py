@@ -20,11 +20,11 @@ from pipeline_steps.monitoring.mfu import peak_flops
 SIDE = 112  # px of a picture
 
 
-class Watch:
+class MetricsLogger:
     """The watchers of one run; only the main process has any. `close()` ends them."""
 
     def __init__(self, settings, stage: str, num_steps: int, folder: Path, group, precision: str):
-        """`folder`: for all that is written. `group`: the Processes of the run."""
+        """`folder`: for all that is written. `group`: the DistributedContext of the run."""
         self.settings, self.stage, self.num_steps, self.folder = settings, stage, num_steps, folder
         self.device, self.is_main = group.device, group.is_main
         self.peak = peak_flops(settings.peak_tflops, group.device, precision)

@@ -9,7 +9,7 @@ import copy
 import torch
 
 from pipeline_steps.common.flop_formulas import Sample, Trained, training_flops
-from pipeline_steps.training.objective import IGNORED
+from pipeline_steps.training.objective import IGNORE_INDEX
 from pipeline_steps.training.parameters import group_of
 
 # dense bf16 tensor-core TFLOP/s of NVIDIA's data sheets
@@ -57,5 +57,5 @@ def samples_of(config, batch: dict, prefix: str = "") -> list[Sample]:
     num_frames = batch["num_frames"]
     is_text = mask.bool() & (ids != config.visual_token_id)  # [B, S]
     before = (is_text & ((ids == config.visual_token_id).cumsum(1) == 0)).sum(1) * (num_frames > 0)
-    lengths = (num_frames, is_text.sum(1), before, (labels[:, 1:] != IGNORED).sum(1))
+    lengths = (num_frames, is_text.sum(1), before, (labels[:, 1:] != IGNORE_INDEX).sum(1))
     return [Sample(*numbers) for numbers in zip(*(values.tolist() for values in lengths), strict=True)]

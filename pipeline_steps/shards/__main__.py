@@ -63,7 +63,7 @@ def build(section, raw_dir, output):
 def make_settings(section, raw_dir):
     frames = FramePolicy(
         image_size=section.image_size,
-        fit=section.fit,
+        resize_mode=section.resize_mode,
         fps=section.fps,
         max_frames=section.max_frames,
         jpeg_quality=section.jpeg_quality,

@@ -104,7 +104,7 @@ def _load(sample, settings):
         fps=settings.frames.fps,
         max_frames=settings.frames.max_frames,
         image_size=settings.frames.image_size,
-        fit=settings.frames.fit,
+        resize_mode=settings.frames.resize_mode,
         parts=sample.parts,
         picture_fps=sample.picture_fps,
         segment=sample.segment,

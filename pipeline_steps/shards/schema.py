@@ -9,7 +9,9 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     image_size: PositiveInt  # px
-    fit: Literal["crop", "letterbox"]  # shorter side to image_size and centre crop, or longer side and black bars
+    resize_mode: Literal[
+        "crop", "letterbox"
+    ]  # shorter side to image_size and centre crop, or longer side and black bars
     fps: PositiveFloat
     max_frames: PositiveInt
     jpeg_quality: int = Field(ge=1, le=100)

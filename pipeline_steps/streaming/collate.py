@@ -11,7 +11,7 @@ from model.processing_foveated_vlm import normalise, visual_places
 from pipeline_steps.common.params import UserError
 from pipeline_steps.streaming.buffer_pool import Pool
 
-IGNORED = -100
+IGNORE_INDEX = -100
 IDLE = 256 * 2**20  # bytes that are kept for the next batches' pixels
 
 
@@ -95,7 +95,7 @@ class Collator:
         batch = {
             "input_ids": np.full(shape, self.pad_id, np.int64),
             "attention_mask": np.zeros(shape, np.int64),
-            "labels": np.full(shape, IGNORED, np.int64),
+            "labels": np.full(shape, IGNORE_INDEX, np.int64),
             "score_mask": np.zeros(shape, bool),
         }
         for number, row in enumerate(rows):
@@ -113,12 +113,12 @@ class Collator:
         if self.loss == "all_text":
             answer = np.ones(len(ids), bool)
             answer[0] = False
-        labels = np.where(answer, ids, IGNORED)
+        labels = np.where(answer, ids, IGNORE_INDEX)
         num_places = num_frames * self.tokens_per_frame
         at, places = visual_places(self.layout, num_places, item["visual_position"], self.visual_id, self.bos_id)
         return {
             "ids": np.insert(ids, at, places),
-            "labels": np.insert(labels, at, np.full(len(places), IGNORED)),
+            "labels": np.insert(labels, at, np.full(len(places), IGNORE_INDEX)),
             "scored": np.insert(scored, at, np.zeros(len(places), bool)),
         }
 

@@ -5,7 +5,7 @@ import numpy as np
 from pipeline_steps.common.params import UserError
 
 
-def check_fit(config, dataset, image_replication: int) -> None:
+def check_compatibility(config, dataset, image_replication: int) -> None:
     """UserError that names the first sample of a `TokenizedShards` that the FoveatedVLMConfig cannot take."""
     where = f"{dataset.tokens_dir}/{dataset.split}"
     size, patch = dataset.image_size, config.vision_config.patch_size

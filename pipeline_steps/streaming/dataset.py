@@ -28,9 +28,9 @@ from pipeline_steps.common.records import (
 )
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.buffer_pool import Pool
-from pipeline_steps.streaming.compatibility import check_fit
+from pipeline_steps.streaming.compatibility import check_compatibility
 from pipeline_steps.streaming.file_cache import OpenFiles
-from pipeline_steps.streaming.targets import truth
+from pipeline_steps.streaming.targets import ground_truth
 
 IDLE = 64 * 2**20  # bytes that are kept for the next items' frames
 DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damaged bytes
@@ -76,7 +76,7 @@ class TokenizedShards:
         self.target_patch_size = target_patch_size
         manifest = read_record(ShardsManifest, self.shards_dir / "manifest.json", "shards")
         self.frame_policy, shards = manifest.frames, manifest.splits.get(split)
-        self.image_size, self.fit = manifest.frames.image_size, manifest.frames.fit  # px
+        self.image_size, self.resize_mode = manifest.frames.image_size, manifest.frames.resize_mode  # px
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
             raise UserError(
@@ -126,7 +126,7 @@ class TokenizedShards:
         """With targets where the FoveatedVLMConfig asks for them. UserError when a sample does not fit the network."""
         oracle = config.query_source == "oracle"
         dataset = cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None, **options)
-        check_fit(config, dataset, image_replication)
+        check_compatibility(config, dataset, image_replication)
         return dataset
 
     def __len__(self) -> int:
@@ -189,7 +189,9 @@ class TokenizedShards:
         item = {**raw.row, "frames": frames}
         if self.target_patch_size is not None:
             grid = frames.shape[1] // self.target_patch_size
-            known = truth(_parse(raw), raw.row["item"], len(frames), grid, self.fit) if len(frames) else None
+            known = (
+                ground_truth(_parse(raw), raw.row["item"], len(frames), grid, self.resize_mode) if len(frames) else None
+            )
             nothing = np.zeros((len(frames), grid * grid), bool)
             item["target_patches"] = nothing if known is None else known.target
         return item

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """Where the objects of one item are, frame by frame."""
 
     target: np.ndarray  # bool [T, N], patches that show the target; all False: out of the picture
@@ -17,22 +17,24 @@ class Truth:
     boxes: np.ndarray  # [T, 4], the target's box in the square picture
 
 
-def truth(sample, item, num_frames, grid, fit):
+def ground_truth(sample, item, num_frames, grid, resize_mode):
     """`Truth` of one item of a PackedSample on a grid x grid picture, or None: no target named, or no boxes known.
 
-    fit: how the shards' frames were made square (`frames.fit` of their manifest)."""
+    resize_mode: how the shards' frames were made square (`frames.resize_mode` of their manifest)."""
     target = sample.items[item].target
     if target is None or not sample.objects:
         return None
-    boxes = np.stack([object_boxes(sample, entry, num_frames, fit) for entry in sample.objects])  # [objects, T, 4]
+    boxes = np.stack(
+        [object_boxes(sample, entry, num_frames, resize_mode) for entry in sample.objects]
+    )  # [objects, T, 4]
     patches = np.stack([[box_patches(box, grid) for box in track] for track in boxes])  # [objects, T, N]
-    return Truth(patches[target], patches.any(axis=0), boxes[target])
+    return GroundTruth(patches[target], patches.any(axis=0), boxes[target])
 
 
-def object_boxes(sample, entry, num_frames, fit):
+def object_boxes(sample, entry, num_frames, resize_mode):
     """The boxes of one object in the `num_frames` frames that were packed: [num_frames, 4]."""
     sources = [source_frame(index, num_frames, len(entry.boxes)) for index in range(num_frames)]
-    return np.stack([square_box(entry.boxes[source], sample.width, sample.height, fit) for source in sources])
+    return np.stack([square_box(entry.boxes[source], sample.width, sample.height, resize_mode) for source in sources])
 
 
 def source_frame(index, num_frames, num_source_frames):
@@ -40,10 +42,10 @@ def source_frame(index, num_frames, num_source_frames):
     return min(num_source_frames - 1, int((index + 0.5) * num_source_frames / num_frames))
 
 
-def square_box(box, width, height, fit):
+def square_box(box, width, height, resize_mode):
     """A box of the source picture (width x height pixels) in the square that is made of it: the centre of the picture
     ("crop"; what sticks out is cut off) or all of it between black bars ("letterbox")."""
-    side = min(width, height) if fit == "crop" else max(width, height)
+    side = min(width, height) if resize_mode == "crop" else max(width, height)
     scale = np.array([width, height] * 2) / side
     shift = np.array([(width - side) / 2, (height - side) / 2] * 2) / side
     return np.clip(np.asarray(box, dtype=np.float64) * scale - shift, 0, 1)

@@ -42,12 +42,12 @@ from pipeline_steps.common.records import (
     write_json,
     write_text,
 )
-from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import open_training_split
 from pipeline_steps.training.checkpoint_io import run_fingerprint
-from pipeline_steps.training.context import Run, announce
-from pipeline_steps.training.distributed import Processes, processes
+from pipeline_steps.training.context import TrainContext, announce
+from pipeline_steps.training.distributed import DistributedContext, distributed_context
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
 from pipeline_steps.training.train_loop import EXTRA_LOSSES, train
 
@@ -77,11 +77,11 @@ COLUMNS = (
 def main() -> None:
     arguments = read_arguments()
     parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
-    with processes(choose_device(parameters.training.common.device, "training.common.device")) as group:
+    with distributed_context(choose_device(parameters.training.common.device, "training.common.device")) as group:
         run_stage(arguments, parameters, group)
 
 
-def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> None:
+def run_stage(arguments: argparse.Namespace, parameters, group: DistributedContext) -> None:
     """Everything that one process does for a stage."""
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
     live = arguments.outputs / "live" / arguments.stage
@@ -98,7 +98,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> No
     with shared_scratch(group, arguments.stage, mark) as folder:
         model = load_model(arguments, parameters).to(group.device)
         train_split, validation_split = open_splits(arguments, parameters.streaming, model.config)
-        run = Run(
+        run = TrainContext(
             stage=arguments.stage,
             model=model,
             train=train_split,
@@ -108,9 +108,9 @@ def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> No
             settings=settings,
             streaming=parameters.streaming,
             folder=folder,
-            processes=group,
+            distributed=group,
         )
-        run.watch = Watch(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
+        run.logger = MetricsLogger(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
         _, table = trainable_parameters(run.model, settings, common.weight_decay, common.optimizer)
         if group.is_main:
             write_json(live / "parameters.json", table)
@@ -126,7 +126,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> No
         try:
             result = train(run)
         finally:
-            run.watch.close()
+            run.logger.close()
         if group.is_main:
             publish(arguments, run, {**result, "parameters": table}, time.time() - started)
             shutil.rmtree(folder)
@@ -134,7 +134,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: Processes) -> No
 
 
 @contextmanager
-def shared_scratch(group: Processes, stage: str, mark: str) -> Iterator[Path]:
+def shared_scratch(group: DistributedContext, stage: str, mark: str) -> Iterator[Path]:
     """The scratch folder of this work, locked by the main process. Several machines need it on a shared disk."""
     if not group.is_main:
         yield group.broadcast(None)
@@ -219,7 +219,7 @@ def format_unserved(unserved: dict[str, int]) -> list[str]:
     return [f"  items not served by the mixture: {listing}"] if unserved else []
 
 
-def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: float) -> None:
+def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seconds: float) -> None:
     """The finished model and its curves, each whole or not at all. Wall time goes beside them: it is no result."""
     with replaced_folder(arguments.outputs / arguments.stage) as folder:
         shards = read_record(ShardsManifest, arguments.shards / "manifest.json", "shards")
@@ -255,7 +255,7 @@ def publish(arguments: argparse.Namespace, run: Run, result: dict, seconds: floa
     write_json(arguments.metrics / f"{arguments.stage}.json", summary)
     timing = {
         "seconds": round(seconds, 1),
-        "samples_per_second": round(run.watch.samples / seconds, 1),  # of this process, which may have gone on
+        "samples_per_second": round(run.logger.samples / seconds, 1),  # of this process, which may have gone on
         "device": run.device,
     }
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)

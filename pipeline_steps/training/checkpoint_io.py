@@ -166,20 +166,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or all of one that is divided among processes (each of which has to call this)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's state_dict with whole tensors."""
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    return {name: full_tensor(value) for name, value in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
     """{"<parameter name>/<what>": tensor} of an optimizer's state. names: {id(parameter): name}."""
     return {
-        f"{names[id(parameter)]}/{what}": whole(value)
+        f"{names[id(parameter)]}/{what}": full_tensor(value)
         for parameter, state in optimizer.state.items()
         for what, value in state.items()
     }
@@ -193,14 +193,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, names: di
         of_parameter.setdefault(name, {})[what] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        number: {what: divided(value, parameter) for what, value in of_parameter[names[id(parameter)]].items()}
+        number: {what: shard_like(value, parameter) for what, value in of_parameter[names[id(parameter)]].items()}
         for number, parameter in enumerate(parameters)
         if names[id(parameter)] in of_parameter
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def divided(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`value` divided among the processes as the parameter is."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -2,35 +2,35 @@
 
 from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps.training import checkpoint_io
-from pipeline_steps.training.context import Run, Trainer, averaged
+from pipeline_steps.training.context import TrainContext, TrainState, averaged
 
 
-def save(run: Run, trainer: Trainer, step: int) -> None:
+def save(run: TrainContext, trainer: TrainState, step: int) -> None:
     """The state after a step, written by the main process; all of them take part in putting it together."""
     loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
     tensors = {
         "model": checkpoint_io.weights(run.model),
         "optimizer": trainer.optimizer.tensors(trainer.names),
     }
-    if trainer.average is not None:
-        tensors["average"] = {name: checkpoint_io.whole(value) for name, value in trainer.average.values.items()}
-    if run.processes.is_main:
+    if trainer.ema is not None:
+        tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in trainer.ema.values.items()}
+    if run.distributed.is_main:
         values = {"history": run.history, "best": run.best, "loader": loader}
         checkpoint_io.save_state(run.folder, step, tensors, values, run.common.keep_checkpoints)
-    run.processes.wait()
+    run.distributed.wait()
 
 
-def all_quarantined(run: Run) -> dict[str, dict]:
+def all_quarantined(run: TrainContext) -> dict[str, dict]:
     """{key: reason, times} of the samples that any process could not read."""
     together: dict[str, dict] = {}
-    for own in run.processes.gather(run.loader.quarantined):
+    for own in run.distributed.gather(run.loader.quarantined):
         for key, entry in own.items():
             known = together.setdefault(key, {"reason": entry["reason"], "times": 0})
             known["times"] += entry["times"]
     return together
 
 
-def keep_best(run: Run, trainer: Trainer, rows: list[dict]) -> None:
+def keep_best(run: TrainContext, trainer: TrainState, rows: list[dict]) -> None:
     """Keeps the weights of the validation with the lowest mean loss (over tasks, mode fine)."""
     losses = [row["loss"] for row in rows if row["event"] == "validation" and row["mode"] == "fine"]
     if not losses or run.common.publish != "best":
@@ -41,20 +41,20 @@ def keep_best(run: Run, trainer: Trainer, rows: list[dict]) -> None:
     run.best = {"step": rows[0]["step"], "loss": loss}
     with averaged(trainer):
         weights = checkpoint_io.weights(run.model)
-        if run.processes.is_main:
+        if run.distributed.is_main:
             checkpoint_io.save_best(run.folder, weights, run.best)
-    run.processes.wait()
+    run.distributed.wait()
 
 
-def publish_weights(run: Run, trainer: Trainer) -> None:
+def publish_weights(run: TrainContext, trainer: TrainState) -> None:
     """`run.published` of the main process: the model with the weights of the last step, their average or the best."""
-    if run.common.publish == "last" and trainer.average is None and not run.is_divided:
+    if run.common.publish == "last" and trainer.ema is None and not run.is_sharded:
         run.published = run.model
         return
     with averaged(trainer):
         weights = {name: value.detach().clone() for name, value in checkpoint_io.weights(run.model).items()}
     if run.common.publish == "best" and run.best is not None:
         weights = checkpoint_io.load_best(run.folder)[0]["model"]
-    if run.processes.is_main:
+    if run.distributed.is_main:
         run.published = FoveatedVLMForConditionalGeneration(run.model.config)
         run.published.load_state_dict(weights)

@@ -9,18 +9,18 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
-from pipeline_steps.training.distributed import ALONE, Processes
-from pipeline_steps.training.ema import Average
+from pipeline_steps.training.distributed import SINGLE_PROCESS, DistributedContext
+from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import Optimizer
 
 
 @dataclass
-class Run:
+class TrainContext:
     """One stage: what is trained, on what, and how far it is."""
 
     stage: str
@@ -32,17 +32,17 @@ class Run:
     settings: object  # training.<stage>
     streaming: object
     folder: Path  # scratch, for the states
-    processes: Processes = ALONE
+    distributed: DistributedContext = SINGLE_PROCESS
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
     best: dict | None = None  # {"step", "loss"} of the best validation so far
     micro_batch_size: int | None = None
-    watch: Watch | None = None
+    logger: MetricsLogger | None = None
     published: nn.Module | None = None  # the main process's model at the end of the stage
     stop_requested: bool = False
 
     @property
     def device(self) -> str:
-        return self.processes.device
+        return self.distributed.device
 
     @cached_property
     def served(self) -> StagePlan:
@@ -55,7 +55,7 @@ class Run:
             seed=self.seed,
             batch_size=self.common.batch_size,
             tokens_per_frame=self.model.config.tokens_per_frame,
-            world_size=self.processes.world_size,
+            world_size=self.distributed.world_size,
         )
 
     @cached_property
@@ -64,7 +64,7 @@ class Run:
         collate = Collator.for_model(
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
-        group = self.processes
+        group = self.distributed
         return Loader(self.train, self.served, collate, self.streaming, rank=group.rank, world_size=group.world_size)
 
     @cached_property
@@ -77,9 +77,9 @@ class Run:
         return self.loader.num_steps
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
-        return self.processes.world_size > 1 and self.common.sharding == "fsdp"
+        return self.distributed.world_size > 1 and self.common.sharding == "fsdp"
 
     def is_logged(self, step: int) -> bool:
         """Whether a step, counted from 0, has a row in the metrics table."""
@@ -90,24 +90,24 @@ class Run:
 
 
 @dataclass
-class Trainer:
+class TrainState:
     """What a step works with and a state holds."""
 
     wrapped: nn.Module  # the model, or what shares its gradients with other processes
     optimizer: Optimizer
-    average: Average | None
+    ema: EMA | None
     reference: nn.Module | None  # frozen copy of the weights that a preference stage began with
     names: dict[int, str]  # {id(parameter): name}
 
 
 @contextmanager
-def averaged(trainer: Trainer):
+def averaged(trainer: TrainState):
     """The model has the averaged weights inside the block, if they are kept."""
-    with trainer.average.in_place() if trainer.average is not None else nullcontext():
+    with trainer.ema.in_place() if trainer.ema is not None else nullcontext():
         yield
 
 
-def announce(run: Run, lines: list[str]) -> None:
-    if run.processes.is_main:
+def announce(run: TrainContext, lines: list[str]) -> None:
+    if run.distributed.is_main:
         for line in lines:
             tqdm.write(line)

@@ -1,7 +1,7 @@
 """One training in several processes, one device each, started by `torchrun`; without it, one process.
 
 Every process makes its own share of each step's batch. Sums over the processes (labelled tokens, losses, scores) go
-through `Processes.sum`, gradients through DistributedDataParallel or FSDP2.
+through `DistributedContext.sum`, gradients through DistributedDataParallel or FSDP2.
 """
 
 import os
@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=10)  # after which waiting for another process is an
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """This process among the others. `device`: cpu, or the process's own GPU."""
 
     rank: int = 0
@@ -70,18 +70,18 @@ class Processes:
             distributed.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def processes(device: str):
-    """Yields the Processes of this run and closes their group at the end. `device`: cpu or cuda.
+def distributed_context(device: str):
+    """Yields the DistributedContext of this run and closes their group at the end. `device`: cpu or cuda.
 
     UserError for more processes on a machine than it has GPUs.
     """
     world_size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if world_size == 1:
-        yield Processes(device=device)
+        yield DistributedContext(device=device)
         return
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -93,12 +93,12 @@ def processes(device: str):
         device = f"cuda:{local}"
     distributed.init_process_group("nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
     try:
-        yield Processes(int(os.environ["RANK"]), world_size, device)
+        yield DistributedContext(int(os.environ["RANK"]), world_size, device)
     finally:
         distributed.destroy_process_group()
 
 
-def wrap(model: nn.Module, group: Processes, divided: bool) -> nn.Module:
+def wrap(model: nn.Module, group: DistributedContext, shard_like: bool) -> nn.Module:
     """What is called in a training step: the model itself, or one that shares gradients with the other processes.
 
     `divided`: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
@@ -106,7 +106,7 @@ def wrap(model: nn.Module, group: Processes, divided: bool) -> nn.Module:
     """
     if group.world_size == 1:
         return model
-    if divided:
+    if shard_like:
         for layer in model.vision_encoder.encoder.layer:
             fully_shard(layer)
             register_fsdp_forward_method(layer, "attend")

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline_steps.training.checkpoint_io import divided
+from pipeline_steps.training.checkpoint_io import shard_like
 
 
-class Average:
+class EMA:
     """Averages of a model's trainable parameters: after n updates, decay * average + (1 - decay) * weights each."""
 
     def __init__(self, model: nn.Module, decay: float):
@@ -25,7 +25,7 @@ class Average:
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Averages of an earlier run of the same stage."""
         for name, value in values.items():
-            self.values[name].copy_(divided(value, self.parameters[name]))
+            self.values[name].copy_(shard_like(value, self.parameters[name]))
 
     @contextmanager
     def in_place(self):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 PER_SAMPLE = (
     "input_ids",
     "attention_mask",
@@ -24,13 +24,13 @@ TEXTS = {"": "attention_mask", "rejected_": "rejected_attention_mask"}
 def counts(batch: dict) -> tuple[int, int, int]:
     """What a batch's losses are means over: (labelled tokens, frames, samples)."""
     # the first token of a sequence has no state before it that would predict it
-    labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     return labelled, int(batch["num_frames"].sum()), len(batch["input_ids"])
 
 
 def shares(of: tuple[int, int, int], total: Sequence[float]) -> list[float]:
     """What part of a step's `counts` (`total`, maybe with more after them) a micro-batch's `of` are."""
-    return [own / max(whole, 1) for own, whole in zip(of, total, strict=False)]
+    return [own / max(full_tensor, 1) for own, full_tensor in zip(of, total, strict=False)]
 
 
 def weighted_loss(output, config, of: tuple[int, int, int], total: Sequence[float]) -> Tensor:

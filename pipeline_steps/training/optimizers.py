@@ -31,17 +31,17 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        divided = [
+        shard_like = [
             (parameter, group)
             for group in self.param_groups
             for parameter in group["params"]
             if isinstance(parameter, DTensor) and parameter.grad is not None
         ]
-        if not divided:
+        if not shard_like:
             return super().step(closure)
         if closure is not None:
             raise NotImplementedError("Muon takes no closure for matrices that are divided among processes")
-        for parameter, group in divided:
+        for parameter, group in shard_like:
             self._step_divided(parameter, group)
         return None
 
@@ -55,9 +55,9 @@ class Muon(torch.optim.Muon):
         options = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
         torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, **options).step()
         mesh, placements = parameter.device_mesh, parameter.placements
-        whole = DTensor.from_local(change.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        full_tensor = DTensor.from_local(change.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(whole.redistribute(placements=placements))
+        parameter.add_(full_tensor.redistribute(placements=placements))
 
 
 class Optimizer:

@@ -6,15 +6,15 @@ import math
 def learning_rate(step: int, num_steps: int, peak: float, group: str, settings) -> float:
     """The rate of a parameter group at a step (counted from 0) out of `num_steps`.
 
-    Linear warm-up to `peak` over `warmup_share` of the steps, then, by `settings.schedule`:
+    Linear warm-up to `peak` over `warmup_ratio` of the steps, then, by `settings.schedule`:
     constant     stays there
-    cosine       half a cosine that ends at final_learning_rate * peak on the last step
-    wsd          stays there, and falls in a straight line to final_learning_rate * peak over the last decay_share of
+    cosine       half a cosine that ends at min_lr_ratio * peak on the last step
+    wsd          stays there, and falls in a straight line to min_lr_ratio * peak over the last decay_share of
                  all steps (warmup-stable-decay)
     converging   half a cosine that ends at the group's own converged_learning_rate, which may be above or below
                  `peak`: groups that start at 100:1 may end at 1:1
     """
-    warmup = round(settings.warmup_share * num_steps)
+    warmup = round(settings.warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup * peak
     progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
@@ -24,7 +24,7 @@ def learning_rate(step: int, num_steps: int, peak: float, group: str, settings) 
     if settings.schedule == "converging":
         end = getattr(settings.converged_learning_rate, group)
         return end + (peak - end) * half_cosine
-    final = settings.final_learning_rate
+    final = settings.min_lr_ratio
     if settings.schedule == "cosine":
         return (final + (1 - final) * half_cosine) * peak
     first_of_decay = num_steps - round(settings.decay_share * num_steps)

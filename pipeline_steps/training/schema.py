@@ -19,7 +19,7 @@ class Watch(StrictModel):
     heatmaps_every: PositiveInt | None  # steps between pictures of where the fixed validation clips are looked at
     num_heatmap_clips: PositiveInt
     peak_tflops: PositiveFloat | None  # of one device, for the MFU; null: the published one of a known GPU, else no MFU
-    max_epochs: PositiveFloat  # more repeats of a group of the mixture than this are warned of
+    warn_above_epochs: PositiveFloat  # more repeats of a group of the mixture than this are warned of
     plateau_validations: PositiveInt  # validations in a row without progress that are called a plateau
     plateau_progress: PositiveFloat  # share of the loss by which they have to progress
 
@@ -76,8 +76,8 @@ class Stage(StrictModel):
     freeze_language: bool
     learning_rate: LearningRate  # peaks; 0 freezes a group as well
     schedule: Literal["cosine", "constant", "wsd", "converging"]  # after the warm-up: see schedule.py
-    warmup_share: float = Field(ge=0, lt=1)  # of the steps, linear
-    final_learning_rate: float = Field(ge=0, le=1)  # at the end of cosine and wsd, as a share of the peak
+    warmup_ratio: float = Field(ge=0, lt=1)  # of the steps, linear
+    min_lr_ratio: float = Field(ge=0, le=1)  # at the end of cosine and wsd, as a share of the peak
     decay_share: float = Field(ge=0, le=1)  # of the steps, at the end of wsd
     converged_learning_rate: LearningRate | None  # at the end of converging
 

@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from pipeline_steps.common.params import UserError
 from pipeline_steps.training import checkpoint_io, checks
 from pipeline_steps.training.checkpointing import all_quarantined, keep_best, publish_weights, save
-from pipeline_steps.training.context import Run, Trainer, announce, averaged
+from pipeline_steps.training.context import TrainContext, TrainState, announce, averaged
 from pipeline_steps.training.distributed import without_sync, wrap
-from pipeline_steps.training.ema import Average
+from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
 from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
 from pipeline_steps.training.parameters import GROUPS, trainable_parameters, weight_matrices
@@ -29,14 +29,14 @@ EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margi
 STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
 
 
-def train(run: Run) -> dict:
+def train(run: TrainContext) -> dict:
     """Train to the end of the sample budget, from the saved state if there is one. Returns the final validation
     result."""
     trainer = prepare(run)
     first, served = run.loader.step, run.served.mixture.statistics()
-    announce(run, checks.warn_of_repeats(run.stage, served, run.common.watch.max_epochs))
+    announce(run, checks.warn_of_repeats(run.stage, served, run.common.watch.warn_above_epochs))
     with stopped_by_sigterm(run):
-        for step, batch in enumerate(run.watch.progress(run.loader, first), start=first):
+        for step, batch in enumerate(run.logger.progress(run.loader, first), start=first):
             row = train_step(run, trainer, batch, step)
             if run.is_logged(step):
                 run.history.append(row)
@@ -44,7 +44,7 @@ def train(run: Run) -> dict:
     with averaged(trainer):
         final = validate(run, trainer.wrapped, run.num_steps, modes=("fine", "autoregressive"))
     run.history += final
-    run.watch.rows(final)
+    run.logger.rows(final)
     keep_best(run, trainer, final)
     publish_weights(run, trainer)
     return {
@@ -56,7 +56,7 @@ def train(run: Run) -> dict:
     }
 
 
-def prepare(run: Run) -> Trainer:
+def prepare(run: TrainContext) -> TrainState:
     """The trainer, and the loader, at the beginning of the stage or where the last state says."""
     reference = None
     if run.settings.loss == "preference":
@@ -70,30 +70,30 @@ def prepare(run: Run) -> Trainer:
     options = (run.settings, run.common.weight_decay, run.common.optimizer)
     trainable_parameters(run.model, *options)  # freezes what is not trained
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
-    if run.is_divided:
+    if run.is_sharded:
         check_side_by_side(run)
     if run.common.compile:
         run.model.compile_hot_paths()  # first, so that what sharding does around a layer stays outside of its graph
-    wrapped = wrap(run.model, run.processes, run.is_divided)
+    wrapped = wrap(run.model, run.distributed, run.is_sharded)
     groups, _ = trainable_parameters(run.model, *options)  # dividing makes other ones
     names = {id(p): name for name, p in run.model.named_parameters()}
     optimizer = Optimizer(groups, run.common.betas)
-    average = Average(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
-    trainer = Trainer(wrapped, optimizer, average, reference, names)
+    ema = EMA(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
+    trainer = TrainState(wrapped, optimizer, ema, reference, names)
     if saved is None:
         return trainer
     tensors, values = saved
     optimizer.restore(tensors["optimizer"], names)
-    if average is not None:
-        average.load(tensors["average"])
+    if ema is not None:
+        ema.load(tensors["average"])
     run.history, run.best = values["history"], values["best"]
-    own = values["loader"] if run.processes.is_main else values["loader"] | {"quarantined": {}}
+    own = values["loader"] if run.distributed.is_main else values["loader"] | {"quarantined": {}}
     run.loader.load_state_dict(own)
     announce(run, [f"{run.stage}: going on from step {run.loader.step} of {run.num_steps} ({run.folder})"])
     return trainer
 
 
-def check_preferences(run: Run) -> None:
+def check_preferences(run: TrainContext) -> None:
     """UserError when the stage would train on an item that has no rejected answer."""
     order = run.served.plan.order
     lacking = order[run.train.index.num_rejected[order] == 0]
@@ -105,10 +105,10 @@ def check_preferences(run: Run) -> None:
         )
 
 
-def check_side_by_side(run: Run) -> None:
+def check_side_by_side(run: TrainContext) -> None:
     """UserError when the processes of a divided network would not run the same layers at the same time, and so wait for
     each other for ever: all need as many micro-batches, and frames in the same ones."""
-    plan, size, world = run.served.plan, run.micro_batch_size or run.common.batch_size, run.processes.world_size
+    plan, size, world = run.served.plan, run.micro_batch_size or run.common.batch_size, run.distributed.world_size
     for step in range(plan.num_steps):
         shown = [run.train.index.num_frames[plan.items(step, rank, world)] > 0 for rank in range(world)]
         pieces = [[bool(own[at : at + size].any()) for at in range(0, len(own), size)] for own in shown]
@@ -120,7 +120,7 @@ def check_side_by_side(run: Run) -> None:
             )
 
 
-def choose_micro_batch_size(run: Run) -> int | None:
+def choose_micro_batch_size(run: TrainContext) -> int | None:
     """Samples per forward pass: the given number, None for a whole batch, or as many of the largest samples as fit the
     memory of every process's GPU, beside what the run keeps there from the first step on (`state_to_come`).
 
@@ -131,7 +131,7 @@ def choose_micro_batch_size(run: Run) -> int | None:
         return wanted
     if run.device == "cpu":
         return None
-    share = -(-int(np.diff(run.served.plan.starts).max()) // run.processes.world_size)
+    share = -(-int(np.diff(run.served.plan.starts).max()) // run.distributed.world_size)
     patches = (run.train.image_size // run.model.config.vision_config.patch_size) ** 2
     places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
     largest = np.argsort(-places, kind="stable").tolist()
@@ -140,15 +140,15 @@ def choose_micro_batch_size(run: Run) -> int | None:
         batch = run.loader.collate([run.train[number] for number in largest[:size]])
         try_micro_batch(run, batch, accumulates=size < share)
 
-    size = run.processes.smallest(checks.find_micro_batch_size(share, try_size))
+    size = run.distributed.smallest(checks.find_micro_batch_size(share, try_size))
     announce(run, [f"{run.stage}: micro-batches of {size} samples fit the memory of {run.device}"])
     return size
 
 
-def state_to_come(run: Run) -> list[torch.Tensor]:
+def state_to_come(run: TrainContext) -> list[torch.Tensor]:
     """Empty tensors as large as what one process keeps of its trained weights beside them: the optimizer's state, and
     the average of the weights where there is one. With fsdp a process keeps its part."""
-    parts = run.processes.world_size if run.is_divided else 1
+    parts = run.distributed.world_size if run.is_sharded else 1
     for_muon = weight_matrices(run.model) if run.common.optimizer == "muon" else set()
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     has_average = run.common.ema_decay is not None
@@ -156,11 +156,11 @@ def state_to_come(run: Run) -> list[torch.Tensor]:
     return [p.new_empty(count * -(-p.numel() // parts)) for p, count in zip(trained, copies, strict=True)]
 
 
-def try_micro_batch(run: Run, batch: dict, accumulates: bool) -> None:
+def try_micro_batch(run: TrainContext, batch: dict, accumulates: bool) -> None:
     """A forward and a backward pass of a batch of the whole network, beside the `state_to_come` and, where the step
     `accumulates` micro-batches or several processes share their gradients in buckets, beside all gradients."""
     config, kept = run.model.config, state_to_come(run)
-    if accumulates or (run.processes.world_size > 1 and not run.is_divided):
+    if accumulates or (run.distributed.world_size > 1 and not run.is_sharded):
         for parameter in run.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -174,7 +174,7 @@ def try_micro_batch(run: Run, batch: dict, accumulates: bool) -> None:
         del kept
 
 
-def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
+def train_step(run: TrainContext, trainer: TrainState, batch: dict, step: int) -> dict:
     """One optimizer step; returns its row of the metrics table."""
     config, rates = run.model.config, set_learning_rates(run, trainer.optimizer, step)
     trainer.wrapped.train()
@@ -184,12 +184,12 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     sums, total = accumulate(run, trainer, batch, num_plans)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
-    norm = checkpoint_io.whole(clip_grad_norm_(parameters, run.common.clip_norm)).item()
+    norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm)).item()
     losses = over_processes(run, sums)
     checks.refuse_non_finite(run.stage, step, losses["loss"], norm, batch, run.folder)
     trainer.optimizer.step()
-    if trainer.average is not None:
-        trainer.average.update()
+    if trainer.ema is not None:
+        trainer.ema.update()
     row = {
         "event": "train",
         "step": step + 1,
@@ -198,19 +198,21 @@ def train_step(run: Run, trainer: Trainer, batch: dict, step: int) -> dict:
     }
     row |= losses
     row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
-    flops = run.step_flops.of_batch(batch, num_plans) if run.watch.peak else 0.0
-    run.watch.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]), flops=flops)
+    flops = run.step_flops.of_batch(batch, num_plans) if run.logger.peak else 0.0
+    run.logger.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]), flops=flops)
     return row
 
 
-def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple[dict[str, float], list[float]]:
+def accumulate(
+    run: TrainContext, trainer: TrainState, batch: dict, num_plans: int
+) -> tuple[dict[str, float], list[float]]:
     """Gradients of the whole step's loss, from this process's micro-batches.
 
     Returns ({"loss": ..., and EXTRA_LOSSES that there are}: this process's parts, which add up over the processes to
     the step's values, and the whole step's `counts` and number of sequence positions).
     """
     config, device = run.model.config, run.device
-    total = run.processes.sum(*counts(batch), int(batch["attention_mask"].sum()))
+    total = run.distributed.sum(*counts(batch), int(batch["attention_mask"].sum()))
     pieces = list(micro_batches(batch, run.micro_batch_size))
     sums: Counter = Counter(loss=0.0)
     for number, piece in enumerate(pieces):
@@ -225,18 +227,18 @@ def accumulate(run: Run, trainer: Trainer, batch: dict, num_plans: int) -> tuple
             output = trainer.wrapped(**inputs)
             loss = weighted_loss(output, config, of, total)
             # the processes' gradients are averaged, the parts of the loss are to be added
-            (loss * run.processes.world_size).backward()
+            (loss * run.distributed.world_size).backward()
         sums["loss"] += loss.item()
         for name, value in extra_losses(output, of, total).items():
             sums[name] += value
     return sums, total
 
 
-def over_processes(run: Run, sums: dict[str, float]) -> dict[str, float]:
+def over_processes(run: TrainContext, sums: dict[str, float]) -> dict[str, float]:
     """The step's losses from this process's parts: what any process has. All of them send the same number of values,
     whatever their shares hold: one of text only has no loss of the attention."""
     names = ("loss", *EXTRA_LOSSES)
-    values = run.processes.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
+    values = run.distributed.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
     return {name: value for name, value, there in zip(names, values, values[len(names) :], strict=False) if there}
 
 
@@ -247,7 +249,7 @@ def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:
     return {name: output[name].mean().item() * share[name] for name in EXTRA_LOSSES if name in output}
 
 
-def set_learning_rates(run: Run, optimizer: Optimizer, step: int) -> dict[str, float]:
+def set_learning_rates(run: TrainContext, optimizer: Optimizer, step: int) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, run.num_steps, group["peak"], group["name"], run.settings)
     return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
@@ -259,25 +261,25 @@ def group_norms(optimizer: Optimizer) -> dict[str, float]:
     for name in GROUPS:
         own = [p.grad for g in optimizer.param_groups if g["name"] == name for p in g["params"] if p.grad is not None]
         if own:
-            norms[f"grad_norm_{name}"] = checkpoint_io.whole(get_total_norm(own)).item()
+            norms[f"grad_norm_{name}"] = checkpoint_io.full_tensor(get_total_norm(own)).item()
     return norms
 
 
-def after_step(run: Run, trainer: Trainer, done: int) -> None:
+def after_step(run: TrainContext, trainer: TrainState, done: int) -> None:
     """Validation and states, where they are due; the end of the process where SIGTERM asked for it."""
     last = done == run.num_steps
     if done % run.common.validate_every == 0 and not last:
         with averaged(trainer):
             rows = validate(run, trainer.wrapped, done)
         run.history += rows
-        run.watch.rows(rows)
+        run.logger.rows(rows)
         keep_best(run, trainer, rows)
         warn_of_plateau(run, done)
     every = run.common.watch.heatmaps_every
     if every and (done % every == 0 or last):
         with averaged(trainer):
             draw_looks(run, trainer.wrapped, done)
-    stop = run.processes.sum(run.stop_requested)[0] > 0
+    stop = run.distributed.sum(run.stop_requested)[0] > 0
     if (done % run.common.checkpoint_every == 0 or stop) and not last:
         save(run, trainer, done)
     if stop and not last:
@@ -288,7 +290,7 @@ def after_step(run: Run, trainer: Trainer, done: int) -> None:
         raise SystemExit(STOPPED)
 
 
-def warn_of_plateau(run: Run, step: int) -> None:
+def warn_of_plateau(run: TrainContext, step: int) -> None:
     """A line, and a row of the metrics table, when the run has stopped learning in a way that is known."""
     rows = [row for row in run.history if row["event"] == "validation" and row["mode"] == "fine"]
     means = {}
@@ -304,7 +306,7 @@ def warn_of_plateau(run: Run, step: int) -> None:
 
 
 @contextmanager
-def stopped_by_sigterm(run: Run):
+def stopped_by_sigterm(run: TrainContext):
     """SIGTERM, which clusters send before they take a node away, lets the step end and saves its state."""
 
     def request(*_):

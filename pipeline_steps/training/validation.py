@@ -51,9 +51,9 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
 @torch.no_grad()
 def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
     """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
-    group, size = run.processes, run.micro_batch_size or run.common.batch_size
-    network = model if run.is_divided else run.model  # without what shares gradients
-    own = numbers if run.is_divided else numbers[group.rank :: group.world_size]
+    group, size = run.distributed, run.micro_batch_size or run.common.batch_size
+    network = model if run.is_sharded else run.model  # without what shares gradients
+    own = numbers if run.is_sharded else numbers[group.rank :: group.world_size]
     loss = correct = tokens = 0
     for start in range(0, len(own), size):
         batch = collate([run.validation[number] for number in own[start : start + size]])
@@ -62,7 +62,7 @@ def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: st
         loss += output.token_loss[scored].double().sum().item()
         correct += int(output.correct[scored].sum())
         tokens += int(scored.sum())
-    return (loss, correct, tokens) if run.is_divided else tuple(group.sum(loss, correct, tokens))
+    return (loss, correct, tokens) if run.is_sharded else tuple(group.sum(loss, correct, tokens))
 
 
 def watched_items(run) -> list[dict]:
@@ -98,4 +98,4 @@ def draw_looks(run, model: nn.Module, step: int) -> None:
         **to_device(collate(items), run.device, SHOWN), mode="fine", output_attentions=True
     ).attention_weights
     maps = weights[-1].float().mean((1, 2))[:, 1:]  # [F, N], without the class token
-    run.watch.pictures(step, items, (maps / maps.sum(1, keepdim=True)).cpu().numpy())
+    run.logger.pictures(step, items, (maps / maps.sum(1, keepdim=True)).cpu().numpy())

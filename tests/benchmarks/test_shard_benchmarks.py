@@ -51,7 +51,7 @@ def test_margins_of_near_duplicates(tmp_path, capsys):
     write_index(tmp_path, rows)
     section = Section(
         image_size=32,
-        fit="crop",
+        resize_mode="crop",
         fps=2.0,
         max_frames=4,
         jpeg_quality=95,

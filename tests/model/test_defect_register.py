@@ -434,7 +434,7 @@ def test_B34_running_out_of_memory_stops_the_run():
     found = [place for place, names, raises in handlers() if names & BLANKET and not raises]
     assert [place.split(":")[0] for place in found] == ["pipeline_steps/training/checks.py"]  # before the first step
     model = make_model()
-    model.vision_encoder.walk = lambda *arguments, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    model.vision_encoder.encode = lambda *arguments, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError):
         run(model)
 

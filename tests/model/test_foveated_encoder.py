@@ -64,10 +64,10 @@ def test_patch_features_equal_the_librarys(name):
     size = ours.config.image_size
     for height, width in {(size, size), (224, 224), (84, 56)}:
         frames = torch.randn(1 if size == height else 2, 3, height, width)
-        walk = ours.walk(frames, need_patch_features=True)
+        encoded = ours.encode(frames, need_patch_features=True)
         expected = theirs(frames).last_hidden_state
         assert 0.5 < expected.std() < 2
-        torch.testing.assert_close(walk.patch_features, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoded.patch_features, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["tiny", "base"])
@@ -78,17 +78,17 @@ def test_a_query_row_goes_the_way_of_the_librarys_own_rows(name):
     frames = torch.randn(2, 3, 84, 84)
     queries = theirs.embeddings(frames)[:, [0, 3]]
     expected = theirs(frames).last_hidden_state[:, [0, 3]]
-    torch.testing.assert_close(ours.walk(frames, queries).query_output, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.attend(queries, ours.walk(frames))[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.encode(frames, queries).query_output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.attend(queries, ours.encode(frames))[0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_queries_ride_along_without_changing_the_patches(pair):
     ours, _ = pair
     frames, queries = torch.randn(3, 3, 56, 56), torch.randn(3, 2, 48)
-    alone = ours.walk(frames, need_patch_features=True)
-    together = ours.walk(frames, queries, need_patch_features=True, output_attentions=True)
-    short = ours.walk(frames, queries)  # skips the patches' own last layer
+    alone = ours.encode(frames, need_patch_features=True)
+    together = ours.encode(frames, queries, need_patch_features=True, output_attentions=True)
+    short = ours.encode(frames, queries)  # skips the patches' own last layer
     torch.testing.assert_close(together.patch_features, alone.patch_features, atol=1e-6, rtol=0)
     torch.testing.assert_close(short.query_output, together.query_output, atol=1e-6, rtol=0)
     features, weights = ours.attend(queries, alone, output_attentions=True)

@@ -74,7 +74,7 @@ def test_temperature_sharpens_the_queries_and_leaves_the_patches_alone(attention
         model = make_model(attention=attention, attention_temperature=temperature)
         output = fine(model, output_attentions=True)
         entropies.append(attention_entropy(output.attention_weights).mean().item())
-        keys.append(model.vision_encoder.walk(make_batch()["pixel_values"]).keys[-1])
+        keys.append(model.vision_encoder.encode(make_batch()["pixel_values"]).keys[-1])
     assert entropies[0] < entropies[1] < entropies[2]
     assert torch.equal(keys[0], keys[1])
 

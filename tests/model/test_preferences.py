@@ -123,11 +123,11 @@ def train_in_one_of_two_processes(rank: int, folder: str) -> None:
     try:
         results = {}
         for name, rows in SPLITS.items():
-            model, looks = make_model(tie_first_query=False).train(), []
-            model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_, looks=looks: looks.append(1))
+            model, passes = make_model(tie_first_query=False).train(), []
+            model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
             wrapped = DistributedDataParallel(model, find_unused_parameters=name == "text only on one")
             wrapped(**rows_of(torch.load(f"{folder}/batch.pt"), rows[rank])).loss.backward()
-            results[name] = {key: p.grad for key, p in model.named_parameters()}, len(looks)
+            results[name] = {key: p.grad for key, p in model.named_parameters()}, len(passes)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from model import FoveatedVLMProcessor, frames
-from model.pictures import FITS
+from model.pictures import RESIZE_MODES
 from model.processing_foveated_vlm import normalise
 from pipeline_steps.common import params, records
 from pipeline_steps.inference.answers import up_to_answer
@@ -68,7 +68,7 @@ def test_tensors_are_those_of_the_pipeline(made, processor, options):
 
 
 def test_every_form_of_a_video_gives_the_same_tensors(made, processor):
-    pictures = frames.read_media(made.video, "video", fps=2.0, max_frames=4, image_size=56, fit="crop").frames
+    pictures = frames.read_media(made.video, "video", fps=2.0, max_frames=4, image_size=56, resize_mode="crop").frames
     array = np.stack([np.asarray(picture) for picture in pictures])
     expected = dict(processor(text=QUESTION, videos=made.video))
     for video in (str(made.video), [made.video], pictures, tuple(pictures), array, list(array)):
@@ -91,7 +91,7 @@ def test_pictures_are_cut_square_and_a_still_is_repeated(processor):
 
 def test_letterbox_keeps_every_kind_of_input_whole(processor, tmp_path):
     """File, PIL image, list of arrays and array alike: the white picture between two black bars."""
-    boxed = FoveatedVLMProcessor(processor.tokenizer, 56, fit="letterbox", jpeg_quality=None)
+    boxed = FoveatedVLMProcessor(processor.tokenizer, 56, resize_mode="letterbox", jpeg_quality=None)
     wide = np.full((1, 40, 80, 3), 255, np.uint8)
     Image.fromarray(wide[0]).save(tmp_path / "a.png")
     for video in (tmp_path / "a.png", Image.fromarray(wide[0]), [wide[0]], wide):
@@ -102,14 +102,14 @@ def test_letterbox_keeps_every_kind_of_input_whole(processor, tmp_path):
     assert processor.pictures(processor(text=QUESTION, videos=wide)["pixel_values"]).min() > 250
 
 
-@pytest.mark.parametrize("fit", FITS)
-def test_frames_are_those_of_the_shards_whatever_the_fit(processor, tmp_path, fit):
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_frames_are_those_of_the_shards_whatever_the_fit(processor, tmp_path, resize_mode):
     """A wide clip and a tall still, packed and shown."""
     noise = np.random.default_rng(0).integers(0, 256, (6, 36, 64, 3), np.uint8)
     write_clip(tmp_path / "a.mp4", list(noise))
     write_image(tmp_path / "b.png", noise[0].transpose(1, 0, 2))
     rows = [index_row(tmp_path, "a.mp4", split="train"), index_row(tmp_path, "b.png", kind="image", split="train")]
-    policy = FRAMES.model_copy(update={"fit": fit})
+    policy = FRAMES.model_copy(update={"resize_mode": resize_mode})
     samples = [records.RawSample.model_validate(row) for row in rows]
     pack_shard(samples, Settings(raw_dir=str(tmp_path), frames=policy), tmp_path / "packed/000000")
     shown = FoveatedVLMProcessor(processor.tokenizer, **policy.model_dump())
@@ -119,17 +119,17 @@ def test_frames_are_those_of_the_shards_whatever_the_fit(processor, tmp_path, fi
             expected = np.stack([np.asarray(Image.open(file)) for file in packed])
             found = shown.pictures(shown(text=QUESTION, videos=tmp_path / sample.path)["pixel_values"])
             assert np.array_equal(found, expected)
-            assert (expected[:, 0].max() < 20) == (fit == "letterbox" and sample.kind == "video")
+            assert (expected[:, 0].max() < 20) == (resize_mode == "letterbox" and sample.kind == "video")
 
 
 def test_a_processor_saved_before_letterbox_crops(made, tmp_path):
     FoveatedVLMProcessor.from_pretrained(made.checkpoint).save_pretrained(tmp_path)
     path = tmp_path / "processor_config.json"
     config = json.loads(path.read_text())
-    del config["fit"]
+    del config["resize_mode"]
     path.write_text(json.dumps(config))
-    assert FoveatedVLMProcessor.from_pretrained(tmp_path).fit == "crop"
-    assert AutoProcessor.from_pretrained(tmp_path, fit="letterbox").fit == "letterbox"
+    assert FoveatedVLMProcessor.from_pretrained(tmp_path).resize_mode == "crop"
+    assert AutoProcessor.from_pretrained(tmp_path, resize_mode="letterbox").resize_mode == "letterbox"
 
 
 def test_pictures_undo_the_normalisation_exactly(processor):
@@ -204,8 +204,8 @@ def test_an_option_outside_its_range_is_named(processor, option, value, allowed)
 
 
 def test_an_unknown_layout_or_fit_is_named(processor):
-    with pytest.raises(ValueError, match="fit='stretch' is not one of crop, letterbox"):
-        FoveatedVLMProcessor(processor.tokenizer, 56, fit="stretch")
+    with pytest.raises(ValueError, match="resize_mode='stretch' is not one of crop, letterbox"):
+        FoveatedVLMProcessor(processor.tokenizer, 56, resize_mode="stretch")
     with pytest.raises(ValueError, match="layout='sideways' is not one of question_first, vision_first"):
         FoveatedVLMProcessor(processor.tokenizer, 56, layout="sideways")
 

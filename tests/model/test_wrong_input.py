@@ -155,7 +155,7 @@ def test_backbones_saved_in_bf16_are_trained_in_fp32(folders):
 def test_backbones_bring_all_of_their_weights(folders):
     new, batch = load(folders), make_batch()
     vision = Dinov2Model.from_pretrained(folders / "vision").eval()
-    features = new.vision_encoder.walk(batch["pixel_values"], need_patch_features=True).patch_features
+    features = new.vision_encoder.encode(batch["pixel_values"], need_patch_features=True).patch_features
     torch.testing.assert_close(features, vision(batch["pixel_values"]).last_hidden_state, atol=1e-5, rtol=0)
     language = LlamaForCausalLM.from_pretrained(folders / "language").eval()
     text = one_sample(batch, 1)["input_ids"]

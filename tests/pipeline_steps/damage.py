@@ -281,7 +281,7 @@ def cases(folder, seed, count):
 
 def damaged_input(rng, path, content, kind):
     """Writes the content as a file, as a part of a container, or among good pictures; arguments of read_media."""
-    options = {"path": path, "kind": kind, "fit": ("crop", "letterbox")[int(rng.integers(0, 2))]}
+    options = {"path": path, "kind": kind, "resize_mode": ("crop", "letterbox")[int(rng.integers(0, 2))]}
     if rng.random() < 0.2:
         lead, repeat = rng.bytes(int(rng.integers(0, 600))), int(rng.integers(1, 6))
         path.write_bytes(lead + content + rng.bytes(100))
@@ -298,7 +298,9 @@ def damaged_input(rng, path, content, kind):
 def outcome(options):
     """("frames" | "error" | "wrong", text): what read_media gives, "wrong" if it may not."""
     try:
-        media = read_media(**{"fps": 2.0, "max_frames": MAX_FRAMES, "image_size": SIZE, "fit": "crop"} | options)
+        media = read_media(
+            **{"fps": 2.0, "max_frames": MAX_FRAMES, "image_size": SIZE, "resize_mode": "crop"} | options
+        )
     except MediaError as error:
         fine = error.reason.isprintable() and error.reason.isascii() and 0 < len(error.reason) < 60
         return ("error" if fine else "wrong"), error.reason

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.objective import FoveatedVLMOutput
-from pipeline_steps.streaming.targets import Truth
+from pipeline_steps.streaming.targets import GroundTruth
 
 VOCABULARY, NUM_PATCHES = 64, 4  # frames of 2 x 2 patches of one pixel
 NUM_SCORED = 2  # tokens of every answer
@@ -78,4 +78,4 @@ def truth_at(*patches):
     for t, patch in enumerate(patches):
         if patch is not None:
             target[t, patch] = True
-    return Truth(target, target, np.zeros((len(patches), 4)))
+    return GroundTruth(target, target, np.zeros((len(patches), 4)))

@@ -26,7 +26,7 @@ from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
 SIZE = 16  # px
-POLICY = FramePolicy(image_size=SIZE, fit="crop", fps=2.0, max_frames=8, jpeg_quality=90)
+POLICY = FramePolicy(image_size=SIZE, resize_mode="crop", fps=2.0, max_frames=8, jpeg_quality=90)
 SETTINGS = params.read(params.ROOT / "params.yaml", "streaming", "training")
 
 

@@ -107,7 +107,7 @@ def test_library_dinov2_gives_the_features_of_our_walk(trained):
     frames = pixel_values(Frames("validation", 1, 3, seed=0)[0]["frames"])
     with torch.no_grad():
         expected = library.eval()(frames).last_hidden_state
-        found = ours.walk(frames, need_patch_features=True).patch_features
+        found = ours.encode(frames, need_patch_features=True).patch_features
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

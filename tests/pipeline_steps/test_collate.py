@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.processing_foveated_vlm import normalise
-from pipeline_steps.streaming.collate import IGNORED, Collator
+from pipeline_steps.streaming.collate import IGNORE_INDEX, Collator
 
 VISUAL, BOS, PAD = 99, 1, 2
 
@@ -51,12 +51,12 @@ def test_question_first_puts_the_frames_after_the_question():
         [1, 10, 11, 20, 32, 2],
         [1, 10, 11, VISUAL, VISUAL, VISUAL, VISUAL, 20, 33, 2],
     ]
-    assert rows_of(batch, "labels")[0] == [IGNORED] * 7 + [30, 31, 2]
+    assert rows_of(batch, "labels")[0] == [IGNORE_INDEX] * 7 + [30, 31, 2]
     assert rows_of(batch, "score_mask")[0] == [False] * 8 + [True, True]
     assert batch["num_frames"].tolist() == [3, 0, 4]  # the still is shown four times
     assert batch["pixel_values"].shape == (7, 3, 14, 14)
     assert (batch["input_ids"][1, 6:] == PAD).all()
-    assert (batch["labels"][1, 6:] == IGNORED).all()
+    assert (batch["labels"][1, 6:] == IGNORE_INDEX).all()
 
 
 def test_vision_first_puts_a_bos_and_the_frames_in_front():
@@ -69,7 +69,7 @@ def test_vision_first_puts_a_bos_and_the_frames_in_front():
 def test_the_same_tokens_are_labelled_in_every_layout(layout):
     for loss in ("answer_only", "all_text"):
         labels = rows_of(make_collator(layout, loss, tokens_per_frame=2)(ITEMS), "labels")
-        asked = [[token for token in row if token != IGNORED] for row in labels]
+        asked = [[token for token in row if token != IGNORE_INDEX] for row in labels]
         expected = [30, 31, 2] if loss == "answer_only" else [10, 11, 20, 30, 31, 2]
         assert asked[0] == expected
         assert all(VISUAL not in row for row in labels)

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline_steps.common.params import UserError
-from pipeline_steps.streaming.compatibility import check_fit
+from pipeline_steps.streaming.compatibility import check_compatibility
 from tests.model.tiny import make_model
 from tests.pipeline_steps.packed import Clip, columns_only
 
@@ -20,7 +20,7 @@ def data(*rows, image_size=56):
 
 
 def test_data_that_fit_are_taken():
-    check_fit(make_model(max_num_frames=6).config, data(row("full", "video", 6, 122)), 4)  # 128 positions
+    check_compatibility(make_model(max_num_frames=6).config, data(row("full", "video", 6, 122)), 4)  # 128 positions
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_data_that_fit_are_taken():
 )
 def test_data_that_do_not_fit_are_named(options, rows, image_size, message):
     with pytest.raises(UserError, match=message):
-        check_fit(make_model(**options).config, data(*rows, image_size=image_size), 4)
+        check_compatibility(make_model(**options).config, data(*rows, image_size=image_size), 4)
 
 
 def test_a_still_counts_as_often_as_it_is_shown():
     with pytest.raises(UserError, match=r"'still-a' has 8 frames.*at most 6.*streaming.image_replication"):
-        check_fit(make_model(max_num_frames=6).config, data(), 8)
+        check_compatibility(make_model(max_num_frames=6).config, data(), 8)

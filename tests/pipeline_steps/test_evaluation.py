@@ -76,7 +76,7 @@ def truth_at(*patches):
     target[np.arange(len(patches)), patches] = True
     others = target.copy()
     others[:, 15] = True
-    return targets.Truth(target, others, np.zeros((len(patches), 4)))
+    return targets.GroundTruth(target, others, np.zeros((len(patches), 4)))
 
 
 def test_boxes_fall_on_their_patches():
@@ -163,7 +163,7 @@ class Data:
             "score_mask": [False] * 6 + [True] * 2 + [False],
         }
 
-    fit = "crop"
+    resize_mode = "crop"
 
     def __getitem__(self, number):
         row = self.rows[number]

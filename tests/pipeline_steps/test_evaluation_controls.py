@@ -99,7 +99,7 @@ def real_batch(rows=(0, 2, 3)):
 def truth_of(num_frames):
     target = np.zeros((num_frames, 16), bool)
     target[:, 5] = True
-    return scoring.targets.Truth(target, target, np.zeros((num_frames, 4)))
+    return scoring.targets.GroundTruth(target, target, np.zeros((num_frames, 4)))
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_first_query": False}, {"attention": "shallow"}])

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline_steps.evaluation import gaze_difference, statistics
 from pipeline_steps.inference import gaze
-from pipeline_steps.streaming.targets import Truth
+from pipeline_steps.streaming.targets import GroundTruth
 
 GRID = 4
 interval = partial(statistics.ratio_interval, num_samples=50, seed=1)
@@ -17,7 +17,7 @@ interval = partial(statistics.ratio_interval, num_samples=50, seed=1)
 def truth_at(*patches):
     target = np.zeros((len(patches), GRID * GRID), bool)
     target[np.arange(len(patches)), patches] = True
-    return Truth(target, target, np.zeros((len(patches), 4)))
+    return GroundTruth(target, target, np.zeros((len(patches), 4)))
 
 
 def weights_of(peaks):

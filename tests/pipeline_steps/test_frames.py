@@ -18,8 +18,10 @@ from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_
 LOSSLESS = {"crf": "4", "preset": "ultrafast"}
 
 
-def read(path, kind="video", fps=2.0, max_frames=16, image_size=16, fit="crop", **options):
-    return read_media(path, kind, fps=fps, max_frames=max_frames, image_size=image_size, fit=fit, **options)
+def read(path, kind="video", fps=2.0, max_frames=16, image_size=16, resize_mode="crop", **options):
+    return read_media(
+        path, kind, fps=fps, max_frames=max_frames, image_size=image_size, resize_mode=resize_mode, **options
+    )
 
 
 def taken(path, num_frames, fps=2.0, max_frames=16, **options):
@@ -130,7 +132,7 @@ def test_variable_frame_rate_goes_by_time_not_by_count(tmp_path):
 
 
 def test_choose_times_never_takes_more_than_the_clip_has():
-    often, seldom = (Policy(fps=fps, max_frames=64, image_size=16, fit="crop") for fps in (30.0, 2.0))
+    often, seldom = (Policy(fps=fps, max_frames=64, image_size=16, resize_mode="crop") for fps in (30.0, 2.0))
     assert choose_times([0.0, 1.0], 0.0, 2.0, often) == [0.0, 1.0]
     assert choose_times([0.0], 0.0, 0.0, seldom) == [0.0]
     assert choose_times([i / 2 for i in range(6)], 0.0, 3.0, seldom) == [0, 0.5, 1, 1.5, 2, 2.5]
@@ -169,7 +171,7 @@ def test_pixels_that_are_not_square(tmp_path, name, rotation):
     assert (media.width, media.height) == ((64, 128) if rotation else (128, 64))
     assert shown[32, 1] == pytest.approx(4 * 16, abs=6)
     assert shown[32, -2] == pytest.approx(4 * 48, abs=6)
-    boxed = np.rot90(np.asarray(read(clip, image_size=64, fit="letterbox").frames[0])[..., 0], turn).astype(int)
+    boxed = np.rot90(np.asarray(read(clip, image_size=64, resize_mode="letterbox").frames[0])[..., 0], turn).astype(int)
     assert boxed[:16].max() == boxed[48:].max() == 0
     assert boxed[32, 62] == pytest.approx(4 * 62, abs=6)
     assert boxed[18, 32] == pytest.approx(4 * 32, abs=6)

@@ -16,8 +16,8 @@ import torch
 
 from pipeline_steps.common.params import UserError
 from pipeline_steps.streaming.plan import Plan
-from pipeline_steps.training.context import Run
-from pipeline_steps.training.distributed import Processes
+from pipeline_steps.training.context import TrainContext
+from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import check_side_by_side, prepare, train_step
 from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch, rows_of
 
@@ -38,11 +38,11 @@ GOLDEN = {
 }
 
 
-def make_run(stage: str, layout: str, folder, optimizer: str = "adamw", **options) -> Run:
+def make_run(stage: str, layout: str, folder, optimizer: str = "adamw", **options) -> TrainContext:
     rates = SimpleNamespace(connector=3e-3, vision=4e-4, language=9e-4)
     settings = SimpleNamespace(
         loss=LOSSES[stage], learning_rate=rates, freeze_vision=False, freeze_language=False, schedule="cosine",
-        warmup_share=0.25, final_learning_rate=0.1, decay_share=0.0, converged_learning_rate=None,
+        warmup_ratio=0.25, min_lr_ratio=0.1, decay_share=0.0, converged_learning_rate=None,
     )  # fmt: skip
     common = SimpleNamespace(
         batch_size=4, micro_batch_size=None, optimizer=optimizer, weight_decay=0.01, betas=(0.9, 0.98), clip_norm=1.0,
@@ -50,12 +50,12 @@ def make_run(stage: str, layout: str, folder, optimizer: str = "adamw", **option
         watch=SimpleNamespace(log_every=1),
     )  # fmt: skip
     model = make_model(layout=layout, second_pass_probability=0.5, **options)
-    run = Run(stage, model, None, None, SEED, common, settings, None, folder)
+    run = TrainContext(stage, model, None, None, SEED, common, settings, None, folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4))
     run.__dict__["served"] = SimpleNamespace(plan=every)
     run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
-    run.watch = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
+    run.logger = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
     return run
 
 
@@ -94,7 +94,7 @@ def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
     assert found[0] != found[1]
 
 
-class Noted(Processes):
+class Noted(DistributedContext):
     """One process that notes how many values it sends to the others."""
 
     sent: ClassVar[list[int]] = []
@@ -109,7 +109,7 @@ def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
     sent, rows = {}, {}
     for name, samples in (("frames", [0, 2]), ("text", [1, 1])):
         run = make_run("stage2", "question_first", tmp_path, **options)
-        run.processes, Noted.sent = Noted(), []
+        run.distributed, Noted.sent = Noted(), []
         rows[name] = train_step(run, prepare(run), rows_of(make_batch(), samples) | {"keys": ["a", "b"]}, 0)
         sent[name] = Noted.sent
     assert sent["frames"] == sent["text"]
@@ -123,7 +123,7 @@ def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
 )
 def test_a_divided_network_needs_frames_in_the_same_micro_batches(tmp_path, num_frames, size, wrong):
     run = make_run("stage2", "question_first", tmp_path)
-    run.processes, run.micro_batch_size = Processes(world_size=2), size
+    run.distributed, run.micro_batch_size = DistributedContext(world_size=2), size
     run.train.index.num_frames = np.array(num_frames)
     run.served.plan = Plan(np.arange(4), np.array([0, 4]))
     if wrong is None:

@@ -215,7 +215,7 @@ def packed(tmp_path, name):
     """({member: content} of a shard of all samples, the samples by key)."""
     samples, _ = collected(tmp_path, name)
     samples = [sample.model_copy(update={"split": sample.split or "train"}) for sample in samples]
-    frames = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=8, jpeg_quality=95)
+    frames = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=8, jpeg_quality=95)
     report = pack_shard(samples, Settings(raw_dir=str(tmp_path / "raw"), frames=frames), tmp_path / "packed/000000")
     assert report.quarantined == ()
     assert report.shard.num_samples == len(samples)

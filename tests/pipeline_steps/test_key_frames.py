@@ -76,7 +76,7 @@ class Decoder:
     def __call__(self, path, keys, **options):
         """(what is read, frames that were decoded for it, whether the key frames were given up)."""
         self.keys, self.num_decoded, self.num_given_up = keys, 0, 0
-        policy = {"fps": 2.0, "max_frames": 64, "image_size": 64, "fit": "crop"} | options
+        policy = {"fps": 2.0, "max_frames": 64, "image_size": 64, "resize_mode": "crop"} | options
         media = read_media(path, "video", **policy)
         return media, self.num_decoded, self.num_given_up > 0
 

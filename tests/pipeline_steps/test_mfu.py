@@ -13,7 +13,7 @@ from pipeline_steps.monitoring import mfu
 from pipeline_steps.monitoring.metrics_logger import Watch
 from pipeline_steps.monitoring.mfu import StepFlops, peak_flops
 from pipeline_steps.training import train_loop
-from pipeline_steps.training.distributed import Processes
+from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.parameters import GROUPS, group_of
 from tests.model.tiny import make_batch, make_model, one_sample, preference_batch, rows_of
 from tests.pipeline_steps.test_golden_losses import make_run
@@ -31,9 +31,9 @@ def counted(model, batch, num_plans):
     if not any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
 
         def walk_apart(pixel_values, times, queries, how, output_attentions):
-            walk = model.vision_encoder.walk(pixel_values, need_patch_features=model.config.attention == "shallow")
-            walk = model.shallow_attention.prepare(walk) if model.config.attention == "shallow" else walk
-            return walk, model._attend(queries, walk, times, how, output_attentions)
+            encoded = model.vision_encoder.encode(pixel_values, need_patch_features=model.config.attention == "shallow")
+            encoded = model.shallow_attention.prepare(encoded) if model.config.attention == "shallow" else encoded
+            return encoded, model._attend(queries, encoded, times, how, output_attentions)
 
         if model.config.architecture == "foveated":
             model._walk = walk_apart
@@ -146,7 +146,7 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
 def make_watch(tmp_path, device="cpu", precision="fp32", **options):
     settings = SimpleNamespace(peak_tflops=None, tensorboard=False, dvclive=False, wandb_project=None)
     settings.__dict__.update(options)
-    return Watch(settings, "stage1", 4, tmp_path, Processes(device=device), precision)
+    return Watch(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
 
 
 def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pipeline_steps.common.records import FramePolicy, PackedSample, RawSample
 from pipeline_steps.shards.pack import Settings, pack_shard
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 
-FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 ITEM = {"user": "What?", "assistant": "grey", "task": "caption"}
 
 

@@ -170,7 +170,7 @@ def write_manifests(root):
         "packed": 9,
         "quarantined": [bad],
         "sources": {"folder": 9},
-        "frames": {"image_size": 56, "fit": "crop", "fps": 2.0, "max_frames": 16, "jpeg_quality": 95},
+        "frames": {"image_size": 56, "resize_mode": "crop", "fps": 2.0, "max_frames": 16, "jpeg_quality": 95},
     }
     token = {"name": "000000.arrow", "num_items": 9, "num_tokens": 99, "shard_sha256": "a", "sha256": "b"}
     tokens = {

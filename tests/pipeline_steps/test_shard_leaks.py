@@ -16,7 +16,7 @@ from tests.pipeline_steps.clips import index_row, text_row, write_clip, write_in
 SIZE, DISTANCE = 56, 24
 SECTION = Section(
     image_size=SIZE,
-    fit="crop",
+    resize_mode="crop",
     fps=2.0,
     max_frames=8,
     jpeg_quality=95,
@@ -42,7 +42,7 @@ def write(path, frames, **options):
 
 
 def hashes_of(path, kind="video"):
-    media = read_media(path, kind, fps=2.0, max_frames=8, image_size=SIZE, fit="crop")
+    media = read_media(path, kind, fps=2.0, max_frames=8, image_size=SIZE, resize_mode="crop")
     return hash_frames(media.frames)
 
 

@@ -27,10 +27,10 @@ from pipeline_steps.shards.schema import Section
 from pipeline_steps.shards.scratch import read_reports
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
 
-FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 SECTION = {
     "image_size": 16,
-    "fit": "crop",
+    "resize_mode": "crop",
     "fps": 2.0,
     "max_frames": 4,
     "jpeg_quality": 95,

@@ -23,7 +23,7 @@ from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_ro
 from tests.pipeline_steps.test_chatml import CHATS, ids_of
 
 QUESTION = {"user": "What?", "assistant": "A dog."}
-POLICY = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+POLICY = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
 

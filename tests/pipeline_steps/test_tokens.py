@@ -25,7 +25,7 @@ from pipeline_steps.tokens.chat import load_tokenizer
 from tests.pipeline_steps.chats import make_section, save_tokenizer, turns
 from tests.pipeline_steps.clips import grey_frames, index_row, text_row, write_clip, write_image
 
-FRAMES = FramePolicy(image_size=16, fit="crop", fps=2.0, max_frames=4, jpeg_quality=95)
+FRAMES = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from pipeline_steps.common.params import UserError
 from pipeline_steps.training import checkpoint_io, checks, train_loop
 from pipeline_steps.training.__main__ import by_task
-from pipeline_steps.training.distributed import Processes
-from pipeline_steps.training.ema import Average
+from pipeline_steps.training.distributed import DistributedContext
+from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
@@ -24,8 +24,8 @@ RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
 def settings(**options):
     rates = SimpleNamespace(**(RATES | options.pop("rates", {})))
-    defaults = {"freeze_vision": False, "freeze_language": False, "schedule": "cosine", "warmup_share": 0.1}
-    defaults |= {"final_learning_rate": 0.2, "decay_share": 0.25, "converged_learning_rate": None}
+    defaults = {"freeze_vision": False, "freeze_language": False, "schedule": "cosine", "warmup_ratio": 0.1}
+    defaults |= {"min_lr_ratio": 0.2, "decay_share": 0.25, "converged_learning_rate": None}
     return SimpleNamespace(learning_rate=rates, **(defaults | options))
 
 
@@ -39,7 +39,7 @@ def test_cosine_warms_up_and_ends_at_the_floor():
     assert rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(0, 1, 2.0, "vision", settings(warmup_share=0.0)) == 2.0
+    assert learning_rate(0, 1, 2.0, "vision", settings(warmup_ratio=0.0)) == 2.0
 
 
 def test_constant_stays_after_the_warm_up():
@@ -56,7 +56,7 @@ def test_wsd_is_stable_and_then_falls_in_a_straight_line():
 
 def test_converging_groups_meet_from_above_and_below():
     end = SimpleNamespace(connector=3e-5, vision=3e-5, language=3e-5)
-    options = {"converged_learning_rate": end, "warmup_share": 0.0}
+    options = {"converged_learning_rate": end, "warmup_ratio": 0.0}
     connector = rates_of("converging", "connector", 1e-3, **options)
     vision = rates_of("converging", "vision", 1e-5, **options)
     frozen_at_first = rates_of("converging", "language", 0.0, **options)
@@ -263,12 +263,12 @@ def test_muon_moves_a_matrix_by_an_orthogonal_one_of_adamws_size():
 def test_average_is_exponential_and_swaps_back():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
-    average = Average(model, decay=0.9)
+    ema = EMA(model, decay=0.9)
     for value in (1.0, 2.0):
         model.weight.data.fill_(value)
-        average.update()
-    assert average.values["weight"].item() == pytest.approx(0.9 * (0.9 * 0 + 0.1 * 1) + 0.1 * 2)
-    with average.in_place():
+        ema.update()
+    assert ema.values["weight"].item() == pytest.approx(0.9 * (0.9 * 0 + 0.1 * 1) + 0.1 * 2)
+    with ema.in_place():
         assert model.weight.item() == pytest.approx(0.29)
     assert model.weight.item() == 2.0
 
@@ -353,7 +353,7 @@ def auto_run(optimizer="adamw", **options):
     groups, _ = trainable_parameters(model, settings(freeze_vision=True), 0.01, optimizer)
     defaults = {"ema_decay": None, "precision": "fp32", "optimizer": optimizer}
     common = SimpleNamespace(**(defaults | options.pop("common", {})))
-    run = {"processes": Processes(), "is_divided": False, "device": "cpu"} | options
+    run = {"processes": DistributedContext(), "is_divided": False, "device": "cpu"} | options
     return SimpleNamespace(model=model, common=common, **run), groups
 
 
@@ -368,9 +368,9 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     held = [value for part in optimizer.parts for state in part.state.values() for value in state.values()]
     held = [value for value in held if value.ndim or value.numel() > 1]  # without counters of steps
     if decay is not None:
-        held += Average(run.model, decay).values.values()
+        held += EMA(run.model, decay).values.values()
     assert reserved == sum(value.nbytes for value in held)
-    parts, _ = auto_run(name, common={"ema_decay": decay}, is_divided=True, processes=Processes(world_size=2))
+    parts, _ = auto_run(name, common={"ema_decay": decay}, is_sharded=True, processes=DistributedContext(world_size=2))
     assert sum(tensor.nbytes for tensor in train_loop.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
 
 
@@ -379,8 +379,8 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     [
         (True, {}, True),
         (False, {}, False),  # a whole step in one piece: gradients come while activations go
-        (False, {"processes": Processes(world_size=2)}, True),  # buckets
-        (False, {"processes": Processes(world_size=2), "is_divided": True}, False),
+        (False, {"processes": DistributedContext(world_size=2)}, True),  # buckets
+        (False, {"processes": DistributedContext(world_size=2), "is_divided": True}, False),
     ],
 )
 def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumulates, options, there, monkeypatch):
