@@ -1,21 +1,29 @@
 """The network and its processor: nothing here knows of shards or stages.
 
-`save_pretrained` copies these files beside the weights, so that a checkpoint loads where this repository is not
-(`trust_remote_code=True`): each imports its neighbours by `from .name import ...` only, which is what the library
-follows.
+`save_pretrained` copies these files beside the weights, so that a checkpoint loads without this repository
+(`trust_remote_code=True`). Each file imports its neighbours by `from .name import ...` only, which is what the library
+follows. The classes below are loaded on first use: `model.frames`, `model.pictures` and `model.video` import neither
+torch nor transformers.
 """
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from importlib import import_module
 
-from .configuration_foveated_vlm import FoveatedVLMConfig
-from .modeling_foveated_vlm import FoveatedVLMForConditionalGeneration, FoveatedVLMOutput
-from .processing_foveated_vlm import FoveatedVLMProcessor
+_CLASSES = {
+    "FoveatedVLMConfig": "configuration_foveated_vlm",
+    "FoveatedVLMForConditionalGeneration": "modeling_foveated_vlm",
+    "FoveatedVLMOutput": "modeling_foveated_vlm",
+    "FoveatedVLMProcessor": "processing_foveated_vlm",
+}
+__all__ = list(_CLASSES)
 
-AutoConfig.register(FoveatedVLMConfig.model_type, FoveatedVLMConfig, exist_ok=True)
-AutoModelForImageTextToText.register(FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(FoveatedVLMConfig, FoveatedVLMProcessor, exist_ok=True)
-FoveatedVLMConfig.register_for_auto_class()
-FoveatedVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-FoveatedVLMProcessor.register_for_auto_class()
 
-__all__ = ["FoveatedVLMConfig", "FoveatedVLMForConditionalGeneration", "FoveatedVLMOutput", "FoveatedVLMProcessor"]
+def __getattr__(name: str):
+    """The class `name`, after registering all of them with the library's Auto classes."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".registration", __name__)
+    return getattr(import_module(f".{_CLASSES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_CLASSES])

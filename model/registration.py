@@ -1,0 +1,14 @@
+"""Makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know the classes of this package."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_foveated_vlm import FoveatedVLMConfig
+from .modeling_foveated_vlm import FoveatedVLMForConditionalGeneration
+from .processing_foveated_vlm import FoveatedVLMProcessor
+
+AutoConfig.register(FoveatedVLMConfig.model_type, FoveatedVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(FoveatedVLMConfig, FoveatedVLMProcessor, exist_ok=True)
+FoveatedVLMConfig.register_for_auto_class()
+FoveatedVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+FoveatedVLMProcessor.register_for_auto_class()
