@@ -40,7 +40,9 @@ from PIL import Image
 
 from model.processing_foveated_vlm import normalise
 from pipeline_steps.common import params, sidecar
-from pipeline_steps.common.records import (
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.files import write_json
+from pipeline_steps.common.schemas import (
     FramePolicy,
     ShardEntry,
     ShardsManifest,
@@ -48,7 +50,6 @@ from pipeline_steps.common.records import (
     TokensEntry,
     TokensManifest,
     TokensSplit,
-    write_json,
 )
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -410,4 +411,4 @@ def table(name: str, values: dict) -> str:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -19,8 +19,7 @@ import av
 import numpy as np
 
 from model import frames
-from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError, run_main
 
 FPS, KEY_SECONDS = 30, 2
 
@@ -78,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -27,9 +27,8 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.configuration_foveated_vlm import MODES
-from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import write_json
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import check_outputs, write_json
 
 FRAMES = (1, 2, 4, 8, 16, 32, 64)
 FIT_FROM = 8  # frames
@@ -175,7 +174,7 @@ def main() -> None:
     arguments = read_arguments()
     config = read_config(arguments)
     if arguments.output:
-        params.check_outputs(files=[arguments.output])
+        check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
     frames = tuple(sorted(arguments.frames))
     result = measure(config, frames, arguments.image_size, arguments.device, arguments.repeats)
@@ -186,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

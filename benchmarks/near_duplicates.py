@@ -19,7 +19,9 @@ from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
 from model.frames import read_media
-from pipeline_steps.common import params, records
+from pipeline_steps.common import params
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.shards.hashes import hash_frames
 
 NEEDED = 3  # of four frames
@@ -116,7 +118,7 @@ def line(name, values):
 def measure(section, raw, every, folder):
     policy = {"fps": section.fps, "max_frames": section.max_frames, "image_size": section.image_size}
     policy["resize_mode"] = section.resize_mode
-    samples = [sample for sample in records.read_samples(raw / "index.jsonl") if sample.kind != "text"]
+    samples = [sample for sample in read_samples(raw / "index.jsonl") if sample.kind != "text"]
     hashes = {}
     for sample in tqdm(samples, desc="hash", mininterval=1):
         media = read_media(raw / sample.path, sample.kind, **policy)
@@ -149,4 +151,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

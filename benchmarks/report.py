@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common import params
-from pipeline_steps.common.params import ROOT, UserError
-from pipeline_steps.common.records import write_json
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import write_json
+from pipeline_steps.common.params import ROOT
 
 NUM_SEEDS = 10
 COMPARED = ("none", "A6", "B1")  # what the verdicts read
@@ -97,4 +97,4 @@ def measure(root):
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline_steps.common import params
-from pipeline_steps.common.records import FramePolicy
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.schemas import FramePolicy
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
 from pipeline_steps.shards.index import read_index
 from pipeline_steps.shards.leaks import near_duplicates, text_leaks
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

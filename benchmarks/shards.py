@@ -25,7 +25,9 @@ import numpy as np
 from PIL import Image
 
 from model.frames import read_media
-from pipeline_steps.common import params, records
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.files import write_jsonl
+from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.schema import Section
 
@@ -72,7 +74,7 @@ def write_clip(folder: Path, number: int) -> None:
 def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
     """Lists the files as num_clips training samples; returns the file of each."""
     rows, paths = [], []
-    hashes = [records.sha256_file(raw / f"{i:04d}.mp4") for i in range(num_files)]
+    hashes = [sha256_file(raw / f"{i:04d}.mp4") for i in range(num_files)]
     for i in range(num_clips):
         file = i % num_files
         key = f"clip-{i:06d}"
@@ -80,7 +82,7 @@ def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
         row = {"key": key, "source": "clip", "split": "train", "video_id": key, "path": f"{file:04d}.mp4"}
         rows.append({**row, "kind": "video", "sha256": hashes[file], "items": [item]})
         paths.append(raw / f"{file:04d}.mp4")
-    records.write_jsonl(raw / "index.jsonl", rows)
+    write_jsonl(raw / "index.jsonl", rows)
     return paths
 
 
@@ -148,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

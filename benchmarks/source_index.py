@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline_steps.common.records import RawSample
+from pipeline_steps.common.schemas import RawSample
 from pipeline_steps.sources.index import open_index
 
 

@@ -7,7 +7,7 @@ from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
 from pipeline_steps.common import params
 from pipeline_steps.common.checkpoint import save_checkpoint
-from pipeline_steps.common.records import FramePolicy, RawSample
+from pipeline_steps.common.schemas import FramePolicy, RawSample
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import folder, procedural

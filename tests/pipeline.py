@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pipeline_steps.common import params
+from pipeline_steps.common.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")  # a process that has imported all, and has run nothing of it
@@ -102,7 +103,7 @@ def _train(folder: str, stage: str, variables: dict, rank: int) -> None:
     os.dup2(log, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = command(stage)[2:]
-    params.run(main)
+    run_main(main)
 
 
 def train(folder: Path, stage: str, num_processes: int = 1, seconds: float = 300) -> None:

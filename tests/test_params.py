@@ -12,7 +12,9 @@ import yaml
 from safetensors import SafetensorError
 
 from pipeline_steps.common import params
-from pipeline_steps.common.params import ROOT, StrictModel, UserError
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import check_outputs
+from pipeline_steps.common.params import ROOT, StrictModel
 from pipeline_steps.world.digits import KINDS
 
 PARAMS_FILE = ROOT / "params.yaml"
@@ -258,7 +260,7 @@ def test_command_composes_and_writes_nothing_when_it_fails(tmp_path):
 
 def test_outputs_that_could_not_be_written_are_found_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    params.check_outputs(folders=[tmp_path, tmp_path / "new/folder"], files=[tmp_path / "file", tmp_path / "new/file"])
+    check_outputs(folders=[tmp_path, tmp_path / "new/folder"], files=[tmp_path / "file", tmp_path / "new/file"])
     assert not list((tmp_path / "new").iterdir())
     for options, message in (
         ({"folders": [tmp_path / "file"]}, "file: is a file, but a folder"),
@@ -267,7 +269,7 @@ def test_outputs_that_could_not_be_written_are_found_before_the_work(tmp_path):
         ({"folders": ["/proc/none/below"]}, "/proc/none/below: cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
-            params.check_outputs(**options)
+            check_outputs(**options)
 
 
 def test_interrupted_while_it_imports():
@@ -292,7 +294,7 @@ def test_run_turns_user_errors_into_exit_codes(capsys, tmp_path):
 
     def code(main):
         with pytest.raises(SystemExit) as stop:
-            params.run(main)
+            run_main(main)
         return stop.value.code
 
     assert not code(lambda: None)
@@ -308,7 +310,7 @@ def test_run_turns_user_errors_into_exit_codes(capsys, tmp_path):
     assert code(lambda: fail(SafetensorError("I/O error: No space left on device (os error 28)"))) == 1
     assert capsys.readouterr().err.count("error: an output: No space left on device.") == 2
     with pytest.raises(RuntimeError, match="shapes"):
-        params.run(lambda: fail(RuntimeError("shapes")))
+        run_main(lambda: fail(RuntimeError("shapes")))
     assert code(lambda: fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
-        params.run(lambda: 1 / 0)
+        run_main(lambda: 1 / 0)

@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.shards import fan_out
 
 SNAKEFILE = ROOT / "workflow" / "Snakefile"

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from pipeline_steps.common import params
-from pipeline_steps.common.records import replaced_folder, write_text
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
 
 from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     section = params.read(arguments.params, *PARAMS).backbones
 
-    params.check_outputs(folders=[arguments.out], files=[arguments.metrics])
+    check_outputs(folders=[arguments.out], files=[arguments.metrics])
     with replaced_folder(arguments.out) as folder:
         if section.kind == "embedded":
             metrics = train_backbones(section.embedded, folder)
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 from .local import copy_backbones
 from .schema import Hub, Local, Repository

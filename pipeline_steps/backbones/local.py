@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 from .schema import Local
 

@@ -22,7 +22,7 @@ from transformers import Dinov2Config
 
 from model.foveated_encoder import EncodedFrames, FoveatedEncoder
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.world import digits as world
 
 from .frames import Frames, pixel_values

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 WARM_UP_SHARE = 0.1  # of the steps, linear, then a cosine to zero
 GRADIENT_CLIP = 1.0

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None:

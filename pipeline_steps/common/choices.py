@@ -2,7 +2,7 @@
 
 from string import ascii_uppercase
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 LETTERS = ascii_uppercase
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 def choose_device(wanted: str = "auto", key: str = "device") -> str:

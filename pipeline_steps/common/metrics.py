@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common import files
+from pipeline_steps.common.errors import UserError
 
 MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
 GAZE_MODES = ("coarse", "fine", "autoregressive")
@@ -345,7 +345,7 @@ class StreamingResult(Result):
 
 def write_json(path, result):
     """Writes a `Result` as deterministic JSON, whole or not at all."""
-    records.write_json(path, _rounded(result.model_dump(mode="json")))
+    files.write_json(path, _rounded(result.model_dump(mode="json")))
 
 
 def read_json(path, schema, made_by):

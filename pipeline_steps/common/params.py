@@ -1,4 +1,4 @@
-"""The strict reader of params.yaml, and the wrapper that every entry point runs in.
+"""The strict reader of params.yaml.
 
     python -m pipeline_steps.common.params                            check params.yaml (under a second)
     python -m pipeline_steps.common.params --compose [OVERRIDE ...]   write params.yaml from conf/, as `dvc exp run` does
@@ -14,14 +14,9 @@ Usage in an entry point:
 
 import argparse
 import difflib
-import errno
 import importlib
 import json
-import os
 import re
-import signal
-import sys
-import tempfile
 import typing
 from functools import reduce
 from pathlib import Path
@@ -30,14 +25,10 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline_steps.common.errors import UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[2]
 OTHER_SECTIONS = {"model": "pipeline_steps.training.model_schema"}  # that no stage has to itself
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
-UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG}
-
-
-class UserError(Exception):
-    """Something that the user can correct: shown as one paragraph without a traceback, exit code 1."""
 
 
 class StrictModel(BaseModel):
@@ -284,58 +275,6 @@ def compose_checked(overrides=(), config_dir=ROOT / "conf"):
     return text
 
 
-def check_outputs(folders=(), files=()):
-    """UserError before the work begins if one of these outputs could not be written at its end."""
-    for path, is_file in [(Path(p), False) for p in folders] + [(Path(p), True) for p in files]:
-        if path.is_dir() == is_file and path.exists():
-            found, wanted = ("a folder", "a file") if is_file else ("a file", "a folder")
-            raise UserError(f"{path}: is {found}, but {wanted} is to be written there. Move it or give another place.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            reason = "Not a directory" if path.parent.is_file() else error.strerror
-            raise UserError(
-                f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
-                "or give another place."
-            ) from None
-
-
-def _safetensors_errors():
-    return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
-
-
-def _unwritable(error):
-    """'FILE: REASON' if the disk refused what was written, also where torch or safetensors hide it, else None."""
-    cause = error if isinstance(error, OSError) else error.__context__
-    hidden = re.search(r"\(os error (\d+)\)", str(error))
-    number = cause.errno if isinstance(cause, OSError) else int(hidden[1]) if hidden else None
-    if number not in UNWRITABLE:
-        return None
-    return f"{getattr(cause, 'filename', None) or 'an output'}: {os.strerror(number)}"
-
-
-def run(main):
-    """Calls `main()` and exits: 0, or 1 with one paragraph on stderr for a UserError, or 130 when interrupted."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except (OSError, RuntimeError, *_safetensors_errors()) as error:
-        problem = _unwritable(error)
-        if problem is None:
-            raise
-        print(f"error: {problem}. Check that it can be written and that the disk is not full.", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Check params.yaml, or write it from conf/.")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for --compose, e.g. ablation=A6 seed=2")
@@ -355,4 +294,4 @@ def main():
 if __name__ == "__main__":
     from pipeline_steps.common import params  # the same module object that the schemas import
 
-    params.run(params.main)
+    run_main(params.main)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import writable
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import writable
 
 SUFFIX = ".arrow"
 SCHEMA = pa.schema(

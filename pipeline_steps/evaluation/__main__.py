@@ -30,7 +30,9 @@ from tqdm import tqdm
 from pipeline_steps.common import metrics, params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.records import fingerprint, replaced_folder, sha256_file, write_jsonl
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.files import check_outputs, replaced_folder, write_jsonl
+from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.evaluation import (
     breakdown,
     captions,
@@ -59,7 +61,7 @@ def main():
     arguments = read_arguments()
     parameters = params.read(arguments.params, *PARAMS)
     settings = parameters.evaluation
-    params.check_outputs(folders=[arguments.outputs], files=[arguments.metrics / "evaluation.json"])
+    check_outputs(folders=[arguments.outputs], files=[arguments.metrics / "evaluation.json"])
     torch.set_num_threads(settings.num_threads)
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(arguments.checkpoint)
@@ -275,4 +277,4 @@ def print_summary(result):
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

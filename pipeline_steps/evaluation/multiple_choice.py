@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline_steps.common import choices
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
-from pipeline_steps.common.params import UserError
 from pipeline_steps.evaluation import statistics
 from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import GAZE_MODES, MODES
-from pipeline_steps.common.params import UserError
 from pipeline_steps.evaluation import per_frame
 from pipeline_steps.inference import gaze
 from pipeline_steps.streaming import targets

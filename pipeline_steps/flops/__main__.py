@@ -19,9 +19,10 @@ import numpy as np
 from model import FoveatedVLMConfig
 from pipeline_steps.common import flop_formulas as formulas
 from pipeline_steps.common import metrics, params
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import read_record
 from pipeline_steps.common.flop_formulas import Sample
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import ShardsManifest, read_record
+from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.flops import iso, predecessor, scales, serving
 from pipeline_steps.streaming.dataset import TokenizedShards
 
@@ -210,4 +211,4 @@ def compare_scales(parameters, scaled, arms):
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference import drawing
 from pipeline_steps.inference.drawing import BACKGROUND, FAINT, GAP, INK, MARGIN, RIGHT, WRONG, font
 

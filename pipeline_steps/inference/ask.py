@@ -21,11 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from model.configuration_foveated_vlm import MODES
 from model.input_checks import check_room
-from pipeline_steps.common import params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import write_bytes
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import check_outputs, write_bytes
 from pipeline_steps.inference import drawing, gaze
 
 SIDE = 224  # px, of one frame of the animation
@@ -99,7 +98,7 @@ def check(arguments):
         raise UserError(f"{output}: the animation is a GIF file, give --output a name that ends with .gif")
     if output.exists() and output.samefile(arguments.video):
         raise UserError(f"{output}: --output and --video are the same file. Give --output another name.")
-    params.check_outputs(files=[output])
+    check_outputs(files=[output])
     return output
 
 
@@ -150,4 +149,4 @@ def generator(model):
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -7,7 +7,7 @@ V vocabulary.
 import torch
 from transformers import DynamicCache
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):

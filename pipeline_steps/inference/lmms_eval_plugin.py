@@ -22,7 +22,7 @@ from model import FoveatedVLMForConditionalGeneration
 from model.configuration_foveated_vlm import MODES
 from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference.answers import embedded_prompts
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room, last_control_token
 

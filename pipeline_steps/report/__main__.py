@@ -18,8 +18,8 @@ import jinja2
 from PIL import Image
 
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import replaced_folder, write_text
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
 from pipeline_steps.report import (
     attention_figures,
     compute,
@@ -64,7 +64,7 @@ def main():
     found = verdicts(inputs, settings)
     built = build_tables(inputs, settings)
     reports = arguments.root / "reports"
-    params.check_outputs(
+    check_outputs(
         folders=[reports / "figures", reports / "tables"], files=[reports / "report.html", reports / "report.md"]
     )
     with replaced_folder(reports / "figures") as folder:
@@ -223,4 +223,4 @@ def inlined(folder, index):
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -6,8 +6,8 @@ import io
 import matplotlib
 from PIL import Image
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import GAZE_MODES
-from pipeline_steps.common.params import UserError
 from pipeline_steps.report.figures import COLOURS, MARKERS, WIDTH
 
 KEYS = ("clips", "rule", "over_frames", "contact_sheet")

@@ -4,8 +4,8 @@ and at equal compute (iso-FLOP) answer different questions and are never mixed."
 import json
 from dataclasses import dataclass
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import FlopsResult, read_json
-from pipeline_steps.common.params import UserError
 
 STAGES = ("stage1", "stage2", "stage3")
 TOLERANCE = 0.02  # budgets that differ by less count as equal

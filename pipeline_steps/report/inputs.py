@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 from pyarrow import parquet, types
 
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import read_record
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import ShardsManifest, TokensManifest, read_record
+from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.report.budgets import Budget, budget_of, read_budget
 
 STAGES = ("stage1", "stage2", "stage3")

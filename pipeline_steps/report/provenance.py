@@ -7,7 +7,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline_steps.common.records import sha256_file
+from pipeline_steps.common.hashing import sha256_file
 
 
 def git(root, *arguments):

@@ -17,9 +17,11 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline_steps.common import params, records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import SPLITS, FramePolicy, ShardsManifest, SplitEntry
+from pipeline_steps.common import params
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import locked_scratch, replaced_folder, writable, write_json
+from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.schemas import SPLITS, FramePolicy, ShardsManifest, SplitEntry
 from pipeline_steps.shards import leaks, scratch
 from pipeline_steps.shards.fan_out import cancel_left_over, run_snakemake
 from pipeline_steps.shards.index import read_index
@@ -27,7 +29,7 @@ from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/records.py")
+CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/schemas.py")
 CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scipy")  # that bytes of a shard or hashes of its frames depend on
@@ -40,12 +42,12 @@ def build(section, raw_dir, output):
     splits = assign_splits(index, section.validation_share, section.test_share)
     plan = plan_shards(index, splits, section.samples_per_shard)
     settings = make_settings(section, raw_dir)
-    mark = records.fingerprint(
+    mark = fingerprint(
         settings.model_dump(), [version(name) for name in LIBRARIES], *(params.ROOT / path for path in CODE)
     )
-    with records.locked_scratch("shards", mark) as (folder, lock_file):
+    with locked_scratch("shards", mark) as (folder, lock_file):
         (folder / "finished").unlink(missing_ok=True)
-        with records.replaced_folder(output) as published:
+        with replaced_folder(output) as published:
             if section.max_hash_distance is not None:
                 leaks.check(leaks.text_leaks(index, splits), folder / "leaks.jsonl")
             reports = pack(index, plan, settings, folder, lock_file)
@@ -73,7 +75,7 @@ def make_settings(section, raw_dir):
 
 def pack(index, plan, settings, folder, lock_file):
     """Packs what `folder` does not hold yet. Returns {place: ShardReport} of the whole plan."""
-    with records.writable(folder):
+    with writable(folder):
         cancel_left_over(folder)
         scratch.wait_for_jobs(folder)
         plan_hashes = scratch.write_plans(index, plan, settings, folder)
@@ -157,7 +159,7 @@ def publish(manifest, packed, folder, sources=None):
         (folder / split).mkdir()
         for source, shard in zip(sources[split] if sources else entry.shards, entry.shards, strict=True):
             _link_or_copy(packed / split / source.name, folder / split / shard.name)
-    records.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
 
 
 def _link_or_copy(source, target):
@@ -180,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

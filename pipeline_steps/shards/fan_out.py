@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 
 PROFILES = ROOT / "workflow" / "profiles"
 LOG = "snakemake.log"  # in scratch

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import SPLITS, RawSample, parse
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse
+from pipeline_steps.common.schemas import SPLITS, RawSample
 
 UNDECIDED = -1
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import SPLITS
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import write_jsonl
+from pipeline_steps.common.schemas import SPLITS
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
 
 BANDS = WORDS * 4  # of 16 bits
@@ -143,7 +143,7 @@ def check(leaks, path):
         | {"reason": a.reason}
         for a in leaks
     ]
-    records.write_jsonl(path, rows)
+    write_jsonl(path, rows)
     lines = [
         f"  '{a.held_out[1]}' ({a.held_out[0]}) and '{a.other[1]}' ({a.other[0]}): {a.reason}"
         for a in leaks[:MAX_LISTED]

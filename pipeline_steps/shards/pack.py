@@ -21,9 +21,18 @@ import numpy as np
 
 from model.frames import Media, MediaError, read_media
 from model.pictures import jpeg
-from pipeline_steps.common import params, records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import FramePolicy, PackedSample, Quarantined, Record, ShardEntry
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import read_record, to_json, write_bytes, write_json
+from pipeline_steps.common.hashing import media_sha256, sha256_file
+from pipeline_steps.common.schemas import (
+    SPLITS,
+    FramePolicy,
+    PackedSample,
+    Quarantined,
+    Record,
+    ShardEntry,
+    read_samples,
+)
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames
 
 
@@ -77,13 +86,13 @@ def pack_shard(samples, settings, output, plan_sha256=None):
         num_frames=num_frames,
         seconds=round(seconds, 4),
         bytes=partial.stat().st_size,
-        sha256=records.sha256_file(partial),
+        sha256=sha256_file(partial),
     )
     report = ShardReport(shard=entry, quarantined=tuple(quarantined), sources=dict(sources), plan_sha256=plan_sha256)
     _write_hashes(output.with_suffix(".npz"), hashes)
     partial.chmod(0o444)
     os.replace(partial, tar_path)
-    records.write_json(output.with_suffix(".json"), report)
+    write_json(output.with_suffix(".json"), report)
     return report
 
 
@@ -92,7 +101,7 @@ def _load(sample, settings):
     if sample.kind == "text":
         return Media([], [], 0.0, 0, 0)
     path = Path(settings.raw_dir, sample.path)
-    found = records.media_sha256(path, sample.parts) if path.exists() else "no file"
+    found = media_sha256(path, sample.parts) if path.exists() else "no file"
     if found != sample.sha256:
         raise UserError(
             f"{path} (sample '{sample.key}') changed after the index was written: sha256 {sample.sha256[:12]}... "
@@ -124,7 +133,7 @@ def _add_sample(tar, sample, media, jpeg_quality):
         width=media.width,
         height=media.height,
     )
-    _add_member(tar, f"{sample.key}.json", records.to_json(packed).encode())
+    _add_member(tar, f"{sample.key}.json", to_json(packed).encode())
 
 
 def _add_member(tar, name, content):
@@ -138,24 +147,24 @@ def _write_hashes(path, hashes):
     buffer = io.BytesIO()
     values = np.array(list(hashes.values()), np.uint64).reshape(-1, NUM_FRAMES, WORDS)
     np.savez(buffer, keys=np.array([key.encode() for key in hashes], "S"), hashes=values)
-    records.write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def main():
     parser = argparse.ArgumentParser(description="Pack one planned shard (a job of the shards stage).")
     parser.add_argument("--settings", required=True)
-    parser.add_argument("--split", required=True, choices=records.SPLITS, help="of all samples of the plan")
+    parser.add_argument("--split", required=True, choices=SPLITS, help="of all samples of the plan")
     parser.add_argument("--plan", required=True)
     parser.add_argument("--output", required=True, type=Path, help="path of the shard without its suffix")
     arguments = parser.parse_args()
     with open(arguments.settings) as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage: the next run waits for it
-        settings = records.read_record(Settings, arguments.settings, "shards")
-        plan_sha256 = records.sha256_file(arguments.plan)  # before reading: a newer plan then shows as not packed
-        samples = records.read_samples(arguments.plan)
+        settings = read_record(Settings, arguments.settings, "shards")
+        plan_sha256 = sha256_file(arguments.plan)  # before reading: a newer plan then shows as not packed
+        samples = read_samples(arguments.plan)
         samples = [sample.model_copy(update={"split": arguments.split}) for sample in samples]
         pack_shard(samples, settings, arguments.output, plan_sha256)
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import SPLITS
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import SPLITS
 from pipeline_steps.shards.index import UNDECIDED
 
 HASH_BITS = 48  # of Index.order

@@ -11,15 +11,15 @@ import hashlib
 import os
 import shutil
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import read_record, write_bytes, write_json
 from pipeline_steps.shards.pack import Settings, ShardReport
 
 
 def write_plans(index, plan, settings, scratch):
     """settings.json and a plan per shard; files with the right content stay. Returns {place: sha256 of its plan}."""
     if not (scratch / "settings.json").exists():
-        records.write_json(scratch / "settings.json", settings)
+        write_json(scratch / "settings.json", settings)
     hashes = {}
     with open(index.path, "rb") as file:
         for (split, name), rows in plan.items():
@@ -27,7 +27,7 @@ def write_plans(index, plan, settings, scratch):
             content = b"".join(os.pread(file.fileno(), *span).rstrip(b"\r\n") + b"\n" for span in spans)
             path = scratch / "plan" / split / f"{name}.jsonl"
             if not path.exists() or path.read_bytes() != content:
-                records.write_bytes(path, content)
+                write_bytes(path, content)
             hashes[split, name] = hashlib.sha256(content).hexdigest()
     return hashes
 
@@ -74,7 +74,7 @@ def _is_packed(path, plan_sha256):
 
 
 def read_report(path):
-    return records.read_record(ShardReport, path.with_suffix(".json"), "shards")
+    return read_record(ShardReport, path.with_suffix(".json"), "shards")
 
 
 def read_reports(scratch, plan_hashes):
@@ -101,5 +101,5 @@ def prune_others(scratch, raw_dir):
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if records.read_record(Settings, folder / "settings.json", "shards").raw_dir == raw_dir:
+            if read_record(Settings, folder / "settings.json", "shards").raw_dir == raw_dir:
                 shutil.rmtree(folder)

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import RawSample, replaced_folder
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import replaced_folder
+from pipeline_steps.common.schemas import RawSample
 from pipeline_steps.sources import chat, folder, procedural, tars
 from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
@@ -82,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline_steps.common.records import RawSample
+from pipeline_steps.common.schemas import RawSample
 
 KINDS = ("repeat", "backwards", "next", "largest")
 LENGTHS = (3, 4, 5, 6)

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")

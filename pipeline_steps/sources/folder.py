@@ -21,8 +21,10 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import RawSample, media_sha256, slug, writable
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import writable
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.schemas import RawSample, slug
 from pipeline_steps.sources import metadata as rows_of
 from pipeline_steps.sources.folder_items import row_items
 

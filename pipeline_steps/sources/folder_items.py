@@ -6,8 +6,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline_steps.common.choices import LETTERS
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Message
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import Message
 
 TEXTS = ("caption", "question", "answer", "rejected")
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Quarantined, RawSample, to_json, writable, write_json
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import to_json, writable, write_json
+from pipeline_steps.common.schemas import Quarantined, RawSample
 
 MAX_LISTED = 10  # of quarantined samples and of unreferenced files, in summary.json and in the terminal
 

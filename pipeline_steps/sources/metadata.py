@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 NAME_COLUMNS = ("file_name", "file_names", "images_file_names")

@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline_steps.common.records import write_jsonl
+from pipeline_steps.common.files import write_jsonl
 from pipeline_steps.world import digits as world
 
 # ultrafast has no frame reordering and costs a third of `medium`; crf 18 keeps the world's grain.

@@ -12,7 +12,7 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline_steps.common.choices import LETTERS
-from pipeline_steps.common.records import Count, Item, Kind, Message, RawSample, SceneObject, Split, slug
+from pipeline_steps.common.schemas import Count, Item, Kind, Message, RawSample, SceneObject, Split, slug
 from pipeline_steps.sources.archive import Member
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from pipeline_steps.sources.layout import Group, quoted

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Quarantined, RawSample, parse, slug, to_json
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse, to_json
+from pipeline_steps.common.schemas import Quarantined, RawSample, slug
 from pipeline_steps.sources.archive import Damaged, members
 from pipeline_steps.sources.chatml import decoder
 from pipeline_steps.sources.index import MAX_LISTED

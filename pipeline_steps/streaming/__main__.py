@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 from model import FoveatedVLMConfig
 from pipeline_steps.common import metrics, params
+from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.files import check_outputs
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import plan_stage
 from pipeline_steps.streaming.statistics import count, table
@@ -46,7 +48,7 @@ def main() -> None:
     arguments = read_arguments()
     parameters = params.read(arguments.params, *PARAMS)
     if arguments.num_samples is None:
-        params.check_outputs(files=[arguments.metrics / "streaming.json"])
+        check_outputs(files=[arguments.metrics / "streaming.json"])
     dataset = TokenizedShards(arguments.shards, arguments.tokens, "train", with_frames=False)
     result = metrics.StreamingResult(
         stages={stage: served(dataset, parameters, stage, arguments.num_samples) for stage in STAGES}
@@ -92,4 +94,4 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

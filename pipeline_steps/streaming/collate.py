@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model.processing_foveated_vlm import normalise, visual_places
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.buffer_pool import Pool
 
 IGNORE_INDEX = -100

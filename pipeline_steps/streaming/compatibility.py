@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 def check_compatibility(config, dataset, image_replication: int) -> None:

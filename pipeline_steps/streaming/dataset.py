@@ -15,17 +15,10 @@ import pyarrow.compute as pc
 from PIL import Image, UnidentifiedImageError
 
 from pipeline_steps.common import sidecar
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import (
-    PackedSample,
-    ShardEntry,
-    ShardsManifest,
-    TokensEntry,
-    TokensManifest,
-    fingerprint,
-    parse,
-    read_record,
-)
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse, read_record
+from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.schemas import PackedSample, ShardEntry, ShardsManifest, TokensEntry, TokensManifest
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.buffer_pool import Pool
 from pipeline_steps.streaming.compatibility import check_compatibility

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order_seed

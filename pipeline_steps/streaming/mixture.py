@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 ANY = "*"
 TEXT = "text"  # name of the group of text-only items

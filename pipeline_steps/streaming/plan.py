@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 BUCKETS = 3  # marks the random numbers of bucketing apart from those of other orders
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import TokensManifest, parse, scratch_folder, write_bytes
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse, scratch_folder, write_bytes
+from pipeline_steps.common.schemas import TokensManifest
 
 CURL = "curl -fsSL --connect-timeout 30 --speed-time 60 --speed-limit 1"  # an end after a minute without a byte
 DELAY = 1.0  # seconds before a broken connection is tried again, twice as long every time

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import remote
 from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, interleave

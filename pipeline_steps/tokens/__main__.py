@@ -26,9 +26,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline_steps.common import params, records, sidecar
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
+from pipeline_steps.common import params, sidecar
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import read_record, replaced_folder, write_json
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.schema import ALL
 from pipeline_steps.tokens.shard import COUNTS, Job, tokenize_shard
@@ -39,9 +41,9 @@ MAX_LISTED = 20  # dropped items shown in the terminal
 
 def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
     """The whole stage; returns the TokensManifest that was published to `output`/manifest.json."""
-    shards = records.read_record(ShardsManifest, Path(shards_dir) / "manifest.json", "shards")
+    shards = read_record(ShardsManifest, Path(shards_dir) / "manifest.json", "shards")
     renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section)
-    with records.replaced_folder(output) as folder:
+    with replaced_folder(output) as folder:
         jobs = plan(section, shards, Path(shards_dir), folder)
         reports = []
         with (
@@ -53,7 +55,7 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
                 bar.update(job.entry.num_samples)
         manifest = make_manifest(section, list(shards.splits), reports, renderer.tokenizer, tokenizer_dir)
         check_dropped(manifest, section.max_dropped)
-        records.write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest)
     tell(manifest, reports)
     return manifest
 
@@ -124,7 +126,7 @@ def make_manifest(section, splits, reports, tokenizer, tokenizer_dir):
         truncated=tuple(item for report in reports for item in report.truncated),
         tasks=dict(sorted(tasks.items())),
         sources={source: SourceCounts(**sources[source]) for source in sorted(sources)},
-        tokenizer_sha256=records.sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
+        tokenizer_sha256=sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
         vocabulary_size=len(tokenizer),
         max_tokens=section.max_tokens,
         system=section.prompt(ALL).system.strip(),
@@ -199,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from pipeline_steps.common import choices
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 PROBE = "\N{REPLACEMENT CHARACTER}"
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Dropped, Item, PackedSample
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import Dropped, Item, PackedSample
 from pipeline_steps.tokens.chat import Encoded, tokenize
 
 

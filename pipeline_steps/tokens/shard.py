@@ -5,13 +5,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline_steps.common import records, sidecar
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Dropped, PackedSample, ShardEntry, TokensEntry
+from pipeline_steps.common import sidecar
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.schemas import Dropped, PackedSample, ShardEntry, TokensEntry
 from pipeline_steps.tokens.rows import tokenize_samples
 
 RERUN = "Rerun `python -m pipeline_steps.shards`."
-COUNTS = ("seen", "kept", "truncated", "dropped", "tokens")  # of records.SourceCounts
+COUNTS = ("seen", "kept", "truncated", "dropped", "tokens")  # of SourceCounts
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def tokenize_shard(job, renderer):
         num_items=len(rows),
         num_tokens=sum(len(row["input_ids"]) for row in rows),
         shard_sha256=job.entry.sha256,
-        sha256=records.sha256_file(job.output),
+        sha256=sha256_file(job.output),
     )
     return Report(
         split=job.split,
@@ -80,7 +82,7 @@ def read_shard(path, entry):
     """(the PackedSamples of one tar in its order, {key: where its members lie in the tar}); UserError if it is not the
     tar that the manifest describes, or if its pictures are not those that its records count."""
     try:
-        found = records.sha256_file(path)
+        found = sha256_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing, but named in manifest.json. {RERUN}") from None
     if found != entry.sha256:
@@ -92,7 +94,7 @@ def read_shard(path, entry):
                 if not member.name.endswith(".json"):
                     frames.append(member)
                     continue
-                sample = records.parse(PackedSample, tar.extractfile(member).read(), f"{path}: {member.name}")
+                sample = parse(PackedSample, tar.extractfile(member).read(), f"{path}: {member.name}")
                 places[sample.key] = _place(path, sample, frames, member, sample.key in places)
                 samples.append(sample)
                 frames = []

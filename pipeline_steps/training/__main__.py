@@ -32,16 +32,16 @@ from transformers.utils import logging as transformers_logging
 from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps.common import checkpoint, params
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import (
-    ShardsManifest,
-    TokensManifest,
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import (
+    check_outputs,
     locked_scratch,
     read_record,
     replaced_folder,
     write_json,
     write_text,
 )
+from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import open_training_split
@@ -86,7 +86,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
     live = arguments.outputs / "live" / arguments.stage
     if group.is_main:
-        params.check_outputs(
+        check_outputs(
             folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings", live],
             files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
         )
@@ -280,4 +280,4 @@ def _token_mean(rows: list[dict], name: str) -> float:
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import fingerprint, sha256_file, writable
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import writable
+from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 FORMAT = 1
 WITHOUT_EFFECT = {  # parameters that no weight and no row of the metrics table depends on: a run may go on with others
@@ -37,7 +38,7 @@ CODE = (
     "pipeline_steps/common/checkpoint.py",
     "pipeline_steps/common/device.py",
     "pipeline_steps/common/params.py",
-    "pipeline_steps/common/records.py",
+    "pipeline_steps/common/schemas.py",
     "pipeline_steps/common/sidecar.py",
 )
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from model.losses import attention_entropy
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import writable, write_json
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import writable, write_json
 
 UNIFORM = 0.98  # of the entropy of attention to everything alike
 SAME = 0.98  # cosine similarity of two looks that see the same

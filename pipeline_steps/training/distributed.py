@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # after which waiting for another process is an error
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.training import checkpoint_io, checks
 from pipeline_steps.training.checkpointing import all_quarantined, keep_best, publish_weights, save
 from pipeline_steps.training.context import TrainContext, TrainState, announce, averaged

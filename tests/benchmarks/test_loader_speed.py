@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks import loader
-from pipeline_steps.common import params
+from pipeline_steps.common.errors import run_main
 from pipeline_steps.streaming.dataset import TokenizedShards
 
 
 def call(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["loader", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        params.run(loader.main)
+        run_main(loader.main)
     return stop.value.code or 0
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import long_video
 from model import video
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 def test_both_ways_are_timed_and_compared(tmp_path, monkeypatch):

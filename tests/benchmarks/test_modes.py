@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import modes
-from pipeline_steps.common import params
+from pipeline_steps.common.errors import run_main
 from tests.model.tiny import MODES, make_model
 
 FRAMES = (4, 8, 16, 32)
@@ -60,7 +60,7 @@ def test_peak_is_the_most_at_once_and_not_the_sum():
 def call(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["modes", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        params.run(modes.main)
+        run_main(modes.main)
     return stop.value.code or 0
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from benchmarks import report as benchmark
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 from tests.pipeline_steps.test_report import write_root
 
 

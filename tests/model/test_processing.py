@@ -12,7 +12,9 @@ from transformers import AutoProcessor
 from model import FoveatedVLMProcessor, frames
 from model.pictures import RESIZE_MODES
 from model.processing_foveated_vlm import normalise
-from pipeline_steps.common import params, records
+from pipeline_steps.common import params
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.schemas import RawSample
 from pipeline_steps.inference.answers import up_to_answer
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.streaming.collate import Collator
@@ -110,7 +112,7 @@ def test_frames_are_those_of_the_shards_whatever_the_fit(processor, tmp_path, re
     write_image(tmp_path / "b.png", noise[0].transpose(1, 0, 2))
     rows = [index_row(tmp_path, "a.mp4", split="train"), index_row(tmp_path, "b.png", kind="image", split="train")]
     policy = FRAMES.model_copy(update={"resize_mode": resize_mode})
-    samples = [records.RawSample.model_validate(row) for row in rows]
+    samples = [RawSample.model_validate(row) for row in rows]
     pack_shard(samples, Settings(raw_dir=str(tmp_path), frames=policy), tmp_path / "packed/000000")
     shown = FoveatedVLMProcessor(processor.tokenizer, **policy.model_dump())
     with tarfile.open(tmp_path / "packed/000000.tar") as tar:
@@ -268,7 +270,5 @@ def test_saved_processor_is_the_same(made, processor, tmp_path):
 
 
 def test_the_tokenizer_of_a_checkpoint_is_the_language_models(made, processor):
-    assert records.sha256_file(made.checkpoint / "tokenizer.json") == records.sha256_file(
-        made.tokenizer / "tokenizer.json"
-    )
+    assert sha256_file(made.checkpoint / "tokenizer.json") == sha256_file(made.tokenizer / "tokenizer.json")
     assert processor.chat_template == (made.tokenizer / "chat_template.jinja").read_text()

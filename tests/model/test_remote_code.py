@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Model
 
 from model import FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
 from pipeline_steps.common.checkpoint import load_checkpoint, load_model
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 from tests import checkpoints
 from tests.model.tiny import make_batch, make_model
 

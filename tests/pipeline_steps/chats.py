@@ -6,7 +6,7 @@ from itertools import pairwise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline_steps.common.records import PackedSample
+from pipeline_steps.common.schemas import PackedSample
 from pipeline_steps.tokens.schema import Section
 
 CHATML = (

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from pipeline_steps.common import params
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.records import read_samples
+from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.hub import reader

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline_steps.common import params, records, sidecar
-from pipeline_steps.common.records import (
+from pipeline_steps.common import params, sidecar
+from pipeline_steps.common.files import to_json, write_json
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.schemas import (
     FramePolicy,
     PackedSample,
     ShardEntry,
@@ -97,7 +99,7 @@ def write_shard(path: Path, samples: list[tuple[int, Clip]]) -> list[dict]:
             for frame in range(clip.num_frames):
                 name = f"{clip.key}.jpg" if clip.kind == "image" else f"{clip.key}.{frame:03d}.jpg"
                 places.append(add(tar, name, picture(number, frame)))
-            record = add(tar, f"{clip.key}.json", records.to_json(packed_sample(clip)).encode())
+            record = add(tar, f"{clip.key}.json", to_json(packed_sample(clip)).encode())
             where = {"frame_offsets": [offset for offset, _ in places], "frame_sizes": [size for _, size in places]}
             where |= {"sample_offset": record[0], "sample_size": record[1]}
             rows += [row(clip, item, number) | where for item in range(len(clip.tasks))]
@@ -142,11 +144,11 @@ def write(root: Path, samples: list[Clip], samples_per_shard: int, split: str = 
         path = root / "tokens" / split / f"{tar.stem}.arrow"
         sidecar.write(path, rows)
         frames = sum(clip.num_frames for _, clip in part)
-        sha256 = records.sha256_file(tar)
+        sha256 = sha256_file(tar)
         entry = {"name": tar.name, "num_samples": len(part), "num_frames": frames, "seconds": 1.0}
         shards.append(ShardEntry(**entry, bytes=tar.stat().st_size, sha256=sha256))
         counts = {"num_items": len(rows), "num_tokens": sum(len(entry["input_ids"]) for entry in rows)}
-        tokens.append(TokensEntry(name=path.name, **counts, shard_sha256=sha256, sha256=records.sha256_file(path)))
+        tokens.append(TokensEntry(name=path.name, **counts, shard_sha256=sha256, sha256=sha256_file(path)))
     write_manifests(root, split, shards, tokens)
     return root
 
@@ -158,7 +160,7 @@ def write_manifests(root: Path, split: str, shards: list[ShardEntry], tokens: li
     manifest = ShardsManifest(
         splits={split: entry}, seen=num_samples, packed=num_samples, quarantined=(), sources={}, frames=POLICY
     )
-    records.write_json(root / "shards/manifest.json", manifest)
+    write_json(root / "shards/manifest.json", manifest)
     counts = {"num_items": num_items, "num_tokens": sum(t.num_tokens for t in tokens)}
     manifest = TokensManifest(
         splits={split: TokensSplit(shards=tuple(tokens), **counts)},
@@ -173,7 +175,7 @@ def write_manifests(root: Path, split: str, shards: list[ShardEntry], tokens: li
         max_tokens=64,
         system="",
     )
-    records.write_json(root / "tokens/manifest.json", manifest)
+    write_json(root / "tokens/manifest.json", manifest)
 
 
 def open_split(root: Path, **options) -> TokenizedShards:

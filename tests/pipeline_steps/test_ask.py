@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline_steps.common import params
 from pipeline_steps.common.checkpoint import load_checkpoint
+from pipeline_steps.common.errors import run_main
 from pipeline_steps.inference import ask
 from tests import checkpoints
 from tests.pipeline import ROOT
@@ -28,7 +28,7 @@ def run(made, tmp_path, monkeypatch):
         words = ["ask", "--checkpoint", str(checkpoint), "--question", question, *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as caught:
-            params.run(ask.main)
+            run_main(ask.main)
         return caught.value.code or 0
 
     return call

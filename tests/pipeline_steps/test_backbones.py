@@ -21,7 +21,7 @@ from pipeline_steps.backbones.frames import Frames, pixel_values
 from pipeline_steps.backbones.schema import Embedded, Local
 from pipeline_steps.backbones.tokenizer import train_tokenizer
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.sources.chat import KINDS, make_question
 from pipeline_steps.world import digits as world
 
@@ -421,6 +421,6 @@ def test_an_output_path_that_cannot_be_written_is_one_paragraph(monkeypatch, tmp
         "sys.argv", ["backbones", "--out", "/dev/null/backbones", "--metrics", str(tmp_path / "m.json")]
     )
     with pytest.raises(SystemExit) as exit_:
-        params.run(stage.main)
+        run_main(stage.main)
     assert exit_.value.code == 1
     assert "error: /dev/null" in capsys.readouterr().err

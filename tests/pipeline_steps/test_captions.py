@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline_steps.common import metrics
-from pipeline_steps.common.records import SceneObject
+from pipeline_steps.common.schemas import SceneObject
 from pipeline_steps.evaluation import caption_metrics, captions
 from pipeline_steps.inference.answers import answer_batch, as_text, prompt_batch
 from pipeline_steps.streaming.collate import Collator

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pipeline_steps.common import choices, params
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Item
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import Item
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from tests.pipeline_steps.chats import (

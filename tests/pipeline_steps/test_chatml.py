@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from tests.pipeline_steps.chats import save_tokenizer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.compatibility import check_compatibility
 from tests.model.tiny import make_model
 from tests.pipeline_steps.packed import Clip, columns_only

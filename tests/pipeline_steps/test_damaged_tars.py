@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.tar_sample import MAX_JSON
 from tests.pipeline_steps.archives import read_tars, write_tar

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline_steps.common import sidecar
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.dataset import UnreadableSample
 from pipeline_steps.streaming.file_cache import OpenFiles

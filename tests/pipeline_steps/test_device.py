@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 
 
 @pytest.mark.parametrize(

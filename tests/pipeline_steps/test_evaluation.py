@@ -13,8 +13,8 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from pipeline_steps.common import metrics, sidecar
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import PackedSample
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import PackedSample
 from pipeline_steps.evaluation import __main__ as evaluation
 from pipeline_steps.evaluation import scoring, statistics, subset_evals
 from pipeline_steps.inference import gaze

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline_steps.common import flop_formulas as formulas
 from pipeline_steps.common import params
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import Sample
-from pipeline_steps.common.params import UserError
 from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.flops import iso, predecessor, scales
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import read_samples
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import folder
 from pipeline_steps.sources.__main__ import collect
 from tests.pipeline_steps.test_sources import jsonl, media, section
@@ -121,7 +121,7 @@ def test_images_that_belong_together(tmp_path, monkeypatch):
     for sample in samples:
         path = tmp_path / "raw" / sample.path
         assert sample.kind == "image"
-        assert sample.sha256 == records.media_sha256(path, sample.parts)
+        assert sample.sha256 == media_sha256(path, sample.parts)
         content = path.read_bytes()
         assert [content[offset : offset + size].decode() for offset, size in sample.parts] == names[: len(sample.parts)]
     first = {p.name: p.read_bytes() for p in (tmp_path / "raw" / "mine").iterdir()}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.plan import Plan
 from pipeline_steps.training.context import TrainContext
 from pipeline_steps.training.distributed import DistributedContext

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.heatmaps import __main__ as heatmaps
 from pipeline_steps.heatmaps import over_frames, sheet
 from pipeline_steps.inference import drawing

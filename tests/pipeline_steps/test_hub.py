@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline_steps.common.records import FramePolicy, PackedSample, media_sha256, parse
+from pipeline_steps.common.files import parse
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.schemas import FramePolicy, PackedSample
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources.hub import smoltalk
 from tests.pipeline_steps import hub_files

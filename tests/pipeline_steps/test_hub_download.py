@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.hub import reader
 from pipeline_steps.sources.hub.download import Failed, download, fetch

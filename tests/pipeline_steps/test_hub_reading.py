@@ -8,8 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline_steps.common.params import ROOT, UserError
-from pipeline_steps.common.records import media_sha256, read_samples, to_json
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import to_json
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.hub import adapter, media, openvid, reader, tables

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline_steps.common.errors import UserError
+
 if importlib.util.find_spec("lmms_eval") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "standins"))
 
@@ -21,7 +23,7 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from model import FoveatedVLMProcessor
 from pipeline_steps.common.checkpoint import load_checkpoint
-from pipeline_steps.common.params import ROOT, UserError
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.inference import lmms_eval_plugin
 from tests import checkpoints
 

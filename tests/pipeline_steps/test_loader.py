@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.loader import Loader, plan_stage
 from pipeline_steps.training.schema import MixtureEntry
 from tests.pipeline_steps import packed

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.mixture import Mixture, interleave, make_groups, order_seed
 from pipeline_steps.training.schema import MixtureEntry
 from tests.pipeline_steps.packed import Clip, columns_only, stage

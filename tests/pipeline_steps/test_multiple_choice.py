@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.evaluation import multiple_choice
 from pipeline_steps.inference.answers import answer_batch, answer_span
 from pipeline_steps.inference.likelihood import answer_ids, check_room

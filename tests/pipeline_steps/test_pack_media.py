@@ -6,9 +6,9 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import FramePolicy, PackedSample, RawSample
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.schemas import FramePolicy, PackedSample, RawSample
 from pipeline_steps.shards.pack import Settings, pack_shard
 from tests.pipeline_steps.clips import grey_frames, index_of, write_clip, write_image
 
@@ -29,7 +29,7 @@ def raw(tmp_path):
 
 
 def sample(raw, key, path, kind, parts=(), **more):
-    sha256 = records.media_sha256(raw / path, parts)
+    sha256 = media_sha256(raw / path, parts)
     return RawSample(
         key=key, source="test", split="train", video_id=key, path=path, parts=parts, kind=kind, sha256=sha256,
         items=[ITEM], **more,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.plan import cut, make_plan
 from tests.pipeline_steps.packed import Clip, clips, columns_only, streaming
 

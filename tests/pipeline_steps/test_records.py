@@ -4,17 +4,18 @@ import threading
 
 import pytest
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import RawSample
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse, replaced_folder, to_json, write_jsonl, write_text
+from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.schemas import RawSample, read_samples, slug
 from tests.pipeline_steps.clips import text_row
 
 
 def test_round_trip_with_every_kind_of_line_break(tmp_path):
     sample = RawSample(**text_row("a", "one\u2028two\x85three\nfour", "π", "train"))
-    records.write_jsonl(tmp_path / "deep" / "index.jsonl", [sample, sample.model_copy(update={"key": "b"})])
-    assert [s.key for s in records.read_samples(tmp_path / "deep" / "index.jsonl")] == ["a", "b"]
-    assert records.read_samples(tmp_path / "deep" / "index.jsonl")[0] == sample
+    write_jsonl(tmp_path / "deep" / "index.jsonl", [sample, sample.model_copy(update={"key": "b"})])
+    assert [s.key for s in read_samples(tmp_path / "deep" / "index.jsonl")] == ["a", "b"]
+    assert read_samples(tmp_path / "deep" / "index.jsonl")[0] == sample
 
 
 @pytest.mark.parametrize(
@@ -31,16 +32,16 @@ def test_round_trip_with_every_kind_of_line_break(tmp_path):
 )
 def test_bad_records_are_named(change, message):
     with pytest.raises(UserError, match=rf"^index line 3: .*{message}"):
-        records.parse(RawSample, records.to_json({**text_row("a", "q", "a"), **change}), "index line 3")
+        parse(RawSample, to_json({**text_row("a", "q", "a"), **change}), "index line 3")
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
-    with records.replaced_folder(tmp_path / "out") as folder:
+    with replaced_folder(tmp_path / "out") as folder:
         (folder / "one").touch()
-    with pytest.raises(FileNotFoundError), records.replaced_folder(tmp_path / "out") as folder:
+    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "out") as folder:
         (folder / "two").rename(folder / "three")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["one"]
-    with records.replaced_folder(tmp_path / "out") as folder:
+    with replaced_folder(tmp_path / "out") as folder:
         (folder / "three").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -50,13 +51,13 @@ def test_a_second_writer_waits_and_finds_the_folder_empty(tmp_path):
     inside, go, seen = threading.Event(), threading.Event(), []
 
     def first():
-        with records.replaced_folder(tmp_path / "out") as folder:
+        with replaced_folder(tmp_path / "out") as folder:
             (folder / "one").touch()
             inside.set()
             go.wait(20)
 
     def second():
-        with records.replaced_folder(tmp_path / "out") as folder:
+        with replaced_folder(tmp_path / "out") as folder:
             seen.extend(folder.iterdir())
             (folder / "two").touch()
 
@@ -77,18 +78,18 @@ def test_a_second_writer_waits_and_finds_the_folder_empty(tmp_path):
 def test_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path / ".out.partial" / "folder").mkdir(parents=True)
     (tmp_path / ".out.partial" / "file").touch()
-    with records.replaced_folder(tmp_path / "out") as folder:
+    with replaced_folder(tmp_path / "out") as folder:
         assert list(folder.iterdir()) == []
     assert [p.name for p in tmp_path.rglob("*")] == ["out"]
 
 
 def test_a_file_in_the_way_of_a_folder_is_left_alone(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="out: is a file, but a folder"), records.replaced_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match="out: is a file, but a folder"), replaced_folder(tmp_path / "out"):
         pass
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="folder: cannot be written"):
-        records.write_text(tmp_path / "folder", "text")
+        write_text(tmp_path / "folder", "text")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "folder"}
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -96,12 +97,12 @@ def test_a_file_in_the_way_of_a_folder_is_left_alone(tmp_path):
 def test_fingerprint_depends_on_values_and_bytes(tmp_path):
     path = tmp_path / "code.py"
     path.write_text("a")
-    first = records.fingerprint({"x": 1, "y": 2}, path)
-    assert first == records.fingerprint({"y": 2, "x": 1}, path)
-    assert first != records.fingerprint({"x": 1, "y": 3}, path)
+    first = fingerprint({"x": 1, "y": 2}, path)
+    assert first == fingerprint({"y": 2, "x": 1}, path)
+    assert first != fingerprint({"x": 1, "y": 3}, path)
     path.write_text("b")
-    assert first != records.fingerprint({"x": 1, "y": 2}, path)
+    assert first != fingerprint({"x": 1, "y": 2}, path)
 
 
 def test_slug():
-    assert records.slug("My clips/été 1.mp4") == "My-clips-t-1-mp4"
+    assert slug("My clips/été 1.mp4") == "My-clips-t-1-mp4"

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from pipeline_steps.common import metrics
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import MODES
-from pipeline_steps.common.params import UserError
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pipeline_steps.common import metrics
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.report import controls, curves, markdown, reading
 from pipeline_steps.report.inputs import CURVE_COLUMNS, read_inputs
 from pipeline_steps.report.tables import text_of

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from model.frames import read_media
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.shards import leaks
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames

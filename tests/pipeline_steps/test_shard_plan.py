@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import RawSample
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import write_jsonl
+from pipeline_steps.common.schemas import SPLITS, RawSample
 from pipeline_steps.shards.index import read_index, uniform
 from pipeline_steps.shards.leaks import text_leaks
 from pipeline_steps.shards.plan import HASH_BITS, assign_splits, buckets, plan_shards
@@ -31,7 +31,7 @@ def index_of(tmp_path):
     """Writes samples into an index.jsonl and reads it."""
 
     def make(samples, seed=1):
-        records.write_jsonl(tmp_path / "index.jsonl", samples)
+        write_jsonl(tmp_path / "index.jsonl", samples)
         return read_index(tmp_path / "index.jsonl", seed)
 
     return make
@@ -43,7 +43,7 @@ def assign(index_of):
 
     def make(samples, validation_share, test_share, seed=1):
         splits = assign_splits(index_of(samples, seed), validation_share, test_share)
-        return {sample.key: records.SPLITS[code] for sample, code in zip(samples, splits, strict=True)}
+        return {sample.key: SPLITS[code] for sample, code in zip(samples, splits, strict=True)}
 
     return make
 
@@ -55,7 +55,7 @@ def test_splits_go_by_video_and_share(assign):
     samples = [raw_sample(f"k{i}-{j}", video_id=f"v{i}") for i in range(1000) for j in range(2)]
     splits = assign(samples, 0.1, 0.2)
     assert all(splits[f"k{i}-0"] == splits[f"k{i}-1"] for i in range(1000))
-    counts = {split: list(splits.values()).count(split) / 2000 for split in records.SPLITS}
+    counts = {split: list(splits.values()).count(split) / 2000 for split in SPLITS}
     assert counts["validation"] == pytest.approx(0.1, abs=0.03)
     assert counts["test"] == pytest.approx(0.2, abs=0.04)
     for i in range(1000):  # the rule itself: another one would move the samples of every existing data set
@@ -66,7 +66,7 @@ def test_splits_go_by_video_and_share(assign):
     assert {key: more[key] for key in splits} == splits  # a new video moves no other one
 
 
-@pytest.mark.parametrize(("num_videos", "expected"), [(1, {"train"}), (2, {"train", "test"}), (3, set(records.SPLITS))])
+@pytest.mark.parametrize(("num_videos", "expected"), [(1, {"train"}), (2, {"train", "test"}), (3, set(SPLITS))])
 def test_small_sets_fill_every_split_they_can(assign, num_videos, expected):
     for seed in range(20):
         samples = [raw_sample(f"k{i}") for i in range(num_videos)]

@@ -17,9 +17,20 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from pipeline_steps.common import records
-from pipeline_steps.common.params import ROOT, UserError
-from pipeline_steps.common.records import FramePolicy, PackedSample, Quarantined, ShardEntry, ShardsManifest, SplitEntry
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import read_record
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.schemas import (
+    SPLITS,
+    FramePolicy,
+    PackedSample,
+    Quarantined,
+    ShardEntry,
+    ShardsManifest,
+    SplitEntry,
+    read_samples,
+)
 from pipeline_steps.shards import fan_out
 from pipeline_steps.shards.__main__ import build, check_quarantine
 from pipeline_steps.shards.pack import Settings, pack_shard
@@ -74,7 +85,7 @@ def read_tar(path):
 
 
 def test_members_bytes_and_quarantine(raw, tmp_path):
-    samples = [s.model_copy(update={"split": "train"}) for s in records.read_samples(raw / "index.jsonl")]
+    samples = [s.model_copy(update={"split": "train"}) for s in read_samples(raw / "index.jsonl")]
     report = pack_shard(samples, settings_for(raw), tmp_path / "one" / "000000")
     members = read_tar(tmp_path / "one" / "000000.tar")
     assert list(members) == [
@@ -92,7 +103,7 @@ def test_members_bytes_and_quarantine(raw, tmp_path):
         "test-text-mp4": "not a video file",
     }
     assert (report.shard.num_samples, report.shard.num_frames) == (4, 9)
-    assert report.shard.sha256 == records.sha256_file(tmp_path / "one" / "000000.tar")
+    assert report.shard.sha256 == sha256_file(tmp_path / "one" / "000000.tar")
     picture = Image.open(io.BytesIO(members["test-v-a-mp4.003.jpg"]))
     assert picture.size == (16, 16)
     assert index_of(picture, 6) == 5
@@ -105,7 +116,7 @@ def test_members_bytes_and_quarantine(raw, tmp_path):
 
 
 def test_webdataset_reads_the_shard(raw, tmp_path):
-    samples = [s.model_copy(update={"split": "train"}) for s in records.read_samples(raw / "index.jsonl")]
+    samples = [s.model_copy(update={"split": "train"}) for s in read_samples(raw / "index.jsonl")]
     pack_shard(samples, settings_for(raw), tmp_path / "000000")
     read = list(wds.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in read] == ["test-v-a-mp4", "test-v-b-mkv", "test-c-jpg", "chat-1"]
@@ -114,7 +125,7 @@ def test_webdataset_reads_the_shard(raw, tmp_path):
 
 
 def test_a_changed_file_is_an_error_not_a_quarantine(raw, tmp_path):
-    samples = [s.model_copy(update={"split": "train"}) for s in records.read_samples(raw / "index.jsonl")]
+    samples = [s.model_copy(update={"split": "train"}) for s in read_samples(raw / "index.jsonl")]
     write_clip(raw / "v/a.mp4", grey_frames(5))
     with pytest.raises(UserError, match=r"v/a\.mp4 \(sample 'test-v-a-mp4'\) changed after the index was written"):
         pack_shard(samples, settings_for(raw), tmp_path / "000000")
@@ -154,7 +165,7 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
     process = run_stage(raw, tmp_path / "shards", tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    manifest = records.read_record(ShardsManifest, tmp_path / "shards" / "manifest.json", "shards")
+    manifest = read_record(ShardsManifest, tmp_path / "shards" / "manifest.json", "shards")
     assert (manifest.seen, manifest.packed, len(manifest.quarantined)) == (7, 4, 3)
     assert manifest.sources == {"test": 4}
     assert "quarantined 3 of 7 samples" in errors
@@ -162,13 +173,13 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
     assert "7/7" in errors  # the progress bar reached its end
     for split, entry in manifest.splits.items():
         assert [s.name for s in entry.shards] == sorted(p.name for p in (tmp_path / "shards" / split).iterdir())
-        assert all(s.sha256 == records.sha256_file(tmp_path / "shards" / split / s.name) for s in entry.shards)
+        assert all(s.sha256 == sha256_file(tmp_path / "shards" / split / s.name) for s in entry.shards)
     assert manifest.splits["test"].shards == ()  # its only sample is damaged
     for entry in (*manifest.splits.values(), *(s for e in manifest.splits.values() for s in e.shards)):
         assert (entry.num_samples > 0) == (entry.bytes > 0)
     train = manifest.splits["train"]
     assert train.bytes == sum(p.stat().st_size for p in (tmp_path / "shards" / "train").iterdir())
-    assert [manifest.splits[s].seconds for s in records.SPLITS] == [3.0, 4.0, 0.0]  # 6 and 8 frames at 2 per second
+    assert [manifest.splits[s].seconds for s in SPLITS] == [3.0, 4.0, 0.0]  # 6 and 8 frames at 2 per second
     assert {q.key: (q.source, q.path, q.reason) for q in manifest.quarantined} == {
         "test-cut-mp4": ("test", "cut.mp4", "truncated or damaged video"),
         "test-empty-jpg": ("test", "empty.jpg", "empty file"),

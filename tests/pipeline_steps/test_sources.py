@@ -14,7 +14,8 @@ import yaml
 
 from model import frames
 from pipeline_steps.common import params
-from pipeline_steps.common.records import Quarantined, RawSample, read_samples
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import Quarantined, RawSample, read_samples
 from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.index import open_index, print_summary
@@ -149,9 +150,9 @@ def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
 def test_too_many_quarantined_samples_stop_the_stage(tmp_path):
     with open_index(tmp_path) as index:
         index.take("one", text_samples("s", "s-0", "s-1", "s-2"), bad(1), 0.25)
-        with pytest.raises(params.UserError, match=r"2 of 3 samples of the source 'two'.*\(66.7%\).*\(25.0%\)"):
+        with pytest.raises(UserError, match=r"2 of 3 samples of the source 'two'.*\(66.7%\).*\(25.0%\)"):
             index.take("two", text_samples("s", "s-3"), bad(2), 0.25)
-        with pytest.raises(params.UserError, match="'three' gives no sample"):
+        with pytest.raises(UserError, match="'three' gives no sample"):
             index.take("three", text_samples("s"), bad(1), 1.0)
 
 
@@ -159,9 +160,9 @@ def test_a_repeated_key_names_both_sources(tmp_path):
     with open_index(tmp_path) as index:
         index.take("one", text_samples("s", "a", "b"), [], 0.0)
         index.take("two", text_samples("s", "c"), [], 0.0)
-        with pytest.raises(params.UserError, match="the key b is given by the sources 'one' and 'three'"):
+        with pytest.raises(UserError, match="the key b is given by the sources 'one' and 'three'"):
             index.take("three", text_samples("s", "d", "b"), [], 0.0)
-        with pytest.raises(params.UserError, match="the key e is given twice by the source 'four'"):
+        with pytest.raises(UserError, match="the key e is given twice by the source 'four'"):
             index.take("four", text_samples("s", "e", "e"), [], 0.0)
 
 
@@ -372,7 +373,7 @@ def test_wrong_folders(tmp_path, name, text, message):
         media(root, name)
         (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         (root / "sub.mp4").mkdir()
-    with pytest.raises(params.UserError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         collect(section(["folder", "chat"], root), output)
     assert "\n" not in str(error.value)
     assert list((tmp_path / "out").iterdir()) == []  # nothing half-written
@@ -385,10 +386,10 @@ def test_other_wrong_folders(tmp_path):
         (Path(__file__), "is a file"),
         (tmp_path, "the folder is empty"),
     ):
-        with pytest.raises(params.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             folder.read(path, "mine")
     media(tmp_path, "a.mp4", "metadata.jsonl", "metadata.csv")
-    with pytest.raises(params.UserError, match="both"):
+    with pytest.raises(UserError, match="both"):
         folder.read(tmp_path, "mine")
 
 
@@ -402,16 +403,16 @@ def test_a_file_name_that_is_not_utf8_is_listed(tmp_path):
 def test_a_failure_leaves_the_old_output(tmp_path):
     collect(section(["chat"]), tmp_path / "raw")
     before = content(tmp_path)
-    with pytest.raises(params.UserError):
+    with pytest.raises(UserError):
         collect(section(["chat", "folder"], tmp_path / "no"), tmp_path / "raw")
-    with pytest.raises(params.UserError, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         collect(section(["chat", "chat"]), tmp_path / "raw")
     assert content(tmp_path) == before
 
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(params.UserError, match="file/raw"):
+    with pytest.raises(UserError, match="file/raw"):
         collect(section(["chat"]), tmp_path / "file" / "raw")
 
 

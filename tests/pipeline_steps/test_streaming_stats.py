@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipeline_steps.common import metrics, params
+from pipeline_steps.common.errors import run_main
 from pipeline_steps.streaming import __main__ as command
 from pipeline_steps.streaming.loader import Loader, plan_stage
 from pipeline_steps.streaming.statistics import count, table
@@ -73,7 +74,7 @@ def run(monkeypatch, root, *arguments):
     paths = [word for name, value in options.items() for word in (name, str(root / value))]
     monkeypatch.setattr(sys, "argv", ["streaming", "--stats", *paths, *arguments])
     with pytest.raises(SystemExit) as stop:
-        params.run(command.main)
+        run_main(command.main)
     return stop.value.code or 0
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline_steps.common import params, records
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import FramePolicy, RawSample, read_samples
+from pipeline_steps.common import params
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import media_sha256
+from pipeline_steps.common.schemas import FramePolicy, RawSample, read_samples
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect
@@ -67,7 +68,7 @@ def test_frames_of_a_video(tmp_path, pattern, shuffled):
     sample = only(tmp_path, members, picture_fps=0.5)
     assert (sample.key, sample.kind, sample.picture_fps, sample.video_id) == ("old-000000-k", "video", 0.5, "v7")
     assert media_of(sample) == [b"frame %d" % i for i in range(12)]
-    assert sample.sha256 == records.media_sha256(sample.path, sample.parts)
+    assert sample.sha256 == media_sha256(sample.path, sample.parts)
     assert sample.size == sum(map(len, media_of(sample)))
     assert sample.num_source_frames == 12
 
@@ -76,7 +77,7 @@ def test_frames_of_a_video(tmp_path, pattern, shuffled):
 def test_a_still(tmp_path, suffix):
     sample = only(tmp_path, [(f"k.{suffix}", b"picture"), ("k.json", QUESTION)])
     assert (sample.kind, sample.picture_fps, media_of(sample)) == ("image", None, [b"picture"])
-    assert sample.sha256 == records.media_sha256(sample.path, sample.parts)
+    assert sample.sha256 == media_sha256(sample.path, sample.parts)
 
 
 def test_a_video_file_with_its_text(tmp_path):

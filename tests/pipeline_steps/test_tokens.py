@@ -14,9 +14,11 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import normalizers
 
-from pipeline_steps.common import params, records, sidecar
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
+from pipeline_steps.common import params, sidecar
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import read_record
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.schemas import SPLITS, FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.tokens import __main__ as stage
@@ -79,7 +81,7 @@ def files_of(folder):
 
 def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, capsys):
     manifest = build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
-    assert manifest == records.read_record(TokensManifest, tmp_path / "tokens" / "manifest.json", "tokens")
+    assert manifest == read_record(TokensManifest, tmp_path / "tokens" / "manifest.json", "tokens")
     assert (manifest.seen, manifest.kept, manifest.system) == (8, 7, "Watch.")
     assert [(d.key, d.item) for d in manifest.dropped] == [("chat-2", 0)]
     assert "tokens, max_tokens is 64" in manifest.dropped[0].reason
@@ -87,8 +89,8 @@ def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, c
     told = capsys.readouterr().err
     assert "dropped 1 of 8 items:\n  chat-2 item 0: " in told
     assert "later turns left out of 1 of 8 items:\n  chat-3 item 0: " in told
-    assert [split for split in records.SPLITS if f"no item of split '{split}'" in told] == ["validation"]
-    shards = records.read_record(ShardsManifest, shards_dir / "manifest.json", "shards")
+    assert [split for split in SPLITS if f"no item of split '{split}'" in told] == ["validation"]
+    shards = read_record(ShardsManifest, shards_dir / "manifest.json", "shards")
     for split, entry in shards.splits.items():
         tokens = manifest.splits[split].shards
         assert [t.shard_sha256 for t in tokens] == [s.sha256 for s in entry.shards]
@@ -217,9 +219,7 @@ def rewrite(shards_dir, change):
 
 def accept(shards_dir, path):
     content = json.loads((shards_dir / "manifest.json").read_text())
-    next(s for s in content["splits"]["train"]["shards"] if s["name"] == path.name)["sha256"] = records.sha256_file(
-        path
-    )
+    next(s for s in content["splits"]["train"]["shards"] if s["name"] == path.name)["sha256"] = sha256_file(path)
     (shards_dir / "manifest.json").write_text(json.dumps(content))
 
 

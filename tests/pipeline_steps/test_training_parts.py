@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.training import checkpoint_io, checks, train_loop
 from pipeline_steps.training.__main__ import by_task
 from pipeline_steps.training.distributed import DistributedContext

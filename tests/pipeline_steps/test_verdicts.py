@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline_steps.common import metrics
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.report import budgets, differences, verdicts
 from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.inputs import Run

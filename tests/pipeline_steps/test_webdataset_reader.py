@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import remote
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, open_training_split, plan_stage

@@ -18,8 +18,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from pipeline_steps.common import params
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import writable, write_jsonl
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import writable, write_jsonl
 from pipeline_steps.sources.hub import reader
 from pipeline_steps.sources.hub.media import MediaFolder
 from pipeline_steps.sources.hub.registry import ADAPTERS
@@ -142,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    params.run(main)
+    run_main(main)

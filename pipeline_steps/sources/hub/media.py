@@ -10,8 +10,9 @@ from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import media_sha256, writable
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import writable
+from pipeline_steps.common.hashing import media_sha256
 
 MAX_CONTAINER_BYTES = 10**9  # a container that would grow beyond is closed, and the next one begun
 NUM_REMEMBERED = 16384  # recent media, so that rows about the same picture or video store or hash it once

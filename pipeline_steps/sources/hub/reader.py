@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from pipeline_steps.common.params import UserError
-from pipeline_steps.common.records import Item, Quarantined, RawSample, slug
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import Item, Quarantined, RawSample, slug
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable
 from pipeline_steps.sources.hub.media import Container, MediaFolder
 from pipeline_steps.sources.hub.registry import ADAPTERS

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from pyarrow import ArrowException
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from pipeline_steps.common.params import UserError
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources.hub.adapter import Adapter, Table, Unusable
 
 ROW_GROUPS = ParquetFragmentScanOptions(pre_buffer=False)  # else all that was read of a file stays in memory with it

@@ -1,24 +1,17 @@
-"""Schemas of what the data stages write and read, and the few file operations that all stages share.
+"""Schemas of what the data stages write and read.
 
 A *sample* is one media file (or one text-only chat) with its items; an *item* is one question and its answer.
 Keys: `{source}-{anything}` of letters, digits, `_` and `-`, unique over all sources, no dot (WebDataset splits a name
 at its first dot). Splits are `train`, `validation` and `test`. docs/data.md shows the formats with examples.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 import re
-import shutil
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline_steps.common.params import UserError, check_outputs
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.files import parse, read_text
 
 SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
@@ -251,24 +244,6 @@ def slug(text):
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:150]
 
 
-# ---------------------------------------------------------------- reading
-
-
-def parse(model, text, where):
-    """`model` from JSON text; UserError that starts with `where` if it does not fit."""
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "row"
-        raise UserError(f"{where}: {place}: {first['msg']} ({error.error_count()} problem(s) in this record)") from None
-
-
-def read_record(model, path, made_by):
-    """One JSON file as `model`. `made_by`: the stage that writes it, named when the file is missing."""
-    return parse(model, read_text(path, made_by), path)
-
-
 def read_samples(path):
     """data/raw/index.jsonl as a list of RawSample; UserError: missing file, bad row, repeated key."""
     samples, lines = [], {}
@@ -283,167 +258,3 @@ def read_samples(path):
     if not samples:
         raise UserError(f"{path}: no samples. Rerun the stage with `python -m pipeline_steps.sources`.")
     return samples
-
-
-def read_text(path, made_by):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing. It is written by `python -m pipeline_steps.{made_by}`.") from None
-
-
-def sha256_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def media_sha256(path, parts=()):
-    """sha256 of a sample's media: of the file, of its `parts` one after the other, or of a folder's files by name."""
-    path = Path(path)
-    if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
-    if not parts:
-        return sha256_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for offset, size in parts:
-            file.seek(offset)
-            digest.update(file.read(size))
-    return digest.hexdigest()
-
-
-def fingerprint(*parts):
-    """16 hex digits that identify parameters, hashes and code: every part is a Path (its bytes) or JSON-able."""
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- writing: whole files and folders or nothing
-
-
-def to_json(value, indent=None):
-    """Deterministic JSON of a Record (fields in their own order) or of plain data (keys sorted)."""
-    if isinstance(value, BaseModel):
-        return json.dumps(value.model_dump(mode="json"), indent=indent, ensure_ascii=False)
-    return json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=True)
-
-
-def write_text(path, text):
-    """`write_bytes` of text in utf-8."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path, content):
-    """Write a file by os.replace from a temporary neighbour; parents are created. UserError if that is impossible."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_text(path, to_json(value, indent=1) + "\n")
-
-
-def write_jsonl(path, rows):
-    write_text(path, "".join(to_json(row) + "\n" for row in rows))
-
-
-@contextmanager
-def writable(path):
-    """Turns an OSError inside the block into a UserError that names `path` and the system's reason."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
-            "or give another place."
-        ) from None
-
-
-@contextmanager
-def replaced_folder(path):
-    """Yields an empty folder beside `path`; when the block ends well it becomes `path`, else nothing is left of it.
-
-    A crash leaves `path` as it was (and a hidden `.NAME.partial` that the next run empties). While another process
-    fills the folder, such as a stage that outlived a killed `dvc repro`, this one waits.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    check_outputs(folders=[path])
-    with writable(path):
-        lock = _lock_empty(partial)
-    try:
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        with writable(path):
-            _swap_in(partial, path)
-    finally:
-        os.close(lock)
-
-
-def _lock_empty(folder):
-    """Creates or empties `folder`; returns the open descriptor that locks it (flock: until closed, or the end)."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes {folder}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder)):
-            break
-        os.close(lock)  # the other process has renamed or removed it: make a new one
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return lock
-
-
-def _swap_in(partial, path):
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def scratch_folder(stage, mark):
-    """`${RUN_SCRATCH:-.}/.scratch/<stage>/<mark>`, created, for unfinished work. `mark`: a fingerprint() of all that
-    the work depends on, so that only equal work is ever resumed."""
-    folder = Path(os.environ.get("RUN_SCRATCH") or ".").resolve() / ".scratch" / stage / mark
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def locked_scratch(stage, mark):
-    """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits.
-
-    The lock (flock) ends with the process and with the children that inherited the file, however they end.
-    """
-    folder = scratch_folder(stage, mark)
-    with open(folder.with_suffix(".lock"), "w") as lock_file:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{stage}: waiting for another run of the same work ({folder})", file=sys.stderr)
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield scratch_folder(stage, mark), lock_file  # created again if the other run has finished and removed it

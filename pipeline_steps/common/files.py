@@ -1,0 +1,181 @@
+"""How files are read and written: whole or not at all, locked, validated. What is in them is the stages' business, so no
+stage depends on this module (dvc.yaml)."""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline_steps.common.errors import UserError
+
+# ---------------------------------------------------------------- reading
+
+
+def parse(model, text, where):
+    """`model` from JSON text; UserError that starts with `where` if it does not fit."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "row"
+        raise UserError(f"{where}: {place}: {first['msg']} ({error.error_count()} problem(s) in this record)") from None
+
+
+def read_record(model, path, made_by):
+    """One JSON file as `model`. `made_by`: the stage that writes it, named when the file is missing."""
+    return parse(model, read_text(path, made_by), path)
+
+
+def read_text(path, made_by):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing. It is written by `python -m pipeline_steps.{made_by}`.") from None
+
+
+def check_outputs(folders=(), files=()):
+    """UserError before the work begins if one of these outputs could not be written at its end."""
+    for path, is_file in [(Path(p), False) for p in folders] + [(Path(p), True) for p in files]:
+        if path.is_dir() == is_file and path.exists():
+            found, wanted = ("a folder", "a file") if is_file else ("a file", "a folder")
+            raise UserError(f"{path}: is {found}, but {wanted} is to be written there. Move it or give another place.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            reason = "Not a directory" if path.parent.is_file() else error.strerror
+            raise UserError(
+                f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
+                "or give another place."
+            ) from None
+
+
+# ---------------------------------------------------------------- writing: whole files and folders or nothing
+
+
+def to_json(value, indent=None):
+    """Deterministic JSON of a Record (fields in their own order) or of plain data (keys sorted)."""
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(mode="json"), indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=True)
+
+
+def write_text(path, text):
+    """`write_bytes` of text in utf-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
+    """Write a file by os.replace from a temporary neighbour; parents are created. UserError if that is impossible."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_text(path, to_json(value, indent=1) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+@contextmanager
+def writable(path):
+    """Turns an OSError inside the block into a UserError that names `path` and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
+            "or give another place."
+        ) from None
+
+
+@contextmanager
+def replaced_folder(path):
+    """Yields an empty folder beside `path`; when the block ends well it becomes `path`, else nothing is left of it.
+
+    A crash leaves `path` as it was (and a hidden `.NAME.partial` that the next run empties). While another process
+    fills the folder, such as a stage that outlived a killed `dvc repro`, this one waits.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    check_outputs(folders=[path])
+    with writable(path):
+        lock = _lock_empty(partial)
+    try:
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with writable(path):
+            _swap_in(partial, path)
+    finally:
+        os.close(lock)
+
+
+def _lock_empty(folder):
+    """Creates or empties `folder`; returns the open descriptor that locks it (flock: until closed, or the end)."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder)):
+            break
+        os.close(lock)  # the other process has renamed or removed it: make a new one
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
+
+
+def _swap_in(partial, path):
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def scratch_folder(stage, mark):
+    """`${RUN_SCRATCH:-.}/.scratch/<stage>/<mark>`, created, for unfinished work. `mark`: a fingerprint() of all that
+    the work depends on, so that only equal work is ever resumed."""
+    folder = Path(os.environ.get("RUN_SCRATCH") or ".").resolve() / ".scratch" / stage / mark
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked_scratch(stage, mark):
+    """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits.
+
+    The lock (flock) ends with the process and with the children that inherited the file, however they end.
+    """
+    folder = scratch_folder(stage, mark)
+    with open(folder.with_suffix(".lock"), "w") as lock_file:
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{stage}: waiting for another run of the same work ({folder})", file=sys.stderr)
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+        yield scratch_folder(stage, mark), lock_file  # created again if the other run has finished and removed it

@@ -1,0 +1,37 @@
+"""Hashes that identify files, media and work. A change here makes every stage run again."""
+
+import hashlib
+import json
+from pathlib import Path
+
+
+def sha256_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def media_sha256(path, parts=()):
+    """sha256 of a sample's media: of the file, of its `parts` one after the other, or of a folder's files by name."""
+    path = Path(path)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+    if not parts:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for offset, size in parts:
+            file.seek(offset)
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def fingerprint(*parts):
+    """16 hex digits that identify parameters, hashes and code: every part is a Path (its bytes) or JSON-able."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
