@@ -14,7 +14,15 @@ from pipeline_steps.common import params
 from pipeline_steps.common.params import ROOT, StrictModel
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SHARED = {"streaming"}  # packages that several stages use (one counts what it serves); every other belongs to one
+SHARED = {"streaming"}  # a stage's package that other stages use too; every other belongs to one stage
+LIBRARIES = {"common", "world", "inference", "monitoring"}  # packages without a stage, listed in dvc.yaml file by file
+WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because no result can depend on it
+    "pipeline_steps/common/errors.py": "how an error is shown",
+    "pipeline_steps/common/files.py": "how files are written, not what is in them",
+    "pipeline_steps/common/params.py": "the values that it reads are the stage's params in dvc.yaml",
+    "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
+}
+MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
 WRITTEN_BY_HAND = {"reports/runs", "params.yaml"}
@@ -60,32 +68,45 @@ def imports(file):
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
+        if names[0] == "model" and any(name[6:7].isupper() for name in names):
+            names.append("model.registration")  # classes that the package loads on first use
         found |= {name for name in names if name.split(".")[0] in ("model", "pipeline_steps") and find(name)}
     return found
 
 
 def closure(files):
-    """These files and all that they import of this repository, with the __init__.py of packages on the way."""
+    """These files and all that they import of this repository, with the __init__.py of packages on the way; what only
+    code WITHOUT_EFFECT imports is left out."""
     found, todo = set(), list(files)
     while todo:
         file = todo.pop()
         if file not in found:
             found.add(file)
+            if unit(file) in WITHOUT_EFFECT:
+                continue  # nothing that it imports has an effect either
             names = {".".join(name.split(".")[: n + 1]) for name in imports(file) for n in range(name.count(".") + 1)}
             todo += [find(name) for name in names]
     return found
 
 
 def unit(file):
-    """The path under which dvc.yaml lists a file: its package, or the file itself where several stages share it."""
+    """The path under which dvc.yaml lists a file: a stage's package, or the file itself in LIBRARIES and in `model`."""
     top, *rest = file.relative_to(ROOT).parts
-    return top if top == "model" else f"{top}/{rest[0]}"
+    if top == "pipeline_steps" and len(rest) > 1 and rest[0] == "monitoring":
+        return f"{top}/{rest[0]}"
+    return str(file.relative_to(ROOT)) if top == "model" or rest[0] in LIBRARIES else f"{top}/{rest[0]}"
 
 
 @cache
 def code_of(stage):
+    """What dvc.yaml has to list: all that the stage's package imports, less WITHOUT_EFFECT and packages' empty
+    __init__.py. `model` stands for all of its files where more than MEDIA is used."""
     files = closure((ROOT / "pipeline_steps" / package(stage)).rglob("*.py"))
-    return {unit(file) for file in files} - {"pipeline_steps/__init__.py"}
+    units = {unit(file) for file in files if file.name != "__init__.py" or file.read_text().strip()}
+    network = {name for name in units if name.startswith("model/")}
+    if network - MEDIA:
+        units = units - network | {"model"}
+    return units - WITHOUT_EFFECT.keys() - {"pipeline_steps/__init__.py", "model/__init__.py"}
 
 
 def constant(name, stage):
@@ -142,27 +163,36 @@ def test_every_parameter_is_read(key):
 
 @pytest.mark.parametrize("folder", sorted({unit(file) for file in (ROOT / "pipeline_steps").rglob("*.py")} | {"model"}))
 def test_imports_point_one_way(folder):
-    """model imports nothing of pipeline_steps; a package imports no other stage's package."""
+    """model imports nothing of pipeline_steps; a package imports no other stage's package but those in SHARED."""
     place = ROOT / folder
-    own = place.name if place.is_dir() else None
+    own = Path(folder).parts[1] if folder != "model" else None
     for file in place.rglob("*.py") if place.is_dir() else [place]:
         for name in imports(file):
             top, *rest = name.split(".")
             if folder == "model":
                 assert top == "model", f"{file} imports {name}"
-            elif top == "pipeline_steps" and rest and (ROOT / "pipeline_steps" / rest[0]).is_dir():
-                assert rest[0] in {own} | SHARED, f"{file} imports {name}, which belongs to another stage"
+            elif top == "pipeline_steps" and rest:
+                assert rest[0] in {own} | SHARED | LIBRARIES, f"{file} imports {name}, which belongs to another stage"
 
 
-def test_the_shared_packages_import_no_stage():
-    for name in SHARED:
-        files = closure((ROOT / "pipeline_steps" / name).rglob("*.py"))
-        assert not ({package(stage) for stage in STAGES} - SHARED) & {file.relative_to(ROOT).parts[1] for file in files}
+@pytest.mark.parametrize(("package_name", "allowed"), [
+    ("common", {"common"}),
+    ("world", {"common", "world"}),
+    ("monitoring", {"common", "monitoring", "training"}),
+    ("streaming", {"common", "streaming"}),
+    ("inference", {"common", "inference", "streaming"}),
+])  # fmt: skip
+def test_libraries_import_no_stage(package_name, allowed):
+    for file in (ROOT / "pipeline_steps" / package_name).rglob("*.py"):
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("pipeline_steps.")}
+        assert used <= allowed, f"{file} imports {', '.join(sorted(used - allowed))}"
 
 
 def test_every_stage_has_its_package_and_every_package_its_stage():
     with_entry = {file.parent.name for file in (ROOT / "pipeline_steps").glob("*/__main__.py")}
     assert {package(stage) for stage in STAGES} == with_entry
+    with_code = {file.parent.name for file in (ROOT / "pipeline_steps").glob("*/__init__.py")}
+    assert with_code == with_entry | LIBRARIES
     shared = ast.walk(ast.parse((ROOT / "pipeline_steps/__init__.py").read_text()))  # in no stage's deps: Ctrl-C only
     names = {name.name for node in shared if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
     assert names == {"signal", "sys"}
