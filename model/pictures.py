@@ -83,8 +83,8 @@ def upright(image):
 def square(image, size, resize_mode, pixel_aspect=1.0):
     """The picture as `size` x `size` px in its displayed proportions, in one bicubic resampling.
 
-    resize_mode: "crop", the shorter side to `size` and the centre of the longer one, or "letterbox", the longer side to `size`
-    and black bars. pixel_aspect: width of a pixel / its height.
+    resize_mode: "crop" scales the shorter side to `size` and keeps the centre of the longer one; "letterbox" scales the
+    longer side to `size` and adds black bars. pixel_aspect: width of a pixel / its height.
     """
     if resize_mode == "letterbox":
         return _letterbox(image, size, pixel_aspect)

@@ -1,5 +1,7 @@
-"""How files are read and written: whole or not at all, locked, validated. What is in them is the stages' business, so no
-stage depends on this module (dvc.yaml)."""
+"""How files are read and written: whole or not at all, locked, validated.
+
+What is in them is decided by the stages, so no stage lists this module in dvc.yaml.
+"""
 
 import fcntl
 import json

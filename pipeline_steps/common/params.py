@@ -1,7 +1,7 @@
 """The strict reader of params.yaml.
 
-    python -m pipeline_steps.common.params                            check params.yaml (under a second)
-    python -m pipeline_steps.common.params --compose [OVERRIDE ...]   write params.yaml from conf/, as `dvc exp run` does
+    python -m pipeline_steps.common.params                             check params.yaml (under a second)
+    python -m pipeline_steps.common.params --compose [OVERRIDE ...]    write params.yaml from conf/, as `dvc exp run`
 
 params.yaml holds `seed`, `ablation` and one section per `pipeline_steps/<name>/schema.py`, whose class
 `Section(StrictModel)` lists its keys. Schemas have no default values: every value is in conf/ and in params.yaml.

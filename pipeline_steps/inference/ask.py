@@ -1,6 +1,7 @@
 """Ask a checkpoint about a video, a picture, or nothing but the question.
 
-    python -m pipeline_steps.inference.ask --checkpoint outputs/stage3 --video clip.mp4 --question "Which digits does red show?"
+    python -m pipeline_steps.inference.ask --checkpoint outputs/stage3 --video clip.mp4 \\
+        --question "Which digits does red show?"
 
 Prints the answer as it is generated (greedy) and writes an animation of where the model looked, NAME.heatmap.gif in the
 current folder unless --output says otherwise. Without --video the model answers from the text alone. Needs no shards

@@ -1,6 +1,6 @@
 """Contact sheets and animations of attention maps, drawn with Pillow.
 
-A clip is drawn from a `Clip`; maps are attention over the patches (pipeline_steps/inference/gaze.py), coloured on one scale per
+A clip is drawn from a `Clip`; maps are attention over the patches (gaze.py), coloured on one scale per
 clip, the same for all modes: black is 0, the brightest yellow `Clip.scale`. A difference of two maps has two colours on
 the same scale: MORE and LESS, at their strongest where the maps differ by `Clip.scale`.
 """

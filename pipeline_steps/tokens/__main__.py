@@ -4,7 +4,7 @@
                                     [--tokenizer data/backbones/language_model] [--output data/tokens]
                                     [--num-processes N]
 
-One sidecar (pipeline_steps/common/sidecar.py) per shard, one row per item, in the shard's order. Visual tokens are not in
+One sidecar (common/sidecar.py) per shard, one row per item, in the shard's order. Visual tokens are not in
 input_ids: `visual_position` says where they go. An answer is never cut: a chat longer than `max_tokens` loses whole
 turns at its end, and an item of which not even the first turn fits is dropped; both are counted and listed.
 Every process holds one shard at a time; their number changes nothing in the output. 15,220 short chats take 3.3 s on

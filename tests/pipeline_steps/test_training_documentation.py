@@ -6,13 +6,13 @@ import pytest
 
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.training.__main__ import COLUMNS
-from pipeline_steps.training.schema import Common, MetricsLogger, Stage
+from pipeline_steps.training.schema import Common, Watch, Stage
 
 ROWS = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
 NAMES = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
 
 
-@pytest.mark.parametrize("section", [Stage, Common, MetricsLogger])
+@pytest.mark.parametrize("section", [Stage, Common, Watch])
 def test_every_parameter_stands_in_a_table(section):
     assert set(section.model_fields) <= NAMES
 
@@ -23,7 +23,7 @@ def test_every_scale_stands_in_the_table():
 
 
 def test_every_row_is_a_parameter_or_a_scale():
-    known = {*Stage.model_fields, *Common.model_fields, *MetricsLogger.model_fields}
+    known = {*Stage.model_fields, *Common.model_fields, *Watch.model_fields}
     assert NAMES - known <= {path.stem for path in (ROOT / "conf/scale").glob("*.yaml")}
 
 

@@ -388,7 +388,7 @@ def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumula
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     seen = []
     run.model.register_forward_pre_hook(lambda *_: seen.append({p.grad is not None for p in trained}))
-    monkeypatch.setattr(engine, "state_to_come", lambda run: seen.append("state") or [])
+    monkeypatch.setattr(train_loop, "state_to_come", lambda run: seen.append("state") or [])
     train_loop.try_micro_batch(run, make_batch(), accumulates)
     assert seen == ["state", {there}]
     assert all(parameter.grad is None for parameter in run.model.parameters())
