@@ -29,7 +29,7 @@ from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/schemas.py")
+CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
 CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scipy")  # that bytes of a shard or hashes of its frames depend on

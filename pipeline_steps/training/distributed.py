@@ -113,7 +113,7 @@ def wrap(model: nn.Module, group: DistributedContext, shard_like: bool) -> nn.Mo
         for layer in model.language_model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-        for method in ("generate", "look", "preference_log_probs"):
+        for method in ("generate", "encode_frames", "preference_log_probs"):
             register_fsdp_forward_method(model, method)
         return model
     device_ids = None if group.device == "cpu" else [group.device]

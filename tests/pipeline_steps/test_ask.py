@@ -64,7 +64,9 @@ def test_the_animation_shows_the_look_that_was_answered_from(made, monkeypatch):
     model.config.query_source = "random"
     inputs = processor(text=QUESTION, videos=made.video)
     looks, look = [], model.look
-    monkeypatch.setattr(model, "look", lambda *args, **options: looks.append(look(*args, **options)) or looks[-1])
+    monkeypatch.setattr(
+        model, "encode_frames", lambda *args, **options: looks.append(look(*args, **options)) or looks[-1]
+    )
     ask.stream_answer(model, processor, inputs, "autoregressive", 3)
     ask.animation(model, processor, inputs, "autoregressive", QUESTION, "")
     assert len(looks) == 2

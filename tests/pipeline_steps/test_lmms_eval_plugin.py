@@ -123,7 +123,7 @@ def whole_loss(model, processor, question, video, answer):
 
 def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
     looks, look = [], lm.model.look
-    monkeypatch.setattr(lm.model, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
+    monkeypatch.setattr(lm.model, "encode_frames", lambda *args, **options: looks.append(1) or look(*args, **options))
     lm.loglikelihood([request("loglikelihood", n, "Which?", text) for text in "ABCD" for n in (0, 1)])
     assert len(looks) == 2
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_steps.monitoring import mfu
-from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops, peak_flops
 from pipeline_steps.training import train_loop
 from pipeline_steps.training.distributed import DistributedContext
@@ -30,13 +30,13 @@ def counted(model, batch, num_plans):
     """By the counter. The patches of a frozen vision encoder are walked by themselves here: they need no gradient."""
     if not any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
 
-        def walk_apart(pixel_values, times, queries, how, output_attentions):
+        def encode_apart(pixel_values, times, queries, query_attention, output_attentions):
             encoded = model.vision_encoder.encode(pixel_values, need_patch_features=model.config.attention == "shallow")
             encoded = model.shallow_attention.prepare(encoded) if model.config.attention == "shallow" else encoded
-            return encoded, model._attend(queries, encoded, times, how, output_attentions)
+            return encoded, model._attend(queries, encoded, times, query_attention, output_attentions)
 
         if model.config.architecture == "foveated":
-            model._walk = walk_apart
+            model._encode = encode_apart
     inputs = batch | {"mode": "coarse" if model.config.coarse_only else "fine", "num_plans": num_plans}
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is unknown to the counter
@@ -131,7 +131,7 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
         run = make_run(stage, "question_first", tmp_path)
         run.common.activation_checkpointing, run.train.image_size = checkpointed, 56
         seen = found[checkpointed] = []
-        run.watch = SimpleNamespace(peak=1.0, step=lambda *_, seen=seen, **counts: seen.append(counts["flops"]))
+        run.logger = SimpleNamespace(peak=1.0, step=lambda *_, seen=seen, **counts: seen.append(counts["flops"]))
         trainer = train_loop.prepare(run)
         rows = [train_loop.train_step(run, trainer, batch, step) for step, batch in enumerate(steps)]
         expected = [run.step_flops.of_batch(batch, row["num_plans"]) for batch, row in zip(steps, rows, strict=True)]
@@ -143,22 +143,22 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
 # ---------------------------------------------------------------- the share of the peak
 
 
-def make_watch(tmp_path, device="cpu", precision="fp32", **options):
+def make_logger(tmp_path, device="cpu", precision="fp32", **options):
     settings = SimpleNamespace(peak_tflops=None, tensorboard=False, dvclive=False, wandb_project=None)
     settings.__dict__.update(options)
-    return Watch(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
+    return MetricsLogger(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
 
 
 def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch):
-    watch = make_watch(tmp_path, peak_tflops=2.0)
+    logger = make_logger(tmp_path, peak_tflops=2.0)
     for flops in (1e12, 5e12, 6e12):
-        watch.step({}, False, num_samples=4, num_positions=80, flops=flops)
-    monkeypatch.setattr("time.monotonic", lambda: watch.started + 30)
-    assert watch.speed()["speed/mfu"] == pytest.approx(12 / 30 / 2)
+        logger.step({}, False, num_samples=4, num_positions=80, flops=flops)
+    monkeypatch.setattr("time.monotonic", lambda: logger.started + 30)
+    assert logger.speed()["speed/mfu"] == pytest.approx(12 / 30 / 2)
 
 
 def test_no_figure_where_the_peak_is_unknown(tmp_path, monkeypatch):
-    assert "speed/mfu" not in make_watch(tmp_path).speed()
+    assert "speed/mfu" not in make_logger(tmp_path).speed()
     for name, precision, expected in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
         ("NVIDIA H100 80GB HBM3", "fp32", None),

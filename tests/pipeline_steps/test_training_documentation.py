@@ -6,7 +6,7 @@ import pytest
 
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.training.__main__ import COLUMNS
-from pipeline_steps.training.schema import Common, Watch, Stage
+from pipeline_steps.training.schema import Common, Stage, Watch
 
 ROWS = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
 NAMES = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}

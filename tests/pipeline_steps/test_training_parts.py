@@ -353,7 +353,7 @@ def auto_run(optimizer="adamw", **options):
     groups, _ = trainable_parameters(model, settings(freeze_vision=True), 0.01, optimizer)
     defaults = {"ema_decay": None, "precision": "fp32", "optimizer": optimizer}
     common = SimpleNamespace(**(defaults | options.pop("common", {})))
-    run = {"processes": DistributedContext(), "is_divided": False, "device": "cpu"} | options
+    run = {"distributed": DistributedContext(), "is_sharded": False, "device": "cpu"} | options
     return SimpleNamespace(model=model, common=common, **run), groups
 
 
@@ -370,7 +370,9 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     if decay is not None:
         held += EMA(run.model, decay).values.values()
     assert reserved == sum(value.nbytes for value in held)
-    parts, _ = auto_run(name, common={"ema_decay": decay}, is_sharded=True, processes=DistributedContext(world_size=2))
+    parts, _ = auto_run(
+        name, common={"ema_decay": decay}, is_sharded=True, distributed=DistributedContext(world_size=2)
+    )
     assert sum(tensor.nbytes for tensor in train_loop.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
 
 
@@ -379,8 +381,8 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     [
         (True, {}, True),
         (False, {}, False),  # a whole step in one piece: gradients come while activations go
-        (False, {"processes": DistributedContext(world_size=2)}, True),  # buckets
-        (False, {"processes": DistributedContext(world_size=2), "is_divided": True}, False),
+        (False, {"distributed": DistributedContext(world_size=2)}, True),  # buckets
+        (False, {"distributed": DistributedContext(world_size=2), "is_sharded": True}, False),
     ],
 )
 def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumulates, options, there, monkeypatch):
