@@ -63,7 +63,7 @@ def test_the_animation_shows_the_look_that_was_answered_from(made, monkeypatch):
     model, processor = load_checkpoint(made.checkpoint)
     model.config.query_source = "random"
     inputs = processor(text=QUESTION, videos=made.video)
-    looks, look = [], model.look
+    looks, look = [], model.encode_frames
     monkeypatch.setattr(
         model, "encode_frames", lambda *args, **options: looks.append(look(*args, **options)) or looks[-1]
     )

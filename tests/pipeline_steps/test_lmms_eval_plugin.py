@@ -122,7 +122,7 @@ def whole_loss(model, processor, question, video, answer):
 
 
 def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
-    looks, look = [], lm.model.look
+    looks, look = [], lm.model.encode_frames
     monkeypatch.setattr(lm.model, "encode_frames", lambda *args, **options: looks.append(1) or look(*args, **options))
     lm.loglikelihood([request("loglikelihood", n, "Which?", text) for text in "ABCD" for n in (0, 1)])
     assert len(looks) == 2
