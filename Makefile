@@ -54,13 +54,15 @@ setup: ## .venv with exactly requirements.lock (nothing to do while the lock is 
 	fail() { echo "make setup: $$*" >&2; exit 1; }; \
 	if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
 		base=; \
-		for candidate in python3.11 python3; do \
-			if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then base=$$candidate; break; fi; \
+		for candidate in python3.11 python3.12 python3.13 python3; do \
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$candidate; break; fi; \
 		done; \
-		[ -n "$$base" ] || fail "Python 3.11 is needed: neither python3.11 nor python3 is one (python3: $$(python3 --version 2>&1 || true)). Install it and put it on PATH."; \
+		[ -n "$$base" ] || fail "Python 3.11 or newer is needed: neither python3.11, python3.12, python3.13 nor python3 is one (python3: $$(python3 --version 2>&1 || true)). Install it and put it on PATH."; \
 		"$$base" -c 'import ensurepip, venv' 2>/dev/null || fail "$$base has no ensurepip, so it cannot make a virtual environment with pip. Install it (Debian, Ubuntu: apt-get install python3.11-venv)."; \
 		echo "$$base -m venv --clear .venv"; "$$base" -m venv --clear .venv; \
 	fi; \
 	echo "python -m pip install -r requirements.lock"; \
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock; \
+	echo "python -m pip install --no-deps --no-build-isolation --editable ."; \
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
 	sha256sum < requirements.lock > $(STAMP)
