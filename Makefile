@@ -2,21 +2,24 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test browser lint params report ablations bench clean
+.PHONY: help setup repro test test-all browser lint params report ablations bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 repro: setup ## run the whole pipeline; only what changed runs again
 	python -m pipeline_steps.common.params
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/report.html"
 
-test: setup ## run the test suite
-	python -m pytest
+test: setup ## run the fast tests in two processes (without those marked slow or browser)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+
+test-all: setup ## run every test, the slow ones and those in a browser too
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 browser: ## Chromium and its driver, for the tests of the report in a browser (installed where root may, by apt-get)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then chromium --version 2>/dev/null; exit 0; fi; \
