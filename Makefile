@@ -2,21 +2,24 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test browser lint params report ablations bench clean
+.PHONY: help setup repro test test-all browser lint params report ablations bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 repro: setup ## run the whole pipeline; only what changed runs again
 	python -m pipeline_steps.common.params
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/report.html"
 
-test: setup ## run the test suite
-	python -m pytest
+test: setup ## run the fast tests in two processes (without those marked slow or browser)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+
+test-all: setup ## run every test, the slow ones and those in a browser too
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 browser: ## Chromium and its driver, for the tests of the report in a browser (installed where root may, by apt-get)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then chromium --version 2>/dev/null; exit 0; fi; \
@@ -54,13 +57,15 @@ setup: ## .venv with exactly requirements.lock (nothing to do while the lock is 
 	fail() { echo "make setup: $$*" >&2; exit 1; }; \
 	if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
 		base=; \
-		for candidate in python3.11 python3; do \
-			if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then base=$$candidate; break; fi; \
+		for candidate in python3.11 python3.12 python3.13 python3; do \
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$candidate; break; fi; \
 		done; \
-		[ -n "$$base" ] || fail "Python 3.11 is needed: neither python3.11 nor python3 is one (python3: $$(python3 --version 2>&1 || true)). Install it and put it on PATH."; \
+		[ -n "$$base" ] || fail "Python 3.11 or newer is needed: neither python3.11, python3.12, python3.13 nor python3 is one (python3: $$(python3 --version 2>&1 || true)). Install it and put it on PATH."; \
 		"$$base" -c 'import ensurepip, venv' 2>/dev/null || fail "$$base has no ensurepip, so it cannot make a virtual environment with pip. Install it (Debian, Ubuntu: apt-get install python3.11-venv)."; \
 		echo "$$base -m venv --clear .venv"; "$$base" -m venv --clear .venv; \
 	fi; \
 	echo "python -m pip install -r requirements.lock"; \
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock; \
+	echo "python -m pip install --no-deps --no-build-isolation --editable ."; \
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
 	sha256sum < requirements.lock > $(STAMP)

@@ -16,18 +16,10 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-from transformers import TextStreamer
-from transformers.utils import logging as transformers_logging
-
-from model.configuration_foveated_vlm import MODES
-from model.input_checks import check_room
-from pipeline_steps.common.checkpoint import load_checkpoint
-from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_bytes
-from pipeline_steps.inference import drawing, gaze
 
+MODES = ("coarse", "fine", "autoregressive")  # model.configuration_foveated_vlm.MODES, without its import of torch
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
 SEED = 1  # of the query sources that draw at random: the animation shows the very look that was answered from
@@ -43,10 +35,20 @@ def main():
     return 0
 
 
+def command():
+    """The console script foveated-ask."""
+    run_main(main)
+
+
 def ask(arguments):
     """Prints the answer and writes the animation. UserError for what the user can correct."""
-    transformers_logging.disable_progress_bar()
     output = check(arguments)
+    from transformers.utils import logging as transformers_logging
+
+    from pipeline_steps.common.checkpoint import load_checkpoint
+    from pipeline_steps.common.device import choose_device
+
+    transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to(choose_device())
     try:
@@ -75,7 +77,7 @@ def read_arguments():
 
 
 def check(arguments):
-    """UserError before anything is loaded; returns where the animation goes, None without a video."""
+    """UserError before any weight is loaded; returns where the animation goes, None without a video."""
     if not arguments.question.strip():
         raise UserError("--question is empty: ask something")
     try:
@@ -103,33 +105,42 @@ def check(arguments):
     return output
 
 
-@torch.inference_mode()
 def stream_answer(model, processor, inputs, mode, max_new_tokens):
     """Prints the greedy answer word by word and returns it."""
+    import torch
+    from transformers import TextStreamer
+
+    from model.input_checks import check_room
+
     tokenizer = processor.tokenizer
     check_room(model.config, inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        ids = model.generate(
-            **inputs.to(model.device),
-            mode=mode,
-            generator=generator(model),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
-        )
+        with torch.inference_mode():
+            ids = model.generate(
+                **inputs.to(model.device),
+                mode=mode,
+                generator=generator(model),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+                streamer=streamer,
+            )
     except KeyboardInterrupt:
         print(flush=True)  # the line that was begun
         raise
     return processor.decode(ids[0], skip_special_tokens=True).strip()
 
 
-@torch.inference_mode()
 def animation(model, processor, inputs, mode, question, answer):
     """The bytes of a GIF: every frame, and where the last layer's attention fell in it."""
-    looked = model(**inputs.to(model.device), mode=mode, generator=generator(model), output_attentions=True)
+    import torch
+
+    from pipeline_steps.inference import drawing, gaze
+
+    with torch.inference_mode():
+        looked = model(**inputs.to(model.device), mode=mode, generator=generator(model), output_attentions=True)
     maps = gaze.attention_maps(looked.attention_weights.float().cpu().numpy())[-1]  # [F, N]
     clip = drawing.Clip(
         frames=processor.pictures(inputs["pixel_values"].cpu()),
@@ -146,6 +157,8 @@ def animation(model, processor, inputs, mode, question, answer):
 
 
 def generator(model):
+    import torch
+
     return torch.Generator(model.device).manual_seed(SEED)
 
 

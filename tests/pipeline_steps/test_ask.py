@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import run_main
-from pipeline_steps.inference import ask
+from pipeline_steps.inference import ask, drawing
 from tests import checkpoints
 from tests.pipeline import ROOT
 
@@ -193,7 +193,7 @@ def test_ctrl_c_while_the_animation_is_written(made, run, tmp_path, monkeypatch,
         file.write(b"GIF89a half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ask.drawing, "save_animation", interrupted)
+    monkeypatch.setattr(drawing, "save_animation", interrupted)
     assert run("--video", made.video, "--max-new-tokens", 3) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not list(tmp_path.iterdir())
