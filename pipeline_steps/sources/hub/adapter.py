@@ -55,7 +55,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Adapter:
-    name: str  # in sources.hub[].dataset
+    """What the reader has to know about one data set. Its name is that of its module in `adapters/`."""
+
     repo: str  # id on the Hub
     revision: str | None  # commit that the schema was taken from; None: the user names one
     licence: str
