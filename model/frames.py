@@ -6,8 +6,8 @@ square of image_size px (pictures.square).
 
 Media that cannot be read in full raise MediaError, whose `reason` is short and the same on every machine.
 
-This file goes with every checkpoint, for the processor; model/frames.py is a link to it, so that packing
-neither imports nor depends on the rest of the network's code. It needs Pillow, and PyAV where a video is decoded.
+Every checkpoint carries this file, because its processor uses it. Importing it from the package `model` does not load
+torch, so packing does not depend on the network. It needs Pillow, and PyAV to decode a video.
 """
 
 import io

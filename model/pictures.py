@@ -1,6 +1,6 @@
 """Pictures: reading a still, turning it upright, making it square, and what is refused. The base of frames.py.
 
-Like frames.py this file goes with every checkpoint, and model/pictures.py is a link to it. It needs Pillow.
+Every checkpoint carries this file, as it carries frames.py. Importing it does not load torch. It needs Pillow.
 """
 
 import io

@@ -6,8 +6,8 @@ from pipeline_steps.common.errors import UserError
 
 
 def choose_device(wanted: str = "auto", key: str = "device") -> str:
-    """`cpu` or `cuda` for the parameter `key`, which is auto (cuda where there is one), cpu or cuda. UserError for a
-    GPU that is not there."""
+    """`cpu` or `cuda` for the parameter `key`, which is auto (cuda where there is one), cpu or cuda. UserError if
+    torch finds no GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"{key} is cuda, but torch finds no such GPU here. Set it to auto or cpu, or install the driver and a "

@@ -1,6 +1,6 @@
-"""How files are read and written: whole or not at all, locked, validated.
+"""File handling: atomic writes, locks and validated reads.
 
-What is in them is decided by the stages, so no stage lists this module in dvc.yaml.
+The stages decide what the files contain, so no stage lists this module in dvc.yaml.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from pipeline_steps.common.errors import UserError
 
 
 def parse(model, text, where):
-    """`model` from JSON text; UserError that starts with `where` if it does not fit."""
+    """`model` from JSON text; UserError that starts with `where` if it is invalid."""
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -46,7 +46,7 @@ def check_outputs(folders=(), files=()):
     for path, is_file in [(Path(p), False) for p in folders] + [(Path(p), True) for p in files]:
         if path.is_dir() == is_file and path.exists():
             found, wanted = ("a folder", "a file") if is_file else ("a file", "a folder")
-            raise UserError(f"{path}: is {found}, but {wanted} is to be written there. Move it or give another place.")
+            raise UserError(f"{path}: is {found}, but the output is {wanted}. Move it or choose another path.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
@@ -54,7 +54,7 @@ def check_outputs(folders=(), files=()):
             reason = "Not a directory" if path.parent.is_file() else error.strerror
             raise UserError(
                 f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
-                "or give another place."
+                "or choose another path."
             ) from None
 
 
@@ -103,13 +103,13 @@ def writable(path):
         reason = error.strerror or str(error)
         raise UserError(
             f"{path}: cannot be written ({reason}). Check that the folder exists, is yours and has space, "
-            "or give another place."
+            "or choose another path."
         ) from None
 
 
 @contextmanager
 def replaced_folder(path):
-    """Yields an empty folder beside `path`; when the block ends well it becomes `path`, else nothing is left of it.
+    """Yields an empty folder beside `path`; it becomes `path` if the block succeeds and is removed otherwise.
 
     A crash leaves `path` as it was (and a hidden `.NAME.partial` that the next run empties). While another process
     fills the folder, such as a stage that outlived a killed `dvc repro`, this one waits.

@@ -3,10 +3,10 @@
     python -m pipeline_steps.shards [--params params.yaml] [--raw data/raw] [--output data/shards]
 
 Splits by video, plans the shards, lets Snakemake pack them (one job per shard; SNAKEMAKE_PROFILE chooses the profile)
-in `.scratch/shards/<fingerprint>/`, looks for samples that leak from one split to another, and publishes tars and
-manifest.json together. The scratch folder keeps the shards: a killed run goes on, and another set of samples packs
-only the shards that it changes. Damaged media are quarantined with a reason; more than `max_quarantined` of them fail
-the stage. 4,600 six-frame clips: 30 s on two cores.
+in `.scratch/shards/<fingerprint>/`, checks for samples that leak between splits, and publishes tars and
+manifest.json together. The scratch folder keeps the shards: a killed run resumes, and a changed set of samples
+repacks only the shards that it changes. Damaged media are quarantined with a reason; more than `max_quarantined` of
+them fail the stage. 4,600 six-frame clips: 30 s on two cores.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def build(section, raw_dir, output):
     splits = assign_splits(index, section.validation_share, section.test_share)
     plan = plan_shards(index, splits, section.samples_per_shard)
     settings = make_settings(section, raw_dir)
-    mark = fingerprint(
+    work = fingerprint(
         settings.model_dump(), [version(name) for name in LIBRARIES], *(params.ROOT / path for path in CODE)
     )
-    with locked_scratch("shards", mark) as (folder, lock_file):
+    with locked_scratch("shards", work) as (folder, lock_file):
         (folder / "finished").unlink(missing_ok=True)
         with replaced_folder(output) as published:
             if section.max_hash_distance is not None:
@@ -145,7 +145,9 @@ def check_quarantine(manifest, media, max_quarantined):
                 "Repair or remove these files, or raise shards.max_quarantined."
             )
     if manifest.splits["train"].num_samples == 0:
-        raise UserError(f"no training sample is left of {manifest.seen}, {len(bad)} of them damaged.\n{listing}")
+        raise UserError(
+            f"no training sample is left of {manifest.seen} samples, {len(bad)} of them damaged.\n{listing}"
+        )
     if bad:
         print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listing}", file=sys.stderr)
 

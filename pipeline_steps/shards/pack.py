@@ -44,7 +44,7 @@ class Settings(Record):
 
 
 class ShardReport(Record):
-    """What became of one planned shard."""
+    """The result of packing one planned shard."""
 
     shard: ShardEntry
     quarantined: tuple[Quarantined, ...]
@@ -55,8 +55,8 @@ class ShardReport(Record):
 def pack_shard(samples, settings, output, plan_sha256=None):
     """Writes `output`.tar, .npz, .json and .progress (one byte per finished sample). Returns the ShardReport.
 
-    All are written beside and renamed into place, the report last: what carries its name is whole, and a file that is
-    hard-linked elsewhere never changes. The tar is read-only for the same reason.
+    All are written to a temporary file and renamed into place, the report last: a file with its final name is
+    complete, and a file that is hard-linked elsewhere never changes. The tar is read-only for the same reason.
     """
     partial = output.with_name(f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)

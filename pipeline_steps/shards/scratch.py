@@ -1,4 +1,4 @@
-"""The scratch folder, in which packed shards stay from run to run: only what changed is packed again.
+"""The scratch folder keeps packed shards between runs; only changed shards are packed again.
 
 settings.json                      how frames are made; a lock of all jobs
 plan/<split>/<shard>.jsonl         rows of index.jsonl, copied
@@ -86,7 +86,7 @@ def read_reports(scratch, plan_hashes):
         if reports[place].plan_sha256 != plan_sha256:
             raise UserError(
                 f"{path}.tar: written from another plan (sha256 {str(reports[place].plan_sha256)[:12]}) than the "
-                f"present one ({plan_sha256[:12]}), by a job of an earlier run. Run the stage again."
+                f"present one ({plan_sha256[:12]}), by an earlier job. Rerun `python -m pipeline_steps.shards`."
             )
     return reports
 

@@ -2,7 +2,7 @@
 
     python -m pipeline_steps.sources [--params params.yaml] [--output data/raw] [--num-processes N]
 
-Writes OUTPUT/index.jsonl (one records.RawSample per line, sorted by key), OUTPUT/quarantined.jsonl (samples that could
+Writes OUTPUT/index.jsonl (one schemas.RawSample per line, sorted by key), OUTPUT/quarantined.jsonl (samples that could
 not be taken, with the reason), OUTPUT/summary.json (counts) and, for the procedural world, OUTPUT/procedural/ (media
 and metadata.jsonl). The folder appears when it is complete; a run that fails leaves the old one as it was. Formats:
 docs/data.md. Cost at the tiny scale: 25 s on two cores, 150 MB of disk.

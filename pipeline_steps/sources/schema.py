@@ -1,10 +1,20 @@
 """Parameters of the `sources` stage (section `sources` of params.yaml)."""
 
+import difflib
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from pipeline_steps.common.params import StrictModel
+from pipeline_steps.sources.hub.adapters import NAMES as ADAPTER_NAMES
 
 
 class TrainMix(StrictModel):
@@ -72,27 +82,22 @@ class Tars(StrictModel):
 class HubEntry(StrictModel):
     """One published data set."""
 
-    dataset: Literal[
-        "openvid",
-        "webvid",
-        "cauldron",
-        "smoltalk",
-        "llava_video",
-        "vript",
-        "sharegpt4video",
-        "rlaif_v",
-        "mvbench",
-        "video_mme",
-        "mlvu",
-        "scienceqa",
-        "pope",
-    ]
+    dataset: Literal[ADAPTER_NAMES]  # a module of sources/hub/adapters/
     path: str | None  # null: the data set's id on the Hub; or another id, or a local file or folder
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")  # commit on the Hub; null: the one that is pinned here
     subsets: list[str] | None = Field(min_length=1)  # null: all
     media_dir: str | None  # folder with the extracted videos; null where the pictures are in the rows
     max_samples: PositiveInt | None  # a random choice of so many, which a larger number extends; null: all
     max_missing: float = Field(ge=0, le=1)  # share of the samples whose media may be missing
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _dataset_has_an_adapter(cls, name):
+        if name not in ADAPTER_NAMES:
+            close = difflib.get_close_matches(str(name), ADAPTER_NAMES, 1, 0.6)
+            guess = f"did you mean '{close[0]}'? " if close else ""
+            raise ValueError(f"no adapter has this name ({guess}Data sets: {', '.join(ADAPTER_NAMES)})")
+        return name
 
 
 class Section(StrictModel):

@@ -1,4 +1,4 @@
-"""One sample of a WebDataset archive: its {key}.json and media as a records.RawSample, or the reason why not.
+"""One sample of a WebDataset archive: its {key}.json and media as a schemas.RawSample, or the reason why not.
 
 docs/data.md lists the fields of {key}.json. What contradicts itself is refused, never guessed.
 """
@@ -37,7 +37,7 @@ class ChatMessage(BaseModel):
 
 
 class PackedFields(BaseModel):
-    """Further fields, of shards that this pipeline has packed (records.PackedSample): known by their `items`."""
+    """Further fields, of shards that this pipeline has packed (schemas.PackedSample): known by their `items`."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -165,7 +165,7 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _sha256(file: BinaryIO, parts) -> str:
-    """records.media_sha256 of the open file, in constant memory."""
+    """hashing.media_sha256 of the open file, in constant memory."""
     digest = hashlib.sha256()
     for offset, size in parts:
         file.seek(offset)

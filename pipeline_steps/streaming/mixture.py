@@ -1,4 +1,4 @@
-"""Which item is served at which position: a function of the seed, the weights and the data.
+"""The order in which a run reads items: a function of the seed, the weights and the data.
 
 Items are divided into groups (a source's task each, and all text-only ones). Every group has its own permutation per
 epoch of the group; groups are interleaved in exact proportion to their weights. The order does not depend on workers,
@@ -22,21 +22,23 @@ class Groups:
     """What a training stage draws from."""
 
     items: dict[str, np.ndarray]  # item numbers (int64, ascending) of every group
-    weights: dict[str, float]  # share of the samples served
-    unserved: dict[str, int]  # items that belong to no group, by 'source/task'
+    weights: dict[str, float]  # share of the samples read
+    unmatched: dict[str, int]  # items that no group has, by 'source/task'
 
 
 def make_groups(dataset, settings) -> Groups:
     """The groups of a `TokenizedShards` by `mixture`, `text_share` and `text_source` of a training stage.
 
-    An item with frames belongs to the one entry that names it best: source and task, else the source, else the
-    task, else neither. Raises UserError when an entry has no item, or text for the share is missing.
+    Each item with frames goes to the most specific matching entry: source and task, then source, then task,
+    then neither. Raises UserError when an entry has no item, or text for the share is missing.
     """
     index, where = dataset.index, f"{dataset.tokens_dir}/{dataset.split}"
     named = [(entry.source, entry.task) for entry in settings.mixture]
     repeated = [_entry(*name) for name, count in Counter(named).items() if count > 1]
     if repeated:
-        raise UserError(f"training mixture: {', '.join(repeated)} stands there more than once: give it one weight.")
+        raise UserError(
+            f"training mixture: {', '.join(repeated)} is listed more than once. Give it one entry with one weight."
+        )
     owner = _owners(index, named)
     absent = [_entry(*name) for number, name in enumerate(named) if not (owner == number).any()]
     if absent:
@@ -44,7 +46,8 @@ def make_groups(dataset, settings) -> Groups:
         there = ", ".join(_entry(index.sources[source], index.tasks[task]) for source, task in seen)
         raise UserError(
             f"training mixture: no items of {', '.join(absent)} in {where}, which has {there or 'none with frames'} "
-            "(items belong to the entry that names them best). Correct the mixture ('*' stands for all) or the sources."
+            "(each item goes to the most specific matching entry). "
+            "Correct the mixture ('*' stands for all) or the sources."
         )
     items, weights = _visual_groups(index, owner, settings.mixture)
     total = sum(weights.values())
@@ -58,7 +61,7 @@ def make_groups(dataset, settings) -> Groups:
                 "collect some (sources.collect: [..., chat]), name another text_source, or set text_share to 0."
             )
         weights[TEXT], items[TEXT] = settings.text_share, text
-    return Groups(items, weights, _unserved(index, items))
+    return Groups(items, weights, _unmatched(index, items))
 
 
 def _entry(source: str, task: str) -> str:
@@ -106,7 +109,7 @@ def _text(index, source: str) -> np.ndarray:
     return np.flatnonzero(index.is_text & of_source)
 
 
-def _unserved(index, items: dict[str, np.ndarray]) -> dict[str, int]:
+def _unmatched(index, items: dict[str, np.ndarray]) -> dict[str, int]:
     left = np.ones(len(index), bool)
     for numbers in items.values():
         left[numbers] = False
@@ -155,7 +158,7 @@ class Mixture:
         return items[np.random.default_rng([self.seed, group, epoch]).permutation(len(items))]
 
     def statistics(self) -> dict[str, dict[str, float]]:
-        """What the run serves of every group: samples, share and epochs."""
+        """What the run reads of every group: samples, share and epochs."""
         counts = np.bincount(self.group_of, minlength=len(self.names))
         return {
             name: {

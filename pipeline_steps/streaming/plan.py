@@ -1,6 +1,6 @@
-"""All batches of a run, known before it begins: so the number of steps, and the samples seen at each, are exact.
+"""All batches of a run, computed before it starts, so the number of steps and the samples seen at each are exact.
 
-A batch is a step of the whole run; several ranks share it. The plan is the same for any number of ranks.
+Each optimizer step has one global batch, which the ranks share. The plan is the same for any number of ranks.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ import numpy as np
 
 from pipeline_steps.common.errors import UserError
 
-BUCKETS = 3  # marks the random numbers of bucketing apart from those of other orders
+BUCKETS = 3  # separates the random stream of bucketing from those of other orders
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Step s of a run serves the items order[starts[s]:starts[s + 1]]."""
+    """Step s of a run reads the items order[starts[s]:starts[s + 1]]."""
 
     order: np.ndarray  # int64 [num_samples], item numbers
     starts: np.ndarray  # int64 [num_steps + 1]
@@ -34,7 +34,7 @@ class Plan:
         return self.order[self.starts[step] : self.starts[step + 1]][rank::world_size]
 
     def samples_seen(self, num_steps: int) -> int:
-        """Samples served by the first `num_steps` steps: the clock of the learning rate."""
+        """Samples read in the first `num_steps` steps: the clock of the learning rate."""
         return int(self.starts[num_steps])
 
     @cached_property
@@ -45,7 +45,7 @@ class Plan:
         return digest.hexdigest()[:16]
 
     def check_ranks(self, world_size: int) -> None:
-        """UserError when a step has not one sample for every rank."""
+        """UserError if a step has fewer samples than there are ranks."""
         sizes = np.diff(self.starts)
         short = np.flatnonzero(sizes < world_size)
         if len(short):
@@ -61,7 +61,7 @@ def make_plan(order: np.ndarray, dataset, streaming, *, batch_size: int, tokens_
 
     Batches have `batch_size` samples, or as many as fit into `batching.budget` frames or tokens, in this order. With
     `bucket_samples` they are made of as many samples at a time, sorted by length, and shuffled: within such a window
-    every sample is still served exactly once. UserError when one sample alone exceeds the budget.
+    every sample is still read exactly once. UserError when one sample alone exceeds the budget.
     """
     batching = streaming.batching
     columns = dataset.index.take(order)

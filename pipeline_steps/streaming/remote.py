@@ -1,4 +1,4 @@
-"""A published data set somewhere else: its address, its small files, and its tars read once through.
+"""A published data set at a remote address: its URL, its small files, and sequential reading of its tars.
 
 The folder at `streaming.url` holds what the stages publish: shards/manifest.json, shards/{split}/NNNNNN.tar,
 tokens/manifest.json and tokens/{split}/NNNNNN.arrow. Addresses become commands whose output is read: curl, the AWS
@@ -53,16 +53,16 @@ def download(url: str, path: str, retries: int) -> bytes:
 def unreachable(url: str, path: str, reason: object, retries: int) -> UserError:
     return UserError(
         f"{url}: cannot read {path} ({reason}), tried {retries + 1} time(s). Check the address, the network and what "
-        "is published there, or raise streaming.retries. Training goes on from its last state."
+        "is published there, or raise streaming.retries. Rerun the stage: training resumes from its last checkpoint."
     )
 
 
 def copy_index(url: str, split: str, retries: int) -> Path:
-    """A folder with the manifests and the sidecars of a split of the data set at `url`, each compared with its
-    sha256. What an earlier call has brought is not read again."""
+    """A folder with the manifests and the sidecars of a split of the data set at `url`, each checked against its
+    sha256. Files of an earlier call are not downloaded again."""
     manifests = {name: download(url, f"{name}/manifest.json", retries) for name in ("shards", "tokens")}
-    mark = hashlib.sha256(b"".join(manifests.values())).hexdigest()[:16]
-    folder = scratch_folder("streaming", mark)
+    digest = hashlib.sha256(b"".join(manifests.values())).hexdigest()[:16]
+    folder = scratch_folder("streaming", digest)
     where = f"{url}: tokens/manifest.json"
     tokens = parse(TokensManifest, manifests["tokens"].decode("utf-8", "replace"), where).splits.get(split)
     for entry in tokens.shards if tokens else ():

@@ -30,7 +30,7 @@ def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_fram
         row = _served({name: int(values[code]) for name, values in columns.items()}, len(order))
         sources.setdefault(index.sources[source], {})[index.tasks[task]] = row
     total = _served({name: int(values.sum()) for name, values in columns.items()}, len(order))
-    unserved = served.groups.unserved
+    unserved = served.groups.unmatched
     return StageServed(num_steps=served.plan.num_steps, sources=sources, total=total, unserved=unserved)
 
 

@@ -1,4 +1,4 @@
-"""Reading shards once through, from anywhere, behind the interface of `TokenizedShards`.
+"""Sequential reading of local or remote shards, behind the interface of `TokenizedShards`.
 
 Every group of the mixture reads its own sequence of shards, which are shared out among the ranks, and draws its next
 item among those of the next `shuffle_samples`. The order is computed from the sidecars before anything is read, so
@@ -15,7 +15,7 @@ from pipeline_steps.streaming import remote
 from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, interleave
 
-SHARDS, ITEMS = 1, 2  # mark the random numbers of streams apart from those of other orders
+SHARDS, ITEMS = 1, 2  # separate the random streams of this reader from those of other orders
 
 
 class StreamedShards(TokenizedShards):
@@ -51,7 +51,7 @@ class StreamedShards(TokenizedShards):
         return Raw(row, [members[name] for name in names], members.get("json"))
 
     def read(self, number: int) -> Raw:
-        """One item out of its turn: its shard is read up to it, so this is for a few items only."""
+        """One item by random access. Its shard is read from the start up to it, so use this for a few items only."""
         path = f"shards/{self.split}/{self.shards[self.shard_number(number)].name}"
         samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries)
         return self.raw(number, next(samples))
@@ -142,7 +142,7 @@ class _Reader:
     def __init__(self, dataset: StreamedShards, mixture: StreamedMixture, group: int, rank: int, served: int):
         self.dataset, self.mixture, self.group, self.rank = dataset, mixture, group, rank
         self.epoch, self.skipped = 0, served  # items to pass over in this epoch
-        self.pending: dict[int, dict] = {}  # members of the samples of items that were read and not asked for yet
+        self.pending: dict[int, dict] = {}  # members of samples that were read but not requested yet
         self.left = 0  # items of this epoch
         self.samples: Iterator[dict] = _nothing()
 
@@ -158,7 +158,7 @@ class _Reader:
             return error
 
     def _begin(self) -> None:
-        """Start the epoch, or pass over it when all of it was served before."""
+        """Start the next epoch, or skip it if all of it was read before the resume."""
         items, shards = self.mixture.stream_epoch(self.group, self.epoch, self.rank)
         self.epoch += 1
         wanted = items[self.skipped :]

@@ -119,7 +119,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             run,
             [
                 f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {devices}",
-                *format_unserved(run.served.groups.unserved),
+                *format_unserved(run.served.groups.unmatched),
                 format_table(table),
             ],
         )

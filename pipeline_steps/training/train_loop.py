@@ -51,7 +51,7 @@ def train(run: TrainContext) -> dict:
         "validation": final,
         "best": run.best,
         "mixture": served,
-        "unserved": run.served.groups.unserved,
+        "unserved": run.served.groups.unmatched,
         "quarantined": all_quarantined(run),
     }
 

@@ -293,8 +293,13 @@ WRITERS = {writer.__name__: writer for writer in (*TRAINING, *EVALUATION)}
 
 def write(name, folder):
     """The entry of sources.hub (a dict of all its keys) for the data set `name`, written to `folder`."""
-    entry = {"dataset": name, "path": str(folder), "revision": None, "subsets": None, "media_dir": None}
-    return entry | {"max_samples": None, "max_missing": 0.5} | WRITERS[name](folder)
+    return values_of(name, path=str(folder)) | WRITERS[name](folder)
+
+
+def values_of(name, path=None):
+    """All keys of an entry of sources.hub for the data set `name`."""
+    entry = {"dataset": name, "path": path, "revision": None, "subsets": None, "media_dir": None}
+    return entry | {"max_samples": None, "max_missing": 0.5}
 
 
 # ---------------------------------------------------------------- through the stage

@@ -12,7 +12,7 @@ from pipeline_steps.common.files import parse
 from pipeline_steps.common.hashing import media_sha256
 from pipeline_steps.common.schemas import FramePolicy, PackedSample
 from pipeline_steps.shards.pack import Settings, pack_shard
-from pipeline_steps.sources.hub import smoltalk
+from pipeline_steps.sources.hub.adapters import smoltalk
 from tests.pipeline_steps import hub_files
 from tests.pipeline_steps.clips import index_of
 from tests.pipeline_steps.hub_files import NOTHING, all_of, collected

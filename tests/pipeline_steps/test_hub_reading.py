@@ -1,6 +1,9 @@
 """Source `hub`: keys, choice and accounting of rows, damaged rows and files, containers, and what a user gets wrong."""
 
 import itertools
+import shutil
+import subprocess
+import sys
 import typing
 from types import SimpleNamespace
 
@@ -15,7 +18,8 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.sources.hub import adapter, media, openvid, reader, tables
+from pipeline_steps.sources.hub import adapter, media, reader, tables
+from pipeline_steps.sources.hub.adapters import openvid
 from pipeline_steps.sources.hub.registry import ADAPTERS
 from tests.pipeline_steps import hub_files
 from tests.pipeline_steps.hub_files import NOTHING, all_of, collected, entry, section
@@ -368,13 +372,63 @@ def test_clips_name_their_video(path, original):
 
 def test_the_schema_and_the_documentation_list_every_adapter():
     names = typing.get_args(schema.HubEntry.model_fields["dataset"].annotation)
-    assert list(names) == list(ADAPTERS) == list(hub_files.WRITERS)
+    assert list(names) == list(ADAPTERS) == sorted(hub_files.WRITERS)
     text = (ROOT / "docs/data.md").read_text()
-    for value in ADAPTERS.values():
+    for name, value in ADAPTERS.items():
         revision = f"`{value.revision}`" if value.revision else "give one"
-        row = f"| `{value.name}` | `{value.repo}` | {revision} | {value.licence} | {value.download} | "
+        row = f"| `{name}` | `{value.repo}` | {revision} | {value.licence} | {value.download} | "
         assert row in text, row
         assert all(len(table.source) <= 40 for table in value.tables)
+
+
+NEW_ADAPTER = """
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, text
+
+
+def sample(row, table):
+    item = {"user": text(row, "question"), "assistant": text(row, "answer"), "task": "text"}
+    return Draft(name="", items=(item,))
+
+
+ADAPTER = Adapter(
+    repo="someone/trivia",
+    revision=None,
+    licence="CC0",
+    download="nothing",
+    columns=("question", "answer"),
+    tables=(Table("train", "*.jsonl", "trivia"),),
+    sample=sample,
+)
+"""
+READ_IT = """
+from pathlib import Path
+from pipeline_steps.sources import schema
+from pipeline_steps.sources.hub import reader
+entry = schema.HubEntry(dataset="trivia", path="rows.jsonl", revision=None, subsets=None, media_dir=None,
+                        max_samples=None, max_missing=0.0)
+print([sample.items[0].assistant for sample in reader.read(entry, Path("raw"), [])])
+"""
+
+
+def test_a_new_adapter_is_one_file(tmp_path):
+    shutil.copytree(ROOT / "pipeline_steps", tmp_path / "pipeline_steps", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pipeline_steps/sources/hub/adapters/trivia.py").write_text(NEW_ADAPTER)
+    (tmp_path / "rows.jsonl").write_text('{"question": "Which is larger?", "answer": "Jupiter."}\n')
+    done = subprocess.run([sys.executable, "-c", READ_IT], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "['Jupiter.']" in done.stdout
+
+
+def test_an_unknown_data_set_is_refused_with_a_suggestion():
+    values = hub_files.values_of("opnvid")
+    with pytest.raises(ValueError, match=r"did you mean 'openvid'[?] Data sets: cauldron, llava_video"):
+        entry(values)
+
+
+def test_the_names_are_known_without_importing_an_adapter():
+    code = "import sys; import pipeline_steps.sources.schema; print([m for m in sys.modules if '.hub.adapter' in m])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['pipeline_steps.sources.hub.adapters']"
 
 
 def test_tables_of_an_adapter_differ():

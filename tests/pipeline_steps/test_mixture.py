@@ -97,13 +97,13 @@ def test_every_item_belongs_to_the_entry_that_names_it_best():
     assert groups.weights["a/x"] == pytest.approx(0.86 * 0.4)
     assert groups.weights["y"] == groups.weights["z"] == pytest.approx(0.86 * 0.05)  # half of the entry's each
     assert groups.weights["text"] == pytest.approx(0.14)
-    assert groups.unserved == {"a/text": 1}
+    assert groups.unmatched == {"a/text": 1}
 
 
 def test_items_that_no_entry_names_are_reported():
     world = data(("a", "x"), ("a", "y"), ("a", "y"), ("b", "x"), ("a", "text"))
     groups = make_groups(world, stage(mixture=entries(("a", "x", 1.0)), text_share=0.0))
-    assert groups.unserved == {"a/text": 1, "a/y": 2, "b/x": 1}
+    assert groups.unmatched == {"a/text": 1, "a/y": 2, "b/x": 1}
     assert {name: numbers.tolist() for name, numbers in groups.items.items()} == {"a/x": [0]}
 
 
@@ -116,7 +116,7 @@ def test_items_that_no_entry_names_are_reported():
         ),
         ({"mixture": entries(("c", "gist", 1.0))}, "no items of c/gist"),
         ({"mixture": entries(("*", "card", 1.0), ("a", "*", 1.0), ("a", "card", 1.0))}, r"no items of card in"),
-        ({"mixture": entries(("*", "card", 1.0), ("*", "card", 2.0))}, "card stands there more than once"),
+        ({"mixture": entries(("*", "card", 1.0), ("*", "card", 2.0))}, "card is listed more than once"),
         ({"text_source": "smoltalk"}, r"text_share is 0.14 but .* has 0 text-only samples of the source 'smoltalk'"),
     ],
 )

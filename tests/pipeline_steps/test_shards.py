@@ -396,7 +396,7 @@ def test_nothing_left_to_train_on():
         sources={"s": 1},
         frames=FRAMES,
     )
-    with pytest.raises(UserError, match="no training sample is left of 2, 1 of them damaged"):
+    with pytest.raises(UserError, match="no training sample is left of 2 samples, 1 of them damaged"):
         check_quarantine(manifest, {"s": 2}, 0.5)
     with pytest.raises(ValueError, match="seen 3, packed 1"):
         ShardsManifest(**{**dict(manifest), "seen": 3})

@@ -44,7 +44,7 @@ class Draft:
     """One row as a sample, its media not looked up yet. Without video and images it is a text-only sample."""
 
     name: str  # readable part of the key; the reader adds a hash of all that the row says
-    items: tuple[dict, ...]  # fields of records.Item
+    items: tuple[dict, ...]  # fields of schemas.Item
     video_id: str | None = None  # the ORIGINAL video or picture; None: the pictures' own hash, or the key of a text
     videos: tuple[str, ...] = ()  # names below media_dir of ONE video file, or folder of its frames: the first found
     images: tuple[bytes, ...] = ()  # all pictures of a still, embedded in the row
@@ -55,7 +55,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Adapter:
-    name: str  # in sources.hub[].dataset
+    """What the reader has to know about one data set. Its name is that of its module in `adapters/`."""
+
     repo: str  # id on the Hub
     revision: str | None  # commit that the schema was taken from; None: the user names one
     licence: str

@@ -1,10 +1,10 @@
-"""Download the videos that rows give an address for and that media_dir lacks: of data set webvid.
+"""Download videos that media_dir lacks, from the URLs in a data set's rows (webvid).
 
     python -m pipeline_steps.sources.hub.download [--params params.yaml] [--num-connections 16]
 
-for every such entry of sources.hub, as many as its max_samples takes. Run it as often as you like, outside of the
-stages: what is there is not fetched again, a file that broke off goes on where it ended, and a file has its name only
-when it is whole. What failed is listed in MEDIA_DIR/failed.jsonl with the reason. Then `dvc repro --force sources`.
+downloads up to max_samples videos for each such entry of sources.hub. It is no stage, and it is idempotent: existing
+files are skipped, interrupted downloads resume, and a file gets its name only when it is complete. Failures are listed
+in MEDIA_DIR/failed.jsonl with the reason. Then run `dvc repro --force sources`.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from pipeline_steps.sources.hub.tables import chosen_tables, where
 
 PARAMS = ("sources",)
 CHUNK = 2**18  # bytes
-LASTING = {400, 401, 403, 404, 405, 410, 451}  # answers that another try does not change
+PERMANENT = {400, 401, 403, 404, 405, 410, 451}  # status codes that are not retried
 
 
 class Failed(Exception):
-    """A file that cannot be had. The message is the reason."""
+    """A file that cannot be downloaded. The message is the reason."""
 
 
 def fetch(url: str, path: Path, num_tries: int = 4, timeout: float = 30.0, pause: float = 1.0) -> None:
-    """`url` to `path`, by way of a hidden file beside it that a later try continues. Failed: it cannot be had.
+    """`url` to `path`, through a hidden partial file beside it that a later try resumes. Raises Failed.
 
     timeout: seconds without a byte. pause: seconds before the second try, twice as many before each further one.
     """
@@ -49,12 +49,12 @@ def fetch(url: str, path: Path, num_tries: int = 4, timeout: float = 30.0, pause
             if _continue(url, partial, timeout):
                 os.replace(partial, path)
                 return
-            reason = "broke off"
+            reason = "connection closed early"
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}"
             if error.code == 416:  # no such range: what was there is no beginning of this file
                 partial.unlink(missing_ok=True)
-            if error.code in LASTING:
+            if error.code in PERMANENT:
                 break
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -62,7 +62,7 @@ def fetch(url: str, path: Path, num_tries: int = 4, timeout: float = 30.0, pause
 
 
 def _continue(url, partial, timeout):
-    """Appends what is missing at the end of `partial`; whether it is whole then."""
+    """Downloads the rest of `partial`. Returns whether the file is complete."""
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
@@ -133,11 +133,12 @@ def main():
     section = params.read(arguments.params, *PARAMS).sources
     entries = [entry for entry in reader.entries(section) if ADAPTERS[entry.dataset].addresses]
     if not entries:
-        raise UserError(f"{arguments.params}: sources.hub has no data set whose rows give addresses (webvid).")
+        raise UserError(f"{arguments.params}: sources.hub lists no data set whose rows contain URLs (webvid).")
     for entry in entries:
         counts = download(entry, arguments.num_connections)
         print(
-            f"{entry.media_dir}: {counts['there']} were there, {counts['fetched']} fetched, {counts['failed']} failed"
+            f"{entry.media_dir}: {counts['there']} already present, {counts['fetched']} downloaded, "
+            f"{counts['failed']} failed"
         )
 
 

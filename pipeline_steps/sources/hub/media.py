@@ -14,7 +14,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import media_sha256
 
-MAX_CONTAINER_BYTES = 10**9  # a container that would grow beyond is closed, and the next one begun
+MAX_CONTAINER_BYTES = 10**9  # a new container is started before one exceeds this size
 NUM_REMEMBERED = 16384  # recent media, so that rows about the same picture or video store or hash it once
 
 
@@ -56,18 +56,18 @@ class Container:
         self._known: OrderedDict[tuple, tuple] = OrderedDict()
 
     def add(self, pictures: tuple[bytes, ...]) -> tuple[str, tuple[tuple[int, int], ...], str]:
-        """(path, parts, sha256) of the pictures of one sample, as `records.media_sha256` defines it."""
+        """(path, parts, sha256) of the pictures of one sample, as `hashing.media_sha256` defines it."""
         digest = hashlib.sha256()
         for picture in pictures:
             digest.update(picture)
-        mark = (digest.digest(), *map(len, pictures))
-        if mark in self._known:
-            self._known.move_to_end(mark)
+        identity = (digest.digest(), *map(len, pictures))
+        if identity in self._known:
+            self._known.move_to_end(identity)
         else:
-            self._known[mark] = self._write(pictures)
+            self._known[identity] = self._write(pictures)
             if len(self._known) > NUM_REMEMBERED:
                 self._known.popitem(last=False)
-        return *self._known[mark], digest.hexdigest()
+        return *self._known[identity], digest.hexdigest()
 
     def _write(self, pictures):
         with writable(self._folder):

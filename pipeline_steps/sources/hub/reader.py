@@ -114,12 +114,12 @@ class _Reading:
             if draft is not None and self.last is not None and rank(key) > self.last:
                 self.counts.num_beyond += 1
                 continue
-            if draft is not None and _mark(key) in self.keys:
+            if draft is not None and _key_hash(key) in self.keys:
                 draft, reason = None, "the same as an earlier row"
             if draft is None:
                 self._reject(table, key, f"{table.subset} row {number}", reason)
                 continue
-            self.keys.add(_mark(key))
+            self.keys.add(_key_hash(key))
             sample = self._sample(table, key, draft, container)
             if sample is not None:
                 self.counts.taken += 1
@@ -180,7 +180,7 @@ def _media_folder(entry, adapter: Adapter) -> MediaFolder | None:
 
 
 def _media(draft: Draft, media: MediaFolder | None, container: Container) -> dict | None:
-    """The media fields of records.RawSample; None if the file is missing."""
+    """The media fields of schemas.RawSample; None if the file is missing."""
     if draft.images:
         path, parts, sha256 = container.add(draft.images)
         size = sum(length for _, length in parts)
@@ -203,7 +203,7 @@ def _key(table: Table, draft: Draft) -> str:
     return "-".join(filter(None, [table.source, slug(draft.name)[:100].strip("-"), digest.hexdigest()[:16]]))
 
 
-def _mark(key: str) -> int:
+def _key_hash(key: str) -> int:
     return int(key[-16:], 16)
 
 

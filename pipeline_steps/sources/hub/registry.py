@@ -1,21 +1,7 @@
-"""All adapters by name. A new data set is one module beside these, and a name in sources/schema.py."""
+"""ADAPTERS: the `Adapter` of every module in `adapters/`, by the module's name."""
 
-from pipeline_steps.sources.hub import (
-    cauldron,
-    llava_video,
-    mlvu,
-    mvbench,
-    openvid,
-    pope,
-    rlaif_v,
-    scienceqa,
-    sharegpt4video,
-    smoltalk,
-    video_mme,
-    vript,
-    webvid,
-)
+from importlib import import_module
 
-MODULES = (openvid, webvid, cauldron, smoltalk, llava_video, vript, sharegpt4video, rlaif_v)
-MODULES += (mvbench, video_mme, mlvu, scienceqa, pope)
-ADAPTERS = {module.ADAPTER.name: module.ADAPTER for module in MODULES}
+from pipeline_steps.sources.hub import adapters
+
+ADAPTERS = {name: import_module(f"{adapters.__name__}.{name}").ADAPTER for name in adapters.NAMES}

@@ -30,7 +30,7 @@ def chosen_tables(entry, adapter: Adapter) -> list[Table]:
     unknown = sorted(set(entry.subsets or ()) - set(adapter.subsets))
     if unknown:
         known = ", ".join(adapter.subsets)
-        raise UserError(f"{where(entry)}: {adapter.name} has no subset '{unknown[0]}'. Its subsets: {known}.")
+        raise UserError(f"{where(entry)}: {entry.dataset} has no subset '{unknown[0]}'. Its subsets: {known}.")
     return [table for table in adapter.tables if entry.subsets is None or table.subset in entry.subsets]
 
 
@@ -74,7 +74,7 @@ def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict | Unusable
     checked = False
     for row in rows:
         if not checked and isinstance(row, dict):
-            _check_columns(row, adapter, place)
+            _check_columns(row, entry, adapter, place)
             checked = True
         yield row
 
@@ -131,11 +131,11 @@ def _guarded(load, place, entry) -> Iterator[dict]:
         yield row
 
 
-def _check_columns(row, adapter, place):
+def _check_columns(row, entry, adapter, place):
     missing = [name for name in adapter.columns if name not in row]
     if missing:
         raise UserError(
-            f"{place}: no column {', '.join(missing)}; its columns are {', '.join(row)}. {adapter.name} needs "
+            f"{place}: no column {', '.join(missing)}; its columns are {', '.join(row)}. {entry.dataset} needs "
             f"{', '.join(adapter.columns)}. Is this a file of {adapter.repo}?"
         )
 

@@ -26,7 +26,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="pope",
     repo="lmms-lab/POPE",
     revision=None,
     licence="MIT for the questions; pictures of COCO",

@@ -18,7 +18,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="webvid",
     repo="TempoFunk/webvid-10M",
     revision="461f7da9a310b67c7fa05fcbd6e312ddbffc8ba5",
     licence="none given; the videos belong to their publisher",

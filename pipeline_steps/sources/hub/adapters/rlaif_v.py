@@ -16,7 +16,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="rlaif_v",
     repo="openbmb/RLAIF-V-Dataset",
     revision=None,
     licence="CC BY-NC 4.0",

@@ -34,7 +34,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="sharegpt4video",
     repo="ShareGPT4Video/ShareGPT4Video",
     revision=None,
     licence="CC BY-NC 4.0",

@@ -24,7 +24,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="smoltalk",
     repo="HuggingFaceTB/smoltalk",
     revision="5feaf2fd3ffca7c237fc38d1861bc30365d48ffa",
     licence="Apache 2.0 (new parts; the others keep theirs)",

@@ -38,7 +38,6 @@ def _without_letter(option, number):
 
 
 ADAPTER = Adapter(
-    name="video_mme",
     repo="lmms-lab/Video-MME",
     revision="ead1408f75b618502df9a1d8e0950166bf0a2a0b",
     licence="research use only",

@@ -21,7 +21,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="cauldron",
     repo="HuggingFaceM4/the_cauldron",
     revision="847a98a779b1652d65111daf20c972dfcd333605",
     licence="that of each subset; the prompts CC BY 4.0",

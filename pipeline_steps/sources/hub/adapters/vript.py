@@ -49,7 +49,6 @@ def _video(row, clip):
 
 
 ADAPTER = Adapter(
-    name="vript",
     repo="Mutonix/Vript",
     revision=None,
     licence="academic use only, its own terms",

@@ -14,7 +14,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="openvid",
     repo="nkp37/OpenVid-1M",
     revision="d8a63bd22989c80b5734ec2bb989f4e1b61a5807",
     licence="CC BY 4.0",

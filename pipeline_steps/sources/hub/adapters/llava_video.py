@@ -63,7 +63,6 @@ def _tables():
 
 
 ADAPTER = Adapter(
-    name="llava_video",
     repo="lmms-lab/LLaVA-Video-178K",
     revision="6d8c562dc26d70042a0d9704d1cae58c94b89098",
     licence="Apache 2.0 for the text; research use",

@@ -34,7 +34,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="scienceqa",
     repo="derek-thomas/ScienceQA",
     revision="f18b0a70359ebfb41f658fd564208d0355b013f4",
     licence="CC BY-NC-SA 4.0",

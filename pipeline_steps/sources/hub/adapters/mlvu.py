@@ -31,7 +31,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="mlvu",
     repo="MLVU/MVLU",
     revision="06ddc388aa34746b3abba77972b7a7dfd977f7a3",
     licence="CC BY-NC-SA 4.0",

@@ -58,7 +58,6 @@ def sample(row, table):
 
 
 ADAPTER = Adapter(
-    name="mvbench",
     repo="OpenGVLab/MVBench",
     revision="230a2d4fac8900333c61754641c7a13e069ac9c6",
     licence="MIT for the questions; the videos keep theirs",
