@@ -27,7 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from pipeline_steps.common import metrics, params
+from pipeline_steps.common import metrics, modes, params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import run_main
@@ -205,7 +205,7 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
     for task in tasks:
         sums = table[table["task"] == task].pivot(index=["key", "item"], columns="mode", values="loss_sum")
         gaps[task] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
-    in_all = [mode for mode in metrics.CONTROLS if all(mode in scores for scores in tasks.values())]
+    in_all = [mode for mode in modes.subset_controls() if all(mode in scores for scores in tasks.values())]
     mean = {
         mode: metrics.MeanScore(
             loss=float(np.mean([scores[mode].loss for scores in tasks.values()])),

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pipeline_steps.common import modes
 from pipeline_steps.common.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
@@ -55,27 +56,29 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
         for task, items, batch in ordered(load, jobs, **prefetch):
             where = f"free answers of the task '{task}'"
             check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
-            said = say(model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed)
+            texts_by_mode = generate(
+                model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed
+            )
             for place, item in enumerate(items):
                 known = {name: item[name] for name in ("key", "item", "source", "task")}
                 known["expected"] = answers.expected_answer(tokenizer, item)
-                rows.append(known | {mode: texts[place] for mode, texts in said.items()})
+                rows.append(known | {mode: texts[place] for mode, texts in texts_by_mode.items()})
             progress.update(len(items))
     return rows, [dataset.sample(number).objects for number in numbers]
 
 
-def say(model, tokenizer, batch, max_tokens, seed):
+def generate(model, tokenizer, batch, max_tokens, seed):
     """{mode: greedy answers} of a `prompt_batch` with frames, in each of CAPTION_MODES."""
-    said = {}
+    texts = {}
     for mode in CAPTION_MODES:
-        shown = batch if mode != "blind" else batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+        entry = modes.REGISTRY[mode]
+        shown = batch if entry.pixels is None else batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
         generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
-        look = "autoregressive" if mode == "blind" else mode
-        prompts = answers.embedded_prompts(model, shown, look, generator)
-        said[mode] = answers.generate_after(
+        prompts = answers.embedded_prompts(model, shown, entry.forward_mode, generator)
+        texts[mode] = answers.generate_after(
             model, tokenizer, prompts, batch["attention_mask"], max_new_tokens=max_tokens
         )
-    return said
+    return texts
 
 
 def summarise(rows, objects, num_samples, seed):
