@@ -39,9 +39,7 @@ class Mode:
         if not self.subset and (self.frame_order or self.needs_target):
             raise ValueError(f"mode {self.name!r}: frame_order and needs_target need subset=True")
         if self.captions and (self.query_source or self.frame_order or self.needs_target):
-            raise ValueError(
-                f"mode {self.name!r}: captions are generated only in modes that change the pixels or nothing"
-            )
+            raise ValueError(f"mode {self.name!r}: captions are generated only in modes that change the pixels at most")
 
     @property
     def label(self):

@@ -1,4 +1,4 @@
-"""Free answers in the modes that are compared: how good, how varied, and whether they name what is to be seen."""
+"""Free-form answers (captions) in several modes: quality, diversity, and whether they name the visible attributes."""
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     without any.
 
     answers: one dict per item: key, item, source, task, expected, and the greedy answer in each of CAPTION_MODES.
-    objects: what is to be seen in the same items, or None where that is not known.
+    objects: the ground-truth objects of the same items, or None where unknown.
     """
     found = choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_task)
     numbers = [number for own in found.values() for number in own]
@@ -84,11 +84,11 @@ def generate(model, tokenizer, batch, max_tokens, seed):
 def summarise(rows, objects, num_samples, seed):
     """{task: Captions} of what `measure` gives."""
     tasks = {}
-    for row, seen in zip(rows, objects, strict=True):
-        tasks.setdefault(row["task"], []).append((row, seen))
+    for row, visible in zip(rows, objects, strict=True):
+        tasks.setdefault(row["task"], []).append((row, visible))
     options = {"num_samples": num_samples, "seed": seed}
     return {
-        task: _summary([row for row, _ in pairs], [seen for _, seen in pairs], options)
+        task: _summary([row for row, _ in pairs], [visible for _, visible in pairs], options)
         for task, pairs in sorted(tasks.items())
     }
 
@@ -123,8 +123,8 @@ def _score(texts, expected, objects, options):
 def missed(texts, objects, options):
     """{kind of attribute: Missed} of the texts whose objects are known; empty where no objects are."""
     found = {}
-    for text, seen in zip(texts, objects, strict=True):
-        for kind, truths in caption_metrics.attributes(seen or ()).items():
+    for text, visible in zip(texts, objects, strict=True):
+        for kind, truths in caption_metrics.attributes(visible or ()).items():
             found.setdefault(kind, []).append((caption_metrics.named(text, truths), len(truths)))
     result = {}
     for kind, pairs in found.items():

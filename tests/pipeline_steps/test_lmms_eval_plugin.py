@@ -122,10 +122,12 @@ def whole_loss(model, processor, question, video, answer):
 
 
 def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
-    looks, look = [], lm.model.look
-    monkeypatch.setattr(lm.model, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
+    calls, encode_frames = [], lm.model.encode_frames
+    monkeypatch.setattr(
+        lm.model, "encode_frames", lambda *args, **options: calls.append(1) or encode_frames(*args, **options)
+    )
     lm.loglikelihood([request("loglikelihood", n, "Which?", text) for text in "ABCD" for n in (0, 1)])
-    assert len(looks) == 2
+    assert len(calls) == 2
 
 
 def test_an_empty_context_is_an_answer_without_a_question(lm):

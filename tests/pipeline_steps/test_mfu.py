@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_steps.monitoring import mfu
-from pipeline_steps.monitoring.metrics_logger import Watch
+from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops, peak_flops
 from pipeline_steps.training import train_loop
 from pipeline_steps.training.distributed import DistributedContext
@@ -146,7 +146,7 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
 def make_watch(tmp_path, device="cpu", precision="fp32", **options):
     settings = SimpleNamespace(peak_tflops=None, tensorboard=False, dvclive=False, wandb_project=None)
     settings.__dict__.update(options)
-    return Watch(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
+    return MetricsLogger(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
 
 
 def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch):
