@@ -220,7 +220,7 @@ def test_failed_checks_are_printed_with_their_bound(capsys):
     lines = capsys.readouterr().out
     assert "suspicious: query_spread" in lines
     assert "is below 0.05: every frame of every clip gets nearly the same query" in lines
-    assert "is above 0.35: the bias drowns the queries" in lines
+    assert "is above 0.35: the bias dominates, so that all queries are nearly the same" in lines
     assert "path_agreement" not in lines  # does not apply
     subset_evals.print_checks(types.SimpleNamespace(diagnostics=None))
     assert capsys.readouterr().out == ""

@@ -163,7 +163,7 @@ def test_wrong_input_is_named(lm, made):
         lmms_eval_plugin.FoveatedVLM(str(made.checkpoint), mode="blind")
     with pytest.raises(UserError, match="task x, document 3: 2 visuals of type dict, str"):
         lmms_eval_plugin.as_video([{}, "a.mp4"], "task x, document 3")
-    with pytest.raises(NotImplementedError, match="single-round"):
+    with pytest.raises(NotImplementedError, match="multi-round tasks are not supported"):
         lm.generate_until_multi_round([])
 
 

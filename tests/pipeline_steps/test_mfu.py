@@ -27,16 +27,18 @@ def make_trained(groups=GROUPS, **options):
 
 
 def counted(model, batch, num_plans):
-    """By the counter. The patches of a frozen vision encoder are walked by themselves here: they need no gradient."""
+    """By the counter. The patches of a frozen vision encoder are encoded by themselves here: they need no gradient."""
     if not any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
 
-        def walk_apart(pixel_values, times, queries, how, output_attentions):
+        def encode_apart(pixel_values, times, queries, query_attention, output_attentions):
             encoded = model.vision_encoder.encode(pixel_values, need_patch_features=model.config.attention == "shallow")
             encoded = model.shallow_attention.prepare(encoded) if model.config.attention == "shallow" else encoded
-            return encoded, model._attend(queries, encoded, times, how, output_attentions)
+            if queries is None:
+                return encoded, None
+            return encoded, model._attend(queries, encoded, times, query_attention, output_attentions)
 
         if model.config.architecture == "foveated":
-            model._walk = walk_apart
+            model._encode = encode_apart
     inputs = batch | {"mode": "coarse" if model.config.coarse_only else "fine", "num_plans": num_plans}
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is unknown to the counter
