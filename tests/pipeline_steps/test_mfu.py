@@ -133,7 +133,7 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
         run = make_run(stage, "question_first", tmp_path)
         run.common.activation_checkpointing, run.train.image_size = checkpointed, 56
         seen = found[checkpointed] = []
-        run.watch = SimpleNamespace(peak=1.0, step=lambda *_, seen=seen, **counts: seen.append(counts["flops"]))
+        run.logger = SimpleNamespace(peak=1.0, step=lambda *_, seen=seen, **counts: seen.append(counts["flops"]))
         trainer = train_loop.prepare(run)
         rows = [train_loop.train_step(run, trainer, batch, step) for step, batch in enumerate(steps)]
         expected = [run.step_flops.of_batch(batch, row["num_plans"]) for batch, row in zip(steps, rows, strict=True)]
