@@ -1,10 +1,10 @@
-"""Speed and memory of source `hub`, beside the rows alone as `datasets` gives them.
+"""Speed and memory of the source `hub`, compared with iterating the rows with `datasets` alone.
 
     python -m benchmarks.hub_sources [--num-chats 150000] [--num-pictures 30000] [--folder /tmp]
 
 Local copies of SmolTalk (chats of 6 turns, 1 kB) and of one subset of The Cauldron (a picture of 20 kB per row, 1000
-rows per row group) are made up, at the given size and at a third of it, and each is read in a process of its own.
-Seconds are of the processor, all threads. Memory: the largest, above that after the imports.
+rows per row group) are generated at the given size and at a third of it, and each is read in a process of its own.
+Seconds are CPU time of all threads. Memory is the peak above the level after the imports.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""How fast training samples are read, and what an index of millions of items costs.
+"""Throughput of the training data loader, and time and memory of an index of millions of items.
 
     python -m benchmarks.loader                        all of it
     python -m benchmarks.loader --only index --items 4500000
 
 `speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, read in turn, several rounds each, so
-that what else the machine does falls on all alike:
-    raw           Pillow makes pixels of the same JPEG files from memory, in as many threads
+that other load on the machine affects all of them alike:
+    raw           Pillow decodes the same JPEG files from memory, in as many threads
     raw_batches   the same, keeping the pixels of a batch (as every loader must): they no longer fit into the caches
     pixels        our loader up to the decoded frames, in batches
     normalised    raw, then the pixels as float32, normalised
     loader        our loader: whole batches of tokens and normalised pixels
     webdataset    plain `WebDataset(...).shuffle().decode("pil")` in a DataLoader with as many workers: no batches
-Rates are the medians of the rounds, ratios those of the rounds' own ratios. "per CPU second" is the same by the time
-that the processors worked on it, which other work on the machine hardly changes.
+Rates are the medians of the rounds, ratios those of the rounds' own ratios. "per CPU second" divides by
+CPU time instead of wall time, which other load hardly changes.
 `index`: sidecars of `--items` items in shards of 1,000 are written to a temporary folder once, then opened in a new
 process: seconds, memory, items per second at random.
 Cost: 3 minutes on two cores; 5 GB on the disk for 4.5 million items.
@@ -303,7 +303,7 @@ def memory() -> dict[str, float]:
 
 
 class Peak(threading.Thread):
-    """The most `own` memory while the block runs, looked at every few milliseconds."""
+    """Peak of `own` memory while the block runs, sampled every few milliseconds."""
 
     def __enter__(self):
         self.own, self.ended = memory()["own"], threading.Event()

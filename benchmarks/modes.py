@@ -3,11 +3,11 @@
     python -m benchmarks.modes
     python -m benchmarks.modes --config outputs/stage3 --image-size 56 --output reports/metrics/benchmark_modes.json
 
-One sample with T frames between 32 and 16 text tokens is read in evaluation mode, in fp32. The weights are random: they
-change neither time nor memory. Without `--config` the network is one between the embedded scale and DINOv2-small with
-SmolLM2-135M, large enough that arithmetic is timed and not Python. Time is that of the fastest of `--repeats` runs;
-memory is what a run allocates at its peak beside weights and inputs. An exponent is the slope of the logarithms over
-T >= 8 (below, the text weighs more than the frames): 1 is linear, and more frames at a fixed cost beside them less.
+One sample with T frames between 32 and 16 text tokens goes through a forward pass in evaluation mode, in fp32. The
+weights are random, which changes neither time nor memory. Without `--config` the network's size is between the embedded
+scale and DINOv2-small with SmolLM2-135M, large enough that arithmetic and not Python is timed. Time is that of the
+fastest of `--repeats` runs; memory is the peak that a run allocates in addition to weights and inputs. An exponent is
+the slope of the logarithms over T >= 8 (below, text dominates): 1 is linear; a fixed cost lowers the exponent.
 Cost: 1 to 2 minutes on one core, below 1 GB of memory.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
 
 import torch
 from torch.profiler import ProfilerActivity, profile

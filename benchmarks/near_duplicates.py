@@ -1,4 +1,4 @@
-"""Margins of `shards.max_hash_distance`: how far other samples' hashes are apart, and how far those of copies.
+"""Margins of `shards.max_hash_distance`: hash distances between different samples, and between copies of one.
 
     python -m pipeline_steps.sources && python -m benchmarks.near_duplicates
 

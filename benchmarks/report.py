@@ -1,4 +1,4 @@
-"""How long the report takes to write from the result files of many runs.
+"""Time and memory of writing the report from the result files of many runs.
 
     python -m benchmarks.report                        a thousand runs, on the results of this checkout
     python -m benchmarks.report --root ELSEWHERE --num-runs 5000

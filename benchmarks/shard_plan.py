@@ -80,7 +80,7 @@ def measure(num_rows: int, num_queries: int, samples_per_shard: int, folder: Pat
     splits = assign_splits(index, SHARE, SHARE)
     steps.done("assign splits")
     assert not text_leaks(index, splits)
-    steps.done("look for equal chats")
+    steps.done("find equal chats")
     plan = plan_shards(index, splits, samples_per_shard)
     steps.done(f"plan {len(plan)} shards")
     settings = Settings(raw_dir=str(folder), frames=FRAMES)

@@ -1,4 +1,4 @@
-"""How fast shards are built, against the bound that decoding sets: the same clips decoded and nothing else.
+"""Throughput of shard building, compared with its upper bound: decoding the same clips and nothing else.
 
     python -m benchmarks.shards
     python -m benchmarks.shards --clips 1000 --samples-per-shard 100 --image-size 224
@@ -6,9 +6,9 @@
 Renders `--files` h264 clips of 10 s (640 x 360, 25 frames per second, moving textures), lists them as `--clips` samples
 and decodes these by the same calls of `read_media` in as many processes as there are cores, at most 2: that is the
 bound. Then runs the whole stage (plan, Snakemake, its jobs, JPEG, tars, hashes, search for near-duplicates, publishing)
-on the same cores, into an empty scratch folder. Prints clips per second of both and their ratio, and the same of the
-processor time that they took, which says more on a busy machine; then the time of a second run, in which one clip has
-been added. Cost: 3 minutes.
+on the same cores, into an empty scratch folder. Prints clips per second of both and their ratio, and the same by
+CPU time, which is more reliable on a busy machine; then the time of a second run, in which one clip has been added.
+Cost: 3 minutes.
 """
 
 import argparse

@@ -1,6 +1,9 @@
 """Memory and time of the index of the stage `sources`, for many text samples.
 
-python -m benchmarks.source_index [--num-samples 1000000] [--folder /tmp]
+    python -m benchmarks.source_index [--num-samples 1000000] [--folder /tmp]
+
+Adds generated text samples with unsorted keys to an index in a temporary folder and writes index.jsonl; prints seconds
+and the growth of the peak memory. Cost for a million samples: half a minute on one core, 1 GB of disk.
 """
 
 import argparse

@@ -1,6 +1,10 @@
 """Time and memory of the source `tars`: archives of pictures, and one archive of many text samples.
 
 python -m benchmarks.tar_source [--num-tars 8] [--num-text 300000] [--num-processes 2] [--folder /tmp]
+
+Writes archives of 1,000 samples of 8 random frames (JPEG-sized bytes) and one of text samples, then reads them through
+the source: the frames in one process and in `--num-processes`, the text in one. Prints samples/s, MB/s and the growth
+of the peak memory. Cost: half a minute on two cores, 1.2 GB of disk.
 """
 
 import argparse

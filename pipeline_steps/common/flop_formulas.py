@@ -1,7 +1,7 @@
 """Floating-point operations of one sample, from shapes alone. One multiply-accumulate = 2 FLOPs.
 
 Counted: every matrix product and convolution that the code runs, at the sizes it runs them (attention over the whole
-context, as the kernels compute it; the vocabulary projection only where a loss is asked). Not counted: norms,
+context, as the kernels compute it; the vocabulary projection only at positions with a loss). Not counted: norms,
 softmax, activations, residual additions, rotary embeddings, the loss itself, padding, and what is computed a second
 time (attention weights for pictures, layers in the backward pass of activation checkpointing).
 tests/pipeline_steps/test_flops.py holds the sums against
@@ -116,7 +116,7 @@ def query_projection(config):
 
 
 def query_layers(config):
-    """Products with weights of the K queries of one frame in the layers that they walk through."""
+    """Products with weights of the K queries of one frame in the layers that they pass through."""
     vision, k = config.vision_config, config.num_visual_tokens_per_frame
     if config.attention == "deep":
         return vision.num_hidden_layers * vision_rows(vision, k) - query_attention(config)
@@ -124,7 +124,7 @@ def query_layers(config):
 
 
 def query_attention(config):
-    """Scores and mixtures of the K queries of one frame in the layers that they walk through."""
+    """Scores and mixtures of the K queries of one frame in the layers that they pass through."""
     vision = config.vision_config
     layers = vision.num_hidden_layers if config.attention == "deep" else 1
     return layers * attention(config.num_visual_tokens_per_frame, num_vision_rows(vision), vision.hidden_size)
@@ -174,7 +174,7 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED):
     fine mode plans (default: the configuration's num_passes); trained: the groups that `backward` is for, all of them
     in autoregressive mode.
 
-    A `multi_token` network and one trained coarse-only have a single way to look, whatever the mode.
+    A `multi_token` network and one trained coarse-only are the same in every mode.
     """
     vision, text, frames = config.vision_config, config.text_config, sample.num_frames
     num_plans = config.num_passes if num_plans is None else num_plans
@@ -182,17 +182,17 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED):
     planning = bool(frames) and not multi_token and not config.coarse_only and mode != "coarse"
     shallow = not multi_token and config.attention == "shallow"
 
-    looks = 0 if multi_token else 1  # every frame is looked at once, in fine mode once more per plan
+    num_query_passes = 0 if multi_token else 1  # query passes per frame: one, in fine mode one more per plan
     planned, passes = 0, []
     if planning:
         passes = planning_passes(config, sample, mode, num_plans)
-        looks, planned = (1 + num_plans, num_plans * frames) if mode == "fine" else (1, frames)
+        num_query_passes, planned = (1 + num_plans, num_plans * frames) if mode == "fine" else (1, frames)
     total = sample.num_text_tokens + frames * config.tokens_per_frame
     passes.append((total, language_pass(text, total, total)))
     components = Components(
         vision_walk=frames * (vision_walk(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
-        query_walk=frames * looks * query_walk(config) if looks else 0,
-        connector=max(looks, 1) * frames * connector(config),
+        query_walk=frames * num_query_passes * query_walk(config) if num_query_passes else 0,
+        connector=max(num_query_passes, 1) * frames * connector(config),
         planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
         language_model=sum(flops for _, flops in passes),
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
@@ -202,12 +202,12 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED):
         forgone = without_gradient(config, sample, components, passes)
         backward = 2 * (once - forgone) - frames * patch_embedding(vision)  # the pixels need no gradient
     else:
-        backward = parallel_backward(config, sample, components, passes, looks, trained)
+        backward = parallel_backward(config, sample, components, passes, num_query_passes, trained)
     return ModeFlops(
         components=components,
         language_passes=[flops for _, flops in passes],
         language_positions=[positions for positions, _ in passes],
-        num_looks=looks,
+        num_looks=num_query_passes,
         total=once,
         backward=backward,
     )
@@ -240,14 +240,15 @@ def without_gradient(config, sample, components, passes):
     return last_layer + last_plan
 
 
-def parallel_backward(config, sample, components, passes, looks, trained):
+def parallel_backward(config, sample, components, passes, num_query_passes, trained):
     """Backward pass of coarse and fine mode: of every matrix product as much as forward for the gradient of its
     weights, where they are trained, and as much for that of its input, where anything below is trained. Attention's is
     twice the forward one: half for the queries, half for the keys and values.
 
     The patches of a frozen vision encoder need no gradient and count none, whether or not the code computes one. Static
-    queries in place of the planned ones leave no gradient to planning and to the looks that only it reads; but a look
-    that rides along with the patches has one of zeros up to the last layer.
+    queries in place of the planned ones leave no gradient to planning or to the query passes that
+    only planning reads. Queries that pass through the layers together with the patches have a gradient of zeros up to
+    the last layer.
     """
     text, vision, frames = config.text_config, config.vision_config, sample.num_frames
     if not (frames or trained.language) or not any(vars(trained).values()):
@@ -255,29 +256,31 @@ def parallel_backward(config, sample, components, passes, looks, trained):
     flops = language_backward(text, passes[-1], trained) + components.vocabulary_projection * (trained.language + 1)
     if not frames:
         return flops
-    shallow_keys = frames * vision_keys_and_values(vision) * (looks > 0 and config.attention == "shallow")
+    shallow_keys = frames * vision_keys_and_values(vision) * (num_query_passes > 0 and config.attention == "shallow")
     flops += shallow_keys * (trained.connector + trained.vision)
     if trained.vision:
         flops += 2 * (components.vision_walk - shallow_keys) - frames * patch_embedding(vision)  # none of the pixels
-    if not looks:
+    if not num_query_passes:
         connected = connector_of_features(config) * (trained.connector + trained.vision)
         return flops + frames * (connected + time_projection(config) * trained.connector)
-    num_planned = looks - 1
+    num_planned = num_query_passes - 1
     if config.query_source == "static" and num_planned:
         if config.lambda_coarse > 0:
-            flops += frames * look_backward(config, trained, planned=False)
+            flops += frames * query_pass_backward(config, trained, planned=False)
         elif config.attention == "deep" and trained.vision:
             last_layer = vision_rows(vision, config.num_visual_tokens_per_frame)
             flops += 2 * frames * (query_walk(config) - last_layer)
-        return flops + frames * look_backward(config, trained, planned=False)
+        return flops + frames * query_pass_backward(config, trained, planned=False)
     flops += sum(language_backward(text, one, trained) for one in passes[:-1])
     flops += components.planner * (trained.connector + 1)
-    looked = look_backward(config, trained, planned=False) + num_planned * look_backward(config, trained, planned=True)
+    looked = query_pass_backward(config, trained, planned=False) + num_planned * query_pass_backward(
+        config, trained, planned=True
+    )
     return flops + frames * looked
 
 
-def look_backward(config, trained, planned):
-    """Backward pass of one look at one frame, less that of the patches. planned: whether its queries are."""
+def query_pass_backward(config, trained, planned):
+    """Backward pass of the queries of one frame, without that of the patches. planned: whether its queries are."""
     deep = config.attention == "deep"
     queries_need = planned or trained.connector
     rows_need = queries_need or trained.vision
@@ -303,8 +306,8 @@ def language_backward(text, one, trained):
 def training_flops(config, sample, num_plans, trained=ALL_TRAINED, rejected=None):
     """FLOPs of one sample in a training step that plans `num_plans` times: forward and backward.
 
-    rejected: the Sample with the other answer of a preference. Both are read after one look, by the network and,
-    forward only, by the reference.
+    rejected: the Sample with the other answer of a preference. The frames are encoded once for both, by the network
+    and, forward only, by the reference.
     """
     result = forward(config, sample, "coarse" if config.coarse_only else "fine", num_plans, trained)
     step = result.total + result.backward

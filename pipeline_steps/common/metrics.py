@@ -13,17 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.modes import CAPTION_MODES, CONTROLS, GAZE_MODES, MODES, VIEWS  # noqa: F401
 
-MODES = ("coarse", "fine", "autoregressive", "blind", "random_query")
-GAZE_MODES = ("coarse", "fine", "autoregressive")
-CAPTION_MODES = ("coarse", "fine", "autoregressive", "blind")
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
-
-CONTROLS = ("static_query", "shuffled_frames", "first_frame", "oracle_query")  # autoregressive mode, fewer items
-VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")
 
 
 class Result(BaseModel):

@@ -27,7 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from pipeline_steps.common import metrics, params
+from pipeline_steps.common import metrics, modes, params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import run_main
@@ -148,9 +148,9 @@ def prefetch(streaming, dataset):
 def chance(training, dataset, chosen):
     """{task: accuracy of the training split's most frequent token per answer position, or None where it has no
     such task}."""
-    seen = answer_tokens(training, groups_by_task(training))
+    training_tokens = answer_tokens(training, groups_by_task(training))
     answers = answer_tokens(dataset, chosen)
-    guesses = {task: statistics.most_frequent_tokens(seen.get(task, {})) for task in chosen}
+    guesses = {task: statistics.most_frequent_tokens(training_tokens.get(task, {})) for task in chosen}
     return {
         task: statistics.chance_accuracy(guesses[task], answers[task]) if guesses[task] else None for task in chosen
     }
@@ -199,13 +199,13 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
     tasks, gaps, gazes = {}, {}, {}
     for (task, mode), rows in table.groupby(["task", "mode"], sort=True):
         tasks.setdefault(task, {})[mode] = score_rows(rows, options)
-        if "gaze_frames" in rows and (seen := gaze.aggregate(rows, interval)):
-            gazes.setdefault(task, {})[mode] = seen
+        if "gaze_frames" in rows and (measured := gaze.aggregate(rows, interval)):
+            gazes.setdefault(task, {})[mode] = measured
     text = tasks.pop(TEXT, {}).get(TEXT)
     for task in tasks:
         sums = table[table["task"] == task].pivot(index=["key", "item"], columns="mode", values="loss_sum")
         gaps[task] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
-    in_all = [mode for mode in metrics.CONTROLS if all(mode in scores for scores in tasks.values())]
+    in_all = [mode for mode in modes.subset_controls() if all(mode in scores for scores in tasks.values())]
     mean = {
         mode: metrics.MeanScore(
             loss=float(np.mean([scores[mode].loss for scores in tasks.values()])),

@@ -1,4 +1,4 @@
-"""What a network does while it looks, for the diagnostics: queries, visual tokens, and how sharp its attention is.
+"""Probes of the forward pass for the diagnostics: queries, visual tokens, and the sharpness of the attention.
 
 Shapes: F frames, L layers, H heads, K queries and P visual tokens per frame, N patches, Q query width, E language
 width.
@@ -12,28 +12,28 @@ import torch
 
 from pipeline_steps.common.metrics import GAZE_MODES
 from pipeline_steps.evaluation import scoring
-from pipeline_steps.inference.gaze import spread
+from pipeline_steps.inference.gaze import normalized_entropy
 
 RANDOM = "random_query"
 STEP = 0.01  # length of the change of a hidden state, as a share of its own
 
 
 @dataclass
-class Looks:
-    """Of one mode, over the frames of all clips; None where the network has no queries."""
+class ModeProbes:
+    """Probes of one mode over the frames of all clips; None where the network has no queries."""
 
     tokens: np.ndarray  # [F, P * E]
     queries: np.ndarray | None  # [F, K * Q]
-    entropy: np.ndarray | None  # [L, H], share of the greatest, mean over frames and queries
+    entropy: np.ndarray | None  # [L, H], as a share of its maximum, mean over frames and queries
     peak: np.ndarray | None  # [L, H], the largest weight, mean over frames and queries
     focus: float | None  # the largest patch's weight over the mean one; last layer, mean over heads and frames
 
 
 @dataclass
-class Observed:
-    looks: dict[str, Looks]  # by mode, RANDOM among them where there are queries
+class ProbeResults:
+    modes: dict[str, ModeProbes]  # by mode, RANDOM among them where there are queries
     num_frames: list[int]  # of every clip
-    num_places: int  # N + 1, what attention is spread over
+    num_places: int  # N + 1, the keys of the attention: patches and class token
     sensitivity: float | None  # relative change of a planned query by that of the hidden state that it is planned from
 
     @property
@@ -48,8 +48,8 @@ class Observed:
 
 
 @dataclass
-class Sums:
-    """Batches of one mode, until they become `Looks`."""
+class ProbeAccumulator:
+    """Collects the batches of one mode for a `ModeProbes`."""
 
     tokens: list = field(default_factory=list)
     queries: list = field(default_factory=list)
@@ -61,21 +61,21 @@ class Sums:
             self.queries.append(array(output.queries.flatten(1)))
             self.sharpness.append((len(output.queries), *sharpness(array(output.attention_weights))))
 
-    def looks(self):
+    def result(self):
         tokens = np.concatenate(self.tokens)
         if not self.queries:
-            return Looks(tokens, None, None, None, None)
+            return ModeProbes(tokens, None, None, None, None)
         frames, *values = zip(*self.sharpness, strict=True)
         entropy, peak, focus = (np.average(np.stack(value), axis=0, weights=frames) for value in values)
-        return Looks(tokens, np.concatenate(self.queries), entropy, peak, float(focus))
+        return ModeProbes(tokens, np.concatenate(self.queries), entropy, peak, float(focus))
 
 
 def observe(model, loaded, seed, progress):
-    """`Observed` of batches of clips (`scoring.batches`), or None when there are none."""
+    """`ProbeResults` of batches of clips (`scoring.batches`), or None when there are none."""
     config = model.config
     has_queries = config.architecture == "foveated"
     modes = (*GAZE_MODES, RANDOM) if has_queries else GAZE_MODES
-    sums, counts, changes, places = {mode: Sums() for mode in modes}, [], [], 0
+    sums, counts, changes, places = {mode: ProbeAccumulator() for mode in modes}, [], [], 0
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for _, items, batch, _ in loaded:
         counts += batch["num_frames"].tolist()
@@ -92,7 +92,7 @@ def observe(model, loaded, seed, progress):
         return None
     frames, values = zip(*changes, strict=True) if changes else ((), ())
     change = float(np.average(values, weights=frames)) if changes else None
-    return Observed({mode: one.looks() for mode, one in sums.items()}, counts, places, change)
+    return ProbeResults({mode: one.result() for mode, one in sums.items()}, counts, places, change)
 
 
 def array(tensor):
@@ -103,7 +103,7 @@ def sharpness(weights):
     """weights [L, F, H, K, N + 1] -> (entropy [L, H] as a share of log(N + 1), peak [L, H], focus)."""
     patches = weights[-1, ..., 1:].mean(axis=(1, 2))  # [F, N]
     focus = (patches.max(-1) / np.maximum(patches.mean(-1), 1e-12)).mean()
-    return spread(weights).mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
+    return normalized_entropy(weights).mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
 
 
 @contextmanager

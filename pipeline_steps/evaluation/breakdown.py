@@ -1,4 +1,4 @@
-"""The item table by source, and by the frame that an answer is about."""
+"""Scores of the item table by source, and by the frame that an answer token is about."""
 
 from pipeline_steps.evaluation import per_frame
 
@@ -15,6 +15,6 @@ def frame_scores(table):
     """{task: {mode: PerFrame}} of the tasks with an answer per frame."""
     found = {}
     for (task, mode), rows in table.groupby(["task", "mode"], sort=True):
-        if (seen := per_frame.aggregate(rows)) is not None:
-            found.setdefault(task, {})[mode] = seen
+        if (scores := per_frame.aggregate(rows)) is not None:
+            found.setdefault(task, {})[mode] = scores
     return found

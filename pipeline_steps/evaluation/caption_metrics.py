@@ -1,4 +1,4 @@
-"""Measures of free text: against a reference, of a text's style, and against what is to be seen.
+"""Measures of free text: against a reference, of its style, and against the visible objects.
 
 All of them work on the same words: lower case, without punctuation. Every list of texts is one text per item, in the
 same order.
@@ -120,7 +120,7 @@ def style(texts):
 
 
 def repetition(split):
-    """Share of the phrases of REPEATED words that their own text has said before, over all texts. 0 where no text is
+    """Share of the phrases of REPEATED words that occur earlier in the same text, over all texts. 0 where no text is
     that long."""
     phrases = [ngrams(tokens, REPEATED) for tokens in split]
     total = sum(map(len, phrases))
@@ -143,7 +143,7 @@ def largest_share(values, total):
     return max(Counter(values).values(), default=0) / total
 
 
-# ---------------------------------------------------------------- what is to be seen
+# ---------------------------------------------------------------- visible objects
 
 
 def attributes(objects):

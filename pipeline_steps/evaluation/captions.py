@@ -1,9 +1,10 @@
-"""Free answers in the modes that are compared: how good, how varied, and whether they name what is to be seen."""
+"""Free-form answers (captions) in several modes: quality, diversity, and whether they name the visible attributes."""
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from pipeline_steps.common import modes
 from pipeline_steps.common.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
@@ -36,7 +37,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     without any.
 
     answers: one dict per item: key, item, source, task, expected, and the greedy answer in each of CAPTION_MODES.
-    objects: what is to be seen in the same items, or None where that is not known.
+    objects: the ground-truth objects of the same items, or None where unknown.
     """
     found = choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_task)
     numbers = [number for own in found.values() for number in own]
@@ -55,37 +56,39 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
         for task, items, batch in ordered(load, jobs, **prefetch):
             where = f"free answers of the task '{task}'"
             check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
-            said = say(model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed)
+            texts_by_mode = generate(
+                model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed
+            )
             for place, item in enumerate(items):
                 known = {name: item[name] for name in ("key", "item", "source", "task")}
                 known["expected"] = answers.expected_answer(tokenizer, item)
-                rows.append(known | {mode: texts[place] for mode, texts in said.items()})
+                rows.append(known | {mode: texts[place] for mode, texts in texts_by_mode.items()})
             progress.update(len(items))
     return rows, [dataset.sample(number).objects for number in numbers]
 
 
-def say(model, tokenizer, batch, max_tokens, seed):
+def generate(model, tokenizer, batch, max_tokens, seed):
     """{mode: greedy answers} of a `prompt_batch` with frames, in each of CAPTION_MODES."""
-    said = {}
+    texts = {}
     for mode in CAPTION_MODES:
-        shown = batch if mode != "blind" else batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+        entry = modes.REGISTRY[mode]
+        shown = batch if entry.pixels is None else batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
         generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
-        look = "autoregressive" if mode == "blind" else mode
-        prompts = answers.embedded_prompts(model, shown, look, generator)
-        said[mode] = answers.generate_after(
+        prompts = answers.embedded_prompts(model, shown, entry.forward_mode, generator)
+        texts[mode] = answers.generate_after(
             model, tokenizer, prompts, batch["attention_mask"], max_new_tokens=max_tokens
         )
-    return said
+    return texts
 
 
 def summarise(rows, objects, num_samples, seed):
     """{task: Captions} of what `measure` gives."""
     tasks = {}
-    for row, seen in zip(rows, objects, strict=True):
-        tasks.setdefault(row["task"], []).append((row, seen))
+    for row, visible in zip(rows, objects, strict=True):
+        tasks.setdefault(row["task"], []).append((row, visible))
     options = {"num_samples": num_samples, "seed": seed}
     return {
-        task: _summary([row for row, _ in pairs], [seen for _, seen in pairs], options)
+        task: _summary([row for row, _ in pairs], [visible for _, visible in pairs], options)
         for task, pairs in sorted(tasks.items())
     }
 
@@ -120,8 +123,8 @@ def _score(texts, expected, objects, options):
 def missed(texts, objects, options):
     """{kind of attribute: Missed} of the texts whose objects are known; empty where no objects are."""
     found = {}
-    for text, seen in zip(texts, objects, strict=True):
-        for kind, truths in caption_metrics.attributes(seen or ()).items():
+    for text, visible in zip(texts, objects, strict=True):
+        for kind, truths in caption_metrics.attributes(visible or ()).items():
             found.setdefault(kind, []).append((caption_metrics.named(text, truths), len(truths)))
     result = {}
     for kind, pairs in found.items():

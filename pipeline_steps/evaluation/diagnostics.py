@@ -1,6 +1,6 @@
-"""Automated checks of whether a network looks at all: each a number, its bounds, and a verdict.
+"""Automated checks of whether the gaze works at all: each has a value, bounds and a verdict.
 
-The bounds are wide: a check that fails says that something is broken, not that a network is poor. F frames.
+The bounds are wide: a failed check means that something is broken, not that the accuracy is low. F frames.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import torch
 from pipeline_steps.common.metrics import Check, Diagnostics
 from pipeline_steps.evaluation.attention_probes import RANDOM
 
-NO_QUERIES = "the network looks with ordinary tokens: it has no queries"
-NO_PLAN = "the network plans no queries: it looks with the static one"
-SHORT = "no clip has a planned query in two frames running"
+NO_QUERIES = "not applicable to ordinary visual tokens: the network has no queries"
+NO_PLAN = "the network is coarse-only: it uses the static query and plans none"
+SHORT = "no clip has planned queries in two consecutive frames"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ RULES = {
         "standard deviation of the planned queries over frames and clips, as a share of their root mean square",
         0.05,
         None,
-        "every frame of every clip gets nearly the same query: the planner ignores what was seen",
+        "every frame of every clip gets nearly the same query: the planner ignores the previous frames",
     ),
     "query_similarity": Rule(
-        "cosine of the planned queries of frames that follow each other, mean",
+        "cosine of the planned queries of consecutive frames, mean",
         None,
         0.98,
         "the query does not move from frame to frame",
@@ -41,37 +41,37 @@ RULES = {
         "length of the query projection's bias over the sum of it and the mean length that its weights give queries",
         None,
         0.35,
-        "the bias drowns the queries, so that all of them look alike",
+        "the bias dominates, so that all queries are nearly the same",
     ),
     "attention_entropy": Rule(
-        "entropy of the last layer's attention as a share of the greatest, mean over heads and frames",
+        "entropy of the last layer's attention as a share of its maximum, mean over heads and frames",
         None,
         0.98,
-        "attention is spread evenly: the queries choose nothing",
+        "attention is uniform: the queries select nothing",
     ),
     "max_attention": Rule(
-        "largest attention weight of the sharpest head of all layers, in multiples of an even spread",
+        "largest attention weight of the sharpest head of all layers, in multiples of the uniform weight",
         3.0,
         None,
-        "no head of any layer prefers a place",
+        "attention is nearly uniform in every head of every layer",
     ),
     "focus_ratio": Rule(
-        "largest weight of a patch over the mean one, last layer, mean over heads and frames",
+        "largest weight of a patch over the mean patch weight, last layer, mean over heads and frames",
         2.0,
         None,
-        "the last layer prefers no patch",
+        "attention over the patches is nearly uniform in the last layer",
     ),
     "fine_coarse_cosine": Rule(
         "cosine of the fine and the coarse visual token of a frame, mean over frames with a planned query",
         None,
         0.98,
-        "planned queries find what the static one finds",
+        "planned queries extract the same features as the static query",
     ),
     "output_correlation": Rule(
         "correlation of a frame's visual tokens for the planned and for a random query, mean",
         None,
         0.98,
-        "another query gives the same token: what is looked for does not matter",
+        "a random query gives the same visual token: the query has no effect",
     ),
     "token_similarity": Rule(
         "cosine of the visual tokens of different frames of a clip, mean",
@@ -93,18 +93,19 @@ RULES = {
     ),
     "path_agreement": Rule(
         "largest difference of an item's loss per token between the coarse mode and the control static_query, which "
-        "are the same look on two paths",
+        "should be equal: both use the static query, on different code paths",
         None,
         0.001,
-        "the parallel and the frame-by-frame path do not compute the same",
+        "the parallel and the frame-by-frame path disagree",
     ),
 }
 
 
 def diagnose(model, observed, table, training_rows):
-    """`Diagnostics`, or None where there was no clip to look at.
+    """`Diagnostics`, or None if there were no clips.
 
-    observed: `looks.Observed` or None. table: item table. training_rows: rows of the training tables, in their order.
+    observed: `attention_probes.ProbeResults` or None. table: item table. training_rows: rows of the training tables,
+    in their order.
     """
     if observed is None:
         return None
@@ -112,11 +113,11 @@ def diagnose(model, observed, table, training_rows):
         "collapse_in_training": collapse(training_rows),
         "path_agreement": path_agreement(model.config, table),
     }
-    shown = {mode: looks for mode, looks in observed.looks.items() if looks.entropy is not None}
+    shown = {mode: probes for mode, probes in observed.modes.items() if probes.entropy is not None}
     return Diagnostics(
         checks={name: check(RULES[name], values[name]) for name in RULES},
-        entropy={mode: clipped(looks.entropy) for mode, looks in shown.items()},
-        peak={mode: clipped(looks.peak) for mode, looks in shown.items()},
+        entropy={mode: clipped(probes.entropy) for mode, probes in shown.items()},
+        peak={mode: clipped(probes.peak) for mode, probes in shown.items()},
         num_items=len(observed.num_frames),
         num_frames=sum(observed.num_frames),
     )
@@ -138,9 +139,9 @@ def check(rule, value):
 
 
 def measure(model, observed):
-    """{check: number, or why there is none} of all that the looks tell."""
-    looks, clips, times = observed.looks, observed.clips, observed.times
-    own = looks["autoregressive"]
+    """{check: number, or why there is none} of the checks that are computed from the probes."""
+    probes, clips, times = observed.modes, observed.clips, observed.times
+    own = probes["autoregressive"]
     values = {"token_similarity": similarity_within(own.tokens, clips)}
     if own.queries is None:
         return dict.fromkeys(RULES, NO_QUERIES) | values
@@ -149,7 +150,7 @@ def measure(model, observed):
         "max_attention": float(own.peak.max() * observed.num_places),
         "focus_ratio": own.focus,
         "projection_bias": bias_share(model.query_projection, model, own.queries),
-        "output_correlation": float(correlation(own.tokens, looks[RANDOM].tokens).mean()),
+        "output_correlation": float(correlation(own.tokens, probes[RANDOM].tokens).mean()),
     }
     planned = times > 0  # no plan for the first frame
     if model.config.coarse_only:
@@ -157,14 +158,14 @@ def measure(model, observed):
     if not planned.any():
         return dict.fromkeys(RULES, SHORT) | values
     return values | {
-        "query_spread": spread(own.queries[planned]),
+        "query_spread": relative_std(own.queries[planned]),
         "query_similarity": similarity_in_order(own.queries, planned),
-        "fine_coarse_cosine": float(cosine(looks["fine"].tokens, looks["coarse"].tokens)[planned].mean()),
+        "fine_coarse_cosine": float(cosine(probes["fine"].tokens, probes["coarse"].tokens)[planned].mean()),
         "plan_sensitivity": observed.sensitivity,
     }
 
 
-def spread(queries):
+def relative_std(queries):
     """Standard deviation over the rows of queries [F, Q], over their root mean square."""
     return float(np.sqrt(queries.var(axis=0).mean() / np.square(queries).mean()))
 
@@ -180,8 +181,8 @@ def correlation(a, b):
 
 
 def similarity_in_order(queries, planned):
-    """Mean cosine of rows that follow each other and are both planned: the first planned one of a clip follows one
-    that is not."""
+    """Mean cosine of consecutive rows that are both planned (the first planned row of a clip has an unplanned one
+    before it)."""
     both = planned[1:] & planned[:-1]
     return float(cosine(queries[1:], queries[:-1])[both].mean()) if both.any() else SHORT
 
@@ -225,5 +226,5 @@ def path_agreement(config, table):
     if "static_query" not in losses:
         return "the controls were not measured"
     if config.query_source not in ("planned", "static"):
-        return f"the network's own looks come from the query source '{config.query_source}'"
+        return f"not applicable to the query source '{config.query_source}'"
     return float((losses["static_query"] - losses["coarse"]).abs().max())

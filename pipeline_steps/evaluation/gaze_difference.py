@@ -1,5 +1,8 @@
-"""How much more often the autoregressive gaze is on the target than a peak anywhere (`chance`), than the static
-query's (`coarse`) and than the one that is told where to look (`oracle`): on the same frames of the same items."""
+"""Gaze accuracy (`peak_on_target`) of the autoregressive mode minus that of a reference, on the same frames.
+
+References: a uniformly random patch (`chance`), the static query (`coarse`), and attention limited to the target
+(`oracle`).
+"""
 
 from pipeline_steps.common.metrics import GazeDifference
 

@@ -1,11 +1,11 @@
-"""Multiple choice: which option the model takes, asked in three ways, with chance and the blind model beside each.
+"""Multiple choice in three scorings, each with chance level and the blind model (grey frames) as baselines.
 
-The options come from the packed sample's fields. The frames of an item are looked at once; everything is read after
-that look. An answer is whole only with its end-of-turn token, in every scoring:
+The options come from the packed sample's fields. The frames of an item are encoded once and
+shared by all scorings. In every scoring an answer includes its end-of-turn token:
 
 letter       log-probability of the option's letter and the end-of-turn token
 likelihood   log-probability of the option's text and the end-of-turn token, divided by its number of tokens
-generation   the greedy answer, up to its end-of-turn token, is the letter, the option's text, or both as they are shown
+generation   the greedy answer, up to its end-of-turn token, is the letter, the option's text, or `A. text`
 """
 
 from dataclasses import dataclass
@@ -108,12 +108,12 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
         batch = answers.to_device(batch, model)
         own = [by_number[number] for number in batch_numbers]
         known = [_known(question, item) for question, item in zip(own, items, strict=True)]
-        seen = ask(model, tokenizer, batch, own, known, max_tokens, seed)
-        grey = seen
+        answered = answer_questions(model, tokenizer, batch, own, known, max_tokens, seed)
+        blind = answered
         if batch["pixel_values"] is not None:
             blank = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
-            grey = ask(model, tokenizer, blank, own, known, max_tokens, seed)
-        for row, shown, hidden in zip(known, seen, grey, strict=True):
+            blind = answer_questions(model, tokenizer, blank, own, known, max_tokens, seed)
+        for row, shown, hidden in zip(known, answered, blind, strict=True):
             rows.append(row | shown | {f"blind_{name}": value for name, value in hidden.items()})
         progress.update(len(items))
     return pd.DataFrame(rows).sort_values(["source", "task", "key", "item"], ignore_index=True)
@@ -127,17 +127,17 @@ def _known(question, item):
     }
 
 
-def ask(model, tokenizer, batch, asked, known, max_tokens, seed):
+def answer_questions(model, tokenizer, batch, asked, known, max_tokens, seed):
     """One dict per Question of a `prompt_batch`: what each scoring chooses, the scores, and the generated answer."""
     mask = batch["attention_mask"]
     generator = torch.Generator(mask.device).manual_seed(seed)
-    embeddings = answers.embedded_prompts(model, batch, generator=generator)  # the one look
+    embeddings = answers.embedded_prompts(model, batch, generator=generator)  # frames are encoded once
     sizes = mask.sum(1).tolist()
     for row, size in zip(known, sizes, strict=True):
         check_room(model.config, f"sample '{row['key']}', item {row['item']}", size, max_tokens)
-    said = answers.generate_after(model, tokenizer, embeddings, mask, max_new_tokens=max_tokens)
+    generated = answers.generate_after(model, tokenizer, embeddings, mask, max_new_tokens=max_tokens)
     rows = []
-    for question, prompt, size, text in zip(asked, embeddings, sizes, said, strict=True):
+    for question, prompt, size, text in zip(asked, embeddings, sizes, generated, strict=True):
         letters, texts = option_scores(model, prompt[None, -size:], question)
         rows.append(
             {

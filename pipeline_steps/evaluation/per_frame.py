@@ -1,6 +1,6 @@
 """Answers that name something in every frame after the first, such as the digits that a hopping object shows.
 
-The k-th scored token (k = 1, 2 ...) is then about frame k, so a loss per frame can be told. T frames of a clip.
+The k-th scored token (k = 1, 2 ...) is then about frame k, which gives a loss per frame. T frames of a clip.
 """
 
 import numpy as np
@@ -10,8 +10,9 @@ from pipeline_steps.streaming.targets import source_frame
 
 
 def is_per_frame(sample, item, num_frames):
-    """Whether the ground truth of a PackedSample says so of an item (a row with `input_ids` and `score_mask`): its
-    target shows a digit in every frame, T - 1 tokens are scored, and they are equal where these digits are."""
+    """Whether an item (a row with `input_ids` and `score_mask`) has one answer token per frame, by its PackedSample:
+    the target shows a digit in every frame, T - 1 tokens are scored, and two tokens are equal exactly where their
+    digits are."""
     target = sample.items[item["item"]].target
     if item["kind"] != "video" or target is None or not sample.objects:
         return False

@@ -1,6 +1,6 @@
-"""The most likely token at every scored place, without a second pass.
+"""The most likely token at every scored position, without a second forward pass.
 
-The network computes the vocabulary projection of the labelled places only, in their order; a hook reads it there.
+The network computes logits only at labelled positions, in their order; a forward hook on `lm_head` records them.
 """
 
 from contextlib import contextmanager
@@ -22,8 +22,10 @@ def predicted_tokens(model):
 
 def by_item(found, num_tokens):
     """The ids of one batch as one array per item, which has `num_tokens` [B] scored ones. ValueError when the
-    projection was computed for other places."""
+    number of recorded positions differs."""
     ids = np.concatenate([np.zeros(0, np.int64), *(piece.reshape(-1) for piece in found)])
     if len(ids) != sum(num_tokens):
-        raise ValueError(f"the network projected {len(ids)} places, but {sum(num_tokens)} tokens are scored")
+        raise ValueError(
+            f"the network computed logits at {len(ids)} positions, but {sum(num_tokens)} tokens are scored"
+        )
     return np.split(ids, np.cumsum(num_tokens)[:-1])

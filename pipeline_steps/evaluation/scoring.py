@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline_steps.common import modes
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import GAZE_MODES, MODES
 from pipeline_steps.evaluation import per_frame
@@ -110,13 +111,11 @@ def load(dataset, collate, patch_size, task, numbers):
 
 
 def run_mode(model, batch, mode, generator, output_attentions):
-    """The model's output for one of MODES (or TEXT). Blind: the frames are grey. Random query: drawn from
-    `generator`, planned norm."""
-    if mode == "blind":
-        batch = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
-    source = "random" if mode == "random_query" else None
-    own = mode if mode in GAZE_MODES else "autoregressive"
-    return forward(model, batch, own, source, generator, output_attentions)
+    """The model's output in one of MODES (or TEXT: autoregressive). Random queries are drawn from `generator`."""
+    entry = modes.REGISTRY["autoregressive" if mode == TEXT else mode]
+    if entry.pixels is not None:
+        batch = batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
+    return forward(model, batch, entry.forward_mode, entry.query_source, generator, output_attentions)
 
 
 @torch.inference_mode()

@@ -70,6 +70,6 @@ def most_frequent_tokens(counts):
 
 def chance_accuracy(guesses, counts):
     """Share of the tokens `counts` {(position, token id): how often} that `guesses` {position: token id} gets right;
-    a position never seen counts as wrong."""
+    a position that the training split lacks counts as wrong."""
     right = sum(count for (position, token), count in counts.items() if guesses.get(position) == token)
     return right / sum(counts.values())

@@ -1,4 +1,4 @@
-"""What is measured of a part of the items: controls, parts of clips, and how the network looks."""
+"""Measurements on a subset of the items: controls, parts of clips, and attention probes."""
 
 import csv
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ STAGES = ("stage1", "stage2", "stage3")
 
 
 @dataclass(frozen=True)
-class Further:
+class SubsetResults:
     controls: pd.DataFrame  # item table
     views: pd.DataFrame | None  # of `temporal.score_views`; None: not measured
-    observed: attention_probes.Observed | None
+    observed: attention_probes.ProbeResults | None
 
 
 def choose(dataset, chosen, settings):
@@ -34,15 +34,15 @@ def choose(dataset, chosen, settings):
 
 
 def measure(model, collate, dataset, chosen, settings, prefetch, progress):
-    """`Further` of the items that `choose` takes; prefetch: arguments of `streaming.workers.ordered`."""
-    for_controls, for_views, for_looks = (
+    """`SubsetResults` of the items that `choose` takes; prefetch: arguments of `streaming.prefetch.ordered`."""
+    for_controls, for_views, for_probes = (
         batches(model, collate, dataset, part, settings.batch_size, prefetch)
         for part in choose(dataset, chosen, settings)
     )
     table = controls.score_controls(model, for_controls, settings.seed, progress)
     views = temporal.score_views(model, collate, for_views, progress)
-    observed = attention_probes.observe(model, for_looks, settings.seed, progress)
-    return Further(table, views if settings.max_temporal_clips_per_task else None, observed)
+    observed = attention_probes.observe(model, for_probes, settings.seed, progress)
+    return SubsetResults(table, views if settings.max_temporal_clips_per_task else None, observed)
 
 
 def diagnose(model, observed, table, metrics_dir):

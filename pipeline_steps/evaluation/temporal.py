@@ -1,12 +1,12 @@
 """Temporal sensitivity: the same questions about a part of each clip, in autoregressive mode.
 
-frames_4, frames_8, frames_16   so many frames, uniform over the clip, of clips that have more
+frames_4, frames_8, frames_16   4, 8 or 16 frames, uniform over the clip; clips with more frames only
 first_half, second_half         of clips of two frames or more; the middle frame of an odd number is in the second
-first_half_held, ..._held       the same halves, each frame shown again until there are as many frames as before
+first_half_held, ..._held       the same halves with frames repeated up to the original number
 
 Answers are compared with those about all frames of the same clips: a network whose answers do not change does not
-use the frames that were taken away. The halves that are held tell what was not seen from a number of frames that the
-network may never have met in training. Stills have no part that could be left out.
+use the frames that were taken away. The held halves keep the number of frames, so that missing content is not
+confused with a clip length that is rare in training. Still images are left out.
 """
 
 import numpy as np

@@ -104,7 +104,7 @@ def print_budgets(arguments, parameters):
 
 
 def measure(row, layout, image_replication):
-    """`Sample` of a token row; the loss is asked on the answer, its end-of-turn token included."""
+    """`Sample` of a token row; the loss is on the answer, its end-of-turn token included."""
     frames = row["num_frames"] * (image_replication if row["kind"] == "image" else 1)
     first = layout == "vision_first"
     return Sample(
@@ -116,7 +116,7 @@ def measure(row, layout, image_replication):
 
 
 def arms_of(config, multi_tokens):
-    """The networks that a fair comparison trains separately: same backbones, another way of looking."""
+    """The networks that a fair comparison trains separately: same backbones, another visual architecture."""
     foveated, coarse, ordinary = (copy.deepcopy(config) for _ in range(3))
     if config.architecture == "multi_token":  # its tokens per frame say nothing about queries
         foveated.num_visual_tokens_per_frame = coarse.num_visual_tokens_per_frame = 1

@@ -36,9 +36,9 @@ def frontier(foveated, multi_token, text, frames):
     """`Frontier` of the two arms of one language model over numbers of frames; `text`: a Sample whose frames are
     replaced."""
     samples = [Sample(**{**vars(text), "num_frames": count}) for count in frames]
-    looks = [formulas.forward(foveated, sample, "autoregressive") for sample in samples]
+    results = [formulas.forward(foveated, sample, "autoregressive") for sample in samples]
     curves = {
-        "foveated": [result.total for result in looks],
+        "foveated": [result.total for result in results],
         "multi_token": [formulas.forward(multi_token, sample, "autoregressive").total for sample in samples],
         "foveated_training": [formulas.training_step(foveated, sample) for sample in samples],
         "multi_token_training": [formulas.training_step(multi_token, sample) for sample in samples],
@@ -46,7 +46,9 @@ def frontier(foveated, multi_token, text, frames):
     return Frontier(
         num_frames=list(frames),
         **curves,
-        vision_share=[(look.components.vision_walk + look.components.query_walk) / look.total for look in looks],
+        vision_share=[
+            (result.components.vision_walk + result.components.query_walk) / result.total for result in results
+        ],
         cheaper_from=cheaper_from(frames, curves["foveated"], curves["multi_token"]),
         cheaper_training_from=cheaper_from(frames, curves["foveated_training"], curves["multi_token_training"]),
     )

@@ -1,11 +1,11 @@
 """What an answer costs, and what memory it and a training sample take. From shapes alone, as flop_formulas.py.
 
-An answer (`generate`): the frames are looked at one after another with the language model's key-value cache, the whole
+An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, the whole
 prompt is read once more in one pass whose last position gives the first token (together: prefill), then every further
 token is one position over everything before it (decode).
 
-Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the looks need the
-keys and values of every vision layer of every frame until the last frame has been looked at. Activations of a training
+Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the queries need the
+keys and values of every vision layer of every frame until the last frame has been encoded. Activations of a training
 sample are the tensors that automatic differentiation keeps, with fused attention (no scores are kept), without
 activation checkpointing and without weights, gradients and optimizer state:
 
@@ -57,7 +57,7 @@ def key_value_bytes(text, num_positions, bytes_per_number):
 
 
 def vision_bytes(config, num_frames, bytes_per_number):
-    """Keys and values of the vision encoder that the queries look at; none for ordinary tokens."""
+    """Keys and values of the vision encoder that the queries attend to; none for ordinary tokens."""
     vision = config.vision_config
     if config.architecture == "multi_token":
         return 0

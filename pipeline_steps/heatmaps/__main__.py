@@ -1,13 +1,12 @@
-"""Pictures of where the model looks: contact sheets (PNG), animations (GIF) and an index of them.
+"""Heatmaps of the model's attention: contact sheets (PNG), animations (GIF) and an index of them.
 
     python -m pipeline_steps.heatmaps
 
 Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
 reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with every mode's
-map over it, and the difference), contact_sheet.png (many clips), overview.png and index.json. Which clips, so that
-nobody picks: the first `num_clips` by key of every task whose items name a target (of every task, where no item
-does); on contact_sheet.png the best, the worst and random ones (sheet.py). Cost at the embedded scale: about 20
-seconds on two cores.
+map over it, and the difference), contact_sheet.png (many clips), overview.png and index.json. The clips are the
+first `num_clips` by key of every task whose items name a target (of every task, where no item does); contact_sheet.png
+shows the best, the worst and random ones (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
 """
 
 import argparse
@@ -51,11 +50,13 @@ def main():
     foveated = model.config.architecture == "foveated"
     numbers = choose_clips(dataset, settings.num_clips) if foveated else []
     with replaced_folder(arguments.outputs) as folder:
-        entries, seen = [], []
+        entries, maps_of_clips = [], []
         for number in tqdm(numbers, desc="heatmaps", unit="clip", dynamic_ncols=True):
-            clip, entry = look(model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens)
+            clip, entry = attention_clip(
+                model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens
+            )
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
-            seen.append(clip.maps)
+            maps_of_clips.append(clip.maps)
             if len(entries) == 1:
                 drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")
         first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
@@ -63,19 +64,19 @@ def main():
             "clips": entries,
             "rule": f"{first} by key of every task that names a target (else of every task)",
             "split": settings.split,
-            "over_frames": over_frames.mean_curves(seen),
+            "over_frames": over_frames.mean_curves(maps_of_clips),
             "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
             if foveated and settings.num_sheet_clips
             else None,
         }
         write_json(folder / "index.json", index)
     print(
-        f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "a model without queries: nothing to draw"
+        f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "nothing drawn: the model has no queries"
     )
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Draw where the model looks.")
+    parser = argparse.ArgumentParser(description="Draw attention heatmaps.")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/stage3"))
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
@@ -106,7 +107,7 @@ def choose_clips(dataset, num_clips):
 
 
 @torch.inference_mode()
-def look(model, tokenizer, collate, dataset, number, max_tokens):
+def attention_clip(model, tokenizer, collate, dataset, number, max_tokens):
     """(`Clip`, index entry) of one row: attention in every mode, and the greedy answer."""
     item = dataset[number]
     batch = collate([item])
@@ -200,8 +201,8 @@ def sheet_rows(dataset, entries, items_path):
 def on_target(maps, truth):
     """Share of the frames after the first one whose strongest patch is the target's; None when it is never
     visible."""
-    seen = gaze.summary(maps, truth)
-    return round(seen["peak_on_target"] / seen["gaze_frames"], 6) if seen["gaze_frames"] else None
+    sums = gaze.summary(maps, truth)
+    return round(sums["peak_on_target"] / sums["gaze_frames"], 6) if sums["gaze_frames"] else None
 
 
 def draw(clip, folder, name, settings):

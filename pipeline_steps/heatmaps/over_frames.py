@@ -1,16 +1,16 @@
 """How the attention changes over the frames of a clip: its entropy and its peak.
 
-Both are of the maps that the pictures show: last layer, mean over heads and queries, patches only.
+Both are computed from the maps that the heatmaps show: last layer, mean over heads and queries, patches only.
 """
 
 import numpy as np
 
-from pipeline_steps.inference.gaze import spread
+from pipeline_steps.inference.gaze import normalized_entropy
 
 
 def curve(maps):
-    """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: an even spread; largest weight [T])."""
-    return spread(maps), maps.max(-1)
+    """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: uniform; largest weight [T])."""
+    return normalized_entropy(maps), maps.max(-1)
 
 
 def mean_curves(clips):

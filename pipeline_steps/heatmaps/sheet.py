@@ -106,8 +106,8 @@ def draw_tile(sheet, tile, x, y, width):
     """Two lines of text and a row of frames, at most NUM_FRAMES of them."""
     draw = ImageDraw.Draw(sheet)
     draw.text((x, y + 13), tile.task, INK, font(13, bold=True), anchor="ls")
-    said = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.4f}"
-    draw.text((x + width, y + 13), said, RIGHT if tile.correct else WRONG, font(13), anchor="rs")
+    caption = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.4f}"
+    draw.text((x + width, y + 13), caption, RIGHT if tile.correct else WRONG, font(13), anchor="rs")
     draw.text((x, y + 13 + LINE), shortened(tile.name, font(12), width), FAINT, font(12), anchor="ls")
     clip, _ = tile.clip.thinned(NUM_FRAMES)
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes

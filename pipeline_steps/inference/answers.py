@@ -38,27 +38,27 @@ def prompt_batch(collate, items):
 
 
 def to_device(batch, model):
-    """The batch where the model is."""
+    """The batch on the model's device."""
     device = next(model.parameters()).device
     return {name: value if value is None else value.to(device) for name, value in batch.items()}
 
 
 @torch.no_grad()
 def embedded_prompts(model, batch, mode="autoregressive", generator=None):
-    """`prompt_batch`'s prompts as the language model reads them [B, S, E], after one look at the frames."""
-    looked = None
+    """`prompt_batch`'s prompts as the language model reads them [B, S, E], after the frames have been encoded once."""
+    visual_tokens = None
     if batch["pixel_values"] is not None:
         frames = {name: batch[name] for name in ("pixel_values", "num_frames", "target_patches")}
         passes = model.encode_frames(
             batch["input_ids"], batch["attention_mask"], mode=mode, generator=generator, **frames
         )
-        looked = passes[-1].visual_tokens
-    return model.embed(batch["input_ids"], looked)
+        visual_tokens = passes[-1].visual_tokens
+    return model.embed(batch["input_ids"], visual_tokens)
 
 
 @torch.no_grad()
 def generate_after(model, tokenizer, embeddings, attention_mask, **options):
-    """What the model says after embedded prompts [B, S, E], left-padded: list of str. Greedy unless `options`, those
+    """Generated text after embedded prompts [B, S, E], left-padded: list of str. Greedy unless `options`, those
     of the library's generation, say otherwise."""
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {"do_sample": False, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id} | options
@@ -76,7 +76,7 @@ def as_text(tokenizer, ids):
 
 
 def up_to_answer(item):
-    """The item without its last answer, which is the model's to give."""
+    """The item without its last answer."""
     start = answer_span(item)[0]
     cut = {name: item[name][:start] for name in ("input_ids", "answer_mask", "score_mask")}
     return {**item, **cut}

@@ -17,7 +17,7 @@ MARGIN, GAP = 16, 6  # px
 LEGEND_HEIGHT = 68  # px, below a sheet
 MAX_STRIP_HEIGHT = 16_000  # px; WebP allows 16 383
 MAX_COLUMNS = 8  # of a sheet: of longer clips evenly spaced frames, while their animation is whole
-MORE, LESS = (255, 159, 28), (76, 168, 255)  # orange and blue: told apart by colour-blind readers
+MORE, LESS = (255, 159, 28), (76, 168, 255)  # orange and blue: distinguishable for colour-blind readers
 COLOURS = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -44,7 +44,7 @@ class Clip:
         return INK if self.answer is None else RIGHT if self.correct else WRONG
 
     @property
-    def said(self):
+    def prediction_text(self):
         return self.prediction or "(nothing)"
 
     def thinned(self, num_frames):
@@ -56,14 +56,14 @@ class Clip:
 
     @property
     def scale(self):
-        """The share of attention that is drawn brightest: the largest, but at least four times an even spread."""
+        """The share of attention that is drawn brightest: the largest, but at least four times the uniform weight."""
         peak = max(float(values.max()) for values in self.maps.values())
         return max(peak, min(1.0, 4 / next(iter(self.maps.values())).shape[1]))
 
     @property
     def difference(self):
-        """[T, N]: the attention of the mode that is deployed minus that of the static query; None for a clip that was
-        not looked at in both."""
+        """[T, N]: the autoregressive attention minus that of the static query; None where one of the two is
+        missing."""
         if not {"autoregressive", "coarse"} <= self.maps.keys():
             return None
         return self.maps["autoregressive"] - self.maps["coarse"]
@@ -196,7 +196,7 @@ def contact_sheet(clip, side):
     draw.text((left, below + 28), legend(clip), FAINT, font(13), anchor="ls")
     scale_bar(sheet, COLOURS, "0", f"{clip.scale:.0%} of the attention", below + 15)
     if clip.difference is not None:
-        text = "autoregressive minus coarse: orange where it looks more, blue where less"
+        text = "autoregressive minus coarse: orange: more attention, blue: less"
         draw.text((left, below + 52), text, FAINT, font(13), anchor="ls")
         scale_bar(sheet, difference_colours(), f"−{clip.scale:.0%}", f"+{clip.scale:.0%} of the attention", below + 39)
     return sheet, {
@@ -239,7 +239,7 @@ def header_lines(clip, width):
     for name, text, colour in (
         ("question", clip.question, INK),
         ("answer", clip.answer, INK),
-        ("model", clip.said, clip.verdict),
+        ("model", clip.prediction_text, clip.verdict),
     ):
         lines += [(line, font(16), colour, 24) for line in wrapped(f"{name}:  {text}", font(16), width)]
     return lines
@@ -272,7 +272,7 @@ def animation(clip, side):
     width = 2 * MARGIN + 2 * side + GAP
     face = font(14)
     words = [(text, INK) for text in wrapped(clip.question, face, width - 2 * MARGIN)]
-    words += [(text, clip.verdict) for text in wrapped(f"model:  {clip.said}", face, width - 2 * MARGIN)]
+    words += [(text, clip.verdict) for text in wrapped(f"model:  {clip.prediction_text}", face, width - 2 * MARGIN)]
     bottom = MARGIN + num_rows * (side + line + GAP)
     pictures = []
     for t, (frame, box) in enumerate(zip(clip.frames, boxes, strict=True)):
@@ -351,11 +351,11 @@ def overview(clip, side):
         draw.multiline_text((left - 12, y + side / 2), label, INK, font(13), anchor="rm", align="right", spacing=4)
         for t, (tile, box) in enumerate(zip(tiles, boxes, strict=True)):
             picture.paste(mark_box(tile, box), (left + t * (side + GAP), y))
-    said = f"model:  {clip.said}"
-    draw.text((left, picture.height - 10), said, clip.verdict, font(15), anchor="ls")
+    line_text = f"model:  {clip.prediction_text}"
+    draw.text((left, picture.height - 10), line_text, clip.verdict, font(15), anchor="ls")
     if not clip.correct:
         draw.text(
-            (left + font(15).getlength(said) + 16, picture.height - 10),
+            (left + font(15).getlength(line_text) + 16, picture.height - 10),
             f"expected:  {clip.answer}",
             FAINT,
             font(15),

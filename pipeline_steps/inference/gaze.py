@@ -1,6 +1,6 @@
 """Does attention fall on the object that the answer needs? Ground-truth boxes on the patch grid.
 
-The truth is a `Truth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
+The truth is a `GroundTruth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
 patches in row-major order.
 """
 
@@ -20,15 +20,16 @@ def attention_maps(weights):
     return patches / patches.sum(axis=-1, keepdims=True)
 
 
-def spread(weights):
-    """Entropy of weights [..., N], each row summing to 1, as a share of log(N): [...]. 0: one place, 1: all alike."""
+def normalized_entropy(weights):
+    """Entropy of weights [..., N], each row summing to 1, as a share of log(N): [...]. 0: all on one
+    entry, 1: uniform."""
     logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
     return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
 
 
 def head_maps(weights):
-    """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that looks at
-    the class token alone has a map of zeros."""
+    """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that attends
+    to the class token alone has a map of zeros."""
     patches = np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2)
     total = patches.sum(axis=-1, keepdims=True)
     return np.divide(patches, total, out=np.zeros_like(patches), where=total > 0)
@@ -83,7 +84,7 @@ def aggregate(rows, interval):
     longest = max(map(len, tracks))
     # NaN: not visible, or the clip is shorter
     padded = np.array([[*track, *[np.nan] * (longest - len(track))] for track in tracks])
-    seen = ~np.isnan(padded)
+    present = ~np.isnan(padded)
     layers = len(rows["per_layer"].iloc[0])
     heads = [name for name in ("per_head", "mass_per_head") if name in rows]
     return Gaze(
@@ -93,6 +94,7 @@ def aggregate(rows, interval):
         num_frames=frames,
         per_layer=(np.array(rows["per_layer"].tolist()).sum(0) / frames).tolist(),
         per_frame=[
-            float(np.nansum(padded[:, t]) / seen[:, t].sum()) if seen[:, t].any() else None for t in range(longest)
+            float(np.nansum(padded[:, t]) / present[:, t].sum()) if present[:, t].any() else None
+            for t in range(longest)
         ],
     )

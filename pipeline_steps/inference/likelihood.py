@@ -1,4 +1,4 @@
-"""How likely given answers are: the prompt is read once, every answer is read after it.
+"""Log-likelihood of given answers: one forward pass over the prompt, then all answers on its key-value cache.
 
 Shapes: A answers, S tokens of the prompt (visual ones included), L tokens of the longest answer, E language width,
 V vocabulary.
@@ -37,7 +37,7 @@ def last_control_token(tokenizer, ids):
 
 
 def check_room(config, where, num_prompt, num_answer):
-    """UserError if a prompt and the longest text after it have no room in the language model; both in tokens."""
+    """UserError if a prompt and the longest text after it exceed the language model's context; both in tokens."""
     limit = config.text_config.max_position_embeddings
     if num_prompt + num_answer > limit:
         raise UserError(

@@ -45,7 +45,7 @@ class FoveatedVLM(lmms):
     """A trained folder, or a published checkpoint, behind lmms-eval's interface for simple models.
 
     pretrained: folder or name. device: default the GPU of this process where there is one. dtype: of the weights.
-    mode: how the frames are looked at. max_new_tokens: of answers whose task names no number.
+    mode: coarse, fine or autoregressive. max_new_tokens: of answers whose task names no number.
     """
 
     is_simple = True
@@ -100,7 +100,7 @@ class FoveatedVLM(lmms):
 
         The loss is the continuation's negative log-probability, end-of-turn token included, in nats: lmms-eval's
         multiple-choice tasks take the SMALLEST value, and divide it by the number of characters for `acc_norm`. The
-        frames of a document are looked at once for all continuations of one context.
+        frames of a document are encoded once for all continuations of one context.
         """
         found: list = [None] * len(requests)
         groups: dict[tuple, list[int]] = {}
@@ -114,7 +114,9 @@ class FoveatedVLM(lmms):
         return found
 
     def generate_until_multi_round(self, requests) -> list[str]:
-        raise NotImplementedError("a FoveatedVLM looks at its frames once, for one question: run single-round tasks")
+        raise NotImplementedError(
+            "FoveatedVLM encodes the frames once, for one question: multi-round tasks are not supported"
+        )
 
     # ---- one batch, one context
 

@@ -79,7 +79,7 @@ class MetricsLogger:
             self._log(row["step"], {f"{place}/{name}": value for name, value in numbers.items()})
 
     def pictures(self, step: int, items: list[dict], weights: np.ndarray) -> None:
-        """Where the clips are looked at: a strip per clip, frames above and the same under the attention map.
+        """Attention overlays: one strip per clip, the frames above and their overlays below.
 
         weights [F, N] over the patches of all clips' frames, each row adding up to 1.
         """
@@ -90,7 +90,7 @@ class MetricsLogger:
         first = 0
         for item in items:
             frames = item["frames"]
-            strip = look_strip(frames, weights[first : first + len(frames)])
+            strip = attention_strip(frames, weights[first : first + len(frames)])
             first += len(frames)
             strip.save(target / f"{item['key']}-{item['item']}-{step:08d}.png")
             for logger in self.loggers:
@@ -125,8 +125,8 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def look_strip(frames: np.ndarray, maps: np.ndarray) -> Image.Image:
-    """frames uint8 [T, H, W, 3], maps [T, N]: a row of frames above the same frames as bright as they are looked at."""
+def attention_strip(frames: np.ndarray, maps: np.ndarray) -> Image.Image:
+    """frames uint8 [T, H, W, 3], maps [T, N]: a row of frames above the same frames weighted by attention."""
     grid = round(maps.shape[-1] ** 0.5)
     strip = Image.new("RGB", (SIDE * len(frames), SIDE * 2))
     for number, (frame, weights) in enumerate(zip(frames, maps, strict=True)):

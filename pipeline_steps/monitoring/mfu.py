@@ -17,7 +17,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4":
 
 
 def peak_flops(given: float | None, device: str, precision: str) -> float | None:
-    """FLOP/s of one device at its best, or None where nobody says. given: TFLOP/s, instead of the known ones."""
+    """Peak FLOP/s of one device, None if unknown. given: TFLOP/s that override the table."""
     if given is not None:
         return given * 1e12
     if device == "cpu" or precision != "bf16":

@@ -3,17 +3,12 @@
 from dataclasses import dataclass, field
 
 from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.modes import LABELS
 
 MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
 MISSING = ("–", None)  # sorts last, up or down
 
-MODE_NAMES = {
-    "coarse": "coarse",
-    "fine": "fine",
-    "autoregressive": "autoregressive",
-    "blind": "blind",
-    "random_query": "random query",
-}
+MODE_NAMES = LABELS
 COMPONENT_NAMES = {
     "vision_walk": "vision encoder",
     "query_walk": "queries",

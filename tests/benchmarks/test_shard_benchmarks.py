@@ -17,7 +17,7 @@ def test_planning_benchmark(tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "read and check the index",
         "assign splits",
-        "look for equal chats",
+        "find equal chats",
         f"plan {len(list(tmp_path.glob('scratch/plan/*/*')))} shards",
         "write the plans",
         "once more, nothing changed",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from pipeline_steps.common import modes
 from pipeline_steps.common.metrics import CONTROLS
 from pipeline_steps.evaluation import breakdown, controls, per_frame, scoring, statistics
 from tests.model import tiny
@@ -22,7 +23,7 @@ def test_each_control_takes_away_what_it_says():
     items = [clip("a", [1, 2, 3]), clip("b", [4])]
     table = controls.score_controls(Weighing(), loaded(items, [truth_at(0, 1, None), None]), 1, SILENT)
     losses = (table.set_index(["mode", "key"])["loss_sum"] / NUM_SCORED).to_dict()
-    order = controls.shuffled(3, 1, "a", 0)
+    order = modes.shuffled_order(3, controls.item_rng(1, "a", 0))
     shuffled = sum((t + 1) * [1, 2, 3][place] for t, place in enumerate(order))
     assert losses == {
         ("static_query", "a"): 14 + 100,
@@ -36,6 +37,57 @@ def test_each_control_takes_away_what_it_says():
     assert shuffled != 14
 
 
+@pytest.fixture
+def reversed_frames(monkeypatch):
+    """A control of one entry: the clip backwards at half its brightness."""
+    monkeypatch.setattr(modes, "REGISTRY", dict(modes.REGISTRY))
+    modes.register(
+        modes.Mode(
+            "reversed_frames",
+            "autoregressive with the frames in reverse order at half their value",
+            pixels=lambda pixels: pixels / 2,
+            frame_order=lambda count, rng: np.arange(count)[::-1],
+        )
+    )
+
+
+def test_a_control_is_one_entry_of_the_registry(reversed_frames):
+    items = [clip("a", [1, 2, 3]), clip("b", [4, 6])]
+    table = controls.score_controls(Weighing(), loaded(items), 1, SILENT)
+    own = table[table["mode"] == "reversed_frames"].set_index("key")["loss_sum"] / NUM_SCORED
+    assert own.to_dict() == {"a": (3 + 2 * 2 + 3 * 1) / 2, "b": (6 + 2 * 4) / 2}
+    rows = [
+        scoring.table_rows(
+            task, batch_items, truths, batch, "autoregressive", scoring.forward(Weighing(), batch, "fine")
+        )
+        for task, batch_items, batch, truths in loaded(items)
+    ]
+    whole = pd.concat([table, pd.DataFrame(rows[0])], ignore_index=True)
+    effect = controls.effects(whole, interval)["made"]["reversed_frames"]
+    assert effect.num_items == 2
+    assert effect.loss_difference == pytest.approx(((5 - 14) + (7 - 16)) / 2)
+
+
+def test_a_name_is_registered_once(reversed_frames):
+    with pytest.raises(ValueError, match="mode 'reversed_frames' is registered twice"):
+        modes.register(modes.REGISTRY["reversed_frames"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subset": False, "needs_target": True}, "frame_order and needs_target need subset=True"),
+        (
+            {"captions": True, "query_source": "static"},
+            "captions are generated only in modes that change the pixels at most",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"mode 'made': {message}"):
+        modes.Mode("made", "of this test", **options)
+
+
 def test_frames_move_together_with_their_targets():
     items = [clip("a", [1, 2, 3])]
     _, _, batch, truths = loaded(items, [truth_at(0, 1, 2)])[0]
@@ -47,11 +99,15 @@ def test_frames_move_together_with_their_targets():
     assert first["target_patches"].int().argmax(1).tolist() == [0, 0, 0]
 
 
+def shuffled(count, seed, key):
+    return modes.shuffled_order(count, controls.item_rng(seed, key, 0))
+
+
 def test_an_order_is_never_the_own_one_and_does_not_depend_on_the_batch():
-    orders = [controls.shuffled(2, 1, key, 0).tolist() for key in "abcdefgh"]
+    orders = [shuffled(2, 1, key).tolist() for key in "abcdefgh"]
     assert orders == [[1, 0]] * 8
-    assert controls.shuffled(1, 1, "a", 0).tolist() == [0]
-    several = {tuple(controls.shuffled(6, seed, "a", 0)) for seed in range(20)}
+    assert shuffled(1, 1, "a").tolist() == [0]
+    several = {tuple(shuffled(6, seed, "a")) for seed in range(20)}
     assert len(several) > 15
     assert all(sorted(order) == list(range(6)) for order in several)
 

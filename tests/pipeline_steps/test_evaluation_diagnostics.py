@@ -56,10 +56,10 @@ def test_sharp_attention_of_one_head():
     assert focus == pytest.approx((1 + 1 / 17) / mean)
 
 
-def test_spread_of_queries():
-    assert diagnostics.spread(np.tile([[1.0, 2.0]], (5, 1))) == 0
-    assert diagnostics.spread(np.array([[3.0, 0.0], [-3.0, 0.0]])) == pytest.approx(1.0)
-    assert diagnostics.spread(np.array([[5.0], [3.0]])) == pytest.approx(1 / 17**0.5)
+def test_relative_standard_deviation_of_queries():
+    assert diagnostics.relative_std(np.tile([[1.0, 2.0]], (5, 1))) == 0
+    assert diagnostics.relative_std(np.array([[3.0, 0.0], [-3.0, 0.0]])) == pytest.approx(1.0)
+    assert diagnostics.relative_std(np.array([[5.0], [3.0]])) == pytest.approx(1 / 17**0.5)
 
 
 def test_similarity_follows_the_frames_of_a_clip():
@@ -220,7 +220,7 @@ def test_failed_checks_are_printed_with_their_bound(capsys):
     lines = capsys.readouterr().out
     assert "suspicious: query_spread" in lines
     assert "is below 0.05: every frame of every clip gets nearly the same query" in lines
-    assert "is above 0.35: the bias drowns the queries" in lines
+    assert "is above 0.35: the bias dominates, so that all queries are nearly the same" in lines
     assert "path_agreement" not in lines  # does not apply
     subset_evals.print_checks(types.SimpleNamespace(diagnostics=None))
     assert capsys.readouterr().out == ""

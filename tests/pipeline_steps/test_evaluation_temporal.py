@@ -107,6 +107,6 @@ def test_predictions_are_the_networks_own():
     assert len(model.language_model.lm_head._forward_hooks) == 0
 
 
-def test_predictions_of_other_places_are_refused():
-    with pytest.raises(ValueError, match="projected 3 places, but 4 tokens"):
+def test_predictions_at_other_positions_are_refused():
+    with pytest.raises(ValueError, match="logits at 3 positions, but 4 tokens are scored"):
         by_item([np.array([1, 2, 3])], [2, 2])

@@ -122,10 +122,12 @@ def whole_loss(model, processor, question, video, answer):
 
 
 def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
-    looks, look = [], lm.model.encode_frames
-    monkeypatch.setattr(lm.model, "encode_frames", lambda *args, **options: looks.append(1) or look(*args, **options))
+    calls, encode_frames = [], lm.model.encode_frames
+    monkeypatch.setattr(
+        lm.model, "encode_frames", lambda *args, **options: calls.append(1) or encode_frames(*args, **options)
+    )
     lm.loglikelihood([request("loglikelihood", n, "Which?", text) for text in "ABCD" for n in (0, 1)])
-    assert len(looks) == 2
+    assert len(calls) == 2
 
 
 def test_an_empty_context_is_an_answer_without_a_question(lm):
@@ -161,7 +163,7 @@ def test_wrong_input_is_named(lm, made):
         lmms_eval_plugin.FoveatedVLM(str(made.checkpoint), mode="blind")
     with pytest.raises(UserError, match="task x, document 3: 2 visuals of type dict, str"):
         lmms_eval_plugin.as_video([{}, "a.mp4"], "task x, document 3")
-    with pytest.raises(NotImplementedError, match="single-round"):
+    with pytest.raises(NotImplementedError, match="multi-round tasks are not supported"):
         lm.generate_until_multi_round([])
 
 

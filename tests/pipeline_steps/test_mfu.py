@@ -27,12 +27,14 @@ def make_trained(groups=GROUPS, **options):
 
 
 def counted(model, batch, num_plans):
-    """By the counter. The patches of a frozen vision encoder are walked by themselves here: they need no gradient."""
+    """By the counter. The patches of a frozen vision encoder are encoded by themselves here: they need no gradient."""
     if not any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
 
         def encode_apart(pixel_values, times, queries, query_attention, output_attentions):
             encoded = model.vision_encoder.encode(pixel_values, need_patch_features=model.config.attention == "shallow")
             encoded = model.shallow_attention.prepare(encoded) if model.config.attention == "shallow" else encoded
+            if queries is None:
+                return encoded, None
             return encoded, model._attend(queries, encoded, times, query_attention, output_attentions)
 
         if model.config.architecture == "foveated":
@@ -143,22 +145,22 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
 # ---------------------------------------------------------------- the share of the peak
 
 
-def make_logger(tmp_path, device="cpu", precision="fp32", **options):
+def make_watch(tmp_path, device="cpu", precision="fp32", **options):
     settings = SimpleNamespace(peak_tflops=None, tensorboard=False, dvclive=False, wandb_project=None)
     settings.__dict__.update(options)
     return MetricsLogger(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
 
 
 def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch):
-    logger = make_logger(tmp_path, peak_tflops=2.0)
+    watch = make_watch(tmp_path, peak_tflops=2.0)
     for flops in (1e12, 5e12, 6e12):
-        logger.step({}, False, num_samples=4, num_positions=80, flops=flops)
-    monkeypatch.setattr("time.monotonic", lambda: logger.started + 30)
-    assert logger.speed()["speed/mfu"] == pytest.approx(12 / 30 / 2)
+        watch.step({}, False, num_samples=4, num_positions=80, flops=flops)
+    monkeypatch.setattr("time.monotonic", lambda: watch.started + 30)
+    assert watch.speed()["speed/mfu"] == pytest.approx(12 / 30 / 2)
 
 
 def test_no_figure_where_the_peak_is_unknown(tmp_path, monkeypatch):
-    assert "speed/mfu" not in make_logger(tmp_path).speed()
+    assert "speed/mfu" not in make_watch(tmp_path).speed()
     for name, precision, expected in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
         ("NVIDIA H100 80GB HBM3", "fp32", None),

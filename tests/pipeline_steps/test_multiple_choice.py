@@ -114,11 +114,11 @@ def longest(asked):
 
 
 def test_frames_are_looked_at_once_for_all_options(data, monkeypatch):
-    model, looks = checkpoints.make_lively_model(), []
-    look = model.encode_frames
-    monkeypatch.setattr(model, "encode_frames", lambda *args, **options: looks.append(1) or look(*args, **options))
+    model, calls = checkpoints.make_lively_model(), []
+    encode = model.encode_frames
+    monkeypatch.setattr(model, "encode_frames", lambda *args, **options: calls.append(1) or encode(*args, **options))
     measured(data, model, batch_size=3)
-    assert len(looks) == 2  # of the frames and of the grey ones
+    assert len(calls) == 2  # of the frames and of the grey ones
 
 
 def test_scores_do_not_depend_on_the_batch(data):

@@ -85,7 +85,10 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 def test_a_file_in_the_way_of_a_folder_is_left_alone(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="out: is a file, but the output is a folder"), replaced_folder(tmp_path / "out"):
+    with (
+        pytest.raises(UserError, match="out: is a file, but the output is a folder"),
+        replaced_folder(tmp_path / "out"),
+    ):
         pass
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="folder: cannot be written"):
