@@ -53,17 +53,18 @@ def _rows(model, value, prefix=""):
     for names in groups.values():
         field = model.model_fields[names[0]]
         inner = _model(field.annotation)
-        values = [value.get(name) if isinstance(value, dict) else None for name in names]
+        values = [value[name] if value is not None else None for name in names]
         if inner is None:
-            yield f"|`{prefix}{names[0]}`|{_type(field)}|{_default(values)}|{_meaning(model, names[0])}|"
+            default = "" if value is None else _default(values)  # elements of a list have none
+            yield f"|`{prefix}{names[0]}`|{_type(field)}|{default}|{_meaning(model, names[0])}|"
         elif inner is field.annotation:
             first = values[0] if len(names) == 1 else _merged(values)
             yield from _rows(inner, first, f"{prefix}{'/'.join(names)}.")
-        else:  # a list, or a section that may be null
-            many = typing.get_origin(field.annotation) in (list, tuple)
-            yield f"|`{prefix}{names[0]}`|{'list' if many else 'section or null'}|{'' if many else _default(values)}|{_meaning(model, names[0])}|"
-            if many:
-                yield from _rows(inner, None, f"{prefix}{names[0]}[].")
+        elif typing.get_origin(field.annotation) in (list, tuple):
+            yield f"|`{prefix}{names[0]}`|list||{_meaning(model, names[0])}|"
+            yield from _rows(inner, None, f"{prefix}{names[0]}[].")
+        else:  # a section that may be null
+            yield f"|`{prefix}{names[0]}`|section or null|{_default(values)}|{_meaning(model, names[0])}|"
 
 
 class Several(list):
@@ -84,7 +85,7 @@ def _default(values):
     if isinstance(value, Several):
         shown = [_json(item) for item in value]
         return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
-    return "" if value is None and len(values) != 1 else _json(value)
+    return _json(value)
 
 
 def _json(value):
