@@ -6,7 +6,7 @@ import pytest
 
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.training.__main__ import COLUMNS
-from pipeline_steps.training.schema import Common, Watch, Stage
+from pipeline_steps.training.schema import Common, Stage, Watch
 
 ROWS = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
 NAMES = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
@@ -30,6 +30,6 @@ def test_every_row_is_a_parameter_or_a_scale():
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_column_is_explained(column):
     text = (ROOT / "docs/metrics.md").read_text()
-    start = text.index("## reports/metrics/stage1.csv")
+    start = text.index("## outputs/metrics/stage1.csv")
     group = re.sub(r"^(lr|grad_norm)_\w+$", r"\1", column)
     assert re.search(rf"`{group}(_\*)?`", text[start:]), column
