@@ -1,9 +1,10 @@
 """Schemas of the result files (docs/metrics.md) and their deterministic JSON form.
 
 `outputs/metrics/evaluation.json` is an `EvaluationResult`, `outputs/metrics/flops.json` a `FlopsResult`,
-`outputs/metrics/streaming.json` a `StreamingResult`, `reports/runs/<ablation>-seed<k>.json` a `KeptRun`. The stage that writes a file and the report that reads it both
-validate it here. The same inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing
-that changes between two runs (times, paths, commits) is stored.
+`outputs/metrics/streaming.json` a `StreamingResult`, `reports/runs/<ablation>-seed<k>.json` a `KeptRun`.
+The stage that writes a file and the report that reads it both validate it here. The same
+inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing that changes between
+two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
