@@ -1,15 +1,16 @@
 """Schemas of the result files (docs/metrics.md) and their deterministic JSON form.
 
-`reports/metrics/evaluation.json` is an `EvaluationResult`, `reports/metrics/flops.json` a `FlopsResult`,
-`reports/metrics/streaming.json` a `StreamingResult`. The stage that writes a file and the report that reads it both
-validate it here. The same inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing
-that changes between two runs (times, paths, commits) is stored.
+`outputs/metrics/evaluation.json` is an `EvaluationResult`, `outputs/metrics/flops.json` a `FlopsResult`,
+`outputs/metrics/streaming.json` a `StreamingResult`, `reports/runs/<ablation>-seed<k>.json` a `KeptRun`.
+The stage that writes a file and the report that reads it both validate it here. The same
+inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing that changes between
+two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
@@ -311,6 +312,8 @@ class EvaluationResult(Result):
     """By task and mode, for tasks whose target has known boxes."""
     generation: dict[str, Generation]
     """By task: greedy answers."""
+    mean_exact_match: Share | None = None
+    """Unweighted mean over the tasks of `generation`; null: no answers."""
     multiple_choice: dict[str, MultipleChoice] = {}
     """By `source/task`, and `all`."""
     captions: dict[str, Captions] = {}
@@ -510,9 +513,52 @@ class StreamingResult(Result):
     """By stage."""
 
 
+class KeptItems(Result):
+    """Columns of the autoregressive rows of outputs/evaluation/items.parquet for one task; all of the same length."""
+
+    key: list[str]
+    """Key of the sample."""
+    item: list[int]
+    """Number of the item within its sample."""
+    num_tokens: list[int]
+    """Scored answer tokens."""
+    loss_sum: list[float]
+    """Nats, over the scored tokens."""
+    num_correct: list[int]
+    """Scored tokens that are the most likely one."""
+
+    @model_validator(mode="after")
+    def of_one_length(self):
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns of different length: {lengths}")
+        return self
+
+
+class KeptBudget(Result):
+    num_samples: int = Field(ge=1)
+    """Training samples of all stages."""
+    flops: float
+    """Training FLOPs of all stages."""
+
+
+class KeptRun(Result):
+    """What later reports need of a finished run: scores, per-item sums for paired intervals, budget and provenance.
+    Written by `python -m pipeline_steps.report.keep`."""
+
+    ablation: str
+    seed: int
+    provenance: dict
+    summary: dict[str, float | int | None]  # reports/metrics/summary.json
+    budget: KeptBudget
+    mean: dict[str, MeanScore]
+    tasks: dict[str, dict[str, Score]] = Field(min_length=1)  # by task and mode
+    items: dict[str, KeptItems]  # by task
+
+
 def write_json(path, result):
     """Writes a `Result` as deterministic JSON, whole or not at all."""
-    files.write_json(path, _rounded(result.model_dump(mode="json")))
+    files.write_json(path, rounded(result.model_dump(mode="json")))
 
 
 def read_json(path, schema, made_by):
@@ -531,11 +577,12 @@ def read_json(path, schema, made_by):
         ) from None
 
 
-def _rounded(value):
+def rounded(value):
+    """A nested value of JSON with floats of six decimals and keys as text."""
     if isinstance(value, float):
         return round(value, 6) + 0.0  # + 0.0: no negative zero
     if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
+        return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value

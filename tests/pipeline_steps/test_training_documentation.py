@@ -18,6 +18,6 @@ def test_the_scales_of_the_table_are_those_of_conf():
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_column_is_explained(column):
     text = (ROOT / "docs/metrics.md").read_text()
-    section = text.split("## reports/metrics/stage1.csv")[1].split("\n## ")[0]
+    section = text.split("## outputs/metrics/stage1.csv")[1].split("\n## ")[0]
     group = re.sub(r"^(lr|grad_norm)_\w+$", r"\1", column)
     assert re.search(rf"`{group}(_\*)?`", section), column
