@@ -1,7 +1,7 @@
 """Time and peak memory of the three modes against the number of frames, and the exponent with which they grow.
 
     python -m benchmarks.modes
-    python -m benchmarks.modes --config outputs/stage3 --image-size 56 --output reports/metrics/benchmark_modes.json
+    python -m benchmarks.modes --config outputs/stage3 --image-size 56 --output outputs/metrics/benchmark_modes.json
 
 One sample with T frames between 32 and 16 text tokens goes through a forward pass in evaluation mode, in fp32. The
 weights are random, which changes neither time nor memory. Without `--config` the network's size is between the embedded

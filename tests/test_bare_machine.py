@@ -50,9 +50,9 @@ def test_a_stage_trains_and_is_evaluated(finished_run, tmp_path):
         assert (
             f"note: {package} is not installed, so there are no curves in outputs/live/stage1/{package}" in done.stderr
         )
-    assert (tmp_path / "reports/metrics/stage1.csv").read_text().count("train,") == 2
+    assert (tmp_path / "outputs/metrics/stage1.csv").read_text().count("train,") == 2
     assert not (tmp_path / "outputs/live").exists() or not list((tmp_path / "outputs/live").rglob("*tfevents*"))
     for module in ("evaluation", "flops"):
         done = bare(tmp_path, module, "--params", "params.yaml", "--checkpoint", tmp_path / "outputs/stage1")
         assert done.returncode == 0, f"{module}: {done.stderr[-3000:]}"
-        assert (tmp_path / f"reports/metrics/{module}.json").exists()
+        assert (tmp_path / f"outputs/metrics/{module}.json").exists()

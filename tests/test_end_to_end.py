@@ -24,7 +24,7 @@ def copy_of(finished_run, tmp_path, *folders):
 
 
 def test_evaluation_has_every_task_in_every_mode(finished_run):
-    text = (finished_run / "reports/metrics/evaluation.json").read_text()
+    text = (finished_run / "outputs/metrics/evaluation.json").read_text()
     EvaluationResult.model_validate_json(text)
     result = json.loads(text)
     assert set(result["tasks"]) == set(KINDS)
@@ -39,7 +39,7 @@ def test_every_stage_changed_the_weights_and_served_its_text_share(finished_run)
     for before, after in itertools.pairwise(weights):
         assert before.keys() == after.keys()
         assert any(not before[name].equal(after[name]) for name in before)
-    summary = json.loads((finished_run / "reports/metrics/stage2.json").read_text())
+    summary = json.loads((finished_run / "outputs/metrics/stage2.json").read_text())
     assert summary["mixture"]["text"]["num_samples"] == pytest.approx(0.14 * 60, abs=1)
     assert sum(row["num_samples"] for row in summary["mixture"].values()) == 60
     assert summary["num_steps"] == 8  # 60 samples in batches of 8: the budget is exact, the last batch is short
@@ -57,7 +57,7 @@ def test_report_is_one_self_contained_page(finished_run, tmp_path):
 def test_a_second_run_gives_the_same_bytes(finished_run, tmp_path):
     pipeline.write_params(tmp_path)
     pipeline.run_all(tmp_path, *pipeline.STAGES[:-2])
-    for name in ("data", "outputs", "reports/metrics"):
+    for name in ("data", "outputs", "outputs/metrics"):
         files = [path.relative_to(finished_run) for path in (finished_run / name).rglob("*") if path.is_file()]
         assert files
         for file in files:
@@ -75,10 +75,10 @@ def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):
     overrides += [f"training.stage{n}.num_samples=16" for n in (1, 2, 3)]
     pipeline.write_params(folder, *overrides)
     pipeline.run_all(folder, "stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps")
-    rows = pd.read_csv(folder / "reports/metrics/stage2.csv").query("event == 'train'")
+    rows = pd.read_csv(folder / "outputs/metrics/stage2.csv").query("event == 'train'")
     assert rows[["loss_coarse", "loss_entropy", "loss_contrastive"]].notna().all().all()
     assert set(rows["num_plans"]) <= {2, 3}
-    result = json.loads((folder / "reports/metrics/evaluation.json").read_text())
+    result = json.loads((folder / "outputs/metrics/evaluation.json").read_text())
     for task in ("card", "follow", "ask_colour", "ask_place"):  # the oracle's queries see the target alone
         assert result["gaze"][task]["autoregressive"]["peak_on_target"] == 1.0
         assert result["gaze"][task]["autoregressive"]["mass_on_target"] == pytest.approx(1.0)
@@ -110,7 +110,7 @@ def test_preferences_of_a_folder_are_trained_on(finished_run, tmp_path):
     shutil.copytree(finished_run / "data/backbones", tmp_path / "data/backbones")
     shutil.copytree(finished_run / "outputs/stage2", tmp_path / "outputs/stage2")
     pipeline.run_all(tmp_path, "sources", "shards", "tokens", "stage3")
-    rows = pd.read_csv(tmp_path / "reports/metrics/stage3.csv").query("event == 'train'")
+    rows = pd.read_csv(tmp_path / "outputs/metrics/stage3.csv").query("event == 'train'")
     assert rows["loss"].iloc[0] == pytest.approx(0.693147, abs=1e-4)  # the reference is the model itself
     assert rows["loss"].iloc[-1] < 0.5
     assert rows["reward_margin"].iloc[0] == pytest.approx(0, abs=1e-4)

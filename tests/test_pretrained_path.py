@@ -100,7 +100,7 @@ def test_it_trains_resumes_evaluates_and_exports(folder):
 
     (folder / "outputs/stage2").rename(folder / "outputs/stage3")  # two stages show it; a third costs time alone
     pipeline.run_all(folder, "evaluation", "flops")
-    result = json.loads((folder / "reports/metrics/evaluation.json").read_text())
+    result = json.loads((folder / "outputs/metrics/evaluation.json").read_text())
     assert set(result["tasks"]) == {"question"}
     assert all(0 < result["tasks"]["question"][mode]["loss"] < 20 for mode in MODES)
 

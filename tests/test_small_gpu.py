@@ -53,6 +53,6 @@ def test_the_stages_run(tmp_path, monkeypatch):
     pipeline.run_all(tmp_path, "evaluation", "flops", "heatmaps")
     config = json.loads((tmp_path / "outputs/stage3/config.json").read_text())
     assert (config["vision_config"]["image_size"], config["text_config"]["hidden_size"]) == (224, 384)
-    result = json.loads((tmp_path / "reports/metrics/evaluation.json").read_text())
+    result = json.loads((tmp_path / "outputs/metrics/evaluation.json").read_text())
     assert result["gaze"]["ask_colour"]["autoregressive"]["num_frames"] > 0
     assert list((tmp_path / "reports/heatmaps").glob("*.gif"))

@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--out", type=Path, default=Path("data/backbones"))
-    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics/backbones.json"))
+    parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics/backbones.json"))
     arguments = parser.parse_args()
     section = params.read(arguments.params, *PARAMS).backbones
 

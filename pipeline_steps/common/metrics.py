@@ -1,15 +1,16 @@
 """Schemas of the result files (docs/metrics.md) and their deterministic JSON form.
 
-`reports/metrics/evaluation.json` is an `EvaluationResult`, `reports/metrics/flops.json` a `FlopsResult`,
-`reports/metrics/streaming.json` a `StreamingResult`. The stage that writes a file and the report that reads it both
-validate it here. The same inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing
-that changes between two runs (times, paths, commits) is stored.
+`outputs/metrics/evaluation.json` is an `EvaluationResult`, `outputs/metrics/flops.json` a `FlopsResult`,
+`outputs/metrics/streaming.json` a `StreamingResult`, `reports/runs/<ablation>-seed<k>.json` a `KeptRun`.
+The stage that writes a file and the report that reads it both validate it here. The same
+inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing that changes between
+two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
@@ -24,67 +25,96 @@ Interval = tuple[float, float]
 class Result(BaseModel):
     """Base of everything in a result file: unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Score(Result):
     """Loss and accuracy over the scored answer tokens of a group of items, each token counting the same."""
 
-    loss: float  # nats per scored answer token
-    accuracy: Share  # share of scored answer tokens that are the most likely one, given the true answer so far
+    loss: float
+    """Nats per scored answer token."""
+    accuracy: Share
+    """Share of scored answer tokens that are the most likely one, teacher-forced."""
     num_items: int = Field(ge=1)
+    """Items scored."""
     num_tokens: int = Field(ge=1)
-    loss_interval: Interval  # 95 %, bootstrap over items
+    """Tokens scored."""
+    loss_interval: Interval
+    """95 % interval, bootstrap over items."""
     accuracy_interval: Interval
+    """95 % interval, bootstrap over items."""
 
 
 class MeanScore(Result):
     """Unweighted mean over the tasks."""
 
     loss: float
+    """Mean loss over tasks."""
     accuracy: Share
+    """Mean accuracy over tasks."""
 
 
 class Gap(Result):
     """Autoregressive loss divided by fine loss: what the parallel form of training hides. 1 = nothing."""
 
     loss_ratio: float
-    interval: Interval  # 95 %, paired bootstrap over items
+    """Autoregressive loss / fine loss."""
+    interval: Interval
+    """95 % interval, paired bootstrap over items."""
 
 
 class Gaze(Result):
     """Where the last vision layer's attention (mean over heads) lies, over the frames that a planned query looks at
     (all but the first)."""
 
-    peak_on_target: Share  # share of frames whose strongest patch is one of the target's
+    peak_on_target: Share
+    """Share of frames whose strongest patch belongs to the target."""
     peak_on_target_interval: Interval
+    """95 % interval, bootstrap over items."""
     peak_on_any_object: Share
-    mass_on_target: Share  # share of the attention to patches (class token left out)
-    chance: Share  # share of the patches that are the target's: a peak anywhere
-    chance_among_objects: Share  # the same among the patches of all objects: a peak on some object
+    """Share of frames whose strongest patch belongs to any object."""
+    mass_on_target: Share
+    """Share of patch attention on the target (class token excluded)."""
+    chance: Share
+    """Share of patches that are the target's."""
+    chance_among_objects: Share
+    """The target's share of all object patches."""
     num_frames: int = Field(ge=1)
-    per_layer: list[Share]  # peak_on_target of each vision layer
-    per_head: list[list[Share]] | None = None  # peak_on_target of each head of each vision layer
-    mass_per_head: list[list[Share]] | None = None  # mass_on_target of each head of each vision layer
-    per_frame: list[Share | None]  # peak_on_target of each frame position, the first one included; null: never visible
+    """Frames measured."""
+    per_layer: list[Share]
+    """`peak_on_target` of each vision layer."""
+    per_head: list[list[Share]] | None = None
+    """`peak_on_target` by layer and head."""
+    mass_per_head: list[list[Share]] | None = None
+    """`mass_on_target` by layer and head."""
+    per_frame: list[Share | None]
+    """`peak_on_target` by frame position, including the first; null: never visible."""
 
 
 class GazeDifference(Result):
     """Autoregressive peak_on_target minus a reference's, over the same frames."""
 
     peak_on_target: float
-    interval: Interval  # 95 %, paired bootstrap over items
+    """Autoregressive `peak_on_target` minus the reference's."""
+    interval: Interval
+    """95 % interval, paired bootstrap over items."""
     num_frames: int = Field(ge=1)
+    """Frames measured."""
 
 
 class Control(Result):
     """A control minus the autoregressive mode, on the items that both scored: what it costs to take something away."""
 
-    loss_difference: float  # nats per scored answer token
-    loss_interval: Interval  # 95 %, paired bootstrap over items
+    loss_difference: float
+    """Nats per scored token."""
+    loss_interval: Interval
+    """95 % interval, paired bootstrap over items."""
     accuracy_difference: float
+    """Difference of accuracies."""
     accuracy_interval: Interval
+    """95 % interval, paired."""
     num_items: int = Field(ge=1)
+    """Items that both scored."""
 
 
 class PerFrame(Result):
@@ -92,255 +122,443 @@ class PerFrame(Result):
     nothing is asked of that frame."""
 
     loss: list[float | None]
+    """Nats per scored token, by frame."""
     accuracy: list[Share | None]
+    """Accuracy by frame."""
     num_items: list[int]
+    """Items by frame."""
 
 
 class View(Result):
     """A part of the clips in autoregressive mode, against all frames of the same clips."""
 
     loss: float
+    """Loss on the part."""
     accuracy: Share
-    all_frames_loss: float  # the same items with all their frames
+    """Accuracy on the part."""
+    all_frames_loss: float
+    """Loss of the same items with all frames."""
     all_frames_accuracy: Share
+    """Accuracy of the same items with all frames."""
     loss_difference: float
-    loss_interval: Interval  # of the difference, 95 %, paired bootstrap over items
-    answers_changed: Share  # share of items of which a scored token's prediction is another one
+    """Part minus full."""
+    loss_interval: Interval
+    """95 % interval of the difference, paired."""
+    answers_changed: Share
+    """Share of items with at least one changed token prediction."""
     answers_changed_interval: Interval
-    tokens_changed: Share  # share of scored tokens whose prediction is another one
+    """95 % interval, bootstrap over items."""
+    tokens_changed: Share
+    """Share of scored tokens whose prediction changes."""
     num_items: int = Field(ge=1)
+    """Items."""
 
 
 class Check(Result):
     """One automated diagnostic: `value` must lie within `low` and `high` (null: no bound)."""
 
     verdict: Literal["ok", "suspicious", "not applicable"]
-    value: float | None  # null: not applicable
+    """`suspicious` means broken; `ok` does not mean good."""
+    value: float | None
+    """The measured value; null: not applicable."""
     low: float | None
+    """Lower bound; null: none."""
     high: float | None
-    meaning: str  # what the value is
-    reason: str  # what a value out of bounds points to; or why the check does not apply
+    """Upper bound; null: none."""
+    meaning: str
+    """What the value is."""
+    reason: str
+    """What an out-of-bounds value indicates, or why the check does not apply."""
 
 
 class Diagnostics(Result):
     checks: dict[str, Check]
-    entropy: dict[str, list[list[Share]]]  # by mode, layer, head: entropy of attention as a share of the greatest
-    peak: dict[str, list[list[Share]]]  # by mode, layer, head: the largest attention weight, mean over frames
+    """By check."""
+    entropy: dict[str, list[list[Share]]]
+    """By mode, layer, head: attention entropy as a share of the maximum."""
+    peak: dict[str, list[list[Share]]]
+    """By mode, layer, head: largest attention weight, mean over frames."""
     num_items: int = Field(ge=1)
+    """Items."""
     num_frames: int = Field(ge=1)
+    """Frames."""
 
 
 class Generation(Result):
     """Greedy answers in autoregressive mode."""
 
     exact_match: Share
+    """Share of greedy answers equal to the expected one."""
     num_items: int = Field(ge=1)
+    """Items."""
 
 
 class ChoiceScore(Result):
     """Share of multiple-choice items whose right option is chosen; intervals: 95 %, bootstrap over items."""
 
     accuracy: Share
+    """Share of right choices."""
     interval: Interval
-    blind: Share  # the same with grey frames
+    """95 % interval, bootstrap over items."""
+    blind: Share
+    """The same with grey frames."""
     blind_interval: Interval
-    gain: float = Field(ge=-1, le=1)  # accuracy - blind
-    gain_interval: Interval  # items resampled in pairs
+    """95 % interval, bootstrap over items."""
+    gain: float = Field(ge=-1, le=1)
+    """`accuracy` - `blind`."""
+    gain_interval: Interval
+    """95 % interval, paired."""
 
 
 class MultipleChoice(Result):
     """Items with options, of one source and task or of all."""
 
     num_items: int = Field(ge=1)
-    chance: Share  # mean of 1 / number of options
-    scorings: dict[str, ChoiceScore]  # SCORINGS
-    no_option: Share  # generated answers that are none of the options: they count as wrong
+    """Items."""
+    chance: Share
+    """Mean of 1 / number of options."""
+    scorings: dict[str, ChoiceScore]
+    """By scoring."""
+    no_option: Share
+    """Share of generated answers that match no option; they count as wrong."""
     blind_no_option: Share
-    letters: dict[str, dict[str, Share]]  # "correct" and SCORINGS: how often each letter is right, or chosen
-    position_bias: dict[
-        str, Share | None
-    ]  # distance of the letters chosen from those that are right; null: none chosen
+    """The same with grey frames."""
+    letters: dict[str, dict[str, Share]]
+    """How often each letter is correct (`correct`) or chosen (by scoring)."""
+    position_bias: dict[str, Share | None]
+    """Distance between letters chosen and letters correct, 0 to 1; null: none chosen."""
 
 
 class CaptionStyle(Result):
     """How a group of texts is written, whatever it says. Words: lower case, without punctuation."""
 
-    num_words: float  # mean
-    empty: Share  # texts without a word
-    repetition: Share  # phrases of four words that their own text has said before
-    distinct_1: Share | None  # different words / words, over all texts; null: no words
-    distinct_2: Share | None  # the same of pairs of words
-    same_opening: Share  # texts that begin with the most frequent first three words
-    same_text: Share  # texts that are the most frequent one
+    num_words: float
+    """Mean words per text."""
+    empty: Share
+    """Share of texts without a word."""
+    repetition: Share
+    """Share of four-word phrases that repeat within their text."""
+    distinct_1: Share | None
+    """Distinct words / all words; null: no words."""
+    distinct_2: Share | None
+    """The same for word pairs."""
+    same_opening: Share
+    """Share of texts with the most frequent first three words."""
+    same_text: Share
+    """Share of texts equal to the most frequent one."""
 
 
 class Missed(Result):
     """What the texts name of the attributes that the packed sample knows."""
 
-    complete_miss: Share  # texts that name none
-    interval: Interval  # 95 %, bootstrap over items
-    named: Share  # of a text's attributes, mean over texts
+    complete_miss: Share
+    """Share of texts that name no known attribute."""
+    interval: Interval
+    """95 % interval, bootstrap over items."""
+    named: Share
+    """Share of a text's attributes it names, mean over texts."""
     num_items: int = Field(ge=1)
+    """Items with known attributes."""
 
 
 class CaptionScore(Result):
-    cider: float | None  # CIDEr-D, 0 to 10; null: fewer than two items
+    cider: float | None
+    """CIDEr-D, 0 to 10, as pycocoevalcap 1.2; document frequencies of this task's references. null: one item."""
     cider_interval: Interval | None
-    bleu: Share  # of the whole group, BLEU-4
-    meteor: Share  # equal words and stems, no synonyms
+    """95 % interval, bootstrap over items."""
+    bleu: Share
+    """Corpus BLEU-4 (sacrebleu)."""
+    meteor: Share
+    """METEOR (NLTK): equal words and stems, no synonyms, so below published figures."""
     meteor_interval: Interval
-    missed: dict[str, Missed]  # 'colour', 'digit', 'bound' (a colour and its own digit); those that are known
+    """95 % interval, bootstrap over items."""
+    missed: dict[str, Missed]
+    """By attribute: `colour`, `digit`, `bound` (a colour followed by its own digit). Compare with `blind`."""
     style: CaptionStyle
+    """Style of the answers."""
 
 
 class Captions(Result):
     """Free answers of a task."""
 
     num_items: int = Field(ge=1)
-    modes: dict[str, CaptionScore]  # CAPTION_MODES
-    reference: CaptionStyle  # of the true answers
-    overlap_fine_coarse: Share  # words that an item's fine and coarse answers share
+    """Items."""
+    modes: dict[str, CaptionScore]
+    """By mode: coarse, fine, autoregressive, blind."""
+    reference: CaptionStyle
+    """Style of the references."""
+    overlap_fine_coarse: Share
+    """Words shared by fine and coarse answers: 2 x common / all."""
     overlap_interval: Interval
-    same_fine_coarse: Share  # items whose fine and coarse answers are equal
+    """95 % interval, bootstrap over items."""
+    same_fine_coarse: Share
+    """Share of items with equal fine and coarse answers."""
 
 
 class EvaluationResult(Result):
     """A key that is null by default is one that the evaluation did not measure."""
 
     tasks: dict[str, dict[str, Score]] = Field(min_length=1)
+    """By task and mode."""
     mean: dict[str, MeanScore]
+    """By mode: unweighted mean over tasks."""
     gap: dict[str, Gap]
-    text: Score | None  # text-only samples; null where the split has none
-    chance: dict[str, Share | None]  # null for a task that the training split does not have
-    gaze: dict[str, dict[str, Gaze]]  # tasks whose items name a target with known boxes
+    """By task."""
+    text: Score | None
+    """Text-only samples; null: the split has none."""
+    chance: dict[str, Share | None]
+    """By task: accuracy of the training split's most frequent token at each answer position; null: not trained."""
+    gaze: dict[str, dict[str, Gaze]]
+    """By task and mode, for tasks whose target has known boxes."""
     generation: dict[str, Generation]
-    multiple_choice: dict[str, MultipleChoice] = {}  # by 'source/task', and 'all'; empty: no item has options
-    captions: dict[str, Captions] = {}  # by task; empty: no item has a free answer
+    """By task: greedy answers."""
+    mean_exact_match: Share | None = None
+    """Unweighted mean over the tasks of `generation`; null: no answers."""
+    multiple_choice: dict[str, MultipleChoice] = {}
+    """By `source/task`, and `all`."""
+    captions: dict[str, Captions] = {}
+    """By task: free answers."""
     provenance: dict
-    sources: dict[str, dict[str, dict[str, Score]]] | None = None  # by source, task, mode
-    controls: dict[str, dict[str, Control]] | None = None  # by task, control (blind and random_query too)
-    gaze_difference: dict[str, dict[str, GazeDifference]] | None = None  # by task, reference: chance, coarse, oracle
-    per_frame: dict[str, dict[str, PerFrame]] | None = None  # by task, mode; tasks with an answer per frame
-    temporal: dict[str, dict[str, View]] | None = None  # by task, part of the clip (VIEWS)
+    """Hashes of checkpoint, manifests and parameters; split, seed, device, threads, library versions."""
+    sources: dict[str, dict[str, dict[str, Score]]] | None = None
+    """By source, task and mode."""
+    controls: dict[str, dict[str, Control]] | None = None
+    """By task and control."""
+    gaze_difference: dict[str, dict[str, GazeDifference]] | None = None
+    """By task and reference: chance, coarse, oracle."""
+    per_frame: dict[str, dict[str, PerFrame]] | None = None
+    """By task and mode, for tasks with an answer per frame."""
+    temporal: dict[str, dict[str, View]] | None = None
+    """By task and part of the clip."""
     diagnostics: Diagnostics | None = None
+    """Automated checks."""
 
 
 class Components(Result):
     """FLOPs per sample (2 per multiply-accumulate)."""
 
     vision_walk: float
+    """Patches through the vision encoder, keys and values once."""
     query_walk: float
+    """Queries through the vision encoder."""
     connector: float
+    """Projections between the backbones."""
     planner: float
+    """Hidden states to queries."""
     language_model: float
+    """All passes of the language model."""
     vocabulary_projection: float
+    """Logits of labelled positions."""
 
 
 class ModeFlops(Result):
-    components: Components  # of one forward pass with loss
-    language_passes: list[float]  # the language model's passes: the planning ones, then the reading of everything
-    language_positions: list[float]  # positions of each
-    num_looks: float  # of every query at its frame; 0: no queries
-    total: float  # sum of the components
-    backward: float  # where every weight is trained
+    components: Components
+    """One forward pass with loss."""
+    language_passes: list[float]
+    """FLOPs of each language-model pass: planning, then answering."""
+    language_positions: list[float]
+    """Positions of each pass."""
+    num_looks: float
+    """Frames encoded by queries; 0: no queries."""
+    total: float
+    """Sum of the components."""
+    backward: float
+    """Backward pass with every weight trained."""
 
 
 class AnswerCost(Result):
     """An answer in autoregressive mode, at the mean lengths (pipeline_steps/flops/serving.py)."""
 
-    num_prompt_tokens: int  # visual tokens included
+    num_prompt_tokens: int
+    """Prompt tokens, visual ones included."""
     num_answer_tokens: int = Field(ge=1)
-    prefill: float  # FLOPs until the first token
-    first_decoded_token: float  # FLOPs of the second token
-    per_decoded_token: float  # mean of all after the first
+    """Answer tokens."""
+    prefill: float
+    """FLOPs until the first token."""
+    first_decoded_token: float
+    """FLOPs of the second token."""
+    per_decoded_token: float
+    """Mean FLOPs of later tokens."""
     total: float
-    key_value_bytes: int  # the language model's cache at the last token
-    vision_bytes: int  # keys and values that the queries look at
+    """FLOPs of the whole answer."""
+    key_value_bytes: int
+    """The language model's cache at the last token."""
+    vision_bytes: int
+    """Cached keys and values of the frames."""
 
 
 class TrainingMemory(Result):
     """Bytes of the activations of one training sample: an estimate (pipeline_steps/flops/serving.py)."""
 
     vision_bytes: int
+    """Vision encoder."""
     query_bytes: int
+    """Queries."""
     language_bytes: int
+    """Language model."""
     vocabulary_bytes: int
+    """Logits."""
 
 
 class BudgetSamples(Result):
     """Training samples that a compute budget pays for."""
 
-    budget: float  # FLOPs
+    budget: float
+    """FLOPs."""
     scale: str
+    """Language model."""
     arm: str
+    """Network."""
     flops_per_sample: float
+    """FLOPs per training sample."""
     num_samples: int
-    predecessor_flops_per_sample: float  # as the predecessor counted
+    """Samples the budget pays for."""
+    predecessor_flops_per_sample: float
+    """The predecessor's count."""
     predecessor_num_samples: int
+    """Samples by that count."""
 
 
 class CountStep(Result):
     """One reason why the predecessor's count of a training sample differs, and the count after it is put right."""
 
     reason: str
+    """Why the count changes."""
     flops_per_sample: float
+    """The count after this correction."""
 
 
 class Frontier(Result):
     """Cost over the number of frames for one size of language model."""
 
     num_frames: list[int]
-    foveated: list[float]  # autoregressive forward pass
+    """Frames."""
+    foveated: list[float]
+    """Autoregressive forward pass."""
     multi_token: list[float]
+    """The same with multiple tokens."""
     foveated_training: list[float]
+    """Training sample."""
     multi_token_training: list[float]
-    vision_share: list[Share]  # of the foveated forward pass: vision encoder and queries
-    cheaper_from: int | None  # frames from which one token a frame costs less than several; null: nowhere on the curve
+    """The same with multiple tokens."""
+    vision_share: list[Share]
+    """Share of encoder and queries in the foveated forward pass."""
+    cheaper_from: int | None
+    """Frames from which one token per frame is cheaper; null: nowhere."""
     cheaper_training_from: int | None
+    """The same in training."""
 
 
 class FlopsResult(Result):
-    modes: dict[str, ModeFlops]  # this model: coarse, fine, autoregressive
-    arms: dict[str, ModeFlops]  # autoregressive (or only) mode of the networks that a fair comparison trains separately
-    training_sample: float  # this network: one training sample, forward and backward
-    training: dict[str, float]  # one training sample of each arm
-    curves: dict[str, list[float]]  # "num_frames", and each arm's total over it at the mean text length
-    answers: dict[str, AnswerCost]  # of each arm
-    memory: dict[str, TrainingMemory]  # of each arm
-    budgets: list[BudgetSamples]  # iso-FLOP: samples per budget, scale and arm, at the predecessor's lengths
-    corrections: dict[str, list[CountStep]]  # "SCALE ARM": from the predecessor's count to ours
-    frontier: dict[str, Frontier]  # by language model
+    modes: dict[str, ModeFlops]
+    """This network, by mode."""
+    arms: dict[str, ModeFlops]
+    """Separately trained networks, autoregressive mode."""
+    training_sample: float
+    """One training sample, forward and backward."""
+    training: dict[str, float]
+    """The same by arm."""
+    curves: dict[str, list[float]]
+    """Totals over `num_frames` by arm."""
+    answers: dict[str, AnswerCost]
+    """By arm."""
+    memory: dict[str, TrainingMemory]
+    """By arm."""
+    budgets: list[BudgetSamples]
+    """Iso-FLOP sample counts."""
+    corrections: dict[str, list[CountStep]]
+    """By `SCALE ARM`: from the predecessor's count to ours."""
+    frontier: dict[str, Frontier]
+    """By language model."""
     per: str
+    """Unit of the counts."""
     assumptions: dict
+    """Mean lengths, and what is not counted."""
 
 
 class Served(Result):
     """What a run serves of some items: of a source and task, or of all."""
 
-    num_items: int = Field(ge=0)  # that there are
-    num_samples: int = Field(ge=0)  # served: an item as often as it is
-    share: Share  # of the run's samples
-    epochs: float = Field(ge=0)  # num_samples / num_items
-    num_frames: int = Field(ge=0)  # a still as often as it is shown
+    num_items: int = Field(ge=0)
+    """Items available."""
+    num_samples: int = Field(ge=0)
+    """Samples served, repeats counted."""
+    share: Share
+    """Share of the stage's samples."""
+    epochs: float = Field(ge=0)
+    """`num_samples` / `num_items`."""
+    num_frames: int = Field(ge=0)
+    """Frames served, stills replicated."""
     text_tokens: int = Field(ge=0)
+    """Text tokens served."""
     visual_tokens: int = Field(ge=0)
-    num_truncated: int = Field(ge=0)  # samples whose chat lost its last turns to tokens.max_tokens
+    """Visual tokens served."""
+    num_truncated: int = Field(ge=0)
+    """Samples whose chat lost turns to `tokens.max_tokens`."""
 
 
 class StageServed(Result):
     num_steps: int = Field(ge=1)
-    sources: dict[str, dict[str, Served]]  # by source and task
+    """Optimizer steps."""
+    sources: dict[str, dict[str, Served]]
+    """By source and task."""
     total: Served
-    unserved: dict[str, int]  # items that no entry of the mixture takes, by 'source/task'
+    """All items."""
+    unserved: dict[str, int]
+    """Items that match no mixture entry, by `source/task`."""
 
 
 class StreamingResult(Result):
     stages: dict[str, StageServed]
+    """By stage."""
+
+
+class KeptItems(Result):
+    """Columns of the autoregressive rows of outputs/evaluation/items.parquet for one task; all of the same length."""
+
+    key: list[str]
+    """Key of the sample."""
+    item: list[int]
+    """Number of the item within its sample."""
+    num_tokens: list[int]
+    """Scored answer tokens."""
+    loss_sum: list[float]
+    """Nats, over the scored tokens."""
+    num_correct: list[int]
+    """Scored tokens that are the most likely one."""
+
+    @model_validator(mode="after")
+    def of_one_length(self):
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns of different length: {lengths}")
+        return self
+
+
+class KeptBudget(Result):
+    num_samples: int = Field(ge=1)
+    """Training samples of all stages."""
+    flops: float
+    """Training FLOPs of all stages."""
+
+
+class KeptRun(Result):
+    """What later reports need of a finished run: scores, per-item sums for paired intervals, budget and provenance.
+    Written by `python -m pipeline_steps.report.keep`."""
+
+    ablation: str
+    seed: int
+    provenance: dict
+    summary: dict[str, float | int | None]  # reports/metrics/summary.json
+    budget: KeptBudget
+    mean: dict[str, MeanScore]
+    tasks: dict[str, dict[str, Score]] = Field(min_length=1)  # by task and mode
+    items: dict[str, KeptItems]  # by task
 
 
 def write_json(path, result):
     """Writes a `Result` as deterministic JSON, whole or not at all."""
-    files.write_json(path, _rounded(result.model_dump(mode="json")))
+    files.write_json(path, rounded(result.model_dump(mode="json")))
 
 
 def read_json(path, schema, made_by):
@@ -359,11 +577,12 @@ def read_json(path, schema, made_by):
         ) from None
 
 
-def _rounded(value):
+def rounded(value):
+    """A nested value of JSON with floats of six decimals and keys as text."""
     if isinstance(value, float):
         return round(value, 6) + 0.0  # + 0.0: no negative zero
     if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
+        return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value

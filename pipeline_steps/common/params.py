@@ -34,7 +34,9 @@ OTHER_SECTIONS = {"model": "pipeline_steps.training.model_schema"}  # that no st
 class StrictModel(BaseModel):
     """Base of all sections: read-only, unknown keys are errors, types are not converted (an int is a float)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Parameters:

@@ -2,7 +2,7 @@
 
     python -m pipeline_steps.evaluation
 
-Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes reports/metrics/evaluation.json
+Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes outputs/metrics/evaluation.json
 (docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode,
 answers.jsonl, greedy answers, captions.jsonl, free answers in several modes, and, where items have options,
 choices.parquet, one row per item. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
@@ -126,7 +126,7 @@ def read_arguments():
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--outputs", type=Path, default=Path("outputs/evaluation"))
-    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics"))
     return parser.parse_args()
 
 
@@ -216,6 +216,10 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
     matches = {}
     for answer in answers:
         matches.setdefault(answer["task"], []).append(answer["generated"] == answer["expected"])
+    generation = {
+        name: metrics.Generation(exact_match=float(np.mean(hits)), num_items=len(hits))
+        for name, hits in matches.items()
+    }
     return metrics.EvaluationResult(
         tasks=tasks,
         mean=mean,
@@ -223,10 +227,8 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
         text=text,
         chance=chance_accuracy,
         gaze=gazes,
-        generation={
-            name: metrics.Generation(exact_match=float(np.mean(hits)), num_items=len(hits))
-            for name, hits in matches.items()
-        },
+        generation=generation,
+        mean_exact_match=float(np.mean([entry.exact_match for entry in generation.values()])) if generation else None,
         provenance=origin,
         sources=breakdown.source_scores(table, partial(score_rows, options=options)),
         controls=controls.effects(table, interval),

@@ -4,7 +4,7 @@
     python -m pipeline_steps.flops --budget 1.6e16 5.6e16 --scale 135M 360M 1.7B       prints a table, writes nothing
 
 The first form reads params.yaml, outputs/stage3/config.json, data/shards/manifest.json and data/tokens; writes
-reports/metrics/flops.json (docs/metrics.md). Every item of the split is counted with its own number of frames and
+outputs/metrics/flops.json (docs/metrics.md). Every item of the split is counted with its own number of frames and
 tokens, and the mean is reported. The second form needs params.yaml only; --frames, --text-tokens, --tokens-before and
 --labels set the lengths of its samples. Cost: seconds.
 """
@@ -70,7 +70,7 @@ def read_arguments():
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/stage3"))
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics"))
     budget = parser.add_argument_group("samples that a budget pays for")
     budget.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="training compute")
     budget.add_argument("--scale", nargs="+", choices=list(scales.LANGUAGE_MODELS), help="default: flops.scales")

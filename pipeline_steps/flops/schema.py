@@ -11,15 +11,25 @@ class Text(StrictModel):
     """Lengths of the text beside the frames, in tokens."""
 
     num_text_tokens: PositiveInt
-    num_tokens_before: NonNegativeInt  # of these, before the first frame
-    num_labels: PositiveInt  # of these, with a loss
+    """Text tokens per sample."""
+    num_tokens_before: NonNegativeInt
+    """Text tokens before the first frame."""
+    num_labels: PositiveInt
+    """Text tokens with a loss."""
 
 
 class Section(StrictModel):
-    split: Literal["validation", "test"]  # whose mean frame and token counts are used
-    multi_tokens: PositiveInt  # visual tokens per frame of the ordinary model that one foveated token is compared with
-    scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)  # language models (flops/scales.py)
-    budgets: list[PositiveFloat]  # FLOPs of training whose samples are counted for every scale
-    frontier: Text  # the text of the samples whose cost over the number of frames is compared
-    num_answer_tokens: PositiveInt  # of the answer whose cost is counted
-    bytes_per_number: Literal[2, 4]  # of caches and activations: 4 = fp32, 2 = bf16
+    split: Literal["validation", "test"]
+    """The split whose mean frame and token counts are used."""
+    multi_tokens: PositiveInt
+    """Visual tokens per frame of the multi-token baseline."""
+    scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)
+    """Language models to count for (`flops/scales.py`)."""
+    budgets: list[PositiveFloat]
+    """Training budgets in FLOPs, converted to samples at every scale."""
+    frontier: Text
+    """Text lengths of the curve of cost over the number of frames."""
+    num_answer_tokens: PositiveInt
+    """Length of the answer whose cost is counted."""
+    bytes_per_number: Literal[2, 4]
+    """Bytes per number in caches and activations: 4 = fp32, 2 = bf16."""

@@ -9,10 +9,18 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    num_clips: PositiveInt  # per task: the first ones by key, so that nobody picks
-    num_sheet_clips: NonNegativeInt  # on the sheet of best, worst and random ones, by their loss; 0: no such sheet
-    seed: NonNegativeInt  # of the random third of that sheet
-    tile_pixels: int = Field(ge=64, le=1024)  # side of one picture
-    frame_milliseconds: PositiveInt  # of the animations
+    """The split the clips come from."""
+    num_clips: PositiveInt
+    """Clips per task: the first by key, so nobody picks."""
+    num_sheet_clips: NonNegativeInt
+    """Clips on the contact sheet of best, worst and random clips by loss; 0 omits the sheet."""
+    seed: NonNegativeInt
+    """Seed of the sheet's random third."""
+    tile_pixels: int = Field(ge=64, le=1024)
+    """Side of one picture in pixels."""
+    frame_milliseconds: PositiveInt
+    """Time per frame of the animations."""
     max_answer_tokens: PositiveInt
+    """Longest generated answer, in tokens."""
     num_threads: PositiveInt
+    """CPU threads of torch."""

@@ -2,11 +2,12 @@
 
     python -m pipeline_steps.report
 
-Reads params.yaml, reports/metrics, reports/heatmaps, reports/runs (results of other runs, see
+Reads params.yaml, outputs/metrics, reports/heatmaps, reports/runs (results of other runs, see
 reports/runs/README.md), outputs/evaluation and the manifests of data/shards and data/tokens. Writes
-reports/report.html (no other file or network is needed to read it) and, for review in a pull request, the same as
-reports/report.md with reports/figures/*.svg and reports/tables/*.md. Only the page itself holds facts of the moment
-(commit, time, machine). Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
+reports/report.html (no other file or network is needed to read it), for review in a pull request the same as
+reports/report.md with reports/figures/*.svg and reports/tables/*.md, the headline numbers as
+reports/metrics/summary.json, and reports/plots/*.csv for `dvc plots`. The same inputs give the same bytes on every
+machine, commit and day. Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
 """
 
 import argparse
@@ -15,29 +16,51 @@ import io
 from pathlib import Path
 
 import jinja2
+import yaml
 from PIL import Image
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
+from pipeline_steps.common.files import check_outputs, replaced_folder, write_json, write_text
 from pipeline_steps.report import (
     attention_figures,
     compute,
     controls,
     curves,
-    detail_tables,
     differences,
     figures,
     markdown,
+    plots,
     provenance,
     reading,
+    summary,
     tables,
     texts,
 )
+from pipeline_steps.report.captions import caption_overlap, caption_style, captions
+from pipeline_steps.report.diagnostics import attention, checks
+from pipeline_steps.report.gaze_references import gaze_difference
 from pipeline_steps.report.inputs import read_inputs
+from pipeline_steps.report.multiple_choice import multiple_choice
+from pipeline_steps.report.sources_scores import by_source
+from pipeline_steps.report.temporal import per_frame, temporal
 from pipeline_steps.report.verdicts import verdicts
 
-PARAMS = ("seed", "ablation", "report")
+PARAMS = (
+    "seed",
+    "ablation",
+    "backbones",
+    "sources",
+    "shards",
+    "tokens",
+    "model",
+    "streaming",
+    "training",
+    "evaluation",
+    "flops",
+    "heatmaps",
+    "report",
+)
 HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("targets", "Targets"),
@@ -65,8 +88,10 @@ def main():
     built = build_tables(inputs, settings)
     reports = arguments.root / "reports"
     check_outputs(
-        folders=[reports / "figures", reports / "tables"], files=[reports / "report.html", reports / "report.md"]
+        folders=[reports / "figures", reports / "plots", reports / "tables"],
+        files=[reports / "report.html", reports / "report.md", reports / "metrics/summary.json"],
     )
+    values = parameters.as_dict()
     with replaced_folder(reports / "figures") as folder:
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
     with replaced_folder(reports / "tables") as folder:
@@ -74,9 +99,14 @@ def main():
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
+    with replaced_folder(reports / "plots") as folder:
+        for name, table in plots.tables(inputs).items():
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    write_json(reports / "metrics/summary.json", summary.headline(inputs.current.result, inputs))
     title = settings.title if parameters.ablation == "none" else f"{settings.title}: ablation {parameters.ablation}"
     content = {
         "title": title,
+        "banner": texts.banner(values),
         "verdicts": found,
         "lead": texts.lead(inputs),
         "tiles": texts.tiles(inputs.current.result),
@@ -90,15 +120,13 @@ def main():
         "contact_sheet": attention_figures.contact_sheet(reports / "heatmaps", inputs.heatmaps),
         "missing": inputs.missing,
         "backbones": list(texts.flattened(inputs.backbones or {})),
-        "origin": provenance.origin(arguments.root, inputs),
+        "origin": provenance.origin(inputs, values),
         "runs": [inputs.current, *inputs.runs],
     }
     page = render_page(
         **content,
         clips=inlined(reports / "heatmaps", inputs.heatmaps),
-        facts=provenance.facts(arguments.root),
-        wall_times=provenance.wall_times(inputs),
-        parameters=Path(arguments.params).read_text(encoding="utf-8"),
+        parameters=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
     )
     write_text(reports / "report.html", page)
     clips = inputs.heatmaps["clips"] if inputs.heatmaps else []
@@ -119,7 +147,7 @@ def build_tables(inputs, settings):
             tables.losses(result),
             tables.gaze(result),
             controls.costs(result),
-            *detail_tables.tables(result),
+            *measured_tables(result),
             *differences.tables(inputs, settings),
             tables.flops(inputs.flops),
             *compute.tables(inputs.flops),
@@ -129,6 +157,23 @@ def build_tables(inputs, settings):
             tables.mixture(inputs.stages),
         )
     }
+
+
+def measured_tables(result):
+    """Tables of what an `EvaluationResult` holds besides tasks and modes."""
+    return [
+        by_source(result),
+        multiple_choice(result),
+        captions(result),
+        caption_style(result),
+        caption_overlap(result),
+        temporal(result),
+        per_frame(result, "accuracy"),
+        per_frame(result, "loss"),
+        gaze_difference(result),
+        checks(result),
+        attention(result),
+    ]
 
 
 def draw_figures(inputs):

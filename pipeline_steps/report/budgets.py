@@ -1,11 +1,7 @@
 """What a run was trained with, and which runs were trained with the same: comparisons at equal samples (iso-sample)
 and at equal compute (iso-FLOP) answer different questions and are never mixed."""
 
-import json
 from dataclasses import dataclass
-
-from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import FlopsResult, read_json
 
 STAGES = ("stage1", "stage2", "stage3")
 TOLERANCE = 0.02  # budgets that differ by less count as equal
@@ -31,21 +27,6 @@ def budget_of(stages, flops):
         return None
     num_samples = sum(entry["num_samples"] for values in stages.values() for entry in values["mixture"].values())
     return Budget(num_samples, num_samples * flops.training_sample)
-
-
-def read_budget(folder):
-    """`Budget` of a kept run, or None where its folder lacks stage1.json, stage2.json, stage3.json or flops.json."""
-    paths = {stage: folder / f"{stage}.json" for stage in STAGES}
-    if not all(path.exists() for path in (*paths.values(), folder / "flops.json")):
-        return None
-    flops = read_json(folder / "flops.json", FlopsResult, "python -m pipeline_steps.flops")
-    stages = {}
-    for stage, path in paths.items():
-        try:
-            stages[stage] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error}): keep the run's file anew") from None
-    return budget_of(stages, flops)
 
 
 def kind_of(base, arms):

@@ -14,9 +14,9 @@ from pyarrow import parquet, types
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
-from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
+from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, KeptRun, StreamingResult, read_json
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
-from pipeline_steps.report.budgets import Budget, budget_of, read_budget
+from pipeline_steps.report.budgets import Budget, budget_of
 
 STAGES = ("stage1", "stage2", "stage3")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
@@ -31,7 +31,7 @@ class Run:
     name: str
     ablation: str  # "none": the default recipe
     seed: int
-    result: EvaluationResult
+    result: EvaluationResult | KeptRun  # of a kept run: tasks, mean and provenance alone
     items: pd.DataFrame | None  # one row per item and mode; None: not kept
     budget: Budget | None = None  # what it was trained with; None: not kept
 
@@ -45,7 +45,6 @@ class Inputs:
     tokens: TokensManifest
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # stage -> its csv
     stages: dict[str, dict] = field(default_factory=dict)  # stage -> its json
-    timings: dict[str, dict] = field(default_factory=dict)  # stage -> seconds, samples_per_second, device
     streaming: StreamingResult | None = None  # what the training stages read, counted before they run
     backbones: dict | None = None
     heatmaps: dict | None = None
@@ -56,7 +55,7 @@ class Inputs:
 def read_inputs(root, ablation, seed):
     """`Inputs` from the folders under `root`. Raises UserError for a missing required file or a malformed one."""
     root, missing = Path(root), []
-    metrics = root / "reports/metrics"
+    metrics = root / "outputs/metrics"
     evaluation = root / "outputs/evaluation"
     current = Run(
         name="this run",
@@ -67,7 +66,7 @@ def read_inputs(root, ablation, seed):
     )
     inputs = Inputs(
         current=current,
-        runs=read_runs(root / "reports/runs", missing),
+        runs=read_runs(root / "reports/runs"),
         flops=read_json(metrics / "flops.json", FlopsResult, "dvc repro flops"),
         shards=read_record(ShardsManifest, root / "data/shards/manifest.json", "shards"),
         tokens=read_record(TokensManifest, root / "data/tokens/manifest.json", "tokens"),
@@ -80,11 +79,9 @@ def read_inputs(root, ablation, seed):
         if (metrics / f"{stage}.csv").exists():
             inputs.curves[stage] = read_curve(metrics / f"{stage}.csv", stage)
         else:
-            missing.append(f"reports/metrics/{stage}.csv (learning curve; `dvc repro {stage}`)")
+            missing.append(f"outputs/metrics/{stage}.csv (learning curve; `dvc repro {stage}`)")
         if values := read_optional(metrics / f"{stage}.json", missing):
             inputs.stages[stage] = values
-        if values := read_optional(root / f"outputs/timings/{stage}.json", missing):
-            inputs.timings[stage] = values
     current.budget = budget_of(inputs.stages, inputs.flops)
     if (evaluation / "answers.jsonl").exists():
         lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
@@ -97,11 +94,7 @@ def read_inputs(root, ablation, seed):
 def read_optional(path, missing):
     """The JSON file, or None and a line in `missing`."""
     if not path.exists():
-        missing.append(
-            path.name
-            if path.parent.name != "timings"
-            else f"outputs/timings/{path.name} (wall times of a training run here)"
-        )
+        missing.append(path.name)
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +105,7 @@ def read_optional(path, missing):
 def read_streaming(path, missing):
     if path.exists():
         return read_json(path, StreamingResult, "dvc repro streaming")
-    missing.append("reports/metrics/streaming.json (what the training stages read; `dvc repro streaming`)")
+    missing.append("outputs/metrics/streaming.json (what the training stages read; `dvc repro streaming`)")
     return None
 
 
@@ -136,24 +129,33 @@ def read_items(path, missing):
     return None
 
 
-def read_runs(folder, missing):
-    """Every folder reports/runs/<ablation>-seed<k> with an evaluation.json."""
+def read_runs(folder):
+    """Every reports/runs/<ablation>-seed<k>.json. UserError for a file of another name, format or version."""
     runs = []
-    for path in sorted(folder.glob("*/evaluation.json")):
-        name = path.parent.name
-        match = RUN_NAME.fullmatch(name)
+    for path in sorted(folder.glob("*.json")):
+        match = RUN_NAME.fullmatch(path.stem)
         if not match:
-            raise UserError(f"{path.parent}: name the folder <ablation>-seed<number>, such as A6-seed2")
+            raise UserError(f"{path}: name the file <ablation>-seed<number>.json, such as A6-seed2.json")
+        kept = read_json(path, KeptRun, "python -m pipeline_steps.report.keep")
+        if (kept.ablation, kept.seed) != (match["ablation"], int(match["seed"])):
+            raise UserError(f"{path}: holds ablation {kept.ablation}, seed {kept.seed}: rename it")
         runs.append(
             Run(
-                name=name,
-                ablation=match["ablation"],
-                seed=int(match["seed"]),
-                result=read_json(
-                    path, EvaluationResult, f"dvc exp run -S ablation={match['ablation']} -S seed={match['seed']}"
-                ),
-                items=read_items(path.with_name("items.parquet"), missing),
-                budget=read_budget(path.parent),
+                name=path.stem,
+                ablation=kept.ablation,
+                seed=kept.seed,
+                result=kept,
+                items=items_of(kept),
+                budget=Budget(kept.budget.num_samples, kept.budget.flops),
             )
         )
     return runs
+
+
+def items_of(kept):
+    """The item table of a `KeptRun`, as `read_items` gives it, autoregressive rows only."""
+    tables = [
+        pd.DataFrame({**columns.model_dump(), "task": task, "mode": "autoregressive"})
+        for task, columns in kept.items.items()
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else None

@@ -23,7 +23,7 @@ def reading(streaming):
     """`Table` of a `StreamingResult`: a row per stage, source and task, and a total per stage. None: no rows."""
     table = Table("reading", "What the training stages read", COLUMNS, [])
     if streaming is None:
-        table.note = "reports/metrics/streaming.json is not there (`dvc repro streaming`)."
+        table.note = "outputs/metrics/streaming.json is not there (`dvc repro streaming`)."
         return table
     unserved = []
     for stage, served in streaming.stages.items():

@@ -10,17 +10,29 @@ class Targets(StrictModel):
     of `tasks`."""
 
     tasks: list[str]
-    mean_accuracy: float = Field(ge=0, le=1)  # at least
-    task_accuracy: float = Field(ge=0, le=1)  # at least, each task
-    card_loss: PositiveFloat  # below, nats per scored answer token
-    gap: NonNegativeFloat  # autoregressive loss at most (1 + gap) x fine loss, all tasks together
-    blind_excess: float = Field(ge=0, le=1)  # blind accuracy at most chance + this, each task
+    """Tasks that the targets apply to."""
+    mean_accuracy: float = Field(ge=0, le=1)
+    """Lowest accepted mean accuracy."""
+    task_accuracy: float = Field(ge=0, le=1)
+    """Lowest accepted accuracy of each task."""
+    card_loss: PositiveFloat
+    """Upper limit of the loss of task `card`, nats per scored token."""
+    gap: NonNegativeFloat
+    """Autoregressive loss may be at most (1 + gap) times the fine loss, all tasks together."""
+    blind_excess: float = Field(ge=0, le=1)
+    """Blind accuracy may be at most chance plus this, each task."""
 
 
 class Section(StrictModel):
     title: str
-    min_seeds: PositiveInt  # seeds of both arms that a verdict needs
-    margin: PositiveFloat  # loss ratios within 1 +- margin count as equal
+    """Title of the report."""
+    min_seeds: PositiveInt
+    """Seeds of both arms that a verdict requires."""
+    margin: PositiveFloat
+    """Loss ratios within 1 +- margin count as equal."""
     bootstrap_samples: PositiveInt
+    """Bootstrap resamples of every interval."""
     seed: NonNegativeInt
+    """Seed of the bootstrap."""
     targets: Targets
+    """Expected results on the embedded world."""

@@ -43,15 +43,32 @@ CAPTIONS = {  # figure -> (alternative text, what to see)
 }
 
 
+def banner(parameters):
+    """What the reader must know about the data before the numbers, for the embedded scale."""
+    if parameters["backbones"]["kind"] != "embedded":
+        return []
+    return [
+        "The data is synthetic: short generated clips of moving digits. The results say nothing about natural video.",
+        "The backbones' warm-up pre-trains the selection of named objects; training does not start without it.",
+    ]
+
+
+def exact_match(result):
+    """Mean over the tasks of the share of generated answers that equal the expected one, or None."""
+    return result.mean_exact_match
+
+
 def lead(inputs):
     """What this run alone shows, in two or three sentences."""
     result = inputs.current.result
     mean = result.mean
+    exact = "" if (value := exact_match(result)) is None else f" and an exact-match accuracy of {value:.1%}"
     text = (
         f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
-        f"{len(result.tasks)} tasks of held-out items with a mean accuracy of "
-        f"{mean['autoregressive'].accuracy:.1%} when it looks frame by frame, where it chooses. With the frames "
-        f"blanked it reaches {mean['blind'].accuracy:.1%}, with random queries {mean['random_query'].accuracy:.1%}."
+        f"{len(result.tasks)} tasks of held-out items with a mean token accuracy of "
+        f"{mean['autoregressive'].accuracy:.1%}{exact} when it chooses frame by frame where to look (autoregressive). "
+        f"With grey frames its token accuracy is {mean['blind'].accuracy:.1%}, "
+        f"with random queries {mean['random_query'].accuracy:.1%}."
     )
     if result.gaze:
         seen = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
@@ -70,12 +87,15 @@ def tiles(result):
     entries = [
         {"name": f"{name} accuracy", "value": f"{mean[mode].accuracy:.1%}", "note": note}
         for mode, name, note in (
-            ("autoregressive", "Autoregressive", "mean of the tasks"),
+            ("autoregressive", "Autoregressive token", "mean of the tasks"),
             ("fine", "Fine", "all frames in parallel"),
             ("blind", "Blind", "grey frames"),
             ("random_query", "Random query", "looks anywhere"),
         )
     ]
+    if (value := exact_match(result)) is not None:
+        note = "generated answers equal to the expected one"
+        entries.insert(1, {"name": "Exact-match accuracy", "value": f"{value:.1%}", "note": note})
     ratio = mean["autoregressive"].loss / mean["fine"].loss
     entries.append(
         {"name": "Loss, autoregressive / fine", "value": f"{ratio:.3f}", "note": "1 = training hides nothing"}
@@ -142,7 +162,8 @@ def verdict_markdown(found):
                 "",
                 "```",
                 *verdict.commands,
-                "dvc repro report",
+                "git restore params.yaml",
+                "dvc repro",
                 "```",
                 "",
             ]

@@ -157,11 +157,8 @@ def missing_commands(base, arms, arm, seeds):
 
 
 def run_commands(ablation, seed):
-    """The commands that train one run beside the workspace and keep its results for the report."""
-    name = f"{ablation}-seed{seed}"
-    kept = ["outputs/evaluation/items.parquet"]
-    kept += [f"reports/metrics/{file}.json" for file in ("evaluation", "flops", *budgets.STAGES)]
+    """The commands that train one run in the workspace and keep its results for the report."""
     return [
-        f"dvc exp run --temp --name {name} -S ablation={ablation} -S seed={seed}",
-        *(f"dvc get . {path} --rev {name} -o reports/runs/{name}/{path.rpartition('/')[2]}" for path in kept),
+        f"dvc exp run --name {ablation}-seed{seed} -S ablation={ablation} -S seed={seed}",
+        "python -m pipeline_steps.report.keep",
     ]

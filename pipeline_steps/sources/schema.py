@@ -21,12 +21,19 @@ class TrainMix(StrictModel):
     """Relative numbers of training clips whose first question is of this task."""
 
     card: NonNegativeFloat
+    """Weight of task `card`."""
     follow: NonNegativeFloat
+    """Weight of task `follow`."""
     ask_colour: NonNegativeFloat
+    """Weight of task `ask_colour`."""
     ask_place: NonNegativeFloat
+    """Weight of task `ask_place`."""
     caption: NonNegativeFloat
+    """Weight of task `caption`."""
     gist: NonNegativeFloat
+    """Weight of task `gist`."""
     image: NonNegativeFloat
+    """Weight of task `image`."""
 
     @model_validator(mode="after")
     def _something_is_rendered(self):
@@ -39,56 +46,85 @@ class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
     seed: NonNegativeInt
-    num_train_clips: PositiveInt  # video clips and stills together
+    """Seed of every clip, together with split, task and number."""
+    num_train_clips: PositiveInt
+    """Training clips and stills together."""
     train_mix: TrainMix
-    num_validation_clips: PositiveInt  # of each task
-    num_test_clips: PositiveInt  # of each task
-    num_ask_items: NonNegativeInt  # more ask_* questions on each training clip whose digits hop
-    frame_size: Literal[56, 112, 224]  # px
+    """Relative numbers of training clips by the task of their first question."""
+    num_validation_clips: PositiveInt
+    """Validation clips per task."""
+    num_test_clips: PositiveInt
+    """Test clips per task."""
+    num_ask_items: NonNegativeInt
+    """Extra `ask_*` questions per training clip whose digits hop."""
+    frame_size: Literal[56, 112, 224]
+    """Side of the rendered frames in pixels."""
     fps: PositiveFloat
+    """Frames per second of the rendered clips."""
     num_frames: int = Field(ge=2)
-    noise: NonNegativeFloat  # standard deviation of the grain, 0..1
+    """Frames per clip."""
+    noise: NonNegativeFloat
+    """Standard deviation of the brightness grain, 0 to 1."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
-    # relative numbers of those training clips with 1, 2, 3 and 4 objects; held-out ones always have 4
+    """Relative numbers of hopping training clips with 1, 2, 3 and 4 objects; held-out clips always have 4."""
 
 
 class Chat(StrictModel):
     """Text-only questions; read only when collect lists chat."""
 
     seed: NonNegativeInt
-    num_train: int = Field(ge=1, le=100_000)  # no question is asked twice
+    """Seed of the questions."""
+    num_train: int = Field(ge=1, le=100_000)
+    """Training questions; none occurs twice."""
     num_validation: PositiveInt
+    """Validation questions."""
     num_test: PositiveInt
+    """Test questions."""
 
 
 class Folder(StrictModel):
     """The user's own files; read only when collect lists folder."""
 
     path: str | None
-    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")  # the name of this source in keys and reports
+    """The folder, with `metadata.jsonl`, `.csv` or `.parquet` at its top."""
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    """Name of the source in keys and reports."""
 
 
 class Tars(StrictModel):
     """Existing WebDataset archives; read only when collect lists tars."""
 
-    path: str = Field(min_length=1)  # a folder (all .tar in it and below), a pattern with * or one file
-    name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")  # begins keys; the source of samples that name none
-    picture_fps: PositiveFloat  # of videos that are stored as pictures: at how many per second they were taken
-    tokenizer: str | None  # folder of the tokenizer that made `token_ids`, where a sample has these in place of text
-    split: Literal["train", "validation", "test"] | None  # null: the stage `shards` decides
-    max_quarantined: float = Field(ge=0, le=1)  # share of the samples
+    path: str = Field(min_length=1)
+    """A folder (every .tar below it), a pattern with `*`, or one file."""
+    name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")
+    """Prefix of keys, and the source of samples that name none."""
+    picture_fps: PositiveFloat
+    """Frames per second of videos stored as pictures."""
+    tokenizer: str | None
+    """Folder of the tokenizer that made `token_ids`, for samples without text."""
+    split: Literal["train", "validation", "test"] | None
+    """Split of all samples; null lets the stage `shards` decide."""
+    max_quarantined: float = Field(ge=0, le=1)
+    """Share of samples that may be quarantined before the stage fails."""
 
 
 class HubEntry(StrictModel):
     """One published data set."""
 
-    dataset: Literal[ADAPTER_NAMES]  # a module of sources/hub/adapters/
-    path: str | None  # null: the data set's id on the Hub; or another id, or a local file or folder
-    revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")  # commit on the Hub; null: the one that is pinned here
-    subsets: list[str] | None = Field(min_length=1)  # null: all
-    media_dir: str | None  # folder with the extracted videos; null where the pictures are in the rows
-    max_samples: PositiveInt | None  # a random choice of so many, which a larger number extends; null: all
-    max_missing: float = Field(ge=0, le=1)  # share of the samples whose media may be missing
+    dataset: Literal[ADAPTER_NAMES]
+    """Adapter name ([data.md](data.md#data-sets-from-the-hub-source-hub))."""
+    path: str | None
+    """Null: the data set's id on the Hub; or another id with the same columns, a local folder or one file."""
+    revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
+    """Commit on the Hub (40 hex digits); null: the pinned one."""
+    subsets: list[str] | None = Field(min_length=1)
+    """Subsets to read; null: all."""
+    media_dir: str | None
+    """Folder of the extracted videos; null if the rows hold the pictures."""
+    max_samples: PositiveInt | None
+    """Random subset by key hash; a larger number keeps what a smaller one takes. null: all."""
+    max_missing: float = Field(ge=0, le=1)
+    """Share of samples whose media may be missing before the stage fails."""
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -102,11 +138,17 @@ class HubEntry(StrictModel):
 
 class Section(StrictModel):
     collect: list[Literal["procedural", "chat", "folder", "tars", "hub"]] = Field(min_length=1)
+    """Sources to collect."""
     procedural: Procedural
+    """The rendered world."""
     chat: Chat
+    """Text-only questions."""
     folder: Folder
+    """Your own files."""
     tars: list[Tars]
-    hub: list[HubEntry]  # read only when collect lists hub
+    """Existing WebDataset archives."""
+    hub: list[HubEntry]
+    """Published data sets."""
 
     @model_validator(mode="after")
     def _names_differ(self):

@@ -4,7 +4,7 @@
     python -m pipeline_steps.streaming --stats --num-samples 100000
 
 Prints a table per stage: samples, share, epochs, frames and tokens of every source and task, what was truncated, and
-items that no entry of the mixture takes. Writes reports/metrics/streaming.json (docs/metrics.md), but not for another
+items that no entry of the mixture takes. Writes outputs/metrics/streaming.json (docs/metrics.md), but not for another
 number of samples. Reads the sidecars' columns of lengths only: seconds, whatever the size of the data.
 """
 
@@ -82,7 +82,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics"))
     return parser.parse_args()
 
 

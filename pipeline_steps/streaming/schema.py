@@ -8,9 +8,12 @@ from pipeline_steps.common.params import StrictModel
 
 
 class Batching(StrictModel):
-    by: Literal["samples", "frames", "tokens"]  # samples: training.common.batch_size of them
-    budget: PositiveInt | None  # of one batch in frames (stills as often as they are shown) or tokens (text and visual)
-    bucket_samples: NonNegativeInt  # samples at a time that are sorted by length into batches; 0: none
+    by: Literal["samples", "frames", "tokens"]
+    """Unit of a batch: `samples` (`training.common.batch_size` of them), or a `budget` of `frames` or `tokens`."""
+    budget: PositiveInt | None
+    """Frames (stills count replicated) or text and visual tokens (without padding) per batch."""
+    bucket_samples: NonNegativeInt
+    """Window of samples sorted by length into batches; 0 disables bucketing."""
 
     @model_validator(mode="after")
     def _a_budget_belongs_to_a_unit(self):
@@ -20,15 +23,25 @@ class Batching(StrictModel):
 
 
 class Section(StrictModel):
-    image_replication: PositiveInt  # frames that a still becomes, in training and in evaluation
-    batching: Batching  # of the optimizer steps
-    num_workers: NonNegativeInt  # threads that read, decode and make batches; 0: none
-    prefetch_megabytes: PositiveInt  # that prepared batches hold at most
-    max_quarantined: float = Field(ge=0, le=1)  # share of a stage's samples that may be unreadable
-    reader: Literal["local", "webdataset"]  # of the training split: data/shards at random, or tars of `url` in sequence
-    url: str | None  # of a folder that holds shards/ and tokens/ (docs/data.md)
-    shuffle_samples: PositiveInt  # reader webdataset: items of a group among which the next one is drawn
-    retries: NonNegativeInt  # reader webdataset: of a broken connection
+    image_replication: PositiveInt
+    """Frames a still becomes, in training and evaluation."""
+    batching: Batching
+    """How optimizer steps are batched."""
+    num_workers: NonNegativeInt
+    """Threads that read, decode and collate; 0: in the main thread. Does not change results."""
+    prefetch_megabytes: PositiveInt
+    """Memory limit of prepared batches."""
+    max_quarantined: float = Field(ge=0, le=1)
+    """Share of a stage's samples that may be unreadable before it fails."""
+    reader: Literal["local", "webdataset"]
+    """Reader of the training split: `local` (data/shards, random access) or `webdataset` (tars from `url`,
+    sequential)."""
+    url: str | None
+    """Location of a folder with shards/ and tokens/ ([data.md](data.md#remote-shards))."""
+    shuffle_samples: PositiveInt
+    """Reader `webdataset`: size of each group's shuffle buffer."""
+    retries: NonNegativeInt
+    """Reader `webdataset`: retries after a broken connection."""
 
     @model_validator(mode="after")
     def _a_url_belongs_to_the_web(self):

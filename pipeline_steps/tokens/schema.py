@@ -14,17 +14,25 @@ Line = Annotated[str, Field(min_length=1)]
 class Prompt(StrictModel):
     """The lines that a source's items do not bring themselves. null: as in the entry of source "*"."""
 
-    source: Line  # a name that this run does not collect is no error: one table serves many mixtures
-    system: str | None  # "": what the chat template puts there by itself
-    video: Line | None  # the user's line of a video without one
-    image: Line | None  # the user's line of an image without one
-    choice: str | None  # what follows the lettered options of a question; "": nothing
+    source: Line
+    """Source name, or `*` for all others. A source this run does not collect is allowed."""
+    system: str | None
+    """System line of chats that bring none; `""` leaves it to the chat template. Checkpoints use the one of `*`."""
+    video: Line | None
+    """User line of a video without one."""
+    image: Line | None
+    """User line of a still without one."""
+    choice: str | None
+    """Line after the lettered options; `""`: none."""
 
 
 class Section(StrictModel):
-    max_tokens: PositiveInt  # of an item's whole chat, visual tokens not counted; an answer is never cut
-    max_dropped: float = Field(ge=0, le=1)  # share of a source's items
+    max_tokens: PositiveInt
+    """Longest chat in tokens, visual tokens excluded. Answers are never cut; whole turns are dropped."""
+    max_dropped: float = Field(ge=0, le=1)
+    """Share of a source's items that may be dropped before the stage fails."""
     prompts: tuple[Prompt, ...]
+    """Prompts per source; null takes the value of `*`."""
 
     @model_validator(mode="after")
     def _whole_table(self):

@@ -4,7 +4,7 @@
 
 Reads params.yaml, data/shards and data/tokens; stage1 starts from data/backbones, the others from the stage before.
 Writes the model with its processor and code as a Hugging Face folder, outputs/<stage>, and its curves to
-reports/metrics/<stage>.{csv,json}.
+outputs/metrics/<stage>.{csv,json}.
 Interrupted, it goes on from its last state. Cost at the embedded scale: one to four minutes a stage on two cores,
 below 1 GB of memory. Needs only torch, transformers, pyarrow, pydantic and PyYAML. On several devices or machines:
 
@@ -151,7 +151,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages' models")
-    parser.add_argument("--metrics", type=Path, default=Path("reports/metrics"))
+    parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics"))
     return parser.parse_args()
 
 

@@ -12,74 +12,123 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class Watch(StrictModel):
     """How a run is watched while it goes on; nothing here changes what is trained."""
 
-    log_every: PositiveInt  # steps between rows of the metrics table
-    tensorboard: bool  # curves in outputs/live/<stage>/tensorboard
-    dvclive: bool  # curves in outputs/live/<stage>/dvclive
-    wandb_project: str | None  # also to Weights & Biases, which has to be installed and logged in
-    heatmaps_every: PositiveInt | None  # steps between pictures of where the fixed validation clips are looked at
+    log_every: PositiveInt
+    """Steps between rows of the curve."""
+    tensorboard: bool
+    """Write curves to outputs/live/<stage>/tensorboard."""
+    dvclive: bool
+    """Write curves to outputs/live/<stage>/dvclive."""
+    wandb_project: str | None
+    """Weights & Biases project (installed and logged in); null: none."""
+    heatmaps_every: PositiveInt | None
+    """Steps between attention overlays of fixed validation clips; null: none."""
     num_heatmap_clips: PositiveInt
-    peak_tflops: PositiveFloat | None  # of one device, for the MFU; null: the published one of a known GPU, else no MFU
-    warn_above_epochs: PositiveFloat  # more repeats of a group of the mixture than this are warned of
-    plateau_validations: PositiveInt  # validations in a row without progress that are called a plateau
-    plateau_progress: PositiveFloat  # share of the loss by which they have to progress
+    """Number of those clips."""
+    peak_tflops: PositiveFloat | None
+    """Peak of one device for the MFU; null: the published bf16 figure of a known GPU, else no MFU."""
+    warn_above_epochs: PositiveFloat
+    """Warn before the first step if a mixture group repeats more often than this."""
+    plateau_validations: PositiveInt
+    """Validations without progress that count as a plateau."""
+    plateau_progress: PositiveFloat
+    """Relative drop of the best loss that counts as progress."""
 
 
 class Common(StrictModel):
-    batch_size: PositiveInt  # samples per optimizer step, of all devices together
-    micro_batch_size: PositiveInt | Literal["auto"] | None  # samples per forward pass of one device; null: all of them;
-    # auto: as many as the GPU's memory takes, found before the first step
-    optimizer: Literal["adamw", "muon"]  # muon: for the weight matrices of linear maps, AdamW for the rest
-    weight_decay: NonNegativeFloat  # on matrices only
-    betas: tuple[Momentum, Momentum]  # AdamW
-    clip_norm: PositiveFloat  # of the gradient
-    ema_decay: Momentum | None  # per step, of averaged weights that are validated and published instead; null: none
-    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is one
-    precision: Literal["fp32", "bf16"]  # of the forward pass (autocast); weights and optimizer are fp32
-    num_threads: PositiveInt  # of torch on the CPU; results are exact for a given number
-    activation_checkpointing: bool  # less memory for a fifth more time: layers are computed again in the backward pass
-    compile: bool  # torch.compile of the hot paths
-    sharding: Literal["ddp", "fsdp"]  # of several processes: whole copies, or weights and optimizer in parts (FSDP2)
-    checkpoint_every: PositiveInt  # steps
-    keep_checkpoints: PositiveInt  # the last ones
-    validate_every: PositiveInt  # steps
-    max_validation_items: PositiveInt  # per task
-    publish: Literal["last", "best"]  # weights of the last step, or of the validation with the lowest mean loss
+    batch_size: PositiveInt
+    """Samples per optimizer step over all devices."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None
+    """Samples per forward pass of one device; null: its whole share; `auto`: the largest of the share, its half, its
+    quarter ... that fits the GPU's memory, found before the first step."""
+    optimizer: Literal["adamw", "muon"]
+    """`muon`: orthogonalized momentum for weight matrices of linear layers, AdamW for the rest; updates are scaled
+    to AdamW's size, so learning rates keep their meaning."""
+    weight_decay: NonNegativeFloat
+    """Applied to matrices only."""
+    betas: tuple[Momentum, Momentum]
+    """AdamW betas."""
+    clip_norm: PositiveFloat
+    """Gradient norm limit, all groups together."""
+    ema_decay: Momentum | None
+    """Decay per step of an EMA that is validated and published instead; null: none."""
+    device: Literal["auto", "cpu", "cuda"]
+    """`auto` uses a GPU if there is one."""
+    precision: Literal["fp32", "bf16"]
+    """Autocast precision; weights, optimizer and validation stay fp32."""
+    num_threads: PositiveInt
+    """CPU threads of torch; results are exact for a given number."""
+    activation_checkpointing: bool
+    """Recompute layers in the backward pass: less memory, about a fifth more time."""
+    compile: bool
+    """Torch.compile of every layer of both backbones."""
+    sharding: Literal["ddp", "fsdp"]
+    """Several processes: `ddp` (full replicas) or `fsdp` (sharded, FSDP2)."""
+    checkpoint_every: PositiveInt
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt
+    """Latest checkpoints to keep."""
+    validate_every: PositiveInt
+    """Steps between validations."""
+    max_validation_items: PositiveInt
+    """Validation items per source and task."""
+    publish: Literal["last", "best"]
+    """Weights to publish: of the last step, or of the validation with the lowest mean loss."""
     watch: Watch
+    """Logging and warnings."""
 
 
 class LearningRate(StrictModel):
     """Learning rates of the three groups."""
 
     connector: NonNegativeFloat
+    """Everything that is not a pretrained backbone weight."""
     vision: NonNegativeFloat
+    """Vision encoder."""
     language: NonNegativeFloat
+    """Language model."""
 
 
 class MixtureEntry(StrictModel):
     """Items with frames, each of which belongs to the one entry that names it best: source and task, else the
     source, else the task, else neither."""
 
-    source: str  # or "*": all that no other entry names
-    task: str  # or "*": the same, each task in proportion to its items
+    source: str
+    """Source, or `*`."""
+    task: str
+    """Task, or `*`: its tasks in proportion to their items."""
     weight: PositiveFloat
+    """Relative share of samples."""
 
 
 class Stage(StrictModel):
     num_samples: PositiveInt
+    """Training budget in samples, served exactly."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    text_share: float = Field(ge=0, lt=1)  # share of text-only samples
-    text_source: str  # where they are from, or "*": any source
-    loss: Literal[
-        "all_text", "answer_only", "preference"
-    ]  # preference: DPO against the weights that the stage began with
+    """Sources and tasks of items with frames; each item goes to the most specific matching entry."""
+    text_share: float = Field(ge=0, lt=1)
+    """Share of text-only samples."""
+    text_source: str
+    """Source of the text-only samples, or `*`."""
+    loss: Literal["all_text", "answer_only", "preference"]
+    """`all_text`: every token of the chat; `answer_only`: answers with end-of-turn tokens; `preference`: DPO against
+    the initial weights."""
     freeze_vision: bool
+    """Freeze the vision encoder."""
     freeze_language: bool
-    learning_rate: LearningRate  # peaks; 0 freezes a group as well
-    schedule: Literal["cosine", "constant", "wsd", "converging"]  # after the warm-up: see schedule.py
-    warmup_ratio: float = Field(ge=0, lt=1)  # of the steps, linear
-    min_lr_ratio: float = Field(ge=0, le=1)  # at the end of cosine and wsd, as a share of the peak
-    decay_share: float = Field(ge=0, le=1)  # of the steps, at the end of wsd
-    converged_learning_rate: LearningRate | None  # at the end of converging
+    """Freeze the language model."""
+    learning_rate: LearningRate
+    """Peak learning rates; 0 freezes a group."""
+    schedule: Literal["cosine", "constant", "wsd", "converging"]
+    """After the warm-up: `cosine` to the floor, `constant`, `wsd` (constant, then linear to the floor), `converging`
+    (half a cosine to each group's own end)."""
+    warmup_ratio: float = Field(ge=0, lt=1)
+    """Share of steps with linear warm-up."""
+    min_lr_ratio: float = Field(ge=0, le=1)
+    """Floor of `cosine` and `wsd` as a share of the peak."""
+    decay_share: float = Field(ge=0, le=1)
+    """Share of steps in which `wsd` decays."""
+    converged_learning_rate: LearningRate | None
+    """End points of `converging`, else null."""
 
     @model_validator(mode="after")
     def _something_is_trained(self):
@@ -99,6 +148,10 @@ class Stage(StrictModel):
 
 class Section(StrictModel):
     common: Common
+    """Settings of all stages."""
     stage1: Stage
+    """Alignment."""
     stage2: Stage
+    """Instruction tuning."""
     stage3: Stage
+    """Final instruction tuning, or DPO."""

@@ -24,7 +24,7 @@ def folder_for(finished_run, tmp_path, *overrides):
 
 
 def curve(folder):
-    return pd.read_csv(folder / "reports/metrics/stage1.csv")
+    return pd.read_csv(folder / "outputs/metrics/stage1.csv")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, shar
     assert not (folder / "outputs/stage1").exists()
     pipeline.train(folder, "stage1", 2)
     assert "going on from step" in (folder / "log-0.txt").read_text()
-    for name in ("outputs/stage1/model.safetensors", "reports/metrics/stage1.csv"):
+    for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
@@ -163,5 +163,5 @@ def test_sigterm_saves_a_state_from_which_the_run_goes_on(finished_run, tmp_path
     assert "ended by SIGTERM after step" in log.read_text()
     assert len(list(folder.glob(".scratch/stage1/*/step-*"))) == 1
     pipeline.train(folder, "stage1", num_processes)
-    for name in ("outputs/stage1/model.safetensors", "reports/metrics/stage1.csv"):
+    for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import MODES
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import attention_figures, verdicts
+from pipeline_steps.report import attention_figures, keep, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from tests.pipeline_steps.counted import flops_result, report_section
 
@@ -96,7 +97,7 @@ class Found:
 def write_root(root, *, curves=True, heatmaps=True):
     """The folders of a finished run, with invented numbers."""
     table = item_table()
-    metrics.write_json(root / "reports/metrics/evaluation.json", result_of(table))
+    metrics.write_json(root / "outputs/metrics/evaluation.json", result_of(table))
     (root / "outputs/evaluation").mkdir(parents=True)
     table.to_parquet(root / "outputs/evaluation/items.parquet")
     answer = {
@@ -108,15 +109,15 @@ def write_root(root, *, curves=True, heatmaps=True):
         "generated": "red: 2",
     }
     (root / "outputs/evaluation/answers.jsonl").write_text(json.dumps(answer) + "\n")
-    metrics.write_json(root / "reports/metrics/flops.json", flops_result())
+    metrics.write_json(root / "outputs/metrics/flops.json", flops_result())
     write_manifests(root)
     if curves:
         for stage in ("stage1", "stage2", "stage3"):
-            curve_table().to_csv(root / f"reports/metrics/{stage}.csv", index=False)
+            curve_table().to_csv(root / f"outputs/metrics/{stage}.csv", index=False)
             mixture = {"card": {"num_samples": 100, "share": 0.86, "epochs": 1.0}}
             mixture["text"] = {"num_samples": 14, "share": 0.14, "epochs": 1.0}
-            (root / f"reports/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
-        metrics.write_json(root / "reports/metrics/streaming.json", streaming_result())
+            (root / f"outputs/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
+        metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result())
     if heatmaps:
         write_heatmaps(root / "reports/heatmaps")
     (root / "params.yaml").write_text("seed: 1\n")
@@ -227,7 +228,8 @@ def write_heatmaps(folder, peaks=None):
 
 def build(root, monkeypatch):
     """Runs the stage on `root` with SETTINGS and returns the page."""
-    parameters = type("P", (), {"report": SETTINGS, "ablation": "none", "seed": 1})
+    values = {"seed": 1, "backbones": {"kind": "embedded", "embedded": {"seed": 5}}, "evaluation": {"seed": 2}}
+    parameters = SimpleNamespace(report=SETTINGS, ablation="none", seed=1, as_dict=lambda: values)
     monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
     monkeypatch.setattr("sys.argv", ["report", "--root", str(root), "--params", str(root / "params.yaml")])
     report.main()
@@ -260,9 +262,11 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     root, page = built
     text = Text(page)
     assert text.words[0] == "Foveated <model>"
-    assert text.words[1] == "Verdict"
-    assert text.words[2] == "undecided"
-    assert "Does looking where you choose help?" in text.words[:5]
+    assert text.words[1].startswith("The data is synthetic")
+    assert "warm-up pre-trains the selection of named objects" in text.words[2]
+    assert text.words[3] == "Verdict"
+    assert text.words[4] == "undecided"
+    assert "Does looking where you choose help?" in text.words[:7]
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
@@ -286,8 +290,8 @@ def test_an_index_of_another_version_is_a_user_error():
 
 def test_missing_runs_are_undecided_and_name_their_command(built):
     page = built[1]
-    assert "dvc exp run --temp --name A6-seed1 -S ablation=A6 -S seed=1" in page
-    assert "dvc exp run --temp --name B1-seed1" in page
+    assert "dvc exp run --name A6-seed1 -S ablation=A6 -S seed=1" in page
+    assert "dvc exp run --name B1-seed1" in page
 
 
 @pytest.mark.parametrize(("peaks", "legend"), [(None, "Ring: the patch"), ({"fine": 0.9}, "White box: the target")])
@@ -303,11 +307,11 @@ def test_missing_optional_inputs_are_said(tmp_path, monkeypatch):
     assert "No learning curves" in page
     assert "No heatmaps" in page
     assert "stage2.csv" in page
-    assert "reports/metrics/streaming.json (what the training stages read" in page
+    assert "outputs/metrics/streaming.json (what the training stages read" in page
 
 
 @pytest.mark.parametrize(
-    "name", ["reports/metrics/evaluation.json", "reports/metrics/flops.json", "data/shards/manifest.json"]
+    "name", ["outputs/metrics/evaluation.json", "outputs/metrics/flops.json", "data/shards/manifest.json"]
 )
 def test_missing_required_input_is_a_user_error(tmp_path, name):
     write_root(tmp_path)
@@ -318,22 +322,83 @@ def test_missing_required_input_is_a_user_error(tmp_path, name):
 
 def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
     write_root(tmp_path)
-    path = tmp_path / "reports/metrics/evaluation.json"
+    path = tmp_path / "outputs/metrics/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
     with pytest.raises(UserError, match="extra"):
         read_inputs(tmp_path, "none", 1)
 
 
-def test_runs_are_read_from_their_folders(tmp_path):
+def test_kept_runs_are_read_by_name(tmp_path):
     write_root(tmp_path)
-    for name in ("A6-seed1", "A6-seed2"):
-        metrics.write_json(tmp_path / f"reports/runs/{name}/evaluation.json", result_of(item_table()))
-    item_table().to_parquet(tmp_path / "reports/runs/A6-seed2/items.parquet")
+    for seed in (1, 2):
+        keep_run(tmp_path, "A6", seed)
     runs = read_inputs(tmp_path, "none", 1).runs
-    assert [(run.ablation, run.seed, run.items is not None) for run in runs] == [("A6", 1, False), ("A6", 2, True)]
-    (tmp_path / "reports/runs/A6-seed2").rename(tmp_path / "reports/runs/A6")
-    with pytest.raises(UserError, match=r"runs/A6: name the folder <ablation>-seed<number>"):
+    assert [(run.ablation, run.seed, len(run.items)) for run in runs] == [("A6", 1, 280), ("A6", 2, 280)]
+    path = tmp_path / "reports/runs/A6-seed2.json"
+    path.rename(path.with_name("A6-seed3.json"))
+    with pytest.raises(UserError, match=r"A6-seed3.json: holds ablation A6, seed 2"):
         read_inputs(tmp_path, "none", 1)
+    path.with_name("A6-seed3.json").rename(path.with_name("A6.json"))
+    with pytest.raises(UserError, match=r"runs/A6.json: name the file <ablation>-seed<number>"):
+        read_inputs(tmp_path, "none", 1)
+
+
+def keep_run(root, ablation="none", seed=1):
+    """The file of the run under `root`, kept as `ablation` and `seed`."""
+    kept = keep.kept_run(read_inputs(root, ablation, seed), {"seed": seed, "backbones": {"embedded": {"seed": 5}}})
+    path = root / f"reports/runs/{ablation}-seed{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(keep.as_text(kept))
+    return path
+
+
+def test_a_kept_run_gives_the_same_comparison_as_its_full_results(tmp_path):
+    write_root(tmp_path)
+    full = read_inputs(tmp_path, "A6", 1).current
+    path = keep_run(tmp_path, "A6", 1)
+    assert path.read_text().count("\n") < 30
+    kept = read_inputs(tmp_path, "none", 1).runs[0]
+    assert (kept.ablation, kept.seed, kept.budget) == ("A6", 1, full.budget)
+    assert kept.result.provenance["seeds"] == {"training": 1, "backbones.embedded": 5}
+    base = make_run("none-seed1", "none", 1, scale=0.5)
+    expected, found = (verdicts.compare([base], [run], SETTINGS) for run in (full, kept))
+    assert found.ratio == pytest.approx(expected.ratio, abs=1e-6)
+    assert found.interval == pytest.approx(expected.interval, abs=1e-5)
+    assert found.accuracy_difference.interval == pytest.approx(expected.accuracy_difference.interval, abs=1e-6)
+
+
+def test_keeping_names_what_is_missing_or_does_not_belong_together(tmp_path):
+    write_root(tmp_path, curves=False)
+    with pytest.raises(UserError, match=r"stage1.json, outputs/metrics/stage2.json, outputs/metrics/stage3.json"):
+        keep_run(tmp_path)
+    write_root(tmp_path / "b")
+    table = item_table()
+    table[table["key"] != "card-003"].to_parquet(tmp_path / "b/outputs/evaluation/items.parquet")
+    with pytest.raises(UserError, match=r"39 items with 195 tokens of task card.* 40 with 200"):
+        keep_run(tmp_path / "b")
+    write_root(tmp_path / "c")
+    kept = keep.kept_run(read_inputs(tmp_path / "c", "none", 1), {"seed": 1})
+    with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, the evaluation was of d1"):
+        keep.check_origin(kept, tmp_path / "c")
+    keep.refuse_changed(["report"])
+    with pytest.raises(UserError, match=r"2 stage\(s\) changed \(evaluation, stage3\)"):
+        keep.refuse_changed(["evaluation", "report", "stage3"])
+
+
+def test_summary_and_plots_hold_the_numbers_of_the_results(built):
+    root = built[0]
+    found = json.loads((root / "reports/metrics/summary.json").read_text())
+    result = result_of(item_table())
+    assert found["mean_token_accuracy"] == pytest.approx(result.mean["autoregressive"].accuracy, abs=1e-6)
+    assert found["accuracy_card"] == pytest.approx(result.tasks["card"]["autoregressive"].accuracy, abs=1e-6)
+    assert found["training_samples"] == 3 * 114
+    assert len(found) <= 18
+    by_task = pd.read_csv(root / "reports/plots/accuracy_by_task.csv")
+    assert sorted(by_task["task"]) == sorted(TASKS)
+    curve = pd.read_csv(root / "reports/plots/validation_accuracy.csv")
+    assert list(curve["samples"]) == [32 * (59 * stage + step) for stage in range(3) for step in (20, 40, 59)]
+    assert list(curve["accuracy"])[:2] == [0.25, 0.5]
+    assert len(pd.read_csv(root / "reports/plots/training_loss.csv")) == 3 * 59
 
 
 def three_seeds(arm, scale, **options):

@@ -9,7 +9,7 @@ import pytest
 from tests import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-RESULTS = ("outputs/stage2/model.safetensors", "reports/metrics/stage2.csv", "reports/metrics/stage2.json")
+RESULTS = ("outputs/stage2/model.safetensors", "outputs/metrics/stage2.csv", "outputs/metrics/stage2.json")
 OPTIONS = ("training.common.checkpoint_every=1", "training.common.keep_checkpoints=2", "training.common.publish=best")
 OPTIONS += ("training.common.ema_decay=0.9", "training.common.watch.tensorboard=false", "streaming.num_workers=2")
 NUM_KILLS = 20

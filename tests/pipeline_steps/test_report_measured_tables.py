@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline_steps.common import metrics
-from pipeline_steps.report import detail_tables
+from pipeline_steps.report import __main__ as report
 from pipeline_steps.report.tables import text_of
 from tests.pipeline_steps.test_report import build, item_table, result_of, write_root
 
@@ -71,14 +71,14 @@ def a_check(verdict, value=0.5, low=None, high=None):
 
 
 def test_what_was_not_measured_has_no_rows_and_says_so(plain):
-    for table in detail_tables.tables(plain):
+    for table in report.measured_tables(plain):
         assert table.rows == []
         assert table.note.startswith("Not measured"), table.name
 
 
 def test_options_stand_against_chance_and_blind_with_the_sum_last(plain):
     groups = {"all": group(), "chat/puzzle": group(1)}
-    table = detail_tables.multiple_choice(plain.model_copy(update={"multiple_choice": groups}))
+    table = report.multiple_choice(plain.model_copy(update={"multiple_choice": groups}))
     assert [row[:2] for row in table.rows] == [
         ["chat/puzzle", "letter"],
         ["chat/puzzle", "generation"],
@@ -105,25 +105,25 @@ def test_captions_name_what_is_known_and_keep_columns_where_it_is_not(plain):
         same_fine_coarse=0.05,
     )
     result = plain.model_copy(update={"captions": {"caption": captions}})
-    likeness = detail_tables.captions(result)
+    likeness = report.captions(result)
     assert likeness.columns[-2:] == ["colour named", "colour all missed"]
     assert texts(likeness) == [
         ["caption", "autoregressive", "60", "–", "0.200", "0.500 [0.400–0.600]", "70.0%", "10.0% [0–20]"],
         ["caption", "blind", "60", "–", "0.200", "0.500 [0.400–0.600]", "–", "–"],
     ]
-    style = texts(detail_tables.caption_style(result))
+    style = texts(report.caption_style(result))
     assert [row[:3] for row in style] == [
         ["caption", "true answers", "9.0"],
         ["caption", "autoregressive", "8.0"],
         ["caption", "blind", "8.0"],
     ]
     assert style[1][3:] == ["25.0%", "50.0%", "–", "100.0%", "10.0%", "0.0%"]
-    assert texts(detail_tables.caption_overlap(result)) == [["caption", "60", "20.0% [10–30]", "5.0%"]]
+    assert texts(report.caption_overlap(result)) == [["caption", "60", "20.0% [10–30]", "5.0%"]]
 
 
 def test_parts_of_clips_stand_beside_all_frames(plain):
     views = {"second_half": a_view(-0.0001, num_items=1), "frames_4": a_view()}
-    table = detail_tables.temporal(plain.model_copy(update={"temporal": {"card": views}}))
+    table = report.temporal(plain.model_copy(update={"temporal": {"card": views}}))
     assert texts(table) == [
         [
             *("card", "4 frames of all", "40", "30.0%", "90.0%", "2.500", "0.500", "+2.000 [+1.000 to +3.000]"),
@@ -138,22 +138,22 @@ def test_frames_that_nothing_is_asked_of_are_left_out(plain):
     short = metrics.PerFrame(loss=[None, 3.0], accuracy=[None, 1.0], num_items=[0, 4])
     frames = {"card": {"fine": long, "blind": long, "autoregressive": long}, "follow": {"autoregressive": short}}
     result = plain.model_copy(update={"per_frame": frames})
-    table = detail_tables.per_frame(result, "accuracy")
+    table = report.per_frame(result, "accuracy")
     assert table.columns == ["task", "mode", "frame 1", "frame 2"]
     assert texts(table) == [
         ["card", "autoregressive", "50.0%", "25.0%"],
         ["card", "blind", "50.0%", "25.0%"],
         ["follow", "autoregressive", "100.0%", "–"],
     ]
-    assert ("falls" in table.note, "rises" in detail_tables.per_frame(result, "loss").note) == (True, True)
-    assert texts(detail_tables.per_frame(result, "loss"))[2] == ["follow", "autoregressive", "3.000", "–"]
+    assert ("falls" in table.note, "rises" in report.per_frame(result, "loss").note) == (True, True)
+    assert texts(report.per_frame(result, "loss"))[2] == ["follow", "autoregressive", "3.000", "–"]
 
 
 def test_gaze_is_compared_with_the_references_that_there_are(plain):
     entry = metrics.GazeDifference(peak_on_target=0.5, interval=(0.4, 0.6), num_frames=600)
     below = metrics.GazeDifference(peak_on_target=-0.01, interval=(-0.03, 0.0), num_frames=300)
     differences = {"card": {"oracle": below, "chance": entry}, "follow": {"chance": entry}}
-    table = detail_tables.gaze_difference(plain.model_copy(update={"gaze_difference": differences}))
+    table = report.gaze_difference(plain.model_copy(update={"gaze_difference": differences}))
     assert table.columns == ["task", "against chance", "frames", "against oracle", "frames"]
     assert texts(table) == [
         ["card", "+50.0 [+40.0 to +60.0]", "600", "−1.0 [−3.0 to +0.0]", "300"],
@@ -173,7 +173,7 @@ def diagnosed(plain):
 
 
 def test_suspicious_checks_stand_first_with_their_bounds(plain):
-    table = detail_tables.checks(diagnosed(plain))
+    table = report.checks(diagnosed(plain))
     assert texts(table) == [
         ["bad check", "suspicious", "−0.5", "≥ 3", "a cosine", "it collapsed"],
         ["fine check", "ok", "0.00025", "0.0001 to 0.98", "a cosine", "it collapsed"],
@@ -184,18 +184,18 @@ def test_suspicious_checks_stand_first_with_their_bounds(plain):
 
 
 def test_attention_is_shown_by_mode_and_layer(plain):
-    assert texts(detail_tables.attention(diagnosed(plain))) == [
+    assert texts(report.attention(diagnosed(plain))) == [
         ["fine", "0", "75.0%", "50.0%", "100.0%", "50.0%", "50.0%"],
         ["fine", "1", "50.0%", "25.0%", "75.0%", "50.0%", "75.0%"],
     ]
 
 
 def test_sources_are_told_apart_where_there_are_several(plain):
-    alone = detail_tables.by_source(plain.model_copy(update={"sources": {"procedural": plain.tasks}}))
+    alone = report.by_source(plain.model_copy(update={"sources": {"procedural": plain.tasks}}))
     assert (alone.rows, alone.note) == ([], "All items are of one source: procedural.")
     score = plain.tasks["card"]["autoregressive"].model_copy(update={"num_items": 1})
     sources = {"chat": {"text": {"text": score}}, "procedural": {"card": plain.tasks["card"]}}
-    table = detail_tables.by_source(plain.model_copy(update={"sources": sources}))
+    table = report.by_source(plain.model_copy(update={"sources": sources}))
     assert [row[:2] for row in table.rows] == [["chat", "text"], ["procedural", "card"]]
     assert texts(table)[0][2:] == ["1", f"{score.accuracy:.1%}", "–", "–", "–", "–", f"{score.loss:.3f}"]
     assert table.rows[1][3][1] == plain.tasks["card"]["autoregressive"].accuracy
@@ -206,14 +206,14 @@ def test_page_and_markdown_show_all_of_it(plain, tmp_path, monkeypatch):
     full = diagnosed(plain).model_copy(
         update={"multiple_choice": {"all": group()}, "temporal": {"card": {"frames_4": a_view()}}}
     )
-    metrics.write_json(tmp_path / "reports/metrics/evaluation.json", full)
+    metrics.write_json(tmp_path / "outputs/metrics/evaluation.json", full)
     page = build(tmp_path, monkeypatch)
     text = (tmp_path / "reports/report.md").read_text()
     assert 'word suspicious">suspicious</td>' in page
-    for table in detail_tables.tables(full):
+    for table in report.measured_tables(full):
         shown = table.rows or table.name not in ("caption_style", "caption_overlap", "per_frame_loss")
         assert (f'id="table-{table.name}"' in page) == bool(shown), table.name
         assert (f"### {table.title}\n" in text) == bool(shown), table.name
         assert (tmp_path / f"reports/tables/{table.name}.md").exists() == bool(table.rows)
-    for row in detail_tables.multiple_choice(full).rows:
+    for row in report.multiple_choice(full).rows:
         assert "| " + " | ".join(text_of(cell) for cell in row) + " |" in text

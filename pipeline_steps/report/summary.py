@@ -1,0 +1,27 @@
+"""The headline numbers of a run: reports/metrics/summary.json, the only metric that DVC compares."""
+
+from statistics import fmean
+
+
+def headline(result, inputs):
+    """{name: number}, floats rounded to six decimals, of an `EvaluationResult` and the report's `Inputs`."""
+    mean = result.mean
+    found = {
+        "mean_token_accuracy": mean["autoregressive"].accuracy,
+        "exact_match_accuracy": result.mean_exact_match,
+        "mean_loss": mean["autoregressive"].loss,
+        **{f"accuracy_{task}": modes["autoregressive"].accuracy for task, modes in sorted(result.tasks.items())},
+        "autoregressive_fine_loss_ratio": mean["autoregressive"].loss / mean["fine"].loss,
+        "blind_accuracy": mean["blind"].accuracy,
+        "random_query_accuracy": mean["random_query"].accuracy,
+        "gaze_peak_on_target": gaze_peak(result),
+        "training_samples": inputs.current.budget.num_samples if inputs.current.budget else None,
+        "training_flops_per_sample": inputs.flops.training_sample,
+    }
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def gaze_peak(result):
+    """Mean over the tasks of the share of frames whose attention peak is on the target, or None without a gaze."""
+    peaks = [modes["autoregressive"].peak_on_target for modes in result.gaze.values() if "autoregressive" in modes]
+    return fmean(peaks) if peaks else None
