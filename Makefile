@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-all browser lint params report ablations bench clean
+.PHONY: help setup lock repro test test-all browser lint params report ablations bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
@@ -30,6 +30,20 @@ browser: ## Chromium and its driver, for the tests of the report in a browser (i
 
 lint: setup ## ruff
 	ruff check .
+
+lock: ## resolve requirements.lock anew from pyproject.toml (needs uv)
+	@command -v uv >/dev/null || { echo "make lock: uv is not installed (python -m pip install uv)" >&2; exit 1; }; \
+	wheels=$${PIP_FIND_LINKS:-$$(python -m pip config get global.find-links 2>/dev/null || true)}; \
+	new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; cp requirements.lock "$$new/resolved"; \
+	options=(--extra dev --universal --python-version 3.11 --no-annotate --no-header $(LOCK_OPTIONS)); \
+	cpu=$$(find "$${wheels:-/nowhere}" -name 'torch-*+cpu-*.whl' 2>/dev/null | sed -E 's|.*/torch-([^-]+)-.*|\1|' | sort -V | tail -1); \
+	if [ -n "$$cpu" ]; then \
+		echo "torch==$$cpu" > "$$new/constraints"; options+=(--find-links "$$wheels" --constraint "$$new/constraints"); \
+	else echo "make lock: no CPU wheel of torch in pip's find-links ($${wheels:-none}): the default build's libraries enter the lock" >&2; fi; \
+	echo "uv pip compile pyproject.toml $${options[*]}$${cpu:+ (torch==$$cpu)}"; \
+	uv pip compile pyproject.toml --quiet "$${options[@]}" --output-file "$$new/resolved"; \
+	{ grep '^#' requirements.lock; sed -E 's/^(torch==[0-9.]+)\+cpu/\1/' "$$new/resolved"; } > "$$new/lock"; \
+	cp "$$new/lock" requirements.lock
 
 params: setup ## write params.yaml from conf/
 	python -m pipeline_steps.common.params --compose

@@ -1,6 +1,16 @@
+import os
+
 import pytest
+import torch
 
 from tests import checkpoints, pipeline
+
+
+def pytest_configure(config):
+    """One thread for torch in every process of pytest-xdist, and in what it starts: the processes share the cores."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

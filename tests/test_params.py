@@ -264,7 +264,7 @@ def test_outputs_that_could_not_be_written_are_found_before_the_work(tmp_path):
     assert not list((tmp_path / "new").iterdir())
     for options, message in (
         ({"folders": [tmp_path / "file"]}, "file: is a file, but the output is a folder"),
-        ({"files": [tmp_path]}, "is a folder, but a file"),
+        ({"files": [tmp_path]}, "is a folder, but the output is a file"),
         ({"files": [tmp_path / "file/below"]}, "file/below: cannot be written"),
         ({"folders": ["/proc/none/below"]}, "/proc/none/below: cannot be written"),
     ):

@@ -182,6 +182,7 @@ class DVCLive:
     def __init__(self, folder: Path):
         from dvclive import Live
 
+        drop_if_cut_off(folder / "metrics.json")
         self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None, resume=True)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -195,6 +196,17 @@ class DVCLive:
 
     def close(self) -> None:
         self.live.end()
+
+
+def drop_if_cut_off(summary: Path) -> None:
+    """Deletes DVCLive's file of the latest values if a killed run left it half-written: the next values make it anew,
+    while DVCLive would stop with a JSONDecodeError."""
+    try:
+        json.loads(summary.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        summary.unlink()
 
 
 class WeightsAndBiases:

@@ -1,7 +1,7 @@
 """Mistakes that research code of this kind has made before, each with the test that guards against it.
 
 Ids in the register: B01 to B35 were known to those who made them, N01 to N21 were found later by reading and
-rerunning. REGISTER says of every id where its guard is; a test named after the id stands below where the guard is here.
+rerunning. REGISTER says of every id where its guard is; the marker `register` names the id that a test below guards.
 """
 
 import ast
@@ -36,7 +36,7 @@ class NotBuilt:
     part: str  # of the system, which will need the guard
 
 
-HERE = "here"  # `test_<id>_...` in this file
+HERE = "here"  # a test of this file with the marker register(id)
 REGISTER = {
     "B01": HERE,
     "B02": HERE,
@@ -106,9 +106,13 @@ def functions_of(file) -> set[str]:
     return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
+def marks(test) -> list[pytest.Mark]:
+    return getattr(test, "pytestmark", []) if inspect.isfunction(test) else []
+
+
 def test_every_id_has_one_entry_and_every_guard_exists():
     assert list(REGISTER) == [f"B{n:02}" for n in range(1, 36)] + [f"N{n:02}" for n in range(1, 22)]
-    here = [name.split("_")[1] for name in globals() if name.startswith(("test_B", "test_N"))]
+    here = [mark.args[0] for test in globals().values() for mark in marks(test) if mark.name == "register"]
     assert sorted(here) == [name for name, entry in REGISTER.items() if entry == HERE]
     for name, entry in REGISTER.items():
         if isinstance(entry, Elsewhere):
@@ -135,8 +139,9 @@ def likeness_of_looks(**options) -> float:
     return torch.stack([torch.corrcoef(frame) for frame in tokens])[:, ~torch.eye(8, dtype=torch.bool)].mean().item()
 
 
+@pytest.mark.register("B01")
 @pytest.mark.parametrize("attention", ["deep", "shallow"])
-def test_B01_different_queries_find_different_things_from_the_start(attention):
+def test_different_queries_find_different_things_from_the_start(attention):
     """Queries started at a spread of .02 beside a bias: planned and static looks were the same vector."""
     assert FoveatedVLMConfig().query_init_std == 1.0
     assert make_model(query_dim=2000).static_query.std().item() == pytest.approx(1.0, rel=0.1)
@@ -144,7 +149,8 @@ def test_B01_different_queries_find_different_things_from_the_start(attention):
     assert likeness_of_looks(attention=attention, query_init_std=0.02, query_bias=True) > 0.9  # the defect
 
 
-def test_B02_the_query_projection_has_no_bias():
+@pytest.mark.register("B02")
+def test_the_query_projection_has_no_bias():
     """A bias was most of what entered the vision encoder, so that all queries attended alike."""
     model = make_model()
     assert FoveatedVLMConfig().query_bias is False
@@ -152,8 +158,9 @@ def test_B02_the_query_projection_has_no_bias():
     assert torch.equal(model.query_projection(torch.zeros(1, 24)), torch.zeros(1, 32))
 
 
+@pytest.mark.register("B03")
 @torch.no_grad()
-def test_B03_a_batch_has_one_mode():
+def test_a_batch_has_one_mode():
     """The mode was drawn for every sample of a batch, and the loss rose."""
     model = make_model()
     with pytest.raises(ValueError, match="must be one of coarse, fine, autoregressive"):
@@ -163,8 +170,9 @@ def test_B03_a_batch_has_one_mode():
     assert [(query == model.static_query).all().item() for query in planned] == [True, False, False, True, True, False]
 
 
+@pytest.mark.register("B04")
 @torch.no_grad()
-def test_B04_a_shallow_query_chooses_where_to_look():
+def test_a_shallow_query_chooses_where_to_look():
     """Attention of the shallow query was uniform, whatever the query."""
     model = make_model(attention="shallow", num_visual_tokens_per_frame=2)
     weights = run(model, mode="coarse", output_attentions=True).attention_weights  # [1, F, H, 2, N + 1]
@@ -184,19 +192,22 @@ def changes_between_paths(training: bool, **options) -> None:
         assert len(set(losses.values())) == 3
 
 
-def test_B05_deep_and_shallow_share_one_cache_of_keys_and_values_in_training():
+@pytest.mark.register("B05")
+def test_deep_and_shallow_share_one_cache_of_keys_and_values_in_training():
     """The fine pass assumed the shallow query's cache and failed after 26 steps, when the other kind came."""
     changes_between_paths(training=True)
 
 
+@pytest.mark.register("B06")
 @torch.no_grad()
-def test_B06_deep_and_shallow_share_one_cache_of_keys_and_values_in_evaluation():
+def test_deep_and_shallow_share_one_cache_of_keys_and_values_in_evaluation():
     """Validation had its own path to the cache with the same assumption, and failed at step 500."""
     changes_between_paths(training=False, output_attentions=True)
 
 
+@pytest.mark.register("N04")
 @torch.no_grad()
-def test_N04_a_shallow_model_is_shallow_frame_by_frame_too():
+def test_a_shallow_model_is_shallow_frame_by_frame_too():
     """Autoregressive mode used the deep walk whatever the configuration said."""
     model, walks = make_model(attention="shallow"), []
     model.vision_encoder.attend = lambda *arguments, **options: walks.append(1)
@@ -207,8 +218,9 @@ def test_N04_a_shallow_model_is_shallow_frame_by_frame_too():
     torch.testing.assert_close(fine, autoregressive, atol=1e-5, rtol=0)
 
 
+@pytest.mark.register("B08")
 @torch.no_grad()
-def test_B08_a_pass_reads_the_whole_batch_at_once():
+def test_a_pass_reads_the_whole_batch_at_once():
     """A loop over samples made every batch one of size 1, and the counted FLOPs and samples wrong."""
     model, walks, readings = make_model(), [], []
     model.vision_encoder.encoder.layer[0].register_forward_hook(lambda module, args, output: walks.append(len(args[0])))
@@ -277,8 +289,9 @@ def effect(**options) -> dict:
     return {"loss": round(output.loss.item(), 5), "learns": shapes}
 
 
+@pytest.mark.register("B19")
 @pytest.mark.parametrize("name", CHANGES)
-def test_B19_every_option_changes_what_the_network_does(name):
+def test_every_option_changes_what_the_network_does(name):
     """An ablation equalled its baseline because nothing read its option."""
     options = set(inspect.signature(FoveatedVLMConfig.__init__).parameters) - {"self", "kwargs"}
     assert set(CHANGES) | set(READ_BY_THE_PIPELINE) | {"vision_config", "text_config"} == options
@@ -290,7 +303,8 @@ def test_B19_every_option_changes_what_the_network_does(name):
     assert effect(**before) != effect(**besides | {name: value})
 
 
-def test_B21_a_coarse_only_network_has_nothing_to_plan_with():
+@pytest.mark.register("B21")
+def test_a_coarse_only_network_has_nothing_to_plan_with():
     """The option for training without planned queries was not read, and the fine network was trained."""
     model = make_model(coarse_only=True).train()
     output = run(model, mode="fine", num_plans=2)
@@ -301,8 +315,9 @@ def test_B21_a_coarse_only_network_has_nothing_to_plan_with():
 # ---------------------------------------------------------------- types, files, compilation
 
 
+@pytest.mark.register("B14")
 @torch.no_grad()
-def test_B14_a_model_loads_in_the_type_that_is_asked_for(tmp_path):
+def test_a_model_loads_in_the_type_that_is_asked_for(tmp_path):
     """The keyword for the type had another name in the installed library, so the weights came in another one."""
     make_model().save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
@@ -314,9 +329,10 @@ def test_B14_a_model_loads_in_the_type_that_is_asked_for(tmp_path):
             assert torch.isfinite(output.loss)
 
 
+@pytest.mark.register("B15")
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_B15_a_mask_of_any_type_is_the_same_mask(mode):
+def test_a_mask_of_any_type_is_the_same_mask(mode):
     """Masks of integers met masks of floats."""
     model, batch = make_model(), rows_of(make_batch(), [0, 1, 2, 3], 2, 1)
     expected = model(**batch, mode=mode).token_loss
@@ -342,7 +358,8 @@ def trained(**switches) -> list[float]:
     return losses
 
 
-def test_B25_compilation_and_checkpointing_together_train_as_neither_does():
+@pytest.mark.register("B25")
+def test_compilation_and_checkpointing_together_train_as_neither_does():
     """The loss was not a number from the first step on."""
     torch._dynamo.reset()
     expected = trained()
@@ -351,8 +368,9 @@ def test_B25_compilation_and_checkpointing_together_train_as_neither_does():
     torch._dynamo.reset()
 
 
+@pytest.mark.register("B27")
 @torch.no_grad()
-def test_B27_a_compiled_model_is_saved_under_the_plain_names(tmp_path):
+def test_a_compiled_model_is_saved_under_the_plain_names(tmp_path):
     """Compilation put a prefix before every name of a checkpoint, which then fitted nothing."""
     model = make_model()
     expected = run(model).token_loss
@@ -366,7 +384,8 @@ def test_B27_a_compiled_model_is_saved_under_the_plain_names(tmp_path):
 # ---------------------------------------------------------------- what is learned
 
 
-def test_B29_the_end_of_turn_is_learned_although_it_is_the_padding():
+@pytest.mark.register("B29")
+def test_the_end_of_turn_is_learned_although_it_is_the_padding():
     """The id that the loss left out was the padding's, which is the end of turn's: models never learned to stop."""
     model, batch = make_model().train(), make_batch()
     last = batch["attention_mask"].sum(1) - 1
@@ -387,7 +406,8 @@ def test_B29_the_end_of_turn_is_learned_although_it_is_the_padding():
     assert all((model(**batch, mode=mode).correct.sum() == 4).item() for mode in MODES)
 
 
-def test_N17_a_batch_of_text_only_is_trained_like_any_other():
+@pytest.mark.register("N17")
+def test_a_batch_of_text_only_is_trained_like_any_other():
     """A batch without frames crashed on an empty tensor of frames."""
     model, batch = make_model().train(), rows_of(make_batch(), [1, 1])
     assert len(batch["pixel_values"]) == 0
@@ -400,7 +420,8 @@ def test_N17_a_batch_of_text_only_is_trained_like_any_other():
         assert model.language_model.model.embed_tokens.weight.grad.abs().max() > 0
 
 
-def test_N20_losses_of_all_passes_are_over_the_same_tokens_and_the_coarse_one_is_not_zero():
+@pytest.mark.register("N20")
+def test_losses_of_all_passes_are_over_the_same_tokens_and_the_coarse_one_is_not_zero():
     """Each mode scored another span of tokens, and the coarse loss was logged as 0 throughout."""
     model, batch = make_model(lambda_coarse=0.5), make_batch()
     asked = batch["labels"] != -100
@@ -429,7 +450,8 @@ def handlers():
                 yield f"{file.relative_to(ROOT)}:{node.lineno}", set(re.findall(r"\w+", caught)), raises
 
 
-def test_B34_running_out_of_memory_stops_the_run():
+@pytest.mark.register("B34")
+def test_running_out_of_memory_stops_the_run():
     """Steps that ran out of memory were skipped: half of the batches of a run, the long clips among them."""
     found = [place for place, names, raises in handlers() if names & BLANKET and not raises]
     assert [place.split(":")[0] for place in found] == ["pipeline_steps/training/checks.py"]  # before the first step
@@ -439,7 +461,8 @@ def test_B34_running_out_of_memory_stops_the_run():
         run(model)
 
 
-def test_N21_no_handler_catches_whatever_comes():
+@pytest.mark.register("N21")
+def test_no_handler_catches_whatever_comes():
     """Fifteen handlers caught everything: evaluation, logging and decoding failed without a word."""
     found = list(handlers())
     assert len(found) > 10

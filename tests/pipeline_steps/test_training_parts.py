@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.monitoring.metrics_logger import start_loggers
 from pipeline_steps.training import checkpoint_io, checks, train_loop
 from pipeline_steps.training.__main__ import by_task
 from pipeline_steps.training.distributed import DistributedContext
@@ -404,3 +405,25 @@ def test_scores_of_a_task_are_weighted_by_tokens_over_its_sources():
         {"event": "diagnostics", "attention_entropy": 1.0},
     ]
     assert by_task(rows) == {"caption": {"fine": {"loss": 1.75, "accuracy": 0.75}}}
+
+
+@pytest.mark.parametrize("left", ["", '{"loss": 2.0, "ste'])
+def test_curves_go_on_where_a_kill_cut_dvclives_file_off(tmp_path, left):
+    chosen = SimpleNamespace(tensorboard=False, dvclive=True, wandb_project=None)
+    (tmp_path / "dvclive").mkdir()
+    (tmp_path / "dvclive/metrics.json").write_text(left)
+    (logger,) = start_loggers(chosen, "stage1", tmp_path)
+    logger.scalars({"loss": 1.5}, 7)
+    logger.close()
+    assert json.loads((tmp_path / "dvclive/metrics.json").read_text()) == {"loss": 1.5, "step": 7}
+
+
+def test_curves_go_on_with_the_values_that_a_kill_left_whole(tmp_path):
+    chosen = SimpleNamespace(tensorboard=False, dvclive=True, wandb_project=None)
+    (tmp_path / "dvclive").mkdir()
+    (tmp_path / "dvclive/metrics.json").write_text('{"validation_loss": 2.0, "step": 6}')
+    (logger,) = start_loggers(chosen, "stage1", tmp_path)
+    logger.scalars({"loss": 1.5}, 7)
+    logger.close()
+    found = json.loads((tmp_path / "dvclive/metrics.json").read_text())
+    assert found == {"validation_loss": 2.0, "loss": 1.5, "step": 7}
