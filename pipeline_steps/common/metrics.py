@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.modes import CAPTION_MODES, CONTROLS, GAZE_MODES, MODES, VIEWS  # noqa: F401
 
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
@@ -53,8 +52,8 @@ class Gap(Result):
 
 
 class Gaze(Result):
-    """Where the last vision layer's attention (mean over heads) lies, over the frames that a planned query looks at
-    (all but the first)."""
+    """Where the last vision layer's attention (mean over heads) lies, over the frames with a planned query (all but
+    the first)."""
 
     peak_on_target: Share  # share of frames whose strongest patch is one of the target's
     peak_on_target_interval: Interval
@@ -228,8 +227,8 @@ class EvaluationResult(Result):
 class Components(Result):
     """FLOPs per sample (2 per multiply-accumulate)."""
 
-    vision_walk: float
-    query_walk: float
+    vision_encoder: float
+    query_passes: float
     connector: float
     planner: float
     language_model: float
@@ -238,9 +237,9 @@ class Components(Result):
 
 class ModeFlops(Result):
     components: Components  # of one forward pass with loss
-    language_passes: list[float]  # the language model's passes: the planning ones, then the reading of everything
+    language_passes: list[float]  # the language model's passes: the planning passes, then the full sequence
     language_positions: list[float]  # positions of each
-    num_looks: float  # of every query at its frame; 0: no queries
+    num_query_passes: float  # per frame; 0: the network has no queries
     total: float  # sum of the components
     backward: float  # where every weight is trained
 

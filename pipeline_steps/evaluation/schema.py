@@ -11,8 +11,8 @@ class Section(StrictModel):
     split: Literal["validation", "test"]
     batch_size: PositiveInt
     max_items_per_task: PositiveInt  # a seeded sample of larger tasks is scored
-    max_control_items_per_task: NonNegativeInt  # of those, for the controls in `metrics.CONTROLS`; 0: none
-    max_temporal_clips_per_task: NonNegativeInt  # of those, shown in part (`metrics.VIEWS`); 0: none
+    max_control_items_per_task: NonNegativeInt  # of those, for the controls in `modes.CONTROLS`; 0: none
+    max_temporal_clips_per_task: NonNegativeInt  # of those, shown in part (`modes.VIEWS`); 0: none
     max_diagnostic_clips: NonNegativeInt  # for the automated checks, of all tasks as many; 0: none
     max_answers_per_task: NonNegativeInt  # greedy answers written out, autoregressive mode; 0: none
     max_answer_tokens: PositiveInt

@@ -3,7 +3,8 @@ frames, diagnostics, gaze against references, sources. A table without rows says
 
 from statistics import fmean
 
-from pipeline_steps.common.metrics import SCORINGS, VIEWS
+from pipeline_steps.common.metrics import SCORINGS
+from pipeline_steps.common.modes import VIEWS
 from pipeline_steps.report.controls import points
 from pipeline_steps.report.tables import MISSING, MODE_NAMES, MODES, Table, count, number, of_several, share
 
