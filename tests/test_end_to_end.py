@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline_steps.common.metrics import MODES, EvaluationResult
+from pipeline_steps.common.metrics import EvaluationResult
+from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.world.digits import KINDS
 from tests import pipeline
 
@@ -29,8 +30,8 @@ def test_evaluation_has_every_task_in_every_mode(finished_run):
     result = json.loads(text)
     assert set(result["tasks"]) == set(KINDS)
     for scores in result["tasks"].values():
-        assert set(scores) >= set(MODES)  # and controls, of at most as many items
-        assert all(scores[mode]["num_items"] == 3 for mode in MODES)
+        assert set(scores) >= set(SCORED_MODES)  # and controls, of at most as many items
+        assert all(scores[mode]["num_items"] == 3 for mode in SCORED_MODES)
     assert result["text"]["num_items"] == 4
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline_steps.common.metrics import MODES
+from pipeline_steps.common.modes import SCORED_MODES
 from tests import pipeline, published
 from tests.pipeline_steps import clips
 
@@ -102,7 +102,7 @@ def test_it_trains_resumes_evaluates_and_exports(folder):
     pipeline.run_all(folder, "evaluation", "flops")
     result = json.loads((folder / "outputs/metrics/evaluation.json").read_text())
     assert set(result["tasks"]) == {"question"}
-    assert all(0 < result["tasks"]["question"][mode]["loss"] < 20 for mode in MODES)
+    assert all(0 < result["tasks"]["question"][mode]["loss"] < 20 for mode in SCORED_MODES)
 
     command = [sys.executable, "-c", LOAD, str(folder / "outputs/stage3")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}

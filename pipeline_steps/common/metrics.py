@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.modes import CAPTION_MODES, CONTROLS, GAZE_MODES, MODES, VIEWS  # noqa: F401
 
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
 
@@ -64,8 +63,8 @@ class Gap(Result):
 
 
 class Gaze(Result):
-    """Where the last vision layer's attention (mean over heads) lies, over the frames that a planned query looks at
-    (all but the first)."""
+    """Where the last vision layer's attention (mean over heads) lies, over the frames with a planned query (all but
+    the first)."""
 
     peak_on_target: Share
     """Share of frames whose strongest patch belongs to the target."""
@@ -337,9 +336,9 @@ class EvaluationResult(Result):
 class Components(Result):
     """FLOPs per sample (2 per multiply-accumulate)."""
 
-    vision_walk: float
+    vision_encoder: float
     """Patches through the vision encoder, keys and values once."""
-    query_walk: float
+    query_passes: float
     """Queries through the vision encoder."""
     connector: float
     """Projections between the backbones."""
@@ -358,8 +357,8 @@ class ModeFlops(Result):
     """FLOPs of each language-model pass: planning, then answering."""
     language_positions: list[float]
     """Positions of each pass."""
-    num_looks: float
-    """Frames encoded by queries; 0: no queries."""
+    num_query_passes: float
+    """Query passes per frame; 0: the network has no queries."""
     total: float
     """Sum of the components."""
     backward: float

@@ -1,7 +1,7 @@
 """Registry of evaluation modes and controls: name, label, description, and what each does to the batch.
 
 A new control is one `register(Mode(...))` entry in this file: the evaluation, the names in the result files and the
-report are derived from the registry. The module imports no torch, so that the report can read it quickly.
+report are derived from the registry. The module does not import torch, which keeps the report fast.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,14 @@ class Mode:
     """One way to run a trained network over evaluation items. A control changes one thing in autoregressive mode.
 
     forward_mode: the `mode` of the network's forward pass.
-    query_source: the network's `query_source`; None: its own. Networks of ordinary visual tokens skip such a mode.
+    query_source: overrides the network's `query_source`; None: no override. Networks of ordinary visual
+        tokens skip a mode with an override.
     pixels: function of the frames' pixel tensor [F, 3, H, W] that returns the tensor to use in its place.
     frame_order: function of (number of frames T, numpy Generator seeded per item) that returns the indices of the
         frames to show: int [T].
     needs_target: run only on items whose target boxes are known; the batch gets `target_patches` from them.
     subset: score at most `evaluation.max_control_items_per_task` items of a task instead of all.
-    captions: free-form captions are generated in this mode as well.
+    captions: generate free-form captions in this mode as well.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Mode:
         if not self.subset and (self.frame_order or self.needs_target):
             raise ValueError(f"mode {self.name!r}: frame_order and needs_target need subset=True")
         if self.captions and (self.query_source or self.frame_order or self.needs_target):
-            raise ValueError(f"mode {self.name!r}: captions are generated only in modes that change the pixels at most")
+            raise ValueError(f"mode {self.name!r}: captions need a mode that changes nothing but the pixels")
 
     @property
     def label(self):
@@ -72,8 +73,8 @@ def shuffled_order(count, rng):
 register(
     Mode(
         "coarse",
-        "the static query on every frame. For a network trained with fine passes this path is untrained: a diagnostic, "
-        "not a baseline",
+        "the static query on every frame. A network trained with fine passes never trains this path: use it as a "
+        "diagnostic, not as a baseline",
         forward_mode="coarse",
         subset=False,
         captions=True,
@@ -116,7 +117,7 @@ register(
 register(
     Mode(
         "static_query",
-        "autoregressive with the static query on every frame: the query of `coarse` on the autoregressive path",
+        "autoregressive with the static query on every frame: the query of `coarse` on the autoregressive code path",
         query_source="static",
     )
 )
@@ -151,15 +152,15 @@ def subset_controls():
 
 
 def all_controls():
-    """Names of everything that is compared with the autoregressive mode on the same items."""
+    """Names of all modes that are compared with the autoregressive mode on the same items."""
     return [name for name, mode in REGISTRY.items() if mode.is_control]
 
 
-MODES = tuple(name for name, mode in REGISTRY.items() if not mode.subset)  # scored on all items
+SCORED_MODES = tuple(name for name, mode in REGISTRY.items() if not mode.subset)  # on all items
 GAZE_MODES = tuple(name for name, mode in REGISTRY.items() if not mode.is_control)
 CAPTION_MODES = tuple(name for name, mode in REGISTRY.items() if mode.captions)
 CONTROLS = tuple(subset_controls())
 LABELS = {name: mode.label for name, mode in REGISTRY.items()}
 
-# parts of a clip whose answers are compared with those about all frames (pipeline_steps/evaluation/temporal.py)
+# parts of a clip whose answers are compared with the answers for all frames (pipeline_steps/evaluation/temporal.py)
 VIEWS = ("frames_4", "frames_8", "frames_16", "first_half", "second_half", "first_half_held", "second_half_held")

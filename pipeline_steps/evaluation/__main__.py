@@ -4,11 +4,11 @@
 
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes outputs/metrics/evaluation.json
 (docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode,
-answers.jsonl, greedy answers, captions.jsonl, free answers in several modes, and, where items have options,
+answers.jsonl with greedy answers, captions.jsonl with free-form answers in several modes, and, if items have options,
 choices.parquet, one row per item. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
-frames), random_query (queries of the planned norm), and those of controls.py on fewer items; parts of clips
-(temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale: about a minute on two
-cores, below 1 GB of memory. The same inputs give the same bytes.
+frames) and random_query (random queries with the norm of the planned ones). The controls of controls.py run on fewer
+items; parts of clips (temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale:
+about a minute on two cores, below 1 GB of memory. Output is deterministic: equal inputs give equal bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "MKL_DYNAMIC", "FALSE"
-)  # the same number of threads, so the same sums, whatever else the machine does
+)  # a fixed number of threads keeps floating-point sums reproducible under load
 
 import numpy as np
 import pandas as pd
@@ -131,13 +131,13 @@ def read_arguments():
 
 
 def load_model(checkpoint):
-    """(model, tokenizer) of a trained folder, in fp32, on the GPU where there is one."""
+    """(model, tokenizer) of a checkpoint folder, in fp32, on the GPU if there is one."""
     model, processor = load_checkpoint(checkpoint)
     return model.to(choose_device()), processor.tokenizer
 
 
 def prefetch(streaming, dataset):
-    """How batches are prepared: arguments of `streaming.workers.ordered`, whose jobs are (task, item numbers)."""
+    """Arguments of `streaming.prefetch.ordered` for jobs (task, item numbers)."""
     return {
         "num_workers": streaming.num_workers,
         "limit": streaming.prefetch_megabytes * 2**20,
@@ -146,8 +146,8 @@ def prefetch(streaming, dataset):
 
 
 def chance(training, dataset, chosen):
-    """{task: accuracy of the training split's most frequent token per answer position, or None where it has no
-    such task}."""
+    """{task: accuracy of the training split's most frequent token per answer position, or None if that split has
+    no such task}."""
     training_tokens = answer_tokens(training, groups_by_task(training))
     answers = answer_tokens(dataset, chosen)
     guesses = {task: statistics.most_frequent_tokens(training_tokens.get(task, {})) for task in chosen}
@@ -157,7 +157,7 @@ def chance(training, dataset, chosen):
 
 
 def answer_tokens(dataset, groups):
-    """{name: {(position in the answer, token id): count}} of the scored tokens of groups {name: item numbers}."""
+    """{name: {(position in the answer, token id): count}} for the scored tokens of groups {name: item numbers}."""
     group_of = np.full(len(dataset), -1)
     for code, numbers in enumerate(groups.values()):
         group_of[numbers] = code
@@ -170,7 +170,7 @@ def answer_tokens(dataset, groups):
 
 
 def distinct(columns):
-    """The different columns of an array of integers [c, n], as tuples, and how often each occurs."""
+    """The unique columns of an integer array [c, n], as tuples, and the count of each."""
     values, counts = np.unique(columns, axis=1, return_counts=True)
     return list(map(tuple, values.T.tolist())), counts.tolist()
 
@@ -192,8 +192,8 @@ def answer_rows(model, tokenizer, collate, task, items, max_tokens):
 
 
 def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, diagnostics=None):
-    """`EvaluationResult` of the item table and the answers; views: table of `temporal`, diagnostics: `Diagnostics`
-    (None: not measured)."""
+    """`EvaluationResult` of the item table and the answers. views: table of `temporal`; diagnostics: `Diagnostics`;
+    None: not measured."""
     options = {"num_samples": settings.bootstrap_samples, "seed": settings.seed}
     interval = partial(statistics.ratio_interval, **options)
     tasks, gaps, gazes = {}, {}, {}
@@ -211,7 +211,7 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
             loss=float(np.mean([scores[mode].loss for scores in tasks.values()])),
             accuracy=float(np.mean([scores[mode].accuracy for scores in tasks.values()])),
         )
-        for mode in (*metrics.MODES, *in_all)
+        for mode in (*modes.SCORED_MODES, *in_all)
     }
     matches = {}
     for answer in answers:
@@ -240,13 +240,13 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
 
 
 def score_rows(rows, options):
-    """`Score` of rows of the item table; options: of `statistics.score`."""
+    """`Score` of rows of the item table. options: keyword arguments of `statistics.score`."""
     columns = (rows[name].to_numpy() for name in ("loss_sum", "num_correct", "num_tokens"))
     return statistics.score(*columns, **options)
 
 
 def provenance(arguments, parameters, device):
-    """What the numbers depend on: nothing that differs between two runs of the same inputs."""
+    """Inputs that determine the results; equal for two runs with equal inputs."""
     weights = sorted(arguments.checkpoint.glob("*.safetensors"))
     return {
         "checkpoint_sha256": sha256_file(weights[0]) if len(weights) == 1 else fingerprint(*weights),
@@ -263,19 +263,19 @@ def provenance(arguments, parameters, device):
 
 
 def print_summary(result):
-    """The accuracies as a table on the terminal."""
-    columns = (*metrics.MODES, "chance")
+    """Prints the accuracies as a table."""
+    columns = (*modes.SCORED_MODES, "chance")
     print("accuracy".ljust(14) + "".join(name.rjust(16) for name in columns))
     for task, scores in result.tasks.items():
-        shares = [scores[mode].accuracy for mode in metrics.MODES] + [result.chance[task]]
+        shares = [scores[mode].accuracy for mode in modes.SCORED_MODES] + [result.chance[task]]
         cells = ["-" if share is None else f"{share:.1%}" for share in shares]
         print(task.ljust(14) + "".join(cell.rjust(16) for cell in cells))
-    print("mean".ljust(14) + "".join(f"{result.mean[mode].accuracy:.1%}".rjust(16) for mode in metrics.MODES))
+    print("mean".ljust(14) + "".join(f"{result.mean[mode].accuracy:.1%}".rjust(16) for mode in modes.SCORED_MODES))
     for group, found in result.multiple_choice.items():
         shares = [(name, score.accuracy) for name, score in found.scorings.items()]
         shares += [(f"blind {name}", score.blind) for name, score in found.scorings.items()]
         listed = ", ".join(f"{name} {share:.1%}" for name, share in [*shares, ("chance", found.chance)])
-        print(f"options of {group} ({found.num_items}): {listed}")
+        print(f"multiple choice, {group} ({found.num_items}): {listed}")
 
 
 if __name__ == "__main__":

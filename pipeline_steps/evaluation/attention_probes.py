@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.evaluation import scoring
 from pipeline_steps.inference.gaze import normalized_entropy
 
 RANDOM = "random_query"
-STEP = 0.01  # length of the change of a hidden state, as a share of its own
+STEP = 0.01  # norm of the perturbation of a hidden state, relative to the norm of the state
 
 
 @dataclass
@@ -24,26 +24,26 @@ class ModeProbes:
 
     tokens: np.ndarray  # [F, P * E]
     queries: np.ndarray | None  # [F, K * Q]
-    entropy: np.ndarray | None  # [L, H], as a share of its maximum, mean over frames and queries
+    entropy: np.ndarray | None  # [L, H], divided by its maximum, mean over frames and queries
     peak: np.ndarray | None  # [L, H], the largest weight, mean over frames and queries
-    focus: float | None  # the largest patch's weight over the mean one; last layer, mean over heads and frames
+    focus: float | None  # largest patch weight / mean patch weight; last layer, mean over heads and frames
 
 
 @dataclass
 class ProbeResults:
-    modes: dict[str, ModeProbes]  # by mode, RANDOM among them where there are queries
-    num_frames: list[int]  # of every clip
+    modes: dict[str, ModeProbes]  # by mode; includes RANDOM if the network has queries
+    num_frames: list[int]  # per clip
     num_places: int  # N + 1, the keys of the attention: patches and class token
-    sensitivity: float | None  # relative change of a planned query by that of the hidden state that it is planned from
+    sensitivity: float | None  # relative change of a planned query / relative change of its input hidden state
 
     @property
     def clips(self):
-        """Index of every frame's clip: [F]."""
+        """Clip index of every frame: [F]."""
         return np.repeat(np.arange(len(self.num_frames)), self.num_frames)
 
     @property
     def times(self):
-        """Index of every frame in its clip: [F]."""
+        """Position of every frame in its clip: [F]."""
         return np.concatenate([np.arange(count) for count in self.num_frames])
 
 
@@ -71,7 +71,7 @@ class ProbeAccumulator:
 
 
 def observe(model, loaded, seed, progress):
-    """`ProbeResults` of batches of clips (`scoring.batches`), or None when there are none."""
+    """`ProbeResults` of batches of clips (`scoring.batches`), or None without clips."""
     config = model.config
     has_queries = config.architecture == "foveated"
     modes = (*GAZE_MODES, RANDOM) if has_queries else GAZE_MODES
@@ -100,7 +100,7 @@ def array(tensor):
 
 
 def sharpness(weights):
-    """weights [L, F, H, K, N + 1] -> (entropy [L, H] as a share of log(N + 1), peak [L, H], focus)."""
+    """weights [L, F, H, K, N + 1] -> (entropy [L, H] divided by log(N + 1), peak [L, H], focus)."""
     patches = weights[-1, ..., 1:].mean(axis=(1, 2))  # [F, N]
     focus = (patches.max(-1) / np.maximum(patches.mean(-1), 1e-12)).mean()
     return normalized_entropy(weights).mean(axis=(1, 3)), weights.max(-1).mean(axis=(1, 3)), focus
@@ -108,7 +108,7 @@ def sharpness(weights):
 
 @contextmanager
 def planned_from(model):
-    """Around a forward pass: the list of hidden states [frames, P, E] that queries are planned from."""
+    """Yields a list that collects the planner's input hidden states [frames, P, E] during forward passes."""
     hidden = []
     if not hasattr(model, "planner"):
         yield hidden
@@ -122,8 +122,8 @@ def planned_from(model):
 
 @torch.inference_mode()
 def sensitivity(planner, hidden, generator):
-    """Mean over frames of (relative change of the planned queries) / STEP, when the hidden states [F, P, E] change by
-    STEP of their length in a random direction. 0: the plan ignores them; 1: it changes as much as they do."""
+    """Mean over frames of (relative change of the planned queries) / STEP, when the hidden states [F, P, E] move by
+    STEP of their norm in a random direction. 0: the queries ignore them; 1: the queries change as much."""
     noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
     step = STEP * noise * hidden.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     before, after = planner(hidden).flatten(1), planner(hidden + step).flatten(1)

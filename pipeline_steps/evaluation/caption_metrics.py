@@ -1,7 +1,6 @@
-"""Measures of free text: against a reference, of its style, and against the visible objects.
+"""Metrics of free-form text: similarity to a reference, style, and mentions of the visible objects.
 
-All of them work on the same words: lower case, without punctuation. Every list of texts is one text per item, in the
-same order.
+All metrics use the same words: lower case, no punctuation. Every list of texts has one text per item, in item order.
 """
 
 import math
@@ -13,10 +12,10 @@ import numpy as np
 
 from pipeline_steps.common.metrics import CaptionStyle
 
-ORDERS = 4  # of n-grams, as the published BLEU-4 and CIDEr-D
-SIGMA = 6.0  # words, of CIDEr-D's penalty on length
-REPEATED = 4  # words of a phrase that counts as repeated
-OPENING = 3  # words with which answers begin alike
+ORDERS = 4  # n-gram orders of the published BLEU-4 and CIDEr-D
+SIGMA = 6.0  # words; width of CIDEr-D's length penalty
+REPEATED = 4  # length of a phrase in words, for `repetition`
+OPENING = 3  # number of first words, for `same_opening`
 
 
 def words(text):
@@ -32,10 +31,10 @@ def ngrams(tokens, order):
 
 
 def cider(texts, references):
-    """CIDEr-D of every text, 0 to 10, the document frequencies being those of `references`: list of float.
+    """CIDEr-D of every text, 0 to 10, with document frequencies from `references`: list of float.
 
-    The formula of the published scorer (Vedantam et al. 2015, CIDEr-D: clipped counts, a Gaussian of the difference in
-    length), one reference per text. ValueError for fewer than two texts: without other references no word is rare.
+    Follows the published scorer (Vedantam et al. 2015, CIDEr-D: clipped counts, Gaussian length penalty), one reference
+    per text. ValueError for fewer than two texts: document frequencies need several references.
     """
     if len(references) < 2:
         raise ValueError(f"CIDEr of {len(references)} text: the frequency of words needs at least two references")
@@ -53,7 +52,7 @@ def cider(texts, references):
 
 
 def _similarity(text, reference, vector):
-    difference = len(ngrams(text, 2)) - len(ngrams(reference, 2))  # as the published scorer measures lengths
+    difference = len(ngrams(text, 2)) - len(ngrams(reference, 2))  # lengths as in the published scorer
     penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
     total = 0.0
     for order in range(1, ORDERS + 1):
@@ -65,16 +64,16 @@ def _similarity(text, reference, vector):
 
 
 def bleu(texts, references):
-    """Corpus BLEU-4, 0 to 1, by sacrebleu (its exponential smoothing)."""
+    """Corpus BLEU-4, 0 to 1, computed by sacrebleu with its exponential smoothing."""
     from sacrebleu import corpus_bleu  # only needed here
 
     prepared = [[" ".join(words(text)) for text in side] for side in (texts, references)]
     score = corpus_bleu(prepared[0], [prepared[1]], tokenize="none", force=True).score
-    return min(1.0, score / 100)  # rounding gives it a little more than 100
+    return min(1.0, score / 100)  # rounding can exceed 100
 
 
 class _NoSynonyms:
-    """In the place of WordNet, whose data is no part of NLTK."""
+    """Replaces WordNet, whose data NLTK does not ship."""
 
     @staticmethod
     def synsets(word):
@@ -82,7 +81,7 @@ class _NoSynonyms:
 
 
 def meteor(texts, references):
-    """METEOR of every text, 0 to 1, by NLTK: matches of equal words and of equal stems, without synonyms."""
+    """METEOR of every text, 0 to 1, computed by NLTK: exact and stem matches, no synonyms."""
     score = _meteor_score()
     pairs = zip(texts, references, strict=True)
     return [score([words(reference)], words(text), wordnet=_NoSynonyms) for text, reference in pairs]
@@ -96,8 +95,7 @@ def _meteor_score():
 
 
 def overlap(text, other):
-    """Words that two texts share, 0 to 1: twice the common ones divided by all (2 |A n B| / (|A| + |B|)); two texts
-    without words are the same."""
+    """Word overlap of two texts (Dice coefficient 2 |A n B| / (|A| + |B|)), 0 to 1; 1 if neither text has words."""
     one, two = Counter(words(text)), Counter(words(other))
     return 2 * (one & two).total() / (one.total() + two.total()) if one or two else 1.0
 
@@ -120,7 +118,7 @@ def style(texts):
 
 
 def repetition(split):
-    """Share of the phrases of REPEATED words that occur earlier in the same text, over all texts. 0 where no text is
+    """Share of the phrases of REPEATED words that occurred earlier in the same text, over all texts; 0 if no text is
     that long."""
     phrases = [ngrams(tokens, REPEATED) for tokens in split]
     total = sum(map(len, phrases))
@@ -128,14 +126,14 @@ def repetition(split):
 
 
 def distinct(split, order):
-    """Different n-grams of all texts, divided by all of their n-grams; None where there are none."""
+    """Number of distinct n-grams divided by the number of n-grams, over all texts; None without n-grams."""
     found = [gram for tokens in split for gram in ngrams(tokens, order)]
     return len(set(found)) / len(found) if found else None
 
 
 def same_opening(split):
-    """Share of the texts that begin with the most frequent first OPENING words; a shorter text begins with all of its
-    words, one without words with nothing."""
+    """Share of the texts that begin with the most frequent opening: the first OPENING words, or all words of a shorter
+    text. Texts without words have no opening."""
     return largest_share((tuple(tokens[:OPENING]) for tokens in split if tokens), len(split))
 
 
@@ -147,8 +145,8 @@ def largest_share(values, total):
 
 
 def attributes(objects):
-    """{kind: the set of what can be named} of a sample's objects: colours, digits (of all frames), and a colour right
-    before one of its own object's digits. Kinds that the objects do not have are left out."""
+    """{kind: set of word tuples that a text can name} for a sample's objects. Kinds: colour, digit (in any frame), bound
+    (a colour directly followed by a digit of the same object). Kinds without entries are omitted."""
     colours = {tuple(words(entry.colour)) for entry in objects} - {()}
     digits = {(str(digit),) for entry in objects for digit in entry.digits}
     bound = {(*words(entry.colour), str(digit)) for entry in objects if words(entry.colour) for digit in entry.digits}
@@ -156,7 +154,7 @@ def attributes(objects):
 
 
 def named(text, truths):
-    """How many of `truths` (tuples of words) a text holds, word after word."""
+    """How many of `truths` (tuples of words) occur in a text as consecutive words."""
     tokens = words(text)
     held = {gram for order in {len(truth) for truth in truths} for gram in ngrams(tokens, order)}
     return len(held & truths)

@@ -5,7 +5,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline_steps.common import modes
-from pipeline_steps.common.metrics import CAPTION_MODES, Captions, CaptionScore, Missed
+from pipeline_steps.common.metrics import Captions, CaptionScore, Missed
+from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import check_room
@@ -15,9 +16,9 @@ CAPTION = "caption"  # task whose answers are captions, however short
 
 
 def choose(dataset, chosen, tokenizer, min_words, max_items):
-    """{task: item numbers} of the items {task: item numbers} that have frames and a free answer: those of the
-    task `caption`, and any others whose answer has at least `min_words` words and is not an option. The first
-    `max_items` of each task; tasks without any are left out."""
+    """{task: item numbers} of the items in `chosen` with frames and a free-form answer: items of the task `caption`, and
+    items whose answer has at least `min_words` words. At most the first `max_items` per task; tasks without such items
+    are omitted."""
     found = {}
     for task, numbers in chosen.items():
         own = [number for number in numbers if _is_free(dataset.rows[number], tokenizer, min_words)]
@@ -33,8 +34,8 @@ def _is_free(row, tokenizer, min_words):
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
-    """(answers, objects) of the free items among {task: item numbers}, with the stage's settings; both empty
-    without any.
+    """(answers, objects) of the items that `choose` selects from `chosen`; settings: section `evaluation`. Both are
+    empty if it selects none.
 
     answers: one dict per item: key, item, source, task, expected, and the greedy answer in each of CAPTION_MODES.
     objects: the ground-truth objects of the same items, or None where unknown.
@@ -54,7 +55,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     rows = []
     with tqdm(total=len(numbers), desc="captions", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
         for task, items, batch in ordered(load, jobs, **prefetch):
-            where = f"free answers of the task '{task}'"
+            where = f"free-form answers of task '{task}'"
             check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
             texts_by_mode = generate(
                 model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed
@@ -82,7 +83,7 @@ def generate(model, tokenizer, batch, max_tokens, seed):
 
 
 def summarise(rows, objects, num_samples, seed):
-    """{task: Captions} of what `measure` gives."""
+    """{task: Captions} of the result of `measure`."""
     tasks = {}
     for row, visible in zip(rows, objects, strict=True):
         tasks.setdefault(row["task"], []).append((row, visible))
@@ -121,7 +122,7 @@ def _score(texts, expected, objects, options):
 
 
 def missed(texts, objects, options):
-    """{kind of attribute: Missed} of the texts whose objects are known; empty where no objects are."""
+    """{kind of attribute: Missed} over the texts whose objects are known; empty if no objects are known."""
     found = {}
     for text, visible in zip(texts, objects, strict=True):
         for kind, truths in caption_metrics.attributes(visible or ()).items():

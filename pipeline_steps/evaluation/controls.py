@@ -1,7 +1,7 @@
-"""Scores the controls: autoregressive mode with one thing changed, on a subset of the items that all modes score.
+"""Scores the controls: autoregressive mode with one change each, on a subset of the items that all modes score.
 
-The controls are the entries of `pipeline_steps.common.modes` with `subset`; a new one needs no change here. `blind` and
-`random_query` are scored on all items with the modes. Shapes: F frames of a batch, N patches.
+The controls are the entries of `pipeline_steps.common.modes` with `subset`; a new control needs no change here. `blind`
+and `random_query` are scored on all items, together with the modes. Shapes: F frames of a batch, N patches.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ SUMS = ("loss_sum", "num_correct", "num_tokens")
 
 
 def applicable(config):
-    """Names of the controls that apply to a network: one of ordinary visual tokens has no queries to replace."""
+    """Names of the controls that apply to a network. Query controls do not apply to `multi_token` networks."""
     return [
         name
         for name in modes.subset_controls()
@@ -27,7 +27,7 @@ def applicable(config):
 
 
 def score_controls(model, loaded, seed, progress):
-    """DataFrame as of `scoring.score_items`, one row per item and control. loaded: `scoring.batches`."""
+    """DataFrame like `scoring.score_items`, one row per item and control. loaded: `scoring.batches`."""
     rows = []
     generator = None
     for task, items, batch, truths in loaded:
@@ -38,7 +38,7 @@ def score_controls(model, loaded, seed, progress):
                 continue
             shown = controlled(name, items, batch, truths, seed)
             own_frames = control.query_source is not None and control.frame_order is None
-            known = truths if own_frames else [None] * len(items)  # boxes fit the frames only in their own places
+            known = truths if own_frames else [None] * len(items)  # boxes match the frames only in the original order
             measured = any(truth is not None for truth in known)
             output = scoring.forward(model, shown, control.forward_mode, control.query_source, generator, measured)
             made = scoring.table_rows(task, items, known, shown, name, output)
@@ -50,7 +50,7 @@ def score_controls(model, loaded, seed, progress):
 
 
 def controlled(name, items, batch, truths, seed):
-    """The batch as the control shows it to the network."""
+    """The batch with the control's change applied."""
     control = modes.REGISTRY[name]
     if control.needs_target:
         batch = batch | {"target_patches": target_patches(batch, truths)}
@@ -70,13 +70,13 @@ def controlled(name, items, batch, truths, seed):
 
 
 def item_rng(seed, key, item):
-    """A numpy Generator for one item, which does not depend on the batch that the item is in."""
+    """A numpy Generator seeded by (seed, key, item), independent of batching."""
     digest = hashlib.sha256(f"{seed} {key} {item}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def target_patches(batch, truths):
-    """bool [F, N], all False where the target is unknown or not visible: there attention is not limited."""
+    """bool [F, N], all False for frames whose target is unknown or not visible: attention is not limited there."""
     known = next(truth for truth in truths if truth is not None)
     nothing = np.zeros((1, known.target.shape[1]), bool)
     pairs = zip(truths, batch["num_frames"].tolist(), strict=True)
@@ -101,7 +101,9 @@ def effect(control, base, interval):
     base = base.loc[control.index]
     loss, correct, tokens = ((control[name] - base[name]).to_numpy() for name in SUMS)
     if tokens.any():
-        raise ValueError(f"{int((tokens != 0).sum())} items have other scored tokens in the control than without it")
+        raise ValueError(
+            f"{int((tokens != 0).sum())} of {len(tokens)} items have a different number of scored tokens in the control"
+        )
     tokens = base["num_tokens"].to_numpy()
     return Control(
         loss_difference=float(loss.sum() / tokens.sum()),

@@ -1,4 +1,4 @@
-"""Automated checks of whether the gaze works at all: each has a value, bounds and a verdict.
+"""Automated sanity checks of the gaze: each has a value, bounds and a verdict.
 
 The bounds are wide: a failed check means that something is broken, not that the accuracy is low. F frames.
 """
@@ -11,8 +11,8 @@ import torch
 from pipeline_steps.common.metrics import Check, Diagnostics
 from pipeline_steps.evaluation.attention_probes import RANDOM
 
-NO_QUERIES = "not applicable to ordinary visual tokens: the network has no queries"
-NO_PLAN = "the network is coarse-only: it uses the static query and plans none"
+NO_QUERIES = "not applicable: a multi_token network has no queries"
+NO_PLAN = "not applicable: a coarse-only network plans no queries"
 SHORT = "no clip has planned queries in two consecutive frames"
 
 
@@ -21,30 +21,30 @@ class Rule:
     meaning: str
     low: float | None
     high: float | None
-    reason: str  # what a value out of bounds points to
+    reason: str  # likely cause of a value out of bounds
 
 
 RULES = {
     "query_spread": Rule(
-        "standard deviation of the planned queries over frames and clips, as a share of their root mean square",
+        "standard deviation of the planned queries over frames and clips, divided by their root mean square",
         0.05,
         None,
         "every frame of every clip gets nearly the same query: the planner ignores the previous frames",
     ),
     "query_similarity": Rule(
-        "cosine of the planned queries of consecutive frames, mean",
+        "mean cosine of the planned queries of consecutive frames",
         None,
         0.98,
         "the query does not move from frame to frame",
     ),
     "projection_bias": Rule(
-        "length of the query projection's bias over the sum of it and the mean length that its weights give queries",
+        "b / (b + w): b is the norm of the query projection's bias, w the mean norm of the projected queries without bias",
         None,
         0.35,
         "the bias dominates, so that all queries are nearly the same",
     ),
     "attention_entropy": Rule(
-        "entropy of the last layer's attention as a share of its maximum, mean over heads and frames",
+        "entropy of the last layer's attention divided by its maximum, mean over heads and frames",
         None,
         0.98,
         "attention is uniform: the queries select nothing",
@@ -56,47 +56,47 @@ RULES = {
         "attention is nearly uniform in every head of every layer",
     ),
     "focus_ratio": Rule(
-        "largest weight of a patch over the mean patch weight, last layer, mean over heads and frames",
+        "largest patch weight divided by the mean patch weight, last layer, mean over heads and frames",
         2.0,
         None,
         "attention over the patches is nearly uniform in the last layer",
     ),
     "fine_coarse_cosine": Rule(
-        "cosine of the fine and the coarse visual token of a frame, mean over frames with a planned query",
+        "mean cosine of the fine and the coarse visual token of a frame, over frames with a planned query",
         None,
         0.98,
         "planned queries extract the same features as the static query",
     ),
     "output_correlation": Rule(
-        "correlation of a frame's visual tokens for the planned and for a random query, mean",
+        "mean correlation of a frame's visual tokens with the planned query and with a random query",
         None,
         0.98,
         "a random query gives the same visual token: the query has no effect",
     ),
     "token_similarity": Rule(
-        "cosine of the visual tokens of different frames of a clip, mean",
+        "mean cosine of the visual tokens of different frames of a clip",
         None,
         0.98,
         "all frames become the same token: the representation has collapsed",
     ),
     "collapse_in_training": Rule(
-        "token_similarity of the last diagnostics row of the training tables",
+        "token_similarity in the last diagnostics row of the training metrics (stage1.csv to stage3.csv)",
         None,
         0.98,
-        "all frames became the same token while the network was trained",
+        "all frames became the same token during training",
     ),
     "plan_sensitivity": Rule(
-        "relative change of a planned query over that of the hidden state it is planned from (a random step of 1 %)",
+        "relative change of a planned query divided by the relative change of its input hidden state (random 1 % step)",
         0.05,
         None,
         "the planned query does not depend on the language model's state",
     ),
     "path_agreement": Rule(
-        "largest difference of an item's loss per token between the coarse mode and the control static_query, which "
-        "should be equal: both use the static query, on different code paths",
+        "largest difference of an item's loss per token between mode coarse and control static_query. Both use the "
+        "static query on different code paths, so they should be equal",
         None,
         0.001,
-        "the parallel and the frame-by-frame path disagree",
+        "the parallel and the frame-by-frame code path disagree",
     ),
 }
 
@@ -104,8 +104,8 @@ RULES = {
 def diagnose(model, observed, table, training_rows):
     """`Diagnostics`, or None if there were no clips.
 
-    observed: `attention_probes.ProbeResults` or None. table: item table. training_rows: rows of the training tables,
-    in their order.
+    observed: `attention_probes.ProbeResults` or None. table: item table. training_rows: rows of stage1.csv to
+    stage3.csv, in order.
     """
     if observed is None:
         return None
@@ -124,12 +124,12 @@ def diagnose(model, observed, table, training_rows):
 
 
 def clipped(shares):
-    """Shares [L, H] as lists, without what rounding puts beyond 0 and 1."""
+    """Shares [L, H] as lists, clipped to 0..1 against rounding errors."""
     return np.clip(shares, 0, 1).tolist()
 
 
 def check(rule, value):
-    """`Check` of a number, or of a str: why there is none."""
+    """`Check` of a value: a number, or a str with the reason why there is none."""
     if isinstance(value, str):
         verdict, value, reason = "not applicable", None, value
     else:
@@ -139,7 +139,7 @@ def check(rule, value):
 
 
 def measure(model, observed):
-    """{check: number, or why there is none} of the checks that are computed from the probes."""
+    """{check: number, or the reason why there is none} for the checks computed from the probes."""
     probes, clips, times = observed.modes, observed.clips, observed.times
     own = probes["autoregressive"]
     values = {"token_similarity": similarity_within(own.tokens, clips)}
@@ -152,7 +152,7 @@ def measure(model, observed):
         "projection_bias": bias_share(model.query_projection, model, own.queries),
         "output_correlation": float(correlation(own.tokens, probes[RANDOM].tokens).mean()),
     }
-    planned = times > 0  # no plan for the first frame
+    planned = times > 0  # the first frame has no planned query
     if model.config.coarse_only:
         return dict.fromkeys(RULES, NO_PLAN) | values
     if not planned.any():
@@ -166,12 +166,12 @@ def measure(model, observed):
 
 
 def relative_std(queries):
-    """Standard deviation over the rows of queries [F, Q], over their root mean square."""
+    """Standard deviation over the rows of queries [F, Q], divided by their root mean square."""
     return float(np.sqrt(queries.var(axis=0).mean() / np.square(queries).mean()))
 
 
 def cosine(a, b):
-    """Of the rows of two arrays [n, d]: [n]."""
+    """Cosine of the rows of two arrays [n, d]: [n]."""
     return (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
 
 
@@ -181,14 +181,14 @@ def correlation(a, b):
 
 
 def similarity_in_order(queries, planned):
-    """Mean cosine of consecutive rows that are both planned (the first planned row of a clip has an unplanned one
-    before it)."""
+    """Mean cosine of consecutive rows that are both planned (this excludes pairs across two
+    clips, whose second row is a first frame)."""
     both = planned[1:] & planned[:-1]
     return float(cosine(queries[1:], queries[:-1])[both].mean()) if both.any() else SHORT
 
 
 def similarity_within(tokens, clips):
-    """Mean cosine of all pairs of rows of the same clip; clips [F]."""
+    """Mean cosine of all pairs of rows from the same clip; clips [F]: clip index of each row."""
     unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
     pairs = []
     for clip in np.unique(clips):
@@ -200,8 +200,8 @@ def similarity_within(tokens, clips):
 
 @torch.inference_mode()
 def bias_share(projection, model, queries):
-    """Length of the projection's bias over the sum of it and the mean length of what its weights make of the queries
-    [F, K * Q]; 0 without a bias."""
+    """b / (b + w): b is the norm of the projection's bias, w the mean norm of the queries [F, K * Q] after projection
+    without bias. 0 without a bias."""
     if projection.bias is None:
         return 0.0
     rows = torch.from_numpy(queries).to(projection.weight).reshape(-1, model.config.query_dim)
@@ -210,13 +210,14 @@ def bias_share(projection, model, queries):
 
 
 def collapse(rows):
-    """The last token similarity that training recorded, or why there is none."""
+    """The last token similarity that training logged, or the reason why there is none."""
     known = [row["token_similarity"] for row in rows if row.get("token_similarity")]
-    return float(known[-1]) if known else "the training tables hold no diagnostics"
+    return float(known[-1]) if known else "the training metrics have no diagnostics rows"
 
 
 def path_agreement(config, table):
-    """Largest difference of an item's loss per token between coarse and static_query, or why there is none."""
+    """Largest difference of an item's loss per token between coarse and static_query, or the reason why there is
+    none."""
     if config.architecture != "foveated":
         return NO_QUERIES
     pairs = table[table["mode"].isin(["coarse", "static_query"])]

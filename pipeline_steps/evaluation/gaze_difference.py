@@ -30,7 +30,7 @@ def differences(table, interval):
 
 
 def difference(own, reference, interval):
-    """`GazeDifference` to the reference's sums over the same frames, one per item."""
+    """`GazeDifference` of `own` and the reference. reference: peak_on_target sums per item over the same frames."""
     change = (own["peak_on_target"] - reference).to_numpy()
     frames = own["gaze_frames"].to_numpy()
     return GazeDifference(

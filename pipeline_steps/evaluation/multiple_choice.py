@@ -1,7 +1,7 @@
-"""Multiple choice in three scorings, each with chance level and the blind model (grey frames) as baselines.
+"""Multiple choice with three scoring methods; baselines: chance level and the blind model (grey frames).
 
-The options come from the packed sample's fields. The frames of an item are encoded once and
-shared by all scorings. In every scoring an answer includes its end-of-turn token:
+The options come from the packed sample's fields. The frames of an item are encoded once and shared by all scorings.
+In every scoring an answer includes its end-of-turn token:
 
 letter       log-probability of the option's letter and the end-of-turn token
 likelihood   log-probability of the option's text and the end-of-turn token, divided by its number of tokens
@@ -23,14 +23,14 @@ from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room
 from pipeline_steps.streaming.prefetch import ordered
 
-NO_OPTION = -1  # what a generated answer that is none of the options chooses
+NO_OPTION = -1  # the choice of a generated answer that matches no option
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item with options, and their token ids after its prompt; every answer ends with the end-of-turn token."""
+    """One item with options. letters, texts: token ids of each answer after the prompt, end-of-turn token included."""
 
-    number: int  # of the item in the data set
+    number: int  # of the item in the dataset
     options: tuple[str, ...]
     correct: int
     letters: list[list[int]]
@@ -38,8 +38,8 @@ class Question:
 
 
 def questions(dataset, tokenizer, numbers):
-    """The Questions among the items `numbers`. UserError for an option that the tokenizer cannot put after its
-    question, or for an item whose tokens were made by another rendering of its options."""
+    """The Questions among the items `numbers`. UserError if the tokenizer merges an option with its question, or if an
+    item was tokenized with a different rendering of its options."""
     found = []
     for number in numbers:
         row = dataset.rows[number]
@@ -60,14 +60,15 @@ def _question(tokenizer, number, row, item):
     )
     if letters[item.correct_option] != list(row["input_ids"][start:stop]):
         raise UserError(
-            f"{where}: its tokens hold {tokenizer.decode(row['input_ids'][start:stop])!r} as the answer, its options "
-            f"{choices.LETTERS[item.correct_option]!r}: rerun `python -m pipeline_steps.tokens`."
+            f"{where}: the answer is {tokenizer.decode(row['input_ids'][start:stop])!r} in its tokens, but "
+            f"{choices.LETTERS[item.correct_option]!r} by its options. Rerun `python -m pipeline_steps.tokens`."
         )
     return Question(number, options, item.correct_option, letters, texts)
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
-    """`score` of the Questions among the items {task: item numbers}, with the stage's settings; None without any."""
+    """`score` of the Questions among the items {task: item numbers}; settings: section `evaluation`. None if no item has
+    options."""
     asked = questions(dataset, tokenizer, [number for numbers in chosen.values() for number in numbers])
     if not asked:
         return None
@@ -89,12 +90,12 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
 def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, seed, prefetch, progress):
     """DataFrame with one row per Question of `asked`, sorted by source, task, key and item.
 
-    Columns: key, item, source, task, num_options, correct; for every scoring chosen_NAME (an option's number;
-    generation: -1 for none); letter_scores and likelihood_scores (nats, one entry per option), answer (the generated
-    text); and all of those again as blind_..., with grey frames. An item without frames is blind either way.
+    Columns: key, item, source, task, num_options, correct; for every scoring chosen_NAME (option number;
+    generation: -1 if the answer matches none); letter_scores and likelihood_scores (nats, one entry per option), answer (the generated
+    text); and each of these with the prefix blind_, for grey frames (the same values for items without frames).
     """
     by_number = {question.number: question for question in asked}
-    # room for the longest option, or generation could not choose it
+    # leave room for the longest option, which generation could not choose otherwise
     max_tokens = max([max_tokens, *(len(ids) for question in asked for ids in question.texts)])
     numbers = sorted(by_number)
     jobs = [("", numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
@@ -128,7 +129,7 @@ def _known(question, item):
 
 
 def answer_questions(model, tokenizer, batch, asked, known, max_tokens, seed):
-    """One dict per Question of a `prompt_batch`: what each scoring chooses, the scores, and the generated answer."""
+    """One dict per Question of a `prompt_batch`: the choice of each scoring, the scores, and the generated answer."""
     mask = batch["attention_mask"]
     generator = torch.Generator(mask.device).manual_seed(seed)
     embeddings = answers.embedded_prompts(model, batch, generator=generator)  # frames are encoded once
@@ -160,9 +161,9 @@ def option_scores(model, prompt, question):
 
 
 def option_of(answer, options):
-    """The number of the option that a generated answer is, or NO_OPTION: its letter, its text, or "A. text" as the
-    question shows it. Case (of texts) and one full stop at the end do not count; of options that are the same text,
-    the first."""
+    """The number of the option that a generated answer matches, or NO_OPTION. An answer matches by letter, by text, or
+    by "A. text" as the question shows it. The case of texts and one trailing full stop are ignored. If options have the
+    same text, the first one wins."""
     answer, letters, texts = _plain(answer), choices.LETTERS[: len(options)], [*map(_plain, options)]
     shown = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
     forms = {text.casefold(): number for named in (shown, texts) for number, text in reversed([*enumerate(named)])}
@@ -211,14 +212,14 @@ def _choice_score(rows, name, num_samples, seed):
 
 
 def letter_shares(chosen, num_options):
-    """{letter: share of the items that choose it}; what is missing to 1 chose none."""
+    """{letter: share of the items that choose it}; the rest chose no option."""
     counts = np.bincount(chosen[chosen >= 0], minlength=num_options)
     return {choices.LETTERS[number]: float(count / len(chosen)) for number, count in enumerate(counts)}
 
 
 def position_bias(chosen, correct):
-    """Distance (total variation, 0..1) between how often each letter is chosen and how often it is right, over the
-    items that choose one: 0 for a model without preference, up to 1. None where no item chooses any."""
+    """Total variation distance, 0..1, between the distributions of chosen and of correct letters, over the items that
+    choose an option. 0: no preference. None if no item chooses an option."""
     chosen, correct = np.asarray(chosen), np.asarray(correct)
     made = chosen >= 0
     if not made.any():

@@ -1,6 +1,6 @@
-"""Answers that name something in every frame after the first, such as the digits that a hopping object shows.
+"""Scores per frame, for answers with one token per frame after the first, such as the digits of a hopping object.
 
-The k-th scored token (k = 1, 2 ...) is then about frame k, which gives a loss per frame. T frames of a clip.
+The k-th scored token (k = 1, 2 ...) refers to frame k, which gives a loss per frame. T frames of a clip.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ from pipeline_steps.streaming.targets import source_frame
 
 
 def is_per_frame(sample, item, num_frames):
-    """Whether an item (a row with `input_ids` and `score_mask`) has one answer token per frame, by its PackedSample:
-    the target shows a digit in every frame, T - 1 tokens are scored, and two tokens are equal exactly where their
-    digits are."""
+    """Whether an item (a row with `input_ids` and `score_mask`) has one answer token per frame, according to its
+    PackedSample: the target shows a digit in every frame, T - 1 tokens are scored, and two tokens are equal exactly if
+    their digits are."""
     target = sample.items[item["item"]].target
     if item["kind"] != "video" or target is None or not sample.objects:
         return False
@@ -25,12 +25,12 @@ def is_per_frame(sample, item, num_frames):
 
 
 def token_columns(losses, correct):
-    """The columns of one item: losses (nats) and hits of its scored tokens, in their order."""
+    """The table columns of one item: loss (nats) and correctness of its scored tokens, in order."""
     return {"token_losses": losses.tolist(), "token_correct": correct.tolist()}
 
 
 def aggregate(rows):
-    """`PerFrame` of the rows of a DataFrame with `token_columns`, or None where no item has them."""
+    """`PerFrame` of the rows of a DataFrame with `token_columns`, or None if no item has them."""
     if "token_losses" not in rows or not (measured := rows[rows["token_losses"].notna()]).size:
         return None
     losses, hits = (by_frame(measured[name]) for name in ("token_losses", "token_correct"))
@@ -44,6 +44,6 @@ def aggregate(rows):
 
 
 def by_frame(lists):
-    """Lists of the values at frames 1, 2 ... -> [items, T], NaN where an item has none (always at frame 0)."""
+    """Lists of the values at frames 1, 2 ... -> [items, T], NaN where an item has no value (always at frame 0)."""
     longest = max(map(len, lists))
     return np.array([[np.nan, *values, *[np.nan] * (longest - len(values))] for values in lists], np.float64)

@@ -1,6 +1,6 @@
 """The most likely token at every scored position, without a second forward pass.
 
-The network computes logits only at labelled positions, in their order; a forward hook on `lm_head` records them.
+The network computes logits only at labelled positions, in order; a forward hook on `lm_head` records them.
 """
 
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import numpy as np
 
 @contextmanager
 def predicted_tokens(model):
-    """Around forward passes with labels: a list that gets the token ids of each projection (int64 arrays)."""
+    """Yields a list that collects the predicted token ids (int64 arrays) of forward passes with labels."""
     found = []
     head = model.language_model.lm_head
     hook = head.register_forward_hook(lambda _, inputs, logits: found.append(logits.argmax(-1).cpu().numpy()))
@@ -21,8 +21,8 @@ def predicted_tokens(model):
 
 
 def by_item(found, num_tokens):
-    """The ids of one batch as one array per item, which has `num_tokens` [B] scored ones. ValueError when the
-    number of recorded positions differs."""
+    """The ids of one batch split into one array per item, of num_tokens[i] ids. ValueError if the number of
+    recorded positions differs from their sum."""
     ids = np.concatenate([np.zeros(0, np.int64), *(piece.reshape(-1) for piece in found)])
     if len(ids) != sum(num_tokens):
         raise ValueError(

@@ -12,35 +12,35 @@ import torch
 
 from pipeline_steps.common import modes
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import GAZE_MODES, MODES
+from pipeline_steps.common.modes import GAZE_MODES, SCORED_MODES
 from pipeline_steps.evaluation import per_frame
 from pipeline_steps.inference import gaze
 from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.prefetch import ordered
 
-TEXT = "text"  # task and mode of text-only samples: without frames all modes are the same
+TEXT = "text"  # task and mode of text-only samples, for which all modes are equal
 
 
 def groups_by_task(dataset):
-    """{task: item numbers} of the items with frames, all text-only ones under TEXT."""
+    """{task: item numbers} of the items with frames; all text-only items under TEXT."""
     text = dataset.index.is_text
     groups = {name: numbers[~text[numbers]] for name, numbers in dataset.tasks().items()}
     return {**groups, TEXT: np.flatnonzero(text)}
 
 
 def choose_items(dataset, max_items, seed):
-    """Row numbers per task, text-only samples under TEXT: those with a scored token, at most `max_items` each,
-    drawn with `seed`.
+    """{task: row numbers} of the items with a scored token, text-only ones under TEXT; at most `max_items` per task,
+    sampled with `seed`.
 
-    Raises UserError when no item with frames has a scored token.
+    Raises UserError if no item with frames has a scored token.
     """
     usable = {name: numbers[dataset.scored[numbers]] for name, numbers in groups_by_task(dataset).items()}
     tasks = {name: numbers for name, numbers in usable.items() if len(numbers)}
     if not set(tasks) - {TEXT}:
         raise UserError(
             f"{dataset.tokens_dir}: no item of split '{dataset.split}' has frames and an answer with a letter or "
-            "digit, so there is nothing to score. Give the split such samples (sections sources and shards) or change "
-            "evaluation.split."
+            "digit: 0 items to score, expected at least 1. Add such samples to the split (sections sources and shards) "
+            "or change evaluation.split."
         )
     chosen = {}
     for task in sorted(tasks):
@@ -52,13 +52,13 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, 
     """Runs all modes over the chosen rows ({task: row numbers}): DataFrame with one row per item and mode.
 
     Columns: key, item, source, task, mode, num_frames, num_tokens (scored), loss_sum (nats), num_correct; and,
-    where the item names a target whose boxes are known, those of `gaze.summary` and `gaze.head_summary`; and, where
-    its answer is one per frame, those of `per_frame.token_columns`.
+    if the item has a target with known boxes, those of `gaze.summary` and `gaze.head_summary`; if it has one answer
+    token per frame, those of `per_frame.token_columns`.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     rows = []
     for task, items, batch, truths in batches(model, collate, dataset, chosen, batch_size, prefetch):
-        for mode in (TEXT,) if task == TEXT else MODES:
+        for mode in (TEXT,) if task == TEXT else SCORED_MODES:
             attentions = mode in GAZE_MODES and any(truth is not None for truth in truths)
             output = run_mode(model, batch, mode, generator, attentions)
             rows += table_rows(task, items, truths, batch, mode, output)
@@ -67,8 +67,8 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, 
 
 
 def batches(model, collate, dataset, chosen, batch_size, prefetch):
-    """(task, items, batch on the model's device, ground truth of each item or None) of all chosen rows, one task
-    after another. An item with an answer per frame has True at `per_frame`."""
+    """(task, items, batch on the model's device, ground truth of each item or None) of all chosen rows, task by
+    task. Adds a bool `per_frame` to each item: it has one answer token per frame."""
     device = next(model.parameters()).device
     jobs = [
         (task, numbers[start : start + batch_size])
@@ -82,13 +82,13 @@ def batches(model, collate, dataset, chosen, batch_size, prefetch):
 
 
 def subset(chosen, max_items, seed):
-    """Of {task: row numbers}, without the text-only ones, at most `max_items` of each, drawn with `seed`; the same
-    for every use of it, so that all who take as many see the same items."""
+    """At most `max_items` rows per task of {task: row numbers}, without TEXT, sampled with `seed`. Deterministic: callers
+    with equal arguments get the same items."""
     return {task: drawn(numbers, max_items, seed) for task, numbers in chosen.items() if task != TEXT}
 
 
 def drawn(numbers, max_items, seed):
-    """At most `max_items` of an ascending array of row numbers, drawn with `seed`: ascending list."""
+    """At most `max_items` of an ascending array of row numbers, sampled with `seed`: ascending list."""
     if len(numbers) > max_items:
         numbers = np.sort(np.random.default_rng(seed).choice(numbers, max_items, replace=False))
     return np.asarray(numbers).tolist()
@@ -111,7 +111,7 @@ def load(dataset, collate, patch_size, task, numbers):
 
 
 def run_mode(model, batch, mode, generator, output_attentions):
-    """The model's output in one of MODES (or TEXT: autoregressive). Random queries are drawn from `generator`."""
+    """The model's output in one of SCORED_MODES (or TEXT: autoregressive). generator: for random queries."""
     entry = modes.REGISTRY["autoregressive" if mode == TEXT else mode]
     if entry.pixels is not None:
         batch = batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
@@ -120,7 +120,7 @@ def run_mode(model, batch, mode, generator, output_attentions):
 
 @torch.inference_mode()
 def forward(model, batch, mode, query_source=None, generator=None, output_attentions=False):
-    """The model's output with the loss of the scored tokens, in one of its own modes."""
+    """The model's output with the loss of the scored tokens. mode: a `mode` of the network's forward pass."""
     return model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -136,7 +136,7 @@ def forward(model, batch, mode, query_source=None, generator=None, output_attent
 
 
 def table_rows(task, items, truths, batch, mode, output):
-    """One dict per item: sums over its scored tokens, and its gaze."""
+    """One dict per item: sums over its scored tokens, and its gaze columns."""
     scored = batch["score_mask"]
     sums = {
         "num_tokens": scored.sum(1),
@@ -165,7 +165,7 @@ def table_rows(task, items, truths, batch, mode, output):
 
 
 def for_file(table):
-    """The item table with 6 decimals, and 3 in its lists of losses and of attention: they would be most of the file."""
+    """The item table rounded to 6 decimals, its lists of losses and attention to 3 to limit the file size."""
     lists = [name for name in ("token_losses", "mass_per_head") if name in table]
     short = {name: [rounded(values) for values in table[name]] for name in lists}
     return table.round(6).assign(**short)

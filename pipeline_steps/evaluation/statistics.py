@@ -1,6 +1,6 @@
 """Token-weighted aggregates, bootstrap intervals and the chance baseline.
 
-A group of n items is three arrays: loss_sum [n] (nats summed over the item's scored tokens), num_correct [n],
+A group of n items is given as three arrays: loss_sum [n] (nats summed over the item's scored tokens), num_correct [n],
 num_tokens [n].
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline_steps.common.metrics import Gap, Score
 
-BLOCK = 100  # resamples drawn at a time: bounds the memory at BLOCK x num_items counts
+BLOCK = 100  # resamples drawn at a time; bounds memory to BLOCK x num_items counts
 INTERVAL = (2.5, 97.5)
 
 
@@ -26,8 +26,8 @@ def bootstrap_sums(values, num_samples, seed):
 
 
 def ratio_interval(numerator, denominator, num_samples, seed):
-    """95 % percentile interval of sum(numerator) / sum(denominator), items resampled in pairs. A resample whose
-    denominator is 0 is left out."""
+    """95 % percentile interval of sum(numerator) / sum(denominator), bootstrap over items. Resamples with
+    denominator 0 are discarded."""
     sums = bootstrap_sums(np.stack([numerator, denominator], axis=1), num_samples, seed)
     sums = sums[sums[:, 1] > 0]
     low, high = np.percentile(sums[:, 0] / sums[:, 1], INTERVAL)
@@ -35,7 +35,7 @@ def ratio_interval(numerator, denominator, num_samples, seed):
 
 
 def score(loss_sum, num_correct, num_tokens, num_samples, seed):
-    """`Score` of a group of items; every scored token weighs the same, so an item weighs its number of scored
+    """`Score` of a group of items; every scored token has equal weight, so an item's weight is its number of scored
     tokens."""
     total = float(np.sum(num_tokens))
     return Score(
@@ -60,7 +60,7 @@ def most_frequent_tokens(counts):
     """Most frequent scored token at each position of the answer.
 
     counts: {(position, token id): how often} over the scored tokens of a task's training items, position counted
-    from the answer's start. Returns {position: token id}; of equally frequent tokens the smallest id.
+    from the answer's start. Returns {position: token id}; ties go to the smallest id.
     """
     best = {}
     for (position, token), count in counts.items():
@@ -70,6 +70,6 @@ def most_frequent_tokens(counts):
 
 def chance_accuracy(guesses, counts):
     """Share of the tokens `counts` {(position, token id): how often} that `guesses` {position: token id} gets right;
-    a position that the training split lacks counts as wrong."""
+    a position without a guess counts as wrong."""
     right = sum(count for (position, token), count in counts.items() if guesses.get(position) == token)
     return right / sum(counts.values())

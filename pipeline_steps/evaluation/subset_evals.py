@@ -16,13 +16,13 @@ STAGES = ("stage1", "stage2", "stage3")
 @dataclass(frozen=True)
 class SubsetResults:
     controls: pd.DataFrame  # item table
-    views: pd.DataFrame | None  # of `temporal.score_views`; None: not measured
+    views: pd.DataFrame | None  # from `temporal.score_views`; None: not measured
     observed: attention_probes.ProbeResults | None
 
 
 def choose(dataset, chosen, settings):
-    """{task: item numbers} of the controls, of the parts of clips and of the diagnostics, out of those that are
-    scored; settings: section `evaluation`."""
+    """Three dicts {task: item numbers}, subsets of the scored items: for the controls, the parts of clips and the
+    diagnostics. settings: section `evaluation`."""
     clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
     clips = {name: numbers for name, numbers in clips.items() if numbers}
     share = -(-settings.max_diagnostic_clips // max(1, len(clips)))
@@ -34,7 +34,7 @@ def choose(dataset, chosen, settings):
 
 
 def measure(model, collate, dataset, chosen, settings, prefetch, progress):
-    """`SubsetResults` of the items that `choose` takes; prefetch: arguments of `streaming.prefetch.ordered`."""
+    """`SubsetResults` of the items that `choose` selects; prefetch: arguments of `streaming.prefetch.ordered`."""
     for_controls, for_views, for_probes = (
         batches(model, collate, dataset, part, settings.batch_size, prefetch)
         for part in choose(dataset, chosen, settings)
@@ -46,7 +46,7 @@ def measure(model, collate, dataset, chosen, settings, prefetch, progress):
 
 
 def diagnose(model, observed, table, metrics_dir):
-    """`metrics.Diagnostics` or None, with the training tables of metrics_dir where there are some."""
+    """`metrics.Diagnostics` or None; uses the training metrics stage1.csv to stage3.csv in metrics_dir if they exist."""
     paths = [metrics_dir / f"{stage}.csv" for stage in STAGES]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
@@ -54,7 +54,7 @@ def diagnose(model, observed, table, metrics_dir):
 
 
 def print_checks(result):
-    """The checks of an `EvaluationResult` that failed, on the terminal."""
+    """Prints the failed checks of an `EvaluationResult`."""
     checks = result.diagnostics.checks if result.diagnostics else {}
     for name, check in checks.items():
         if check.verdict == "suspicious":

@@ -1,18 +1,19 @@
-"""Temporal sensitivity: the same questions about a part of each clip, in autoregressive mode.
+"""Temporal sensitivity: the same questions with only part of each clip's frames, in autoregressive mode.
 
-frames_4, frames_8, frames_16   4, 8 or 16 frames, uniform over the clip; clips with more frames only
-first_half, second_half         of clips of two frames or more; the middle frame of an odd number is in the second
-first_half_held, ..._held       the same halves with frames repeated up to the original number
+frames_4, frames_8, frames_16   4, 8 or 16 frames, uniformly spaced; only clips with more frames
+first_half, second_half         clips of at least two frames; an odd middle frame belongs to the second half
+first_half_held, ..._held       the same halves, with frames repeated up to the original number of frames
 
-Answers are compared with those about all frames of the same clips: a network whose answers do not change does not
-use the frames that were taken away. The held halves keep the number of frames, so that missing content is not
-confused with a clip length that is rare in training. Still images are left out.
+Answers are compared with the answers for all frames of the same clips: if they do not change, the network does not use
+the removed frames. The held halves keep the number of frames, which separates missing content from a clip length that
+is rare in training. Still images are excluded.
 """
 
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common.metrics import VIEWS, View
+from pipeline_steps.common.metrics import View
+from pipeline_steps.common.modes import VIEWS
 from pipeline_steps.evaluation import scoring
 from pipeline_steps.evaluation.predictions import by_item, predicted_tokens
 from pipeline_steps.streaming.targets import source_frame
@@ -22,7 +23,7 @@ HELD = "_held"
 
 
 def places(view, num_frames):
-    """Which of a clip's frames a view shows: int64 array, or None where the clip is too short for it."""
+    """Indices of the frames that a view shows: int64 array, or None if the clip is too short."""
     if view.endswith(HELD):
         chosen = places(view.removesuffix(HELD), num_frames)
         return None if chosen is None else chosen[np.arange(num_frames) * len(chosen) // num_frames]
@@ -35,7 +36,7 @@ def places(view, num_frames):
 
 
 def select(item, chosen):
-    """The item with these of its frames; their ground truth stays theirs."""
+    """The item reduced to the chosen frames and their target patches."""
     kept = {name: item[name][chosen] for name in ("frames", "target_patches") if name in item}
     return item | kept | {"num_frames": len(chosen)}
 
@@ -53,7 +54,7 @@ def score_views(model, collate, loaded, progress):
 
 
 def view_rows(model, collate, task, items, view):
-    """The rows of one view, of the clips that are long enough."""
+    """The rows of one view, for the clips that are long enough."""
     counts = [len(item["frames"]) for item in items]
     parts = [np.arange(count) if view == ALL_FRAMES else places(view, count) for count in counts]
     pairs = [(item, part) for item, part in zip(items, parts, strict=True) if part is not None]

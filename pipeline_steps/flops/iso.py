@@ -47,7 +47,7 @@ def frontier(foveated, multi_token, text, frames):
         num_frames=list(frames),
         **curves,
         vision_share=[
-            (result.components.vision_walk + result.components.query_walk) / result.total for result in results
+            (result.components.vision_encoder + result.components.query_passes) / result.total for result in results
         ],
         cheaper_from=cheaper_from(frames, curves["foveated"], curves["multi_token"]),
         cheaper_training_from=cheaper_from(frames, curves["foveated_training"], curves["multi_token_training"]),

@@ -78,7 +78,7 @@ def corrections(config):
     if foveated:
         vision = config.vision_config
         counted = 2 * vision.num_hidden_layers * (4 * vision.hidden_size**2 + 2 * NUM_PATCH_ROWS * vision.hidden_size)
-        walk = single.num_looks * NUM_FRAMES * formulas.query_walk(config) - 2 * NUM_FRAMES * counted
+        walk = single.num_query_passes * NUM_FRAMES * formulas.query_pass_flops(config) - 2 * NUM_FRAMES * counted
         changes.append(("planning reads no text behind the frames", BACKWARD * (short_pass - full_pass)))
         changes.append(("queries: feed-forward and projection", BACKWARD * walk))
     value = training_sample(config)

@@ -70,7 +70,7 @@ def training_memory(config, sample, bytes_per_number):
     vision, text = config.vision_config, config.text_config
     result = forward(config, sample, "fine")
     width, inner = vision.hidden_size, int(vision.hidden_size * vision.mlp_ratio)
-    query_rows = result.num_looks * sample.num_frames * config.num_visual_tokens_per_frame
+    query_rows = result.num_query_passes * sample.num_frames * config.num_visual_tokens_per_frame
     per_row = 10 * width + 2 * inner
     needs_last = config.architecture == "multi_token" or config.attention == "shallow"
     per_frame_row = (vision.num_hidden_layers - 1) * per_row + (per_row if needs_last else 4 * width)

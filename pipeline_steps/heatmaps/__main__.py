@@ -24,7 +24,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import replaced_folder, write_json
-from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.heatmaps import over_frames, sheet
 from pipeline_steps.inference import drawing, gaze
 from pipeline_steps.inference.answers import answer_batch, expected_answer, question

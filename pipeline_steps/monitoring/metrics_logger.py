@@ -1,5 +1,5 @@
-"""What a run shows while it goes on: the progress bar, curves for TensorBoard, DVCLive and Weights & Biases, pictures
-of where fixed clips are looked at. Nothing here changes what is trained, and nothing of it is a result: times differ.
+"""Live monitoring of a training run: progress bar, curves for TensorBoard, DVCLive and Weights & Biases, and attention
+overlays of fixed validation clips. Nothing here changes the training, and no result depends on it.
 """
 
 import json
@@ -21,10 +21,10 @@ SIDE = 112  # px of a picture
 
 
 class MetricsLogger:
-    """The watchers of one run; only the main process has any. `close()` ends them."""
+    """The loggers of one run; they exist on the main process only. `close()` flushes and closes them."""
 
     def __init__(self, settings, stage: str, num_steps: int, folder: Path, group, precision: str):
-        """`folder`: for all that is written. `group`: the DistributedContext of the run."""
+        """`folder`: receives all output. `group`: the DistributedContext of the run."""
         self.settings, self.stage, self.num_steps, self.folder = settings, stage, num_steps, folder
         self.device, self.is_main = group.device, group.is_main
         self.peak = peak_flops(settings.peak_tflops, group.device, precision)
@@ -33,7 +33,7 @@ class MetricsLogger:
         self.loggers = start_loggers(settings, stage, folder) if group.is_main else []
 
     def progress(self, batches: Iterable, first: int) -> Iterator:
-        """The batches, with a bar."""
+        """Yields the batches and shows a progress bar."""
         self.started = time.monotonic()
         with tqdm(
             batches,
@@ -48,8 +48,8 @@ class MetricsLogger:
             yield from self.bar
 
     def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int, flops: float) -> None:
-        """After every step: its row of the metrics table, whether that is kept, how many samples and sequence positions
-        the step had, and the FLOPs of this process's part of it (0 where the peak is unknown)."""
+        """Call after every step. row: its row of the metrics table. is_logged: whether to log the row. num_samples,
+        num_positions: of the step, over all processes. flops: of this process's part (0 if the peak is unknown)."""
         self.samples += num_samples
         self.positions += num_positions
         self.flops += flops
@@ -60,7 +60,7 @@ class MetricsLogger:
         self._log(row["step"], {f"train/{name}": row[name] for name in row if name not in ("event", "step")} | speed)
 
     def speed(self) -> dict[str, float]:
-        """Throughput since this process began, the most memory so far and, where the peak is known, the MFU."""
+        """Throughput since this process started, peak memory so far and, if the device's peak is known, the MFU."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         values = {
             "speed/samples_per_second": self.samples / seconds,
@@ -72,7 +72,7 @@ class MetricsLogger:
         return values
 
     def rows(self, rows: list[dict]) -> None:
-        """Rows of a validation."""
+        """Logs the rows of one validation."""
         for row in rows:
             place = "/".join(str(row[name]) for name in ("event", "source", "task", "mode") if name in row)
             numbers = {name: value for name, value in row.items() if isinstance(value, float)}
@@ -81,11 +81,11 @@ class MetricsLogger:
     def pictures(self, step: int, items: list[dict], weights: np.ndarray) -> None:
         """Attention overlays: one strip per clip, the frames above and their overlays below.
 
-        weights [F, N] over the patches of all clips' frames, each row adding up to 1.
+        weights [F, N]: attention over the patches, for the frames of all clips; each row sums to 1.
         """
         if not self.is_main:
             return
-        target = self.folder / "looks"
+        target = self.folder / "attention"
         target.mkdir(parents=True, exist_ok=True)
         first = 0
         for item in items:
@@ -94,7 +94,7 @@ class MetricsLogger:
             first += len(frames)
             strip.save(target / f"{item['key']}-{item['item']}-{step:08d}.png")
             for logger in self.loggers:
-                logger.picture(f"looks/{item['key']}", strip, step)
+                logger.picture(f"attention/{item['key']}", strip, step)
 
     def close(self) -> None:
         for logger in self.loggers:
@@ -117,7 +117,7 @@ def bar_text(row: dict, speed: dict[str, float]) -> str:
 
 
 def peak_memory(device: str) -> float:
-    """GiB: of the GPU, or of this process."""
+    """Peak memory in GiB, of the GPU or else of this process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -138,11 +138,12 @@ def attention_strip(frames: np.ndarray, maps: np.ndarray) -> Image.Image:
     return strip
 
 
-# ---------------------------------------------------------------- where curves go
+# ---------------------------------------------------------------- loggers
 
 
 def start_loggers(settings, stage: str, folder: Path) -> list:
-    """The chosen loggers whose packages are installed; the others are named. UserError for W&B without its package."""
+    """The enabled loggers whose packages are installed, with a note on stderr for each missing package. UserError if
+    W&B is enabled but not installed."""
     loggers = []
     for wanted, package, make in (
         (settings.tensorboard, "tensorboard", TensorBoard),
@@ -214,7 +215,7 @@ class WeightsAndBiases:
         import wandb
 
         self.wandb = wandb
-        identity = folder / "wandb.json"  # a run that goes on after a kill stays one curve
+        identity = folder / "wandb.json"  # a resumed run continues the same curve
         known = json.loads(identity.read_text())["id"] if identity.exists() else wandb.util.generate_id()
         self.run = wandb.init(project=project, name=stage, id=known, resume="allow", dir=str(folder))
         identity.write_text(json.dumps({"id": known}))

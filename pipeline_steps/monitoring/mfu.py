@@ -1,7 +1,7 @@
-"""The model FLOPs of training steps, from the shapes of their batches, and the peak of the device they run on.
+"""Model FLOPs of training steps, computed from batch shapes, and the peak FLOP/s of the device.
 
-Model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", appendix B) is the FLOPs that the steps need, per second, as a
-share of the device's peak. Padding and recomputed layers are not needed and not counted.
+Model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", appendix B) is the FLOPs per second that the model requires,
+divided by the device's peak. Padding and recomputed layers do not count.
 """
 
 import copy
@@ -17,7 +17,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4":
 
 
 def peak_flops(given: float | None, device: str, precision: str) -> float | None:
-    """Peak FLOP/s of one device, None if unknown. given: TFLOP/s that override the table."""
+    """Peak FLOP/s of one device; None if unknown. given: TFLOP/s, overrides the table."""
     if given is not None:
         return given * 1e12
     if device == "cpu" or precision != "bf16":
@@ -27,9 +27,10 @@ def peak_flops(given: float | None, device: str, precision: str) -> float | None
 
 
 class StepFlops:
-    """Counts the FLOPs, forward and backward, of a network's training steps, which train what requires gradients now.
+    """Counts the forward and backward FLOPs of a network's training steps.
 
-    image_size: px, of the frames that it is shown.
+    A group of weights counts as trained if one of its parameters requires a gradient when this object is created.
+    image_size: side of the frames in px.
     """
 
     def __init__(self, model: torch.nn.Module, image_size: int):
@@ -39,7 +40,7 @@ class StepFlops:
         self.trained = Trained(**{group: group in groups for group in vars(Trained())})
 
     def of_batch(self, batch: dict, num_plans: int) -> float:
-        """FLOPs of a batch of `Collator`'s, a pair of answers where it has rejected ones."""
+        """FLOPs of a batch from `Collator`. A batch with rejected answers counts both answers of each pair."""
         pairs = samples_of(self.config, batch), [None] * len(batch["input_ids"])
         if "rejected_input_ids" in batch:
             pairs = pairs[0], samples_of(self.config, batch, "rejected_")
@@ -52,7 +53,7 @@ class StepFlops:
 
 
 def samples_of(config, batch: dict, prefix: str = "") -> list[Sample]:
-    """The lengths of the samples of a batch of `Collator`'s; padding is no token. prefix: of the answer's keys."""
+    """Lengths of the samples of a batch from `Collator`; padding is not counted. prefix: of the answer's keys."""
     ids, mask, labels = (batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels"))
     num_frames = batch["num_frames"]
     is_text = mask.bool() & (ids != config.visual_token_id)  # [B, S]

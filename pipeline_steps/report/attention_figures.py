@@ -7,7 +7,7 @@ import matplotlib
 from PIL import Image
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.report.figures import COLOURS, MARKERS, WIDTH
 
 KEYS = ("clips", "rule", "over_frames", "contact_sheet")

@@ -3,7 +3,7 @@ saves."""
 
 import numpy as np
 
-from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.report.tables import Table, count, number, ordered_arms
 
 SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first
@@ -25,8 +25,17 @@ def passes(result):
         *planning, reading = entry.language_passes
         cells = [number(value / 1e6, 2) for value in (sum(planning), reading, entry.total, entry.backward)]
         positions = count(round(sum(entry.language_positions[:-1]))), count(round(entry.language_positions[-1]))
-        rows.append([mode, number(entry.num_looks, 0), positions[0], positions[1], *cells])
-    columns = ["mode", "looks", "planning positions", "positions read", "planning", "reading", "forward", "backward"]
+        rows.append([mode, number(entry.num_query_passes, 0), positions[0], positions[1], *cells])
+    columns = [
+        "mode",
+        "query passes",
+        "planning positions",
+        "positions read",
+        "planning",
+        "reading",
+        "forward",
+        "backward",
+    ]
     note = (
         "This network, mean sample. MFLOP; the language model plans (reads up to the last visual token, or frame by "
         "frame) and reads everything. Backward: if every weight were trained in this mode."

@@ -1,6 +1,7 @@
 """The table of the controls: what is lost when something is taken away from a finished network."""
 
-from pipeline_steps.common.metrics import GAZE_MODES
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.report.comparisons import MODE
 from pipeline_steps.report.tables import MISSING, MODE_NAMES, Table, share
 
@@ -17,7 +18,12 @@ def costs(result):
         [task, share(result.tasks[task][MODE].accuracy), *(cost(entries.get(name)) for name in found)]
         for task, entries in tasks.items()
     ]
-    columns = ["task", MODE, *(MODE_NAMES.get(name, name.replace("_", " ")) for name in found)]
+    if unknown := sorted(found.keys() - MODE_NAMES.keys()):
+        raise UserError(
+            f"evaluation.json: unknown mode '{unknown[0]}', expected one of {', '.join(MODE_NAMES)}. Run "
+            "`dvc repro evaluation`."
+        )
+    columns = ["task", MODE, *(MODE_NAMES[name] for name in found)]
     note = (
         "Accuracy in autoregressive mode, and what it becomes in points when something is taken away: far below zero "
         "means that the model needs it. Controls are other ways to look with the same weights, not trained baselines."

@@ -8,7 +8,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pipeline_steps.common.metrics import GAZE_MODES, MODES
+from pipeline_steps.common.modes import GAZE_MODES, SCORED_MODES
 from pipeline_steps.report.tables import COMPONENT_NAMES, MODE_NAMES, ordered_arms
 
 WIDTH = 6.2  # inches: legible when shrunk to a phone
@@ -53,7 +53,7 @@ def tasks(result):
 
     def draw(figure, ink):
         axes = figure.subplots()
-        for offset, mode in enumerate(reversed(MODES)):
+        for offset, mode in enumerate(reversed(SCORED_MODES)):
             scores = [result.tasks[name][mode] for name in names]
             y = np.arange(len(names)) + (2 - offset) * -0.14
             values = np.array([score.accuracy for score in scores])
@@ -88,7 +88,7 @@ def tasks(result):
         axes.grid(axis="x", linewidth=0.6)
         axes.set_axisbelow(True)
         handles, labels = axes.get_legend_handles_labels()
-        order = [labels.index(MODE_NAMES[mode]) for mode in MODES] + [
+        order = [labels.index(MODE_NAMES[mode]) for mode in SCORED_MODES] + [
             i for i, label in enumerate(labels) if label == "chance"
         ]
         figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside upper center", ncols=3)

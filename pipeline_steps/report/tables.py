@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from pipeline_steps.common.metrics import GAZE_MODES
-from pipeline_steps.common.modes import LABELS
+from pipeline_steps.common.modes import GAZE_MODES, LABELS
 
 MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
 MISSING = ("–", None)  # sorts last, up or down
 
 MODE_NAMES = LABELS
 COMPONENT_NAMES = {
-    "vision_walk": "vision encoder",
-    "query_walk": "queries",
+    "vision_encoder": "vision encoder",
+    "query_passes": "query passes",
     "connector": "connector",
     "planner": "planner",
     "language_model": "language model",
@@ -244,7 +243,7 @@ def gaze(result):
         ],
         rows,
         "Share of frames whose most attended patch (last vision layer, mean over heads) shows the target; frame 0, "
-        "which no planned query looks at, is left out. Any patch, any object: what a peak on any patch, or on any "
+        "which has no planned query, is left out. Any patch, any object: what a peak on any patch, or on any "
         "object, would reach by chance. The last two columns are of the autoregressive mode."
         if rows
         else "No item of this split names a target whose place is known, or the network has no queries.",

@@ -3,7 +3,7 @@
 A table without rows says in its note what was not measured.
 """
 
-from pipeline_steps.common.metrics import VIEWS
+from pipeline_steps.common.modes import VIEWS
 from pipeline_steps.report.cells import optional, signed
 from pipeline_steps.report.tables import MODE_NAMES, Table, count, number, share
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline_steps.common import metrics
+from pipeline_steps.common import modes
 from pipeline_steps.common.schemas import SceneObject
 from pipeline_steps.evaluation import caption_metrics, captions
 from pipeline_steps.inference.answers import answer_batch, as_text, prompt_batch
@@ -213,7 +213,7 @@ def test_free_answers_of_every_mode_are_those_of_the_model(made):
     assert rows[0]["blind"] != rows[0]["autoregressive"] != rows[0]["coarse"] != ""
     found = captions.summarise(rows, objects, 20, 1)
     assert set(found) == {"caption", "image"}
-    assert all(set(value.modes) == set(metrics.CAPTION_MODES) for value in found.values())
+    assert all(set(value.modes) == set(modes.CAPTION_MODES) for value in found.values())
 
 
 def test_which_answers_are_free_is_a_parameter(made):

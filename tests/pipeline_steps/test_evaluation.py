@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from pipeline_steps.common import metrics, sidecar
+from pipeline_steps.common import metrics, modes, sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import PackedSample
 from pipeline_steps.evaluation import __main__ as evaluation
@@ -233,7 +233,7 @@ def test_scores_cover_all_modes_and_do_not_depend_on_the_batch(network):
     assert chosen == {"card": [0, 2, 4], "gist": [1, 3, 5], "text": [6]}
     counts = table.groupby(["task", "mode"]).size().to_dict()
     assert counts == {
-        **{(task, mode): 3 for task in ("card", "gist") for mode in metrics.MODES},
+        **{(task, mode): 3 for task in ("card", "gist") for mode in modes.SCORED_MODES},
         ("text", "text"): 1,
     }
     assert set(table["num_tokens"]) == {2}
@@ -267,7 +267,7 @@ def test_controls_differ_and_gaze_is_measured_where_the_truth_is(network):
     assert losses["blind"] != losses["autoregressive"] != losses["random_query"]
     measured = table[table["gaze_frames"] > 0]
     assert set(measured["task"]) == {"card"}
-    assert set(measured["mode"]) == set(metrics.GAZE_MODES)
+    assert set(measured["mode"]) == set(modes.GAZE_MODES)
     assert measured["gaze_frames"].tolist() == [n - 1 for n in measured["num_frames"]]
 
 
@@ -323,7 +323,7 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     assert result.temporal["card"]["second_half"].num_items == 2
     assert result.sources["test"]["card"] == result.tasks["card"]
     assert result.sources["test"]["text"]["text"] == result.text
-    assert set(result.mean) == {*metrics.MODES, "static_query", "shuffled_frames", "first_frame"}
+    assert set(result.mean) == {*modes.SCORED_MODES, "static_query", "shuffled_frames", "first_frame"}
     metrics.write_json(tmp_path / "a.json", result)
     metrics.read_json(tmp_path / "a.json", metrics.EvaluationResult, "evaluation")
 
@@ -343,8 +343,8 @@ def test_results_of_before_say_not_measured(network, tmp_path):
     result = evaluation.summarise(table, [], {}, settings, {}).model_dump(mode="json")
     new = ("sources", "controls", "per_frame", "temporal", "diagnostics", "gaze_difference")
     old = {name: value for name, value in result.items() if name not in new}
-    for modes in old["gaze"].values():
-        for seen in modes.values():
+    for by_mode in old["gaze"].values():
+        for seen in by_mode.values():
             del seen["per_head"], seen["mass_per_head"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     read = metrics.read_json(tmp_path / "old.json", metrics.EvaluationResult, "evaluation")

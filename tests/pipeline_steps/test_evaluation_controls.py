@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline_steps.common import modes
-from pipeline_steps.common.metrics import CONTROLS
+from pipeline_steps.common.modes import CONTROLS
 from pipeline_steps.evaluation import breakdown, controls, per_frame, scoring, statistics
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import NUM_SCORED, Weighing, clip, loaded, truth_at

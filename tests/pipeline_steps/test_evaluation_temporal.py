@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from pipeline_steps.common.metrics import VIEWS
+from pipeline_steps.common.modes import VIEWS
 from pipeline_steps.evaluation import scoring, statistics, temporal
 from pipeline_steps.evaluation.predictions import by_item, predicted_tokens
 from tests.model import tiny

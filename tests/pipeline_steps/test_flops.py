@@ -149,12 +149,12 @@ def test_language_pass_by_hand():
     assert formulas.language_pass(make_config().text_config, 3, 5) == 2 * 2 * (6912 + 4608 + 6912 + 1440 + 34560)
 
 
-def test_vision_walk_by_hand():
+def test_vision_encoder_flops_by_hand():
     """One frame of 17 rows, width 32, inner 128, three layers. Per layer keys and values 2 x 17 x 32 x 32 = 34816, the
     rest 34816 + attention 2 x 17 x 17 x 32 = 18496 + feed-forward 2 x 17 x 32 x 128 = 139264; the last layer's rest is
     skipped; patches 16 x 588 x 32 = 301056. Times two."""
     expected = 2 * (301056 + 3 * 34816 + 2 * (34816 + 18496 + 139264))
-    assert formulas.vision_walk(make_config().vision_config, need_last_layer=False) == expected
+    assert formulas.vision_encoder_flops(make_config().vision_config, need_last_layer=False) == expected
 
 
 def test_mean_of_several():
@@ -198,8 +198,8 @@ def test_dinov2_small_agrees_with_the_counter():
         frames, queries = torch.empty(3, 3, 224, 224), torch.empty(3, 1, 384)
     assert sum(weight.numel() for weight in encoder.parameters()) == pytest.approx(21.67e6, rel=1e-2)
     encoded, looking = on_meta(encoder.encode, frames)
-    assert 3 * formulas.vision_walk(vision, need_last_layer=False) == pytest.approx(looking, rel=1e-6)
+    assert 3 * formulas.vision_encoder_flops(vision, need_last_layer=False) == pytest.approx(looking, rel=1e-6)
     _, asking = on_meta(encoder.attend, queries, encoded)
     projection = 3 * formulas.linear(1, 384, 384)
-    assert 3 * formulas.query_walk(config) == pytest.approx(asking + projection, rel=1e-6)
+    assert 3 * formulas.query_pass_flops(config) == pytest.approx(asking + projection, rel=1e-6)
     assert serving.vision_bytes(config, 3, 4) == sum(part.nbytes for part in (*encoded.keys, *encoded.values))

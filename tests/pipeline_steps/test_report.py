@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import MODES
+from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, keep, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
@@ -28,7 +28,7 @@ def item_table(scale=1.0, seed=0, num_items=40):
     """Items whose loss is LOSS times `scale` on average."""
     rng, rows = np.random.default_rng(seed), []
     for task in TASKS:
-        for mode in MODES:
+        for mode in SCORED_MODES:
             for item in range(num_items):
                 loss = LOSS[mode] * scale * 5 * rng.uniform(0.8, 1.2)
                 correct = int(rng.binomial(5, ACCURACY[mode]))
@@ -53,7 +53,7 @@ def result_of(table, data="d1"):
             loss=float(np.mean([entry[mode].loss for entry in tasks.values()])),
             accuracy=float(np.mean([entry[mode].accuracy for entry in tasks.values()])),
         )
-        for mode in MODES
+        for mode in SCORED_MODES
     }
     peaks = {"coarse": 0.2, "fine": 0.93, "autoregressive": 0.92}
     gaze = {
