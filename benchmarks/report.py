@@ -1,12 +1,12 @@
-"""Time and memory of writing the report from the result files of many runs.
+"""Time and memory of building the report from the result files of many runs.
 
-    python -m benchmarks.report                        a thousand runs, on the results of this checkout
+    python -m benchmarks.report                        1000 runs, from the results of this checkout
     python -m benchmarks.report --root ELSEWHERE --num-runs 5000
 
-The runs are copies of the finished run under `--root` (evaluation.json and items.parquet), their losses times a factor
-that differs by ablation and seed: none, A6, B1 and as many invented ablations as it takes, ten seeds of each. They are
-written to a temporary folder first, which is not timed; then `python -m pipeline_steps.report` runs on it. Prints
-seconds, memory, and the sizes of what was read and written. Cost: a minute for a thousand runs, 300 kB of disk each.
+The runs are copies of the finished run under `--root` (evaluation.json and items.parquet), with losses scaled by a
+factor per ablation and seed: none, A6, B1 and synthetic ablations, ten seeds each. They are written to a temporary
+folder (not timed); then `python -m pipeline_steps.report` runs on it. Prints seconds, memory, and the sizes of input
+and output. Cost: a minute for 1000 runs, 300 kB of disk each.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
 
 NUM_SEEDS = 10
-COMPARED = ("none", "A6", "B1")  # what the verdicts read
+COMPARED = ("none", "A6", "B1")  # ablations that the verdicts compare
 LINKED = ("data", "outputs", "reports/metrics", "reports/heatmaps", "params.yaml")
 
 
@@ -51,11 +51,11 @@ def read_arguments():
 
 
 def write_runs(source, root, num_runs):
-    """Links the finished run and writes `num_runs` others beside it; returns their bytes."""
+    """Links the finished run and writes `num_runs` scaled copies; returns their size in bytes."""
     found = {name: source / name for name in ("reports/metrics/evaluation.json", "outputs/evaluation/items.parquet")}
     for path in found.values():
         if not path.exists():
-            raise UserError(f"{path} does not exist: run `dvc repro evaluation` first, or name a finished run's --root")
+            raise UserError(f"{path} does not exist: run `dvc repro evaluation` first, or set --root to a finished run")
     (root / "reports").mkdir(parents=True)
     for name in LINKED:
         if (source / name).exists():
@@ -75,7 +75,7 @@ def write_runs(source, root, num_runs):
 
 
 def scaled(value, factor):
-    """The result with every loss times `factor`. The checkpoint's hash stays: it names the run that was copied."""
+    """The result with every loss multiplied by `factor`. The checkpoint's hash is unchanged."""
     if not isinstance(value, dict):
         return value
     return {
@@ -85,7 +85,7 @@ def scaled(value, factor):
 
 
 def measure(root):
-    """(seconds, GB of memory, bytes of the page) of one run of the stage on `root`."""
+    """(seconds, GB of memory, bytes of report.html) of one run of the report stage on `root`."""
     command = [sys.executable, "-m", "pipeline_steps.report", "--root", root, "--params", root / "params.yaml"]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)

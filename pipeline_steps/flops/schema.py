@@ -16,10 +16,10 @@ class Text(StrictModel):
 
 
 class Section(StrictModel):
-    split: Literal["validation", "test"]  # whose mean frame and token counts are used
-    multi_tokens: PositiveInt  # visual tokens per frame of the ordinary model that one foveated token is compared with
+    split: Literal["validation", "test"]  # its mean frame and token counts are used
+    multi_tokens: PositiveInt  # visual tokens per frame of the multi-token baseline
     scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)  # language models (flops/scales.py)
-    budgets: list[PositiveFloat]  # FLOPs of training whose samples are counted for every scale
-    frontier: Text  # the text of the samples whose cost over the number of frames is compared
-    num_answer_tokens: PositiveInt  # of the answer whose cost is counted
+    budgets: list[PositiveFloat]  # training FLOPs; the samples per budget are reported for every scale
+    frontier: Text  # text lengths for the cost over the number of frames
+    num_answer_tokens: PositiveInt  # length of the answer for the inference cost
     bytes_per_number: Literal[2, 4]  # of caches and activations: 4 = fp32, 2 = bf16

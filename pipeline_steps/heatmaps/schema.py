@@ -9,9 +9,9 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    num_clips: PositiveInt  # per task: the first ones by key, so that nobody picks
-    num_sheet_clips: NonNegativeInt  # on the sheet of best, worst and random ones, by their loss; 0: no such sheet
-    seed: NonNegativeInt  # of the random third of that sheet
+    num_clips: PositiveInt  # per task: the first ones by key, to avoid cherry-picking
+    num_sheet_clips: NonNegativeInt  # on the sheet of best, worst and random clips by loss; 0: no sheet
+    seed: NonNegativeInt  # of the sheet's random clips
     tile_pixels: int = Field(ge=64, le=1024)  # side of one picture
     frame_milliseconds: PositiveInt  # of the animations
     max_answer_tokens: PositiveInt
