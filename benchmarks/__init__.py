@@ -1,1 +1,1 @@
-"""Measurements of time and memory: scripts that print a table. No stage of the pipeline reads them."""
+"""Benchmarks of time and memory: scripts that print a table. No pipeline stage depends on them."""

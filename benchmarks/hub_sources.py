@@ -3,7 +3,7 @@
     python -m benchmarks.hub_sources [--num-chats 150000] [--num-pictures 30000] [--folder /tmp]
 
 Local copies of SmolTalk (chats of 6 turns, 1 kB) and of one subset of The Cauldron (a picture of 20 kB per row, 1000
-rows per row group) are generated at the given size and at a third of it, and each is read in a process of its own.
+rows per row group) are generated at the given size and at a third of it; each is read in a separate process.
 Seconds are CPU time of all threads. Memory is the peak above the level after the imports.
 """
 
@@ -56,8 +56,8 @@ def _write(path, count, columns):
 
 
 def measure(name, subset, path, results):
-    """In a process of its own: puts (rows, seconds, seconds of the rows alone, bytes of memory) into `results`."""
-    import datasets  # noqa: F401 - a part of every run, and not to be measured
+    """Runs in a separate process; puts (rows, seconds, seconds of reading rows alone, bytes of memory) into `results`."""
+    import datasets  # noqa: F401 - imported up front to exclude it from the measurement
 
     entry = SimpleNamespace(dataset=name, path=str(path), revision=None, subsets=[subset], media_dir=None)
     entry.max_samples, entry.max_missing = None, 0.0
@@ -77,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description="Speed and memory of source hub.")
     parser.add_argument("--num-chats", type=int, default=150_000)
     parser.add_argument("--num-pictures", type=int, default=30_000)
-    parser.add_argument("--folder", help="where files are written for a while (default: the system's)")
+    parser.add_argument("--folder", help="parent of the temporary folder (default: the system's)")
     arguments = parser.parse_args()
     cases = [("smoltalk", "stage1", write_chats, arguments.num_chats)]
     cases += [("cauldron", "vqav2", write_pictures, arguments.num_pictures)]

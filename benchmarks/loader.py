@@ -1,20 +1,20 @@
-"""Throughput of the training data loader, and time and memory of an index of millions of items.
+"""Throughput of the training data loader, and time and memory of an index with millions of items.
 
     python -m benchmarks.loader                        all of it
     python -m benchmarks.loader --only index --items 4500000
 
-`speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, read in turn, several rounds each, so
-that other load on the machine affects all of them alike:
+`speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, measured in alternating rounds, so
+that other load on the machine affects all variants equally:
     raw           Pillow decodes the same JPEG files from memory, in as many threads
-    raw_batches   the same, keeping the pixels of a batch (as every loader must): they no longer fit into the caches
+    raw_batches   the same, keeping the pixels of a batch (as every loader must), which exceed the CPU caches
     pixels        our loader up to the decoded frames, in batches
     normalised    raw, then the pixels as float32, normalised
     loader        our loader: whole batches of tokens and normalised pixels
     webdataset    plain `WebDataset(...).shuffle().decode("pil")` in a DataLoader with as many workers: no batches
-Rates are the medians of the rounds, ratios those of the rounds' own ratios. "per CPU second" divides by
-CPU time instead of wall time, which other load hardly changes.
+Rates are medians over the rounds, ratios are medians of the per-round ratios. "per CPU second" divides by
+CPU time instead of wall time; other load hardly affects it.
 `index`: sidecars of `--items` items in shards of 1,000 are written to a temporary folder once, then opened in a new
-process: seconds, memory, items per second at random.
+process: seconds, memory, and random items per second.
 Cost: 3 minutes on two cores; 5 GB on the disk for 4.5 million items.
 """
 
@@ -72,7 +72,7 @@ MIB = 2**20
 
 
 def write_clips(root: Path, num_clips: int, clips_per_shard: int) -> None:
-    """Packed clips of smooth random pictures, about 12 kB a frame, as those of real videos are."""
+    """Writes packed clips of smooth random images, about 12 kB per frame as in real videos."""
     rng = np.random.default_rng(0)
     shards, tokens = [], []
     for folder in ("shards", "tokens"):
@@ -180,7 +180,7 @@ def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace]:
 
 
 def ours(dataset: TokenizedShards, num_workers: int, collate) -> int:
-    """Samples of one epoch of our loader."""
+    """Runs one epoch of our loader; returns the number of samples."""
     streaming, stage = sections(num_workers)
     stage.num_samples = len(dataset)
     sizes = {"batch_size": BATCH, "tokens_per_frame": 1}
@@ -189,7 +189,7 @@ def ours(dataset: TokenizedShards, num_workers: int, collate) -> int:
 
 
 class PixelsOnly:
-    """In place of a collator: the decoded frames as they are."""
+    """Stands in for a collator and returns the decoded frames unchanged."""
 
     tokens_per_frame = 1
 
@@ -206,13 +206,13 @@ def decode_clip(jpegs: list[bytes]) -> np.ndarray:
 
 
 def raw(clips: list[list[bytes]], num_workers: int, then=lambda pixels: pixels) -> int:
-    """Samples of which Pillow makes pixels, from memory."""
+    """Decodes clips from memory with Pillow; returns the number of samples."""
     with ThreadPoolExecutor(num_workers) as pool:
         return sum(1 for _ in pool.map(lambda jpegs: then(decode_clip(jpegs)).shape, clips))
 
 
 def raw_batches(clips: list[list[bytes]], num_workers: int) -> int:
-    """`raw` whose pixels are kept as long as a batch of the loader keeps them: they no longer fit into the caches."""
+    """`raw`, but keeps the pixels of a batch as the loader does; they exceed the CPU caches."""
     batches = [clips[start : start + BATCH] for start in range(0, len(clips), BATCH)]
     with ThreadPoolExecutor(num_workers) as pool:
         return sum(pool.map(lambda batch: len([decode_clip(jpegs) for jpegs in batch]), batches))
@@ -242,7 +242,7 @@ def measure_speed(root: Path, num_clips: int, num_workers: int, rounds: int) -> 
         "loader": lambda: ours(dataset, num_workers, collate),
         "webdataset": lambda: plain_webdataset(root, num_workers),
     }
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}  # per second, per second of the CPU
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}  # (per second, per CPU second)
     for _ in range(rounds + 1):
         for name, run in runs.items():
             started, cpu = time.perf_counter(), cpu_seconds()
@@ -262,7 +262,7 @@ def measure_speed(root: Path, num_clips: int, num_workers: int, rounds: int) -> 
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the finished ones that it started: does not grow while other work has the processor."""
+    """CPU time of this process and of its finished children; other processes do not affect it."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -271,7 +271,7 @@ def cpu_seconds() -> float:
 
 
 def write_index(root: Path, num_items: int, items_per_shard: int = 1_000) -> None:
-    """Sidecars and manifests without tars. Keys and lengths differ from shard to shard, token ids do not."""
+    """Writes sidecars and manifests without tars. Keys and lengths differ between shards, token ids do not."""
     rng = np.random.default_rng(0)
     for folder in ("shards", "tokens"):
         (root / folder / "train").mkdir(parents=True)
@@ -297,13 +297,13 @@ def write_index(root: Path, num_items: int, items_per_shard: int = 1_000) -> Non
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: its own, and pages of mapped files, which the system takes back when it needs them."""
+    """MiB of this process: `own` memory, and `mapped` file pages, which the system can reclaim."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(status[field].split()[0]) / 1024 for name, field in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 class Peak(threading.Thread):
-    """Peak of `own` memory while the block runs, sampled every few milliseconds."""
+    """Context manager: peak of `own` memory inside the block, sampled every 5 ms."""
 
     def __enter__(self):
         self.own, self.ended = memory()["own"], threading.Event()
@@ -320,7 +320,7 @@ class Peak(threading.Thread):
 
 
 def open_index(root: Path) -> dict:
-    """Measures in this process."""
+    """Opens the index and plans a stage in this process; returns times and memory."""
     before, started = memory(), time.perf_counter()
     with Peak() as opening:
         dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
@@ -352,7 +352,7 @@ def open_index(root: Path) -> dict:
 
 
 def measure_index(root: Path, num_items: int) -> dict:
-    """`open_index` in a new process, on files that were just written."""
+    """`open_index` in a new process, on newly written files."""
     write_index(root, num_items)
     size = sum(path.stat().st_size for path in root.rglob("*.arrow"))
     call = [sys.executable, "-m", "benchmarks.loader", "--open", str(root)]
@@ -370,7 +370,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--items", type=int, default=4_500_000)
-    parser.add_argument("--folder", type=Path, help="where the temporary files go (default: the system's place)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder (default: the system's)")
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)  # the process that `index` starts
     return parser.parse_args()

@@ -1,11 +1,11 @@
-"""Time to take the frames of a long video, decoding from key frames against decoding everything up to the last one.
+"""Time to sample frames from a long video: decoding from key frames compared with decoding all frames.
 
     python -m benchmarks.long_video
     python -m benchmarks.long_video --minutes 10 --size 224 --frames 64 --codec libx265
 
 Writes a clip of moving texture (30 frames per second, a key frame every 2 s) into a temporary folder, reads it with the
-frame policy both ways, in turn, `--repeats` times each, checks that the frames are the same, and prints the fastest
-times and their ratio. Cost: about a minute on one core for the default, most of it to write the clip.
+frame policy in both ways alternately, `--repeats` times each, checks that the frames are equal, and prints the fastest
+times and their ratio. Cost: about a minute on one core with the defaults, most of it for writing the clip.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FPS, KEY_SECONDS = 30, 2
 
 
 def write_clip(path: Path, seconds: float, size: int, codec: str) -> None:
-    """A clip of `seconds` s and `size` px whose texture moves all the time."""
+    """Writes a clip of `seconds` s and `size` px with a moving texture."""
     y, x = np.mgrid[:size, :size]
     texture = np.stack([128 + 60 * np.sin(x / 9 + k) + 40 * np.cos(y / 13 - k) for k in range(3)], axis=-1)
     texture = np.clip(texture + np.random.default_rng(0).normal(0, 6, texture.shape), 0, 255).astype(np.uint8)
@@ -40,7 +40,7 @@ def write_clip(path: Path, seconds: float, size: int, codec: str) -> None:
 
 
 def measure(path: Path, max_frames: int, repeats: int) -> dict[str, float]:
-    """Seconds of the fastest read by each way. UserError if the two give different frames."""
+    """Fastest time of each way in seconds. UserError if the two give different frames."""
     read_index = frames.read_index
     ways = {"keys": read_index, "everything": lambda piece: dataclasses.replace(read_index(piece), keys=[])}
     seconds, pictures = {way: [] for way in ways}, {}
@@ -54,12 +54,14 @@ def measure(path: Path, max_frames: int, repeats: int) -> dict[str, float]:
             seconds[way].append(time.perf_counter() - start)
             pictures[way] = [image.tobytes() for image in media.frames]
     if pictures["keys"] != pictures["everything"]:
-        raise UserError(f"{path}: the two ways give different frames, so their times mean nothing. Report the clip.")
+        raise UserError(
+            f"{path}: the two ways give different frames, so their times are not comparable. Report the clip as a bug."
+        )
     return {way: min(values) for way, values in seconds.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time to take the frames of a long video.")
+    parser = argparse.ArgumentParser(description="Time to sample frames from a long video.")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--size", type=int, default=224, help="px")
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 64], help="max_frames of the policy")

@@ -1,13 +1,13 @@
-"""Time and peak memory of the three modes against the number of frames, and the exponent with which they grow.
+"""Time and peak memory of the three modes over the number of frames, and their scaling exponents.
 
     python -m benchmarks.modes
     python -m benchmarks.modes --config outputs/stage3 --image-size 56 --output outputs/metrics/benchmark_modes.json
 
 One sample with T frames between 32 and 16 text tokens goes through a forward pass in evaluation mode, in fp32. The
 weights are random, which changes neither time nor memory. Without `--config` the network's size is between the embedded
-scale and DINOv2-small with SmolLM2-135M, large enough that arithmetic and not Python is timed. Time is that of the
-fastest of `--repeats` runs; memory is the peak that a run allocates in addition to weights and inputs. An exponent is
-the slope of the logarithms over T >= 8 (below, text dominates): 1 is linear; a fixed cost lowers the exponent.
+scale and DINOv2-small with SmolLM2-135M, large enough that arithmetic dominates Python overhead. Time is the fastest of
+`--repeats` runs; memory is the peak that a run allocates in addition to weights and inputs. An exponent is the slope in
+log-log space for T >= 8 (below, text dominates): 1 is linear; a fixed cost lowers the exponent.
 Cost: 1 to 2 minutes on one core, below 1 GB of memory.
 """
 
@@ -66,7 +66,7 @@ def make_sample(config: FoveatedVLMConfig, num_frames: int, image_size: int, dev
 
 
 def seconds(run, device: str, repeats: int) -> float:
-    """Wall time of the fastest of `repeats` runs, after one that is not counted."""
+    """Wall time of the fastest of `repeats` runs, after one warm-up run."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -78,7 +78,7 @@ def seconds(run, device: str, repeats: int) -> float:
 
 
 def peak_bytes(run, device: str) -> int:
-    """The most that a run has allocated at once, beside what was there before."""
+    """Peak memory that a run allocates, in addition to what was allocated before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -141,26 +141,34 @@ def table(frames: tuple[int, ...], result: dict[str, dict]) -> str:
 
 
 def read_config(arguments: argparse.Namespace) -> FoveatedVLMConfig:
-    """The configuration to measure. UserError where the other arguments do not fit it or the machine."""
+    """The configuration to measure. UserError if the other arguments do not match it or the machine."""
     if arguments.config is None:
         config = default_config()
     elif (arguments.config / "config.json").exists():
         config = FoveatedVLMConfig.from_pretrained(arguments.config)
     else:
-        raise UserError(f"{arguments.config}/config.json: missing. Give --config a folder of a trained model.")
+        raise UserError(
+            f"{arguments.config}/config.json does not exist. Set --config to the folder of a trained model."
+        )
     most, patch = max(arguments.frames), config.vision_config.patch_size
     if most > config.max_num_frames:
-        raise UserError(f"--frames goes up to {most}, the network takes at most {config.max_num_frames}. Lower it.")
+        raise UserError(
+            f"--frames goes up to {most}, the network takes at most {config.max_num_frames}. Lower --frames."
+        )
     if arguments.image_size % patch:
-        raise UserError(f"--image-size is {arguments.image_size}, no multiple of the patch size {patch}. Round it.")
+        raise UserError(
+            f"--image-size is {arguments.image_size}, expected a multiple of the patch size {patch}. Round it."
+        )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch finds 0 CUDA devices. Use --device cpu.")
     return config
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time and memory of the modes against the number of frames.")
-    parser.add_argument("--config", type=Path, help="folder with the config.json of a model (default: one of its own)")
+    parser = argparse.ArgumentParser(description="Time and memory of the modes over the number of frames.")
+    parser.add_argument(
+        "--config", type=Path, help="folder with the config.json of a model (default: a built-in configuration)"
+    )
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES)
     parser.add_argument("--image-size", type=int, default=112, help="px")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

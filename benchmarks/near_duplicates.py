@@ -2,9 +2,9 @@
 
     python -m pipeline_steps.sources && python -m benchmarks.near_duplicates
 
-Hashes all media of data/raw as `python -m pipeline_steps.shards` does. Two samples are near-duplicates from that
-distance on at which three of their four frames match: it is printed for every held-out sample and its nearest training
-sample, and for copies of every `--every`-th clip and still with another encoder, size, brightness and so on.
+Hashes all media of data/raw as `python -m pipeline_steps.shards` does. The distance of two samples is the smallest
+threshold at which three of their four frames match. Prints the distances between held-out samples and their nearest
+training sample, and between every `--every`-th clip or still and modified copies (encoder, size, brightness, ...).
 Cost: 2 minutes on one core.
 """
 
@@ -36,14 +36,14 @@ def brightness(factor):
 
 
 def box(frame):
-    """Black bars above and below."""
+    """Adds black bars above and below."""
     tall = Image.new("RGB", (frame.width, frame.height * 5 // 4 // 2 * 2))
     tall.paste(frame, (0, (tall.height - frame.height) // 2))
     return tall
 
 
 def crop(frame):
-    """2.5 % less at every side."""
+    """Crops 2.5 % from every side."""
     border = frame.width // 40
     return frame.crop((border, border, frame.width - border, frame.height - border))
 
@@ -57,7 +57,7 @@ def same(frame):
 
 
 H264 = ("libx264", {})
-COPIES = {  # how a frame changes, codec and its options, ending
+COPIES = {  # frame transform, (codec, options), file extension
     "h264, crf 30": (same, ("libx264", {"crf": "30"}), "mp4"),
     "h264, crf 40 (blocks)": (same, ("libx264", {"crf": "40"}), "mp4"),
     "mpeg4": (same, ("mpeg4", {}), "avi"),
@@ -89,7 +89,7 @@ def read_video(path):
 
 
 def copy_distances(path, kind, change, codec, ending, hashes, policy, folder):
-    """Bits in which a copy's frames differ, sorted."""
+    """Sorted Hamming distances between the frame hashes of a sample and of its modified copy."""
     if kind == "image":
         copy = folder / "copy.jpg"
         change(Image.open(path).convert("RGB")).save(copy, quality=60)
@@ -102,7 +102,7 @@ def copy_distances(path, kind, change, codec, ending, hashes, policy, folder):
 
 
 def nearest_distances(queries, references):
-    """Of every query the smallest distance at which NEEDED frames of a reference match."""
+    """For every query the smallest threshold at which NEEDED frames of some reference match."""
     found = []
     for query in tqdm(queries, desc="compare", mininterval=1):
         bits = np.bitwise_count(references ^ query).sum(-1, dtype=int)

@@ -1,6 +1,6 @@
-"""Time and memory of writing the report from the result files of many runs.
+"""Time and memory of building the report from the result files of many runs.
 
-    python -m benchmarks.report                        a thousand runs, on the results of this checkout
+    python -m benchmarks.report                        1000 runs, from the results of this checkout
     python -m benchmarks.report --root ELSEWHERE --num-runs 5000
 
 The runs are copies of the finished run under `--root`, as `pipeline_steps.report.keep` keeps it, their losses times a
@@ -84,7 +84,7 @@ def scaled(value, factor):
 
 
 def measure(root):
-    """(seconds, GB of memory, bytes of the page) of one run of the stage on `root`."""
+    """(seconds, GB of memory, bytes of report.html) of one run of the report stage on `root`."""
     command = [sys.executable, "-m", "pipeline_steps.report", "--root", root, "--params", root / "params.yaml"]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)

@@ -1,13 +1,13 @@
-"""Time and memory of planning shards for many samples, and of the search for near-duplicates among their hashes.
+"""Time and memory of shard planning for many samples, and of the near-duplicate search over their hashes.
 
     python -m benchmarks.shard_plan                              # a million rows
     python -m benchmarks.shard_plan --rows 4500000 --queries 20000
 
 Writes an index of simulated rows (videos with a question and an answer, a fifth of them text-only, no split given) to a
-temporary folder, and does with it what `python -m pipeline_steps.shards` does before it packs: read, assign splits,
-plan, write the plan of every shard, and once more with all of them written. Then looks up `--queries` random held-out
-hashes among one for every row. Time is that of the processor (all of it runs on one core), memory the peak of the
-process beside what it had at the start. Cost for a million rows: 3 minutes, 2 GB of disk.
+temporary folder and runs the steps of `python -m pipeline_steps.shards` before packing: read, assign splits, plan, write
+the plan of every shard, and again with all plans written. Then searches `--queries` random held-out hashes among one
+hash per row. Time is CPU time (everything runs on one core); memory is the peak above the start of the process. Cost for
+a million rows: 3 minutes, 2 GB of disk.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 class Steps:
-    """Prints seconds of processor time and peak memory after every step."""
+    """Prints CPU seconds and peak memory after every step."""
 
     def __init__(self, num_rows: int):
         self.num_rows, self.base, self.started = num_rows, peak_bytes(), time.process_time()

@@ -1,13 +1,13 @@
-"""Throughput of shard building, compared with its upper bound: decoding the same clips and nothing else.
+"""Throughput of shard building, compared with its upper bound: only decoding the same clips.
 
     python -m benchmarks.shards
     python -m benchmarks.shards --clips 1000 --samples-per-shard 100 --image-size 224
 
 Renders `--files` h264 clips of 10 s (640 x 360, 25 frames per second, moving textures), lists them as `--clips` samples
-and decodes these by the same calls of `read_media` in as many processes as there are cores, at most 2: that is the
-bound. Then runs the whole stage (plan, Snakemake, its jobs, JPEG, tars, hashes, search for near-duplicates, publishing)
-on the same cores, into an empty scratch folder. Prints clips per second of both and their ratio, and the same by
-CPU time, which is more reliable on a busy machine; then the time of a second run, in which one clip has been added.
+and decodes them with the same `read_media` calls in one process per core, at most 2: the upper bound. Then runs the
+whole stage (plan, Snakemake jobs, JPEG, tars, hashes, near-duplicate search, publishing) on the same cores, into an
+empty scratch folder. Prints clips per second of both and their ratio, in wall time and in CPU time (more reliable on a
+busy machine), then the time of a second run with one added clip.
 Cost: 3 minutes.
 """
 
@@ -52,7 +52,7 @@ def make_section(image_size: int, samples_per_shard: int) -> Section:
 
 
 def write_clip(folder: Path, number: int) -> None:
-    """Two textures that move against each other, with grain: as costly to decode as an ordinary video."""
+    """Writes two textures moving in opposite directions, with grain: as costly to decode as ordinary video."""
     rng = np.random.default_rng(number)
     size = (WIDTH * 2, HEIGHT * 2)
     back, front = (
@@ -72,7 +72,7 @@ def write_clip(folder: Path, number: int) -> None:
 
 
 def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
-    """Lists the files as num_clips training samples; returns the file of each."""
+    """Lists the files as `num_clips` training samples; returns the file of each sample."""
     rows, paths = [], []
     hashes = [sha256_file(raw / f"{i:04d}.mp4") for i in range(num_files)]
     for i in range(num_clips):
@@ -122,13 +122,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{arguments.clips} clips, {num_frames} frames of {section.image_size} px, {num_processes} cores")
     for name, timer in (("decoding alone", bound), ("the whole stage", stage)):
         rates = f"{arguments.clips / timer.wall:7.2f} clips/s, {timer.processor / arguments.clips * 1e3:7.0f} ms of"
-        print(f"{name:<20}{rates} processor time a clip")
+        print(f"{name:<20}{rates} CPU time per clip")
     print(f"{'ratio':<20}{bound.wall / stage.wall:7.2f}         {bound.processor / stage.processor:7.2f}")
     print(f"{len(train.shards)} shards, {train.bytes / 1e6:.0f} MB; one more clip: {again.wall:.1f} s")
 
 
 class Timer:
-    """Seconds of the wall clock, and of the processor: of this process and of the children that have ended."""
+    """Wall-clock seconds, and CPU seconds of this process and its finished children."""
 
     def __init__(self):
         self.start = time.perf_counter(), sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""Memory and time of the index of the stage `sources`, for many text samples.
+"""Memory and time of the `sources` stage's index for many text samples.
 
     python -m benchmarks.source_index [--num-samples 1000000] [--folder /tmp]
 
@@ -18,7 +18,7 @@ from pipeline_steps.sources.index import open_index
 
 def samples(count):
     for number in range(count):
-        key = f"smoltalk-train-00000-of-00009-{(number * 7919) % count:08d}"  # in an order that is not the sorted one
+        key = f"smoltalk-train-00000-of-00009-{(number * 7919) % count:08d}"  # unsorted order
         item = {
             "user": f"What comes after {number}?" * 4,
             "assistant": f"After it comes {number + 1}.",
@@ -30,7 +30,7 @@ def samples(count):
 def main():
     parser = argparse.ArgumentParser(description="Memory and time of the index of raw samples.")
     parser.add_argument("--num-samples", type=int, default=1_000_000)
-    parser.add_argument("--folder", help="where the index is written for a while (default: the system's)")
+    parser.add_argument("--folder", help="parent of the temporary folder (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, open_index(Path(folder)) as index:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -33,7 +33,7 @@ def write(path, samples, frames):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-            tar.members = []  # or it would hold them all, and the reader's memory would not show
+            tar.members = []  # drop the member list, whose memory would mask the reader's
 
 
 def measure(folder, name, num_processes):
@@ -46,7 +46,7 @@ def measure(folder, name, num_processes):
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     print(
         f"{name}, {num_processes} process(es): {count} samples, {size / 1e6:.0f} MB in {seconds:.1f} s: "
-        f"{count / seconds:.0f} samples/s, {size / seconds / 1e6:.0f} MB/s; {grown / count:.0f} bytes more per sample"
+        f"{count / seconds:.0f} samples/s, {size / seconds / 1e6:.0f} MB/s; {grown / count:.0f} bytes of memory per sample"
     )
 
 
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--num-tars", type=int, default=8)
     parser.add_argument("--num-text", type=int, default=300_000)
     parser.add_argument("--num-processes", type=int, default=2)
-    parser.add_argument("--folder", help="where the archives are written for a while (default: the system's)")
+    parser.add_argument("--folder", help="parent of the temporary folder (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         folder = Path(folder)

@@ -145,8 +145,8 @@ def largest_share(values, total):
 
 
 def attributes(objects):
-    """{kind: set of word tuples that a text can name} for a sample's objects. Kinds: colour, digit (in any frame), bound
-    (a colour directly followed by a digit of the same object). Kinds without entries are omitted."""
+    """{kind: set of word tuples that a text can name} for a sample's objects. Kinds: colour, digit (in any frame),
+    bound (a colour directly followed by a digit of the same object). Kinds without entries are omitted."""
     colours = {tuple(words(entry.colour)) for entry in objects} - {()}
     digits = {(str(digit),) for entry in objects for digit in entry.digits}
     bound = {(*words(entry.colour), str(digit)) for entry in objects if words(entry.colour) for digit in entry.digits}

@@ -38,7 +38,7 @@ RULES = {
         "the query does not move from frame to frame",
     ),
     "projection_bias": Rule(
-        "b / (b + w): b is the norm of the query projection's bias, w the mean norm of the projected queries without bias",
+        "b / (b + w): b is the norm of the query projection's bias, w the mean norm of projected queries without bias",
         None,
         0.35,
         "the bias dominates, so that all queries are nearly the same",

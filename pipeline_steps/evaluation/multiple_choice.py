@@ -67,8 +67,8 @@ def _question(tokenizer, number, row, item):
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
-    """`score` of the Questions among the items {task: item numbers}; settings: section `evaluation`. None if no item has
-    options."""
+    """`score` of the Questions among the items {task: item numbers}; settings: section `evaluation`. None without
+    Questions."""
     asked = questions(dataset, tokenizer, [number for numbers in chosen.values() for number in numbers])
     if not asked:
         return None
@@ -91,8 +91,8 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
     """DataFrame with one row per Question of `asked`, sorted by source, task, key and item.
 
     Columns: key, item, source, task, num_options, correct; for every scoring chosen_NAME (option number;
-    generation: -1 if the answer matches none); letter_scores and likelihood_scores (nats, one entry per option), answer (the generated
-    text); and each of these with the prefix blind_, for grey frames (the same values for items without frames).
+    generation: -1 if the answer matches none); letter_scores and likelihood_scores (nats, one
+    entry per option), answer (the generated text); and each of these with the prefix blind_, for grey frames (the same values for items without frames).
     """
     by_number = {question.number: question for question in asked}
     # leave room for the longest option, which generation could not choose otherwise

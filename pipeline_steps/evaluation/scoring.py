@@ -82,8 +82,8 @@ def batches(model, collate, dataset, chosen, batch_size, prefetch):
 
 
 def subset(chosen, max_items, seed):
-    """At most `max_items` rows per task of {task: row numbers}, without TEXT, sampled with `seed`. Deterministic: callers
-    with equal arguments get the same items."""
+    """At most `max_items` rows per task of {task: row numbers}, without TEXT, sampled with `seed`. Deterministic:
+    callers with equal arguments get the same items."""
     return {task: drawn(numbers, max_items, seed) for task, numbers in chosen.items() if task != TEXT}
 
 

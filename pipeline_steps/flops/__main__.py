@@ -1,7 +1,7 @@
-"""Floating-point operations per sample, for the lengths that the data really has; samples that a budget pays for.
+"""FLOPs per sample at the lengths of the real data, and the number of training samples per compute budget.
 
     python -m pipeline_steps.flops
-    python -m pipeline_steps.flops --budget 1.6e16 5.6e16 --scale 135M 360M 1.7B       prints a table, writes nothing
+    python -m pipeline_steps.flops --budget 1.6e16 5.6e16 --scale 135M 360M 1.7B       prints a table only
 
 The first form reads params.yaml, outputs/stage3/config.json, data/shards/manifest.json and data/tokens; writes
 outputs/metrics/flops.json (docs/metrics.md). Every item of the split is counted with its own number of frames and
@@ -31,7 +31,7 @@ CURVE_FRAMES = (1, 2, 4, 8, 16, 32, 64)
 FRONTIER_FRAMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 NOT_COUNTED = (
     "norms, softmax, activations, residual additions, rotary embeddings, the loss, "
-    "attention weights recomputed for pictures or for the entropy-margin loss"
+    "attention weights recomputed for heatmaps or for the entropy-margin loss"
 )
 
 
@@ -56,7 +56,7 @@ def main():
     ]
     if not samples:
         raise UserError(
-            f"{arguments.tokens}: split '{settings.split}' has no samples with frames, so there is nothing to count"
+            f"{arguments.tokens}: split '{settings.split}' has 0 samples with frames, nothing to count. Change flops.split."
         )
     result = count(config, samples, parameters)
     metrics.write_json(arguments.metrics / "flops.json", result)
@@ -83,13 +83,13 @@ def read_arguments():
 
 
 def print_budgets(arguments, parameters):
-    """The table of the second form."""
+    """Prints the table of the second form."""
     lengths = (arguments.frames, arguments.text_tokens, arguments.tokens_before, arguments.labels)
     if min(arguments.budget) <= 0 or min(lengths) < 0 or max(lengths[2:]) > arguments.text_tokens:
         raise UserError(
             f"--budget {arguments.budget}, --frames {lengths[0]}, --text-tokens {lengths[1]}, --tokens-before "
-            f"{lengths[2]}, --labels {lengths[3]}: budgets must be positive, lengths not negative, and no more tokens "
-            "before the frames or with a loss than there are text tokens"
+            f"{lengths[2]}, --labels {lengths[3]}: budgets must be positive, lengths must not be negative, and "
+            "--tokens-before and --labels must not exceed --text-tokens"
         )
     names = arguments.scale or parameters.flops.scales
     rows = iso.budget_samples(arguments.budget, scaled_arms(names, parameters), Sample(*lengths))
@@ -100,11 +100,13 @@ def print_budgets(arguments, parameters):
             f"{row.budget:9.1e} {row.scale:>6} {row.arm:<14}{row.flops_per_sample / 1e9:11.1f}{row.num_samples:12,}"
             f"{row.predecessor_num_samples:13,}"
         )
-    print("predecessor: its own count, at 8 frames and 128 text tokens (pipeline_steps/flops/predecessor.py)")
+    print(
+        "predecessor: samples by the predecessor's formula, for 8 frames and 128 text tokens (pipeline_steps/flops/predecessor.py)"
+    )
 
 
 def measure(row, layout, image_replication):
-    """`Sample` of a token row; the loss is on the answer, its end-of-turn token included."""
+    """`Sample` of a token row; the loss covers the answer, including its end-of-turn token."""
     frames = row["num_frames"] * (image_replication if row["kind"] == "image" else 1)
     first = layout == "vision_first"
     return Sample(
@@ -116,9 +118,9 @@ def measure(row, layout, image_replication):
 
 
 def arms_of(config, multi_tokens):
-    """The networks that a fair comparison trains separately: same backbones, another visual architecture."""
+    """{arm: configuration} of the networks to compare: same backbones, different visual architectures."""
     foveated, coarse, ordinary = (copy.deepcopy(config) for _ in range(3))
-    if config.architecture == "multi_token":  # its tokens per frame say nothing about queries
+    if config.architecture == "multi_token":  # its tokens per frame are not a number of queries
         foveated.num_visual_tokens_per_frame = coarse.num_visual_tokens_per_frame = 1
     foveated.architecture = coarse.architecture = "foveated"
     foveated.coarse_only, coarse.coarse_only = False, True
@@ -131,7 +133,7 @@ def arms_of(config, multi_tokens):
 
 
 def scaled_arms(names, parameters):
-    """{scale: {arm: configuration}} of the foveated and the ordinary network with pretrained backbones."""
+    """{scale: {arm: configuration}} of the foveated and the multi-token network with pretrained backbones."""
     multi_tokens = parameters.flops.multi_tokens
     found = {}
     for name in names:
@@ -141,7 +143,7 @@ def scaled_arms(names, parameters):
 
 
 def count(config, samples, parameters):
-    """`FlopsResult` of this model, of the arms that it is compared with, and of both over the number of frames."""
+    """`FlopsResult` of this model and of the arms, at the mean lengths and over the number of frames."""
     settings = parameters.flops
     modes = ("coarse", "fine", "autoregressive")
     arms = arms_of(config, settings.multi_tokens)
@@ -175,7 +177,7 @@ def count(config, samples, parameters):
 
 
 def mean_flops(config, samples, mode):
-    """`metrics.ModeFlops`: the mean of the samples."""
+    """`metrics.ModeFlops`: mean over the samples."""
     found = formulas.mean(formulas.forward(config, sample, mode) for sample in samples)
     return metrics.ModeFlops.model_validate(asdict(found))
 
@@ -192,8 +194,8 @@ def curve(config, typical):
 
 
 def compare_scales(parameters, scaled, arms):
-    """The fields of `FlopsResult` that are about the pretrained backbones: budgets, corrections, frontier (this network
-    comes first there)."""
+    """The fields of `FlopsResult` for the pretrained backbones: budgets, corrections and frontier (whose first entry is
+    this network)."""
     text = Sample(num_frames=0, **parameters.flops.frontier.model_dump())
     own = {name: arms[name] for name in arms if name != "A6_coarse_only"}
     return {

@@ -1,4 +1,4 @@
-"""Equal compute: how many training samples a budget pays for, and from how many frames on one token a frame saves."""
+"""Equal compute: training samples per budget, and the number of frames from which one token per frame is cheaper."""
 
 import math
 
@@ -9,9 +9,9 @@ from pipeline_steps.flops import predecessor
 
 
 def budget_samples(budgets, configs, sample):
-    """[`BudgetSamples`]; budgets in FLOPs, configs {scale: {arm: configuration}}, `sample`: its lengths.
+    """[`BudgetSamples`] of budgets in FLOPs, configs {scale: {arm: configuration}} and the lengths `sample`.
 
-    The predecessor's numbers are of its own lengths (`predecessor.SAMPLE`) whatever `sample` is.
+    The predecessor's numbers always use its own lengths (`predecessor.SAMPLE`).
     """
     rows = []
     for budget in budgets:
@@ -33,8 +33,8 @@ def budget_samples(budgets, configs, sample):
 
 
 def frontier(foveated, multi_token, text, frames):
-    """`Frontier` of the two arms of one language model over numbers of frames; `text`: a Sample whose frames are
-    replaced."""
+    """`Frontier` of the two arms of one language model over the numbers of frames `frames`. text: a Sample; its number of
+    frames is replaced."""
     samples = [Sample(**{**vars(text), "num_frames": count}) for count in frames]
     results = [formulas.forward(foveated, sample, "autoregressive") for sample in samples]
     curves = {
@@ -55,7 +55,7 @@ def frontier(foveated, multi_token, text, frames):
 
 
 def cheaper_from(frames, one, other):
-    """The first of `frames` from which on `one` costs less than `other` to the end of the curve, or None."""
+    """The smallest of `frames` from which `one` stays cheaper than `other`, or None."""
     cheaper = [own < theirs for own, theirs in zip(one, other, strict=True)]
     for index, count in enumerate(frames):
         if all(cheaper[index:]):

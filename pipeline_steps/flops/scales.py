@@ -1,4 +1,4 @@
-"""The pretrained backbones that the budgets are planned for, as shapes: no download, no weights.
+"""Shapes of the pretrained backbones that the budgets assume; needs no download and no weights.
 
 Language models: SmolLM2-135M, -360M and -1.7B-Instruct (their published config.json). Vision encoder: DINOv2-small on
 frames of 224 px, 16 x 16 patches.
@@ -38,7 +38,7 @@ def language_config(scale):
 
 
 def scaled(scale, options):
-    """`FoveatedVLMConfig` of a scale with the parameters `options` of section `model`; the queries are as wide as the
-    vision encoder."""
+    """`FoveatedVLMConfig` of a scale with the parameters `options` (section `model`); `query_dim` is the vision
+    encoder's width."""
     vision = vision_config()
     return FoveatedVLMConfig(vision, language_config(scale), **{**options, "query_dim": vision.hidden_size})

@@ -1,13 +1,13 @@
-"""What an answer costs, and what memory it and a training sample take. From shapes alone, as flop_formulas.py.
+"""FLOPs and memory of an answer, and memory of a training sample, computed from shapes as in flop_formulas.py.
 
-An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, the whole
-prompt is read once more in one pass whose last position gives the first token (together: prefill), then every further
-token is one position over everything before it (decode).
+An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, then one pass
+over the whole prompt gives the first token (together: prefill), then every further token is one position over the
+whole context (decode).
 
 Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the queries need the
 keys and values of every vision layer of every frame until the last frame has been encoded. Activations of a training
-sample are the tensors that automatic differentiation keeps, with fused attention (no scores are kept), without
-activation checkpointing and without weights, gradients and optimizer state:
+sample are the tensors that autograd saves, with fused attention (no saved scores) and without activation
+checkpointing; weights, gradients and optimizer state are excluded:
 
 vision layer         18 D numbers per row: the two norms' inputs and outputs, queries, keys, values, mixture, the dense
                      layer's and the feed-forward's outputs before their scales, the feed-forward's inner width (4 D)
@@ -28,7 +28,7 @@ FP32 = 4  # bytes
 
 
 def answer(config, sample, num_tokens, bytes_per_number):
-    """`AnswerCost` of `num_tokens` >= 1 generated tokens for a prompt, the Sample with the labelled tokens left out."""
+    """`AnswerCost` of `num_tokens` >= 1 generated tokens; the prompt is the Sample without its labelled tokens."""
     text = config.text_config
     prompt = Sample(sample.num_frames, sample.num_text_tokens - sample.num_labels, sample.num_tokens_before, 1)
     length = prompt.num_text_tokens + prompt.num_frames * config.tokens_per_frame
@@ -47,17 +47,17 @@ def answer(config, sample, num_tokens, bytes_per_number):
 
 
 def decode_step(text, context):
-    """One position over `context` positions (itself included), with its logits."""
+    """FLOPs of one position over `context` positions (itself included), with its logits."""
     return language_pass(text, 1, context) + linear(1, text.hidden_size, text.vocab_size)
 
 
 def key_value_bytes(text, num_positions, bytes_per_number):
-    """The language model's cache of keys and values."""
+    """Size of the language model's key-value cache."""
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * num_positions * bytes_per_number
 
 
 def vision_bytes(config, num_frames, bytes_per_number):
-    """Keys and values of the vision encoder that the queries attend to; none for ordinary tokens."""
+    """Size of the vision encoder's keys and values that the queries attend to; 0 for `multi_token`."""
     vision = config.vision_config
     if config.architecture == "multi_token":
         return 0

@@ -3,17 +3,17 @@
     python -m pipeline_steps.heatmaps
 
 Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
-reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with every mode's
-map over it, and the difference), contact_sheet.png (many clips), overview.png and index.json. The clips are the
-first `num_clips` by key of every task whose items name a target (of every task, where no item does); contact_sheet.png
-shows the best, the worst and random ones (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
+reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with the
+overlay of every mode, and the difference), contact_sheet.png (many clips), overview.png and index.json. The clips are
+the first `num_clips` by key of every task whose items have a target (of every task if no item has one);
+contact_sheet.png shows the best, the worst and random clips (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # the same number of threads, so the same sums
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # a fixed number of threads keeps floating-point sums reproducible
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def main():
         first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
         index = {
             "clips": entries,
-            "rule": f"{first} by key of every task that names a target (else of every task)",
+            "rule": f"{first} by key of every task with a target (of every task if none has one)",
             "split": settings.split,
             "over_frames": over_frames.mean_curves(maps_of_clips),
             "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
@@ -71,7 +71,7 @@ def main():
         }
         write_json(folder / "index.json", index)
     print(
-        f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "nothing drawn: the model has no queries"
+        f"{len(entries)} clips drawn in {arguments.outputs}" if entries else "0 clips drawn: the model has no queries"
     )
 
 
@@ -88,14 +88,15 @@ def read_arguments():
 
 def choose_clips(dataset, num_clips):
     """Row numbers: the first `num_clips` by (key, item) of every task with a known target, or of every task
-    where there is none."""
+    if none has one."""
     tasks, with_target = {}, set()
     for number, row in enumerate(dataset.rows):
         if row["kind"] != "text":
             tasks.setdefault(row["task"], []).append((row["key"], row["item"], number))
     if not tasks:
         raise UserError(
-            f"{dataset.tokens_dir}: split '{dataset.split}' has no samples with frames, so there is nothing to draw"
+            f"{dataset.tokens_dir}: split '{dataset.split}' has 0 samples with frames, nothing to draw. Change "
+            "heatmaps.split."
         )
     chosen = {task: [number for *_, number in sorted(rows)[:num_clips]] for task, rows in sorted(tasks.items())}
     for task, numbers in chosen.items():
@@ -108,7 +109,7 @@ def choose_clips(dataset, num_clips):
 
 @torch.inference_mode()
 def attention_clip(model, tokenizer, collate, dataset, number, max_tokens):
-    """(`Clip`, index entry) of one row: attention in every mode, and the greedy answer."""
+    """(`Clip`, index entry) of one row, with attention in every mode and the greedy answer."""
     item = dataset[number]
     batch = collate([item])
     num_frames = int(batch["num_frames"][0])
@@ -142,19 +143,19 @@ def attention(model, batch, mode):
 
 
 def truth_of(dataset, number, item, maps):
-    """The `Truth` of a row on the patches of its maps [L, T, N], or None."""
+    """The `GroundTruth` of a row on the patch grid of its maps [L, T, N], or None."""
     grid = round(maps.shape[-1] ** 0.5)
     return targets.ground_truth(dataset.sample(number), item["item"], maps.shape[1], grid, dataset.resize_mode)
 
 
 def shown_frames(item, num_frames):
-    """The frames as the model gets them: a picture is repeated."""
+    """The frames that the model receives: an image is repeated `num_frames` times."""
     return item["frames"] if len(item["frames"]) == num_frames else item["frames"].repeat(num_frames, axis=0)
 
 
 @torch.inference_mode()
 def draw_sheet(model, collate, dataset, settings, items_path, folder):
-    """Writes contact_sheet.png; returns its part of index.json. UserError for scored items that are not in the
+    """Writes contact_sheet.png and returns its entry in index.json. UserError for scored items that are not in the
     dataset."""
     chosen = sheet.choose(sheet.read_losses(items_path), settings.num_sheet_clips, settings.seed)
     entries = [{"part": part, **row} for part, rows in chosen.items() for row in rows.to_dict("records")]
@@ -185,7 +186,7 @@ def draw_sheet(model, collate, dataset, settings, items_path, folder):
 
 
 def sheet_rows(dataset, entries, items_path):
-    """Row numbers of chosen items; UserError for one that is not in the dataset."""
+    """Row numbers of the chosen items. UserError for an item that is not in the dataset."""
     rows = {(row["key"], row["item"]): number for number, row in enumerate(dataset.rows)}
     absent = [(entry["key"], entry["item"]) for entry in entries if (entry["key"], entry["item"]) not in rows]
     if absent:
@@ -199,14 +200,14 @@ def sheet_rows(dataset, entries, items_path):
 
 
 def on_target(maps, truth):
-    """Share of the frames after the first one whose strongest patch is the target's; None when it is never
-    visible."""
+    """Share of the frames with a visible target, except the first, whose strongest patch is on the target; None without
+    such frames."""
     sums = gaze.summary(maps, truth)
     return round(sums["peak_on_target"] / sums["gaze_frames"], 6) if sums["gaze_frames"] else None
 
 
 def draw(clip, folder, name, settings):
-    """Writes the sheet, the frames and the animation of one clip; returns their part of the index entry."""
+    """Writes the sheet, the frames and the animation of one clip; returns their fields of the index entry."""
     sheet, geometry = drawing.contact_sheet(clip, settings.tile_pixels)
     sheet.save(folder / f"{name}.png")
     frames, strip_geometry = drawing.strip(clip, settings.tile_pixels)

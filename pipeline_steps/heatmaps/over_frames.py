@@ -1,6 +1,6 @@
 """How the attention changes over the frames of a clip: its entropy and its peak.
 
-Both are computed from the maps that the heatmaps show: last layer, mean over heads and queries, patches only.
+Both are computed from the heatmaps' attention maps: last layer, mean over heads and queries, patches only.
 """
 
 import numpy as np
@@ -14,8 +14,8 @@ def curve(maps):
 
 
 def mean_curves(clips):
-    """{mode: {entropy, peak: means per frame over the clips that have that frame, num_clips: how many these are}} of
-    clips [{mode: maps [T, N]}]."""
+    """{mode: {entropy, peak, num_clips}} of clips [{mode: maps [T, N]}]: per frame the mean entropy and peak over the
+    clips with that frame, and the number of those clips."""
     curves = {}
     for maps in clips:
         for mode, values in maps.items():

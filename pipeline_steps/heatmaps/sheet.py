@@ -1,7 +1,7 @@
-"""One picture of many clips: the best, the worst and random ones by the loss of their answers.
+"""One contact sheet of many clips: the best, the worst and random ones by answer loss.
 
-A tile holds a row of frames under the map of the mode that is deployed, the target's box, the task, the loss per
-scored token, the key, and whether the answer was right. Losses are those of outputs/evaluation/items.parquet.
+A tile shows a row of frames with the attention overlay of the autoregressive mode, the target's box, the task, the loss
+per scored token, the key, and whether the answer was right. Losses come from outputs/evaluation/items.parquet.
 """
 
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ class Tile:
 
 def read_losses(path):
     """The scored items with frames: COLUMNS, loss in nats per scored token of the autoregressive mode; correct: every
-    scored token was the most likely one. UserError where the file is absent or lacks a column."""
+    scored token was the most likely one. UserError if the file is absent or lacks a column."""
     names = ["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct", "num_frames"]
     try:
         table = pd.read_parquet(path, columns=names)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro evaluation`, which writes it") from None
     except ValueError as error:  # pyarrow: no such column, or not a Parquet file
-        raise UserError(f"{path}: {str(error).splitlines()[0]}: make it again with `dvc repro evaluation`") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0]}. Regenerate it with `dvc repro evaluation`") from None
     table = table[(table["mode"] == MODE) & (table["num_frames"] > 0)]
     return table.assign(
         loss=table["loss_sum"] / table["num_tokens"], correct=table["num_correct"] == table["num_tokens"]
@@ -50,11 +50,11 @@ def read_losses(path):
 
 
 def choose(table, num_clips, seed):
-    """{part: rows of `read_losses`}: `num_clips` different clips (fewer where there are fewer), in equal parts.
+    """{part: rows of `read_losses`}: at most `num_clips` different clips, in equal parts.
 
-    best: the lowest losses from the lowest up; worst: the highest from the highest down; random: drawn from the rest
-    with `seed`, in the order of their keys. A clip with several items counts once, with the item that comes first;
-    ties are broken by key and item.
+    best: the lowest losses, ascending; worst: the highest losses, descending; random: sampled from the rest with
+    `seed`, sorted by key. A clip with several items appears once, with its first item in that order; ties are broken
+    by key and item.
     """
     ordered = table.sort_values(["loss", "key", "item"], kind="stable")
     base, more = divmod(min(num_clips, table["key"].nunique()), len(PARTS))
@@ -70,7 +70,7 @@ def rule(chosen, seed):
     """The rule of `choose` in words."""
     best, worst, drawn = (len(chosen[part]) for part in PARTS)
     return (
-        f"of the evaluated items with frames, by their loss per scored token in the autoregressive mode, one item a "
+        f"of the evaluated items with frames, by loss per scored token in autoregressive mode, one item per "
         f"clip: the {best} lowest (best), the {worst} highest (worst), and {drawn} of the rest at random (seed {seed})"
     )
 
@@ -96,14 +96,14 @@ def picture(tiles):
             x = MARGIN + number % NUM_COLUMNS * (width + MARGIN)
             draw_tile(sheet, tile, x, y + number // NUM_COLUMNS * height, width)
         y += -(-len(group) // NUM_COLUMNS) * height
-    legend = "over the frames: attention in the autoregressive mode, brightest where it is largest in the clip"
+    legend = "overlay: attention in autoregressive mode; brightest: the largest weight in the clip"
     boxes = any(tile.clip.boxes is not None for tile in tiles)
     draw.text((MARGIN, y + 12), legend + "    white box: the target" * boxes, FAINT, font(13), anchor="ls")
     return sheet
 
 
 def draw_tile(sheet, tile, x, y, width):
-    """Two lines of text and a row of frames, at most NUM_FRAMES of them."""
+    """Draws two lines of text and a row of at most NUM_FRAMES frames."""
     draw = ImageDraw.Draw(sheet)
     draw.text((x, y + 13), tile.task, INK, font(13, bold=True), anchor="ls")
     caption = f"{'right' if tile.correct else 'wrong'}, loss {tile.loss:.4f}"
@@ -118,7 +118,7 @@ def draw_tile(sheet, tile, x, y, width):
 
 
 def shortened(text, face, width):
-    """The text, its beginning replaced by an ellipsis where it is wider than `width` px: keys differ at their ends."""
+    """The text, with an ellipsis for its beginning if it is wider than `width` px: keys differ at their ends."""
     if face.getlength(text) <= width:
         return text
     while text and face.getlength(f"…{text}") > width:

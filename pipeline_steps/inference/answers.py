@@ -1,4 +1,4 @@
-"""Greedy answers of the model in autoregressive mode, for the items of `TokenizedShards` or any dict like them."""
+"""Greedy answers of the model for items of `TokenizedShards` (or dicts with the same keys)."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 
 def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregressive"):
-    """The model's answer to the question of every item: list of str. Frames as given, one left-padded batch."""
+    """The model's answer to the question of every item: list of str. The items form one left-padded batch."""
     batch = to_device(prompt_batch(collate, items), model)
     options = {
         "max_new_tokens": max_tokens,
@@ -20,7 +20,7 @@ def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregress
 
 def prompt_batch(collate, items):
     """The items without their last answers, left-padded: `generate`'s input_ids, attention_mask [B, S], num_frames
-    [B], pixel_values and target_patches (None without frames, or where the items have no targets)."""
+    [B], pixel_values and target_patches (None without frames; target_patches also None if the items have none)."""
     rows = [collate([up_to_answer(item)]) for item in items]
     length = max(row["input_ids"].shape[1] for row in rows)
     pad = {"input_ids": collate.pad_id, "attention_mask": 0}
@@ -45,7 +45,7 @@ def to_device(batch, model):
 
 @torch.no_grad()
 def embedded_prompts(model, batch, mode="autoregressive", generator=None):
-    """`prompt_batch`'s prompts as the language model reads them [B, S, E], after the frames have been encoded once."""
+    """`prompt_batch`'s prompts as input embeddings [B, S, E] of the language model. Encodes the frames once."""
     visual_tokens = None
     if batch["pixel_values"] is not None:
         frames = {name: batch[name] for name in ("pixel_values", "num_frames", "target_patches")}
@@ -58,12 +58,12 @@ def embedded_prompts(model, batch, mode="autoregressive", generator=None):
 
 @torch.no_grad()
 def generate_after(model, tokenizer, embeddings, attention_mask, **options):
-    """Generated text after embedded prompts [B, S, E], left-padded: list of str. Greedy unless `options`, those
-    of the library's generation, say otherwise."""
+    """Text generated after left-padded prompt embeddings [B, S, E]: list of str. options: of Hugging Face's `generate`;
+    the default is greedy decoding."""
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {"do_sample": False, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id} | options
     settings = copy.deepcopy(model.generation_config)
-    others = settings.update(**options)  # streamers and the like
+    others = settings.update(**options)  # options outside GenerationConfig, such as a streamer
     ids = model.language_model.generate(
         inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others
     )
@@ -97,7 +97,6 @@ def expected_answer(tokenizer, item):
 
 
 def question(tokenizer, item):
-    """What the user asks last, as text, out of the chat: the words between the last `user` line and its end-of-turn
-    token."""
+    """The text of the last user turn of the chat."""
     chat = tokenizer.decode(item["input_ids"][: answer_span(item)[0]], skip_special_tokens=False)
     return chat.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0].strip()

@@ -1,12 +1,12 @@
-"""Ask a checkpoint about a video, a picture, or nothing but the question.
+"""Ask a checkpoint a question about a video or an image, or a text-only question.
 
     python -m pipeline_steps.inference.ask --checkpoint outputs/stage3 --video clip.mp4 \\
         --question "Which digits does red show?"
 
-Prints the answer as it is generated (greedy) and writes an animation of where the model looked, NAME.heatmap.gif in the
-current folder unless --output says otherwise. Without --video the model answers from the text alone. Needs no shards
-and no parameters: the checkpoint knows how its frames and chats are made. Cost: the import of the libraries and two
-looks at the frames; on an embedded checkpoint about five seconds and 0.5 GB.
+Streams the greedy answer to stdout and writes an animation of the model's attention to --output (default:
+NAME.heatmap.gif in the current folder). Without --video the question is text-only. Needs no shards and no params.yaml:
+the checkpoint contains its preprocessing. Cost: library imports and two forward passes over the frames; about five
+seconds and 0.5 GB for an embedded checkpoint.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from pipeline_steps.common.files import check_outputs, write_bytes
 MODES = ("coarse", "fine", "autoregressive")  # model.configuration_foveated_vlm.MODES, without its import of torch
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
-SEED = 1  # of the query sources that draw at random: the animation shows the very look that was answered from
+SEED = 1  # for random query sources: the animation repeats the queries that produced the answer
 
 
 def main():
     try:
         ask(read_arguments())
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader wants no more, as in `ask ... | head -c 1`
+    except BrokenPipeError:  # the reader closed the pipe, as in `ask ... | head -c 1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return 128 + signal.SIGPIPE
     return 0
@@ -41,7 +41,7 @@ def command():
 
 
 def ask(arguments):
-    """Prints the answer and writes the animation. UserError for what the user can correct."""
+    """Prints the answer and writes the animation. UserError for invalid input."""
     output = check(arguments)
     from transformers.utils import logging as transformers_logging
 
@@ -59,10 +59,10 @@ def ask(arguments):
     if output is None:
         return
     if model.config.architecture != "foveated":
-        print(f"{output}: not written, a model without queries looks everywhere")
+        print(f"{output}: not written: the model has no queries, so there is no attention to draw")
         return
     write_bytes(output, animation(model, processor, inputs, arguments.mode, arguments.question, answer))
-    print(f"{output}: where the model looked")
+    print(f"{output}: attention animation written")
 
 
 def read_arguments():
@@ -70,16 +70,16 @@ def read_arguments():
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a trained model, e.g. outputs/stage3")
     parser.add_argument("--question", required=True)
     parser.add_argument("--video", type=Path, help="video or image file; without it the question is text only")
-    parser.add_argument("--mode", choices=MODES, default="autoregressive", help="how the model looks")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--mode", choices=MODES, default="autoregressive", help="inference mode")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum length of the answer, in tokens")
     parser.add_argument("--output", type=Path, help="the animation (default: NAME.heatmap.gif in the current folder)")
     return parser.parse_args()
 
 
 def check(arguments):
-    """UserError before any weight is loaded; returns where the animation goes, None without a video."""
+    """The output path of the animation, None without a video. Raises UserError before any weight is loaded."""
     if not arguments.question.strip():
-        raise UserError("--question is empty: ask something")
+        raise UserError("--question is empty, expected text")
     try:
         arguments.question.encode()
     except UnicodeEncodeError as error:
@@ -91,7 +91,7 @@ def check(arguments):
     if arguments.video is None:
         if arguments.output is not None:
             raise UserError(
-                f"--output {arguments.output}: there is no look to draw without --video. Give both or none."
+                f"--output {arguments.output}: there is no attention to draw without --video. Give both or neither."
             )
         return None
     if not arguments.video.is_file():
@@ -128,20 +128,20 @@ def stream_answer(model, processor, inputs, mode, max_new_tokens):
                 streamer=streamer,
             )
     except KeyboardInterrupt:
-        print(flush=True)  # the line that was begun
+        print(flush=True)  # end the partial line
         raise
     return processor.decode(ids[0], skip_special_tokens=True).strip()
 
 
 def animation(model, processor, inputs, mode, question, answer):
-    """The bytes of a GIF: every frame, and where the last layer's attention fell in it."""
+    """The bytes of a GIF: every frame, and the last layer's attention over it."""
     import torch
 
     from pipeline_steps.inference import drawing, gaze
 
     with torch.inference_mode():
-        looked = model(**inputs.to(model.device), mode=mode, generator=generator(model), output_attentions=True)
-    maps = gaze.attention_maps(looked.attention_weights.float().cpu().numpy())[-1]  # [F, N]
+        output = model(**inputs.to(model.device), mode=mode, generator=generator(model), output_attentions=True)
+    maps = gaze.attention_maps(output.attention_weights.float().cpu().numpy())[-1]  # [F, N]
     clip = drawing.Clip(
         frames=processor.pictures(inputs["pixel_values"].cpu()),
         maps={"coarse" if model.config.coarse_only else mode: maps},

@@ -1,8 +1,8 @@
 """Contact sheets and animations of attention maps, drawn with Pillow.
 
-A clip is drawn from a `Clip`; maps are attention over the patches (gaze.py), coloured on one scale per
-clip, the same for all modes: black is 0, the brightest yellow `Clip.scale`. A difference of two maps has two colours on
-the same scale: MORE and LESS, at their strongest where the maps differ by `Clip.scale`.
+Maps are attention over the patches (gaze.py). All modes of a clip share one colour scale: black is 0, the brightest
+yellow is `Clip.scale`. A difference of two maps uses the colours MORE and LESS on the same scale: both are strongest
+where the maps differ by `Clip.scale`.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 BACKGROUND, INK, FAINT, RIGHT, WRONG = "#15181d", "#f2f4f7", "#9aa4b2", "#6ee7a0", "#ff8f8f"
 MARGIN, GAP = 16, 6  # px
 LEGEND_HEIGHT = 68  # px, below a sheet
-MAX_STRIP_HEIGHT = 16_000  # px; WebP allows 16 383
-MAX_COLUMNS = 8  # of a sheet: of longer clips evenly spaced frames, while their animation is whole
+MAX_STRIP_HEIGHT = 16_000  # px; WebP's limit is 16 383
+MAX_COLUMNS = 8  # of a sheet; longer clips show evenly spaced frames (animations show all)
 MORE, LESS = (255, 159, 28), (76, 168, 255)  # orange and blue: distinguishable for colour-blind readers
 COLOURS = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -24,7 +24,7 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 @dataclass
 class Clip:
-    """What a picture of one clip shows."""
+    """The content of the pictures of one clip."""
 
     frames: np.ndarray  # uint8 [T, height, width, 3]
     maps: dict[str, np.ndarray]  # mode -> [T, N], attention over the patches of the last layer
@@ -48,7 +48,7 @@ class Clip:
         return self.prediction or "(nothing)"
 
     def thinned(self, num_frames):
-        """(the clip with at most `num_frames` evenly spaced frames, their numbers)."""
+        """(the clip reduced to at most `num_frames` evenly spaced frames, the indices of those frames)."""
         kept = np.unique(np.linspace(0, len(self.frames) - 1, min(num_frames, len(self.frames))).round().astype(int))
         boxes = None if self.boxes is None else self.boxes[kept]
         maps = {mode: values[kept] for mode, values in self.maps.items()}
@@ -56,13 +56,13 @@ class Clip:
 
     @property
     def scale(self):
-        """The share of attention that is drawn brightest: the largest, but at least four times the uniform weight."""
+        """The attention weight of the brightest colour: the largest weight, but at least four times the uniform weight."""
         peak = max(float(values.max()) for values in self.maps.values())
         return max(peak, min(1.0, 4 / next(iter(self.maps.values())).shape[1]))
 
     @property
     def difference(self):
-        """[T, N]: the autoregressive attention minus that of the static query; None where one of the two is
+        """[T, N]: the autoregressive attention minus that of the static query; None if either is
         missing."""
         if not {"autoregressive", "coarse"} <= self.maps.keys():
             return None
@@ -78,25 +78,25 @@ def frame_picture(frame, side):
 
 
 def heat_picture(values, scale, side):
-    """One map [N] as a coloured picture, patches blended into each other."""
+    """One map [N] as a coloured picture, interpolated between patches."""
     return Image.fromarray(COLOURS[(255 * heat(values, scale, side)).astype(np.uint8)])
 
 
 def overlay_picture(frame, values, scale, side):
-    """The map over the frame: the frame stays visible in grey where there is no attention."""
+    """The map over the frame in grey, which stays visible where attention is low."""
     strength = heat(values, scale, side)
     return blended(frame, strength, COLOURS[(255 * strength).astype(np.uint8)], side)
 
 
 def difference_picture(frame, values, scale, side):
-    """A difference of two maps over the frame: MORE where it is above 0, LESS where it is below."""
+    """A difference of two maps over the frame: MORE above 0, LESS below 0."""
     more, less = heat(np.maximum(values, 0), scale, side), heat(np.maximum(-values, 0), scale, side)
     colours = np.where((more >= less)[..., None], np.array(MORE), np.array(LESS))
     return blended(frame, np.maximum(more, less), colours, side)
 
 
 def blended(frame, strength, colours, side):
-    """The frame in grey under colours [side, side, 3], the denser the greater the strength 0..1 [side, side]."""
+    """The frame in grey, blended with colours [side, side, 3]; opacity grows with strength 0..1 [side, side]."""
     grey = np.asarray(frame_picture(frame, side).convert("L"), np.float32)[..., None]
     opacity = density(strength[..., None])
     mixed = (1 - opacity) * grey + opacity * colours
@@ -104,7 +104,7 @@ def blended(frame, strength, colours, side):
 
 
 def density(strength):
-    """Opacity of a colour over a frame, never so dense that the digit under it is lost."""
+    """Opacity of a colour over a frame, limited so that digits stay readable."""
     return 0.62 * strength**0.7
 
 
@@ -116,7 +116,7 @@ def heat(values, scale, side):
 
 
 def mark_box(picture, box):
-    """The target's box, white with a dark edge so that it shows on anything; no box, no mark."""
+    """Draws the target's box in white with a dark edge, visible on any background. No-op without a box."""
     if box is None or box[2] <= box[0] or box[3] <= box[1]:
         return picture
     draw, width = ImageDraw.Draw(picture), max(2, picture.width // 90)
@@ -127,7 +127,7 @@ def mark_box(picture, box):
 
 
 def mark_peak(picture, values):
-    """A ring on the patch with the most attention."""
+    """Draws a ring on the patch with the most attention."""
     grid = round(len(values) ** 0.5)
     row, column = divmod(int(np.argmax(values)), grid)
     x, y, radius = (column + 0.5) * picture.width / grid, (row + 0.5) * picture.height / grid, picture.width / 28
@@ -160,7 +160,7 @@ def tile_rows(clip, side):
 
 
 def difference_tiles(clip, side):
-    """T pictures of `Clip.difference` over the frames, or None where there is none."""
+    """T pictures of `Clip.difference` over the frames, or None if it is None."""
     if (values := clip.difference) is None:
         return None
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
@@ -173,7 +173,7 @@ def difference_tiles(clip, side):
 def contact_sheet(clip, side):
     """(picture, geometry): a row per kind, a column per frame, at most MAX_COLUMNS.
 
-    Geometry {left, top, side, step in px, rows: labels, frames: numbers} finds a tile again.
+    Geometry {left, top, side, step in px, rows: labels, frames: indices} locates the tiles.
     """
     clip, numbers = clip.thinned(MAX_COLUMNS)
     rows = tile_rows(clip, side)
@@ -222,7 +222,7 @@ def difference_colours():
 
 
 def scale_bar(sheet, colours, low, high, y):
-    """A colour scale [256, 3] with what its ends mean, at the right end of line y."""
+    """Draws a colour scale [256, 3] with labels for both ends, right-aligned at height y."""
     width, height = 140, 12
     text = font(13)
     x = sheet.width - MARGIN - int(text.getlength(high)) - 6 - width
@@ -264,7 +264,7 @@ def write_lines(draw, lines, x, y):
 
 
 def animation(clip, side):
-    """Pictures of an animation: the frame and every mode's map over it, two in a row, with the question and the
+    """Pictures of an animation: the frame and the overlay of every mode, two per row, with the question and the
     model's answer below."""
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
     line = 24  # px, of a label
@@ -292,10 +292,10 @@ def animation(clip, side):
 
 
 def strip(clip, side):
-    """(picture, geometry): a row per frame, a column per kind: the frame, every mode's map over it, the difference.
+    """(picture, geometry): a row per frame, a column per kind: the frame, the overlay of every mode, the difference.
 
-    Geometry {side, step in px, kinds: labels} finds a tile again. Tiles are smaller than `side` where the picture
-    would be higher than a WebP file may be.
+    Geometry {side, step in px, kinds: labels} locates the tiles. Tiles are smaller than `side` if the picture would
+    exceed WebP's height limit.
     """
     side = min(side, MAX_STRIP_HEIGHT // len(clip.frames) - GAP)
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
@@ -316,7 +316,7 @@ def strip(clip, side):
 
 
 def save_animation(pictures, file, milliseconds):
-    """An endless GIF into a path or binary file, one palette per picture; the last picture stays twice as long."""
+    """Writes a looping GIF to a path or binary file, one palette per picture; the last picture is shown twice as long."""
     indexed = [
         picture.quantize(colors=255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for picture in pictures
     ]
@@ -327,7 +327,7 @@ def save_animation(pictures, file, milliseconds):
 
 
 def overview(clip, side):
-    """A small picture for a README: frames, and over them the maps of the static and of the planned queries."""
+    """A small picture for a README: the frames, and overlays for the static and for the planned queries."""
     clip, _ = clip.thinned(6)
     boxes = [None] * len(clip.frames) if clip.boxes is None else clip.boxes
     rows = [("frames", [frame_picture(frame, side) for frame in clip.frames])]

@@ -1,6 +1,6 @@
-"""Does attention fall on the object that the answer needs? Ground-truth boxes on the patch grid.
+"""Gaze accuracy: does attention fall on the object that the answer needs? Boxes are mapped to the patch grid.
 
-The truth is a `GroundTruth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
+The ground truth is a `GroundTruth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
 patches in row-major order.
 """
 
@@ -14,37 +14,37 @@ SHARES = ("peak_on_target", "peak_on_any_object", "mass_on_target", "chance", "c
 def attention_maps(weights):
     """Attention as maps over the patches: weights [L, T, H, K, 1 + N] -> [L, T, N].
 
-    Mean over heads and queries; the class token (first column) is left out and the rest is scaled to sum to 1.
+    Mean over heads and queries; the class token (first column) is dropped and each map is rescaled to sum to 1.
     """
     patches = np.asarray(weights, dtype=np.float64).mean(axis=(2, 3))[..., 1:]
     return patches / patches.sum(axis=-1, keepdims=True)
 
 
 def normalized_entropy(weights):
-    """Entropy of weights [..., N], each row summing to 1, as a share of log(N): [...]. 0: all on one
+    """Entropy of weights [..., N], each row summing to 1, divided by log(N): [...]. 0: all on one
     entry, 1: uniform."""
     logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
     return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
 
 
 def head_maps(weights):
-    """The same of every head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over the queries. A head that attends
-    to the class token alone has a map of zeros."""
+    """Like `attention_maps`, per head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over queries. The map of a
+    head that attends only to the class token is all zeros."""
     patches = np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2)
     total = patches.sum(axis=-1, keepdims=True)
     return np.divide(patches, total, out=np.zeros_like(patches), where=total > 0)
 
 
 def on_patches(maps, patches):
-    """maps [..., T, N], patches bool [T, N] -> (is the strongest patch one of them: bool [..., T], attention mass on
-    them: [..., T])."""
+    """maps [..., T, N], patches bool [T, N] -> (whether the strongest patch is among `patches`: bool [..., T],
+    attention mass on `patches`: [..., T])."""
     peaks = maps.argmax(-1)[..., None]
     hits = np.take_along_axis(np.broadcast_to(patches, maps.shape), peaks, axis=-1)[..., 0]
     return hits, (maps * patches).sum(-1)
 
 
 def summary(maps, truth):
-    """Sums of one item over the frames that show the target, the first frame (no planned query yet) left out. maps
+    """Sums of one item over the frames that show the target, except the first frame, which has no planned query. maps
     [L, T, N]."""
     hits, mass = on_patches(maps, truth.target)
     any_hits, _ = on_patches(maps, truth.any_object)
@@ -63,16 +63,16 @@ def summary(maps, truth):
 
 
 def head_summary(maps, truth):
-    """Sums of one item as in `summary`, of every layer and head one after another. maps [L, H, T, N]."""
+    """Sums of one item as in `summary`, per layer and head (flattened). maps [L, H, T, N]."""
     hits, mass = on_patches(maps, truth.target)
-    hits &= maps.any(-1)  # no peak: no hit
+    hits &= maps.any(-1)  # an all-zero map has no peak
     planned = truth.target.any(-1) & (np.arange(maps.shape[2]) > 0)
     sums = {"per_head": hits[..., planned].sum(-1), "mass_per_head": mass[..., planned].sum(-1)}
     return {name: values.ravel().tolist() for name, values in sums.items()}
 
 
 def aggregate(rows, interval):
-    """`Gaze` of the items in a DataFrame of `summary` columns, or None when no frame shows a target.
+    """`Gaze` of the items in a DataFrame of `summary` columns, or None if no frame shows a target.
 
     interval: function of (numerators, denominators) per item.
     """
@@ -82,7 +82,7 @@ def aggregate(rows, interval):
     frames = int(rows["gaze_frames"].sum())
     tracks = rows["per_frame"].tolist()
     longest = max(map(len, tracks))
-    # NaN: not visible, or the clip is shorter
+    # NaN: target not visible, or clip too short
     padded = np.array([[*track, *[np.nan] * (longest - len(track))] for track in tracks])
     present = ~np.isnan(padded)
     layers = len(rows["per_layer"].iloc[0])

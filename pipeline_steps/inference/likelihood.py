@@ -11,11 +11,11 @@ from pipeline_steps.common.errors import UserError
 
 
 def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
-    """Token ids of `answer` (text) as they follow the ids `prompt` of a chat up to its answer, and the end-of-turn
-    token.
+    """Token ids of the text `answer` after the token ids `prompt`, end-of-turn token included if `end_of_turn`.
 
-    What comes before is tokenised along with it, from the prompt's last control token on, so that the ids are those of
-    the whole chat. UserError that starts with `where` if the tokenizer joins the prompt's end with the answer's start.
+    The answer is tokenized together with the prompt from its last control token on, which gives the same ids as
+    tokenizing the whole chat. UserError, prefixed with `where`, if the tokenizer merges the prompt's end with the
+    answer's start.
     """
     tail = list(prompt[last_control_token(tokenizer, prompt) :])
     text = tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -23,26 +23,26 @@ def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
     ids = tokenizer(text + answer + end, add_special_tokens=False, verbose=False)["input_ids"]
     if ids[: len(tail)] != tail or len(ids) == len(tail):
         raise UserError(
-            f"{where}: the tokenizer gives the answer {answer!r} no token of its own after {text!r}. Correct the "
-            "answer at its source."
+            f"{where}: the tokenizer merges the answer {answer!r} with the prompt's end {text!r}. Correct the "
+            "answer in its source."
         )
     return ids[len(tail) :]
 
 
 def last_control_token(tokenizer, ids):
-    """Place of the last control token in `ids`, such as the one that begins the answer's turn; 0 without any."""
+    """Index of the last control token in `ids`, such as the one that opens the answer's turn; 0 if there is none."""
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     control |= set(tokenizer.all_special_ids)
     return max((place for place, number in enumerate(ids) if number in control), default=0)
 
 
 def check_room(config, where, num_prompt, num_answer):
-    """UserError if a prompt and the longest text after it exceed the language model's context; both in tokens."""
+    """UserError if prompt and longest answer (both in tokens) exceed the language model's context length."""
     limit = config.text_config.max_position_embeddings
     if num_prompt + num_answer > limit:
         raise UserError(
-            f"{where}: the question with its frames has {num_prompt} tokens and the longest answer {num_answer}, the "
-            f"language model reads at most {limit}. Take the item out, or fewer frames (shards.max_frames)."
+            f"{where}: prompt with frames ({num_prompt} tokens) plus longest answer ({num_answer}) exceed the language "
+            f"model's context of {limit} tokens. Remove the item or lower shards.max_frames."
         )
 
 
@@ -50,7 +50,7 @@ def check_room(config, where, num_prompt, num_answer):
 def answer_log_probs(model, prompt, answers):
     """Log-probability of every token of each answer, given the prompt and the answer's tokens before it.
 
-    prompt: embeddings [1, S, E] of the whole prompt, visual tokens in place, without padding. answers: A lists of
+    prompt: embeddings [1, S, E] of the whole prompt, visual tokens included, no padding. answers: A lists of
     token ids. Returns (A float64 tensors, one entry per token; A bool: every token is the most likely one).
     """
     language, device, longest = model.language_model, prompt.device, max(map(len, answers))
@@ -60,7 +60,7 @@ def answer_log_probs(model, prompt, answers):
     lengths = torch.tensor([len(answer) for answer in answers])
     cache = DynamicCache(config=model.config.text_config)
     hidden = language.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    hidden = hidden.expand(len(answers), -1, -1)  # [A, 1, E]: the answers' first tokens are read from it
+    hidden = hidden.expand(len(answers), -1, -1)  # [A, 1, E]: predicts the first token of each answer
     if longest > 1:
         cache.batch_repeat_interleave(len(answers))
         size = prompt.shape[1]

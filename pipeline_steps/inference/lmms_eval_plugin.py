@@ -1,9 +1,9 @@
-"""The checkpoints of this repository as a model of lmms-eval, so that its tasks run on them.
+"""lmms-eval model `foveated_vlm`: runs lmms-eval tasks on checkpoints of this repository.
 
     python -m lmms_eval --model foveated_vlm --model_args pretrained=outputs/stage3 --tasks pope --batch_size 8
 
-lmms-eval finds it by the entry point `foveated_vlm` of the group `lmms_eval.models`; docs/metrics.md says how both are
-installed. Frames and chats are prepared by the checkpoint's own processor, exactly as for training.
+lmms-eval finds the model by the entry point `foveated_vlm` in the group `lmms_eval.models`; docs/metrics.md describes
+the installation. The checkpoint's processor prepares frames and chats exactly as in training.
 """
 
 import json
@@ -26,26 +26,33 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference.answers import embedded_prompts
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room, last_control_token
 
-OPTIONS = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")  # of the library's generate
-UNUSED = ("image_aspect_ratio",)  # how LLaVA prepares its pictures; ours are prepared as in training
-SEED = 1  # of query sources that draw at random
+OPTIONS = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "repetition_penalty",
+)  # passed on to Hugging Face's `generate`
+UNUSED = ("image_aspect_ratio",)  # LLaVA's image preprocessing; ignored
+SEED = 1  # for random query sources
 
 
 def manifest():
-    """What the entry point registers."""
+    """The model manifest that the entry point returns."""
     return ModelManifest(model_id="foveated_vlm", simple_class_path=f"{__name__}.FoveatedVLM")
 
 
 class Likelihood(tuple, GenerationResult):
-    """(loss, is it what the model would answer): the pair that the interface asks for, in a form that reaches the task.
-    lmms-eval 0.7.3 turns every result that is no text into text, but for what a GenerationResult holds."""
+    """(loss, whether greedy decoding gives the continuation), as lmms-eval's interface requires. Also a
+    GenerationResult, because lmms-eval 0.7.3 converts every other result to text."""
 
 
 class FoveatedVLM(lmms):
-    """A trained folder, or a published checkpoint, behind lmms-eval's interface for simple models.
+    """A checkpoint folder or a published checkpoint with lmms-eval's interface for simple models.
 
-    pretrained: folder or name. device: default the GPU of this process where there is one. dtype: of the weights.
-    mode: coarse, fine or autoregressive. max_new_tokens: of answers whose task names no number.
+    pretrained: folder or name. device: default: this process's GPU, or the CPU without one. dtype: of the weights.
+    mode: coarse, fine or autoregressive. max_new_tokens: default for tasks that set none.
     """
 
     is_simple = True
@@ -61,7 +68,7 @@ class FoveatedVLM(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+            raise UserError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
         if mode not in MODES:
             raise UserError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -76,10 +83,10 @@ class FoveatedVLM(lmms):
         self.tokenizer = self.processor.tokenizer
 
     def generate_until(self, requests) -> list[str]:
-        """The answer to every request (context, generation options, doc_to_visual, doc_id, task, split), cut before
-        the first of the task's stop strings."""
+        """The answer to every request (context, generation options, doc_to_visual, doc_id, task, split), cut at the
+        first stop string of the task."""
         found = [""] * len(requests)
-        groups: dict[str, list[int]] = {}  # requests that are generated alike
+        groups: dict[str, list[int]] = {}  # requests with equal generation options
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="answers", unit="item") as progress:
@@ -95,12 +102,12 @@ class FoveatedVLM(lmms):
         return found
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(loss, is it what the model would answer) of every request (context, continuation, doc_to_visual, doc_id,
+        """(loss, whether greedy decoding gives the continuation) of every request (context, continuation, doc_to_visual, doc_id,
         task, split); the continuation may be a function of the document.
 
         The loss is the continuation's negative log-probability, end-of-turn token included, in nats: lmms-eval's
-        multiple-choice tasks take the SMALLEST value, and divide it by the number of characters for `acc_norm`. The
-        frames of a document are encoded once for all continuations of one context.
+        multiple-choice tasks choose the SMALLEST value, and divide by the number of characters for `acc_norm`. Encodes
+        the frames once per context, for all its continuations.
         """
         found: list = [None] * len(requests)
         groups: dict[tuple, list[int]] = {}
@@ -115,7 +122,7 @@ class FoveatedVLM(lmms):
 
     def generate_until_multi_round(self, requests) -> list[str]:
         raise NotImplementedError(
-            "FoveatedVLM encodes the frames once, for one question: multi-round tasks are not supported"
+            "FoveatedVLM encodes the frames for a single question: multi-round tasks are not supported"
         )
 
     # ---- one batch, one context
@@ -142,8 +149,8 @@ class FoveatedVLM(lmms):
         return [Likelihood((-row.sum().item(), hits)) for row, hits in zip(log_probs, most_likely, strict=True)]
 
     def _prompt(self, context, visual):
-        """(text ids, embeddings [1, S, E]) of the chat up to the answer. A blank context: the answer's beginning
-        alone, without a question."""
+        """(text ids, embeddings [1, S, E]) of the chat up to the answer. For a blank context only the opening of the
+        answer's turn, without a question."""
         blank = not context.strip() and visual is None
         inputs = self.processor(text="?" if blank else context, videos=visual).to(self.device)
         ids = inputs["input_ids"]
@@ -159,7 +166,7 @@ class FoveatedVLM(lmms):
     def _generator(self):
         return torch.Generator(self.device).manual_seed(SEED)
 
-    # ---- what a task gives
+    # ---- task inputs
 
     def _visual(self, doc_to_visual, doc_id, task, split):
         return as_video(doc_to_visual(self.task_dict[task][split][doc_id]), f"task {task}, document {doc_id}")
@@ -168,7 +175,9 @@ class FoveatedVLM(lmms):
         if callable(continuation):
             _, doc_id, task, split = place
             continuation = continuation(self.task_dict[task][split][doc_id])
-        return str(continuation).strip()  # in a chat the answer follows a line break, without the task's delimiter
+        return str(
+            continuation
+        ).strip()  # the chat template puts a line break before the answer, not the task's delimiter
 
     def _options(self, given):
         """(options of `generate`, stop strings) of a task's generation_kwargs."""
@@ -178,10 +187,10 @@ class FoveatedVLM(lmms):
         unknown = {name for name, value in given.items() if value is not None} - {*UNUSED, *OPTIONS}
         if unknown:
             raise UserError(
-                f"generation_kwargs of a task hold {', '.join(sorted(unknown))}, known are max_new_tokens, until, "
-                f"stop_sequences, {', '.join(OPTIONS)}. Leave them out with --gen_kwargs or in the task's file."
+                f"generation_kwargs of a task contain unsupported {', '.join(sorted(unknown))}; supported: max_new_tokens, "
+                f"until, stop_sequences, {', '.join(OPTIONS)}. Remove them with --gen_kwargs or in the task's file."
             )
-        warm = options.get("temperature", 0) > 0  # tasks ask for greedy answers by a temperature of 0
+        warm = options.get("temperature", 0) > 0  # tasks request greedy decoding with temperature 0
         options["do_sample"] = warm and options.get("do_sample", True)
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
@@ -198,14 +207,14 @@ def as_list(value):
 
 
 def cut(text, stops):
-    """The text before the first of the stop strings."""
+    """The text before the first stop string."""
     ends = [text.index(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)].strip() if ends else text
 
 
 def as_video(visuals, where):
-    """A document's visuals as the processor takes them: None, a path, one picture, or a list of pictures. UserError
-    that starts with `where` for anything else."""
+    """A document's visuals as the processor takes them: None, a path, one image, or a list of images. UserError,
+    prefixed with `where`, for anything else."""
     visuals = [] if visuals is None else visuals if isinstance(visuals, list | tuple) else [visuals]
     if not visuals:
         return None
@@ -217,4 +226,4 @@ def as_video(visuals, where):
     elif all(isinstance(visual, Image.Image) for visual in visuals):
         return list(visuals)
     kinds = ", ".join(sorted({type(visual).__name__ for visual in visuals}))
-    raise UserError(f"{where}: {len(visuals)} visuals of type {kinds}, expected one video or pictures")
+    raise UserError(f"{where}: {len(visuals)} visuals of type {kinds}, expected one video, or images only")

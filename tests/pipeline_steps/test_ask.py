@@ -46,7 +46,7 @@ def test_answer_and_animation(made, run, tmp_path, capsys, mode):
     assert run("--video", made.video, "--mode", mode, "--max-new-tokens", 6) == 0
     said = capsys.readouterr().out
     assert said.startswith(expected_answer(made, mode, made.video))
-    assert "card-000000.heatmap.gif: where the model looked" in said
+    assert "card-000000.heatmap.gif: attention animation written" in said
     assert [file.name for file in tmp_path.iterdir()] == ["card-000000.heatmap.gif"]
     with Image.open(tmp_path / "card-000000.heatmap.gif") as picture:
         assert picture.n_frames == checkpoints.FRAMES.max_frames
@@ -63,14 +63,14 @@ def test_the_animation_shows_the_look_that_was_answered_from(made, monkeypatch):
     model, processor = load_checkpoint(made.checkpoint)
     model.config.query_source = "random"
     inputs = processor(text=QUESTION, videos=made.video)
-    looks, look = [], model.encode_frames
+    calls, encode_frames = [], model.encode_frames
     monkeypatch.setattr(
-        model, "encode_frames", lambda *args, **options: looks.append(look(*args, **options)) or looks[-1]
+        model, "encode_frames", lambda *args, **options: calls.append(encode_frames(*args, **options)) or calls[-1]
     )
     ask.stream_answer(model, processor, inputs, "autoregressive", 3)
     ask.animation(model, processor, inputs, "autoregressive", QUESTION, "")
-    assert len(looks) == 2
-    assert torch.equal(looks[0][-1].queries, looks[1][-1].queries)
+    assert len(calls) == 2
+    assert torch.equal(calls[0][-1].queries, calls[1][-1].queries)
 
 
 def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, 
         (("--video", "bad.mp4"), {}, "bad.mp4: not a video file"),
         (("--video", "bad.mp4", "--output", "a.png"), {}, "a.png: the animation is a GIF file"),
         (("--video", "bad.mp4", "--output", "bad.mp4/a.gif"), {}, "bad.mp4/a.gif: cannot be written"),
-        (("--output", "a.gif"), {}, "there is no look to draw without --video"),
+        (("--output", "a.gif"), {}, "there is no attention to draw without --video"),
         (("--max-new-tokens", "0"), {}, "--max-new-tokens is 0, expected at least 1"),
         (("--max-new-tokens", "5000"), {}, "of the language model's 4096 places"),
     ],

@@ -19,7 +19,7 @@ SILENT = tqdm(disable=True)
 interval = partial(statistics.ratio_interval, num_samples=50, seed=1)
 
 
-def test_each_control_takes_away_what_it_says():
+def test_each_control_removes_what_it_describes():
     items = [clip("a", [1, 2, 3]), clip("b", [4])]
     table = controls.score_controls(Weighing(), loaded(items, [truth_at(0, 1, None), None]), 1, SILENT)
     losses = (table.set_index(["mode", "key"])["loss_sum"] / NUM_SCORED).to_dict()
@@ -192,7 +192,7 @@ def test_every_kind_of_network_has_its_controls(options, query_controls):
     )
 
 
-def test_an_oracle_looks_at_the_target_and_nowhere_else():
+def test_the_oracle_attends_only_to_the_target():
     items, batch, truths = real_batch()
     table = controls.score_controls(tiny.make_model(), [("made", items, batch, truths)], 1, SILENT)
     oracle = table[(table["mode"] == "oracle_query") & (table["gaze_frames"] > 0)]

@@ -22,7 +22,7 @@ def truth_at(*patches):
 
 def weights_of(peaks):
     """Weights [L, T, H, 1 query, 1 + 16]: the head's strongest patch gets half of what the patches get. peaks:
-    integers [L, H, T]; -1: the head looks at the class token alone."""
+    integers [L, H, T]; -1: the head attends only to the class token."""
     layers, heads, frames = np.shape(peaks)
     weights = np.zeros((layers, frames, heads, 1, 1 + GRID * GRID))
     for (layer, head, t), patch in np.ndenumerate(np.array(peaks)):
@@ -42,7 +42,7 @@ def test_each_head_is_judged_alone():
     assert seen["mass_per_head"] == pytest.approx([1.0, 0.5 + 1 / 30, 0.0, 1.0])
 
 
-def test_patch_zero_is_no_hit_of_a_head_that_looks_at_no_patch():
+def test_patch_zero_is_no_hit_of_a_head_that_attends_to_no_patch():
     seen = gaze.head_summary(gaze.head_maps(weights_of([[[-1, -1]]])), truth_at(0, 0))
     assert (seen["per_head"], seen["mass_per_head"]) == ([0], [0.0])
 

@@ -58,7 +58,7 @@ def test_sheet_geometry_finds_every_tile():
     assert plain.tobytes() != sheet.tobytes()  # the box is drawn
 
 
-def test_the_difference_is_orange_where_the_model_looks_more_and_blue_where_less():
+def test_the_difference_is_orange_where_attention_is_higher_and_blue_where_lower():
     clip = make_clip(boxes=False)
     expected = np.zeros((NUM_FRAMES, 16))
     expected[:, 0], expected[:, 10] = -0.68, 0.68
@@ -194,7 +194,7 @@ def test_losses_are_per_scored_token_of_items_with_frames(tmp_path):
     with pytest.raises(UserError, match=r"absent\.parquet does not exist: run `dvc repro evaluation`"):
         sheet.read_losses(tmp_path / "absent.parquet")
     pd.DataFrame({"key": ["a"]}).to_parquet(tmp_path / "old.parquet")
-    with pytest.raises(UserError, match=r"old\.parquet: .*make it again"):
+    with pytest.raises(UserError, match=r"old\.parquet: .*Regenerate it"):
         sheet.read_losses(tmp_path / "old.parquet")
 
 

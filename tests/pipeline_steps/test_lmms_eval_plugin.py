@@ -121,7 +121,7 @@ def whole_loss(model, processor, question, video, answer):
         return model(input_ids=whole, labels=labels, mode="autoregressive", **shown).token_loss.double().sum().item()
 
 
-def test_frames_are_looked_at_once_for_all_continuations(lm, monkeypatch):
+def test_frames_are_encoded_once_for_all_continuations(lm, monkeypatch):
     calls, encode_frames = [], lm.model.encode_frames
     monkeypatch.setattr(
         lm.model, "encode_frames", lambda *args, **options: calls.append(1) or encode_frames(*args, **options)

@@ -113,7 +113,7 @@ def longest(asked):
     return max(SETTINGS.max_answer_tokens, *(len(ids) for question in asked.values() for ids in question.texts))
 
 
-def test_frames_are_looked_at_once_for_all_options(data, monkeypatch):
+def test_frames_are_encoded_once_for_all_options(data, monkeypatch):
     model, calls = checkpoints.make_lively_model(), []
     encode = model.encode_frames
     monkeypatch.setattr(model, "encode_frames", lambda *args, **options: calls.append(1) or encode(*args, **options))
@@ -171,7 +171,7 @@ def test_answer_ids_are_those_of_the_whole_chat(tmp_path, name):
 
 def test_answers_that_do_not_fit_are_named(tmp_path):
     tokenizer = load_tokenizer(save_format(tmp_path, "chatml"))
-    with pytest.raises(UserError, match="here: the tokenizer gives the answer ''"):
+    with pytest.raises(UserError, match="here: the tokenizer merges the answer ''"):
         answer_ids(tokenizer, [1, 5], "", "here", end_of_turn=False)
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=10))
     check_room(config, "here", 7, 3)
