@@ -22,6 +22,8 @@ QUESTION = "Which digits does red show?"
 ELSEWHERE = """
 import importlib.util, json, sys
 from pathlib import Path
+# without the finder of `pip install -e`
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 assert not any(importlib.util.find_spec(name) for name in ("model", "pipeline_steps"))
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 folder, video, question, again = sys.argv[1:]
