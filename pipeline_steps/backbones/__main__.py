@@ -1,16 +1,17 @@
-"""Stage `backbones`: the vision encoder and the language model that every run starts from.
+"""Stage `backbones`: provide the vision encoder and the language model that every run starts from.
 
     python -m pipeline_steps.backbones [--params params.yaml] [--out data/backbones] [--metrics FILE.json]
 
 kind embedded  trains a tiny DINOv2, a tiny Llama and a byte-level BPE tokenizer on the procedural world. This
-               pre-trains SELECTION (a query that names a colour or a place finds that object) and copying, which
-               large pretrained backbones bring along; every arm of a comparison starts from the same files.
-               About a minute on two free cores, 0.8 GB.
-kind local     checks and copies a folder pair in the same format: DINOv2 and Llama with tokenizer, as on the hub.
-kind hub       downloads such a pair from the Hugging Face Hub, at pinned revisions.
+               pre-trains SELECTION (a query that names a colour or a place finds that object) and copying. Large
+               pretrained backbones already have both abilities. All runs of a comparison start from the same files.
+               Takes about a minute on two free cores and 0.8 GB.
+kind local     checks and copies two existing folders in Hugging Face format: a DINOv2, and a Llama with its tokenizer.
+kind hub       downloads such a pair from the Hugging Face Hub at pinned revisions.
 
-Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders) and the warm-ups' held-out accuracies. Both come
-whole or not at all. Exit code 1 with one paragraph for a folder that does not fit or a path that cannot be written.
+Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders) and the held-out accuracies of the warm-ups.
+Both folders are replaced together or not at all. Exits with code 1 and a one-paragraph message if a folder is unusable
+or a path cannot be written.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PARAMS = ("backbones",)
 
 def train_backbones(options: Embedded, folder: Path) -> dict:
     """Train both backbones and the tokenizer, write them below `folder`, return the metrics."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the next line needs it on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU by use_deterministic_algorithms
     torch.set_num_threads(options.num_threads)
     torch.use_deterministic_algorithms(True)
     tokenizer = train_tokenizer(options.vocabulary_size, options.max_positions)

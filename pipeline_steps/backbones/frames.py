@@ -1,4 +1,4 @@
-"""Batches of single frames for the vision warm-up, drawn ahead by one more process.
+"""Batches of single frames for the vision warm-up, rendered ahead of time by data loader workers.
 
 Shapes: B frames, N patches.
 """
@@ -16,11 +16,11 @@ CROWDED_FILL = 0.85  # share of a crowded frame's patches that hold a digit
 
 
 class Frames(Dataset):
-    """First `num_crowded` batches of crowded frames, then batches of the world's own.
+    """`num_crowded` batches of crowded frames, followed by batches of ordinary frames of the world.
 
-    Item i is the same whichever process draws it: {name: tensor} with the fields of `world.FrameBatch`; a crowded batch
-    has frames, patch_digit and patch_colour only. Frames have `size` px; with a `grid` finer than the world's, every
-    patch of one of the world's has its labels.
+    Item i does not depend on the process that renders it. It is {name: tensor} with the fields of `world.FrameBatch`; a
+    crowded batch has only frames, patch_digit and patch_colour. Frames are `size` px wide and high. If `grid` is finer
+    than the world's grid, every patch inherits the labels of the world patch that contains it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Frames(Dataset):
 
 
 def refine(labels: np.ndarray, grid: int) -> np.ndarray:
-    """Labels of the world's 4 x 4 patches [B, 16] for a grid that divides each of them: [B, grid * grid]."""
+    """Upsample labels of the world's 4 x 4 patches [B, 16] to a finer grid: [B, grid * grid]."""
     times = grid // world.GRID
     square = labels.reshape(-1, world.GRID, world.GRID).repeat(times, 1).repeat(times, 2)
     return np.ascontiguousarray(square.reshape(len(labels), -1))
@@ -60,9 +60,9 @@ def refine(labels: np.ndarray, grid: int) -> np.ndarray:
 def crowded_batch(
     rng: np.random.Generator, digits: world.Digits, batch_size: int, split: str, size: int = world.UNITS
 ) -> dict[str, np.ndarray]:
-    """Frames with a digit in most of the world's patches, in any colours: four times the digits in a frame.
+    """Render frames with a digit in most patches, in any colours: about four times as many digits as usual.
 
-    {"frames": uint8 [B, size, size, 3], "patch_digit": int64 [B, 16], "patch_colour": int64 [B, 16]}.
+    Returns {"frames": uint8 [B, size, size, 3], "patch_digit": int64 [B, 16], "patch_colour": int64 [B, 16]}.
     """
     frames = np.empty((batch_size, size, size, 3), np.uint8)
     patch_digit = np.full((batch_size, world.GRID**2), world.NO_DIGIT)
@@ -77,7 +77,7 @@ def crowded_batch(
             objects.append(
                 world.SceneObject(
                     colour=world.COLOUR_NAMES[colour],
-                    place=world.PLACES[0],  # not drawn
+                    place=world.PLACES[0],  # unused when a scene is rendered
                     digits=(digit,),
                     digit_images=(int(rng.choice(digits.pools[split][digit])),),
                     corners=((int(x), int(y)),),
@@ -99,6 +99,6 @@ def crowded_batch(
 
 
 def pixel_values(frames: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], normalised as for every DINOv2 (ImageNet mean and deviation)."""
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], normalised for DINOv2 (ImageNet mean and standard deviation)."""
     mean, deviation = (torch.tensor(v, device=frames.device) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return ((frames / 255 - mean) / deviation).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Backbones of the Hugging Face Hub, at one revision each; then the same checks as for folders that exist already."""
+"""Download backbones from the Hugging Face Hub at pinned revisions, then check them like local folders."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pipeline_steps.common.errors import UserError
 from .local import copy_backbones
 from .schema import Hub, Local, Repository
 
-# what a backbone consists of; repositories also hold other formats of the same weights, some in folders of their own
+# the files of a backbone; repositories also hold the same weights in other formats, some in subfolders
 FILES = (
     "config.json",
     "generation_config.json",
@@ -25,22 +25,25 @@ FILES = (
 
 
 def download_backbones(hub: Hub, folder: Path) -> dict:
-    """Download both repositories into the Hub's cache (HF_HOME), check and copy them below `folder`. Returns where
-    they are from and their files' sizes and sha256. UserError for one that cannot be had or is unfit."""
+    """Download both repositories into the Hub's cache (HF_HOME), check them and copy them below `folder`.
+
+    Returns the repositories, and the size and sha256 of every file. Raises UserError if a repository cannot be
+    downloaded or is not a usable backbone.
+    """
     paths = {role: download(getattr(hub, role), role) for role in ("vision", "language")}
     local = Local(vision_path=paths["vision"], language_path=paths["language"])
     return copy_backbones(local, folder) | {"kind": "hub", "repositories": hub.model_dump()}
 
 
 def download(source: Repository, role: str) -> str:
-    """The folder of a repository's files in the cache. They are not asked for again when they are there."""
+    """Return the cache folder of a repository. Cached files are not downloaded again."""
     try:
         return snapshot_download(source.repository, revision=source.revision, allow_patterns=list(FILES))
     except (HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"backbones.hub.{role}: {source.repository} at revision {source.revision} cannot be downloaded ({reason}). "
-            "Check the name, the revision and the network. Where there is none, save the files elsewhere (`hf download "
-            f"{source.repository} --revision {source.revision} --local-dir FOLDER`), bring the folder here, and set "
-            f"backbones.kind: local and backbones.local.{role}_path."
+            "Check the name, the revision and the network. Without network, download the files on another machine "
+            f"(`hf download {source.repository} --revision {source.revision} --local-dir FOLDER`), copy the folder "
+            f"here, and set backbones.kind: local and backbones.local.{role}_path."
         ) from None

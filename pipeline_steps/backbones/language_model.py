@@ -1,8 +1,8 @@
-"""A tiny Llama, warmed up on copying.
+"""A tiny Llama, warmed up on a copy task.
 
-The task: a user gives a random row of tokens, the assistant repeats it, in the chat format of every later stage.
-The model leaves with induction heads, i.e. it can read something that stands earlier in its context, which is what
-every answer about visual tokens needs and what a pretrained language model brings along.
+The user gives a random sequence of tokens and the assistant repeats it, in the chat format of all later stages. The
+model learns induction heads: it can retrieve tokens from earlier in its context. Every answer about visual tokens needs
+this ability, and a pretrained language model already has it.
 
 Shapes: B chats, S tokens.
 """
@@ -18,16 +18,17 @@ from pipeline_steps.common.device import choose_device
 from .schema import Embedded
 from .warm_up import optimise
 
-MIN_LENGTH, MAX_LENGTH = 3, 10  # tokens in a row to copy
-OUTPUT_GAIN = 0.4  # of the output projection over the value projection at the start
-NUM_HELD_OUT = 512  # chats of new rows
+MIN_LENGTH, MAX_LENGTH = 3, 10  # tokens in the sequence to copy
+OUTPUT_GAIN = 0.4  # initial scale of the output projection relative to the value projection
+NUM_HELD_OUT = 512  # chats with new sequences
 
 
 def build_language_model(options: Embedded, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and grouped-query attention, randomly initialised.
+    """Build a randomly initialised Llama with tied embeddings and grouped-query attention.
 
-    The output projection starts as the transposed value projection, so that attention hands on what it reads (Trockman
-    and Kolter 2023, "Mimetic Initialization of Self-Attention Layers"): without it copying takes several times longer.
+    The output projection is initialised as the scaled transpose of the value projection, so that attention passes its
+    input on (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers"). Without this, learning to
+    copy takes several times longer.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -55,7 +56,7 @@ def build_language_model(options: Embedded, tokenizer: PreTrainedTokenizerFast) 
 
 
 class CopyTask:
-    """Random rows of tokens in the chat format."""
+    """Random sequences of tokens to copy, in the chat format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         def ids(text: str) -> Tensor:
@@ -68,7 +69,7 @@ class CopyTask:
         self.num_ids = len(tokenizer) - self.first_id
 
     def batch(self, num_chats: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """(input_ids [B, S], number of answer tokens at the end of each); all rows of a batch are equally long."""
+        """Return (input_ids [B, S], number of answer tokens at the end of each chat). All chats are equally long."""
         length = int(torch.randint(MIN_LENGTH, MAX_LENGTH + 1, (1,), generator=generator))
         row = self.first_id + torch.randint(self.num_ids, (num_chats, length), generator=generator)
         fixed = [part.expand(num_chats, -1) for part in (self.before, self.between, self.end)]
@@ -76,7 +77,7 @@ class CopyTask:
 
 
 def answer_logits(model: LlamaForCausalLM, input_ids: Tensor, num_answer: int) -> tuple[Tensor, Tensor]:
-    """Logits and ids of the last `num_answer` tokens: [B, num_answer, V], [B, num_answer]."""
+    """Return logits and ids of the last `num_answer` tokens: [B, num_answer, V], [B, num_answer]."""
     input_ids = input_ids.to(model.device)
     hidden = model.model(input_ids[:, :-1]).last_hidden_state[:, -num_answer:]
     return model.lm_head(hidden), input_ids[:, -num_answer:]
@@ -85,7 +86,7 @@ def answer_logits(model: LlamaForCausalLM, input_ids: Tensor, num_answer: int) -
 def warm_up_language_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: Embedded
 ) -> dict[str, float]:
-    """Train in place; returns {"copy_accuracy": share of right answer tokens on new rows, "loss": last loss}."""
+    """Train in place. Returns {"copy_accuracy": token accuracy on held-out sequences, "loss": last loss}."""
     task = CopyTask(tokenizer)
     generator = torch.Generator().manual_seed(options.seed)
     model.to(choose_device(options.device, "backbones.embedded.device")).train()

@@ -1,6 +1,6 @@
-"""Backbones that exist already: a folder pair in Hugging Face format, checked and copied.
+"""Check and copy existing backbones: two folders in Hugging Face format.
 
-Any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`HuggingFaceTB/SmolLM2-*-Instruct`) saved to disk fits.
+Supported are any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`HuggingFaceTB/SmolLM2-*-Instruct`).
 """
 
 import hashlib
@@ -16,13 +16,16 @@ from .schema import Local
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
 COPIED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
-# role: (model_type, needed files, a weight that tells the architecture)
+# (model_type, required files, a weight that identifies the architecture)
 VISION = ("dinov2", ("config.json",), "embeddings.patch_embeddings.projection.weight")
 LANGUAGE = ("llama", ("config.json", "tokenizer.json", "tokenizer_config.json"), "model.embed_tokens.weight")
 
 
 def copy_backbones(local: Local, folder: Path) -> dict:
-    """Check both folders, copy them below `folder`, return their files' sizes and sha256. UserError if one is unfit."""
+    """Check both folders and copy them below `folder`. Returns the size and sha256 of every file.
+
+    Raises UserError if a folder is not a usable backbone.
+    """
     paths = {"vision_encoder": local.vision_path, "language_model": local.language_path}
     for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
         if paths[role] is None:
@@ -44,27 +47,27 @@ def copy_backbones(local: Local, folder: Path) -> dict:
     return metrics
 
 
-def check_folder(folder: Path, model_type: str, needed: tuple[str, ...], weight: str) -> None:
+def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weight: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, expected a {model_type} model. Correct backbones.local.")
     files = sorted(file.name for file in folder.iterdir())
-    missing = [name for name in needed if name not in files]
+    missing = [name for name in required if name not in files]
     if missing:
         found = ", ".join(files) or "nothing"
-        raise UserError(f"{folder}: {', '.join(missing)} missing, found {found}. Save the whole model there.")
+        raise UserError(f"{folder}: {', '.join(missing)} missing, found {found}. Save the complete model there.")
     found = read_json(folder / "config.json").get("model_type")
     if found != model_type:
         raise UserError(f"{folder}: model_type is {found!r}, expected {model_type!r}. Correct backbones.local.")
     names = weight_names(folder)
     if weight not in {name.removeprefix("dinov2.") for name in names}:
         raise UserError(
-            f"{folder}: expected a weight {weight!r}, found {len(names)} others ({', '.join(sorted(names)[:3])}). "
-            f"Save the {model_type} backbone itself."
+            f"{folder}: expected a weight {weight!r}, found {len(names)} others ({', '.join(sorted(names)[:3])}, ...). "
+            f"Save the bare {model_type} backbone."
         )
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of all weights of model.safetensors, or of the shards that its index names."""
+    """Names of all weights in model.safetensors, or in the shards listed by its index."""
     index = folder / "model.safetensors.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     names = []
@@ -75,12 +78,14 @@ def weight_names(folder: Path) -> list[str]:
             with safe_open(folder / shard, framework="pt") as weights:
                 names += weights.keys()
         except SafetensorError as error:
-            raise UserError(f"{folder / shard}: not a whole safetensors file ({error}). Copy it again.") from None
+            raise UserError(
+                f"{folder / shard}: incomplete or damaged safetensors file ({error}). Copy it again."
+            ) from None
     return names
 
 
 def check_chat_format(folder: Path) -> None:
-    """The chat template and the ChatML tokens that every later stage writes and reads."""
+    """Check for the chat template and the ChatML tokens that all later stages use. Raises UserError."""
     settings = read_json(folder / "tokenizer_config.json")
     if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
         raise UserError(
@@ -92,7 +97,7 @@ def check_chat_format(folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder}: tokenizer.json lacks {', '.join(missing)} among its added tokens, found "
-            f"{', '.join(added) or 'none'}. Use a tokenizer in ChatML format, as SmolLM2-Instruct's."
+            f"{', '.join(added) or 'none'}. Use a ChatML tokenizer, such as the one of SmolLM2-Instruct."
         )
 
 

@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer in the format of SmolLM2's, trained on the wording of the procedural world.
+"""A byte-level BPE tokenizer in SmolLM2's format, trained on the sentences of the procedural world.
 
-Same pre-tokenizer (single digits, then GPT-2's byte-level split), decoder, special tokens and chat template as
-SmolLM2-Instruct, so a pretrained tokenizer drops in without a change of code. As in SmolLM2, a space before a digit
-is a token of its own: "red: 31415" takes 8 tokens, "red: 3 1 4 1 5" takes 12.
+Pre-tokenizer (single digits, then GPT-2's byte-level split), decoder, special tokens and chat template are those of
+SmolLM2-Instruct, so a pretrained tokenizer is a drop-in replacement. As in SmolLM2, a space before a digit is its own
+token: "red: 31415" takes 8 tokens, "red: 3 1 4 1 5" takes 12.
 """
 
 import itertools
@@ -47,13 +47,12 @@ WORLD_SENTENCES = (
 SUBJECTS = ("A person", "The child", "My friend", "A small dog", "The old car", "One man", "A woman", "The camera")
 VERBS = ("walks", "is looking", "moves", "turns", "is sitting", "plays", "was standing", "stops", "will run")
 SETTINGS = ("in front of a house", "on the street", "over the water", "with a ball", "at night", "from left to right")
-WORLD_COPIES = (
-    2400  # of each world sentence, so that its words come first; English takes what is left of the vocabulary
-)
+# copies of each world sentence: its words get merges first, English words share the rest of the vocabulary
+WORLD_COPIES = 2400
 
 
 def training_text() -> list[str]:
-    """Sentences to learn merges from: the world's wording, many times, and simple English, once."""
+    """The training corpus: many copies of the world's sentences, and simple English sentences once each."""
     choices = {"colour": world.COLOUR_NAMES, "place": world.PLACES, "background": world.BACKGROUND_NAMES}
     sentences = []
     for sentence in WORLD_SENTENCES:
@@ -68,7 +67,7 @@ def training_text() -> list[str]:
 
 
 def train_tokenizer(vocabulary_size: int, max_positions: int) -> PreTrainedTokenizerFast:
-    """At most `vocabulary_size` tokens: 3 special ones, the 256 bytes, then merges."""
+    """Train a tokenizer of at most `vocabulary_size` tokens: 3 special tokens, the 256 bytes, then merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

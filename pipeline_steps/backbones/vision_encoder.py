@@ -1,14 +1,15 @@
 """A tiny DINOv2, warmed up to be promptable: a query that names a colour or a place finds that object's digit.
 
-Trained together on single frames of the procedural world (training digits only):
+The warm-up trains three tasks jointly on single frames of the procedural world (training digits only):
 - patch features -> digit and colour in that patch (first on crowded frames, where most patches hold a digit),
 - class token -> which digits and colours are in the frame, the card's border, the box and the background,
-- query rows from a throw-away table (6 colours, 4 places) -> the digit of the named object, through the same walk that
-  the foveated model uses later.
-The heads and the table are thrown away. What stays is an encoder whose query pathway can select, which a randomly
-initialised one does not learn in minutes: THE WARM-UP PRE-TRAINS SELECTION, and every arm starts from the same file.
+- learned queries (6 colours, 4 places) -> the digit of the named object, through the encoder call that the foveated
+  model uses later.
+The heads and the learned queries are discarded afterwards. What remains is an encoder whose query pathway can select. A
+randomly initialised encoder does not learn this within minutes. THE WARM-UP PRE-TRAINS SELECTION; all runs of a
+comparison start from the same file.
 
-Shapes: B frames, N patches, D vision width, Q = 10 table rows.
+Shapes: B frames, N patches, D vision width, Q = 10 learned queries.
 """
 
 from pathlib import Path
@@ -29,10 +30,10 @@ from .frames import Frames, pixel_values
 from .schema import Embedded
 from .warm_up import optimise
 
-CROWDED_SHARE = 0.4  # of the steps, the first ones
-QUERY_WEIGHT, CLASS_TOKEN_WEIGHT = 6.0, 0.3  # of their losses, beside 1 for the patches
-NUM_HELD_OUT = 1024  # frames of digits that no training ever sees
-PIXELS = 1024 * 56**2  # of the held-out frames that are looked at at once
+CROWDED_SHARE = 0.4  # of the steps, at the start
+QUERY_WEIGHT, CLASS_TOKEN_WEIGHT = 6.0, 0.3  # loss weights; the patch losses have weight 1
+NUM_HELD_OUT = 1024  # frames with digits of the validation pool
+PIXELS = 1024 * 56**2  # per forward pass on the held-out frames
 NUM_DIGITS, NUM_COLOURS, NUM_PLACES = world.NO_DIGIT, world.NO_COLOUR, world.NO_PLACE  # 10, 6, 4
 CLASS_TOKEN_SIZES = {
     "digits": NUM_DIGITS,
@@ -44,7 +45,7 @@ CLASS_TOKEN_SIZES = {
 
 
 def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
-    """A randomly initialised DINOv2. UserError for a patch grid that does not divide the world's patches."""
+    """Build a randomly initialised DINOv2. Raises UserError if its patches do not subdivide the world's patches."""
     grid = patch_grid(options)
     config = Dinov2Config(
         image_size=options.image_size,
@@ -63,34 +64,36 @@ def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
             nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(encoder.embeddings.cls_token, std=0.02)
     rows, columns = torch.randn(2, grid, options.vision_width)
-    grid = rows[:, None] + columns[None]  # a row plus a column: queries that name a place are learned much sooner
+    grid = rows[:, None] + columns[None]  # row plus column embedding: queries by place are learned much sooner
     encoder.embeddings.position_embeddings.data[0, 1:] = grid.flatten(0, 1)
     return encoder
 
 
 def patch_grid(options: Embedded) -> int:
-    """Patches along a side of a frame. UserError for sizes that the world's frames or labels do not come in."""
+    """Patches along a side of a frame. Raises UserError for sizes that the world cannot render or label."""
     sizes = [world.UNITS * scale for scale in world.SCALES]
     if options.image_size not in sizes:
         raise UserError(
             f"backbones.embedded.image_size is {options.image_size}, expected one of "
-            f"{', '.join(map(str, sizes))}: the world's frames are drawn in these sizes."
+            f"{', '.join(map(str, sizes))}: the procedural world is rendered in these sizes only."
         )
     cell = options.image_size // world.GRID  # px of one of the world's patches, which holds at most one digit
     if cell % options.patch_size:
         raise UserError(
             f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected a "
-            f"patch_size that divides {cell}: the warm-up's labels are one digit per {cell} px of the world's frames."
+            f"patch_size that divides {cell}: the warm-up's labels are given per cell of {cell} x {cell} px."
         )
     return options.image_size // options.patch_size
 
 
 class Heads(nn.Module):
-    """The throw-away part: the query table and the linear heads."""
+    """The learned queries and the linear heads, both discarded after the warm-up."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(NUM_COLOURS + NUM_PLACES, width))  # unit variance, as the model's queries
+        self.table = nn.Parameter(
+            torch.randn(NUM_COLOURS + NUM_PLACES, width)
+        )  # unit variance, like the model's queries
         self.patch_digit = nn.Linear(width, NUM_DIGITS + 1)
         self.patch_colour = nn.Linear(width, NUM_COLOURS + 1)
         self.query_digit = nn.Linear(width, NUM_DIGITS + 1)
@@ -98,7 +101,7 @@ class Heads(nn.Module):
 
 
 def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """class_token [B, D] -> summed losses of everything that the whole frame tells."""
+    """class_token [B, D] -> sum of the losses on frame-level labels."""
     logits = {name: head(class_token) for name, head in heads.class_token.items()}
     digits = F.one_hot(batch["colour_digit"], NUM_DIGITS + 1).amax(1)[:, :NUM_DIGITS]
     colours = batch["colour_digit"] != NUM_DIGITS
@@ -112,7 +115,7 @@ def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]
 
 
 def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded) -> dict[str, float]:
-    """Train in place; returns {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
+    """Train in place. Returns {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
     heads, steps = Heads(options.vision_width), options.vision_steps
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     num_crowded = round(CROWDED_SHARE * steps)
@@ -138,7 +141,7 @@ def on_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str,
 
 
 def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> Tensor:
-    """The weighted sum of the losses that a batch has labels for."""
+    """Weighted sum of the losses for which the batch has labels."""
     if "colour_digit" not in batch:
         encoded = encoder.encode(pixel_values(batch["frames"]), need_patch_features=True)
         return patch_loss(heads, encoded, batch)
@@ -154,7 +157,7 @@ def encode_with_table(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, T
 
 
 def query_labels(batch: dict[str, Tensor]) -> Tensor:
-    """Digit that each row of the table asks for, 10 where its colour or place is empty: int64 [B, Q]."""
+    """Digit that each learned query asks for: int64 [B, Q]; 10 if its colour or place is not in the frame."""
     return torch.cat([batch["colour_digit"], batch["place_digit"]], dim=1)
 
 
@@ -167,7 +170,7 @@ def patch_loss(heads: Heads, encoded: EncodedFrames, batch: dict[str, Tensor]) -
 
 @torch.no_grad()
 def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedded) -> dict[str, float]:
-    """Shares of right digits and colours on frames with digits of the validation pool; empty places do not count."""
+    """Accuracies on frames with digits of the validation pool. Empty patches and absent objects do not count."""
     encoder.eval()
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0]
@@ -186,7 +189,7 @@ def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedde
 
 
 def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of queries' digits, patches' digits and patches' colours, on the CPU."""
+    """Logits of the query digits, patch digits and patch colours, on the CPU."""
     encoded = encode_with_table(encoder, heads, {"frames": frames.to(heads.table.device)})
     patches = encoded.patch_features[:, 1:]
     logits = heads.query_digit(encoded.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
@@ -194,7 +197,7 @@ def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> t
 
 
 def save_vision_encoder(encoder: FoveatedEncoder, folder: Path) -> None:
-    """Write config.json and model.safetensors under the key names of the published DINOv2 checkpoints."""
+    """Write config.json and model.safetensors with the weight names of the published DINOv2 checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder.config.save_pretrained(folder)
     weights = {name: tensor.detach().contiguous() for name, tensor in encoder.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The optimisation loop that both warm-ups share."""
+"""The training loop that both warm-ups share."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline_steps.common.errors import UserError
 
-WARM_UP_SHARE = 0.1  # of the steps, linear, then a cosine to zero
+WARM_UP_SHARE = 0.1  # of the steps: linear warm-up, followed by cosine decay to zero
 GRADIENT_CLIP = 1.0
 
 
@@ -20,7 +20,10 @@ def optimise(
     learning_rate: float,
     title: str,
 ) -> float:
-    """AdamW on `batch_loss(step)` (a scalar tensor); returns the last loss. UserError when a loss is not finite."""
+    """Minimise `batch_loss(step)` (a scalar tensor) with AdamW. Returns the last loss.
+
+    Raises UserError on a non-finite loss.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     num_warm_up = max(1, round(WARM_UP_SHARE * num_steps))
 
@@ -35,7 +38,7 @@ def optimise(
         loss = batch_loss(step)
         if not math.isfinite(loss.item()):
             raise UserError(
-                f"{title}: the loss is {loss.item()} at step {step} of {num_steps}. Lower its learning rate "
+                f"{title}: the loss is {loss.item()} at step {step} of {num_steps}. Lower the learning rate "
                 f"(now {learning_rate}) in section backbones of params.yaml."
             )
         optimizer.zero_grad()

@@ -158,26 +158,31 @@ def _swap_in(partial, path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def scratch_folder(stage, mark):
-    """`${RUN_SCRATCH:-.}/.scratch/<stage>/<mark>`, created, for unfinished work. `mark`: a fingerprint() of all that
-    the work depends on, so that only equal work is ever resumed."""
-    folder = Path(os.environ.get("RUN_SCRATCH") or ".").resolve() / ".scratch" / stage / mark
+def scratch_folder(stage, fingerprint):
+    """Create and return `${RUN_SCRATCH:-.}/.scratch/<stage>/<fingerprint>`, a folder for unfinished work.
+
+    `fingerprint`: hashing.fingerprint() of everything that the work depends on, so that only equal work is resumed.
+    """
+    folder = Path(os.environ.get("RUN_SCRATCH") or ".").resolve() / ".scratch" / stage / fingerprint
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def locked_scratch(stage, mark):
+def locked_scratch(stage, fingerprint):
     """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits.
 
     The lock (flock) ends with the process and with the children that inherited the file, however they end.
     """
-    folder = scratch_folder(stage, mark)
+    folder = scratch_folder(stage, fingerprint)
     with open(folder.with_suffix(".lock"), "w") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{stage}: waiting for another run of the same work ({folder})", file=sys.stderr)
             fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield scratch_folder(stage, mark), lock_file  # created again if the other run has finished and removed it
+        yield (
+            scratch_folder(stage, fingerprint),
+            lock_file,
+        )  # created again if the other run has finished and removed it

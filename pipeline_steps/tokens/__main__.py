@@ -1,14 +1,15 @@
-"""Tokens: chat text of every item, with masks, in sidecar files aligned with the shards.
+"""Stage `tokens`: tokenise the chat of every item and write ids and masks to sidecar files aligned with the shards.
 
     python -m pipeline_steps.tokens [--params params.yaml] [--shards data/shards]
                                     [--tokenizer data/backbones/language_model] [--output data/tokens]
                                     [--num-processes N]
 
-One sidecar (common/sidecar.py) per shard, one row per item, in the shard's order. Visual tokens are not in
-input_ids: `visual_position` says where they go. An answer is never cut: a chat longer than `max_tokens` loses whole
-turns at its end, and an item of which not even the first turn fits is dropped; both are counted and listed.
-Every process holds one shard at a time; their number changes nothing in the output. 15,220 short chats take 3.3 s on
-one core and 2.4 s on two, .9 s of it to start (data: sources.collect=[chat] sources.chat.num_train=15000).
+Writes one sidecar (common/sidecar.py) per shard with one row per item, in the shard's order. input_ids contain no
+visual tokens; `visual_position` says where to insert them. Answers are never cut: a chat longer than `max_tokens` loses
+whole turns at its end. An item whose first turn is too long is dropped. Both cases are counted and listed.
+Each process holds one shard at a time; the output does not depend on the number of processes. 15,220 short chats take
+3.3 s on one core and 2.4 s on two, including 0.9 s of start-up (data: sources.collect=[chat]
+sources.chat.num_train=15000).
 """
 
 import argparse
@@ -40,7 +41,7 @@ MAX_LISTED = 20  # dropped items shown in the terminal
 
 
 def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
-    """The whole stage; returns the TokensManifest that was published to `output`/manifest.json."""
+    """Run the stage. Returns the TokensManifest written to `output`/manifest.json."""
     shards = read_record(ShardsManifest, Path(shards_dir) / "manifest.json", "shards")
     renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section)
     with replaced_folder(output) as folder:
@@ -56,12 +57,12 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         manifest = make_manifest(section, list(shards.splits), reports, renderer.tokenizer, tokenizer_dir)
         check_dropped(manifest, section.max_dropped)
         write_json(folder / "manifest.json", manifest)
-    tell(manifest, reports)
+    print_warnings(manifest, reports)
     return manifest
 
 
 def plan(section, shards, shards_dir, folder):
-    """One Job per shard, in the manifest's order; makes the folders of the splits."""
+    """Return one Job per shard, in the manifest's order. Creates the folders of the splits."""
     jobs = []
     for split, entry in shards.splits.items():
         (folder / split).mkdir()
@@ -75,7 +76,7 @@ def plan(section, shards, shards_dir, folder):
 
 
 def run_jobs(jobs, renderer, tokenizer_dir, num_processes):
-    """Yields the Report of every job in their order."""
+    """Yield the Report of every job, in the order of the jobs."""
     if num_processes == 1 or len(jobs) == 1:
         yield from map(partial(tokenize_shard, renderer=renderer), jobs)
         return
@@ -85,8 +86,8 @@ def run_jobs(jobs, renderer, tokenizer_dir, num_processes):
             yield from executor.map(_work, jobs)
         except BrokenProcessPool:
             raise UserError(
-                f"one of {num_processes} processes was killed, probably for want of memory. Give fewer of them with "
-                "--num-processes, or make smaller shards (shards.samples_per_shard)."
+                f"one of {num_processes} processes was killed, probably for lack of memory. Use fewer processes "
+                "(--num-processes) or smaller shards (shards.samples_per_shard)."
             ) from None
 
 
@@ -94,12 +95,12 @@ _worker = {}  # the renderer of this process
 
 
 def _start_worker(tokenizer_dir, section, parent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    if sys.platform == "linux":  # a killed stage leaves nobody behind who holds the lock of its output
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and stops its workers
+    if sys.platform == "linux":  # orphaned workers would keep the lock on the output
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other workers use the remaining cores
     _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
 
 
@@ -107,11 +108,11 @@ def _work(job):
     return tokenize_shard(job, _worker["renderer"])
 
 
-# ---------------------------------------------------------------- accounts
+# ---------------------------------------------------------------- manifest and summary
 
 
 def make_manifest(section, splits, reports, tokenizer, tokenizer_dir):
-    """The TokensManifest of all shards."""
+    """Merge the reports of all shards into the TokensManifest."""
     tasks, sources = Counter(), {}
     for report in reports:
         tasks.update(report.tasks)
@@ -142,7 +143,7 @@ def _split(entries):
 
 
 def check_dropped(manifest, max_dropped):
-    """UserError if too many of a source's items were dropped, or if nothing is left to train on."""
+    """Raise UserError if too many items of a source were dropped, or if no training item is left."""
     listing = _listing(manifest.dropped)
     for source, counts in manifest.sources.items():
         if counts.dropped > max_dropped * counts.seen:
@@ -152,11 +153,11 @@ def check_dropped(manifest, max_dropped):
                 "the texts."
             )
     if manifest.splits["train"].num_items == 0:
-        raise UserError(f"no training item is left of {manifest.seen}.\n{listing}")
+        raise UserError(f"none of the {manifest.seen} items is left for training.\n{listing}")
 
 
-def tell(manifest, reports):
-    """What is missing, on stderr."""
+def print_warnings(manifest, reports):
+    """Print dropped and truncated items, and splits that cannot be scored, to stderr."""
     if manifest.dropped:
         print(
             f"dropped {len(manifest.dropped)} of {manifest.seen} items:\n{_listing(manifest.dropped)}", file=sys.stderr
@@ -164,7 +165,8 @@ def tell(manifest, reports):
     if manifest.truncated:
         listing = _listing(manifest.truncated)
         print(
-            f"later turns left out of {len(manifest.truncated)} of {manifest.seen} items:\n{listing}", file=sys.stderr
+            f"truncated {len(manifest.truncated)} of {manifest.seen} items to their first turns:\n{listing}",
+            file=sys.stderr,
         )
     scorable = Counter()
     for report in reports:
@@ -172,7 +174,7 @@ def tell(manifest, reports):
     for split in sorted(split for split in manifest.splits if not scorable[split]):
         print(
             f"note: no item of split '{split}' has frames and an answer with a letter or digit after its cue. "
-            "Evaluation cannot score this split: give it such samples (sources, shards) or choose another.",
+            "Evaluation cannot score this split: add such samples (sources, shards) or choose another split.",
             file=sys.stderr,
         )
 

@@ -1,7 +1,7 @@
-"""From items to token ids with masks: one rendering, checked against the tokenizer's own chat template.
+"""Render items as chats and tokenise them with masks. The text is checked against the tokenizer's chat template.
 
-Offsets of the tokenizer say which token belongs to which part of the text, so the whole chat is tokenised at once and
-the ids are those of `apply_chat_template`, less the line break after the last end-of-turn token.
+The whole chat is tokenised at once; the tokenizer's offsets map tokens to parts of the text. The ids therefore equal
+those of `apply_chat_template` without the line break after the last end-of-turn token.
 """
 
 import re
@@ -21,7 +21,7 @@ PROBE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Answer(NamedTuple):
-    """Characters of one assistant line in a chat's text."""
+    """Character offsets of one assistant message in a chat's text."""
 
     start: int
     scored_start: int  # after the cue
@@ -34,36 +34,36 @@ class Chat:
     """The text of one chat and the character spans in it."""
 
     text: str = ""
-    question_end: int = 0  # end of the first user line, before its end-of-turn token
-    answers: list[Answer] = field(default_factory=list)  # what is learned
+    question_end: int = 0  # end of the first user message, before its end-of-turn token
+    answers: list[Answer] = field(default_factory=list)  # the answers that are trained on
 
 
 class Encoded(NamedTuple):
-    """One chat's tokens; lists over them."""
+    """One tokenised chat. The lists have one entry per token, except `answers`."""
 
     input_ids: list[int]
     visual_position: int
     answer_mask: list[bool]
     score_mask: list[bool]
-    answers: list[tuple[int, int]]  # (start, stop) of every answer with its end-of-turn token
+    answers: list[tuple[int, int]]  # token span (start, stop) of every answer, including its end-of-turn token
 
 
 class ChatRenderer:
-    """Puts items into the tokenizer's chat template and knows where every message begins and ends.
+    """Renders items with the tokenizer's chat template and records where every message begins and ends.
 
-    `section`: the parameters of the stage, for their table of prompts.
+    `section`: the parameters of the stage, which hold the prompts of every source.
     """
 
     def __init__(self, tokenizer, section):
         self.tokenizer, self.section = tokenizer, section
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         control_tokens = sorted({*tokenizer.all_special_tokens, *special})
-        self.control_token = re.compile("|".join(map(re.escape, control_tokens)))  # none of them is ordinary text
+        self.control_token = re.compile("|".join(map(re.escape, control_tokens)))  # texts must not contain these
         self._prompts = {}  # source -> Prompt
         self._frames = {}  # (first message?, role) -> (text before the content, text after it)
 
     def messages(self, sample, item):
-        """The item's (role, content) pairs with stripped contents, the system line first. UserError for a blank one."""
+        """The item's (role, content) pairs, system first, contents stripped. Raises UserError for blank text."""
         if sample.source not in self._prompts:
             self._prompts[sample.source] = self.section.prompt(sample.source)
         prompt, where = self._prompts[sample.source], f"sample '{sample.key}'"
@@ -77,23 +77,26 @@ class ChatRenderer:
         messages = [(role, _stripped(content, role, where)) for role, content in messages]
         roles = [role for role, _ in messages if role != "system"]
         if roles[:1] != ["user"] or roles[-1] != "assistant":
-            raise UserError(f"{where}: a chat goes from user to assistant, found {', '.join(roles)}")
+            raise UserError(
+                f"{where}: a chat must start with a user message and end with an assistant message, found "
+                f"{', '.join(roles)}"
+            )
         if prompt.system.strip() and messages[0][0] != "system":
             messages.insert(0, ("system", prompt.system.strip()))
         return messages
 
     def rejected(self, sample, item, messages):
-        """`messages` with the rejected answer of a preference in place of the last one; None if there is none."""
+        """`messages` with the item's rejected answer as the last message, or None without a rejected answer."""
         if item.rejected is None:
             return None
         return [*messages[:-1], ("assistant", _stripped(item.rejected, "rejected assistant", f"sample '{sample.key}'"))]
 
     def render(self, messages, cue="", last_only=False):
-        """The Chat of these messages. last_only: of the answers, the last one alone is learned."""
+        """Render messages as a Chat. last_only: train on the last answer only."""
         return self.render_all([(messages, cue, last_only)])[0]
 
     def render_all(self, jobs):
-        """One Chat for the arguments of `render` in each of `jobs`. UserError if the template changes the messages."""
+        """Render one Chat per tuple of arguments of `render`. Raises UserError if the template changes the messages."""
         if not jobs:
             return []
         found = self._templates([messages for messages, _, _ in jobs])
@@ -101,8 +104,8 @@ class ChatRenderer:
         for chat, text in zip(chats, found, strict=True):
             if chat.text != text:
                 raise UserError(
-                    "the tokenizer's chat template does not put every message after the one before, unchanged "
-                    f"(it gives {text!r}): such a template cannot be trained with here"
+                    "the tokenizer's chat template reorders or changes messages; it renders "
+                    f"{text!r}. Use a tokenizer whose template concatenates the messages unchanged."
                 )
             chat.text = text[: chat.answers[-1].turn_end]
         return chats
@@ -133,7 +136,7 @@ class ChatRenderer:
             if role == "assistant" and self.tokenizer.eos_token not in after:
                 raise UserError(
                     f"the tokenizer's chat template ends an answer with {after!r}, without the end-of-turn token "
-                    f"{self.tokenizer.eos_token!r} (eos_token), so no model would learn to stop."
+                    f"{self.tokenizer.eos_token!r} (eos_token), so the model would not learn to stop."
                 )
             self._frames[first, role] = before, after
         return self._frames[first, role]
@@ -147,9 +150,9 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(named, tokenize=False)
         except TemplateError as error:
             if len(chats) > 1:
-                return [self._template(messages) for messages in chats]  # names the one that is refused
+                return [self._template(messages) for messages in chats]  # one by one, so that the error names the chat
             raise UserError(
-                f"the tokenizer's chat template refuses {[role for role, _ in chats[0]]}: {error}"
+                f"the tokenizer's chat template rejects the roles {[role for role, _ in chats[0]]}: {error}"
             ) from None
 
 
@@ -164,17 +167,17 @@ def _user_line(sample, item, prompt):
 def _stripped(content, role, where):
     content = content.strip()
     if not content:
-        raise UserError(f"{where}: the {role}'s text is empty, no tokens. Correct or remove it at its source.")
+        raise UserError(f"{where}: the {role} message is empty. Correct or remove it at its source.")
     return content
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a language model's folder, exactly as its tokenizer.json says. UserError if unusable."""
+    """Load the tokenizer of a language model from its tokenizer.json. Raises UserError if it is unusable."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{folder / 'tokenizer.json'}: missing. `python -m pipeline_steps.backbones` writes it; a tokenizer of "
-            "your own needs the fast format (tokenizer.json) and a chat template."
+            f"{folder / 'tokenizer.json'}: missing. `python -m pipeline_steps.backbones` writes it. A custom "
+            "tokenizer needs the fast format (tokenizer.json) and a chat template."
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
@@ -183,7 +186,7 @@ def load_tokenizer(folder):
         )
     if tokenizer.eos_token is None:
         raise UserError(
-            f"{folder}: the tokenizer has no eos_token (in tokenizer_config.json): the one that ends answers"
+            f"{folder}: the tokenizer has no eos_token (in tokenizer_config.json), the token that ends answers"
         )
     return tokenizer
 
@@ -191,14 +194,17 @@ def load_tokenizer(folder):
 def tokenize(tokenizer, chats):
     """One Encoded per Chat."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json may ask for either
+    backend.no_truncation()  # tokenizer.json may enable either
     backend.no_padding()
     found = backend.encode_batch([chat.text for chat in chats], add_special_tokens=False)
     return [_encoded(chat, encoding.ids, encoding.offsets) for chat, encoding in zip(chats, found, strict=True)]
 
 
 def _encoded(chat, input_ids, offsets):
-    """A token belongs to an answer when one of its characters does: both ends of tokens never go back in the text."""
+    """Map character spans to tokens. A token belongs to an answer if any of its characters does.
+
+    Starts and ends of tokens never decrease, so binary search works on both.
+    """
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     answer_mask, spans, scored = [False] * len(offsets), [], bytearray(len(chat.text))
     for answer in chat.answers:
@@ -207,6 +213,6 @@ def _encoded(chat, input_ids, offsets):
         spans.append((first, stop))
         words = chat.text[answer.scored_start : answer.end]
         scored[answer.scored_start : answer.end] = bytes(map(str.isalnum, words))
-    before = list(accumulate(scored, initial=0))  # scored characters before each place in the text
+    before = list(accumulate(scored, initial=0))  # number of scored characters before each offset
     score_mask = [before[end] > before[start] for start, end in offsets]
     return Encoded(input_ids, bisect_left(starts, chat.question_end), answer_mask, score_mask, spans)

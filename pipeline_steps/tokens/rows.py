@@ -1,4 +1,4 @@
-"""From packed samples to sidecar rows: what is kept whole, what loses later turns, what is left out and why."""
+"""Turn packed samples into sidecar rows. Too long chats are truncated or dropped, with the reason."""
 
 from dataclasses import dataclass, field
 
@@ -9,27 +9,27 @@ from pipeline_steps.tokens.chat import Encoded, tokenize
 
 @dataclass
 class Outcome:
-    """What became of the items of some samples."""
+    """Rows, dropped items and truncated items of some samples."""
 
-    rows: list[dict] = field(default_factory=list)  # of sidecar.SCHEMA, without the places in the tar
+    rows: list[dict] = field(default_factory=list)  # of sidecar.SCHEMA, without the offsets in the tar
     dropped: list[Dropped] = field(default_factory=list)
-    truncated: list[Dropped] = field(default_factory=list)  # kept, without their last turns
+    truncated: list[Dropped] = field(default_factory=list)  # kept without their last turns
 
 
 @dataclass
 class Draft:
-    """One item on its way to a row."""
+    """One item while it is being turned into a row."""
 
     sample: PackedSample
     number: int  # of the item within the sample
     item: Item
     messages: list[tuple[str, str]]  # (role, content)
     rejected: list[tuple[str, str]] | None
-    reason: str | None = None  # why it is left out
+    reason: str | None = None  # why it is dropped; None: it is kept
     encoded: Encoded | None = None
     rejected_encoded: Encoded | None = None
     truncated_turns: int = 0
-    cut: str | None = None  # both numbers, when turns are left out
+    cut: str | None = None  # the numbers of tokens and turns, if truncated
 
     def check_texts(self, control_token):
         contents = [content for _, content in self.messages + (self.rejected or [])[-1:]]
@@ -39,7 +39,7 @@ class Draft:
             self.reason = "the chosen and the rejected answer are the same"
 
     def shorten(self, max_tokens):
-        """Leaves out whole turns at the end, as few as possible; returns whether the chat has to be encoded again."""
+        """Drop as few whole turns at the end as possible. Returns whether the chat must be encoded again."""
         length, ends = len(self.encoded.input_ids), [stop for _, stop in self.encoded.answers]
         num_kept = sum(stop <= max_tokens for stop in ends)
         if length <= max_tokens or self.rejected is not None or num_kept == 0:
@@ -64,9 +64,9 @@ class Draft:
     def row(self):
         sample, encoded = self.sample, self.encoded
         for side, text in ((encoded, self.messages), (self.rejected_encoded, self.rejected)):
-            if side and any(stop - start < 2 for start, stop in side.answers):  # nothing but the end-of-turn token
+            if side and any(stop - start < 2 for start, stop in side.answers):  # only the end-of-turn token
                 answers = ", ".join(repr(content) for role, content in text if role == "assistant")
-                raise UserError(f"sample '{sample.key}': the answer {answers} gives no token. Correct or remove it.")
+                raise UserError(f"sample '{sample.key}': the answer {answers} has no tokens. Correct or remove it.")
         return {
             "key": sample.key,
             "item": self.number,
@@ -88,7 +88,7 @@ class Draft:
 
 
 def tokenize_samples(samples, renderer, max_tokens):
-    """The Outcome of all items of these samples, in their order. UserError for an item that has no text to learn."""
+    """Return the Outcome of all items, in order. Raises UserError for an item without answer text."""
     drafts = []
     for sample in samples:
         for number, item in enumerate(sample.items):
@@ -112,7 +112,10 @@ def tokenize_samples(samples, renderer, max_tokens):
 
 
 def _encode(drafts, renderer):
-    """Both sides of a preference learn the compared answer alone, or earlier turns would count on one side only."""
+    """Render and tokenise the drafts, both sides of preferences.
+
+    Both sides train on the last answer only, or earlier turns would count on the chosen side alone.
+    """
     jobs = [(draft.messages, draft.item.cue, draft.rejected is not None) for draft in drafts]
     for draft, encoded in zip(drafts, tokenize(renderer.tokenizer, renderer.render_all(jobs)), strict=True):
         draft.encoded = encoded

@@ -1,4 +1,4 @@
-"""One shard: check the tar, tokenise its items, write the sidecar beside it. Any process can do it, in any order."""
+"""Tokenise one shard: check the tar, tokenise its items, write the sidecar. Shards are independent jobs."""
 
 import tarfile
 from collections import Counter
@@ -18,7 +18,7 @@ COUNTS = ("seen", "kept", "truncated", "dropped", "tokens")  # of SourceCounts
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to tokenise and where its sidecar goes."""
+    """A shard to tokenise and the path of its sidecar."""
 
     split: str
     tar: Path
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of one shard."""
+    """The result of tokenising one shard."""
 
     split: str
     entry: TokensEntry
@@ -41,7 +41,7 @@ class Report:
 
 
 def tokenize_shard(job, renderer):
-    """Writes the sidecar; returns the Report. UserError for a tar that is not what the manifest and its records say."""
+    """Write the sidecar and return the Report. Raises UserError if the tar contradicts the manifest or its records."""
     samples, places = read_shard(job.tar, job.entry)
     outcome = tokenize_samples(samples, renderer, job.max_tokens)
     rows = [row | places[row["key"]] for row in outcome.rows]
@@ -79,14 +79,16 @@ def _count(samples, outcome):
 
 
 def read_shard(path, entry):
-    """(the PackedSamples of one tar in its order, {key: where its members lie in the tar}); UserError if it is not the
-    tar that the manifest describes, or if its pictures are not those that its records count."""
+    """Return (the PackedSamples of one tar in order, {key: offsets and sizes of its members}).
+
+    Raises UserError if the tar does not match the manifest, or if its pictures do not match its records.
+    """
     try:
         found = sha256_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, but named in manifest.json. {RERUN}") from None
+        raise UserError(f"{path}: missing, but listed in manifest.json. {RERUN}") from None
     if found != entry.sha256:
-        raise UserError(f"{path}: sha256 {found[:12]}... instead of {entry.sha256[:12]}... in manifest.json. {RERUN}")
+        raise UserError(f"{path}: sha256 is {found[:12]}..., expected {entry.sha256[:12]}... (manifest.json). {RERUN}")
     samples, places, frames = [], {}, []
     try:
         with tarfile.open(path) as tar:
@@ -101,21 +103,23 @@ def read_shard(path, entry):
     except tarfile.TarError as error:
         raise UserError(f"{path}: damaged after {len(samples)} samples ({error}). {RERUN}") from None
     if frames:
-        raise UserError(f"{path}: {frames[0].name} and {len(frames) - 1} more have no record behind them. {RERUN}")
+        raise UserError(
+            f"{path}: {frames[0].name} and {len(frames) - 1} more pictures have no record after them. {RERUN}"
+        )
     if len(samples) != entry.num_samples:
-        raise UserError(f"{path}: {len(samples)} samples, {entry.num_samples} in manifest.json. {RERUN}")
+        raise UserError(f"{path}: found {len(samples)} samples, expected {entry.num_samples} (manifest.json). {RERUN}")
     return samples, places
 
 
 def _place(path, sample, frames, member, known):
-    """The sample's columns of offsets and sizes; UserError unless its members are named and counted as they should."""
+    """Return the offsets and sizes of a sample. Raises UserError if its members have wrong names or a wrong number."""
     where = f"{path}: {member.name}"
     if member.name != f"{sample.key}.json":
         raise UserError(f"{where}: holds the key '{sample.key}'. {RERUN}")
     if known:
-        raise UserError(f"{where}: the key '{sample.key}' is there twice. {RERUN}")
+        raise UserError(f"{where}: the key '{sample.key}' occurs twice. {RERUN}")
     if len(frames) != sample.frame_count:
-        raise UserError(f"{where}: frame_count is {sample.frame_count}, {len(frames)} pictures lie before it. {RERUN}")
+        raise UserError(f"{where}: frame_count is {sample.frame_count}, but {len(frames)} pictures precede it. {RERUN}")
     one = sample.kind == "image" and sample.frame_count == 1
     names = [f"{sample.key}.jpg" if one else f"{sample.key}.{number:03d}.jpg" for number in range(len(frames))]
     for frame, name in zip(frames, names, strict=True):

@@ -1,11 +1,11 @@
-"""The procedural world: coloured handwritten digits that hop about, rendered in memory.
+"""The procedural world: coloured handwritten digits that jump between patches, rendered in memory.
 
 Shapes: T frames, O objects, N patches (4 x 4 of 14 px on a 56 px frame), H = W = size in px.
 
 The frame is a 56 x 56 grid of `units` (1 unit = 1 px at the model's 56 px, 2 px of a 112 px clip), cut into four lanes
-(quadrants) of 2 x 2 patches. An object is one colour that stays in one lane. In every frame it shows one handwritten
-digit (scikit-learn's `load_digits`) 12 units high inside ONE patch. Everything is drawn on whole units, so a 112 px
-frame averaged over 2 x 2 px equals the 56 px frame (but for clipping and rounding).
+(quadrants) of 2 x 2 patches. An object has one colour and stays in one lane. In every frame it shows one handwritten
+digit (scikit-learn's `load_digits`), 12 units high, inside ONE patch. Everything is aligned to whole units, so a 112 px
+frame averaged over 2 x 2 px equals the 56 px frame (up to clipping and rounding).
 
     digits = Digits()
     scene = sample_scene(np.random.default_rng(0), "card", "train", digits)
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 UNITS = 56  # units along a side of the frame
-SCALES = (1, 2, 4)  # px per unit of the sizes that frames are drawn in
+SCALES = (1, 2, 4)  # supported px per unit
 PATCH = 14  # units along a side of a patch
 GLYPH = 12  # units along a side of a digit
 GRID = UNITS // PATCH
@@ -30,7 +30,7 @@ NO_DIGIT, NO_COLOUR, NO_PLACE = 10, 6, 4
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("card", "follow", "ask_colour", "ask_place", "caption", "gist", "image")
-HOPPING_KINDS = ("card", "follow", "ask_colour", "ask_place")  # digit values change in every frame
+HOPPING_KINDS = ("card", "follow", "ask_colour", "ask_place")  # digits change in every frame
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COLOURS = {
     "red": (255, 64, 56),
@@ -47,11 +47,11 @@ COLOUR_NAMES, BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 class Digits:
     """The 1,797 images of `load_digits` and their fixed split: 1,397 train, 200 validation, 200 test.
 
-    values: int [1797] what each image shows; pools[split][value]: indices of the split's images of that value.
+    values: int [1797], digit in each image. pools[split][value]: indices of the images of that digit in the split.
     """
 
     def __init__(self):
-        from sklearn.datasets import load_digits  # slow import, only needed here
+        from sklearn.datasets import load_digits  # slow to import
 
         data = load_digits()
         self.images = data.images.astype(np.float32) / 16  # [1797, 8, 8] in 0..1
@@ -67,7 +67,7 @@ class Digits:
     def glyphs(self, scale: int) -> np.ndarray:
         """Opacity of all digits at `scale` px per unit (1, 2 or 4): float32 [1797, 12 * scale, 12 * scale, 1]."""
         if scale not in SCALES:
-            raise ValueError(f"scale is {scale} px per unit, the renderer knows {SCALES}")
+            raise ValueError(f"scale is {scale} px per unit, expected one of {SCALES}")
         if scale not in self._glyphs:
             if scale == 4:
                 side, cubic = 4 * GLYPH, Image.Resampling.BICUBIC
@@ -114,7 +114,7 @@ class Scene:
     split: str
     background: str
     objects: tuple[SceneObject, ...]  # in reading order of their places
-    target: int  # index into objects: the one that the cue or the question names
+    target: int  # index into objects: the one named by the cue or the question
     bars: np.ndarray  # int [bars, 6]: vertical?, position, start, length, width, units of drift per frame
     slope: tuple[float, float]  # shading of the background along x and y
     noise_seed: int
@@ -125,7 +125,7 @@ class Scene:
 
 
 def _hops(rng, num_objects: int, num_frames: int, base: int, change: bool = True) -> np.ndarray:
-    """Random walk on 0..base-1 that never stays (or, with change=False, always stays): int [O, T]."""
+    """Random walk on 0..base-1 that moves at every step (change=False: never moves): int [O, T]."""
     first = rng.integers(0, base, (num_objects, 1))
     steps = rng.integers(1, base, (num_objects, num_frames - 1)) * change
     return np.cumsum(np.concatenate([first, steps], 1), 1) % base
@@ -142,15 +142,15 @@ def sample_scene(
     background: int | None = None,
     num_objects: int | None = None,
 ) -> Scene:
-    """Draw a scene. `colour` and `place` (of the target), `background` and `num_objects` are drawn if None.
+    """Sample a scene. `colour` and `place` (of the target) and `background` are sampled if None.
 
-    Four objects where no number is given, 1 to 4 in `gist`.
+    `num_objects` defaults to four; for kind `gist` it is sampled from 1 to 4.
     """
     if kind not in KINDS or split not in SPLITS:
-        raise ValueError(f"kind {kind!r} and split {split!r}: known are {KINDS} and {SPLITS}")
+        raise ValueError(f"kind is {kind!r} and split {split!r}, expected one of {KINDS} and one of {SPLITS}")
     num_objects = num_objects or (int(rng.integers(1, 5)) if kind == "gist" else 4)
 
-    lanes, colours = rng.permutation(4), rng.permutation(6)  # the first is the target's
+    lanes, colours = rng.permutation(4), rng.permutation(6)  # index 0 is the target
     for names, wanted in ((lanes, place), (colours, colour)):
         if wanted is not None:
             at = int(np.flatnonzero(names == wanted)[0])
@@ -201,7 +201,10 @@ def _ramp(size: int) -> np.ndarray:
 
 
 def render(scene: Scene, digits: Digits, size: int = 112, noise: float = 0.06) -> np.ndarray:
-    """Draw a scene: uint8 [T, size, size, 3]; size: 56, 112 or 224; noise: standard deviation of the grain."""
+    """Render a scene as uint8 [T, size, size, 3].
+
+    size: 56, 112 or 224 px. noise: standard deviation of the pixel noise, for intensities in 0..1.
+    """
     if size % UNITS:
         raise ValueError(f"frame size {size} is not a multiple of {UNITS}")
     s = size // UNITS  # px per unit
@@ -230,7 +233,7 @@ def render(scene: Scene, digits: Digits, size: int = 112, noise: float = 0.06) -
 
 
 def _draw_cue(frame: np.ndarray, scene: Scene, s: int) -> None:
-    """card: a border in the target's colour; follow: a white box round the target's lane; 2 units wide."""
+    """Draw the cue, 2 units wide: card, a border in the target's colour; follow, a white box around its lane."""
     target, width = scene.objects[scene.target], 2 * s
     if scene.kind == "card":
         region, colour = frame, COLOURS[target.colour]
@@ -244,7 +247,7 @@ def _draw_cue(frame: np.ndarray, scene: Scene, s: int) -> None:
 
 
 def _item(scene: Scene, task: str, target: int) -> dict:
-    """One question with its answer. Digits of the first frame, which may show the cue, are never asked for."""
+    """One question with its answer. Answers omit the first frame's digits, because that frame may show the cue."""
     asked = scene.objects[target]
     named = asked.colour if task in ("card", "ask_colour") else asked.place
     if task in HOPPING_KINDS:
@@ -266,11 +269,11 @@ def _item(scene: Scene, task: str, target: int) -> dict:
 
 
 def scene_items(scene: Scene, rng: np.random.Generator | None = None, num_ask_items: int = 0) -> list[dict]:
-    """The scene's questions: {"user", "assistant", "task", "cue", "target"}; the first is the one of its kind.
+    """The scene's items: {"user", "assistant", "task", "cue", "target"}. The first asks the question of its kind.
 
-    Then, drawn with `rng`, up to `num_ask_items` other ask_colour and ask_place questions about any of its objects
-    (only where digits hop), and the caption of a training `gist` clip. user is None for captions: the default prompt
-    is put in later.
+    It is followed by up to `num_ask_items` other ask_colour and ask_place questions about any object, sampled with
+    `rng` (only for kinds whose digits change), and by the caption of a training `gist` clip. `user` is None for
+    captions: the tokens stage inserts the default prompt.
     """
     items = [_item(scene, scene.kind, scene.target)]
     if scene.kind in HOPPING_KINDS and num_ask_items:
@@ -284,7 +287,7 @@ def scene_items(scene: Scene, rng: np.random.Generator | None = None, num_ask_it
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Independent single frames with what is where, to warm up a vision encoder. B frames, N = 16 patches."""
+    """Independent single frames with labels, to warm up a vision encoder. B frames, N = 16 patches."""
 
     frames: np.ndarray  # uint8 [B, size, size, 3]
     patch_digit: np.ndarray  # int64 [B, N], 10 = no digit in this patch
@@ -304,9 +307,9 @@ def render_batch(
     noise: float = 0.06,
     size: int = UNITS,
 ) -> FrameBatch:
-    """Draw `batch_size` single frames: a quarter with a card's border, a quarter with a box, 1 to 4 objects each.
+    """Render `batch_size` single frames. A quarter has a card's border, a quarter a box; each has 1 to 4 objects.
 
-    size: px, 56, 112 or 224.
+    size: 56, 112 or 224 px.
     """
     frames, background = np.empty((batch_size, size, size, 3), np.uint8), np.empty(batch_size, np.int64)
     patch_digit = np.full((batch_size, GRID * GRID), NO_DIGIT)

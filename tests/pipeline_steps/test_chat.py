@@ -166,24 +166,24 @@ def test_a_tokenizer_that_asks_for_truncation_and_padding_is_not_obeyed(folders,
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"user": "q", "assistant": " \n", "task": "f"}, "sample 'k': the assistant's text is empty"),
-        ({"user": " ", "assistant": "a", "task": "f"}, "sample 'k': the user's text is empty"),
+        ({"user": "q", "assistant": " \n", "task": "f"}, "sample 'k': the assistant message is empty"),
+        ({"user": " ", "assistant": "a", "task": "f"}, "sample 'k': the user message is empty"),
         (
             {"user": "q", "assistant": "a", "rejected": "\u3000", "task": "f"},
-            "the rejected assistant's text is empty",
+            "the rejected assistant message is empty",
         ),
-        ({"user": " ", "options": ["a", "b"], "correct_option": 0, "task": "f"}, "'k': the user's text is empty"),
+        ({"user": " ", "options": ["a", "b"], "correct_option": 0, "task": "f"}, "'k': the user message is empty"),
         ({"user": "q", "options": ["a", " "], "correct_option": 0, "task": "f"}, "sample 'k': option B is empty"),
         (
             {"messages": turns("a", "b", "c"), "task": "f"},
-            "a chat goes from user to assistant, found user, assistant",
+            "a chat must start with a user message and end with an assistant message, found user, assistant",
         ),
         (
             {"messages": turns("a", "b")[1:], "task": "f"},
-            "sample 'k': a chat goes from user to assistant, found assis",
+            "sample 'k': a chat must start with a user message and end with an assistant message, found assis",
         ),
-        ({"messages": turns("a", "b", system=" "), "task": "f"}, "sample 'k': the system's text is empty"),
-        ({"messages": turns("a", " ", "c", "d"), "task": "f"}, "sample 'k': the assistant's text is empty"),
+        ({"messages": turns("a", "b", system=" "), "task": "f"}, "sample 'k': the system message is empty"),
+        ({"messages": turns("a", " ", "c", "d"), "task": "f"}, "sample 'k': the assistant message is empty"),
     ],
 )
 def test_items_that_cannot_be_learnt(chatml, item, message):
@@ -197,11 +197,11 @@ def test_unusable_tokenizers(folders, tmp_path):
     tokenizer = load_tokenizer(folders["chatml"])
     item = {"user": "q", "assistant": "a", "task": "f"}
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
-    with pytest.raises(UserError, match="does not put every message after the one before, unchanged"):
+    with pytest.raises(UserError, match="reorders or changes messages"):
         outcome_of(tokenizer, item)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = refusal + FORMATS["chatml"][0]
-    with pytest.raises(UserError, match=r"refuses \['system', 'user', 'assistant'\]: no system"):
+    with pytest.raises(UserError, match=r"rejects the roles \['system', 'user', 'assistant'\]: no system"):
         outcome_of(tokenizer, item, item)
     assert row_of(tokenizer, item, section=make_section(system=""))
     tokenizer.chat_template = FORMATS["chatml"][0].replace("<|im_end|>", "<|endoftext|>")

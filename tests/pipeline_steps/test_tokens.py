@@ -88,7 +88,7 @@ def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, c
     assert [(d.key, d.item) for d in manifest.truncated] == [("chat-3", 0)]
     told = capsys.readouterr().err
     assert "dropped 1 of 8 items:\n  chat-2 item 0: " in told
-    assert "later turns left out of 1 of 8 items:\n  chat-3 item 0: " in told
+    assert "truncated 1 of 8 items to their first turns:\n  chat-3 item 0: " in told
     assert [split for split in SPLITS if f"no item of split '{split}'" in told] == ["validation"]
     shards = read_record(ShardsManifest, shards_dir / "manifest.json", "shards")
     for split, entry in shards.splits.items():
@@ -130,7 +130,7 @@ def test_too_many_dropped_or_none_left(tokenizer_dir, shards_dir, tmp_path):
         UserError, match=r"1 of 7 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
     ):
         build(make_section(max_dropped=0.1), shards_dir, tokenizer_dir, tmp_path / "tokens")
-    with pytest.raises(UserError, match="no training item is left of 8"):
+    with pytest.raises(UserError, match="none of the 8 items is left for training"):
         build(make_section(max_dropped=1.0, max_tokens=5), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
@@ -148,7 +148,7 @@ def test_answer_that_the_tokenizer_swallows(tokenizer_dir, tmp_path, shards_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("grey", "")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"sample 'test-.*': the answer 'grey' gives no token"):
+    with pytest.raises(UserError, match=r"sample 'test-.*': the answer 'grey' has no tokens"):
         build(make_section(), shards_dir, tmp_path / "tokenizer", tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
@@ -187,15 +187,15 @@ def as_record(members, **changes):
 
 
 DAMAGE = {
-    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, 2 pictures lie before it"),
-    "no frame": (lambda m: m[1:], "frame_count is 1, 0 pictures lie before it"),
-    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, 1 pictures lie before it"),
+    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, but 2 pictures precede it"),
+    "no frame": (lambda m: m[1:], "frame_count is 1, but 0 pictures precede it"),
+    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, but 1 pictures precede it"),
     "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: holds the key 'd'"),
     "another name": (lambda m: [("d.jpg", m[0][1]), *m[1:]], r"before it is d\.jpg, expected the file test-c-jpg\.jpg"),
     "a number": (lambda m: [("test-c-jpg.000.jpg", m[0][1]), *m[1:]], r"is test-c-jpg\.000\.jpg, expected"),
-    "twice": (lambda m: [*m, *m], "the key 'test-c-jpg' is there twice"),
-    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more have no record behind them"),
-    "no sample": (lambda m: [], r"000001\.tar: 0 samples, 1 in manifest\.json"),
+    "twice": (lambda m: [*m, *m], "the key 'test-c-jpg' occurs twice"),
+    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more pictures have no record"),
+    "no sample": (lambda m: [], r"000001\.tar: found 0 samples, expected 1 \(manifest\.json\)"),
     "no JSON": (lambda m: edited(m, "test-c-jpg.json", b"{"), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
     "empty": (lambda m: edited(m, "test-c-jpg.json", b""), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
     "no utf-8": (lambda m: edited(m, "test-c-jpg.json", m[1][1].replace(b"What?", b"\xff\xfe")), "row: Invalid JSON"),
@@ -240,7 +240,7 @@ def test_a_shard_that_ends_too_early(tokenizer_dir, shards_dir, tmp_path):
         path.write_bytes(content[:length])
         accept(shards_dir, path)
         with pytest.raises(
-            UserError, match=r"000001\.tar: (damaged after|0 samples, 1 in|test-c-jpg\.jpg and 0 more have no record)"
+            UserError, match=r"000001\.tar: (damaged after|found 0 samples|test-c-jpg\.jpg and 0 more pictures have)"
         ):
             build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
@@ -252,10 +252,10 @@ def test_foreign_or_missing_shards(tokenizer_dir, shards_dir, tmp_path):
     tar = shards_dir / "train" / "000001.tar"
     content = tar.read_bytes()
     tar.write_bytes(content[:-1] + b"x")
-    with pytest.raises(UserError, match=r"000001\.tar: sha256 .* instead of .* in manifest\.json"):
+    with pytest.raises(UserError, match=r"000001\.tar: sha256 is .*, expected .* .manifest\.json"):
         build(section, shards_dir, tokenizer_dir, tmp_path / "tokens")
     tar.unlink()
-    with pytest.raises(UserError, match=r"000001\.tar: missing, but named in manifest\.json"):
+    with pytest.raises(UserError, match=r"000001\.tar: missing, but listed in manifest\.json"):
         build(section, shards_dir, tokenizer_dir, tmp_path / "tokens")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/tokens: cannot be written"):
@@ -277,7 +277,7 @@ def test_what_goes_wrong_in_a_process(tokenizer_dir, shards_dir, tmp_path, monke
     with pytest.raises(UserError, match=r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
     monkeypatch.setattr(stage, "tokenize_shard", lambda job, renderer: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="one of 2 processes was killed, probably for want of memory"):
+    with pytest.raises(UserError, match="one of 2 processes was killed, probably for lack of memory"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
     assert not (tmp_path / "tokens").exists()
 
