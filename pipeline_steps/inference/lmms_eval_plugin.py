@@ -188,7 +188,8 @@ class FoveatedVLM(lmms):
         if unknown:
             raise UserError(
                 f"generation_kwargs of a task contain unsupported {', '.join(sorted(unknown))}; supported: "
-                f"max_new_tokens, until, stop_sequences, {', '.join(OPTIONS)}. Remove them with --gen_kwargs or in the task's file."
+                f"max_new_tokens, until, stop_sequences, {', '.join(OPTIONS)}. "
+                "Remove them with --gen_kwargs or in the task's file."
             )
         warm = options.get("temperature", 0) > 0  # tasks request greedy decoding with temperature 0
         options["do_sample"] = warm and options.get("do_sample", True)

@@ -134,7 +134,7 @@ def test_effects_refuse_other_tokens():
     rows = [("a", "autoregressive", 2), ("a", "blind", 3)]
     table = pd.DataFrame(rows, columns=["key", "mode", "num_tokens"])
     table = table.assign(task="made", item=0, loss_sum=1.0, num_correct=1)
-    with pytest.raises(ValueError, match="1 of . items have a different number of scored tokens"):
+    with pytest.raises(ValueError, match=r"1 of . items have a different number of scored tokens"):
         controls.effects(table, interval)
 
 
