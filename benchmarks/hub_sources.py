@@ -56,7 +56,8 @@ def _write(path, count, columns):
 
 
 def measure(name, subset, path, results):
-    """Runs in a separate process; puts (rows, seconds, seconds of reading rows alone, bytes of memory) into `results`."""
+    """Runs in a separate process; puts (rows, seconds, seconds of reading rows alone, bytes of memory) into
+    `results`."""
     import datasets  # noqa: F401 - imported up front to exclude it from the measurement
 
     entry = SimpleNamespace(dataset=name, path=str(path), revision=None, subsets=[subset], media_dir=None)

@@ -4,10 +4,10 @@
     python -m benchmarks.shard_plan --rows 4500000 --queries 20000
 
 Writes an index of simulated rows (videos with a question and an answer, a fifth of them text-only, no split given) to a
-temporary folder and runs the steps of `python -m pipeline_steps.shards` before packing: read, assign splits, plan, write
-the plan of every shard, and again with all plans written. Then searches `--queries` random held-out hashes among one
-hash per row. Time is CPU time (everything runs on one core); memory is the peak above the start of the process. Cost for
-a million rows: 3 minutes, 2 GB of disk.
+temporary folder and runs the steps of `python -m pipeline_steps.shards` before packing: read, assign splits, plan,
+write the plan of every shard, and again with all plans written. Then searches `--queries` random held-out hashes among
+one hash per row. Time is CPU time (everything runs on one core); memory is the peak above the start of the process.
+Cost for a million rows: 3 minutes, 2 GB of disk.
 """
 
 import argparse

@@ -46,7 +46,7 @@ def measure(folder, name, num_processes):
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     print(
         f"{name}, {num_processes} process(es): {count} samples, {size / 1e6:.0f} MB in {seconds:.1f} s: "
-        f"{count / seconds:.0f} samples/s, {size / seconds / 1e6:.0f} MB/s; {grown / count:.0f} bytes of memory per sample"
+        f"{count / seconds:.0f} samples/s, {size / seconds / 1e6:.0f} MB/s; {grown / count:.0f} bytes of RAM per sample"
     )
 
 

@@ -17,8 +17,8 @@ CAPTION = "caption"  # task whose answers are captions, however short
 
 def choose(dataset, chosen, tokenizer, min_words, max_items):
     """{task: item numbers} of the items in `chosen` with frames and a free-form answer: items of the task `caption`,
-    and items whose answer has at least `min_words` words. At most the first `max_items` per task; tasks without such items
-    are omitted."""
+    and items whose answer has at least `min_words` words. At most the first `max_items` per task; tasks without such
+    items are omitted."""
     found = {}
     for task, numbers in chosen.items():
         own = [number for number in numbers if _is_free(dataset.rows[number], tokenizer, min_words)]

@@ -92,7 +92,8 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
 
     Columns: key, item, source, task, num_options, correct; for every scoring chosen_NAME (option number;
     generation: -1 if the answer matches none); letter_scores and likelihood_scores (nats, one
-    entry per option), answer (the generated text); and each of these with the prefix blind_, for grey frames (the same values for items without frames).
+    entry per option), answer (the generated text); and each of these with the prefix blind_, for grey frames (the same
+    values for items without frames).
     """
     by_number = {question.number: question for question in asked}
     # leave room for the longest option, which generation could not choose otherwise

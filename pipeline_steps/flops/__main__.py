@@ -56,7 +56,8 @@ def main():
     ]
     if not samples:
         raise UserError(
-            f"{arguments.tokens}: split '{settings.split}' has 0 samples with frames, nothing to count. Change flops.split."
+            f"{arguments.tokens}: split '{settings.split}' has 0 samples with frames, nothing to count. "
+            "Change flops.split."
         )
     result = count(config, samples, parameters)
     metrics.write_json(arguments.metrics / "flops.json", result)
@@ -101,7 +102,8 @@ def print_budgets(arguments, parameters):
             f"{row.predecessor_num_samples:13,}"
         )
     print(
-        "predecessor: samples by the predecessor's formula, for 8 frames and 128 text tokens (pipeline_steps/flops/predecessor.py)"
+        "predecessor: samples by the predecessor's formula, for 8 frames and 128 text tokens "
+        "(pipeline_steps/flops/predecessor.py)"
     )
 
 

@@ -33,8 +33,8 @@ def budget_samples(budgets, configs, sample):
 
 
 def frontier(foveated, multi_token, text, frames):
-    """`Frontier` of the two arms of one language model over the numbers of frames `frames`. text: a Sample; its number of
-    frames is replaced."""
+    """`Frontier` of the two arms of one language model over the numbers of frames `frames`. text: a Sample; its number
+    of frames is replaced."""
     samples = [Sample(**{**vars(text), "num_frames": count}) for count in frames]
     results = [formulas.forward(foveated, sample, "autoregressive") for sample in samples]
     curves = {

@@ -1,7 +1,7 @@
 """FLOPs and memory of an answer, and memory of a training sample, computed from shapes as in flop_formulas.py.
 
-An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, then one pass
-over the whole prompt gives the first token (together: prefill), then every further token is one position over the
+An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, then one
+pass over the whole prompt gives the first token (together: prefill), then every further token is one position over the
 whole context (decode).
 
 Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the queries need the

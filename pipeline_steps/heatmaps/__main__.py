@@ -6,7 +6,8 @@ Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards
 reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with the
 overlay of every mode, and the difference), contact_sheet.png (many clips), overview.png and index.json. The clips are
 the first `num_clips` by key of every task whose items have a target (of every task if no item has one);
-contact_sheet.png shows the best, the worst and random clips (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
+contact_sheet.png shows the best, the worst and random clips (sheet.py). Cost at the embedded scale: about 20 seconds on
+two cores.
 """
 
 import argparse

@@ -56,7 +56,8 @@ class Clip:
 
     @property
     def scale(self):
-        """The attention weight of the brightest colour: the largest weight, but at least four times the uniform weight."""
+        """The attention weight of the brightest colour: the largest weight, but at least four times the uniform
+        weight."""
         peak = max(float(values.max()) for values in self.maps.values())
         return max(peak, min(1.0, 4 / next(iter(self.maps.values())).shape[1]))
 
@@ -316,7 +317,8 @@ def strip(clip, side):
 
 
 def save_animation(pictures, file, milliseconds):
-    """Writes a looping GIF to a path or binary file, one palette per picture; the last picture is shown twice as long."""
+    """Writes a looping GIF to a path or binary file, one palette per picture; the last picture is shown twice as
+    long."""
     indexed = [
         picture.quantize(colors=255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for picture in pictures
     ]

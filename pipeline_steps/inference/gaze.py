@@ -1,7 +1,7 @@
 """Gaze accuracy: does attention fall on the object that the answer needs? Boxes are mapped to the patch grid.
 
-The ground truth is a `GroundTruth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per frame, N
-patches in row-major order.
+The ground truth is a `GroundTruth` of pipeline_steps/streaming/targets.py. T frames, L layers, H heads, K queries per
+frame, N patches in row-major order.
 """
 
 import numpy as np

@@ -102,8 +102,8 @@ class FoveatedVLM(lmms):
         return found
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(loss, whether greedy decoding gives the continuation) of every request (context, continuation, doc_to_visual, doc_id,
-        task, split); the continuation may be a function of the document.
+        """(loss, whether greedy decoding gives the continuation) of every request (context, continuation,
+        doc_to_visual, doc_id, task, split); the continuation may be a function of the document.
 
         The loss is the continuation's negative log-probability, end-of-turn token included, in nats: lmms-eval's
         multiple-choice tasks choose the SMALLEST value, and divide by the number of characters for `acc_norm`. Encodes
@@ -187,8 +187,9 @@ class FoveatedVLM(lmms):
         unknown = {name for name, value in given.items() if value is not None} - {*UNUSED, *OPTIONS}
         if unknown:
             raise UserError(
-                f"generation_kwargs of a task contain unsupported {', '.join(sorted(unknown))}; supported: max_new_tokens, "
-                f"until, stop_sequences, {', '.join(OPTIONS)}. Remove them with --gen_kwargs or in the task's file."
+                f"generation_kwargs of a task contain unsupported {', '.join(sorted(unknown))}; supported: "
+                f"max_new_tokens, until, stop_sequences, {', '.join(OPTIONS)}. "
+                "Remove them with --gen_kwargs or in the task's file."
             )
         warm = options.get("temperature", 0) > 0  # tasks request greedy decoding with temperature 0
         options["do_sample"] = warm and options.get("do_sample", True)

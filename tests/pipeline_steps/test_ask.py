@@ -77,7 +77,7 @@ def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, 
     baseline = checkpoints.make_model(architecture="multi_token", num_visual_tokens_per_frame=4)
     checkpoints.save(baseline, made, tmp_path / "baseline", "")
     assert run("--video", made.video, "--max-new-tokens", 3, checkpoint=tmp_path / "baseline") == 0
-    assert "not written, a model without queries" in capsys.readouterr().out
+    assert "not written: the model has no queries" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.gif"))
 
 

@@ -360,7 +360,7 @@ def test_sample_of_large_tasks_is_seeded():
 
 def test_nothing_to_score_is_a_user_error():
     data = Data([6])
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="0 items to score, expected at least 1"):
         scoring.choose_items(data, 2, 1)
 
 

@@ -103,7 +103,7 @@ def test_bounds(value, verdict):
 def test_collapse_takes_the_last_row_that_training_wrote():
     rows = [{"token_similarity": "0.5"}, {"token_similarity": "0.99"}, {"token_similarity": ""}, {}]
     assert diagnostics.collapse(rows) == 0.99
-    assert diagnostics.collapse([{"loss": "1"}]) == "the training tables hold no diagnostics"
+    assert diagnostics.collapse([{"loss": "1"}]) == "the training metrics have no diagnostics rows"
     assert diagnose(tiny.make_model(), rows=rows).checks["collapse_in_training"].verdict == "suspicious"
 
 

@@ -152,7 +152,7 @@ def test_options_of_tasks(lm):
         ["\n\n", "Q:"],
     )
     assert lm._options({"image_aspect_ratio": "original"})[0] == {"max_new_tokens": 128, "do_sample": False}
-    with pytest.raises(UserError, match="hold visual_cot"):
+    with pytest.raises(UserError, match="contain unsupported visual_cot"):
         lm._options({"visual_cot": True})
 
 
