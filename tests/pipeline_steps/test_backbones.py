@@ -318,7 +318,10 @@ BROKEN = {
     "config is no JSON": (lambda v, t: (v / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no vision weights": (lambda v, t: (v / "model.safetensors").unlink(), "vision.*model.safetensors missing"),
     "no language weights": (lambda v, t: (t / "model.safetensors").unlink(), "language.*model.safetensors missing"),
-    "truncated weights": (lambda v, t: os.truncate(v / "model.safetensors", 5000), "incomplete or damaged safetensors file"),
+    "truncated weights": (
+        lambda v, t: os.truncate(v / "model.safetensors", 5000),
+        "incomplete or damaged safetensors file",
+    ),
     "another model's weights": (
         lambda v, t: shutil.copy(t / "model.safetensors", v / "model.safetensors"),
         "expected a weight 'embeddings.patch_embeddings.projection.weight', found",
