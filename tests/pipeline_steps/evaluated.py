@@ -7,9 +7,9 @@ import types
 
 import numpy as np
 import torch
+from model.objective import FoveatedVLMOutput
 from torch import nn
 
-from model.objective import FoveatedVLMOutput
 from pipeline_steps.streaming.targets import GroundTruth
 
 VOCABULARY, NUM_PATCHES = 64, 4  # frames of 2 x 2 patches of one pixel
