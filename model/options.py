@@ -35,7 +35,5 @@ class FoveationOptions:
                 raise ValueError(f"options: {', '.join(unknown)} unknown, expected some of {', '.join(names)}")
             return cls(**options)
         if not all(hasattr(options, name) for name in names):  # the class of a checkpoint's own code is another one
-            raise ValueError(
-                f"options is a {type(options).__name__}, expected FoveationOptions or a dict of its fields"
-            )
+            raise ValueError(f"options: {type(options).__name__} instead of FoveationOptions or a dict of its fields")
         return options

@@ -199,8 +199,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
         )
 
     def _frames(self, video, given) -> tuple[np.ndarray, np.ndarray]:
-        """The frames that the model sees of a file, of pictures or of an array: uint8 [T, image_size, image_size, 3], and
-        their times float32 [T], T = 0 for None. given: times of frames that do not come from a file."""
+        """The frames that the model sees of a file, of pictures or of an array: uint8 [T, image_size, image_size, 3],
+        and their times float32 [T], T = 0 for None. given: times of frames that do not come from a file."""
         if video is None:
             return np.zeros((0, self.image_size, self.image_size, 3), np.uint8), np.zeros(0, np.float32)
         pictures, times, is_still = self._pictures(video)

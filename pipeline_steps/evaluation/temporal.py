@@ -36,8 +36,8 @@ def places(view, num_frames):
 
 
 def select(item, chosen):
-    """The item reduced to the chosen frames, their target patches and their times. A held view, which has as many frames
-    as the clip, keeps the clip's times."""
+    """The item reduced to the chosen frames, their target patches and their times. A held view, which has as many
+    frames as the clip, keeps the clip's times."""
     kept = {name: item[name][chosen] for name in ("frames", "target_patches") if name in item}
     times = np.asarray(item["frame_times"], np.float32)
     kept["frame_times"] = times if len(chosen) == len(times) else times[chosen]

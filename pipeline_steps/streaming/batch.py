@@ -79,7 +79,7 @@ class Batch(Text):
         }
 
     def split(self, micro_batch_size: int | None) -> Iterator["Batch"]:
-        """Pieces of at most `micro_batch_size` samples (None: one piece), each without padding that it does not need."""
+        """Pieces of at most `micro_batch_size` samples (None: one piece), each without the padding of others."""
         if micro_batch_size is None or micro_batch_size >= len(self):
             yield self
             return
@@ -99,7 +99,7 @@ class Batch(Text):
             yield Batch(**piece)
 
     def reorder_frames(self, index: Tensor) -> "Batch":
-        """The frames index [F] in place of 0, 1, 2 ...; the times stay: what changes is what is seen at each of them."""
+        """The frames `index` [F] in place of 0, 1, 2 ...; the times stay, and show other frames."""
         targets = None if self.target_patches is None else self.target_patches[index]
         return replace(self, pixel_values=self.pixel_values[index], target_patches=targets)
 

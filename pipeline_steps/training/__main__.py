@@ -228,8 +228,8 @@ def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
     shapes = {name: list(value.shape) for name, value in own.items()}
     if shapes != {name: list(value.shape) for name, value in found.items()}:
         raise UserError(
-            f"{heads_of(before)}: holds {', '.join(sorted(found))}, but {run.stage} needs {', '.join(sorted(own))} in the "
-            f"shapes {shapes}. Set {key} to new, or give both stages the same objectives."
+            f"{heads_of(before)}: holds {', '.join(sorted(found))}, but {run.stage} needs {', '.join(sorted(own))} "
+            f"in the shapes {shapes}. Set {key} to new, or give both stages the same objectives."
         )
     heads.load_state_dict(found)
 

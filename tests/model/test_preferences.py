@@ -71,7 +71,7 @@ def test_preferences_with_another_question_are_refused():
         ({"rejected_input_ids": torch.full((4, 200), 5)}, "the rejected answers have 200 tokens .* at most 128"),
         (
             {"rejected_input_ids": torch.full((4, 9), 5)},
-            r"rejected answers have input_ids \[4, 9\], .* labels \[4, 23\]",
+            r"rejected answers have input_ids \[4, 9\], .* \[4, 23\]",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def refuse(message: str, model=None, **changes) -> None:
         ({"labels": make_batch()["input_ids"]}, "sample 0 has visual placeholders in labels: set them to -100"),
         ({"pixel_values": torch.zeros(6, 3, 56, 56, dtype=torch.uint8)}, "pixel_values are torch.uint8, expected norm"),
         ({"options": {"num_plan": 1}}, "options: num_plan unknown, expected some of num_plans, "),
-        ({"options": 3}, "options is a int, expected FoveationOptions or a dict of its fields"),
+        ({"options": 3}, "options: int instead of FoveationOptions or a dict of its fields"),
         ({"pixel_values": torch.zeros(6, 3, 50, 56)}, r"\(6, 3, 50, 56\).*multiples of the patch size 14: resize"),
         ({"pixel_values": torch.zeros(6, 1, 56, 56)}, r"\(6, 1, 56, 56\), expected \[frames, 3, height, width\]"),
     ],

@@ -104,7 +104,7 @@ def with_options(arguments: dict) -> dict:
 
 
 def as_batch(arguments: dict) -> Batch:
-    """The `Batch` of arguments of `forward` and, with the prefix rejected_, of rejected answers. Frames are 1 s apart."""
+    """The `Batch` of arguments of `forward` and, prefixed rejected_, of rejected answers. Frames are 1 s apart."""
     num_samples, num_frames = len(arguments["input_ids"]), arguments["num_frames"]
     texts = [
         {name: arguments[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}

@@ -31,11 +31,11 @@ def registry() -> dict[str, type[Objective]]:
     for entry in sorted(pkgutil.iter_modules(__path__), key=lambda entry: entry.name):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__:
-                if hasattr(value, "name"):  # not Objective itself
-                    other = found.setdefault(value.name, value)
-                    if other is not value:
-                        raise ValueError(f"two objectives are named {value.name!r}: {other} and {value}")
+            own = isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
+            if not own or value is Objective:
+                continue
+            if found.setdefault(value.name, value) is not value:
+                raise ValueError(f"two objectives are named {value.name!r}: {found[value.name]} and {value}")
     return found
 
 
