@@ -22,7 +22,7 @@ class Shared(StrictModel):
     """Share of training steps with one more fine pass."""
     initial_modules: Literal["new", "previous"]
     """Start of the objectives' own modules (heads): `new` (random), or `previous`: objective.safetensors of the stage
-    before. Objectives without modules ignore it."""
+    before. An error where no objective has modules."""
 
 
 def registry() -> dict[str, type[Objective]]:
