@@ -4,11 +4,7 @@
     python -m benchmarks.report --root ELSEWHERE --num-runs 5000
 
 The runs are copies of the finished run under `--root`, as `pipeline_steps.report.keep` keeps it, their losses times a
-<<<<<<< HEAD
 factor that differs by ablation and seed: none, A6, B1 and as many invented ablations as needed, ten seeds of each. They
-=======
-factor that differs by ablation and seed: none, A6, B1 and as many invented ablations as it takes, ten seeds each. They
->>>>>>> dvcs
 are written to a temporary folder first, which is not timed; then `python -m pipeline_steps.report` runs on it. Prints
 seconds, memory, and the sizes of what was read and written. Cost: a minute for a thousand runs, 300 kB of disk each.
 """
