@@ -170,22 +170,22 @@ def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEnt
 # ---------------------------------------------------------------- speed
 
 
-def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """The sections `streaming` and `training.<stage>` of a run over all clips."""
+def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
+    """The sections `streaming`, `runtime` and `training.<stage>` of a run over all clips."""
     batching = SimpleNamespace(by="samples", budget=None, bucket_samples=0)
-    streaming = SimpleNamespace(image_replication=1, batching=batching, num_workers=num_workers)
-    streaming.prefetch_megabytes, streaming.max_quarantined = 512, 0.0
+    streaming = SimpleNamespace(image_replication=1, batching=batching, max_quarantined=0.0)
+    runtime = SimpleNamespace(num_workers=num_workers, prefetch_megabytes=512)
     entry = SimpleNamespace(source="*", task="*", weight=1.0)
-    return streaming, SimpleNamespace(mixture=(entry,), text_share=0.0, text_source="*", num_samples=0)
+    return streaming, runtime, SimpleNamespace(mixture=(entry,), text_share=0.0, text_source="*", num_samples=0)
 
 
 def ours(dataset: TokenizedShards, num_workers: int, collate) -> int:
     """Runs one epoch of our loader; returns the number of samples."""
-    streaming, stage = sections(num_workers)
+    streaming, runtime, stage = sections(num_workers)
     stage.num_samples = len(dataset)
     sizes = {"batch_size": BATCH, "tokens_per_frame": 1}
     served = plan_stage(dataset, stage, streaming, stage="stage1", seed=0, **sizes)
-    return sum(len(batch["keys"]) for batch in Loader(dataset, served, collate, streaming))
+    return sum(len(batch["keys"]) for batch in Loader(dataset, served, collate, streaming, runtime))
 
 
 class PixelsOnly:

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
     "pipeline_steps/common/params.py": "the values that it reads are the stage's params in dvc.yaml",
     "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
 }
+RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
 ALSO = {"monitoring": {"training"}}  # counts what a training step computes
 MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
@@ -158,7 +159,7 @@ def test_params_are_the_constant(stage):
     assert set(STAGES[stage]["params"]) == {key.format(stage=stage) for key in constant("PARAMS", stage)}
 
 
-@pytest.mark.parametrize("key", list(leaves(params.schema())))
+@pytest.mark.parametrize("key", [key for key in leaves(params.schema()) if key not in RUNTIME])
 def test_every_parameter_is_read(key):
     """Some stage lists the key, and the code of such a stage uses its name (outside schemas)."""
     stages = readers(key)
@@ -166,9 +167,26 @@ def test_every_parameter_is_read(key):
     name = re.compile(rf"\b{key.split('.')[-1]}\b")
     for place in {place for stage in stages for place in code_of(stage)}:
         for file in (ROOT / place).rglob("*.py") if (ROOT / place).is_dir() else [ROOT / place]:
-            if file.name not in ("schema.py", "params.py") and name.search(file.read_text()):
+            if not file.name.endswith("schema.py") and name.search(file.read_text()):
                 return
     pytest.fail(f"{key}: listed by {', '.join(stages)}, but its name is nowhere in their code")
+
+
+@pytest.mark.parametrize("key", RUNTIME)
+def test_every_runtime_parameter_is_used_and_no_stage_depends_on_it(key):
+    section, name = key.split(".")
+    listed = {own for stage in STAGES.values() for own in stage["params"]}
+    assert not {own for own in listed if own.split(".")[0] == section}
+    used = re.compile(rf"\b(runtime|settings)\.{name}\b")  # settings: in monitoring, which is given the section
+    files = (ROOT / "pipeline_steps").rglob("*.py")
+    assert any(used.search(re.sub(r'"[^"\n]*"', "", file.read_text())) for file in files), f"no code reads {key}"
+
+
+def test_the_state_of_a_run_depends_on_the_code_that_its_stage_lists():
+    """No line of code outside of the stage's dependencies discards a killed run's state."""
+    tree = ast.parse((ROOT / "pipeline_steps/training/checkpoint_io.py").read_text()).body
+    (code,) = (node.value for node in tree if isinstance(node, ast.Assign) and node.targets[0].id == "CODE")
+    assert set(ast.literal_eval(code)) == code_of("stage1")
 
 
 @pytest.mark.parametrize("folder", sorted({unit(file) for file in (ROOT / "pipeline_steps").rglob("*.py")} | {"model"}))

@@ -97,7 +97,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
     with shared_scratch(group, arguments.stage, mark) as folder:
         model = load_model(arguments, parameters).to(group.device)
-        train_split, validation_split = open_splits(arguments, parameters.streaming, model.config)
+        train_split, validation_split = open_splits(arguments, parameters, model.config)
         run = TrainContext(
             stage=arguments.stage,
             model=model,
@@ -107,10 +107,11 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             common=common,
             settings=settings,
             streaming=parameters.streaming,
+            runtime=parameters.runtime,
             folder=folder,
             distributed=group,
         )
-        run.logger = MetricsLogger(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
+        run.logger = MetricsLogger(parameters.runtime, arguments.stage, run.num_steps, live, group, common.precision)
         _, table = trainable_parameters(run.model, settings, common.weight_decay, common.optimizer)
         if group.is_main:
             write_json(live / "parameters.json", table)
@@ -199,9 +200,10 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
     return model
 
 
-def open_splits(arguments: argparse.Namespace, streaming, config) -> tuple[TokenizedShards, TokenizedShards]:
+def open_splits(arguments: argparse.Namespace, parameters, config) -> tuple[TokenizedShards, TokenizedShards]:
     """What is trained on, wherever it lies, and the local shards to validate on. UserError where they do not fit."""
-    train_split = open_training_split(config, streaming, arguments.shards, arguments.tokens)
+    streaming = parameters.streaming
+    train_split = open_training_split(config, streaming, parameters.runtime, arguments.shards, arguments.tokens)
     validation_split = TokenizedShards.for_model(
         config, arguments.shards, arguments.tokens, "validation", streaming.image_replication
     )

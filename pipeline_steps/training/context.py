@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops
+from pipeline_steps.monitoring.progress import write_line
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
@@ -31,6 +31,7 @@ class TrainContext:
     common: object  # training.common
     settings: object  # training.<stage>
     streaming: object
+    runtime: object
     folder: Path  # scratch, for the states
     distributed: DistributedContext = SINGLE_PROCESS
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
@@ -65,7 +66,8 @@ class TrainContext:
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
         group = self.distributed
-        return Loader(self.train, self.served, collate, self.streaming, rank=group.rank, world_size=group.world_size)
+        place = {"rank": group.rank, "world_size": group.world_size}
+        return Loader(self.train, self.served, collate, self.streaming, self.runtime, **place)
 
     @cached_property
     def step_flops(self) -> StepFlops:
@@ -81,9 +83,13 @@ class TrainContext:
         """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
         return self.distributed.world_size > 1 and self.common.sharding == "fsdp"
 
-    def is_logged(self, step: int) -> bool:
+    def is_recorded(self, step: int) -> bool:
         """Whether a step, counted from 0, has a row in the metrics table."""
-        return step % self.common.watch.log_every == 0 or step == self.num_steps - 1
+        return step % self.common.record_every == 0 or step == self.num_steps - 1
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the progress bar and the live curves get a step, counted from 0."""
+        return step % self.runtime.log_every == 0 or step == self.num_steps - 1
 
     def generator(self, *names: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
@@ -110,4 +116,4 @@ def averaged(trainer: TrainState):
 def announce(run: TrainContext, lines: list[str]) -> None:
     if run.distributed.is_main:
         for line in lines:
-            tqdm.write(line)
+            write_line(line)
