@@ -26,6 +26,7 @@ ALSO = {"monitoring": {"training"}}  # counts what a training step computes
 MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
+ONLY_USED = {"parameters": {"ablation"}, "report": {"seed", "ablation", "report"}}  # the rest: checked or printed
 WRITTEN_BY_HAND = {"reports/runs"}
 
 
@@ -144,8 +145,13 @@ def leaves(model, prefix=""):
 
 
 def readers(key):
-    """Stages whose params in dvc.yaml hold this dotted key."""
-    return [name for name, stage in STAGES.items() if any(f"{key}.".startswith(f"{own}.") for own in stage["params"])]
+    """Stages whose params in dvc.yaml hold this dotted key, but for those that only check or print it."""
+    section = key.split(".")[0]
+    return [
+        name
+        for name, stage in STAGES.items()
+        if section in ONLY_USED.get(name, {section}) and any(f"{key}.".startswith(f"{own}.") for own in stage["params"])
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -234,6 +240,23 @@ def test_data_dependencies_are_outs_of_other_stages(stage):
     for path in paths(STAGES[stage]["deps"]):
         if path.startswith(DATA) and path not in WRITTEN_BY_HAND:
             assert made & {path, *map(str, Path(path).parents)}, f"{path} is no stage's out"
+
+
+def test_all_parameters_are_checked_before_any_other_stage():
+    checked = set(STAGES["parameters"]["params"])
+    assert checked == params.schema().model_fields.keys() - {"runtime"}
+    (out,) = outs("parameters")
+    depending = {"parameters"}
+    while more := {
+        name
+        for name in STAGES.keys() - depending
+        for path in paths(STAGES[name]["deps"])
+        if any({path, *map(str, Path(path).parents)} & outs(other) for other in depending)
+    }:
+        depending |= more
+    assert depending == STAGES.keys()
+    others = {path for name in STAGES if name != "parameters" for path in paths(STAGES[name]["deps"])}
+    assert out in others
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -64,7 +64,7 @@ def small_held_out_sets_and_torch_as_it_was():
 def trained(tmp_path_factory):
     """One short run: (folder with both backbones, metrics)."""
     folder = tmp_path_factory.mktemp("backbones")
-    return folder, stage.train_backbones(TINY, folder)
+    return folder, stage.train_backbones(TINY, folder, 1)
 
 
 @pytest.fixture(scope="module")
