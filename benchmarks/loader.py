@@ -325,7 +325,7 @@ def open_index(root: Path) -> dict:
     with Peak() as opening:
         dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
     opened, after = time.perf_counter() - started, memory()
-    streaming, stage = sections(0)
+    streaming, _, stage = sections(0)
     stage.num_samples = len(dataset)
     started = time.perf_counter()
     with Peak() as planning:
