@@ -112,6 +112,7 @@ def row(number: int, places: list[tuple[int, int]], sample: tuple[int, int], **c
         "task": "caption",
         "kind": "video",
         "num_frames": NUM_FRAMES,
+        "frame_times": [0.5 * frame for frame in range(NUM_FRAMES)],
         "frame_offsets": [offset for offset, _ in places],
         "frame_sizes": [size for _, size in places],
         "sample_offset": sample[0],
@@ -170,22 +171,22 @@ def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEnt
 # ---------------------------------------------------------------- speed
 
 
-def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """The sections `streaming` and `training.<stage>` of a run over all clips."""
+def sections(num_workers: int) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
+    """The sections `streaming`, `runtime` and `training.<stage>` of a run over all clips."""
     batching = SimpleNamespace(by="samples", budget=None, bucket_samples=0)
-    streaming = SimpleNamespace(image_replication=1, batching=batching, num_workers=num_workers)
-    streaming.prefetch_megabytes, streaming.max_quarantined = 512, 0.0
+    streaming = SimpleNamespace(image_replication=1, batching=batching, max_quarantined=0.0)
+    runtime = SimpleNamespace(num_workers=num_workers, prefetch_megabytes=512)
     entry = SimpleNamespace(source="*", task="*", weight=1.0)
-    return streaming, SimpleNamespace(mixture=(entry,), text_share=0.0, text_source="*", num_samples=0)
+    return streaming, runtime, SimpleNamespace(mixture=(entry,), text_share=0.0, text_source="*", num_samples=0)
 
 
 def ours(dataset: TokenizedShards, num_workers: int, collate) -> int:
     """Runs one epoch of our loader; returns the number of samples."""
-    streaming, stage = sections(num_workers)
+    streaming, runtime, stage = sections(num_workers)
     stage.num_samples = len(dataset)
     sizes = {"batch_size": BATCH, "tokens_per_frame": 1}
     served = plan_stage(dataset, stage, streaming, stage="stage1", seed=0, **sizes)
-    return sum(len(batch.keys) for batch in Loader(dataset, served, collate, streaming))
+    return sum(len(batch.keys) for batch in Loader(dataset, served, collate, streaming, runtime))
 
 
 class PixelsOnly:
@@ -325,7 +326,7 @@ def open_index(root: Path) -> dict:
     with Peak() as opening:
         dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
     opened, after = time.perf_counter() - started, memory()
-    streaming, stage = sections(0)
+    streaming, _, stage = sections(0)
     stage.num_samples = len(dataset)
     started = time.perf_counter()
     with Peak() as planning:

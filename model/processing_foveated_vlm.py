@@ -67,7 +67,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
         resize_mode: how pictures are made square: `crop` (shorter side to image_size, centre of the longer one) or
             `letterbox` (longer side to image_size, black bars).
 
-    Raises ValueError for an option outside its range, an unknown layout or fit, or a tokenizer without chat template.
+    Raises ValueError for an option outside its range, an unknown layout or resize_mode, or a tokenizer without chat
+    template.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Decoding a video file: the frames at given times, upright and square. For frames.py, which says what times.
 
-Like frames.py this file goes with every checkpoint, and model/video.py is a link to it. It needs PyAV.
+Like frames.py this file goes with every checkpoint. It needs PyAV.
 """
 
 import itertools

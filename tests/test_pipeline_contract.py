@@ -21,10 +21,12 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
     "pipeline_steps/common/params.py": "the values that it reads are the stage's params in dvc.yaml",
     "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
 }
+RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
 ALSO = {"monitoring": {"training"}}  # counts what a training step computes
 MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
+ONLY_USED = {"parameters": {"ablation"}, "report": {"seed", "ablation", "report"}}  # the rest: checked or printed
 WRITTEN_BY_HAND = {"reports/runs"}
 
 
@@ -143,8 +145,13 @@ def leaves(model, prefix=""):
 
 
 def readers(key):
-    """Stages whose params in dvc.yaml hold this dotted key."""
-    return [name for name, stage in STAGES.items() if any(f"{key}.".startswith(f"{own}.") for own in stage["params"])]
+    """Stages whose params in dvc.yaml hold this dotted key, but for those that only check or print it."""
+    section = key.split(".")[0]
+    return [
+        name
+        for name, stage in STAGES.items()
+        if section in ONLY_USED.get(name, {section}) and any(f"{key}.".startswith(f"{own}.") for own in stage["params"])
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -158,7 +165,7 @@ def test_params_are_the_constant(stage):
     assert set(STAGES[stage]["params"]) == {key.format(stage=stage) for key in constant("PARAMS", stage)}
 
 
-@pytest.mark.parametrize("key", list(leaves(params.schema())))
+@pytest.mark.parametrize("key", [key for key in leaves(params.schema()) if key not in RUNTIME])
 def test_every_parameter_is_read(key):
     """Some stage lists the key, and the code of such a stage uses its name (outside schemas)."""
     stages = readers(key)
@@ -166,9 +173,26 @@ def test_every_parameter_is_read(key):
     name = re.compile(rf"\b{key.split('.')[-1]}\b")
     for place in {place for stage in stages for place in code_of(stage)}:
         for file in (ROOT / place).rglob("*.py") if (ROOT / place).is_dir() else [ROOT / place]:
-            if file.name not in ("schema.py", "params.py") and name.search(file.read_text()):
+            if not file.name.endswith("schema.py") and name.search(file.read_text()):
                 return
     pytest.fail(f"{key}: listed by {', '.join(stages)}, but its name is nowhere in their code")
+
+
+@pytest.mark.parametrize("key", RUNTIME)
+def test_every_runtime_parameter_is_used_and_no_stage_depends_on_it(key):
+    section, name = key.split(".")
+    listed = {own for stage in STAGES.values() for own in stage["params"]}
+    assert not {own for own in listed if own.split(".")[0] == section}
+    used = re.compile(rf"\b(runtime|settings)\.{name}\b")  # settings: in monitoring, which is given the section
+    files = (ROOT / "pipeline_steps").rglob("*.py")
+    assert any(used.search(re.sub(r'"[^"\n]*"', "", file.read_text())) for file in files), f"no code reads {key}"
+
+
+def test_the_state_of_a_run_depends_on_the_code_that_its_stage_lists():
+    """No line of code outside of the stage's dependencies discards a killed run's state."""
+    tree = ast.parse((ROOT / "pipeline_steps/training/checkpoint_io.py").read_text()).body
+    (code,) = (node.value for node in tree if isinstance(node, ast.Assign) and node.targets[0].id == "CODE")
+    assert set(ast.literal_eval(code)) == code_of("stage1")
 
 
 @pytest.mark.parametrize("folder", sorted({unit(file) for file in (ROOT / "pipeline_steps").rglob("*.py")} | {"model"}))
@@ -216,6 +240,23 @@ def test_data_dependencies_are_outs_of_other_stages(stage):
     for path in paths(STAGES[stage]["deps"]):
         if path.startswith(DATA) and path not in WRITTEN_BY_HAND:
             assert made & {path, *map(str, Path(path).parents)}, f"{path} is no stage's out"
+
+
+def test_all_parameters_are_checked_before_any_other_stage():
+    checked = set(STAGES["parameters"]["params"])
+    assert checked == params.schema().model_fields.keys() - {"runtime"}
+    (out,) = outs("parameters")
+    depending = {"parameters"}
+    while more := {
+        name
+        for name in STAGES.keys() - depending
+        for path in paths(STAGES[name]["deps"])
+        if any({path, *map(str, Path(path).parents)} & outs(other) for other in depending)
+    }:
+        depending |= more
+    assert depending == STAGES.keys()
+    others = {path for name in STAGES if name != "parameters" for path in paths(STAGES[name]["deps"])}
+    assert out in others
 
 
 @pytest.mark.parametrize("stage", STAGES)

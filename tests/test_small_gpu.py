@@ -20,7 +20,7 @@ FEW = (
     "sources.chat.num_train=8",
     "sources.chat.num_validation=1",
     "sources.chat.num_test=1",
-    "streaming.num_workers=1",
+    "runtime.num_workers=1",
     "streaming.image_replication=1",
     "training.common.batch_size=4",
     "training.common.device=cpu",
@@ -43,8 +43,8 @@ def test_the_stages_run(tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "NUM_HELD_OUT", 32)
     threads = torch.get_num_threads()
     try:
-        short = embedded.model_copy(update=shorter | {"device": "cpu", "num_threads": 1, "num_workers": 1})
-        backbones.train_backbones(short, tmp_path / "data/backbones")
+        short = embedded.model_copy(update=shorter | {"device": "cpu", "num_threads": 1})
+        backbones.train_backbones(short, tmp_path / "data/backbones", num_workers=1)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)

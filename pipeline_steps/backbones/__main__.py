@@ -35,7 +35,7 @@ from .vision_encoder import build_vision_encoder, save_vision_encoder, warm_up_v
 PARAMS = ("backbones",)
 
 
-def train_backbones(options: Embedded, folder: Path) -> dict:
+def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
     """Train both backbones and the tokenizer, write them below `folder`, return the metrics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU by use_deterministic_algorithms
     torch.set_num_threads(options.num_threads)
@@ -48,7 +48,7 @@ def train_backbones(options: Embedded, folder: Path) -> dict:
     save_tokenizer(tokenizer, folder / "language_model")
     torch.manual_seed(options.seed)
     vision_encoder = build_vision_encoder(options)
-    vision_metrics = warm_up_vision_encoder(vision_encoder, options)
+    vision_metrics = warm_up_vision_encoder(vision_encoder, options, num_workers)
     save_vision_encoder(vision_encoder, folder / "vision_encoder")
     return {
         "kind": "embedded",
@@ -67,12 +67,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/backbones"))
     parser.add_argument("--metrics", type=Path, default=Path("outputs/metrics/backbones.json"))
     arguments = parser.parse_args()
-    section = params.read(arguments.params, *PARAMS).backbones
+    parameters = params.read(arguments.params, *PARAMS)
+    section = parameters.backbones
 
     check_outputs(folders=[arguments.out], files=[arguments.metrics])
     with replaced_folder(arguments.out) as folder:
         if section.kind == "embedded":
-            metrics = train_backbones(section.embedded, folder)
+            metrics = train_backbones(section.embedded, folder, parameters.runtime.backbone_workers)
         elif section.kind == "hub":
             metrics = download_backbones(section.hub, folder)
         else:

@@ -43,8 +43,6 @@ class Embedded(StrictModel):
     """Device of the warm-up; `auto` uses a GPU if there is one."""
     num_threads: PositiveInt
     """CPU threads of torch. Another number changes the last bits of the result."""
-    num_workers: PositiveInt
-    """Processes that render frames. Does not change the result."""
     image_size: PositiveInt
     """Side of the square frames in pixels: 56, 112 or 224."""
     patch_size: PositiveInt

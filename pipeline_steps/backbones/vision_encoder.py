@@ -114,13 +114,14 @@ def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]
     )
 
 
-def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded) -> dict[str, float]:
-    """Train in place. Returns {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
+def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_workers: int) -> dict[str, float]:
+    """Train in place, with frames from `num_workers` processes. Returns
+    {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
     heads, steps = Heads(options.vision_width), options.vision_steps
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     num_crowded = round(CROWDED_SHARE * steps)
     frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded, **sizes)
-    stream = iter(DataLoader(frames, batch_size=None, num_workers=options.num_workers, prefetch_factor=8))
+    stream = iter(DataLoader(frames, batch_size=None, num_workers=num_workers, prefetch_factor=8))
     device = choose_device(options.device, "backbones.embedded.device")
     encoder.to(device).train()
     heads.to(device)

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.monitoring.progress import progress_bar, show_values
 
 WARM_UP_SHARE = 0.1  # of the steps: linear warm-up, followed by cosine decay to zero
 GRADIENT_CLIP = 1.0
@@ -33,7 +33,7 @@ def optimise(
         return 0.5 * (1 + math.cos(math.pi * (step - num_warm_up) / max(1, num_steps - num_warm_up)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=1.0)
+    progress = progress_bar(title, range(num_steps), unit="step")
     for step in progress:
         loss = batch_loss(step)
         if not math.isfinite(loss.item()):
@@ -46,5 +46,5 @@ def optimise(
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         optimizer.step()
         scheduler.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        show_values(progress, loss=loss.item())
     return loss.item()

@@ -10,6 +10,7 @@ Usage in an entry point:
     PARAMS = ("seed", "training.common")                         # the same list as the stage's params in dvc.yaml
     parameters = params.read("params.yaml", *PARAMS)
     parameters.training.common.batch_size                        # a key outside PARAMS is an AttributeError
+    parameters.runtime.num_workers                               # always there, and never in PARAMS
 """
 
 import argparse
@@ -28,7 +29,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pipeline_steps.common.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_SECTIONS = {"model": "pipeline_steps.training.model_schema"}  # that no stage has to itself
+OTHER_SECTIONS = {  # that no stage has to itself
+    "model": "pipeline_steps.training.model_schema",
+    "runtime": "pipeline_steps.common.runtime_schema",
+}
+RUNTIME = "runtime"  # every stage may read it, and no result depends on it
 
 
 class StrictModel(BaseModel):
@@ -58,8 +63,8 @@ class Parameters:
         raise AttributeError(f"parameters are read-only, cannot set '{name}'")
 
     def as_dict(self):
-        """Plain nested dict of the requested keys (for fingerprints and provenance)."""
-        return {name: _plain(value) for name, value in self._values.items()}
+        """Plain nested dict of the requested keys (for fingerprints and provenance), without section `runtime`."""
+        return {name: _plain(value) for name, value in self._values.items() if name != RUNTIME}
 
 
 def _plain(value):
@@ -84,7 +89,8 @@ def schema():
 
 
 def read(path, *keys):
-    """Validates the WHOLE file and returns a read-only namespace of the requested dotted keys, or raises UserError."""
+    """Validates the WHOLE file and returns a read-only namespace of the requested dotted keys and of section `runtime`,
+    or raises UserError."""
     document = check(path, load(path))
     tree = {}
     for key in keys:
@@ -97,7 +103,7 @@ def read(path, *keys):
                 )
         branch = reduce(lambda node, part: node.setdefault(part, {}), parts[:-1], tree)
         branch[parts[-1]] = reduce(getattr, parts, document)
-    return _namespace("", tree)
+    return _namespace("", tree | {RUNTIME: document.runtime})
 
 
 def _namespace(path, tree):

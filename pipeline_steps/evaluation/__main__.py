@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from tqdm import tqdm
 
 from pipeline_steps.common import metrics, modes, params
 from pipeline_steps.common.checkpoint import load_checkpoint
@@ -46,15 +45,11 @@ from pipeline_steps.evaluation import (
 from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_task, score_items
 from pipeline_steps.inference import gaze
 from pipeline_steps.inference.answers import answer_batch, expected_answer, question
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
-PARAMS = (
-    "evaluation",
-    "streaming.image_replication",
-    "streaming.num_workers",
-    "streaming.prefetch_megabytes",
-)
+PARAMS = ("evaluation", "streaming.image_replication")
 
 
 def main():
@@ -73,8 +68,8 @@ def main():
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_task) for numbers in chosen.values())
     total += sum(len(numbers) for part in subset_evals.choose(dataset, chosen, settings) for numbers in part.values())
-    loading = prefetch(parameters.streaming, dataset)
-    with tqdm(total=total, desc="evaluation", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
+    loading = prefetch(parameters.runtime, dataset, replication)
+    with progress_bar("evaluation", total=total, unit="item") as progress:
         table = score_items(
             model,
             collate,
@@ -136,12 +131,12 @@ def load_model(checkpoint):
     return model.to(choose_device()), processor.tokenizer
 
 
-def prefetch(streaming, dataset):
+def prefetch(runtime, dataset, image_replication):
     """Arguments of `streaming.prefetch.ordered` for jobs (task, item numbers)."""
     return {
-        "num_workers": streaming.num_workers,
-        "limit": streaming.prefetch_megabytes * 2**20,
-        "size_of": lambda job: dataset.batch_bytes(np.array(job[1]), streaming.image_replication, 1),
+        "num_workers": runtime.num_workers,
+        "limit": runtime.prefetch_megabytes * 2**20,
+        "size_of": lambda job: dataset.batch_bytes(np.array(job[1]), image_replication, 1),
     }
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import FoveationOptions
 from pipeline_steps.common import modes
@@ -13,6 +12,7 @@ from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import check_room
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import ordered
 
 CAPTION = "caption"  # task whose answers are captions, however short
@@ -56,7 +56,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
         return job[0], items, answers.prompt_batch(collate, items)
 
     rows = []
-    with tqdm(total=len(numbers), desc="captions", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
+    with progress_bar("captions", total=len(numbers), unit="item") as progress:
         for task, items, batch in ordered(load, jobs, **prefetch):
             where = f"free-form answers of task '{task}'"
             check_room(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from model import FoveationOptions
 from pipeline_steps.common import choices
@@ -22,6 +21,7 @@ from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
 from pipeline_steps.evaluation import statistics
 from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import ordered
 
 NO_OPTION = -1  # the choice of a generated answer that matches no option
@@ -73,7 +73,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     asked = questions(dataset, tokenizer, [number for numbers in chosen.values() for number in numbers])
     if not asked:
         return None
-    with tqdm(total=len(asked), desc="multiple choice", unit="item", mininterval=1.0, dynamic_ncols=True) as progress:
+    with progress_bar("multiple choice", total=len(asked), unit="item") as progress:
         return score(
             model,
             tokenizer,

@@ -18,7 +18,6 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # a fixed number of threads keeps
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from model import FoveationOptions
@@ -30,6 +29,7 @@ from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.heatmaps import over_frames, sheet
 from pipeline_steps.inference import drawing, gaze
 from pipeline_steps.inference.answers import answer_batch, expected_answer, question
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming import targets
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -53,7 +53,7 @@ def main():
     numbers = choose_clips(dataset, settings.num_clips) if foveated else []
     with replaced_folder(arguments.outputs) as folder:
         entries, maps_of_clips = [], []
-        for number in tqdm(numbers, desc="heatmaps", unit="clip", dynamic_ncols=True):
+        for number in progress_bar("heatmaps", numbers, unit="clip"):
             clip, entry = attention_clip(
                 model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens
             )
@@ -164,7 +164,7 @@ def draw_sheet(model, collate, dataset, settings, items_path, folder):
     numbers = sheet_rows(dataset, entries, items_path)
     mode = "coarse" if model.config.coarse_only else sheet.MODE
     tiles = []
-    for start in tqdm(range(0, len(numbers), SHEET_BATCH), desc="contact sheet", unit="batch", dynamic_ncols=True):
+    for start in progress_bar("contact sheet", range(0, len(numbers), SHEET_BATCH), unit="batch"):
         items = [dataset[number] for number in numbers[start : start + SHEET_BATCH]]
         batch = collate(items)
         counts = batch.num_frames.tolist()

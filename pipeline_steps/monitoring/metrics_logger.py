@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.monitoring.mfu import peak_flops
+from pipeline_steps.monitoring.progress import progress_bar
 
 SIDE = 112  # px of a picture
 
@@ -28,23 +28,15 @@ class MetricsLogger:
         self.settings, self.stage, self.num_steps, self.folder = settings, stage, num_steps, folder
         self.device, self.is_main = group.device, group.is_main
         self.peak = peak_flops(settings.peak_tflops, group.device, precision)
-        self.bar: tqdm | None = None
+        self.bar = None
         self.started, self.samples, self.positions, self.flops = time.monotonic(), 0, 0, 0.0
         self.loggers = start_loggers(settings, stage, folder) if group.is_main else []
 
     def progress(self, batches: Iterable, first: int) -> Iterator:
         """Yields the batches and shows a progress bar."""
         self.started = time.monotonic()
-        with tqdm(
-            batches,
-            desc=self.stage,
-            total=self.num_steps,
-            initial=first,
-            unit="step",
-            mininterval=1.0,
-            dynamic_ncols=True,
-            disable=not self.is_main,
-        ) as self.bar:
+        options = {"total": self.num_steps, "initial": first, "disable": not self.is_main}
+        with progress_bar(self.stage, batches, unit="step", **options) as self.bar:
             yield from self.bar
 
     def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int, flops: float) -> None:
@@ -155,9 +147,7 @@ def start_loggers(settings, stage: str, folder: Path) -> list:
             loggers.append(make(folder / package))
     if settings.wandb_project:
         if find_spec("wandb") is None:
-            raise UserError(
-                "training.common.watch.wandb_project is set, but wandb is not installed: install it, or set it to null."
-            )
+            raise UserError("runtime.wandb_project is set, but wandb is not installed: install it, or set it to null.")
         loggers.append(WeightsAndBiases(settings.wandb_project, stage, folder))
     return loggers
 

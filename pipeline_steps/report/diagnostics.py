@@ -8,7 +8,7 @@ from statistics import fmean
 from pipeline_steps.report.cells import signed_value
 from pipeline_steps.report.tables import MODE_NAMES, MODES, Table, count, share
 
-VERDICTS = ("suspicious", "ok", "not applicable")  # what needs a look first
+VERDICTS = ("suspicious", "ok", "not applicable")  # most urgent first
 
 
 def checks(result):
@@ -27,13 +27,13 @@ def checks(result):
     table.note = (
         f"{counts[0]} suspicious, {counts[1]} ok, {counts[2]} not applicable; suspicious ones stand first. Measured on "
         f"{result.diagnostics.num_items} items with {result.diagnostics.num_frames} frames. A suspicious value is a "
-        "reason to look, not a proof; the last column says what it points to."
+        "reason to investigate, not a proof; the last column says what it points to."
     )
     return table
 
 
 def attention(result):
-    """A row per mode and vision layer: how sharp its heads look."""
+    """A row per mode and vision layer: how sharp the attention of its heads is."""
     columns = ["mode", "layer", "entropy, mean", "lowest head", "highest head", "largest weight, mean", "sharpest head"]
     entropy = result.diagnostics.entropy if result.diagnostics else {}
     rows = []

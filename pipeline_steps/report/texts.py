@@ -22,11 +22,11 @@ CAPTIONS = {  # figure -> (alternative text, what to see)
     "gaze": (
         "Share of frames whose attention peak is on the target, by task and by frame",
         "Top: how often the most attended patch is the target's, against the share of patches that show it. Bottom: "
-        "over the frames; frame 0 is looked at before anything is known.",
+        "over the frames; frame 0 is attended before anything is known.",
     ),
     "flops": (
         "Compute per sample by component, and over the number of frames",
-        "Top: where the compute goes. Bottom: cost over the number of frames for one foveated token, the fixed look "
+        "Top: where the compute goes. Bottom: cost over the number of frames for one foveated token, the static query "
         "(A6) and ordinary tokens (B1), same backbones, mean text length.",
     ),
     "frontier": (
@@ -66,7 +66,7 @@ def lead(inputs):
     text = (
         f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
         f"{len(result.tasks)} tasks of held-out items with a mean token accuracy of "
-        f"{mean['autoregressive'].accuracy:.1%}{exact} when it chooses frame by frame where to look (autoregressive). "
+        f"{mean['autoregressive'].accuracy:.1%}{exact} with planned queries, frame by frame (autoregressive mode). "
         f"With grey frames its token accuracy is {mean['blind'].accuracy:.1%}, "
         f"with random queries {mean['random_query'].accuracy:.1%}."
     )
@@ -90,7 +90,7 @@ def tiles(result):
             ("autoregressive", "Autoregressive token", "mean of the tasks"),
             ("fine", "Fine", "all frames in parallel"),
             ("blind", "Blind", "grey frames"),
-            ("random_query", "Random query", "looks anywhere"),
+            ("random_query", "Random query", "attends anywhere"),
         )
     ]
     if (value := exact_match(result)) is not None:

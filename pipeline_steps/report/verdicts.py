@@ -37,7 +37,7 @@ class Verdict:
 def verdicts(inputs, settings):
     """The verdicts of the page, in order."""
     fixed, sixteen = (
-        "the same network trained with one fixed look (A6)",
+        "the same network trained with the static query only (A6)",
         "the same backbones with sixteen ordinary tokens per frame (B1)",
     )
     return [judge(inputs, settings, HELPS, "A6", fixed), judge(inputs, settings, EQUALS, "B1", sixteen)]
@@ -107,7 +107,7 @@ def doubts(comparison, border, settings, found_kinds):
 def stated(comparison, arm_name):
     """Effect, interval, seeds and items of a comparison."""
     num_seeds = len(comparison.seeds)
-    text = f"Loss of {arm_name}: {comparison.ratio:.2f} times that of one chosen look"
+    text = f"Loss of {arm_name}: {comparison.ratio:.2f} times that of planned queries"
     if comparison.interval:
         over = "seeds and items" if num_seeds > 1 else "items only"
         text += " [{:.2f}, {:.2f}]".format(*comparison.interval) + f" (95% interval over {over})"

@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
+from pipeline_steps.monitoring.progress import progress_bar
 
 PROFILES = ROOT / "workflow" / "profiles"
 LOG = "snakemake.log"  # in scratch
@@ -110,7 +109,7 @@ def _slurm(*command):
 
 def _show_progress(process, target, progress):
     waiting, finished = dict(progress), 0
-    with tqdm(total=sum(progress.values()), desc=target, unit="sample", mininterval=0.5) as bar:
+    with progress_bar(target, total=sum(progress.values()), unit="sample") as bar:
         running = True
         while running:
             time.sleep(0.1 if len(waiting) < MANY else 5)

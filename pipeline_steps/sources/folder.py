@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import media_sha256
 from pipeline_steps.common.schemas import RawSample, slug
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources import metadata as rows_of
 from pipeline_steps.sources.folder_items import row_items
 
@@ -59,7 +59,7 @@ def read(
     keys = _keys({names: _file_values(metadata, names, rows).get("source") or name for names, rows in files.items()})
     container = Container(output, name)
     samples = []
-    for names, rows in tqdm(files.items(), desc=f"reading {name}", unit="file", mininterval=1):
+    for names, rows in progress_bar(f"reading {name}", files.items(), unit="file"):
         where = f"{metadata} line {rows[0][0]} ({_shown(names)})"
         values = {"source": name, "video_id": names[0], **_file_values(metadata, names, rows)}
         values["items"] = [item for line, row in rows for item in row_items(metadata, line, row, _shown(names))]

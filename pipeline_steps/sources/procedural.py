@@ -15,9 +15,9 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline_steps.common.files import write_jsonl
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.world import digits as world
 
 # ultrafast has no frame reordering and costs a third of `medium`; crf 18 keeps the world's grain.
@@ -37,7 +37,7 @@ def write(folder: Path, section, num_processes: int) -> None:
         (folder / split).mkdir()
     _digits().glyphs(section.frame_size // world.UNITS)  # once: forked workers inherit it
     work = partial(_write_clip, folder, section)
-    progress = partial(tqdm, total=len(clips), desc="procedural clips", unit="clip", mininterval=1)
+    progress = partial(progress_bar, "procedural clips", total=len(clips), unit="clip")
     if num_processes == 1:
         rows = [row for clip_rows in progress(map(work, clips)) for row in clip_rows]
     else:

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, to_json
 from pipeline_steps.common.schemas import Quarantined, RawSample, slug
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.archive import Damaged, members
 from pipeline_steps.sources.chatml import decoder
 from pipeline_steps.sources.index import MAX_LISTED
@@ -61,7 +60,7 @@ def read(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         jobs = [(tar, name, Path(scratch) / f"{number}.jsonl") for number, (tar, name) in enumerate(tars)]
         work = partial(_work, entry)
-        progress = tqdm(_parallel(work, jobs, num_processes), entry.name, len(jobs), unit="tar", mininterval=1)
+        progress = progress_bar(entry.name, _parallel(work, jobs, num_processes), total=len(jobs), unit="tar")
         damaged = []
         for (tar, _, rows), report in zip(jobs, progress, strict=True):
             damaged += [f"  {tar}: {report.damage}"] if report.damage else []

@@ -39,10 +39,14 @@ class Loader:
     when a batch has no other ones.
     """
 
-    def __init__(self, dataset, served: StagePlan, collate: Collator, streaming, *, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, dataset, served: StagePlan, collate: Collator, streaming, runtime, *, rank: int = 0, world_size: int = 1
+    ):
+        """`streaming`, `runtime`: these sections of the parameters."""
         served.plan.check_ranks(world_size)
         self.dataset, self.plan, self.mixture = dataset, served.plan, served.mixture
-        self.collate, self.streaming, self.rank, self.world_size = collate, streaming, rank, world_size
+        self.collate, self.streaming, self.runtime = collate, streaming, runtime
+        self.rank, self.world_size = rank, world_size
         self.step = 0  # the next one
         self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was left out)
 
@@ -64,9 +68,9 @@ class Loader:
             batches = ordered(
                 self._make,
                 range(self.step, self.num_steps),
-                num_workers=self.streaming.num_workers,
+                num_workers=self.runtime.num_workers,
                 size_of=self._bytes,
-                limit=self.streaming.prefetch_megabytes * MEGABYTE,
+                limit=self.runtime.prefetch_megabytes * MEGABYTE,
                 fetch=fetch,
             )
             for batch, unreadable in stack.enter_context(closing(batches)):
@@ -192,11 +196,11 @@ def _check_streamed(batching, world_size: int) -> None:
         )
 
 
-def open_training_split(config, streaming, shards_dir, tokens_dir) -> TokenizedShards:
+def open_training_split(config, streaming, runtime, shards_dir, tokens_dir) -> TokenizedShards:
     """The split `train` that section `streaming` names. UserError when it does not fit the FoveatedVLMConfig."""
     if streaming.reader == "local":
         return TokenizedShards.for_model(config, shards_dir, tokens_dir, "train", streaming.image_replication)
-    copy = copy_index(streaming.url, "train", streaming.retries)
+    copy = copy_index(streaming.url, "train", runtime.retries)
     return StreamedShards.for_model(
         config,
         copy / "shards",
@@ -204,5 +208,5 @@ def open_training_split(config, streaming, shards_dir, tokens_dir) -> TokenizedS
         "train",
         streaming.image_replication,
         url=streaming.url,
-        retries=streaming.retries,
+        retries=runtime.retries,
     )

@@ -53,7 +53,7 @@ def download(url: str, path: str, retries: int) -> bytes:
 def unreachable(url: str, path: str, reason: object, retries: int) -> UserError:
     return UserError(
         f"{url}: cannot read {path} ({reason}), tried {retries + 1} time(s). Check the address, the network and what "
-        "is published there, or raise streaming.retries. Rerun the stage: training resumes from its last checkpoint."
+        "is published there, or raise runtime.retries. Rerun the stage: training resumes from its last checkpoint."
     )
 
 

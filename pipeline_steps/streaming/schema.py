@@ -27,10 +27,6 @@ class Section(StrictModel):
     """Frames a still becomes, in training and evaluation."""
     batching: Batching
     """How optimizer steps are batched."""
-    num_workers: NonNegativeInt
-    """Threads that read, decode and collate; 0: in the main thread. Does not change results."""
-    prefetch_megabytes: PositiveInt
-    """Memory limit of prepared batches."""
     max_quarantined: float = Field(ge=0, le=1)
     """Share of a stage's samples that may be unreadable before it fails."""
     reader: Literal["local", "webdataset"]
@@ -40,8 +36,6 @@ class Section(StrictModel):
     """Location of a folder with shards/ and tokens/ ([data.md](data.md#remote-shards))."""
     shuffle_samples: PositiveInt
     """Reader `webdataset`: size of each group's shuffle buffer."""
-    retries: NonNegativeInt
-    """Reader `webdataset`: retries after a broken connection."""
 
     @model_validator(mode="after")
     def _a_url_belongs_to_the_web(self):

@@ -18,7 +18,7 @@ class GroundTruth:
 
 
 def ground_truth(sample, item, num_frames, grid, resize_mode):
-    """`Truth` of one item of a PackedSample on a grid x grid picture, or None: no target named, or no boxes known.
+    """The `GroundTruth` of one item of a PackedSample on a grid x grid picture. None without a target or boxes.
 
     resize_mode: how the shards' frames were made square (`frames.resize_mode` of their manifest)."""
     target = sample.items[item].target

@@ -25,13 +25,12 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline_steps.common import params, sidecar
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record, replaced_folder, write_json
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.schema import ALL
 from pipeline_steps.tokens.shard import COUNTS, Job, tokenize_shard
@@ -48,7 +47,7 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         jobs = plan(section, shards, Path(shards_dir), folder)
         reports = []
         with (
-            tqdm(total=shards.packed, desc="tokens", unit="sample", mininterval=0.5) as bar,
+            progress_bar("tokens", total=shards.packed, unit="sample") as bar,
             closing(run_jobs(jobs, renderer, tokenizer_dir, num_processes)) as found,
         ):
             for job, report in zip(jobs, found, strict=True):

@@ -100,7 +100,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments, settings))
     with shared_scratch(group, arguments.stage, mark) as folder:
         model = load_model(arguments, parameters).to(group.device)
-        train_split, validation_split = open_splits(arguments, parameters.streaming, model.config)
+        train_split, validation_split = open_splits(arguments, parameters, model.config)
         run = TrainContext(
             stage=arguments.stage,
             model=model,
@@ -110,10 +110,11 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             common=common,
             settings=settings,
             streaming=parameters.streaming,
+            runtime=parameters.runtime,
             folder=folder,
             distributed=group,
         )
-        run.logger = MetricsLogger(common.watch, arguments.stage, run.num_steps, live, group, common.precision)
+        run.logger = MetricsLogger(parameters.runtime, arguments.stage, run.num_steps, live, group, common.precision)
         load_heads(arguments, run)
         options = (settings, common.weight_decay, common.optimizer, run.training_model.objective)
         _, table = trainable_parameters(run.model, *options)
@@ -214,11 +215,8 @@ def heads_of(folder: Path) -> Path:
 def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
     """Weights of the stage before for the objectives' own modules, where initial_modules asks for them. UserError where
     they are not those of this stage."""
-    key, heads, before = (
-        f"training.{run.stage}.objective.initial_modules",
-        run.training_model.objective,
-        previous(arguments),
-    )
+    heads, before = run.training_model.objective, previous(arguments)
+    key = f"training.{run.stage}.objective.initial_modules"
     if run.settings.objective.initial_modules == "new":
         return
     if not len(heads) or before is None:
@@ -234,9 +232,10 @@ def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
     heads.load_state_dict(found)
 
 
-def open_splits(arguments: argparse.Namespace, streaming, config) -> tuple[TokenizedShards, TokenizedShards]:
+def open_splits(arguments: argparse.Namespace, parameters, config) -> tuple[TokenizedShards, TokenizedShards]:
     """What is trained on, wherever it lies, and the local shards to validate on. UserError where they do not fit."""
-    train_split = open_training_split(config, streaming, arguments.shards, arguments.tokens)
+    streaming = parameters.streaming
+    train_split = open_training_split(config, streaming, parameters.runtime, arguments.shards, arguments.tokens)
     validation_split = TokenizedShards.for_model(
         config, arguments.shards, arguments.tokens, "validation", streaming.image_replication
     )

@@ -23,42 +23,26 @@ from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 FORMAT = 1
-WITHOUT_EFFECT = {  # parameters that no weight and no row of the metrics table depends on: a run may go on with others
-    "streaming": {"num_workers", "prefetch_megabytes", "retries"},
-    "training.common": {"checkpoint_every", "keep_checkpoints"},
-    "training.common.watch": {
-        "tensorboard", "dvclive", "wandb_project", "heatmaps_every", "num_heatmap_clips", "peak_tflops"
-    },
-}  # fmt: skip
 BEST = "best"
-CODE = (
+CODE = (  # that dvc.yaml lists for the training stages
     "model",
     "pipeline_steps/streaming",
     "pipeline_steps/training",
     "pipeline_steps/common/checkpoint.py",
     "pipeline_steps/common/device.py",
-    "pipeline_steps/common/params.py",
+    "pipeline_steps/common/hashing.py",
     "pipeline_steps/common/schemas.py",
     "pipeline_steps/common/sidecar.py",
 )
 
 
 def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
-    """16 hex digits of everything that determines the run: parameters (but WITHOUT_EFFECT), input files, code,
+    """16 hex digits of everything that determines the run: parameters (`Parameters.as_dict`), input files, code,
     libraries."""
     root = Path(__file__).resolve().parents[2]
     code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
     libraries = [version(name) for name in ("torch", "transformers")]
-    return fingerprint(stage, _effective(parameters), [sha256_file(path) for path in inputs], libraries, *sorted(code))
-
-
-def _effective(parameters: dict, section: str = "") -> dict:
-    """Nested parameters less WITHOUT_EFFECT."""
-    return {
-        name: _effective(value, f"{section}.{name}".lstrip(".")) if isinstance(value, dict) else value
-        for name, value in parameters.items()
-        if name not in WITHOUT_EFFECT.get(section, ())
-    }
+    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *sorted(code))
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:
@@ -143,7 +127,7 @@ def _read(folder: Path) -> tuple[dict[str, dict], dict]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: cannot be read ({error}). Remove this folder to go on from the state before, or, where there "
-            "is none (training.common.keep_checkpoints), to begin again."
+            "is none (runtime.keep_checkpoints), to begin again."
         ) from None
     if values.get("format") != FORMAT:
         raise UserError(

@@ -13,7 +13,7 @@ def save(run: TrainContext, trainer: TrainState, step: int) -> None:
         tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in trainer.ema.values.items()}
     if run.distributed.is_main:
         values = {"history": run.history, "best": run.best, "loader": loader}
-        checkpoint_io.save_state(run.folder, step, tensors, values, run.common.keep_checkpoints)
+        checkpoint_io.save_state(run.folder, step, tensors, values, run.runtime.keep_checkpoints)
     run.distributed.wait()
 
 

@@ -95,7 +95,7 @@ def plateau(
 def warn_of_repeats(stage: str, mixture: dict[str, dict], warn_above_epochs: float) -> list[str]:
     """A line for every group of the mixture that the run would serve more than `warn_above_epochs` times."""
     return [
-        f"{stage}: '{name}' is served {row['epochs']:.1f} times, more than training.common.watch.warn_above_epochs "
+        f"{stage}: '{name}' is served {row['epochs']:.1f} times, more than runtime.warn_above_epochs "
         f"({warn_above_epochs:g}): collect more of it, or lower its weight or num_samples"
         for name, row in mixture.items()
         if row["epochs"] > warn_above_epochs

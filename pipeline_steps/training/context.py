@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops
+from pipeline_steps.monitoring.progress import write_line
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
@@ -34,14 +34,13 @@ class TrainContext:
     common: object  # training.common
     settings: object  # training.<stage>
     streaming: object
+    runtime: object
     folder: Path  # scratch, for the states
     distributed: DistributedContext = SINGLE_PROCESS
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
     best: dict | None = None  # {"step", "loss"} of the best validation so far
     micro_batch_size: int | None = None
-    reference: nn.Module | None = (
-        None  # frozen copy of the network that the stage began with, where an objective needs it
-    )
+    reference: nn.Module | None = None  # frozen copy of the initial network, where an objective needs it
     logger: MetricsLogger | None = None
     published: nn.Module | None = None  # the main process's network at the end of the stage
     published_heads: dict[str, torch.Tensor] = field(default_factory=dict)  # of the objectives' own modules, likewise
@@ -80,7 +79,8 @@ class TrainContext:
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
         group = self.distributed
-        return Loader(self.train, self.served, collate, self.streaming, rank=group.rank, world_size=group.world_size)
+        place = {"rank": group.rank, "world_size": group.world_size}
+        return Loader(self.train, self.served, collate, self.streaming, self.runtime, **place)
 
     @cached_property
     def step_flops(self) -> StepFlops:
@@ -97,9 +97,13 @@ class TrainContext:
         """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
         return self.distributed.world_size > 1 and self.common.sharding == "fsdp"
 
-    def is_logged(self, step: int) -> bool:
+    def is_recorded(self, step: int) -> bool:
         """Whether a step, counted from 0, has a row in the metrics table."""
-        return step % self.common.watch.log_every == 0 or step == self.num_steps - 1
+        return step % self.common.record_every == 0 or step == self.num_steps - 1
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the progress bar and the live curves get a step, counted from 0."""
+        return step % self.runtime.log_every == 0 or step == self.num_steps - 1
 
     def generator(self, *names: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
@@ -125,4 +129,4 @@ def averaged(trainer: TrainState):
 def announce(run: TrainContext, lines: list[str]) -> None:
     if run.distributed.is_main:
         for line in lines:
-            tqdm.write(line)
+            write_line(line)

@@ -10,31 +10,6 @@ from pipeline_steps.training import objectives
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Watch(StrictModel):
-    """How a run is watched while it goes on; nothing here changes what is trained."""
-
-    log_every: PositiveInt
-    """Steps between rows of the curve."""
-    tensorboard: bool
-    """Write curves to outputs/live/<stage>/tensorboard."""
-    dvclive: bool
-    """Write curves to outputs/live/<stage>/dvclive."""
-    wandb_project: str | None
-    """Weights & Biases project (installed and logged in); null: none."""
-    heatmaps_every: PositiveInt | None
-    """Steps between attention overlays of fixed validation clips; null: none."""
-    num_heatmap_clips: PositiveInt
-    """Number of those clips."""
-    peak_tflops: PositiveFloat | None
-    """Peak of one device for the MFU; null: the published bf16 figure of a known GPU, else no MFU."""
-    warn_above_epochs: PositiveFloat
-    """Warn before the first step if a mixture group repeats more often than this."""
-    plateau_validations: PositiveInt
-    """Validations without progress that count as a plateau."""
-    plateau_progress: PositiveFloat
-    """Relative drop of the best loss that counts as progress."""
-
-
 class Common(StrictModel):
     batch_size: PositiveInt
     """Samples per optimizer step over all devices."""
@@ -64,18 +39,18 @@ class Common(StrictModel):
     """Torch.compile of every layer of both backbones."""
     sharding: Literal["ddp", "fsdp"]
     """Several processes: `ddp` (full replicas) or `fsdp` (sharded, FSDP2)."""
-    checkpoint_every: PositiveInt
-    """Steps between checkpoints."""
-    keep_checkpoints: PositiveInt
-    """Latest checkpoints to keep."""
+    record_every: PositiveInt
+    """Steps between training rows of the curve (outputs/metrics/<stage>.csv)."""
     validate_every: PositiveInt
     """Steps between validations."""
     max_validation_items: PositiveInt
     """Validation items per source and task."""
     publish: Literal["last", "best"]
     """Weights to publish: of the last step, or of the validation with the lowest mean loss."""
-    watch: Watch
-    """Logging and warnings."""
+    plateau_validations: PositiveInt
+    """Validations without progress that count as a plateau; the curve then gets a row `warning`."""
+    plateau_progress: PositiveFloat
+    """Relative drop of the best loss that counts as progress."""
 
 
 class LearningRate(StrictModel):

@@ -33,11 +33,11 @@ def train(run: TrainContext) -> dict:
     result."""
     trainer = prepare(run)
     first, served = run.loader.step, run.served.mixture.statistics()
-    announce(run, checks.warn_of_repeats(run.stage, served, run.common.watch.warn_above_epochs))
+    announce(run, checks.warn_of_repeats(run.stage, served, run.runtime.warn_above_epochs))
     with stopped_by_sigterm(run):
         for step, batch in enumerate(run.logger.progress(run.loader, first), start=first):
             row = train_step(run, trainer, batch, step)
-            if run.is_logged(step):
+            if run.is_recorded(step):
                 run.history.append(row)
             after_step(run, trainer, step + 1)
     with averaged(trainer):
@@ -184,7 +184,7 @@ def train_step(run: TrainContext, trainer: TrainState, batch: Batch, step: int) 
     trainer.optimizer.zero_grad()
     sums, totals = accumulate(run, trainer, batch, num_plans)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    norms = group_norms(trainer.optimizer) if run.is_logged(step) else {}
+    norms = group_norms(trainer.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}
     norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm)).item()
     losses = over_processes(run, sums)
     checks.refuse_non_finite(run.stage, step, losses["loss"], norm, batch, run.folder)
@@ -265,12 +265,12 @@ def after_step(run: TrainContext, trainer: TrainState, done: int) -> None:
         run.logger.rows(rows)
         keep_best(run, trainer, rows)
         warn_of_plateau(run, done)
-    every = run.common.watch.heatmaps_every
+    every = run.runtime.heatmaps_every
     if every and (done % every == 0 or last):
         with averaged(trainer):
             draw_looks(run, done)
     stop = run.distributed.sum(run.stop_requested)[0] > 0
-    if (done % run.common.checkpoint_every == 0 or stop) and not last:
+    if (done % run.runtime.checkpoint_every == 0 or stop) and not last:
         save(run, trainer, done)
     if stop and not last:
         announce(
@@ -288,8 +288,8 @@ def warn_of_plateau(run: TrainContext, step: int) -> None:
         means.setdefault(row["step"], []).append((row["loss"], row["accuracy"]))
     losses, accuracies = ([float(np.mean([pair[i] for pair in pairs])) for pairs in means.values()] for i in (0, 1))
     diagnostics = next((row for row in reversed(run.history) if row["event"] == "diagnostics"), {})
-    watch = run.common.watch
-    message = checks.plateau(losses, accuracies, diagnostics, watch.plateau_validations, watch.plateau_progress)
+    limits = (run.common.plateau_validations, run.common.plateau_progress)
+    message = checks.plateau(losses, accuracies, diagnostics, *limits)
     if message:
         run.history.append({"event": "warning", "step": step, "message": message})
         announce(run, [f"{run.stage} step {step}: {message}"])

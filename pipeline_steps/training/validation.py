@@ -85,7 +85,7 @@ def diagnose(run, collate: Collator) -> dict[str, float]:
 @torch.no_grad()
 def draw_looks(run, step: int) -> None:
     """Pictures of where the first watched items are looked at in the fine mode (mean over heads, last layer)."""
-    items = watched_items(run)[: run.common.watch.num_heatmap_clips]
+    items = watched_items(run)[: run.runtime.num_heatmap_clips]
     if run.model.config.architecture != "foveated" or not items:
         return
     run.training_model.eval()

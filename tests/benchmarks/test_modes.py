@@ -83,8 +83,8 @@ def test_command_prints_a_table_and_writes_only_where_it_is_told(monkeypatch, tm
     ("arguments", "message"),
     [
         (("--frames", 1, 65), "--frames goes up to 65, the network takes at most 64"),
-        (("--config", "nowhere"), "nowhere/config.json: missing"),
-        (("--image-size", 100), "--image-size is 100, no multiple of the patch size 14"),
+        (("--config", "nowhere"), "nowhere/config.json does not exist"),
+        (("--image-size", 100), "--image-size is 100, expected a multiple of the patch size 14"),
     ],
 )
 def test_wrong_arguments_are_named(monkeypatch, capsys, arguments, message):

@@ -209,6 +209,11 @@ def streaming(**changes):
     return SETTINGS.streaming.model_copy(update={"image_replication": 2, "batching": batching, **changes})
 
 
+def runtime(**changes):
+    """The section `runtime` of params.yaml with changes."""
+    return SETTINGS.runtime.model_copy(update=changes)
+
+
 def stage(name: str = "stage2", **changes):
     """The section of a training stage of params.yaml with changes."""
     return getattr(SETTINGS.training, name).model_copy(update=changes)

@@ -29,7 +29,6 @@ TINY = Embedded(
     seed=3,
     device="cpu",
     num_threads=1,
-    num_workers=1,
     image_size=56,
     patch_size=14,
     vision_width=32,
@@ -65,7 +64,7 @@ def small_held_out_sets_and_torch_as_it_was():
 def trained(tmp_path_factory):
     """One short run: (folder with both backbones, metrics)."""
     folder = tmp_path_factory.mktemp("backbones")
-    return folder, stage.train_backbones(TINY, folder)
+    return folder, stage.train_backbones(TINY, folder, 1)
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +191,9 @@ def contents(folder):
 
 def test_two_runs_are_equal_byte_for_byte_and_another_seed_is_not(trained, tmp_path):
     folder, metrics = trained
-    assert stage.train_backbones(TINY, tmp_path / "again") == metrics
+    assert stage.train_backbones(TINY, tmp_path / "again", 1) == metrics
     assert contents(tmp_path / "again") == contents(folder)
-    stage.train_backbones(TINY.model_copy(update={"seed": 4}), tmp_path / "other")
+    stage.train_backbones(TINY.model_copy(update={"seed": 4}), tmp_path / "other", 1)
     other = contents(tmp_path / "other")
     assert other["vision_encoder/model.safetensors"] != contents(folder)["vision_encoder/model.safetensors"]
     assert other["language_model/model.safetensors"] != contents(folder)["language_model/model.safetensors"]
@@ -203,7 +202,7 @@ def test_two_runs_are_equal_byte_for_byte_and_another_seed_is_not(trained, tmp_p
 def test_vision_warm_up_learns():
     options = TINY.model_copy(update={"vision_steps": 50, "vision_batch_size": 12, "vision_learning_rate": 5e-3})
     torch.manual_seed(0)
-    metrics = vision_encoder.warm_up_vision_encoder(vision_encoder.build_vision_encoder(options), options)
+    metrics = vision_encoder.warm_up_vision_encoder(vision_encoder.build_vision_encoder(options), options, 1)
     assert metrics["patch_colour_accuracy"] > 0.6  # a sixth by chance
 
 
@@ -250,10 +249,10 @@ def test_a_patch_grid_that_does_not_divide_the_worlds_is_refused(image_size, pat
 
 
 def test_an_encoder_of_larger_frames_and_finer_patches_is_warmed_up():
-    options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_steps": 3, "num_workers": 2})
+    options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_steps": 3})
     encoder = vision_encoder.build_vision_encoder(options)
     assert encoder.embeddings.position_embeddings.shape == (1, 257, 32)
-    assert 0 <= vision_encoder.warm_up_vision_encoder(encoder, options)["query_digit_accuracy"] <= 1
+    assert 0 <= vision_encoder.warm_up_vision_encoder(encoder, options, 2)["query_digit_accuracy"] <= 1
 
 
 # ---- local folders and the entry point ----

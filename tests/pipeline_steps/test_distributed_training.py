@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-EVERY_STEP = ("training.common.watch.log_every=1", "training.common.watch.dvclive=false")
-EVERY_STEP += ("training.common.watch.tensorboard=false", "training.stage1.num_samples=40")
+EVERY_STEP = ("training.common.record_every=1", "runtime.dvclive=false")
+EVERY_STEP += ("runtime.tensorboard=false", "training.stage1.num_samples=40")
 MUON = "training.common.optimizer=muon"
 
 
@@ -72,7 +72,7 @@ def test_the_curve_does_not_depend_on_micro_batches(alone, finished_run, tmp_pat
         (2, ()),
         (2, ("training.common.micro_batch_size=1", "training.common.ema_decay=0.0")),
         (4, ("training.common.micro_batch_size=1",)),
-        (2, ("training.common.sharding=fsdp", "training.common.checkpoint_every=2")),
+        (2, ("training.common.sharding=fsdp", "runtime.checkpoint_every=2")),
     ],
     ids=["2", "2, one by one", "4, one by one", "fsdp"],
 )
@@ -105,7 +105,7 @@ def test_torchrun_starts_it(alone, finished_run, tmp_path):
 )
 def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, sharding, optimizer):
     options = (f"training.common.sharding={sharding}", f"training.common.optimizer={optimizer}")
-    options += ("training.common.checkpoint_every=2",)
+    options += ("runtime.checkpoint_every=2",)
     expected, folder = tmp_path / "expected", tmp_path / "killed"
     for place in (expected, folder):
         place.mkdir()
@@ -146,7 +146,7 @@ def test_a_failing_process_stops_all_with_its_error(finished_run, tmp_path):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_sigterm_saves_a_state_from_which_the_run_goes_on(finished_run, tmp_path, num_processes):
-    options = ("training.common.checkpoint_every=1000", "training.stage1.num_samples=160")
+    options = ("runtime.checkpoint_every=1000", "training.stage1.num_samples=160")
     expected, folder = tmp_path / "expected", tmp_path / "stopped"
     for place in (expected, folder):
         place.mkdir()

@@ -53,10 +53,10 @@ def make_run(
     common = SimpleNamespace(
         batch_size=4, micro_batch_size=None, optimizer=optimizer, weight_decay=0.01, betas=(0.9, 0.98), clip_norm=1.0,
         ema_decay=None, precision="fp32", activation_checkpointing=False, compile=False, sharding="ddp",
-        watch=SimpleNamespace(log_every=1),
+        record_every=1,
     )  # fmt: skip
     model = make_model(layout=layout, **options)
-    run = TrainContext(stage, model, None, None, SEED, common, settings, None, folder)
+    run = TrainContext(stage, model, None, None, SEED, common, settings, None, SimpleNamespace(log_every=1), folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4))
     run.__dict__["served"] = SimpleNamespace(plan=every)

@@ -28,12 +28,13 @@ def dataset(root):
     return open_split(root)
 
 
-def loader(dataset, num_samples=90, batch_size=9, rank=0, world_size=1, text_share=SHARE, **changes):
+def loader(dataset, num_samples=90, batch_size=9, rank=0, world_size=1, text_share=SHARE, num_workers=1, **changes):
     section = streaming(**changes)
     settings = packed.stage(mixture=EVERYTHING, text_share=text_share, num_samples=num_samples)
     sizes = {"batch_size": batch_size, "tokens_per_frame": 1}
     served = plan_stage(dataset, settings, section, stage="stage2", seed=1, **sizes)
-    return Loader(dataset, served, packed.collator(), section, rank=rank, world_size=world_size)
+    runtime = packed.runtime(num_workers=num_workers)
+    return Loader(dataset, served, packed.collator(), section, runtime, rank=rank, world_size=world_size)
 
 
 def keys(batches):

@@ -171,7 +171,7 @@ def test_answers_that_do_not_fit_are_named(tmp_path):
         answer_ids(tokenizer, [1, 5], "", "here", end_of_turn=False)
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=10))
     check_room(config, "here", 7, 3)
-    with pytest.raises(UserError, match=r"here: .* 7 tokens .* 4, .* at most 10"):
+    with pytest.raises(UserError, match=r"here: .*.7 tokens. .*.4. exceed .* 10 tokens"):
         check_room(config, "here", 7, 4)
 
 

@@ -380,7 +380,7 @@ def test_keeping_names_what_is_missing_or_does_not_belong_together(tmp_path):
     kept = keep.kept_run(read_inputs(tmp_path / "c", "none", 1), {"seed": 1})
     with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, the evaluation was of d1"):
         keep.check_origin(kept, tmp_path / "c")
-    keep.refuse_changed(["report"])
+    keep.refuse_changed(["heatmaps", "report"])
     with pytest.raises(UserError, match=r"2 stage\(s\) changed \(evaluation, stage3\)"):
         keep.refuse_changed(["evaluation", "report", "stage3"])
 

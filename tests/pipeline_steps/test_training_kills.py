@@ -10,8 +10,8 @@ from tests import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RESULTS = ("outputs/stage2/model.safetensors", "outputs/metrics/stage2.csv", "outputs/metrics/stage2.json")
-OPTIONS = ("training.common.checkpoint_every=1", "training.common.keep_checkpoints=2", "training.common.publish=best")
-OPTIONS += ("training.common.ema_decay=0.9", "training.common.watch.tensorboard=false", "streaming.num_workers=2")
+OPTIONS = ("runtime.checkpoint_every=1", "runtime.keep_checkpoints=2", "training.common.publish=best")
+OPTIONS += ("training.common.ema_decay=0.9", "runtime.tensorboard=false", "runtime.num_workers=2")
 NUM_KILLS = 20
 
 
@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path, o
     wait_for(process, ".scratch/stage2/*/step-*", folder)
     process.kill()
     process.join()
-    other = ("streaming.num_workers=0", "training.common.checkpoint_every=3", "training.common.watch.dvclive=false")
+    other = ("runtime.num_workers=0", "runtime.checkpoint_every=3", "runtime.dvclive=false", "runtime.log_every=3")
     pipeline.write_params(folder, *OPTIONS, chosen, *other)
     pipeline.train(folder, "stage2")
     assert "going on from step" in (folder / "log-0.txt").read_text()

@@ -89,7 +89,7 @@ def test_does_one_token_equal_sixteen(scales, status, words):
 
 def test_a_verdict_states_effect_interval_seeds_and_items():
     verdict = helps(runs_of("A6", (2.0, 2.0, 2.0), correct=2))
-    assert "2.00 times that of one chosen look [" in verdict.statement
+    assert "2.00 times that of planned queries [" in verdict.statement
     assert "95% interval over seeds and items" in verdict.statement
     assert "accuracy 40.0% against 60.0%, -20.0 points [-20.0, -20.0]" in verdict.statement
     assert "3 seeds, 2 tasks, 80 items; training budget not kept." in verdict.statement

@@ -71,20 +71,22 @@ def quick(monkeypatch, tmp_path):
 
 
 def section(url, **changes):
-    return streaming(**{"reader": "webdataset", "url": url, "retries": 2, "shuffle_samples": 8, **changes})
+    return streaming(**{"reader": "webdataset", "url": url, "shuffle_samples": 8, **changes})
 
 
 def dataset(settings, root=None):
     config = make_model().config.__class__(**{**make_model().config.to_dict()})
     config.vision_config.patch_size = 8
-    return open_training_split(config, settings, root / "shards" if root else None, root / "tokens" if root else None)
+    folders = (root / "shards", root / "tokens") if root else (None, None)
+    return open_training_split(config, settings, packed.runtime(retries=2), *folders)
 
 
-def loader(data, settings, num_samples=94, batch_size=8, rank=0, world_size=1, **changes):
+def loader(data, settings, num_samples=94, batch_size=8, rank=0, world_size=1, num_workers=1, **changes):
     stage = packed.stage(**{"mixture": EVERYTHING, "text_share": 15 / 94, "num_samples": num_samples, **changes})
     options = {"batch_size": batch_size, "tokens_per_frame": 1, "world_size": world_size}
     served = plan_stage(data, stage, settings, stage="stage2", seed=1, **options)
-    return Loader(data, served, packed.collator(), settings, rank=rank, world_size=world_size)
+    runtime = packed.runtime(num_workers=num_workers)
+    return Loader(data, served, packed.collator(), settings, runtime, rank=rank, world_size=world_size)
 
 
 def flat(batches):
@@ -106,8 +108,8 @@ def pipe(root):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["http", "pipe"])
 def test_an_epoch_is_the_data_set_with_the_frames_of_local_shards(root, server, kind, num_workers):
-    settings = section(server.url if kind == "http" else pipe(root), num_workers=num_workers)
-    batches = list(loader(dataset(settings), settings))
+    settings = section(server.url if kind == "http" else pipe(root))
+    batches = list(loader(dataset(settings), settings, num_workers=num_workers))
     local = packed.open_split(root)
     assert Counter(flat(batches)) == Counter(row["key"] for row in local.rows)
     collate = packed.collator()
@@ -156,8 +158,8 @@ def test_resuming_anywhere_gives_the_same_batches(root):
             next(batches)
         state = first.state_dict()
         batches.close()
-        again = section(pipe(root), num_workers=int(rng.integers(0, 4)))
-        second = loader(dataset(again), again, num_samples=300)
+        again = section(pipe(root))
+        second = loader(dataset(again), again, num_samples=300, num_workers=int(rng.integers(0, 4)))
         second.load_state_dict(state)
         for one, other in zip(second, whole[stop:], strict=True):
             same(one, other)
@@ -190,9 +192,9 @@ def test_budgets_hold_for_one_rank(root):
 def test_closing_early_leaves_neither_threads_nor_processes(root, server):
     import psutil
 
-    settings = section(server.url, num_workers=2)
+    settings = section(server.url)
     threads, before = threading.active_count(), psutil.Process().children(recursive=True)
-    for _ in loader(dataset(settings), settings, num_samples=1_000):
+    for _ in loader(dataset(settings), settings, num_samples=1_000, num_workers=2):
         break
     after = psutil.Process().children(recursive=True)
     assert not [child for child in after if child not in before and child.is_running()]

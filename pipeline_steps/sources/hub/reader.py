@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import Item, Quarantined, RawSample, slug
+from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable
 from pipeline_steps.sources.hub.media import Container, MediaFolder
 from pipeline_steps.sources.hub.registry import ADAPTERS
@@ -159,7 +159,7 @@ class _Reading:
 
 def drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
     """(row number from 1, key, draft, "") of the table's rows, or (number, key, None, reason)."""
-    rows = tqdm(read_rows(entry, adapter, table), desc=f"reading {table.source}", unit="row", mininterval=1)
+    rows = progress_bar(f"reading {table.source}", read_rows(entry, adapter, table), unit="row")
     for number, row in enumerate(rows, 1):
         try:
             if isinstance(row, Unusable):
