@@ -185,7 +185,7 @@ def ours(dataset: TokenizedShards, num_workers: int, collate) -> int:
     stage.num_samples = len(dataset)
     sizes = {"batch_size": BATCH, "tokens_per_frame": 1}
     served = plan_stage(dataset, stage, streaming, stage="stage1", seed=0, **sizes)
-    return sum(len(batch["keys"]) for batch in Loader(dataset, served, collate, streaming, runtime))
+    return sum(len(batch.keys) for batch in Loader(dataset, served, collate, streaming, runtime))
 
 
 class PixelsOnly:
@@ -193,8 +193,8 @@ class PixelsOnly:
 
     tokens_per_frame = 1
 
-    def __call__(self, items: list[dict]) -> dict:
-        return {"keys": [item["key"] for item in items], "frames": [item["frames"] for item in items]}
+    def __call__(self, items: list[dict]) -> SimpleNamespace:
+        return SimpleNamespace(keys=[item["key"] for item in items], frames=[item["frames"] for item in items])
 
 
 def decode_clip(jpegs: list[bytes]) -> np.ndarray:
@@ -325,7 +325,7 @@ def open_index(root: Path) -> dict:
     with Peak() as opening:
         dataset = TokenizedShards(root / "shards", root / "tokens", "train", with_frames=False)
     opened, after = time.perf_counter() - started, memory()
-    streaming, stage = sections(0)
+    streaming, _, stage = sections(0)
     stage.num_samples = len(dataset)
     started = time.perf_counter()
     with Peak() as planning:

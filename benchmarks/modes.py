@@ -27,6 +27,7 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.configuration_foveated_vlm import MODES
+from model.constants import IGNORE_INDEX
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
@@ -56,7 +57,7 @@ def make_sample(config: FoveatedVLMConfig, num_frames: int, image_size: int, dev
     visual = [config.visual_token_id] * (num_frames * config.tokens_per_frame)
     ids = torch.tensor([[5] * TEXT_BEFORE + visual + [7] * TEXT_AFTER], device=device)
     pixels = torch.randn(num_frames, 3, image_size, image_size, device=device)
-    labels = torch.where(ids == 7, ids, -100)
+    labels = torch.where(ids == 7, ids, IGNORE_INDEX)
     return {
         "input_ids": ids,
         "pixel_values": pixels,

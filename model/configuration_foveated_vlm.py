@@ -32,14 +32,7 @@ RANGES = {
     "attention_top_k": (1, LARGE),
     "num_visual_tokens_per_frame": (1, LARGE),
     "num_passes": (1, 3),
-    "second_pass_probability": (0, 1),
-    "lambda_coarse": (0, LARGE),
-    "lambda_entropy": (0, LARGE),
-    "entropy_margin": (-LARGE, LARGE),
-    "lambda_contrastive": (0, LARGE),
-    "contrastive_margin": (-1, 1),
     "max_num_frames": (1, LARGE),
-    "dpo_beta": (0, LARGE),
 }
 WHOLE = ("query_dim", "attention_top_k", "num_visual_tokens_per_frame", "num_passes", "max_num_frames")
 
@@ -73,21 +66,13 @@ class FoveatedVLMConfig(PreTrainedConfig):
         token_aggregation: how the looks of several queries become tokens: `none` (a token each), `mean`, or `weighted`
             (by a learned score): one token per frame, from which all queries of the next one are planned.
         num_passes: fine passes in parallel training and use, 1 to 3: each plans anew from the tokens of the one before.
-        second_pass_probability: share of training steps on which the queries are planned once more, from fine tokens
-            (the training loop gives `forward` such a step's `num_plans`).
-        lambda_coarse: weight of the text loss of the coarse pass in training.
-        lambda_entropy: weight of the entropy-margin loss (planned looks sharper than coarse ones) in training.
-        entropy_margin: by how many nats.
-        lambda_contrastive: weight of the contrastive loss (fine tokens unlike coarse ones) in training.
-        contrastive_margin: cosine similarity below which it is zero.
         coarse_only: train and answer with the static query alone (ablation A6).
         blind: every frame is replaced by the mean colour, in training and in use (the control).
         frame_time_embedding: `none`, or `sinusoidal`: a learned projection (zero at the start) of the frame's time,
-            `frame_times` if given, else its index, is added to its visual tokens.
+            `frame_times` (seconds) if given, else its index, is added to its visual tokens.
         visual_scale: standard deviation of the visual tokens at the start; "auto" is replaced by
             the standard deviation of the language model's token embeddings in `from_backbones`.
         max_num_frames: frames of one sample; more are an error.
-        dpo_beta: strength of the reference in preference training.
         visual_token_id: id of the placeholder that a visual token replaces in `input_ids`.
 
     Raises ValueError for an unknown choice or a number out of its range, naming both.
@@ -116,18 +101,11 @@ class FoveatedVLMConfig(PreTrainedConfig):
         num_visual_tokens_per_frame: int = 1,
         token_aggregation: str = "none",
         num_passes: int = 1,
-        second_pass_probability: float = 0.5,
-        lambda_coarse: float = 0.0,
-        lambda_entropy: float = 0.0,
-        entropy_margin: float = 0.5,
-        lambda_contrastive: float = 0.0,
-        contrastive_margin: float = 0.5,
         coarse_only: bool = False,
         blind: bool = False,
         frame_time_embedding: str = "none",
         visual_scale: float | str = "auto",
         max_num_frames: int = 64,
-        dpo_beta: float = 0.1,
         visual_token_id: int | None = None,
         **kwargs,
     ):
@@ -154,18 +132,11 @@ class FoveatedVLMConfig(PreTrainedConfig):
         self.num_visual_tokens_per_frame = num_visual_tokens_per_frame
         self.token_aggregation = token_aggregation
         self.num_passes = num_passes
-        self.second_pass_probability = second_pass_probability
-        self.lambda_coarse = lambda_coarse
-        self.lambda_entropy = lambda_entropy
-        self.entropy_margin = entropy_margin
-        self.lambda_contrastive = lambda_contrastive
-        self.contrastive_margin = contrastive_margin
         self.coarse_only = coarse_only
         self.blind = blind
         self.frame_time_embedding = frame_time_embedding
         self.visual_scale = visual_scale
         self.max_num_frames = max_num_frames
-        self.dpo_beta = dpo_beta
         self.visual_token_id = visual_token_id
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -198,11 +169,6 @@ class FoveatedVLMConfig(PreTrainedConfig):
                 f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for the "
                 f"architecture multi_token: {side**2} or {(side + 1) ** 2}"
             )
-        if self.coarse_only or self.architecture == "multi_token":
-            for name in ("lambda_coarse", "lambda_entropy", "lambda_contrastive"):
-                if getattr(self, name) > 0:
-                    what = "coarse_only=True" if self.coarse_only else "architecture='multi_token'"
-                    raise ValueError(f"{name}={getattr(self, name)} has no planned looks to act on with {what}: set 0")
 
     @property
     def tokens_per_frame(self) -> int:

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 
 from .configuration_foveated_vlm import MODES, QUERY_SOURCES
+from .constants import IGNORE_INDEX
+from .options import FoveationOptions
 
 
 def check_inputs(
     config,
     input_ids,
-    pixel_values,
-    num_frames,
-    mode: str,
-    query_source,
-    target_patches,
-    frame_times=None,
     attention_mask=None,
+    pixel_values=None,
+    num_frames=None,
     labels=None,
-    num_plans=None,
+    frame_times=None,
+    mode: str = "fine",
+    options: FoveationOptions | None = None,
 ) -> None:
     """Raises ValueError where the arguments of `forward` or `generate` do not fit each other or the configuration."""
     if input_ids.ndim != 2 or not input_ids.numel():
@@ -27,9 +27,11 @@ def check_inputs(
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: give one entry per token"
             )
-    if num_plans is not None and num_plans < 1:
-        raise ValueError(f"num_plans={num_plans} must be at least 1: for no plan at all take mode='coarse'")
-    source = query_source or config.query_source
+    options = options or FoveationOptions()
+    target_patches = options.target_patches
+    if options.num_plans is not None and options.num_plans < 1:
+        raise ValueError(f"num_plans={options.num_plans} must be at least 1: for no plan at all take mode='coarse'")
+    source = options.query_source or config.query_source
     if mode not in MODES or source not in QUERY_SOURCES:
         raise ValueError(
             f"mode={mode!r} must be one of {', '.join(MODES)}; "
@@ -88,7 +90,9 @@ def check_inputs(
         raise ValueError(f"sample {row} has visual placeholders that attention_mask hides: set it to 1 at its frames")
     if labels is not None and bool((labels == config.visual_token_id).any()):
         row = int((labels == config.visual_token_id).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has visual placeholders in labels: set them to -100, nothing is said there")
+        raise ValueError(
+            f"sample {row} has visual placeholders in labels: set them to {IGNORE_INDEX}, nothing is said there"
+        )
     if num_frames is not None and int(num_frames.max()) > config.max_num_frames:
         row = int(num_frames.argmax())
         raise ValueError(
@@ -115,22 +119,24 @@ def check_left_padded(attention_mask: Tensor) -> None:
         )
 
 
-def check_preference(config, chosen, rejected, reference: Tensor | None) -> None:
-    """Raises ValueError unless the two answers, each (input_ids, attention_mask, labels), and reference_log_probs
-    fit."""
+def check_preference(config, chosen, rejected) -> None:
+    """Raises ValueError unless the two answers, each (input_ids, attention_mask, labels), fit each other."""
     if any(labels is None for _, _, labels in (chosen, rejected)):
-        raise ValueError("labels and rejected_labels are both needed: they say which tokens are the answers")
+        raise ValueError("labels are missing: both answers need them, they say which tokens are the answer")
     samples, others = len(chosen[0]), len(rejected[0])
     if samples != others:
         raise ValueError(f"{samples} chosen answers but {others} rejected ones: give both for every sample")
-    length, limit = rejected[0].shape[1], config.text_config.max_position_embeddings
-    if length > limit:
-        raise ValueError(f"rejected_input_ids has {length} tokens but the language model reads at most {limit}")
-    if reference is not None and tuple(reference.shape) != (samples, 2):
-        raise ValueError(
-            f"reference_log_probs has shape {list(reference.shape)}, expected [{samples}, 2]: of the chosen and the "
-            "rejected answer of every sample"
-        )
+    limit = config.text_config.max_position_embeddings
+    for name, (ids, mask, labels) in (("chosen", chosen), ("rejected", rejected)):
+        if ids.shape[1] > limit:
+            raise ValueError(
+                f"the {name} answers have {ids.shape[1]} tokens but the language model reads at most {limit}"
+            )
+        if mask.shape != ids.shape or labels.shape != ids.shape:
+            raise ValueError(
+                f"the {name} answers have input_ids {list(ids.shape)}, attention_mask {list(mask.shape)} and labels "
+                f"{list(labels.shape)}: give one entry per token"
+            )
 
 
 def check_cache(model) -> None:

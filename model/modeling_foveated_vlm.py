@@ -15,7 +15,6 @@ autoregressive   frame by frame: the query of frame t is planned from what frame
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +26,16 @@ from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttent
 from .input_checks import check_cache, check_inputs, check_left_padded, check_room
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
-from .objective import FoveatedVLMOutput, ObjectiveMixin
+from .options import FoveationOptions
+from .outputs import FoveatedVLMOutput, FrameTokens
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
+from .text_loss import TextLossMixin
 from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
 
 
-@dataclass
-class FrameTokens:
-    """Visual tokens and how they came about."""
-
-    visual_tokens: Tensor | None  # [F, P, E]
-    queries: Tensor | None = None  # [F, K, Q]
-    attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
-
-
 class FoveatedVLMForConditionalGeneration(
-    LoadingMixin, ObjectiveMixin, PreferenceMixin, PreTrainedModel, GenerationMixin
+    LoadingMixin, TextLossMixin, PreferenceMixin, PreTrainedModel, GenerationMixin
 ):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
@@ -112,23 +104,23 @@ class FoveatedVLMForConditionalGeneration(
     def encode_frames(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor,
-        num_frames: Tensor,
-        mode: str,
-        num_plans: int | None = None,
-        query_source: str | None = None,
-        generator: torch.Generator | None = None,
-        output_attentions: bool = False,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_frames: Tensor | None = None,
         frame_times: Tensor | None = None,
-        target_patches: Tensor | None = None,
+        mode: str = "fine",
+        options: FoveationOptions | dict | None = None,
     ) -> list[FrameTokens]:
-        """The visual tokens of all frames: one `Look` per pass, the last one being the mode's own.
+        """The visual tokens of all frames, one `FrameTokens` per pass: the last one is the mode's own, and in fine mode
+        the first one is the coarse pass. Empty without frames.
 
-        input_ids [B, S], attention_mask [B, S], pixel_values [F, 3, height, width], num_frames [B]. `num_plans` is the
-        number of times that the fine mode plans its queries (default: the configuration's num_passes). frame_times [F]
-        seconds; target_patches bool [F, N], for the query source `oracle`.
+        The arguments are `forward`'s, which also checks them.
         """
+        if pixel_values is None or not len(pixel_values):
+            return []
+        options = FoveationOptions.of(options)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output_attentions = options.output_attentions
         config = self.config
         pixel_values = pixel_values.to(self.connector.weight.dtype)
         times = frame_indices(num_frames) if frame_times is None else frame_times  # [F]
@@ -141,9 +133,9 @@ class FoveatedVLMForConditionalGeneration(
         static = self.static_query.expand(len(pixel_values), -1, -1)  # [F, K, Q]
         has_first = not (config.coarse_only or config.tie_first_query)
         first = self.first_query.expand(len(pixel_values), -1, -1) if has_first else static
-        choose = QuerySource(query_source or config.query_source, static, generator)
+        choose = QuerySource(options.query_source or config.query_source, static, options.generator)
         query_attention = self._query_attention()
-        chosen = self._query_attention(target_patches if choose.source == "oracle" else None)
+        chosen = self._query_attention(options.target_patches if choose.source == "oracle" else None)
         if mode == "coarse" or config.coarse_only:
             return [self._encode(pixel_values, times, choose(static), chosen, output_attentions)[1]]
         language = VisualSequence(self, input_ids, attention_mask, num_frames)
@@ -153,7 +145,7 @@ class FoveatedVLMForConditionalGeneration(
             return [self._encode_autoregressively(encoded, times, first, language, choose, chosen, output_attentions)]
         encoded, coarse = self._encode(pixel_values, times, static, query_attention, output_attentions)
         passes = [coarse]
-        for _ in range(config.num_passes if num_plans is None else num_plans):
+        for _ in range(config.num_passes if options.num_plans is None else options.num_plans):
             planned = self._plan(language.hidden_states(passes[-1].visual_tokens))  # [F, K, Q]
             if config.query_update == "add":
                 planned = first + language.running_sum(planned)
@@ -296,71 +288,30 @@ class FoveatedVLMForConditionalGeneration(
         pixel_values: Tensor | None = None,
         num_frames: Tensor | None = None,
         labels: Tensor | None = None,
-        mode: str = "fine",
-        num_plans: int | None = None,
-        query_source: str | None = None,
-        generator: torch.Generator | None = None,
-        output_attentions: bool = False,
-        return_logits: bool = False,
         frame_times: Tensor | None = None,
-        target_patches: Tensor | None = None,
-        rejected_input_ids: Tensor | None = None,
-        rejected_attention_mask: Tensor | None = None,
-        rejected_labels: Tensor | None = None,
-        reference_log_probs: Tensor | None = None,
+        mode: str = "fine",
+        options: FoveationOptions | dict | None = None,
     ) -> FoveatedVLMOutput:
-        """Loss of the labelled tokens in one of the modes, or of a preference between two answers.
+        """Encode the frames in one of the modes, and the loss of the labelled tokens.
 
         input_ids [B, S] with P placeholders per frame, attention_mask [B, S] (1 = real token; default all),
-        pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with -100
-        where nothing is asked. query_source, num_plans: the configuration's unless given. frame_times [F] seconds,
-        target_patches bool [F, N].
-
-        With rejected_input_ids [B, S'] (and its mask and labels) the arguments above are the chosen answers, and the
-        loss is direct preference optimisation against reference_log_probs [B, 2] (chosen, rejected), from
-        `preference_log_probs` of a frozen copy or computed before; without them `log_probs` is all that comes out. The
-        frames are looked at once for both answers.
+        pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with
+        IGNORE_INDEX where nothing is asked, frame_times [F] seconds from the start of each clip. options: the
+        configuration's values unless given.
 
         Raises ValueError when placeholders and frames do not match, text stands between frames, a frame limit is
-        exceeded, chosen and rejected differ before the last frame, or a mode or query source is unknown.
+        exceeded, or a mode or query source is unknown.
         """
+        options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        checked = (pixel_values, num_frames, mode, query_source, target_patches, frame_times)
-        check_inputs(self.config, input_ids, *checked, attention_mask, labels, num_plans)
-        further = (rejected_attention_mask, rejected_labels, reference_log_probs)
-        if rejected_input_ids is None and any(given is not None for given in further):
-            raise ValueError("rejected_input_ids is missing, but arguments that belong to it are given: give it too")
-        passes: list[FrameTokens] = []
-        if pixel_values is not None and len(pixel_values):
-            passes = self.encode_frames(
-                input_ids,
-                attention_mask,
-                pixel_values,
-                num_frames,
-                mode,
-                num_plans,
-                query_source,
-                generator,
-                output_attentions or (self.training and self.config.lambda_entropy > 0),
-                frame_times,
-                target_patches,
-            )
-        frame_tokens = passes[-1] if passes else FrameTokens(None)
-        if rejected_input_ids is not None:
-            rejected = (rejected_input_ids, rejected_attention_mask, rejected_labels)
-            chosen = (input_ids, attention_mask, labels)
-            output = FoveatedVLMOutput(
-                **self._preference(chosen, rejected, frame_tokens.visual_tokens, reference_log_probs)
-            )
-        else:
-            hidden = self.language_hidden_states(input_ids, attention_mask, frame_tokens.visual_tokens)
-            output = self._losses(hidden, labels, return_logits)
-            if labels is not None and self.training and len(passes) > 1:
-                self._add_training_losses(output, input_ids, attention_mask, labels, passes[0], frame_tokens)
-            elif labels is not None and self.training and not passes and mode == "fine":
-                self._add_coarse_loss_of_text(output)
-        output.visual_tokens, output.queries = frame_tokens.visual_tokens, frame_tokens.queries
-        output.attention_weights = frame_tokens.attention_weights if output_attentions else None
+        frames = (pixel_values, num_frames)
+        check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
+        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        last = passes[-1] if passes else FrameTokens(None)
+        output = self.score_text(input_ids, attention_mask, labels, last.visual_tokens, options.return_logits)
+        output.visual_tokens, output.queries = last.visual_tokens, last.queries
+        output.attention_weights = last.attention_weights
+        output.passes = passes if options.output_passes else None
         return output
 
     # ---- answering
@@ -372,11 +323,9 @@ class FoveatedVLMForConditionalGeneration(
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_frames: Tensor | None = None,
-        mode: str = "autoregressive",
-        query_source: str | None = None,
-        generator: torch.Generator | None = None,
         frame_times: Tensor | None = None,
-        target_patches: Tensor | None = None,
+        mode: str = "autoregressive",
+        options: FoveationOptions | dict | None = None,
         **generation_options,
     ) -> Tensor:
         """Answer with the library's own generation (greedy, sampling, beams, streamers: its options apply). Returns
@@ -386,29 +335,17 @@ class FoveatedVLMForConditionalGeneration(
 
         Raises ValueError as `forward` does, and for padding on the right.
         """
+        options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        frames = (pixel_values, num_frames)
         check_left_padded(attention_mask)
         check_cache(self)
-        checked = (pixel_values, num_frames, mode, query_source, target_patches, frame_times)
-        check_inputs(self.config, input_ids, *checked, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask, *frames, None, frame_times, mode, options)
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
         others = settings.update(**generation_options)  # streamers and the like
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
-        tokens = None
-        if pixel_values is not None and len(pixel_values):
-            passes = self.encode_frames(
-                input_ids,
-                attention_mask,
-                pixel_values,
-                num_frames,
-                mode,
-                query_source=query_source,
-                generator=generator,
-                frame_times=frame_times,
-                target_patches=target_patches,
-            )
-            tokens = passes[-1].visual_tokens
-        embeddings = self.embed(input_ids, tokens)
+        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        embeddings = self.embed(input_ids, passes[-1].visual_tokens if passes else None)
         return self.language_model.generate(
             inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others
         )

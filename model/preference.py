@@ -1,34 +1,32 @@
-"""Preference training: two answers to one question, read after one look at the frames.
+"""Log-probabilities of two answers to one question, after one encoding of the frames.
 
-Shapes: B batch, S sequence, E language width.
+Shapes: B batch, S sequence, E language width, F frames, P visual tokens per frame.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .input_checks import check_preference
-from .losses import dpo_loss
 
 
 class PreferenceMixin:
-    """What `FoveatedVLMForConditionalGeneration.forward` does with a chosen and a rejected answer."""
+    """`preference_log_probs` of `FoveatedVLMForConditionalGeneration`."""
 
-    def _preference(
-        self, chosen, rejected, visual_tokens: Tensor | None, reference: Tensor | None
-    ) -> dict[str, Tensor]:
-        """`log_probs` of both answers, and the loss where the reference is known. chosen, rejected: (ids, mask,
-        labels)."""
-        ids, mask, labels = rejected
-        rejected = ids, torch.ones_like(ids) if mask is None else mask, labels
-        check_preference(self.config, chosen, rejected, reference)
-        self._check_shared_prefix(chosen, rejected)
-        log_probs = torch.stack(
-            [self._answer_log_probs(*answer, visual_tokens) for answer in (chosen, rejected)], dim=1
-        )
-        if reference is None:
-            return {"log_probs": log_probs}
-        loss, margin = dpo_loss(*log_probs.unbind(1), *reference.to(log_probs).unbind(1), self.config.dpo_beta)
-        return {"log_probs": log_probs, "loss": loss, "reward_margin": margin}
+    def preference_log_probs(self, chosen: Mapping, rejected: Mapping, visual_tokens: Tensor | None = None) -> Tensor:
+        """Summed log-probability of the labelled tokens of both answers of every sample: [B, 2] (chosen, rejected).
+
+        chosen, rejected: input_ids, attention_mask (optional) and labels [B, S], of lengths of their own.
+        visual_tokens [F, P, E]: of one `encode_frames` for both (None without frames), so everything up to the last
+        frame must be the same.
+
+        Raises ValueError when the answers do not fit each other.
+        """
+        answers = [_with_mask(answer) for answer in (chosen, rejected)]
+        check_preference(self.config, *answers)
+        self._check_shared_prefix(*answers)
+        return torch.stack([self._answer_log_probs(*answer, visual_tokens) for answer in answers], dim=1)
 
     def _answer_log_probs(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual_tokens: Tensor | None
@@ -39,7 +37,6 @@ class PreferenceMixin:
         return -losses.new_zeros(len(labels)).index_add(0, asked.nonzero()[:, 0], losses)
 
     def _check_shared_prefix(self, chosen, rejected) -> None:
-        """Both answers are read after the same look, so everything up to the last frame must be the same."""
         prefixes = (self._up_to_last_frame(*answer[:2]) for answer in (chosen, rejected))
         for row, (one, other) in enumerate(zip(*prefixes, strict=True)):
             if not torch.equal(one, other):
@@ -57,12 +54,8 @@ class PreferenceMixin:
             prefixes.append(real[: int(visual[-1]) + 1] if len(visual) else real[:0])
         return prefixes
 
-    @torch.no_grad()
-    def preference_log_probs(self, **batch) -> Tensor:
-        """Reference log-probabilities [B, 2] of a batch of `forward`'s preference arguments, for a frozen copy of the
-        model or to be computed before training. Evaluation mode during the call: hard attention is not sampled."""
-        training = self.training
-        self.eval()
-        log_probs = self(**{**batch, "reference_log_probs": None}).log_probs
-        self.train(training)
-        return log_probs
+
+def _with_mask(answer: Mapping) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(input_ids, attention_mask, labels)."""
+    ids, mask = answer["input_ids"], answer.get("attention_mask")
+    return ids, torch.ones_like(ids) if mask is None else mask, answer.get("labels")

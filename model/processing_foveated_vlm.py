@@ -130,19 +130,28 @@ class FoveatedVLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
 
-    def __call__(self, text, videos=None, return_tensors: str | None = "pt") -> BatchFeature:
+    def __call__(self, text, videos=None, frame_times=None, return_tensors: str | None = "pt") -> BatchFeature:
         """One question, or a list of B, each with its video, still or none.
 
         text: str, or a list of them. videos: for one question the path of a video or image file, a list of PIL images
         (the frames), one PIL image (a still), a uint8 array [T, height, width, 3], or None; for a list of questions a
         list of as many of these. Frames that are given are all taken, whatever `fps` and `max_frames` say.
+        frame_times: for given frames, the seconds of each from the start of its clip (for a list of questions a list of
+        such lists, or None); by default they are 1 / `fps` apart. The times of a file are read from it.
 
-        Returns input_ids and attention_mask int64 [B, S], left-padded, num_frames int64 [B], and pixel_values float32
-        [F, 3, image_size, image_size] where there are frames. Raises ValueError for a question without text or with a
-        control token, a file that cannot be read, or frames of another form, naming what was found.
+        Returns input_ids and attention_mask int64 [B, S], left-padded, num_frames int64 [B], and, where there are
+        frames, pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for a
+        question without text or with a control token, a file that cannot be read, or frames of another form, naming
+        what was found.
         """
+        given = [frame_times] if isinstance(text, str) else frame_times
         questions, videos = _as_batch(text, videos)
-        frames = [self._frames(video) for video in videos]
+        given = [None] * len(videos) if given is None else given
+        if len(given) != len(videos):
+            raise ValueError(
+                f"frame_times has {len(given)} entries for {len(videos)} videos: give one, or None, for each"
+            )
+        frames, times = zip(*(self._frames(*pair) for pair in zip(videos, given, strict=True)), strict=True)
         rows = [self._ids(question, len(shown)) for question, shown in zip(questions, frames, strict=True)]
         length = max(map(len, rows))
         pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
@@ -153,6 +162,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         }
         if batch["num_frames"].any():
             batch["pixel_values"] = normalise(np.concatenate([shown for shown in frames if len(shown)]))
+            batch["frame_times"] = np.concatenate(times)
         return BatchFeature(batch, tensor_type=return_tensors)
 
     def pictures(self, pixel_values) -> np.ndarray:
@@ -189,17 +199,26 @@ class FoveatedVLMProcessor(ProcessorMixin):
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
 
-    def _frames(self, video) -> np.ndarray:
+    def _frames(self, video, given) -> tuple[np.ndarray, np.ndarray]:
         """The frames that the model sees of a file, of pictures or of an array: uint8 [T, image_size, image_size, 3],
-        T = 0 for None."""
+        and their times float32 [T], T = 0 for None. given: times of frames that do not come from a file."""
         if video is None:
-            return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
-        pictures, is_still = self._pictures(video)
+            return np.zeros((0, self.image_size, self.image_size, 3), np.uint8), np.zeros(0, np.float32)
+        pictures, times, is_still = self._pictures(video)
+        if given is not None:
+            if times is not None or len(given) != len(pictures):
+                found = "a file or a still, which has its own" if times is not None else f"{len(pictures)} frames"
+                raise ValueError(f"frame_times: {len(given)} times for {found}: give them for frames, one for each")
+            times = given
+        elif times is None:
+            times = [number / self.fps for number in range(len(pictures))]
+        times = np.asarray(times, np.float32)
         frames = np.stack([np.asarray(self._compressed(picture)) for picture in pictures])
-        return frames.repeat(self.image_replication, axis=0) if is_still else frames
+        repeats = self.image_replication if is_still else 1
+        return frames.repeat(repeats, axis=0), times.repeat(repeats)
 
-    def _pictures(self, video) -> tuple[list[Image.Image], bool]:
-        """(square RGB pictures, whether it is a still)."""
+    def _pictures(self, video) -> tuple[list[Image.Image], list | None, bool]:
+        """(square RGB pictures, their seconds where they are known, whether it is a still)."""
         if isinstance(video, str | os.PathLike):
             if os.path.isdir(video):
                 raise ValueError(f"{os.fspath(video)}: is a folder, give a file")
@@ -215,15 +234,15 @@ class FoveatedVLMProcessor(ProcessorMixin):
                 )
             except MediaError as error:
                 raise ValueError(f"{os.fspath(video)}: {error.reason}. Give a whole video or image file") from None
-            return media.frames, is_still
+            return media.frames, media.timestamps, is_still
         if isinstance(video, Image.Image):
-            return [self._square(video)], True
+            return [self._square(video)], [0.0], True
         if not isinstance(video, list | tuple) and not _is_rgb(np.asarray(video), 4):
             raise _wrong_form(video)
         pictures = [self._square(frame) for frame in video]
         if not pictures:
             raise ValueError("videos: found 0 frames, expected at least one. For a question without a video give None")
-        return pictures, False
+        return pictures, None, False
 
     def _square(self, frame) -> Image.Image:
         """One PIL image or array [height, width, 3], cut as the training data's frames."""

@@ -71,8 +71,9 @@ def test_the_networks_options_run_through_all_stages(finished_run, tmp_path):
     folder = copy_of(finished_run, tmp_path, "data")
     options = {"query_source": "oracle", "num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"}
     options |= {"learnable_temperature": True, "frame_time_embedding": "sinusoidal", "num_passes": 2}
-    options |= dict.fromkeys(("lambda_coarse", "lambda_entropy", "lambda_contrastive"), 0.1)
     overrides = [f"model.{name}={value}" for name, value in options.items()]
+    weights = [f"objective.{name}.weight=0.1" for name in ("coarse", "entropy", "contrastive")]
+    overrides += [f"training.stage{n}.{weight}" for n in (1, 2, 3) for weight in weights]
     overrides += [f"training.stage{n}.num_samples=16" for n in (1, 2, 3)]
     pipeline.write_params(folder, *overrides)
     pipeline.run_all(folder, "stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps")

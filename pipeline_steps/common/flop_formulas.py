@@ -168,10 +168,11 @@ def head_width(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED):
+def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_loss=False):
     """`ModeFlops` of one forward pass with loss. mode: coarse, fine or autoregressive. num_plans: number of
     planning passes in fine mode (default: the configuration's num_passes). trained: the groups that `backward` trains;
-    in autoregressive mode `backward` always trains all of them.
+    in autoregressive mode `backward` always trains all of them. coarse_loss: whether the coarse tokens have a loss of
+    their own.
 
     `multi_token` and coarse-only networks cost the same in every mode.
     """
@@ -202,7 +203,7 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED):
         without_backward = without_gradient(config, sample, components, passes)
         backward = 2 * (once - without_backward) - frames * patch_embedding(vision)  # no gradient of the pixels
     else:
-        backward = parallel_backward(config, sample, components, passes, num_query_passes, trained)
+        backward = parallel_backward(config, sample, components, passes, num_query_passes, trained, coarse_loss)
     return ModeFlops(
         components=components,
         language_passes=[flops for _, flops in passes],
@@ -240,7 +241,7 @@ def without_gradient(config, sample, components, passes):
     return last_layer + last_plan
 
 
-def parallel_backward(config, sample, components, passes, num_query_passes, trained):
+def parallel_backward(config, sample, components, passes, num_query_passes, trained, coarse_loss):
     """FLOPs of the backward pass of coarse and fine mode. Each matrix product costs its forward FLOPs once for the
     gradient of its weights, if they are trained, and once for the gradient of its input, if anything below is trained.
     Attention costs twice its forward FLOPs: half for the queries, half for the keys and values.
@@ -264,7 +265,7 @@ def parallel_backward(config, sample, components, passes, num_query_passes, trai
         return flops + frames * (connected + time_projection(config) * trained.connector)
     num_planned = num_query_passes - 1
     if config.query_source == "static" and num_planned:
-        if config.lambda_coarse > 0:
+        if coarse_loss:
             flops += frames * query_pass_backward(config, trained, planned=False)
         elif config.attention == "deep" and trained.vision:
             last_layer = vision_rows(vision, config.num_visual_tokens_per_frame)
@@ -302,18 +303,20 @@ def language_backward(text, one, trained):
     return (flops - mixing) * (trained.language + 1) + 2 * mixing
 
 
-def training_flops(config, sample, num_plans, trained=ALL_TRAINED, rejected=None):
+def training_flops(config, sample, num_plans, trained=ALL_TRAINED, rejected=None, coarse_loss=False):
     """FLOPs of one sample in a training step that plans `num_plans` times: forward and backward.
 
     rejected: the Sample with the rejected answer of a preference pair. The network encodes the frames once for both
-    answers, and so does the reference model, forward only.
+    answers, and so does the reference model, forward only. coarse_loss: the text loss of the coarse pass is trained on
+    as well.
     """
-    result = forward(config, sample, "coarse" if config.coarse_only else "fine", num_plans, trained)
+    mode = "coarse" if config.coarse_only else "fine"
+    result = forward(config, sample, mode, num_plans, trained, coarse_loss)
     step = result.total + result.backward
     if rejected is not None:
         again = full_language_pass(config, rejected)
         return step + again + full_language_pass_backward(config, rejected, trained) + result.total + again
-    if config.lambda_coarse > 0 and result.num_query_passes > 1 and sample.num_frames:
+    if coarse_loss and result.num_query_passes > 1 and sample.num_frames:
         step += full_language_pass(config, sample) + full_language_pass_backward(config, sample, trained)
     return step
 
@@ -334,13 +337,15 @@ def full_language_pass_backward(config, sample, trained):
     return once + vocabulary * (trained.language + 1)
 
 
-def training_step(config, sample):
-    """FLOPs of one training sample when every weight is trained: forward and backward.
+def training_step(config, sample, objective):
+    """FLOPs of one training sample when every weight is trained: forward and backward. objective: section
+    training.<stage>.objective.
 
     A second planning pass counts with its probability.
     """
-    once, twice = (training_flops(config, sample, config.num_passes + more) for more in (0, 1))
-    return once + config.second_pass_probability * (twice - once)
+    options = {"coarse_loss": objective.coarse.weight > 0}
+    once, twice = (training_flops(config, sample, config.num_passes + more, **options) for more in (0, 1))
+    return once + objective.second_pass_probability * (twice - once)
 
 
 def mean(results):

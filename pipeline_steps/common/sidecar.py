@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         "task": pa.string(),
         "kind": pa.string(),  # video, image, text
         "num_frames": pa.int32(),  # packed frames of the sample
+        "frame_times": pa.list_(pa.float32()),  # of every frame, seconds from the first frame of the source
         "frame_offsets": pa.list_(pa.int64()),  # of every frame's JPEG in the tar, in order
         "frame_sizes": pa.list_(pa.int32()),
         "sample_offset": pa.int64(),  # of {key}.json in the tar

@@ -78,8 +78,8 @@ def observe(model, loaded, seed, progress):
     sums, counts, changes, places = {mode: ProbeAccumulator() for mode in modes}, [], [], 0
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for _, items, batch, _ in loaded:
-        counts += batch["num_frames"].tolist()
-        places = (batch["pixel_values"].shape[-1] // config.vision_config.patch_size) ** 2 + 1
+        counts += batch.num_frames.tolist()
+        places = (batch.pixel_values.shape[-1] // config.vision_config.patch_size) ** 2 + 1
         for mode in modes:
             own, source = ("autoregressive", "random") if mode == RANDOM else (mode, None)
             with planned_from(model) as hidden:

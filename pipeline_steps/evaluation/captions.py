@@ -1,8 +1,11 @@
 """Free-form answers (captions) in several modes: quality, diversity, and whether they name the visible attributes."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from model import FoveationOptions
 from pipeline_steps.common import modes
 from pipeline_steps.common.metrics import Captions, CaptionScore, Missed
 from pipeline_steps.common.modes import CAPTION_MODES
@@ -56,9 +59,9 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     with progress_bar("captions", total=len(numbers), unit="item") as progress:
         for task, items, batch in ordered(load, jobs, **prefetch):
             where = f"free-form answers of task '{task}'"
-            check_room(model.config, where, batch["input_ids"].shape[1], settings.max_answer_tokens)
+            check_room(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
             texts_by_mode = generate(
-                model, tokenizer, answers.to_device(batch, model), settings.max_answer_tokens, settings.seed
+                model, tokenizer, batch.to(model.device), settings.max_answer_tokens, settings.seed
             )
             for place, item in enumerate(items):
                 known = {name: item[name] for name in ("key", "item", "source", "task")}
@@ -73,12 +76,11 @@ def generate(model, tokenizer, batch, max_tokens, seed):
     texts = {}
     for mode in CAPTION_MODES:
         entry = modes.REGISTRY[mode]
-        shown = batch if entry.pixels is None else batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
-        generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
-        prompts = answers.embedded_prompts(model, shown, entry.forward_mode, generator)
-        texts[mode] = answers.generate_after(
-            model, tokenizer, prompts, batch["attention_mask"], max_new_tokens=max_tokens
-        )
+        shown = batch if entry.pixels is None else replace(batch, pixel_values=entry.pixels(batch.pixel_values))
+        generator = torch.Generator(batch.input_ids.device).manual_seed(seed)
+        options = FoveationOptions(generator=generator, target_patches=batch.target_patches)
+        prompts = answers.embedded_prompts(model, shown.inputs(), entry.forward_mode, options)
+        texts[mode] = answers.generate_after(model, tokenizer, prompts, batch.attention_mask, max_new_tokens=max_tokens)
     return texts
 
 

@@ -5,6 +5,7 @@ and `random_query` are scored on all items, together with the modes. Shapes: F f
 """
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ def score_controls(model, loaded, seed, progress):
     rows = []
     generator = None
     for task, items, batch, truths in loaded:
-        generator = generator or torch.Generator(batch["pixel_values"].device).manual_seed(seed)
+        generator = generator or torch.Generator(batch.pixel_values.device).manual_seed(seed)
         for name in applicable(model.config):
             control = modes.REGISTRY[name]
             if control.needs_target and all(truth is None for truth in truths):
@@ -53,20 +54,19 @@ def controlled(name, items, batch, truths, seed):
     """The batch with the control's change applied."""
     control = modes.REGISTRY[name]
     if control.needs_target:
-        batch = batch | {"target_patches": target_patches(batch, truths)}
+        batch = replace(batch, target_patches=target_patches(batch, truths))
     if control.pixels is not None:
-        batch = batch | {"pixel_values": control.pixels(batch["pixel_values"])}
+        batch = replace(batch, pixel_values=control.pixels(batch.pixel_values))
     if control.frame_order is None:
         return batch
-    counts = batch["num_frames"].tolist()
+    counts = batch.num_frames.tolist()
     starts = np.cumsum([0, *counts[:-1]])
     orders = [
         control.frame_order(count, item_rng(seed, item["key"], item["item"]))
         for item, count in zip(items, counts, strict=True)
     ]
     index = np.concatenate([start + order for start, order in zip(starts, orders, strict=True)])
-    index = torch.from_numpy(index).to(batch["pixel_values"].device)
-    return batch | {key: batch[key][index] for key in ("pixel_values", "target_patches") if key in batch}
+    return batch.reorder_frames(torch.from_numpy(index).to(batch.pixel_values.device))
 
 
 def item_rng(seed, key, item):
@@ -79,9 +79,9 @@ def target_patches(batch, truths):
     """bool [F, N], all False for frames whose target is unknown or not visible: attention is not limited there."""
     known = next(truth for truth in truths if truth is not None)
     nothing = np.zeros((1, known.target.shape[1]), bool)
-    pairs = zip(truths, batch["num_frames"].tolist(), strict=True)
+    pairs = zip(truths, batch.num_frames.tolist(), strict=True)
     rows = [nothing.repeat(count, 0) if truth is None else truth.target for truth, count in pairs]
-    return torch.from_numpy(np.concatenate(rows)).to(batch["pixel_values"].device)
+    return torch.from_numpy(np.concatenate(rows)).to(batch.pixel_values.device)
 
 
 def effects(table, interval):

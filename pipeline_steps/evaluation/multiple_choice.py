@@ -8,12 +8,13 @@ likelihood   log-probability of the option's text and the end-of-turn token, div
 generation   the greedy answer, up to its end-of-turn token, is the letter, the option's text, or `A. text`
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
+from model import FoveationOptions
 from pipeline_steps.common import choices
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
@@ -107,13 +108,13 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
 
     rows = []
     for batch_numbers, items, batch in ordered(load, jobs, **prefetch):
-        batch = answers.to_device(batch, model)
+        batch = batch.to(model.device)
         own = [by_number[number] for number in batch_numbers]
         known = [_known(question, item) for question, item in zip(own, items, strict=True)]
         answered = answer_questions(model, tokenizer, batch, own, known, max_tokens, seed)
         blind = answered
-        if batch["pixel_values"] is not None:
-            blank = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+        if len(batch.pixel_values):
+            blank = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
             blind = answer_questions(model, tokenizer, blank, own, known, max_tokens, seed)
         for row, shown, hidden in zip(known, answered, blind, strict=True):
             rows.append(row | shown | {f"blind_{name}": value for name, value in hidden.items()})
@@ -131,9 +132,11 @@ def _known(question, item):
 
 def answer_questions(model, tokenizer, batch, asked, known, max_tokens, seed):
     """One dict per Question of a `prompt_batch`: the choice of each scoring, the scores, and the generated answer."""
-    mask = batch["attention_mask"]
-    generator = torch.Generator(mask.device).manual_seed(seed)
-    embeddings = answers.embedded_prompts(model, batch, generator=generator)  # frames are encoded once
+    mask = batch.attention_mask
+    options = FoveationOptions(
+        generator=torch.Generator(mask.device).manual_seed(seed), target_patches=batch.target_patches
+    )
+    embeddings = answers.embedded_prompts(model, batch.inputs(), options=options)  # frames are encoded once
     sizes = mask.sum(1).tolist()
     for row, size in zip(known, sizes, strict=True):
         check_room(model.config, f"sample '{row['key']}', item {row['item']}", size, max_tokens)

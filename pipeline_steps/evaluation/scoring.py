@@ -4,12 +4,15 @@ Shapes: B batch, S sequence, F frames of the batch, T frames of an item, L layer
 patches.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import torch
 
+from model import FoveationOptions
+from model.constants import IGNORE_INDEX
 from pipeline_steps.common import modes
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.modes import GAZE_MODES, SCORED_MODES
@@ -78,7 +81,7 @@ def batches(model, collate, dataset, chosen, batch_size, prefetch):
     for task, items, batch, truths in ordered(
         lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
     ):
-        yield task, items, {name: value.to(device) for name, value in batch.items() if name != "keys"}, truths
+        yield task, items, batch.to(device), truths
 
 
 def subset(chosen, max_items, seed):
@@ -99,8 +102,8 @@ def load(dataset, collate, patch_size, task, numbers):
     items = [dataset[number] for number in numbers]
     batch = collate(items)
     samples = [dataset.sample(number) for number in numbers]
-    grid = batch["pixel_values"].shape[-1] // patch_size
-    counts = batch["num_frames"].tolist()
+    grid = batch.pixel_values.shape[-1] // patch_size
+    counts = batch.num_frames.tolist()
     truths = [
         targets.ground_truth(sample, item["item"], num_frames, grid, dataset.resize_mode)
         for sample, item, num_frames in zip(samples, items, counts, strict=True)
@@ -114,35 +117,31 @@ def run_mode(model, batch, mode, generator, output_attentions):
     """The model's output in one of SCORED_MODES (or TEXT: autoregressive). generator: for random queries."""
     entry = modes.REGISTRY["autoregressive" if mode == TEXT else mode]
     if entry.pixels is not None:
-        batch = batch | {"pixel_values": entry.pixels(batch["pixel_values"])}
+        batch = replace(batch, pixel_values=entry.pixels(batch.pixel_values))
     return forward(model, batch, entry.forward_mode, entry.query_source, generator, output_attentions)
 
 
 @torch.inference_mode()
 def forward(model, batch, mode, query_source=None, generator=None, output_attentions=False):
     """The model's output with the loss of the scored tokens. mode: a `mode` of the network's forward pass."""
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        pixel_values=batch["pixel_values"],
-        num_frames=batch["num_frames"],
-        labels=batch["labels"].masked_fill(~batch["score_mask"], -100),
-        mode=mode,
+    options = FoveationOptions(
         query_source=query_source,
         generator=generator,
-        target_patches=batch.get("target_patches"),
+        target_patches=batch.target_patches,
         output_attentions=output_attentions,
     )
+    labels = batch.labels.masked_fill(~batch.score_mask, IGNORE_INDEX)
+    return model(**batch.inputs(), labels=labels, mode=mode, options=options)
 
 
 def table_rows(task, items, truths, batch, mode, output):
     """One dict per item: sums over its scored tokens, and its gaze columns."""
-    scored = batch["score_mask"]
+    scored = batch.score_mask
     sums = {
         "num_tokens": scored.sum(1),
         "loss_sum": (output.token_loss.double() * scored).sum(1),
         "num_correct": (output.correct & scored).sum(1),
-        "num_frames": batch["num_frames"],
+        "num_frames": batch.num_frames,
     }
     sums = {name: values.tolist() for name, values in sums.items()}
     weights = output.attention_weights

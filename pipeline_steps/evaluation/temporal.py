@@ -36,8 +36,11 @@ def places(view, num_frames):
 
 
 def select(item, chosen):
-    """The item reduced to the chosen frames and their target patches."""
+    """The item reduced to the chosen frames, their target patches and their times. A held view, which has as many
+    frames as the clip, keeps the clip's times."""
     kept = {name: item[name][chosen] for name in ("frames", "target_patches") if name in item}
+    times = np.asarray(item["frame_times"], np.float32)
+    kept["frame_times"] = times if len(chosen) == len(times) else times[chosen]
     return item | kept | {"num_frames": len(chosen)}
 
 
@@ -62,7 +65,7 @@ def view_rows(model, collate, task, items, view):
         return []
     shown = [select(item, part) for item, part in pairs]
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in collate(shown).items() if name != "keys"}
+    batch = collate(shown).to(device)
     with predicted_tokens(model) as found:
         output = scoring.forward(model, batch, "autoregressive")
     nothing = [None] * len(shown)

@@ -26,7 +26,7 @@ from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.flops import iso, predecessor, scales, serving
 from pipeline_steps.streaming.dataset import TokenizedShards
 
-PARAMS = ("flops", "model", "streaming.image_replication")
+PARAMS = ("flops", "model", "streaming.image_replication", "training.stage3.objective")
 CURVE_FRAMES = (1, 2, 4, 8, 16, 32, 64)
 FRONTIER_FRAMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 NOT_COUNTED = (
@@ -93,7 +93,8 @@ def print_budgets(arguments, parameters):
             "--tokens-before and --labels must not exceed --text-tokens"
         )
     names = arguments.scale or parameters.flops.scales
-    rows = iso.budget_samples(arguments.budget, scaled_arms(names, parameters), Sample(*lengths))
+    objective = parameters.training.stage3.objective
+    rows = iso.budget_samples(arguments.budget, scaled_arms(names, parameters), Sample(*lengths), objective)
     print(f"Training samples of {lengths[0]} frames and {lengths[1]} text tokens ({lengths[3]} with a loss)")
     print(f"{'budget':>9} {'scale':>6} {'arm':<14}{'GFLOP each':>11}{'samples':>12}{'predecessor':>13}")
     for row in rows:
@@ -148,7 +149,7 @@ def count(config, samples, parameters):
     """`FlopsResult` of this model and of the arms, at the mean lengths and over the number of frames."""
     settings = parameters.flops
     modes = ("coarse", "fine", "autoregressive")
-    arms = arms_of(config, settings.multi_tokens)
+    arms, objective = arms_of(config, settings.multi_tokens), parameters.training.stage3.objective
     means = {
         name: float(np.mean([getattr(sample, name) for sample in samples])) for name in Sample.__dataclass_fields__
     }
@@ -157,8 +158,8 @@ def count(config, samples, parameters):
     return metrics.FlopsResult(
         modes={mode: mean_flops(config, samples, mode) for mode in modes},
         arms={name: mean_flops(arm, samples, "autoregressive") for name, arm in arms.items()},
-        training_sample=training(config, samples),
-        training={name: training(arm, samples) for name, arm in arms.items()},
+        training_sample=training(config, samples, objective),
+        training={name: training(arm, samples, objective) for name, arm in arms.items()},
         curves={"num_frames": list(map(float, CURVE_FRAMES)), **{n: curve(arm, typical) for n, arm in arms.items()}},
         answers={name: serving.answer(arm, typical, settings.num_answer_tokens, size) for name, arm in arms.items()},
         memory={name: serving.training_memory(arm, typical, size) for name, arm in arms.items()},
@@ -169,7 +170,7 @@ def count(config, samples, parameters):
             "not_counted": NOT_COUNTED,
             "split": settings.split,
             "num_samples": len(samples),
-            "second_pass_probability": config.second_pass_probability,
+            "second_pass_probability": objective.second_pass_probability,
             "bytes_per_number": size,
             "frontier": settings.frontier.model_dump(),
             "predecessor_sample": vars(predecessor.SAMPLE),
@@ -184,9 +185,9 @@ def mean_flops(config, samples, mode):
     return metrics.ModeFlops.model_validate(asdict(found))
 
 
-def training(config, samples):
-    """Mean FLOPs of a training sample."""
-    return float(np.mean([formulas.training_step(config, sample) for sample in samples]))
+def training(config, samples, objective):
+    """Mean FLOPs of a training sample. objective: of the stage that made the checkpoint."""
+    return float(np.mean([formulas.training_step(config, sample, objective) for sample in samples]))
 
 
 def curve(config, typical):
@@ -199,16 +200,17 @@ def compare_scales(parameters, scaled, arms):
     """The fields of `FlopsResult` for the pretrained backbones: budgets, corrections and frontier (whose first entry is
     this network)."""
     text = Sample(num_frames=0, **parameters.flops.frontier.model_dump())
+    objective = parameters.training.stage3.objective
     own = {name: arms[name] for name in arms if name != "A6_coarse_only"}
     return {
-        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, predecessor.SAMPLE),
+        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, predecessor.SAMPLE, objective),
         "corrections": {
-            f"{scale} {arm}": predecessor.corrections(config)
+            f"{scale} {arm}": predecessor.corrections(config, objective)
             for scale, entries in scaled.items()
             for arm, config in entries.items()
         },
         "frontier": {
-            name: iso.frontier(*entries.values(), text, FRONTIER_FRAMES)
+            name: iso.frontier(*entries.values(), text, FRONTIER_FRAMES, objective)
             for name, entries in {"this network": own, **scaled}.items()
         },
     }

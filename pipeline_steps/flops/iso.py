@@ -8,8 +8,9 @@ from pipeline_steps.common.metrics import BudgetSamples, Frontier
 from pipeline_steps.flops import predecessor
 
 
-def budget_samples(budgets, configs, sample):
-    """[`BudgetSamples`] of budgets in FLOPs, configs {scale: {arm: configuration}} and the lengths `sample`.
+def budget_samples(budgets, configs, sample, objective):
+    """[`BudgetSamples`] of budgets in FLOPs, configs {scale: {arm: configuration}} and the lengths `sample`. objective:
+    section training.<stage>.objective.
 
     The predecessor's numbers always use its own lengths (`predecessor.SAMPLE`).
     """
@@ -17,7 +18,7 @@ def budget_samples(budgets, configs, sample):
     for budget in budgets:
         for scale, arms in configs.items():
             for arm, config in arms.items():
-                ours = formulas.training_step(config, sample)
+                ours = formulas.training_step(config, sample, objective)
                 rows.append(
                     BudgetSamples(
                         budget=budget,
@@ -32,7 +33,7 @@ def budget_samples(budgets, configs, sample):
     return rows
 
 
-def frontier(foveated, multi_token, text, frames):
+def frontier(foveated, multi_token, text, frames, objective):
     """`Frontier` of the two arms of one language model over the numbers of frames `frames`. text: a Sample; its number
     of frames is replaced."""
     samples = [Sample(**{**vars(text), "num_frames": count}) for count in frames]
@@ -40,8 +41,8 @@ def frontier(foveated, multi_token, text, frames):
     curves = {
         "foveated": [result.total for result in results],
         "multi_token": [formulas.forward(multi_token, sample, "autoregressive").total for sample in samples],
-        "foveated_training": [formulas.training_step(foveated, sample) for sample in samples],
-        "multi_token_training": [formulas.training_step(multi_token, sample) for sample in samples],
+        "foveated_training": [formulas.training_step(foveated, sample, objective) for sample in samples],
+        "multi_token_training": [formulas.training_step(multi_token, sample, objective) for sample in samples],
     }
     return Frontier(
         num_frames=list(frames),

@@ -54,17 +54,18 @@ def num_samples(config, budget):
     return math.floor(budget / training_sample(config))
 
 
-def corrections(config):
+def corrections(config, objective):
     """[`CountStep`]: from its count of a training sample to ours, one reason at a time; the last step is ours exactly.
 
-    config: a foveated network with one query or one with ordinary tokens, at its frame size and lengths.
+    config: a foveated network with one query or one with ordinary tokens, at its frame size and lengths. objective:
+    section training.<stage>.objective.
     """
     text, scale = config.text_config, 2 * BACKWARD
     length = NUM_TEXT_TOKENS + NUM_FRAMES * config.tokens_per_frame
     foveated = config.architecture != "multi_token"
     passes = 2 if foveated else 1
     single = formulas.forward(config, SAMPLE, "fine", config.num_passes)
-    ours = formulas.training_step(config, SAMPLE)
+    ours = formulas.training_step(config, SAMPLE, objective)
     width, layers = text.hidden_size, text.num_hidden_layers
     key_width = text.num_key_value_heads * formulas.head_width(text)
     read_until = SAMPLE.num_tokens_before + NUM_FRAMES * config.tokens_per_frame
@@ -90,7 +91,7 @@ def corrections(config):
     rest = "patch embedding, last vision layer, planner, no gradient of the pixels"
     steps.append(CountStep(reason=rest, flops_per_sample=once))
     if ours != once:
-        reason = f"a second plan in {config.second_pass_probability:.0%} of the steps"
-        reason += ", and a coarse loss" if config.lambda_coarse > 0 else ""
+        reason = f"a second plan in {objective.second_pass_probability:.0%} of the steps"
+        reason += ", and a coarse loss" if objective.coarse.weight > 0 else ""
         steps.append(CountStep(reason=reason, flops_per_sample=ours))
     return steps

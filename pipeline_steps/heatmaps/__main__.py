@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from model import FoveationOptions
 from pipeline_steps.common import params
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import UserError, run_main
@@ -113,7 +114,7 @@ def attention_clip(model, tokenizer, collate, dataset, number, max_tokens):
     """(`Clip`, index entry) of one row, with attention in every mode and the greedy answer."""
     item = dataset[number]
     batch = collate([item])
-    num_frames = int(batch["num_frames"][0])
+    num_frames = int(batch.num_frames[0])
     modes = ("coarse",) if model.config.coarse_only else GAZE_MODES
     maps = {mode: attention(model, batch, mode) for mode in modes}
     truth = truth_of(dataset, number, item, maps["coarse"])
@@ -138,9 +139,9 @@ def attention_clip(model, tokenizer, collate, dataset, number, max_tokens):
 
 def attention(model, batch, mode):
     """Attention maps [L, frames of the batch one item after another, N] of a forward pass in one mode."""
-    wanted = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
-    inputs = {name: batch[name] for name in wanted if name in batch}
-    return gaze.attention_maps(model(**inputs, mode=mode, output_attentions=True).attention_weights.numpy())
+    options = FoveationOptions(target_patches=batch.target_patches, output_attentions=True)
+    passes = model.encode_frames(**batch.inputs(), mode=mode, options=options)
+    return gaze.attention_maps(passes[-1].attention_weights.numpy())
 
 
 def truth_of(dataset, number, item, maps):
@@ -166,7 +167,7 @@ def draw_sheet(model, collate, dataset, settings, items_path, folder):
     for start in progress_bar("contact sheet", range(0, len(numbers), SHEET_BATCH), unit="batch"):
         items = [dataset[number] for number in numbers[start : start + SHEET_BATCH]]
         batch = collate(items)
-        counts = batch["num_frames"].tolist()
+        counts = batch.num_frames.tolist()
         parts = np.split(attention(model, batch, mode), np.cumsum(counts)[:-1], axis=1)
         for place, (item, maps) in enumerate(zip(items, parts, strict=True), start):
             entry, truth = entries[place], truth_of(dataset, numbers[place], item, maps)

@@ -5,55 +5,35 @@ import copy
 import numpy as np
 import torch
 
+from model import FoveationOptions
+
 
 def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregressive"):
     """The model's answer to the question of every item: list of str. The items form one left-padded batch."""
-    batch = to_device(prompt_batch(collate, items), model)
+    batch = prompt_batch(collate, items).to(model.device)
     options = {
         "max_new_tokens": max_tokens,
         "do_sample": False,
         "pad_token_id": collate.pad_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return as_text(tokenizer, model.generate(**batch, mode=mode, **options))
+    foveation = FoveationOptions(target_patches=batch.target_patches)
+    return as_text(tokenizer, model.generate(**batch.inputs(), mode=mode, options=foveation, **options))
 
 
 def prompt_batch(collate, items):
-    """The items without their last answers, left-padded: `generate`'s input_ids, attention_mask [B, S], num_frames
-    [B], pixel_values and target_patches (None without frames; target_patches also None if the items have none)."""
-    rows = [collate([up_to_answer(item)]) for item in items]
-    length = max(row["input_ids"].shape[1] for row in rows)
-    pad = {"input_ids": collate.pad_id, "attention_mask": 0}
-    batch = {
-        name: torch.cat(
-            [torch.nn.functional.pad(row[name], (length - row[name].shape[1], 0), value=value) for row in rows]
-        )
-        for name, value in pad.items()
-    }
-    batch["num_frames"] = torch.cat([row["num_frames"] for row in rows])
-    shown = [row for row in rows if len(row["pixel_values"])]
-    for name in ("pixel_values", "target_patches"):
-        batch[name] = torch.cat([row[name] for row in shown]) if shown and name in shown[0] else None
-    return batch
-
-
-def to_device(batch, model):
-    """The batch on the model's device."""
-    device = next(model.parameters()).device
-    return {name: value if value is None else value.to(device) for name, value in batch.items()}
+    """The `Batch` of the items without their last answers, left-padded as generation needs it."""
+    return collate([up_to_answer(item) for item in items], padding_side="left")
 
 
 @torch.no_grad()
-def embedded_prompts(model, batch, mode="autoregressive", generator=None):
-    """`prompt_batch`'s prompts as input embeddings [B, S, E] of the language model. Encodes the frames once."""
-    visual_tokens = None
-    if batch["pixel_values"] is not None:
-        frames = {name: batch[name] for name in ("pixel_values", "num_frames", "target_patches")}
-        passes = model.encode_frames(
-            batch["input_ids"], batch["attention_mask"], mode=mode, generator=generator, **frames
-        )
-        visual_tokens = passes[-1].visual_tokens
-    return model.embed(batch["input_ids"], visual_tokens)
+def embedded_prompts(model, inputs, mode="autoregressive", options=None):
+    """Left-padded prompts as input embeddings [B, S, E] of the language model. Encodes the frames once.
+
+    inputs: arguments of `encode_frames` by name, as of `Batch.inputs` or of the processor; options: FoveationOptions.
+    """
+    passes = model.encode_frames(**inputs, mode=mode, options=options)
+    return model.embed(inputs["input_ids"], passes[-1].visual_tokens if passes else None)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def stream_answer(model, processor, inputs, mode, max_new_tokens):
             ids = model.generate(
                 **inputs.to(model.device),
                 mode=mode,
-                generator=generator(model),
+                options={"generator": generator(model)},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
@@ -140,7 +140,8 @@ def animation(model, processor, inputs, mode, question, answer):
     from pipeline_steps.inference import drawing, gaze
 
     with torch.inference_mode():
-        output = model(**inputs.to(model.device), mode=mode, generator=generator(model), output_attentions=True)
+        options = {"generator": generator(model), "output_attentions": True}
+        output = model(**inputs.to(model.device), mode=mode, options=options)
     maps = gaze.attention_maps(output.attention_weights.float().cpu().numpy())[-1]  # [F, N]
     clip = drawing.Clip(
         frames=processor.pictures(inputs["pixel_values"].cpu()),

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from model import FoveatedVLMForConditionalGeneration
+from model import FoveatedVLMForConditionalGeneration, FoveationOptions
 from model.configuration_foveated_vlm import MODES
 from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
@@ -134,7 +134,7 @@ class FoveatedVLM(lmms):
         options = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
         end = self.tokenizer.eos_token_id
         ids = self.model.generate(
-            **inputs, mode=self.mode, generator=self._generator(), eos_token_id=end, pad_token_id=end, **options
+            **inputs, mode=self.mode, options=self._foveation(), eos_token_id=end, pad_token_id=end, **options
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -157,14 +157,13 @@ class FoveatedVLM(lmms):
         if blank:
             last = last_control_token(self.tokenizer, ids[0].tolist())
             return ids[0, last:].tolist(), self.model.embed(ids[:, last:], None)
-        batch = {name: inputs.get(name) for name in ("pixel_values", "num_frames", "attention_mask", "input_ids")}
-        shown = (batch["pixel_values"], batch["num_frames"], self.mode, None, None)
-        check_inputs(self.model.config, ids, *shown)
+        foveation = self._foveation()
+        check_inputs(self.model.config, **inputs, mode=self.mode, options=foveation)
         text = ids[ids != self.model.config.visual_token_id].tolist()
-        return text, embedded_prompts(self.model, batch | {"target_patches": None}, self.mode, self._generator())
+        return text, embedded_prompts(self.model, inputs, self.mode, foveation)
 
-    def _generator(self):
-        return torch.Generator(self.device).manual_seed(SEED)
+    def _foveation(self):
+        return FoveationOptions(generator=torch.Generator(self.device).manual_seed(SEED))
 
     # ---- task inputs
 

@@ -8,8 +8,9 @@ import copy
 
 import torch
 
+from model.constants import IGNORE_INDEX
 from pipeline_steps.common.flop_formulas import Sample, Trained, training_flops
-from pipeline_steps.training.objective import IGNORE_INDEX
+from pipeline_steps.streaming.batch import Batch, Text
 from pipeline_steps.training.parameters import group_of
 
 # dense bf16 tensor-core TFLOP/s of NVIDIA's data sheets
@@ -30,32 +31,32 @@ class StepFlops:
     """Counts the forward and backward FLOPs of a network's training steps.
 
     A group of weights counts as trained if one of its parameters requires a gradient when this object is created.
-    image_size: side of the frames in px.
+    image_size: side of the frames in px. coarse_loss: whether the text loss of the coarse pass is trained on as well.
     """
 
-    def __init__(self, model: torch.nn.Module, image_size: int):
-        self.config = copy.deepcopy(model.config)
+    def __init__(self, model: torch.nn.Module, image_size: int, coarse_loss: bool = False):
+        self.config, self.coarse_loss = copy.deepcopy(model.config), coarse_loss
         self.config.vision_config.image_size = image_size
         groups = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.trained = Trained(**{group: group in groups for group in vars(Trained())})
 
-    def of_batch(self, batch: dict, num_plans: int) -> float:
-        """FLOPs of a batch from `Collator`. A batch with rejected answers counts both answers of each pair."""
-        pairs = samples_of(self.config, batch), [None] * len(batch["input_ids"])
-        if "rejected_input_ids" in batch:
-            pairs = pairs[0], samples_of(self.config, batch, "rejected_")
+    def of_batch(self, batch: Batch, num_plans: int) -> float:
+        """FLOPs of a batch. One with rejected answers counts both answers of each pair."""
+        rejected = [None] * len(batch)
+        if batch.rejected is not None:
+            rejected = samples_of(self.config, batch.rejected, batch.num_frames)
+        pairs = zip(samples_of(self.config, batch, batch.num_frames), rejected, strict=True)
         return float(
             sum(
-                training_flops(self.config, sample, num_plans, self.trained, rejected)
-                for sample, rejected in zip(*pairs, strict=True)
+                training_flops(self.config, sample, num_plans, self.trained, pair, self.coarse_loss)
+                for sample, pair in pairs
             )
         )
 
 
-def samples_of(config, batch: dict, prefix: str = "") -> list[Sample]:
-    """Lengths of the samples of a batch from `Collator`; padding is not counted. prefix: of the answer's keys."""
-    ids, mask, labels = (batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels"))
-    num_frames = batch["num_frames"]
+def samples_of(config, text: Text, num_frames: torch.Tensor) -> list[Sample]:
+    """Lengths of the samples of a batch; padding is not counted."""
+    ids, mask, labels = text.input_ids, text.attention_mask, text.labels
     is_text = mask.bool() & (ids != config.visual_token_id)  # [B, S]
     before = (is_text & ((ids == config.visual_token_id).cumsum(1) == 0)).sum(1) * (num_frames > 0)
     lengths = (num_frames, is_text.sum(1), before, (labels[:, 1:] != IGNORE_INDEX).sum(1))

@@ -7,11 +7,12 @@ is decided where the batch is made; frames are concatenated, never padded.
 import numpy as np
 import torch
 
+from model.constants import IGNORE_INDEX
 from model.processing_foveated_vlm import normalise, visual_places
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.streaming.batch import Batch, Text
 from pipeline_steps.streaming.buffer_pool import Pool
 
-IGNORE_INDEX = -100
 IDLE = 256 * 2**20  # bytes that are kept for the next batches' pixels
 
 
@@ -51,25 +52,30 @@ class Collator:
             pad_id=text.pad_token_id if text.pad_token_id is not None else text.eos_token_id,
         )
 
-    def __call__(self, items: list[dict]) -> dict:
-        """input_ids, attention_mask, labels, score_mask: [B, S]; pixel_values [F, 3, height, width]; num_frames [B];
-        keys; target_patches bool [F, N] where the items have them; with the loss `preference` rejected_input_ids,
-        rejected_attention_mask, rejected_labels [B, S']. UserError for an item without a rejected answer, then."""
+    def __call__(self, items: list[dict], padding_side: str = "right") -> Batch:
+        """The batch of some items. padding_side: `right`, or `left` for generation. UserError for an item without a
+        rejected answer, with the loss `preference`."""
         num_frames = [self._repeats(item) * len(item["frames"]) for item in items]
-        batch = self._padded([self._insert(item, count) for item, count in zip(items, num_frames, strict=True)])
+        text = self._padded(items, num_frames, padding_side)
+        rejected = None
         if self.loss == "preference":
-            pairs = zip(items, num_frames, strict=True)
-            rejected = self._padded([self._insert(_rejected(item), count) for item, count in pairs])
-            batch |= {f"rejected_{name}": rejected[name] for name in ("input_ids", "attention_mask", "labels")}
-        batch["pixel_values"] = self._pixels(items, sum(num_frames))
-        batch["num_frames"] = np.array(num_frames, np.int64)
-        if "target_patches" in items[0]:
-            targets = [np.repeat(item["target_patches"], self._repeats(item), axis=0) for item in items]
-            batch["target_patches"] = np.concatenate(
-                [rows for rows in targets if len(rows)] or [np.zeros((0, 1), bool)]
-            )
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return {**tensors, "keys": [item["key"] for item in items]}
+            rejected = Text(**self._padded([_rejected(item) for item in items], num_frames, padding_side))
+        return Batch(
+            **text,
+            keys=[item["key"] for item in items],
+            num_frames=torch.tensor(num_frames, dtype=torch.int64),
+            pixel_values=torch.from_numpy(self._pixels(items, sum(num_frames))),
+            frame_times=torch.from_numpy(self._per_frame(items, "frame_times", np.zeros(0, np.float32))),
+            target_patches=torch.from_numpy(self._per_frame(items, "target_patches", np.zeros((0, 1), bool)))
+            if "target_patches" in items[0]
+            else None,
+            rejected=rejected,
+        )
+
+    def _per_frame(self, items: list[dict], name: str, nothing: np.ndarray) -> np.ndarray:
+        """A field of the items' frames, repeated as the frames are; `nothing`: of a batch without frames."""
+        rows = [np.repeat(np.asarray(item[name], nothing.dtype), self._repeats(item), axis=0) for item in items]
+        return np.concatenate([own for own in rows if len(own)] or [nothing])
 
     def _repeats(self, item: dict) -> int:
         """How often each of the item's frames is shown: a still several times."""
@@ -89,8 +95,9 @@ class Collator:
             start += count * repeats
         return pixels
 
-    def _padded(self, rows: list[dict]) -> dict[str, np.ndarray]:
-        """Sequences of several lengths as arrays [B, S], padded on the right."""
+    def _padded(self, items: list[dict], num_frames: list[int], side: str) -> dict[str, torch.Tensor]:
+        """The fields of `Text`, of sequences of several lengths."""
+        rows = [self._insert(item, count) for item, count in zip(items, num_frames, strict=True)]
         shape = (len(rows), max(len(row["ids"]) for row in rows))
         batch = {
             "input_ids": np.full(shape, self.pad_id, np.int64),
@@ -100,11 +107,12 @@ class Collator:
         }
         for number, row in enumerate(rows):
             size = len(row["ids"])
-            batch["input_ids"][number, :size] = row["ids"]
-            batch["attention_mask"][number, :size] = 1
-            batch["labels"][number, :size] = row["labels"]
-            batch["score_mask"][number, :size] = row["scored"]
-        return batch
+            own = slice(size) if side == "right" else slice(shape[1] - size, None)
+            batch["input_ids"][number, own] = row["ids"]
+            batch["attention_mask"][number, own] = 1
+            batch["labels"][number, own] = row["labels"]
+            batch["score_mask"][number, own] = row["scored"]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _insert(self, item: dict, num_frames: int) -> dict:
         """The text's ids with the placeholders in place, and which of them are labels and which are scored."""

@@ -150,11 +150,11 @@ class TokenizedShards:
         return self._shard_of[self.rows.place(number)[0]]
 
     def batch_bytes(self, numbers: np.ndarray, image_replication: int, tokens_per_frame: int) -> int:
-        """Memory of a collated batch of these items: its float32 pixels, and 25 bytes a place of its sequences."""
+        """Memory of a collated batch of these items: float32 pixels and times, 25 bytes a place of its sequences."""
         columns = self.index.take(numbers)
         frames = columns.shown_frames(image_replication)
         longest = int((columns.num_tokens + frames * tokens_per_frame).max(initial=0))
-        return int(frames.sum()) * self.image_size**2 * 3 * 4 + len(numbers) * longest * 25
+        return int(frames.sum()) * (self.image_size**2 * 3 + 1) * 4 + len(numbers) * longest * 25
 
     def read(self, number: int) -> Raw:
         """An item as it is stored. UnreadableSample when the shard cannot be read there."""

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order_seed
@@ -57,7 +58,7 @@ class Loader:
         """Samples of all ranks in the first `num_steps` steps."""
         return self.plan.samples_seen(num_steps)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         with ExitStack() as stack:
             fetch = None
             if self.dataset.sequential:
@@ -91,7 +92,7 @@ class Loader:
     def _fetch(self, stream: Stream, step: int) -> list:
         return [stream.read(number) for number in self._items(step).tolist()]
 
-    def _make(self, job: int | list) -> tuple[dict | None, list[UnreadableSample]]:
+    def _make(self, job: int | list) -> tuple[Batch | None, list[UnreadableSample]]:
         """The batch of a step, or of what `_fetch` gave for it, and the errors of the samples that it lacks."""
         items, unreadable = [], []
         for entry in job if isinstance(job, list) else self._items(job).tolist():

@@ -74,6 +74,7 @@ class Draft:
             "task": self.item.task,
             "kind": sample.kind,
             "num_frames": sample.frame_count,
+            "frame_times": sample.timestamps,
             "input_ids": encoded.input_ids,
             "visual_position": encoded.visual_position,
             "answer_mask": encoded.answer_mask,

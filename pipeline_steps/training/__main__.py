@@ -27,6 +27,7 @@ os.environ.setdefault(
 )  # the same number of threads, so the same sums, whatever else the machine does
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from model import FoveatedVLMForConditionalGeneration
@@ -48,8 +49,9 @@ from pipeline_steps.streaming.loader import open_training_split
 from pipeline_steps.training.checkpoint_io import run_fingerprint
 from pipeline_steps.training.context import TrainContext, announce
 from pipeline_steps.training.distributed import DistributedContext, distributed_context
+from pipeline_steps.training.objectives import check, term_names
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
-from pipeline_steps.training.train_loop import EXTRA_LOSSES, train
+from pipeline_steps.training.train_loop import train
 
 STAGES = ("stage1", "stage2", "stage3")
 PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")
@@ -63,7 +65,7 @@ COLUMNS = (
     "task",
     "mode",
     "loss",
-    *EXTRA_LOSSES,
+    *term_names(),
     "accuracy",
     "grad_norm",
     *(f"grad_norm_{group}" for group in GROUPS),
@@ -84,6 +86,7 @@ def main() -> None:
 def run_stage(arguments: argparse.Namespace, parameters, group: DistributedContext) -> None:
     """Everything that one process does for a stage."""
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
+    check(arguments.stage, settings, parameters.model)
     live = arguments.outputs / "live" / arguments.stage
     if group.is_main:
         check_outputs(
@@ -94,7 +97,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     transformers_logging.disable_progress_bar()
     torch.manual_seed(parameters.seed)
     started = time.time()
-    mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments))
+    mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments, settings))
     with shared_scratch(group, arguments.stage, mark) as folder:
         model = load_model(arguments, parameters).to(group.device)
         train_split, validation_split = open_splits(arguments, parameters, model.config)
@@ -112,7 +115,9 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             distributed=group,
         )
         run.logger = MetricsLogger(parameters.runtime, arguments.stage, run.num_steps, live, group, common.precision)
-        _, table = trainable_parameters(run.model, settings, common.weight_decay, common.optimizer)
+        load_heads(arguments, run)
+        options = (settings, common.weight_decay, common.optimizer, run.training_model.objective)
+        _, table = trainable_parameters(run.model, *options)
         if group.is_main:
             write_json(live / "parameters.json", table)
         devices = f"{group.world_size} x {group.device}" if group.world_size > 1 else group.device
@@ -120,6 +125,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             run,
             [
                 f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {devices}",
+                f"  objectives: {', '.join(objective.name for objective in run.training_model.objectives)}",
                 *format_unserved(run.served.groups.unmatched),
                 format_table(table),
             ],
@@ -162,12 +168,13 @@ def previous(arguments: argparse.Namespace) -> Path | None:
     return arguments.outputs / STAGES[number - 1] if number else None
 
 
-def input_files(arguments: argparse.Namespace) -> list[Path]:
+def input_files(arguments: argparse.Namespace, settings) -> list[Path]:
     """The files whose content determines the run: manifests hold the hashes of all shards."""
     before = previous(arguments)
     folders = [before] if before else [arguments.backbones / name for name in ("vision_encoder", "language_model")]
     models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
     files = [*models, arguments.shards / "manifest.json", arguments.tokens / "manifest.json"]
+    files += [heads_of(before)] if before and settings.objective.initial_modules == "previous" else []
     for path in files:
         if not path.exists():
             raise UserError(
@@ -198,6 +205,34 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
             f"{before}: not the model that {arguments.stage} goes on from ({'; '.join(wrong)}). Rerun the stage before."
         )
     return model
+
+
+def heads_of(folder: Path) -> Path:
+    """The file of the objectives' own modules beside a stage's model."""
+    return folder / "objective.safetensors"
+
+
+def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
+    """Weights of the stage before for the objectives' own modules, where initial_modules asks for them. UserError where
+    they are not those of this stage."""
+    key, heads, before = (
+        f"training.{run.stage}.objective.initial_modules",
+        run.training_model.objective,
+        previous(arguments),
+    )
+    if run.settings.objective.initial_modules == "new":
+        return
+    if not len(heads) or before is None:
+        reason = "no stage is before it" if before is None else "no objective of this stage has modules"
+        raise UserError(f"{key} is previous, but {reason}. Set it to new.")
+    found, own = load_file(heads_of(before)), heads.state_dict()
+    shapes = {name: list(value.shape) for name, value in own.items()}
+    if shapes != {name: list(value.shape) for name, value in found.items()}:
+        raise UserError(
+            f"{heads_of(before)}: holds {', '.join(sorted(found))}, but {run.stage} needs {', '.join(sorted(own))} "
+            f"in the shapes {shapes}. Set {key} to new, or give both stages the same objectives."
+        )
+    heads.load_state_dict(found)
 
 
 def open_splits(arguments: argparse.Namespace, parameters, config) -> tuple[TokenizedShards, TokenizedShards]:
@@ -234,6 +269,8 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
             image_replication=run.streaming.image_replication,
             system=tokens.system,
         )
+        if run.published_heads:
+            save_file(run.published_heads, heads_of(folder))
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )

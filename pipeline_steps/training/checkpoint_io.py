@@ -62,9 +62,9 @@ def load_state(folder: Path) -> tuple[dict[str, dict], dict] | None:
     return _read(states[-1]) if states else None
 
 
-def save_best(folder: Path, weights: dict[str, torch.Tensor], values: dict) -> None:
-    """Replace the best weights so far."""
-    _write_whole(folder / BEST, {"model": weights}, values | {"format": FORMAT})
+def save_best(folder: Path, tensors: dict[str, dict], values: dict) -> None:
+    """Replace the best weights so far. tensors: as of `save_state`."""
+    _write_whole(folder / BEST, tensors, values | {"format": FORMAT})
 
 
 def load_best(folder: Path) -> tuple[dict[str, dict], dict] | None:

@@ -8,16 +8,26 @@ from pipeline_steps.training.context import TrainContext, TrainState, averaged
 def save(run: TrainContext, trainer: TrainState, step: int) -> None:
     """The state after a step, written by the main process; all of them take part in putting it together."""
     loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
-    tensors = {
-        "model": checkpoint_io.weights(run.model),
-        "optimizer": trainer.optimizer.tensors(trainer.names),
-    }
+    tensors = stage_weights(run) | {"optimizer": trainer.optimizer.tensors(trainer.names)}
     if trainer.ema is not None:
         tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in trainer.ema.values.items()}
     if run.distributed.is_main:
         values = {"history": run.history, "best": run.best, "loader": loader}
         checkpoint_io.save_state(run.folder, step, tensors, values, run.runtime.keep_checkpoints)
     run.distributed.wait()
+
+
+def stage_weights(run: TrainContext) -> dict[str, dict]:
+    """{"model": the network's weights, "objective": those of the objectives' own modules, if there are any}."""
+    found = {"model": checkpoint_io.weights(run.model)}
+    heads = checkpoint_io.weights(run.training_model.objective)
+    return found | {"objective": heads} if heads else found
+
+
+def load_weights(run: TrainContext, tensors: dict[str, dict]) -> None:
+    """Puts what `stage_weights` gave back."""
+    run.model.load_state_dict(tensors["model"])
+    run.training_model.objective.load_state_dict(tensors.get("objective", {}))
 
 
 def all_quarantined(run: TrainContext) -> dict[str, dict]:
@@ -40,21 +50,26 @@ def keep_best(run: TrainContext, trainer: TrainState, rows: list[dict]) -> None:
         return
     run.best = {"step": rows[0]["step"], "loss": loss}
     with averaged(trainer):
-        weights = checkpoint_io.weights(run.model)
+        weights = stage_weights(run)
         if run.distributed.is_main:
             checkpoint_io.save_best(run.folder, weights, run.best)
     run.distributed.wait()
 
 
 def publish_weights(run: TrainContext, trainer: TrainState) -> None:
-    """`run.published` of the main process: the model with the weights of the last step, their average or the best."""
+    """`run.published` and `run.published_heads` of the main process: the network, and the tensors of the objectives'
+    own modules, with the weights of the last step, their average or the best."""
     if run.common.publish == "last" and trainer.ema is None and not run.is_sharded:
-        run.published = run.model
+        run.published, run.published_heads = run.model, stage_weights(run).get("objective", {})
         return
     with averaged(trainer):
-        weights = {name: value.detach().clone() for name, value in checkpoint_io.weights(run.model).items()}
+        weights = {
+            part: {name: value.detach().clone() for name, value in tensors.items()}
+            for part, tensors in stage_weights(run).items()
+        }
     if run.common.publish == "best" and run.best is not None:
-        weights = checkpoint_io.load_best(run.folder)[0]["model"]
+        weights = checkpoint_io.load_best(run.folder)[0]
     if run.distributed.is_main:
         run.published = FoveatedVLMForConditionalGeneration(run.model.config)
-        run.published.load_state_dict(weights)
+        run.published.load_state_dict(weights["model"])
+        run.published_heads = weights.get("objective", {})

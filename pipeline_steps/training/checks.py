@@ -11,28 +11,27 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from model.losses import attention_entropy
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import writable, write_json
+from pipeline_steps.streaming.batch import Batch
+from pipeline_steps.training.objectives.entropy import attention_entropy
 
 UNIFORM = 0.98  # of the entropy of attention to everything alike
 SAME = 0.98  # cosine similarity of two looks that see the same
 BOUND = 0.9  # accuracy above which things are bound to their objects
 
 
-def refuse_non_finite(stage: str, step: int, loss: float, norm: float, batch: dict, folder: Path) -> None:
+def refuse_non_finite(stage: str, step: int, loss: float, norm: float, batch: Batch, folder: Path) -> None:
     """UserError when the loss or the gradient of a step is no number: names the samples and keeps the batch."""
     if np.isfinite(loss) and np.isfinite(norm):
         return
     path = folder / f"non_finite-{step:08d}.safetensors"
-    tensors = {name: value.contiguous().cpu() for name, value in batch.items() if torch.is_tensor(value)}
+    tensors = {name: value.contiguous().cpu() for name, value in batch.tensors().items()}
     with writable(folder):
         save_file(tensors, path)
-    write_json(
-        path.with_suffix(".json"), {"keys": batch["keys"], "loss": str(loss), "grad_norm": str(norm), "step": step}
-    )
+    write_json(path.with_suffix(".json"), {"keys": batch.keys, "loss": str(loss), "grad_norm": str(norm), "step": step})
     raise UserError(
-        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch['keys'])}. Lower "
+        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch.keys)}. Lower "
         f"training.{stage}.learning_rate or look at these samples: the batch is {path}, and the last "
         "state, if there is one, is beside it."
     )
@@ -82,7 +81,7 @@ def plateau(
     if same > SAME:
         return (
             f"{found}: coarse = fine (cosine {same:.2f}), planned queries find what the static one finds. Raise "
-            "model.second_pass_probability or the connector's learning rate."
+            "objective.second_pass_probability or the connector's learning rate."
         )
     if accuracies[-1] < BOUND:
         return (

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
@@ -16,7 +17,9 @@ from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
 from pipeline_steps.training.distributed import SINGLE_PROCESS, DistributedContext
 from pipeline_steps.training.ema import EMA
+from pipeline_steps.training.objectives import build
 from pipeline_steps.training.optimizers import Optimizer
+from pipeline_steps.training.training_model import TrainingModel
 
 
 @dataclass
@@ -24,7 +27,7 @@ class TrainContext:
     """One stage: what is trained, on what, and how far it is."""
 
     stage: str
-    model: nn.Module
+    model: nn.Module  # the network
     train: TokenizedShards
     validation: TokenizedShards
     seed: int
@@ -37,13 +40,25 @@ class TrainContext:
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
     best: dict | None = None  # {"step", "loss"} of the best validation so far
     micro_batch_size: int | None = None
+    reference: nn.Module | None = (
+        None  # frozen copy of the network that the stage began with, where an objective needs it
+    )
     logger: MetricsLogger | None = None
-    published: nn.Module | None = None  # the main process's model at the end of the stage
+    published: nn.Module | None = None  # the main process's network at the end of the stage
+    published_heads: dict[str, torch.Tensor] = field(default_factory=dict)  # of the objectives' own modules, likewise
     stop_requested: bool = False
 
     @property
     def device(self) -> str:
         return self.distributed.device
+
+    @cached_property
+    def training_model(self) -> TrainingModel:
+        """The network with the stage's objectives, whose own modules are drawn with the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            objectives = build(self.stage, self.settings, self.model.config)
+        return TrainingModel(self.model, objectives).to(self.device)
 
     @cached_property
     def served(self) -> StagePlan:
@@ -72,7 +87,8 @@ class TrainContext:
     @cached_property
     def step_flops(self) -> StepFlops:
         """Of the training steps, once it is settled what is trained."""
-        return StepFlops(self.model, self.train.image_size)
+        names = self.training_model.term_names
+        return StepFlops(self.model, self.train.image_size, coarse_loss="loss_coarse" in names)
 
     @property
     def num_steps(self) -> int:
@@ -99,10 +115,9 @@ class TrainContext:
 class TrainState:
     """What a step works with and a state holds."""
 
-    wrapped: nn.Module  # the model, or what shares its gradients with other processes
+    wrapped: nn.Module  # the training model, or what shares its gradients with other processes
     optimizer: Optimizer
     ema: EMA | None
-    reference: nn.Module | None  # frozen copy of the weights that a preference stage began with
     names: dict[int, str]  # {id(parameter): name}
 
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.training.training_model import TrainingModel
 
 TIMEOUT = timedelta(minutes=10)  # after which waiting for another process is an error
 
@@ -98,23 +99,22 @@ def distributed_context(device: str):
         distributed.destroy_process_group()
 
 
-def wrap(model: nn.Module, group: DistributedContext, shard_like: bool) -> nn.Module:
+def wrap(model: TrainingModel, group: DistributedContext, sharded: bool) -> nn.Module:
     """What is called in a training step: the model itself, or one that shares gradients with the other processes.
 
-    `divided`: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
+    `sharded`: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
     "PyTorch FSDP"; torch's `fully_shard`) and put together while the layer runs. The model is changed in place.
     """
     if group.world_size == 1:
         return model
-    if shard_like:
-        for layer in model.vision_encoder.encoder.layer:
+    if sharded:
+        for layer in model.network.vision_encoder.encoder.layer:
             fully_shard(layer)
             register_fsdp_forward_method(layer, "attend")
-        for layer in model.language_model.model.layers:
+        for layer in model.network.language_model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-        for method in ("generate", "encode_frames", "preference_log_probs"):
-            register_fsdp_forward_method(model, method)
+        register_fsdp_forward_method(model, "infer")
         return model
     device_ids = None if group.device == "cpu" else [group.device]
     # a text-only share of a batch uses no vision weights, a coarse step no planner

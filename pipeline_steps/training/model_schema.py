@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline_steps.common.params import StrictModel
 
@@ -42,18 +42,6 @@ class Section(StrictModel):
     """How several queries become tokens: `none` (one each), `mean`, or `weighted` (learned)."""
     num_passes: int = Field(ge=1, le=3)
     """Fine passes in parallel mode; each plans from the tokens of the previous one."""
-    second_pass_probability: float = Field(ge=0, le=1)
-    """Share of training steps with one more fine pass."""
-    lambda_coarse: NonNegativeFloat
-    """Weight of the coarse pass's text loss."""
-    lambda_entropy: NonNegativeFloat
-    """Weight of the entropy-margin loss (planned attention sharper than coarse)."""
-    entropy_margin: float
-    """Margin of that loss in nats."""
-    lambda_contrastive: NonNegativeFloat
-    """Weight of the contrastive loss (fine tokens unlike coarse ones)."""
-    contrastive_margin: float = Field(ge=-1, le=1)
-    """Cosine similarity below which that loss is zero."""
     coarse_only: bool
     """Train and answer with the static query alone (ablation A6)."""
     blind: bool
@@ -64,5 +52,3 @@ class Section(StrictModel):
     """Initial standard deviation of visual tokens; `auto`: that of the token embeddings."""
     max_num_frames: PositiveInt
     """Upper limit of frames per sample; more is an error."""
-    dpo_beta: PositiveFloat
-    """Strength of the reference in preference training."""

@@ -12,15 +12,15 @@ def group_of(name: str) -> str:
     return "language" if name.startswith("language_model.") else "connector"
 
 
-def weight_matrices(model: nn.Module) -> set[int]:
-    """ids of the two-dimensional weights of the model's linear maps, which Muon is made for.
+def weight_matrices(model: nn.Module, heads: nn.Module | None = None) -> set[int]:
+    """ids of the two-dimensional weights of the linear maps of network and heads, which Muon is made for.
 
     Not among them: embeddings of tokens (also where they are the output layer), embeddings of positions, the class
     token and learned queries, whose rows are looked up or added one by one; convolutions; maps to a single number.
     """
     linear = {
         id(module.weight)
-        for module in model.modules()
+        for module in [*model.modules(), *(heads.modules() if heads is not None else ())]
         if isinstance(module, nn.Linear) and min(module.weight.shape) > 1
     }
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -28,9 +28,11 @@ def weight_matrices(model: nn.Module) -> set[int]:
 
 
 def trainable_parameters(
-    model: nn.Module, settings, weight_decay: float, optimizer: str
+    model: nn.Module, settings, weight_decay: float, optimizer: str, heads: nn.Module | None = None
 ) -> tuple[list[dict], list[dict]]:
     """Optimizer groups and the table that is printed and saved.
+
+    model: the network. heads: the objectives' own modules, which belong to the connector.
 
     `settings`: the stage's learning_rate (peaks of GROUPS), freeze_vision and freeze_language. A group that is frozen
     or has the rate 0 no longer requires gradients, unless its rate rises later (converging). Weight decay applies to
@@ -38,13 +40,15 @@ def trainable_parameters(
     ValueError when nothing is left to train.
     """
     frozen = {"vision": settings.freeze_vision, "language": settings.freeze_language}
-    for_muon = weight_matrices(model) if optimizer == "muon" else set()
+    for_muon = weight_matrices(model, heads) if optimizer == "muon" else set()
+    own = [(f"objective.{name}", p) for name, p in heads.named_parameters()] if heads is not None else []
+    parameters = [*model.named_parameters(), *own]
     optimizer_groups, table = [], []
     for group in GROUPS:
         peak = getattr(settings.learning_rate, group)
         later = getattr(settings.converged_learning_rate, group, 0) if settings.schedule == "converging" else 0
         trained = bool(peak or later) and not frozen.get(group, False)
-        members = [(name, p) for name, p in model.named_parameters() if group_of(name) == group]
+        members = [(name, p) for name, p in parameters if group_of(name) == group]
         for _, parameter in members:
             parameter.requires_grad_(trained)
         orthogonalized = [p for _, p in members if id(p) in for_muon]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.common.params import StrictModel
+from pipeline_steps.training import objectives
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -87,6 +88,8 @@ class Stage(StrictModel):
     loss: Literal["all_text", "answer_only", "preference"]
     """`all_text`: every token of the chat; `answer_only`: answers with end-of-turn tokens; `preference`: DPO against
     the initial weights."""
+    objective: objectives.section()
+    """Parameters of the objectives."""
     freeze_vision: bool
     """Freeze the vision encoder."""
     freeze_language: bool

@@ -14,18 +14,17 @@ import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.training import checkpoint_io, checks
-from pipeline_steps.training.checkpointing import all_quarantined, keep_best, publish_weights, save
+from pipeline_steps.training.checkpointing import all_quarantined, keep_best, load_weights, publish_weights, save
 from pipeline_steps.training.context import TrainContext, TrainState, announce, averaged
 from pipeline_steps.training.distributed import without_sync, wrap
 from pipeline_steps.training.ema import EMA
-from pipeline_steps.training.objective import counts, micro_batches, shares, weighted_loss
 from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
 from pipeline_steps.training.parameters import GROUPS, trainable_parameters, weight_matrices
 from pipeline_steps.training.schedule import learning_rate
-from pipeline_steps.training.validation import draw_looks, to_device, validate
+from pipeline_steps.training.validation import draw_looks, validate
 
-EXTRA_LOSSES = ("loss_coarse", "loss_entropy", "loss_contrastive", "reward_margin")  # of lambdas, and of preferences
 STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15
 
 
@@ -42,7 +41,7 @@ def train(run: TrainContext) -> dict:
                 run.history.append(row)
             after_step(run, trainer, step + 1)
     with averaged(trainer):
-        final = validate(run, trainer.wrapped, run.num_steps, modes=("fine", "autoregressive"))
+        final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
     run.history += final
     run.logger.rows(final)
     keep_best(run, trainer, final)
@@ -58,28 +57,29 @@ def train(run: TrainContext) -> dict:
 
 def prepare(run: TrainContext) -> TrainState:
     """The trainer, and the loader, at the beginning of the stage or where the last state says."""
-    reference = None
+    model = run.training_model
     if run.settings.loss == "preference":
         check_preferences(run)
-        reference = copy.deepcopy(run.model).requires_grad_(False)
+    if model.needs.reference:
+        run.reference = copy.deepcopy(run.model).requires_grad_(False).eval()
     if run.common.activation_checkpointing:
         run.model.gradient_checkpointing_enable()
     saved = checkpoint_io.load_state(run.folder)
     if saved is not None:
-        run.model.load_state_dict(saved[0]["model"])
-    options = (run.settings, run.common.weight_decay, run.common.optimizer)
+        load_weights(run, saved[0])
+    options = (run.settings, run.common.weight_decay, run.common.optimizer, model.objective)
     trainable_parameters(run.model, *options)  # freezes what is not trained
     run.micro_batch_size = choose_micro_batch_size(run)  # before the processes wait for each other in every layer
     if run.is_sharded:
         check_side_by_side(run)
     if run.common.compile:
         run.model.compile_hot_paths()  # first, so that what sharding does around a layer stays outside of its graph
-    wrapped = wrap(run.model, run.distributed, run.is_sharded)
+    wrapped = wrap(model, run.distributed, run.is_sharded)
     groups, _ = trainable_parameters(run.model, *options)  # dividing makes other ones
-    names = {id(p): name for name, p in run.model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     optimizer = Optimizer(groups, run.common.betas)
-    ema = EMA(run.model, run.common.ema_decay) if run.common.ema_decay is not None else None
-    trainer = TrainState(wrapped, optimizer, ema, reference, names)
+    ema = EMA(model, run.common.ema_decay) if run.common.ema_decay is not None else None
+    trainer = TrainState(wrapped, optimizer, ema, names)
     if saved is None:
         return trainer
     tensors, values = saved
@@ -149,39 +149,40 @@ def state_to_come(run: TrainContext) -> list[torch.Tensor]:
     """Empty tensors as large as what one process keeps of its trained weights beside them: the optimizer's state, and
     the average of the weights where there is one. With fsdp a process keeps its part."""
     parts = run.distributed.world_size if run.is_sharded else 1
-    for_muon = weight_matrices(run.model) if run.common.optimizer == "muon" else set()
-    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    model = run.training_model
+    for_muon = weight_matrices(run.model, model.objective) if run.common.optimizer == "muon" else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     has_average = run.common.ema_decay is not None
     copies = [STATE_COPIES["muon" if id(parameter) in for_muon else "adamw"] + has_average for parameter in trained]
     return [p.new_empty(count * -(-p.numel() // parts)) for p, count in zip(trained, copies, strict=True)]
 
 
-def try_micro_batch(run: TrainContext, batch: dict, accumulates: bool) -> None:
+def try_micro_batch(run: TrainContext, batch: Batch, accumulates: bool) -> None:
     """A forward and a backward pass of a batch of the whole network, beside the `state_to_come` and, where the step
     `accumulates` micro-batches or several processes share their gradients in buckets, beside all gradients."""
-    config, kept = run.model.config, state_to_come(run)
+    model, kept = run.training_model.train(), state_to_come(run)
     if accumulates or (run.distributed.world_size > 1 and not run.is_sharded):
-        for parameter in run.model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-    inputs = to_device(batch, run.device) | {"mode": "coarse" if config.coarse_only else "fine"}
     try:
         with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"):
-            output = run.model.train()(**inputs, num_plans=config.num_passes + 1)
-            (output.log_probs.sum() if output.loss is None else output.loss).backward()
+            plans = run.model.config.num_passes + 1
+            model(batch.to(run.device), plans, model.counts(batch), run.reference)[0].backward()
     finally:
-        run.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         del kept
 
 
-def train_step(run: TrainContext, trainer: TrainState, batch: dict, step: int) -> dict:
+def train_step(run: TrainContext, trainer: TrainState, batch: Batch, step: int) -> dict:
     """One optimizer step; returns its row of the metrics table."""
-    config, rates = run.model.config, set_learning_rates(run, trainer.optimizer, step)
+    rates = set_learning_rates(run, trainer.optimizer, step)
     trainer.wrapped.train()
-    num_plans = config.num_passes + int(run.generator(step).random() < config.second_pass_probability)
+    again = run.generator(step).random() < run.settings.objective.second_pass_probability
+    num_plans = run.model.config.num_passes + int(again)
     torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # random queries, sampled attention
     trainer.optimizer.zero_grad()
-    sums, total = accumulate(run, trainer, batch, num_plans)
+    sums, totals = accumulate(run, trainer, batch, num_plans)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     norms = group_norms(trainer.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}
     norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm)).item()
@@ -194,59 +195,48 @@ def train_step(run: TrainContext, trainer: TrainState, batch: dict, step: int) -
         "event": "train",
         "step": step + 1,
         "samples": run.loader.samples_seen(step + 1),
-        "tokens": int(total[0]),
+        "tokens": int(totals["tokens"]),
     }
     row |= losses
     row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
     flops = run.step_flops.of_batch(batch, num_plans) if run.logger.peak else 0.0
-    run.logger.step(row, run.is_logged(step), num_samples=int(total[2]), num_positions=int(total[3]), flops=flops)
+    sizes = {"num_samples": int(totals["samples"]), "num_positions": int(totals["positions"])}
+    run.logger.step(row, run.is_logged(step), **sizes, flops=flops)
     return row
 
 
 def accumulate(
-    run: TrainContext, trainer: TrainState, batch: dict, num_plans: int
-) -> tuple[dict[str, float], list[float]]:
+    run: TrainContext, trainer: TrainState, batch: Batch, num_plans: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Gradients of the whole step's loss, from this process's micro-batches.
 
-    Returns ({"loss": ..., and EXTRA_LOSSES that there are}: this process's parts, which add up over the processes to
-    the step's values, and the whole step's `counts` and number of sequence positions).
+    Returns (this process's parts of "loss" and of the terms that there are, which add up over the processes to the
+    step's values; the whole step's `TrainingModel.counts`).
     """
-    config, device = run.model.config, run.device
-    total = run.distributed.sum(*counts(batch), int(batch["attention_mask"].sum()))
-    pieces = list(micro_batches(batch, run.micro_batch_size))
+    model, device = run.training_model, run.device
+    own = model.counts(batch)
+    totals = dict(zip(own, run.distributed.sum(*own.values()), strict=True))
+    pieces = list(batch.split(run.micro_batch_size))
     sums: Counter = Counter(loss=0.0)
     for number, piece in enumerate(pieces):
-        of = counts(piece)
-        inputs = to_device(piece, device) | {"mode": "coarse" if config.coarse_only else "fine", "num_plans": num_plans}
         with (
             without_sync(trainer.wrapped, number == len(pieces) - 1),
             torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"),
         ):
-            if trainer.reference is not None:
-                inputs["reference_log_probs"] = trainer.reference.preference_log_probs(**inputs)
-            output = trainer.wrapped(**inputs)
-            loss = weighted_loss(output, config, of, total)
+            loss, values = trainer.wrapped(piece.to(device), num_plans, totals, run.reference)
             # the processes' gradients are averaged, the parts of the loss are to be added
             (loss * run.distributed.world_size).backward()
-        sums["loss"] += loss.item()
-        for name, value in extra_losses(output, of, total).items():
-            sums[name] += value
-    return sums, total
+        for name, value in {"loss": loss, **values}.items():
+            sums[name] += value.item()
+    return sums, totals
 
 
 def over_processes(run: TrainContext, sums: dict[str, float]) -> dict[str, float]:
-    """The step's losses from this process's parts: what any process has. All of them send the same number of values,
-    whatever their shares hold: one of text only has no loss of the attention."""
-    names = ("loss", *EXTRA_LOSSES)
+    """The step's loss and terms from this process's parts: what any process has. All of them send the same number of
+    values, whatever their shares hold: one of text only has no loss of the attention."""
+    names = ("loss", *run.training_model.term_names)
     values = run.distributed.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
     return {name: value for name, value, there in zip(names, values, values[len(names) :], strict=False) if there}
-
-
-def extra_losses(output, of: tuple, total: list[float]) -> dict[str, float]:
-    """This micro-batch's parts of the step's EXTRA_LOSSES, unweighted by the configuration."""
-    tokens, frames, samples = shares(of, total)
-    share = {"loss_coarse": tokens, "loss_entropy": frames, "loss_contrastive": frames, "reward_margin": samples}
-    return {name: output[name].mean().item() * share[name] for name in EXTRA_LOSSES if name in output}
 
 
 def set_learning_rates(run: TrainContext, optimizer: Optimizer, step: int) -> dict[str, float]:
@@ -270,7 +260,7 @@ def after_step(run: TrainContext, trainer: TrainState, done: int) -> None:
     last = done == run.num_steps
     if done % run.common.validate_every == 0 and not last:
         with averaged(trainer):
-            rows = validate(run, trainer.wrapped, done)
+            rows = validate(run, done)
         run.history += rows
         run.logger.rows(rows)
         keep_best(run, trainer, rows)
@@ -278,7 +268,7 @@ def after_step(run: TrainContext, trainer: TrainState, done: int) -> None:
     every = run.runtime.heatmaps_every
     if every and (done % every == 0 or last):
         with averaged(trainer):
-            draw_looks(run, trainer.wrapped, done)
+            draw_looks(run, done)
     stop = run.distributed.sum(run.stop_requested)[0] > 0
     if (done % run.runtime.checkpoint_every == 0 or stop) and not last:
         save(run, trainer, done)

@@ -2,21 +2,14 @@
 
 import numpy as np
 import torch
-from torch import nn
 
+from model import FoveatedVLMOutput, FoveationOptions
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.training.checks import attention_diagnostics
 
-TENSORS = ("input_ids", "attention_mask", "pixel_values", "num_frames", "labels", "target_patches")
-TENSORS += ("rejected_input_ids", "rejected_attention_mask", "rejected_labels")
-SHOWN = ("input_ids", "attention_mask", "pixel_values", "num_frames", "target_patches")
 
-
-def to_device(batch: dict, device: str, names: tuple[str, ...] = TENSORS) -> dict:
-    return {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
-
-
-def validate(run, model: nn.Module, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
+def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
     """Rows of the metrics table: loss per scored token and accuracy of every source, task and mode, token-weighted,
     and one row of attention diagnostics.
 
@@ -26,14 +19,14 @@ def validate(run, model: nn.Module, step: int, modes: tuple[str, ...] = ("fine",
     collate = Collator.for_model(
         run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
     )
-    model.eval()
+    run.training_model.eval()
     rows = []
     for (source, task), numbers in sorted(chosen_items(run).items()):
         for mode in modes:
-            loss, correct, tokens = _sums(run, model, numbers, collate, mode)
+            loss, correct, tokens = _sums(run, numbers, collate, mode)
             scores = {"mode": mode, "tokens": int(tokens), "loss": loss / tokens, "accuracy": correct / tokens}
             rows.append({"event": "validation", "step": step, "source": source, "task": task, **scores})
-    diagnostics = diagnose(run, model, collate)
+    diagnostics = diagnose(run, collate)
     return [*rows, {"event": "diagnostics", "step": step, **diagnostics}] if diagnostics else rows
 
 
@@ -48,17 +41,21 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
     return chosen
 
 
+def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
+    """The network's output for a batch with its labels. options: of `FoveationOptions`."""
+    options = FoveationOptions(target_patches=batch.target_patches, **options)
+    return run.training_model.infer(**batch.inputs(), labels=batch.labels, mode=mode, options=options)
+
+
 @torch.no_grad()
-def _sums(run, model: nn.Module, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
+def _sums(run, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
     """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
     group, size = run.distributed, run.micro_batch_size or run.common.batch_size
-    network = model if run.is_sharded else run.model  # without what shares gradients
     own = numbers if run.is_sharded else numbers[group.rank :: group.world_size]
     loss = correct = tokens = 0
     for start in range(0, len(own), size):
-        batch = collate([run.validation[number] for number in own[start : start + size]])
-        scored = batch["score_mask"].to(run.device)
-        output = network(**to_device(batch, run.device), mode=mode)
+        batch = collate([run.validation[number] for number in own[start : start + size]]).to(run.device)
+        output, scored = infer(run, batch, mode), batch.score_mask
         loss += output.token_loss[scored].double().sum().item()
         correct += int(output.correct[scored].sum())
         tokens += int(scored.sum())
@@ -74,28 +71,25 @@ def watched_items(run) -> list[dict]:
 
 
 @torch.no_grad()
-def diagnose(run, model: nn.Module, collate: Collator) -> dict[str, float]:
+def diagnose(run, collate: Collator) -> dict[str, float]:
     """`attention_diagnostics` of the watched items; {} for a network without queries, or without clips."""
     items = watched_items(run)
     if run.model.config.architecture != "foveated" or not items:
         return {}
-    batch = collate(items)
-    inputs = to_device(batch, run.device, SHOWN)
-    fine, coarse = (model(**inputs, mode=mode, output_attentions=True) for mode in ("fine", "coarse"))
-    values = attention_diagnostics(fine, coarse, inputs["num_frames"])
+    batch = collate(items).to(run.device)
+    fine, coarse = (infer(run, batch, mode, output_attentions=True) for mode in ("fine", "coarse"))
+    values = attention_diagnostics(fine, coarse, batch.num_frames)
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
 @torch.no_grad()
-def draw_looks(run, model: nn.Module, step: int) -> None:
+def draw_looks(run, step: int) -> None:
     """Pictures of where the first watched items are looked at in the fine mode (mean over heads, last layer)."""
     items = watched_items(run)[: run.runtime.num_heatmap_clips]
     if run.model.config.architecture != "foveated" or not items:
         return
-    model.eval()
+    run.training_model.eval()
     collate = Collator.for_model(run.model.config, loss="answer_only", image_replication=1)
-    weights = model(
-        **to_device(collate(items), run.device, SHOWN), mode="fine", output_attentions=True
-    ).attention_weights
+    weights = infer(run, collate(items).to(run.device), "fine", output_attentions=True).attention_weights
     maps = weights[-1].float().mean((1, 2))[:, 1:]  # [F, N], without the class token
     run.logger.pictures(step, items, (maps / maps.sum(1, keepdim=True)).cpu().numpy())

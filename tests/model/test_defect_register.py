@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from model.losses import attention_entropy
-from tests.model.tiny import MODES, PAD, make_batch, make_model, one_sample, preference_batch, rows_of
+from model.constants import IGNORE_INDEX
+from pipeline_steps.training.objectives.entropy import attention_entropy
+from tests.model.tiny import MODES, PAD, as_batch, make_batch, make_model, one_sample, rows_of, with_options
+from tests.objectives import step, training_model
 from tests.pipeline import ROOT
 
 
@@ -123,7 +125,7 @@ def test_every_id_has_one_entry_and_every_guard_exists():
 
 
 def run(model, **changes):
-    return model(**(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))
+    return model(**with_options(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))
 
 
 # ---------------------------------------------------------------- queries that look
@@ -254,34 +256,22 @@ CHANGES = {
     "num_visual_tokens_per_frame": (4, {}),
     "token_aggregation": ("mean", {"num_visual_tokens_per_frame": 4}),
     "num_passes": (2, {}),
-    "lambda_coarse": (0.5, {}),
-    "lambda_entropy": (0.5, {}),
-    "entropy_margin": (2.0, {"lambda_entropy": 0.5}),
-    "lambda_contrastive": (0.5, {"contrastive_margin": -1.0}),
-    "contrastive_margin": (-0.5, {"lambda_contrastive": 0.5}),
     "query_update": ("add", {}),
     "coarse_only": (True, {}),
     "blind": (True, {}),
     "frame_time_embedding": ("sinusoidal", {}),
     "visual_scale": (0.3, {}),
     "max_num_frames": (2, {}),
-    "dpo_beta": (0.5, {}),
     "visual_token_id": (65, {}),
 }
-READ_BY_THE_PIPELINE = {
-    "layout": "pipeline_steps/streaming/collate.py",
-    "second_pass_probability": "pipeline_steps/training/train_loop.py",
-}
+READ_BY_THE_PIPELINE = {"layout": "pipeline_steps/streaming/collate.py"}
 
 
 def effect(**options) -> dict:
     """What a network of these options does with a batch: losses, parameters, gradients, refusals."""
     model = make_model(**options).train()
-    batch = preference_batch() if "dpo_beta" in options else make_batch(model.config.tokens_per_frame)
-    if "dpo_beta" in options:
-        batch["reference_log_probs"] = torch.zeros(4, 2)
     try:
-        output = model(**batch, mode="fine")
+        output = model(**make_batch(model.config.tokens_per_frame), mode="fine")
     except ValueError as error:
         return {"refused": str(error)}
     output.loss.backward()
@@ -297,10 +287,8 @@ def test_every_option_changes_what_the_network_does(name):
     assert set(CHANGES) | set(READ_BY_THE_PIPELINE) | {"vision_config", "text_config"} == options
     assert all(f"config.{option}" in (ROOT / file).read_text() for option, file in READ_BY_THE_PIPELINE.items())
     value, besides = CHANGES[name]
-    default = make_model().config
-    before = besides | ({name: getattr(default, name)} if name == "dpo_beta" else {})
-    assert value != getattr(default, name)
-    assert effect(**before) != effect(**besides | {name: value})
+    assert value != getattr(make_model().config, name)
+    assert effect(**besides) != effect(**besides | {name: value})
 
 
 @pytest.mark.register("B21")
@@ -389,7 +377,7 @@ def test_the_end_of_turn_is_learned_although_it_is_the_padding():
     """The id that the loss left out was the padding's, which is the end of turn's: models never learned to stop."""
     model, batch = make_model().train(), make_batch()
     last = batch["attention_mask"].sum(1) - 1
-    batch["labels"].fill_(-100)
+    batch["labels"].fill_(IGNORE_INDEX)
     batch["input_ids"][torch.arange(4), last] = PAD
     batch["labels"][torch.arange(4), last] = PAD
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -423,16 +411,17 @@ def test_a_batch_of_text_only_is_trained_like_any_other():
 @pytest.mark.register("N20")
 def test_losses_of_all_passes_are_over_the_same_tokens_and_the_coarse_one_is_not_zero():
     """Each mode scored another span of tokens, and the coarse loss was logged as 0 throughout."""
-    model, batch = make_model(lambda_coarse=0.5), make_batch()
-    asked = batch["labels"] != -100
+    model, batch = make_model(), make_batch()
+    asked = batch["labels"] != IGNORE_INDEX
     losses = {}
     for mode in MODES:
         output = model(**batch, mode=mode)
         assert torch.equal(output.token_loss > 0, asked)
         losses[mode] = output.loss.item()
     assert len(set(losses.values())) == 3
-    assert model.train()(**batch, mode="fine").loss_coarse.item() == pytest.approx(losses["coarse"], abs=1e-6)
-    assert make_model().train()(**batch, mode="fine").loss_coarse is None  # not computed: not 0
+    values, _ = step(training_model(model, coarse={"weight": 0.5}), as_batch(batch))
+    assert values["loss_coarse"] == pytest.approx(losses["coarse"], abs=1e-6)
+    assert "loss_coarse" not in step(training_model(model), as_batch(batch))[0]  # not computed: not 0
 
 
 # ---------------------------------------------------------------- errors that are not swallowed

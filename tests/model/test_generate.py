@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from model import FoveatedVLMForConditionalGeneration
+from model.constants import IGNORE_INDEX
 from tests.model.tiny import LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
 
 QUESTION = ("input_ids", "attention_mask", "pixel_values", "num_frames")
@@ -37,7 +38,7 @@ def log_probs(model, sample: dict, answer: torch.Tensor, mode: str) -> torch.Ten
     """Teacher-forced log-probability of every token of the answer [S'], by `forward`."""
     ids = torch.cat([sample["input_ids"], answer[None]], dim=1)
     logits = model(
-        ids, None, sample["pixel_values"], sample["num_frames"], mode=mode, return_logits=True
+        ids, None, sample["pixel_values"], sample["num_frames"], mode=mode, options={"return_logits": True}
     ).logits.log_softmax(-1)
     return logits[0, -len(answer) - 1 : -1].gather(1, answer[:, None])[:, 0]
 
@@ -136,12 +137,14 @@ def test_all_modes_score_exactly_the_labelled_tokens(model, layout):
     """Every labelled token once, the first one too, and none besides, whether it follows text or a visual token."""
     batch = make_batch(layout=layout)
     batch["labels"] = torch.where(
-        (batch["attention_mask"] == 1) & (batch["input_ids"] != model.config.visual_token_id), batch["input_ids"], -100
+        (batch["attention_mask"] == 1) & (batch["input_ids"] != model.config.visual_token_id),
+        batch["input_ids"],
+        IGNORE_INDEX,
     )
-    batch["labels"][:, 0] = -100  # nothing comes before it
-    asked = batch["labels"] != -100
+    batch["labels"][:, 0] = IGNORE_INDEX  # nothing comes before it
+    asked = batch["labels"] != IGNORE_INDEX
     for mode in MODES:
-        output = model(**batch, mode=mode, return_logits=True)
+        output = model(**batch, mode=mode, options={"return_logits": True})
         assert torch.equal(output.token_loss > 0, asked)
         torch.testing.assert_close(output.loss, output.token_loss[asked].mean())
         before = output.logits.log_softmax(-1).roll(1, dims=1)  # the state at s - 1 predicts the token at s

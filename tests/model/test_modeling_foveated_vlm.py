@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from model.constants import IGNORE_INDEX
 from model.multi_token_encoder import pool_patches
 from tests.model.tiny import BOS, LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
 
@@ -38,9 +39,9 @@ BATCHES = [  # rows, further padding on the left and on the right
 def test_loss_and_logits_of_a_sample_do_not_depend_on_its_batch(mode, layout, options):
     model = make_model(**options)
     batch = make_batch(model.config.tokens_per_frame, layout)
-    alone = [model(**one_sample(batch, row), mode=mode, return_logits=True) for row in range(4)]
+    alone = [model(**one_sample(batch, row), mode=mode, options={"return_logits": True}) for row in range(4)]
     for rows, left, right in BATCHES:
-        together = model(**rows_of(batch, rows, left, right), mode=mode, return_logits=True)
+        together = model(**rows_of(batch, rows, left, right), mode=mode, options={"return_logits": True})
         for place, row in enumerate(rows):
             own = slice(left, left + alone[row].token_loss.shape[1])
             assert alone[row].loss > 0
@@ -67,11 +68,11 @@ def test_padding_within_a_sample_changes_nothing(mode, layout):
     for at in (1, 14, 17):  # none is between frames
         holes = {
             name: torch.cat([batch[name][:, :at], torch.full((4, 2), value), batch[name][:, at:]], dim=1)
-            for name, value in (("input_ids", PAD), ("attention_mask", 0), ("labels", -100))
+            for name, value in (("input_ids", PAD), ("attention_mask", 0), ("labels", IGNORE_INDEX))
         }
         got = model(**batch | holes, mode=mode).token_loss
         got = torch.cat([got[:, :at], got[:, at + 2 :]], dim=1)
-        labelled_first = batch["labels"][:, at] != -100  # its loss is read off the hole before it
+        labelled_first = batch["labels"][:, at] != IGNORE_INDEX  # its loss is read off the hole before it
         got[labelled_first, at], wanted = 0, expected.clone()
         wanted[labelled_first, at] = 0
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
@@ -97,7 +98,10 @@ def test_planning_as_often_as_there_are_frames_ends_at_the_autoregressive_tokens
     model = make_model(**options)
     for layout in LAYOUTS:
         batch = make_batch(model.config.tokens_per_frame, layout)
-        fine, autoregressive = model(**batch, mode="fine", num_plans=3), model(**batch, mode="autoregressive")
+        fine, autoregressive = (
+            model(**batch, mode="fine", options={"num_plans": 3}),
+            model(**batch, mode="autoregressive"),
+        )
         torch.testing.assert_close(fine.visual_tokens, autoregressive.visual_tokens, atol=1e-5, rtol=0)
         torch.testing.assert_close(fine.queries, autoregressive.queries, atol=1e-5, rtol=0)
         torch.testing.assert_close(fine.token_loss, autoregressive.token_loss, atol=1e-5, rtol=0)
@@ -177,7 +181,7 @@ def test_keys_and_values_are_computed_once_per_frame(attention):
             projection.register_forward_hook(lambda module, args, output: rows.append((module, args[0].shape[:2])))
     for mode in MODES:
         rows.clear()
-        model(**batch, mode=mode, num_plans=3)
+        model(**batch, mode=mode, options={"num_plans": 3})
         assert len({id(module) for module, _ in rows}) == len(rows) == 2 * len(attentions)  # each projection once
         assert all(shape == (6, 17) for _, shape in rows)  # six frames, class token + 16 patches
 
@@ -186,7 +190,7 @@ def test_keys_and_values_are_computed_once_per_frame(attention):
 def test_attention_weights_are_on_request_and_change_nothing():
     model, batch = make_model(), make_batch()
     for mode in MODES:
-        plain, shown = model(**batch, mode=mode), model(**batch, mode=mode, output_attentions=True)
+        plain, shown = model(**batch, mode=mode), model(**batch, mode=mode, options={"output_attentions": True})
         assert plain.attention_weights is None
         assert torch.equal(plain.token_loss, shown.token_loss)
         assert shown.attention_weights.shape == (2, 6, 4, 1, 17)
@@ -198,20 +202,24 @@ def test_controls_replace_the_planned_queries():
     model, batch = make_model(), make_batch()
     planned = model(**batch, mode="autoregressive")
     draws = [
-        model(**batch, mode="autoregressive", query_source="random", generator=torch.Generator().manual_seed(seed))
+        model(
+            **batch,
+            mode="autoregressive",
+            options={"query_source": "random", "generator": torch.Generator().manual_seed(seed)},
+        )
         for seed in (0, 0, 1)
     ]
     assert torch.equal(draws[0].queries, draws[1].queries)
     assert not torch.equal(draws[0].queries, draws[2].queries)
     assert (draws[0].token_loss - planned.token_loss).abs().max() > 1e-4
     torch.testing.assert_close(draws[0].queries[0].norm(), planned.queries[0].norm())
-    static = model(**batch, mode="autoregressive", query_source="static").queries
+    static = model(**batch, mode="autoregressive", options={"query_source": "static"}).queries
     assert (static == static[0]).all()
 
 
 def ask_for_the_end_of_turn_only(batch: dict) -> dict:
     """Only the last token is asked for: the end of turn, which is also the padding's id."""
-    batch["labels"][:, :] = -100
+    batch["labels"][:, :] = IGNORE_INDEX
     last = batch["attention_mask"].sum(1) - 1
     batch["input_ids"][torch.arange(4), last] = PAD
     batch["labels"][torch.arange(4), last] = PAD
@@ -265,18 +273,11 @@ def test_frozen_parts_get_no_gradient_and_let_it_through(frozen):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_lambda_coarse_adds_the_loss_of_the_coarse_pass():
-    model, batch = make_model(lambda_coarse=0.5).train(), make_batch()
-    output = model(**batch, mode="fine")
-    coarse, fine = model.eval()(**batch, mode="coarse").loss, model(**batch, mode="fine").loss
-    torch.testing.assert_close(output.loss, fine + 0.5 * coarse)
-
-
 def test_only_labelled_positions_are_projected_to_the_vocabulary():
     model, batch, rows = make_model(), make_batch(), []
     model.language_model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     model(**batch)
-    assert rows == [int((batch["labels"] != -100).sum())]
+    assert rows == [int((batch["labels"] != IGNORE_INDEX).sum())]
 
 
 def test_text_only_batch_works():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from model.losses import attention_entropy, contrastive_loss, entropy_margin_loss
 from model.queries import QueryAttention
-from tests.model.tiny import FIRST_VISUAL, MODES, VISUAL, make_batch, make_model, one_sample, rows_of
+from pipeline_steps.training.objectives.entropy import attention_entropy
+from tests.model.tiny import FIRST_VISUAL, MODES, VISUAL, make_batch, make_model, one_sample, rows_of, with_options
 
 
 def random_targets(seed=0):
@@ -21,7 +21,7 @@ def random_targets(seed=0):
 
 
 def fine(model, **changes):
-    return model(**(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))
+    return model(**with_options(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))
 
 
 # ---------------------------------------------------------------- queries
@@ -192,7 +192,7 @@ def test_more_passes_come_closer_to_the_autoregressive_tokens():
     distances = [(token - autoregressive).abs().max().item() for token in tokens]
     assert distances[0] > 1e-4
     assert distances[2] < 1e-5
-    torch.testing.assert_close(tokens[1], models[0](**sample, mode="fine", num_plans=2).visual_tokens)
+    torch.testing.assert_close(tokens[1], models[0](**sample, mode="fine", options={"num_plans": 2}).visual_tokens)
 
 
 @torch.no_grad()
@@ -213,40 +213,6 @@ def test_frame_times_start_silent_and_tell_frames_apart():
     assert torch.equal(tokens[0], tokens[3])  # frame 0 of two samples
     later = fine(model, **still, frame_times=torch.tensor([5.0, 6, 7, 5, 5, 6])).visual_tokens
     assert (later[0] - tokens[0]).abs().max() > 1e-3
-
-
-# ---------------------------------------------------------------- losses
-
-
-def test_coarse_entropy_and_contrastive_losses_are_added_in_training():
-    weights = {"lambda_coarse": 0.3, "lambda_entropy": 0.7, "lambda_contrastive": 0.2}
-    margins = {"entropy_margin": 1.0, "contrastive_margin": 0.0}
-    model = make_model(**weights, **margins).train()
-    output = fine(model)
-    assert output.attention_weights is None  # computed for the loss, not asked for
-    text = fine(make_model()).loss
-    parts = 0.3 * output.loss_coarse + 0.7 * output.loss_entropy + 0.2 * output.loss_contrastive
-    torch.testing.assert_close(output.loss, text + parts)
-    coarse, looked = (fine(make_model(), mode=mode, output_attentions=True) for mode in ("coarse", "fine"))
-    expected = entropy_margin_loss(looked.attention_weights, coarse.attention_weights, 1.0)
-    torch.testing.assert_close(output.loss_entropy, expected)
-    expected = contrastive_loss(looked.visual_tokens, coarse.visual_tokens, 0.0)
-    torch.testing.assert_close(output.loss_contrastive, expected)
-    assert torch.equal(fine(model.eval()).loss, text)
-    for name in weights:
-        model = make_model(**{name: weights[name]}, **margins).train()
-        fine(model).loss.backward()
-        assert model.planner.weight.grad.abs().max() > 0
-
-
-def test_entropy_margin_and_contrastive_values():
-    uniform, sharp = torch.full((1, 1, 1, 1, 4), 0.25), torch.tensor([[[[[1.0, 0, 0, 0]]]]])
-    assert entropy_margin_loss(sharp, uniform, 1.0).item() == 0
-    assert entropy_margin_loss(sharp, uniform, 2.0).item() == pytest.approx(2 - math.log(4))
-    assert entropy_margin_loss(uniform, uniform, 0.5).item() == pytest.approx(0.5)
-    one, other = torch.tensor([[[1.0, 0]]]), torch.tensor([[[0, 2.0]]])
-    assert contrastive_loss(one, one, 0.25).item() == pytest.approx(0.75)
-    assert contrastive_loss(one, other, 0.25).item() == 0
 
 
 # ---------------------------------------------------------------- baselines
@@ -298,12 +264,9 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
         ({"query_dim": 0}, "query_dim=0 must be a whole number from 1"),
         ({"attention_temperature": 0.0}, "attention_temperature=0.0 must be a number from 0.001"),
         ({"attention_temperature": math.nan}, "attention_temperature=nan must be a number"),
-        ({"second_pass_probability": 7}, "second_pass_probability=7 must be a number from 0 to 1"),
-        ({"lambda_entropy": -1.0}, "lambda_entropy=-1.0 must be a number from 0"),
         ({"visual_scale": "big"}, "visual_scale='big' must be a number above 0, or auto"),
         ({"visual_token_id": 10}, "visual_token_id=10 is a token of the vocabulary of 32000: take 32000 or more"),
         ({"architecture": "multi_token", "num_visual_tokens_per_frame": 5}, "must be a square number.*: 4 or 9"),
-        ({"coarse_only": True, "lambda_coarse": 0.5}, "lambda_coarse=0.5 has no planned looks to act on with coarse_"),
         ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
         ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
     ],
@@ -397,7 +360,7 @@ def steps_of(options, compiled=None):
     for rows in ([0, 1, 2, 3], [0, 0, 3], [3] * 5, [2]):
         model.zero_grad()
         torch.manual_seed(1)
-        loss = model(**rows_of(make_batch(), rows), mode="fine", num_plans=2).loss
+        loss = model(**rows_of(make_batch(), rows), mode="fine", options={"num_plans": 2}).loss
         loss.backward()
         found.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     return found

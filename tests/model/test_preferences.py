@@ -1,4 +1,4 @@
-"""Direct preference optimisation: one look for two answers, the reference, and two processes."""
+"""Direct preference optimisation: one encoding for two answers, the reference, and two processes."""
 
 import copy
 import math
@@ -8,38 +8,49 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from model.losses import dpo_loss
-from tests.model.tiny import MODES, make_model, preference_batch, rows_of
+from pipeline_steps.training.objectives.preference import dpo_loss
+from tests.model.tiny import MODES, as_batch, make_model, preference_batch, rows_of
+from tests.objectives import frozen, step, training_model
+
+FRAMES = ("pixel_values", "num_frames")
+TEXT = ("input_ids", "attention_mask", "labels")
 
 
-def test_preferences_are_scored_after_one_look():
-    model, batch, walks = make_model(), preference_batch(), []
-    model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_: walks.append(1))
-    reference = model.preference_log_probs(**batch)
-    assert len(walks) == 1  # chosen and rejected share the look
-    output = model(**batch, reference_log_probs=reference)
-    assert output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert output.reward_margin.abs().max() < 1e-5
-    for column, prefix in enumerate(("", "rejected_")):
-        text = {name: batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")}
+def answers(batch: dict) -> tuple[dict, dict]:
+    """The chosen and the rejected answers."""
+    return tuple({name: batch[prefix + name] for name in TEXT} for prefix in ("", "rejected_"))
+
+
+def log_probs(model, batch: dict, mode: str = "fine") -> torch.Tensor:
+    chosen, rejected = answers(batch)
+    text = {name: chosen[name] for name in TEXT[:2]}
+    passes = model.encode_frames(**text, **{name: batch[name] for name in FRAMES}, mode=mode)
+    return model.preference_log_probs(chosen, rejected, passes[-1].visual_tokens if passes else None)
+
+
+@torch.no_grad()
+def test_preferences_are_scored_after_one_encoding():
+    model, batch, encoded = make_model(), preference_batch(), []
+    model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_: encoded.append(1))
+    found = log_probs(model, batch)
+    assert len(encoded) == 1  # chosen and rejected share it
+    for column, text in enumerate(answers(batch)):
         alone = model(**text, pixel_values=batch["pixel_values"], num_frames=batch["num_frames"])
-        torch.testing.assert_close(output.log_probs[:, column], -alone.token_loss.sum(1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[:, column], -alone.token_loss.sum(1), atol=1e-4, rtol=0)
 
 
 def test_training_on_preferences_prefers_the_chosen_answers():
-    model, batch = make_model(dpo_beta=0.5).train(), preference_batch()
-    frozen = copy.deepcopy(model)
-    reference = frozen.preference_log_probs(**batch)
-    assert frozen.training
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, batch = make_model(), as_batch(preference_batch())
+    reference, training = frozen(model), training_model(model, "preference", preference={"beta": 0.5})
+    before = {name: value.clone() for name, value in reference.state_dict().items()}
+    optimizer, rows = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for _ in range(5):
-        output = model(**batch, reference_log_probs=reference)
-        optimizer.zero_grad()
-        output.loss.backward()
+        rows.append(step(training, batch, reference=reference)[0])
         optimizer.step()
-    assert output.loss < 0.6
-    assert (output.reward_margin > 0).all()
-    assert torch.equal(frozen.preference_log_probs(**batch), reference)  # the frozen copy has not moved
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[-1]["loss"] < 0.6
+    assert rows[-1]["reward_margin"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())  # has not moved
     chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
     loss, margin = dpo_loss(chosen, rejected, torch.tensor([-2.0]), torch.tensor([-2.0]), 0.1)
     assert (loss.item(), margin.item()) == pytest.approx((math.log(1 + math.exp(-0.2)), 0.2))
@@ -49,17 +60,19 @@ def test_preferences_with_another_question_are_refused():
     batch = preference_batch()
     batch["rejected_input_ids"][0, 1] = (batch["rejected_input_ids"][0, 1] + 1) % 60 + 3
     with pytest.raises(ValueError, match="sample 0: up to the last frame the chosen sequence has 7 tokens"):
-        make_model()(**batch)
+        log_probs(make_model(), batch)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference_log_probs": torch.zeros(1, 2)}, r"reference_log_probs has shape \[1, 2\], expected \[4, 2\]"),
-        ({"reference_log_probs": torch.zeros(4)}, r"reference_log_probs has shape \[4\], expected \[4, 2\]"),
-        ({"rejected_labels": None}, "labels and rejected_labels are both needed"),
+        ({"rejected_labels": None}, "labels are missing: both answers need them"),
         ({"rejected_input_ids": torch.full((2, 9), 5)}, "4 chosen answers but 2 rejected ones"),
-        ({"rejected_input_ids": torch.full((4, 200), 5)}, "rejected_input_ids has 200 tokens .* at most 128"),
+        ({"rejected_input_ids": torch.full((4, 200), 5)}, "the rejected answers have 200 tokens .* at most 128"),
+        (
+            {"rejected_input_ids": torch.full((4, 9), 5)},
+            r"rejected answers have input_ids \[4, 9\], .* \[4, 23\]",
+        ),
     ],
 )
 def test_preference_arguments_that_do_not_fit_are_named(change, message):
@@ -67,67 +80,77 @@ def test_preference_arguments_that_do_not_fit_are_named(change, message):
     if "rejected_input_ids" in change:
         batch["rejected_attention_mask"] = None
     with pytest.raises(ValueError, match=message):
-        make_model()(**batch)
+        log_probs(make_model(), batch)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_log_probabilities_do_not_depend_on_the_batch(mode):
     model, batch = make_model(), preference_batch()
-    together = model(**batch, mode=mode).log_probs
+    together = log_probs(model, batch, mode)
     for rows in ([0], [1], [2, 3], [3, 1, 0]):
-        alone = model(**rows_of(batch, rows, 0, 3), mode=mode).log_probs
+        alone = log_probs(model, rows_of(batch, rows, 0, 3), mode)
         torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=0)
 
 
-def gradients(model, batch) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_a_frozen_copy_and_a_reference_computed_before_agree():
-    """Before: sample by sample, as a stage that stores it would; a copy: whole batches, while the model trains."""
-    model, batch = make_model().train(), preference_batch()
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    before = torch.cat([model.preference_log_probs(**rows_of(batch, [row])) for row in range(4)])
+def test_the_reference_stays_where_the_stage_began():
+    model, batch = make_model(), preference_batch()
+    reference, training = frozen(model), training_model(model, "preference")
     with torch.no_grad():
+        before = log_probs(reference, batch)
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    along = frozen.preference_log_probs(**batch)
-    torch.testing.assert_close(along, before, atol=1e-5, rtol=0)
-    assert (model.preference_log_probs(**batch) - before).abs().max() > 1e-3  # the model itself has moved
-    ours, theirs = (gradients(model, batch | {"reference_log_probs": values}) for values in (along, before))
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=0)
-    assert all(p.grad is None for p in frozen.parameters())
+        assert torch.equal(log_probs(reference, batch), before)
+        assert (log_probs(model, batch) - before).abs().max() > 1e-3  # the model itself has moved
+        expected = dpo_loss(*log_probs(model, batch).unbind(1), *before.unbind(1), 0.1)
+    values, _ = step(training, as_batch(batch), reference=reference)
+    assert values["loss"] == pytest.approx(expected[0].item(), abs=1e-5)
+    assert values["reward_margin"] == pytest.approx(expected[1].mean().item(), abs=1e-5)
+    assert all(p.grad is None for p in reference.parameters())
 
 
 def test_the_reference_is_that_of_evaluation_whatever_is_sampled_in_training():
-    model, batch = make_model(hard_attention="gumbel"), preference_batch()
-    expected = model.preference_log_probs(**batch)
-    model.train()
-    assert torch.equal(model.preference_log_probs(**batch), expected)
-    assert model.training
-    assert not torch.equal(model(**batch).log_probs, expected)  # sampled looks
+    model, batch = make_model(hard_attention="gumbel"), as_batch(preference_batch())
+    reference, training = frozen(model), training_model(model, "preference")
+    margins = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        margins.append(step(training, batch, reference=reference)[0]["reward_margin"])
+    assert not reference.training
+    assert margins[0] != margins[1]  # sampled attention in training
+    model.eval()
+    assert step(training.eval(), batch, reference=reference)[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
 
 
 SPLITS = {"frames everywhere": ([0, 1], [2, 3]), "text only on one": ([1, 1], [0, 3])}  # samples of each process
+DIVIDED = ("text", "preference")
+
+
+def make_training(loss: str):
+    model = make_model(tie_first_query=False)
+    changes = {"coarse": {"weight": 0.5}} if loss == "text" else {}
+    return training_model(model, "answer_only" if loss == "text" else loss, **changes), frozen(
+        make_model(visual_scale=0.3)
+    )
 
 
 def train_in_one_of_two_processes(rank: int, folder: str) -> None:
-    """Writes the gradients that DistributedDataParallel left in this process, and how often it looked."""
+    """Writes the gradients that DistributedDataParallel left in this process, and how often it encoded frames."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         results = {}
-        for name, rows in SPLITS.items():
-            model, passes = make_model(tie_first_query=False).train(), []
-            model.vision_encoder.encoder.layer[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
-            wrapped = DistributedDataParallel(model, find_unused_parameters=name == "text only on one")
-            wrapped(**rows_of(torch.load(f"{folder}/batch.pt"), rows[rank])).loss.backward()
-            results[name] = {key: p.grad for key, p in model.named_parameters()}, len(passes)
+        for loss in DIVIDED:
+            for name, rows in SPLITS.items():
+                (training, reference), passes = make_training(loss), []
+                layer = training.network.vision_encoder.encoder.layer[0]
+                layer.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+                wrapped = DistributedDataParallel(training, find_unused_parameters=True)
+                arguments = torch.load(f"{folder}/batch.pt")
+                totals = training.counts(as_batch(rows_of(arguments, rows[0] + rows[1])))
+                part, _ = wrapped(as_batch(rows_of(arguments, rows[rank])), 1, totals, reference)
+                (2 * part).backward()  # of the two processes' gradients the mean is taken
+                results[loss, name] = {key: p.grad for key, p in training.named_parameters()}, len(passes)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
@@ -136,21 +159,21 @@ def train_in_one_of_two_processes(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
     batch = preference_batch()
-    model = make_model(tie_first_query=False).train()
-    shift = torch.tensor([[0.5, -0.5], [0.0, 1.0], [-1.0, 0.3], [0.2, 0.1]])  # another reference than the model itself
-    batch["reference_log_probs"] = model.preference_log_probs(**batch) + shift
     torch.save(batch, tmp_path / "batch.pt")
     multiprocessing.spawn(train_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, (left, right) in SPLITS.items():
-        expected = gradients(model, rows_of(batch, left + right))
-        assert sum(gradient.abs().max() > 0 for gradient in expected.values()) == len(list(model.parameters()))
-        for process in (first, second):
-            found = process[name][0]
-            assert found.keys() == expected.keys()
-            for key, gradient in expected.items():
-                torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4)
-        assert first[name][1] == (0 if name == "text only on one" else 1)  # once for both answers
-        assert second[name][1] == 1
-        alone = gradients(model, rows_of(batch, right))  # what a process without the other would have
-        assert max((alone[key] - expected[key]).abs().max() for key in alone) > 1e-4
+    for loss in DIVIDED:
+        training, reference = make_training(loss)
+        for name, (left, right) in SPLITS.items():
+            _, expected = step(training, as_batch(rows_of(batch, left + right)), reference=reference)
+            expected = copy.deepcopy(expected)
+            assert sum(gradient.abs().max() > 0 for gradient in expected.values()) == len(list(training.parameters()))
+            for process in (first, second):
+                found = process[loss, name][0]
+                assert found.keys() == expected.keys()
+                for key, gradient in expected.items():
+                    torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4)
+            assert first[loss, name][1] == (0 if name == "text only on one" else 1)  # once for both answers
+            assert second[loss, name][1] == 1
+            _, alone = step(training, as_batch(rows_of(batch, right)), reference=reference)  # without the other process
+            assert max((alone[key] - expected[key]).abs().max() for key in alone) > 1e-4

@@ -23,7 +23,6 @@ from tests.checkpoints import FRAMES, STILL_FRAMES, make_model
 from tests.pipeline_steps.clips import index_row, write_clip, write_image
 
 QUESTION = "Which digits does red show?"
-NAMES = ("input_ids", "attention_mask", "num_frames", "pixel_values")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,8 @@ def test_tensors_are_those_of_the_pipeline(made, processor, options):
     kinds = set()
     for number, row in enumerate(dataset.rows):
         sample = dataset.sample(number)
-        expected = collate([up_to_answer(dataset[number])])
-        expected = {name: expected[name] for name in NAMES if name != "pixel_values" or len(expected[name])}
+        expected = collate([up_to_answer(dataset[number])]).inputs()
+        expected = {name: value for name, value in expected.items() if len(value)}
         question = sample.items[row["item"]].user or (prompt.image if row["kind"] == "image" else prompt.video)
         found = processor(text=f" {question}\n", videos=made.raw / sample.path if sample.path else None)
         assert_same(dict(found), expected)
@@ -70,13 +69,32 @@ def test_tensors_are_those_of_the_pipeline(made, processor, options):
 
 
 def test_every_form_of_a_video_gives_the_same_tensors(made, processor):
-    pictures = frames.read_media(made.video, "video", fps=2.0, max_frames=4, image_size=56, resize_mode="crop").frames
+    media = frames.read_media(made.video, "video", fps=2.0, max_frames=4, image_size=56, resize_mode="crop")
+    pictures = media.frames
     array = np.stack([np.asarray(picture) for picture in pictures])
     expected = dict(processor(text=QUESTION, videos=made.video))
-    for video in (str(made.video), [made.video], pictures, tuple(pictures), array, list(array)):
+    for video in (str(made.video), [made.video]):
         assert_same(dict(processor(text=QUESTION, videos=video)), expected)
+    for video in (pictures, tuple(pictures), array, list(array)):  # whose times are not known
+        assert_same(dict(processor(text=QUESTION, videos=video, frame_times=media.timestamps)), expected)
+        assert processor(text=QUESTION, videos=video)["frame_times"].tolist() == [0, 0.5, 1, 1.5]
     as_numpy = processor(text=QUESTION, videos=made.video, return_tensors="np")
     assert isinstance(as_numpy["pixel_values"], np.ndarray)
+
+
+def test_times_of_frames_are_given_for_every_frame_or_not_at_all(made, processor):
+    shown = np.zeros((2, 56, 56, 3), np.uint8)
+    both = processor(text=["A?", "B?"], videos=[shown, made.video], frame_times=[[3.0, 4.0], None])
+    assert both["frame_times"][:2].tolist() == [3, 4]
+    assert torch.equal(both["frame_times"][2:], processor(text="B?", videos=made.video)["frame_times"])
+    for video, times, message in (
+        (shown, [1.0], "frame_times: 1 times for 2 frames: give them for frames, one for each"),
+        (made.video, [1.0] * 4, "frame_times: 4 times for a file or a still, which has its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(text="A?", videos=video, frame_times=times)
+    with pytest.raises(ValueError, match="frame_times has 1 entries for 2 videos"):
+        processor(text=["A?", "B?"], videos=[shown, shown], frame_times=[[3.0, 4.0]])
 
 
 def test_pictures_are_cut_square_and_a_still_is_repeated(processor):

@@ -35,7 +35,7 @@ answers = {
     mode: processor.batch_decode(model.generate(**inputs, mode=mode, max_new_tokens=8, do_sample=False))
     for mode in ("coarse", "fine", "autoregressive")
 }
-logits = model(**inputs, return_logits=True).logits
+logits = model(**inputs, options={"return_logits": True}).logits
 model.save_pretrained(again)
 processor.save_pretrained(again)
 print(json.dumps({
@@ -65,7 +65,7 @@ def test_loads_where_the_repository_is_not(made, tmp_path):
         assert answer == processor.batch_decode(model.generate(**inputs, mode=mode, max_new_tokens=8, do_sample=False))
     with torch.no_grad():
         assert found["logits"] == pytest.approx(
-            model(**inputs, return_logits=True).logits[0, -1, :5].tolist(), abs=1e-5
+            model(**inputs, options={"return_logits": True}).logits[0, -1, :5].tolist(), abs=1e-5
         )
     for file in made.checkpoint.iterdir():  # saved there, it is a whole checkpoint again
         rewritten = file.name in ("config.json", "tokenizer_config.json")  # the library notes how it has loaded them

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Model, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, ViTConfig, ViTModel
 
 from model import FoveatedVLMForConditionalGeneration
-from tests.model.tiny import MODES, VISUAL, make_batch, make_model, one_sample
+from tests.model.tiny import MODES, VISUAL, make_batch, make_model, one_sample, with_options
 
 
 def refuse(message: str, model=None, **changes) -> None:
     model = model or make_model()
     for mode in MODES:
         with pytest.raises(ValueError, match=message):
-            model(**(make_batch(model.config.tokens_per_frame) | {"mode": mode} | changes))
+            model(**with_options(make_batch(model.config.tokens_per_frame) | {"mode": mode} | changes))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,8 @@ def refuse(message: str, model=None, **changes) -> None:
         ({"attention_mask": torch.zeros(4, 23)}, "sample 0 has visual placeholders that attention_mask hides"),
         ({"labels": make_batch()["input_ids"]}, "sample 0 has visual placeholders in labels: set them to -100"),
         ({"pixel_values": torch.zeros(6, 3, 56, 56, dtype=torch.uint8)}, "pixel_values are torch.uint8, expected norm"),
-        ({"reference_log_probs": torch.zeros(4, 2)}, "rejected_input_ids is missing"),
+        ({"options": {"num_plan": 1}}, "options: num_plan unknown, expected some of num_plans, "),
+        ({"options": 3}, "options: int instead of FoveationOptions or a dict of its fields"),
         ({"pixel_values": torch.zeros(6, 3, 50, 56)}, r"\(6, 3, 50, 56\).*multiples of the patch size 14: resize"),
         ({"pixel_values": torch.zeros(6, 1, 56, 56)}, r"\(6, 1, 56, 56\), expected \[frames, 3, height, width\]"),
     ],
@@ -159,7 +160,9 @@ def test_backbones_bring_all_of_their_weights(folders):
     torch.testing.assert_close(features, vision(batch["pixel_values"]).last_hidden_state, atol=1e-5, rtol=0)
     language = LlamaForCausalLM.from_pretrained(folders / "language").eval()
     text = one_sample(batch, 1)["input_ids"]
-    torch.testing.assert_close(new(text, return_logits=True).logits, language(text).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        new(text, options={"return_logits": True}).logits, language(text).logits, atol=1e-5, rtol=0
+    )
 
 
 def test_a_backbone_of_another_architecture_is_refused(folders):

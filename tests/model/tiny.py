@@ -1,10 +1,14 @@
 """A tiny random network and a batch for it, shared by the tests of the model."""
 
+from dataclasses import fields
+
 import torch
 from torch.nn import functional as F
 from transformers import Dinov2Config, LlamaConfig
 
-from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveationOptions
+from model.constants import IGNORE_INDEX
+from pipeline_steps.streaming.batch import Batch, Text
 
 VISUAL, PAD = 64, 2
 MODES = ("coarse", "fine", "autoregressive")
@@ -40,7 +44,7 @@ def make_batch(tokens_per_frame: int = 1, layout: str = "question_first") -> dic
     generator = torch.Generator().manual_seed(1)
     sizes = [length + n * tokens_per_frame for length, n in zip(LENGTHS, NUM_FRAMES, strict=True)]
     ids = torch.randint(3, 64, (4, max(sizes)), generator=generator)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
     for row, (size, n, at) in enumerate(zip(sizes, NUM_FRAMES, LAYOUTS[layout], strict=True)):
         if layout == "vision_first":
             ids[row, 0] = BOS
@@ -70,10 +74,10 @@ def rows_of(batch: dict, rows: list[int], left: int = 0, right: int = 0) -> dict
     """These samples of a batch in this order, with so many more padding places on either side."""
     starts = batch["num_frames"].cumsum(0) - batch["num_frames"]
     frames = [batch["pixel_values"][starts[row] : starts[row] + batch["num_frames"][row]] for row in rows]
-    padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    padding = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORE_INDEX}
     text = {name: F.pad(batch[name][rows], (left, right), value=value) for name, value in padding.items()}
     shown = {**text, "pixel_values": torch.cat(frames), "num_frames": batch["num_frames"][rows]}
-    return shown | {name: batch[name][rows] for name in batch if name.startswith(("rejected_", "reference_"))}
+    return shown | {name: batch[name][rows] for name in batch if name.startswith("rejected_")}
 
 
 def preference_batch(layout: str = "question_first"):
@@ -81,10 +85,38 @@ def preference_batch(layout: str = "question_first"):
     batch = make_batch(layout=layout)
     rejected = {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
     for row in range(4):
-        asked = (rejected["labels"][row] != -100).nonzero()[:, 0]
+        asked = (rejected["labels"][row] != IGNORE_INDEX).nonzero()[:, 0]
         rejected["input_ids"][row, asked] = (rejected["input_ids"][row, asked] + 7) % 60 + 3
         rejected["labels"][row, asked] = rejected["input_ids"][row, asked]
-        rejected["labels"][row, asked[-1]] = -100
+        rejected["labels"][row, asked[-1]] = IGNORE_INDEX
         rejected["attention_mask"][row, asked[-1]] = 0
         rejected["input_ids"][row, asked[-1]] = PAD
     return batch | {f"rejected_{name}": value for name, value in rejected.items()}
+
+
+def with_options(arguments: dict) -> dict:
+    """Arguments of `forward` in which fields of FoveationOptions stand by themselves, as it takes them."""
+    names = {field.name for field in fields(FoveationOptions)} & arguments.keys()
+    if not names:
+        return arguments
+    options = {name: arguments[name] for name in names}
+    return {name: value for name, value in arguments.items() if name not in names} | {"options": options}
+
+
+def as_batch(arguments: dict) -> Batch:
+    """The `Batch` of arguments of `forward` and, prefixed rejected_, of rejected answers. Frames are 1 s apart."""
+    num_samples, num_frames = len(arguments["input_ids"]), arguments["num_frames"]
+    texts = [
+        {name: arguments[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        for prefix in ("", *(("rejected_",) if "rejected_input_ids" in arguments else ()))
+    ]
+    own, *rejected = [text | {"score_mask": text["labels"] != IGNORE_INDEX} for text in texts]
+    return Batch(
+        **own,
+        keys=list("abcdefgh")[:num_samples],
+        num_frames=num_frames,
+        pixel_values=arguments["pixel_values"],
+        frame_times=torch.cat([torch.arange(count) for count in num_frames.tolist()]).float(),
+        target_patches=arguments.get("target_patches"),
+        rejected=Text(**rejected[0]) if rejected else None,
+    )

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.objective import FoveatedVLMOutput
+from model.constants import IGNORE_INDEX
+from model.outputs import FoveatedVLMOutput
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.targets import GroundTruth
 
 VOCABULARY, NUM_PATCHES = 64, 4  # frames of 2 x 2 patches of one pixel
@@ -30,15 +32,16 @@ class Weighing(nn.Module):
         self.language_model.lm_head = nn.Linear(VOCABULARY, VOCABULARY, bias=False)
         nn.init.eye_(self.language_model.lm_head.weight)
 
-    def forward(self, pixel_values, num_frames, labels, query_source=None, target_patches=None, **others):
+    def forward(self, pixel_values, num_frames, labels, options, **others):
         values = pixel_values.mean((1, 2, 3)).split(num_frames.tolist())
         loss = torch.stack([(own * torch.arange(1, len(own) + 1)).sum() for own in values])
-        if query_source == "static":
+        if options.query_source == "static":
             loss = loss + 100
-        if query_source == "oracle":
-            loss = loss - torch.stack([own.sum() for own in target_patches.split(num_frames.tolist())])
+        if options.query_source == "oracle":
+            targets = options.target_patches.split(num_frames.tolist())
+            loss = loss - torch.stack([own.sum() for own in targets])
         answers = torch.stack([own.sum() for own in values]).long()
-        asked = labels != -100
+        asked = labels != IGNORE_INDEX
         states = nn.functional.one_hot(answers, VOCABULARY).float()[:, None].expand(*asked.shape, -1)
         self.language_model.lm_head(states[asked])
         return FoveatedVLMOutput(token_loss=loss[:, None] * asked, correct=(answers == 7)[:, None] & asked)
@@ -48,6 +51,7 @@ def clip(key, values, **fields):
     """An item as `TokenizedShards` gives it."""
     frames = np.array(values, np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
     fixed = {"key": key, "item": 0, "source": "made", "kind": "video", "per_frame": False}
+    fixed["frame_times"] = [float(number) for number in range(len(values))]
     return fixed | {"num_frames": len(values), "frames": frames} | fields
 
 
@@ -55,21 +59,21 @@ def collate(items):
     shape = (len(items), 4)
     scored = torch.zeros(shape, dtype=torch.bool)
     scored[:, -NUM_SCORED:] = True
-    return {
-        "input_ids": torch.ones(shape, dtype=torch.long),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-        "labels": torch.ones(shape, dtype=torch.long),
-        "score_mask": scored,
-        "pixel_values": torch.from_numpy(np.concatenate([item["frames"] for item in items])).permute(0, 3, 1, 2),
-        "num_frames": torch.tensor([len(item["frames"]) for item in items]),
-        "keys": [item["key"] for item in items],
-    }
+    return Batch(
+        input_ids=torch.ones(shape, dtype=torch.long),
+        attention_mask=torch.ones(shape, dtype=torch.long),
+        labels=torch.ones(shape, dtype=torch.long),
+        score_mask=scored,
+        keys=[item["key"] for item in items],
+        num_frames=torch.tensor([len(item["frames"]) for item in items]),
+        pixel_values=torch.from_numpy(np.concatenate([item["frames"] for item in items])).permute(0, 3, 1, 2),
+        frame_times=torch.from_numpy(np.concatenate([np.float32(item["frame_times"]) for item in items])),
+    )
 
 
 def loaded(items, truths=None, task="made"):
     """One batch as `scoring.batches` gives it."""
-    batch = {name: value for name, value in collate(items).items() if name != "keys"}
-    return [(task, items, batch, truths or [None] * len(items))]
+    return [(task, items, collate(items), truths or [None] * len(items))]
 
 
 def truth_at(*patches):

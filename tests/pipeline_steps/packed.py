@@ -69,6 +69,7 @@ def row(clip: Clip, item: int = 0, number: int = 0) -> dict:
         "task": clip.tasks[item],
         "kind": clip.kind,
         "num_frames": clip.num_frames,
+        "frame_times": [frame / 2 for frame in range(clip.num_frames)],
         "frame_offsets": [],
         "frame_sizes": [],
         "sample_offset": 0,

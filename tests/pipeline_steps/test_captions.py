@@ -205,9 +205,8 @@ def test_free_answers_of_every_mode_are_those_of_the_model(made):
             assert row[mode] == answer_batch(model, tokenizer, collate, [item], SETTINGS.max_answer_tokens, mode)[0]
         with torch.no_grad():
             batch = prompt_batch(collate, [item])
-            grey = model.generate(
-                **(batch | {"pixel_values": 0 * batch["pixel_values"]}), max_new_tokens=4, do_sample=False
-            )
+            inputs = batch.inputs() | {"pixel_values": 0 * batch.pixel_values}
+            grey = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert row["blind"] == as_text(tokenizer, grey)[0]
         assert row["expected"] == ", ".join(f"{entry.colour} {entry.digits[0]}" for entry in seen)
     assert rows[0]["blind"] != rows[0]["autoregressive"] != rows[0]["coarse"] != ""

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.constants import IGNORE_INDEX
 from model.processing_foveated_vlm import normalise
-from pipeline_steps.streaming.collate import IGNORE_INDEX, Collator
+from pipeline_steps.streaming.batch import Batch
+from pipeline_steps.streaming.collate import Collator
 
 VISUAL, BOS, PAD = 99, 1, 2
 
@@ -20,6 +22,7 @@ def make_item(kind: str, num_frames: int, answer: list[int]) -> dict:
         "visual_position": 3,
         "answer_mask": [False] * 4 + [True] * len(answer),
         "score_mask": [False] * 5 + [True] * (len(answer) - 1),
+        "frame_times": [0.5 * frame for frame in range(num_frames)],
         "frames": np.full((num_frames, 14, 14, 3), 10 * num_frames, np.uint8),
     }
 
@@ -39,9 +42,9 @@ def make_collator(layout: str = "question_first", loss: str = "answer_only", tok
     )
 
 
-def rows_of(batch: dict, name: str) -> list[list[int]]:
-    lengths = batch["attention_mask"].sum(1)
-    return [row[:length].tolist() for row, length in zip(batch[name], lengths, strict=True)]
+def rows_of(batch: Batch, name: str) -> list[list[int]]:
+    lengths = batch.attention_mask.sum(1)
+    return [row[:length].tolist() for row, length in zip(getattr(batch, name), lengths, strict=True)]
 
 
 def test_question_first_puts_the_frames_after_the_question():
@@ -53,10 +56,10 @@ def test_question_first_puts_the_frames_after_the_question():
     ]
     assert rows_of(batch, "labels")[0] == [IGNORE_INDEX] * 7 + [30, 31, 2]
     assert rows_of(batch, "score_mask")[0] == [False] * 8 + [True, True]
-    assert batch["num_frames"].tolist() == [3, 0, 4]  # the still is shown four times
-    assert batch["pixel_values"].shape == (7, 3, 14, 14)
-    assert (batch["input_ids"][1, 6:] == PAD).all()
-    assert (batch["labels"][1, 6:] == IGNORE_INDEX).all()
+    assert batch.num_frames.tolist() == [3, 0, 4]  # the still is shown four times
+    assert batch.pixel_values.shape == (7, 3, 14, 14)
+    assert (batch.input_ids[1, 6:] == PAD).all()
+    assert (batch.labels[1, 6:] == IGNORE_INDEX).all()
 
 
 def test_vision_first_puts_a_bos_and_the_frames_in_front():
@@ -78,21 +81,52 @@ def test_the_same_tokens_are_labelled_in_every_layout(layout):
 def test_targets_follow_the_frames():
     items = [item | {"target_patches": np.eye(len(item["frames"]), 4, dtype=bool)} for item in ITEMS]
     batch = make_collator()(items)
-    assert batch["target_patches"].dtype == torch.bool
-    assert batch["target_patches"].int().argmax(1).tolist() == [0, 1, 2, 0, 0, 0, 0]  # the still's four times
-    assert len(make_collator()([items[1]])["target_patches"]) == 0
+    assert batch.target_patches.dtype == torch.bool
+    assert batch.target_patches.int().argmax(1).tolist() == [0, 1, 2, 0, 0, 0, 0]  # the still's four times
+    assert len(make_collator()([items[1]]).target_patches) == 0
+
+
+def test_times_follow_the_frames():
+    batch = make_collator()(ITEMS)
+    assert batch.frame_times.dtype == torch.float32
+    assert batch.frame_times.tolist() == [0, 0.5, 1, 0, 0, 0, 0]  # seconds; the still's four times
+    assert make_collator()([ITEMS[1]]).frame_times.shape == (0,)
+
+
+def test_padding_on_the_left_is_for_generation():
+    left, right = make_collator()(ITEMS, padding_side="left"), make_collator()(ITEMS)
+    assert left.attention_mask[1].tolist() == [0] * 4 + [1] * 6
+    assert left.input_ids[1].tolist() == [PAD] * 4 + right.input_ids[1, :6].tolist()
+    assert torch.equal(left.pixel_values, right.pixel_values)
+
+
+def test_a_batch_moves_and_splits_with_all_that_it_holds():
+    items = [item | {"target_patches": np.eye(len(item["frames"]), 4, dtype=bool)} for item in ITEMS]
+    items = [
+        item | {"rejected_ids": [1, 10, 11, 20, 40, 2], "rejected_mask": [False] * 4 + [True] * 2} for item in items
+    ]
+    batch = make_collator(loss="preference")(items)
+    assert {tensor.device.type for tensor in batch.to("meta").tensors().values()} == {"meta"}
+    assert batch.to("meta").keys == batch.keys
+    pieces = list(batch.split(2))
+    assert [piece.keys for piece in pieces] == [batch.keys[:2], batch.keys[2:]]
+    assert all(piece.tensors().keys() == batch.tensors().keys() for piece in pieces)
+    for name in ("target_patches", "pixel_values", "frame_times", "num_frames"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name)), name
+    assert pieces[1].rejected.labels[0, -2:].tolist() == [40, 2]
+    assert list(batch.split(None)) == [batch]
 
 
 def test_several_tokens_per_frame():
     batch = make_collator(tokens_per_frame=2)(ITEMS)
-    assert (batch["input_ids"] == VISUAL).sum(1).tolist() == [6, 0, 8]
-    assert batch["num_frames"].tolist() == [3, 0, 4]
+    assert (batch.input_ids == VISUAL).sum(1).tolist() == [6, 0, 8]
+    assert batch.num_frames.tolist() == [3, 0, 4]
 
 
 def test_a_batch_without_frames():
     batch = make_collator()([ITEMS[1]])
-    assert len(batch["pixel_values"]) == 0
-    assert batch["num_frames"].tolist() == [0]
+    assert len(batch.pixel_values) == 0
+    assert batch.num_frames.tolist() == [0]
 
 
 def test_normalisation_is_imagenets():

@@ -83,7 +83,7 @@ def test_the_bytes_of_a_batch_are_known_before_it_is_made(root):
     collate = packed.collator(image_replication=2)
     for numbers in ([0], [1, 2, 3], [3, 10, 24], list(range(25))):
         batch = collate([dataset[number] for number in numbers])
-        tensors = [value for name, value in batch.items() if name not in ("keys", "num_frames")]
+        tensors = [value for name, value in batch.tensors().items() if name != "num_frames"]
         made = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         assert dataset.batch_bytes(np.array(numbers), 2, 1) == made
 

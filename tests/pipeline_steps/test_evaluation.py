@@ -248,15 +248,9 @@ def test_scored_loss_is_the_networks_own(network):
     collate = Collator.for_model(network.config, loss="answer_only", image_replication=1)
     batch = collate([data[0]])
     with torch.no_grad():
-        logits = network(
-            **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "num_frames")},
-            mode="fine",
-            return_logits=True,
-        ).logits
-    scored = batch["score_mask"][0, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        logits[0, :-1][scored], batch["input_ids"][0, 1:][scored], reduction="sum"
-    )
+        logits = network(**batch.inputs(), mode="fine", options={"return_logits": True}).logits
+    scored = batch.score_mask[0, 1:]
+    losses = torch.nn.functional.cross_entropy(logits[0, :-1][scored], batch.input_ids[0, 1:][scored], reduction="sum")
     row = table[(table["key"] == "k0") & (table["mode"] == "fine")].iloc[0]
     assert row["loss_sum"] == pytest.approx(losses.item(), abs=1e-4)
 

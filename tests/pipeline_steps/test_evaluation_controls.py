@@ -91,12 +91,13 @@ def test_an_option_without_effect_is_refused(options, message):
 def test_frames_move_together_with_their_targets():
     items = [clip("a", [1, 2, 3])]
     _, _, batch, truths = loaded(items, [truth_at(0, 1, 2)])[0]
-    batch["target_patches"] = torch.from_numpy(truths[0].target)
+    batch.target_patches = torch.from_numpy(truths[0].target)
     shown = controls.controlled("shuffled_frames", items, batch, truths, 1)
-    values = shown["pixel_values"].mean((1, 2, 3))
-    assert shown["target_patches"].int().argmax(1).tolist() == (values - 1).int().tolist()
+    values = shown.pixel_values.mean((1, 2, 3))
+    assert torch.equal(shown.frame_times, batch.frame_times)  # the times are no hint of the order that was
+    assert shown.target_patches.int().argmax(1).tolist() == (values - 1).int().tolist()
     first = controls.controlled("first_frame", items, batch, truths, 1)
-    assert first["target_patches"].int().argmax(1).tolist() == [0, 0, 0]
+    assert first.target_patches.int().argmax(1).tolist() == [0, 0, 0]
 
 
 def shuffled(count, seed, key):
@@ -145,10 +146,9 @@ def test_ordinary_tokens_have_no_query_controls():
 
 
 def real_batch(rows=(0, 2, 3)):
-    batch = tiny.rows_of(tiny.make_batch(), list(rows))
-    batch["score_mask"] = batch["labels"] != -100
+    batch = tiny.as_batch(tiny.rows_of(tiny.make_batch(), list(rows)))
     items = [clip(f"k{row}", [0] * tiny.NUM_FRAMES[row]) for row in rows]
-    truths = [truth_of(count) for count in batch["num_frames"].tolist()]
+    truths = [truth_of(count) for count in batch.num_frames.tolist()]
     return items, batch, truths
 
 
@@ -182,8 +182,7 @@ def test_static_query_is_the_coarse_mode_on_the_other_path(options):
 )
 def test_every_kind_of_network_has_its_controls(options, query_controls):
     model = tiny.make_model(**options)
-    batch = tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2])
-    batch["score_mask"] = batch["labels"] != -100
+    batch = tiny.as_batch(tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2]))
     items, truths = [clip("a", [0] * 3), clip("b", [0])], [truth_of(3), None]
     table = controls.score_controls(model, [("made", items, batch, truths)], 1, SILENT)
     counts = table.groupby("mode").size().to_dict()

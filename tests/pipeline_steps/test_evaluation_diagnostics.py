@@ -21,8 +21,7 @@ CONTROLS_MISSING = pd.DataFrame({"task": ["x"], "mode": ["coarse"], "key": ["a"]
 
 def observe(model):
     """Two clips of three and two frames and a still."""
-    batch = tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2, 3])
-    batch["score_mask"] = batch["labels"] != -100
+    batch = tiny.as_batch(tiny.rows_of(tiny.make_batch(model.config.tokens_per_frame), [0, 2, 3]))
     items = [clip(key, [0]) for key in "abc"]
     return attention_probes.observe(model, [("made", items, batch, [None] * 3)], 1, tqdm(disable=True))
 

@@ -45,6 +45,9 @@ def test_frames_keep_their_truth():
     part = temporal.select(item, np.array([0, 2]))
     assert part["frames"][:, 0, 0, 0].tolist() == [1, 3]
     assert part["target_patches"].argmax(1).tolist() == [0, 2]
+    assert part["frame_times"].tolist() == [0, 2]
+    held = temporal.select(item, temporal.places("second_half_held", 3))
+    assert held["frame_times"].tolist() == [0, 1, 2]  # the clip is as long as before
     assert part["num_frames"] == 2
     assert item["num_frames"] == 3
 
@@ -91,19 +94,17 @@ def test_stills_alone_have_no_views():
 
 
 def test_predictions_are_the_networks_own():
-    model, batch = tiny.make_model(), tiny.make_batch()
-    batch["score_mask"] = batch["labels"] != -100
+    model, batch = tiny.make_model(), tiny.as_batch(tiny.make_batch())
     with predicted_tokens(model) as found:
         output = scoring.forward(model, batch, "autoregressive")
-    counts = batch["score_mask"].sum(1).tolist()
+    counts = batch.score_mask.sum(1).tolist()
     ids = by_item(found, counts)
-    names = ("input_ids", "attention_mask", "pixel_values", "num_frames")
     with torch.no_grad():
-        logits = model(**{name: batch[name] for name in names}, mode="autoregressive", return_logits=True).logits
+        logits = model(**batch.inputs(), mode="autoregressive", options={"return_logits": True}).logits
     for row, own in enumerate(ids):
-        scored = batch["score_mask"][row]
+        scored = batch.score_mask[row]
         assert own.tolist() == logits[row, :-1][scored[1:]].argmax(-1).tolist()
-        assert (own == batch["labels"][row][scored].numpy()).tolist() == output.correct[row][scored].tolist()
+        assert (own == batch.labels[row][scored].numpy()).tolist() == output.correct[row][scored].tolist()
     assert len(model.language_model.lm_head._forward_hooks) == 0
 
 

@@ -10,6 +10,13 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.flops import iso, predecessor, scales
+from tests.objectives import section
+
+OBJECTIVE = section(second_pass_probability=0.5)
+
+
+def our_count(config):
+    return formulas.training_step(config, predecessor.SAMPLE, OBJECTIVE)
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +53,19 @@ def test_the_vocabulary_adds_a_fifth_to_the_smallest_model():
 @pytest.mark.parametrize("scale", list(scales.LANGUAGE_MODELS))
 def test_corrections_lead_from_its_count_to_ours(arms, scale):
     for config in arms[scale].values():
-        steps = predecessor.corrections(config)
+        steps = predecessor.corrections(config, OBJECTIVE)
         assert steps[0].flops_per_sample == predecessor.training_sample(config)
         assert steps[1].flops_per_sample == 2 * steps[0].flops_per_sample
-        assert steps[-1].flops_per_sample == formulas.training_step(config, predecessor.SAMPLE)
+        assert steps[-1].flops_per_sample == formulas.training_step(config, predecessor.SAMPLE, OBJECTIVE)
         assert len({step.reason for step in steps}) == len(steps)
 
 
 def test_corrections_of_the_language_model_by_hand(arms):
     """1.7B has as many key-value heads as heads, and a gated feed-forward of 8192: 3 x 8192 x 2048 in place of
     8 x 2048^2, so 2 x 3 x 256 positions x 24 layers x 2048 x (24576 - 16384) for sixteen tokens a frame."""
-    steps = {step.reason: step.flops_per_sample for step in predecessor.corrections(arms["1.7B"]["B1_16_tokens"])}
+    steps = {
+        step.reason: step.flops_per_sample for step in predecessor.corrections(arms["1.7B"]["B1_16_tokens"], OBJECTIVE)
+    }
     names = list(steps)
     changes = {name: steps[name] - steps[before] for before, name in pairwise(names)}
     assert changes["grouped-query attention"] == 0
@@ -66,8 +75,8 @@ def test_corrections_of_the_language_model_by_hand(arms):
 
 def test_samples_of_a_budget_by_hand(arms):
     config = arms["135M"]["foveated"]
-    each = formulas.training_step(config, predecessor.SAMPLE)
-    row = iso.budget_samples([10.5 * each], {"135M": {"foveated": config}}, predecessor.SAMPLE)[0]
+    each = formulas.training_step(config, predecessor.SAMPLE, OBJECTIVE)
+    row = iso.budget_samples([10.5 * each], {"135M": {"foveated": config}}, predecessor.SAMPLE, OBJECTIVE)[0]
     assert (row.num_samples, row.flops_per_sample) == (10, each)
 
 
@@ -76,12 +85,12 @@ def test_the_order_of_the_arms_was_wrong(arms):
     for entries in arms.values():
         one, sixteen = entries.values()
         assert predecessor.training_sample(one) > predecessor.training_sample(sixteen)
-        assert formulas.training_step(one, predecessor.SAMPLE) < formulas.training_step(sixteen, predecessor.SAMPLE)
+        assert our_count(one) < our_count(sixteen)
 
 
 def test_one_token_saves_more_with_frames_and_with_the_language_model(arms):
     text, frames = Sample(0, 128, 64, 64), (1, 4, 16, 64)
-    found = {scale: iso.frontier(*entries.values(), text, frames) for scale, entries in arms.items()}
+    found = {scale: iso.frontier(*entries.values(), text, frames, OBJECTIVE) for scale, entries in arms.items()}
     at_most = [curve.foveated[-1] / curve.multi_token[-1] for curve in found.values()]
     assert at_most == sorted(at_most, reverse=True)
     for curve in found.values():

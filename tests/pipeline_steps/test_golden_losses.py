@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from model.constants import IGNORE_INDEX
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.plan import Plan
 from pipeline_steps.training.context import TrainContext
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import check_side_by_side, prepare, train_step
-from tests.model.tiny import VISUAL, make_batch, make_model, preference_batch, rows_of
+from tests.model.tiny import VISUAL, as_batch, make_batch, make_model, preference_batch, rows_of
+from tests.objectives import section
 
 LAYOUTS = ("question_first", "vision_first")
 LOSSES = {"stage1": "all_text", "stage2": "answer_only", "stage3": "preference"}
@@ -38,18 +40,22 @@ GOLDEN = {
 }
 
 
-def make_run(stage: str, layout: str, folder, optimizer: str = "adamw", **options) -> TrainContext:
+def make_run(
+    stage: str, layout: str, folder, optimizer: str = "adamw", objective: dict | None = None, **options
+) -> TrainContext:
+    """objective: changes of the section; options: of the network."""
     rates = SimpleNamespace(connector=3e-3, vision=4e-4, language=9e-4)
     settings = SimpleNamespace(
         loss=LOSSES[stage], learning_rate=rates, freeze_vision=False, freeze_language=False, schedule="cosine",
         warmup_ratio=0.25, min_lr_ratio=0.1, decay_share=0.0, converged_learning_rate=None,
+        objective=section(second_pass_probability=0.5, **(objective or {})),
     )  # fmt: skip
     common = SimpleNamespace(
         batch_size=4, micro_batch_size=None, optimizer=optimizer, weight_decay=0.01, betas=(0.9, 0.98), clip_norm=1.0,
         ema_decay=None, precision="fp32", activation_checkpointing=False, compile=False, sharding="ddp",
         record_every=1,
     )  # fmt: skip
-    model = make_model(layout=layout, second_pass_probability=0.5, **options)
+    model = make_model(layout=layout, **options)
     run = TrainContext(stage, model, None, None, SEED, common, settings, None, SimpleNamespace(log_every=1), folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4))
@@ -63,10 +69,10 @@ def losses(name: str, layout: str, folder) -> list[float]:
     """Of NUM_STEPS steps on one batch of four samples (3, 0, 1 and 2 frames). name: of RUNS."""
     stage, _, optimizer = name.partition(", ")
     run = make_run(stage, layout, folder, optimizer or "adamw")
-    batch = (preference_batch(layout) if stage == "stage3" else make_batch(layout=layout)) | {"keys": list("abcd")}
+    batch = as_batch(preference_batch(layout) if stage == "stage3" else make_batch(layout=layout))
     if stage == "stage1":
-        batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] >= VISUAL, -100)
-        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch.labels = batch.input_ids.masked_fill(batch.input_ids >= VISUAL, IGNORE_INDEX)
+        batch.labels = batch.labels.masked_fill(batch.attention_mask == 0, IGNORE_INDEX)
     trainer = prepare(run)
     rows = [train_step(run, trainer, batch, step) for step in range(NUM_STEPS)]
     if stage == "stage3":
@@ -88,7 +94,7 @@ def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
         run = make_run("stage2", "question_first", tmp_path, query_source="random", hard_attention="gumbel")
         trainer = prepare(run)
         torch.rand(step + 5)
-        row = train_step(run, trainer, make_batch() | {"keys": list("abcd")}, step)
+        row = train_step(run, trainer, as_batch(make_batch()), step)
         found.setdefault(step, set()).add(row["loss"])
     assert len(found[0]) == 1
     assert found[0] != found[1]
@@ -105,12 +111,12 @@ class Noted(DistributedContext):
 
 
 def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
-    options = {"lambda_coarse": 0.1, "lambda_entropy": 0.1, "lambda_contrastive": 0.1}
+    weights = {name: {"weight": 0.1} for name in ("coarse", "entropy", "contrastive")}
     sent, rows = {}, {}
     for name, samples in (("frames", [0, 2]), ("text", [1, 1])):
-        run = make_run("stage2", "question_first", tmp_path, **options)
+        run = make_run("stage2", "question_first", tmp_path, objective=weights)
         run.distributed, Noted.sent = Noted(), []
-        rows[name] = train_step(run, prepare(run), rows_of(make_batch(), samples) | {"keys": ["a", "b"]}, 0)
+        rows[name] = train_step(run, prepare(run), as_batch(rows_of(make_batch(), samples)), 0)
         sent[name] = Noted.sent
     assert sent["frames"] == sent["text"]
     assert {"loss_entropy", "loss_contrastive"} <= set(rows["frames"])

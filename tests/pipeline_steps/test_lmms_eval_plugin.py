@@ -22,6 +22,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from model import FoveatedVLMProcessor
+from model.constants import IGNORE_INDEX
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.inference import lmms_eval_plugin
@@ -115,7 +116,7 @@ def whole_loss(model, processor, question, video, answer):
     ids = processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     prompt = inputs["input_ids"]
     whole = torch.cat([prompt, torch.tensor([ids])], dim=1)
-    labels = torch.cat([torch.full_like(prompt, -100), torch.tensor([ids])], dim=1)
+    labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), torch.tensor([ids])], dim=1)
     shown = {name: inputs[name] for name in ("pixel_values", "num_frames") if name in inputs}
     with torch.no_grad():
         return model(input_ids=whole, labels=labels, mode="autoregressive", **shown).token_loss.double().sum().item()
@@ -136,7 +137,7 @@ def test_an_empty_context_is_an_answer_without_a_question(lm):
     ((loss, _),) = lm.loglikelihood([unconditional])
     turn = lm.tokenizer("<|im_start|>assistant\nred<|im_end|>", add_special_tokens=False, return_tensors="pt")
     labels = turn["input_ids"].clone()
-    labels[:, : len(lm.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])] = -100
+    labels[:, : len(lm.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])] = IGNORE_INDEX
     with torch.no_grad():
         whole = lm.model(input_ids=turn["input_ids"], labels=labels).token_loss.double().sum().item()
     assert loss == pytest.approx(whole, abs=1e-4)

@@ -38,7 +38,7 @@ def loader(dataset, num_samples=90, batch_size=9, rank=0, world_size=1, text_sha
 
 
 def keys(batches):
-    return [batch["keys"] for batch in batches]
+    return [batch.keys for batch in batches]
 
 
 def flat(lists):
@@ -46,9 +46,11 @@ def flat(lists):
 
 
 def same(one, other):
+    assert one.keys == other.keys
+    one, other = one.tensors(), other.tensors()
     assert one.keys() == other.keys()
     for name in one:
-        assert one[name] == other[name] if name == "keys" else torch.equal(one[name], other[name]), name
+        assert torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("batching", [{}, {"bucket_samples": 45}, {"by": "frames", "budget": 25}])
@@ -79,7 +81,7 @@ def test_resuming_at_twenty_random_positions_gives_the_same_batches(dataset, bat
         state = first.state_dict()
         batches.close()
         assert state["step"] == stop
-        assert state["samples"] == sum(len(batch["keys"]) for batch in whole[:stop])
+        assert state["samples"] == sum(len(batch.keys) for batch in whole[:stop])
         second = loader(dataset, num_samples=126, num_workers=int(rng.integers(0, 5)), batching=batching)
         second.load_state_dict(state)
         rest = list(second)
@@ -123,8 +125,8 @@ def test_steps_and_the_clock_are_exact_for_budgets(dataset):
     one = loader(dataset, num_samples=500, batching={"by": "frames", "budget": 20})
     seen = 0
     for step, batch in enumerate(one, 1):
-        assert int(torch.maximum(batch["num_frames"], torch.tensor(1)).sum()) <= 20
-        seen += len(batch["keys"])
+        assert int(torch.maximum(batch.num_frames, torch.tensor(1)).sum()) <= 20
+        seen += len(batch.keys)
         assert one.samples_seen(step) == seen
     assert step == one.num_steps
     assert seen == 500

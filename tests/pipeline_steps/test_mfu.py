@@ -1,6 +1,5 @@
 """FLOPs of training steps against the counter of PyTorch on the real network; what the MFU is made of."""
 
-import copy
 import itertools
 from types import SimpleNamespace
 
@@ -15,7 +14,8 @@ from pipeline_steps.monitoring.mfu import StepFlops, peak_flops
 from pipeline_steps.training import train_loop
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.parameters import GROUPS, group_of
-from tests.model.tiny import make_batch, make_model, one_sample, preference_batch, rows_of
+from tests.model.tiny import as_batch, make_batch, make_model, one_sample, preference_batch, rows_of
+from tests.objectives import frozen, training_model
 from tests.pipeline_steps.test_golden_losses import make_run
 
 
@@ -26,7 +26,11 @@ def make_trained(groups=GROUPS, **options):
     return model
 
 
-def counted(model, batch, num_plans):
+def flops_of(model, arguments, num_plans, image_size=56, coarse=0.0):
+    return StepFlops(model, image_size, coarse > 0).of_batch(as_batch(arguments), num_plans)
+
+
+def counted(model, arguments, num_plans, coarse=0.0):
     """By the counter. The patches of a frozen vision encoder are encoded by themselves here: they need no gradient."""
     if not any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
 
@@ -39,28 +43,28 @@ def counted(model, batch, num_plans):
 
         if model.config.architecture == "foveated":
             model._encode = encode_apart
-    inputs = batch | {"mode": "coarse" if model.config.coarse_only else "fine", "num_plans": num_plans}
+    loss = "preference" if "rejected_input_ids" in arguments else "answer_only"
+    batch, training = as_batch(arguments), training_model(model, loss, coarse={"weight": coarse})
+    reference = frozen(model) if loss == "preference" else None
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is unknown to the counter
-        if "rejected_input_ids" in batch:
-            reference = copy.deepcopy(model).requires_grad_(False)
-            inputs["reference_log_probs"] = reference.preference_log_probs(**inputs)
-        loss = model(**inputs).loss
+        loss, _ = training(batch, num_plans, training.counts(batch), reference)
         if loss.requires_grad:
             loss.backward()
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("groups", [g for n in (1, 2, 3) for g in itertools.combinations(GROUPS, n)], ids=" ".join)
-@pytest.mark.parametrize("options", [{}, {"lambda_coarse": 0.5}, {"num_visual_tokens_per_frame": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"coarse": 0.5}, {"num_visual_tokens_per_frame": 3}], ids=str)
 def test_steps_agree_with_the_counter_whatever_is_trained(groups, options):
     """Samples of 3, 0, 1 and 2 frames, each by itself, so that nothing is padding."""
+    coarse, options = options.get("coarse", 0.0), {name: options[name] for name in options if name != "coarse"}
     model = make_trained(groups, **options)
-    flops = StepFlops(model, image_size=56)
     batch = make_batch(model.config.tokens_per_frame)
     for row, num_plans in itertools.product(range(4), (1, 2)):
         sample = one_sample(batch, row)
-        assert flops.of_batch(sample, num_plans) == pytest.approx(counted(model, sample, num_plans), rel=1e-6)
+        expected = counted(model, sample, num_plans, coarse)
+        assert flops_of(model, sample, num_plans, coarse=coarse) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +78,16 @@ def test_steps_agree_with_the_counter_whatever_is_trained(groups, options):
         {"architecture": "multi_token", "num_visual_tokens_per_frame": 4},
         {"num_visual_tokens_per_frame": 3, "token_aggregation": "weighted", "frame_time_embedding": "sinusoidal"},
         {"query_source": "static"},
-        {"query_source": "static", "lambda_coarse": 0.5},
+        {"query_source": "static", "coarse": 0.5},
     ],
     ids=str,
 )
 def test_steps_of_every_kind_of_network_agree_with_the_counter(options, groups):
+    coarse, options = options.get("coarse", 0.0), {name: options[name] for name in options if name != "coarse"}
     model = make_trained(groups, **options)
     sample = one_sample(make_batch(model.config.tokens_per_frame), 0)
-    expected = counted(model, sample, 2)
-    assert StepFlops(model, image_size=56).of_batch(sample, 2) == pytest.approx(expected, rel=1e-6)
+    expected = counted(model, sample, 2, coarse)
+    assert flops_of(model, sample, 2, coarse=coarse) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["question_first", "vision_first"])
@@ -98,29 +103,29 @@ def test_a_preference_counts_both_answers_and_the_reference(layout, groups):
         if not int(pair["num_frames"]) and groups != GROUPS:
             continue  # nothing that reads text is trained
         expected = counted(model, pair, 1)
-        assert StepFlops(model, image_size=56).of_batch(pair, 1) == pytest.approx(expected, rel=1e-6)
+        assert flops_of(model, pair, 1) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frames_count_at_the_size_that_they_have():
     model = make_trained()
     sample = one_sample(make_batch(), 0)
     sample["pixel_values"] = torch.randn(3, 3, 84, 84)
-    assert StepFlops(model, image_size=84).of_batch(sample, 1) == pytest.approx(counted(model, sample, 1), rel=1e-6)
+    assert flops_of(model, sample, 1, 84) == pytest.approx(counted(model, sample, 1), rel=1e-6)
     assert model.config.vision_config.image_size == 56
 
 
 def test_padding_is_not_counted():
-    flops, batch = StepFlops(make_trained(), image_size=56), make_batch()
-    apart = sum(flops.of_batch(one_sample(batch, row), 2) for row in range(4))
-    assert flops.of_batch(batch, 2) == apart
-    assert flops.of_batch(rows_of(batch, [0, 1, 2, 3], right=9), 2) == apart
+    model, batch = make_trained(), make_batch()
+    apart = sum(flops_of(model, one_sample(batch, row), 2) for row in range(4))
+    assert flops_of(model, batch, 2) == apart
+    assert flops_of(model, rows_of(batch, [0, 1, 2, 3], right=9), 2) == apart
 
 
 def test_a_frozen_vision_encoder_costs_less_than_a_trained_one():
     sample = one_sample(make_batch(), 0)
-    all_of_it = StepFlops(make_trained(), image_size=56).of_batch(sample, 1)
+    all_of_it = flops_of(make_trained(), sample, 1)
     for groups, share in ((("connector", "language"), 0.75), (("connector",), 0.75)):
-        assert StepFlops(make_trained(groups), image_size=56).of_batch(sample, 1) < share * all_of_it
+        assert flops_of(make_trained(groups), sample, 1) < share * all_of_it
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
@@ -128,7 +133,7 @@ def test_every_step_counts_its_own_batch(stage, tmp_path):
     """Not the first one's again and again; and no layer twice where activations are checkpointed."""
     found = {}
     batch = preference_batch() if stage == "stage3" else make_batch()
-    steps = [rows_of(batch, rows) | {"keys": list("abcd")[: len(rows)]} for rows in ([1], [0, 1, 2, 3], [0, 0, 0])]
+    steps = [as_batch(rows_of(batch, rows)) for rows in ([1], [0, 1, 2, 3], [0, 0, 0])]
     for checkpointed in (False, True):
         run = make_run(stage, "question_first", tmp_path)
         run.common.activation_checkpointing, run.train.image_size = checkpointed, 56

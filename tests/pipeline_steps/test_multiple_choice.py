@@ -99,13 +99,9 @@ def log_prob(model, collate, item, ids, blind):
     answer = [False] * start + [True] * len(ids)
     one = item | {"input_ids": [*item["input_ids"][:start], *ids], "answer_mask": answer, "score_mask": answer}
     batch = collate([one])
-    pixels = batch["pixel_values"] * (0 if blind else 1)
+    inputs = batch.inputs() | {"pixel_values": batch.pixel_values * (0 if blind else 1)}
     with torch.inference_mode():
-        output = model(
-            **{name: batch[name] for name in ("input_ids", "attention_mask", "num_frames", "labels")},
-            pixel_values=pixels,
-            mode="autoregressive",
-        )
+        output = model(**inputs, labels=batch.labels, mode="autoregressive")
     return -output.token_loss.double().sum().item()
 
 

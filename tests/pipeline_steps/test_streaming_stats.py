@@ -37,8 +37,8 @@ def test_counts_are_what_the_loader_serves(root):
     seen = Counter()
     row_of = {row["key"]: row for row in dataset.rows}
     for batch in Loader(dataset, plan, packed.collator(), section, packed.runtime()):
-        lengths = batch["attention_mask"].sum(1).tolist()
-        for key, frames, length in zip(batch["keys"], batch["num_frames"].tolist(), lengths, strict=True):
+        lengths = batch.attention_mask.sum(1).tolist()
+        for key, frames, length in zip(batch.keys, batch.num_frames.tolist(), lengths, strict=True):
             place = (row_of[key]["source"], row_of[key]["task"])
             seen.update({(*place, "samples"): 1, (*place, "frames"): frames, (*place, "text"): length - frames})
     for source, rows in counts.sources.items():

@@ -18,7 +18,8 @@ from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
-from tests.model.tiny import make_batch, make_model
+from tests.model.tiny import as_batch, make_batch, make_model
+from tests.objectives import training_model
 
 RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
@@ -208,7 +209,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
 
 
 def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
-    checkpoint_io.save_best(tmp_path, {"w": torch.ones(1)}, {"step": 3, "loss": 1.0})
+    checkpoint_io.save_best(tmp_path, {"model": {"w": torch.ones(1)}}, {"step": 3, "loss": 1.0})
     (tmp_path / "best").rename(tmp_path / ".best.old")
     tensors, values = checkpoint_io.load_best(tmp_path)
     assert (tensors["model"]["w"].item(), values["step"]) == (1.0, 3)
@@ -275,12 +276,12 @@ def test_average_is_exponential_and_swaps_back():
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(tmp_path):
-    batch = make_batch() | {"keys": list("abcd")}
+    batch = as_batch(make_batch())
     checks.refuse_non_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
     with pytest.raises(UserError, match=r"stage2 step 7: loss nan, gradient norm 1\.0 on samples a, b, c, d"):
         checks.refuse_non_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
     kept = load_file(tmp_path / "non_finite-00000007.safetensors")
-    assert torch.equal(kept["pixel_values"], batch["pixel_values"])
+    assert torch.equal(kept["pixel_values"], batch.pixel_values)
     assert json.loads((tmp_path / "non_finite-00000007.json").read_text())["keys"] == list("abcd")
 
 
@@ -310,7 +311,7 @@ def test_attention_that_chooses_nothing_is_measured_as_uniform():
     found = {}
     for name, options in (("as built", {}), ("flat", {"attention_temperature": 1e6})):
         model = make_model(query_init_std=30.0, **options)
-        fine, coarse = (model(**inputs, mode=mode, output_attentions=True) for mode in ("fine", "coarse"))
+        fine, coarse = (model(**inputs, mode=mode, options={"output_attentions": True}) for mode in ("fine", "coarse"))
         found[name] = checks.attention_diagnostics(fine, coarse, batch["num_frames"])
         same = checks.attention_diagnostics(coarse, coarse, batch["num_frames"])
         assert same["coarse_similarity"] == pytest.approx(1.0)
@@ -355,7 +356,9 @@ def auto_run(optimizer="adamw", **options):
     defaults = {"ema_decay": None, "precision": "fp32", "optimizer": optimizer}
     common = SimpleNamespace(**(defaults | options.pop("common", {})))
     run = {"distributed": DistributedContext(), "is_sharded": False, "device": "cpu"} | options
-    return SimpleNamespace(model=model, common=common, **run), groups
+    return SimpleNamespace(
+        model=model, training_model=training_model(model), reference=None, common=common, **run
+    ), groups
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -392,7 +395,7 @@ def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumula
     seen = []
     run.model.register_forward_pre_hook(lambda *_: seen.append({p.grad is not None for p in trained}))
     monkeypatch.setattr(train_loop, "state_to_come", lambda run: seen.append("state") or [])
-    train_loop.try_micro_batch(run, make_batch(), accumulates)
+    train_loop.try_micro_batch(run, as_batch(make_batch()), accumulates)
     assert seen == ["state", {there}]
     assert all(parameter.grad is None for parameter in run.model.parameters())
 

@@ -90,12 +90,15 @@ def loader(data, settings, num_samples=94, batch_size=8, rank=0, world_size=1, n
 
 
 def flat(batches):
-    return list(itertools.chain.from_iterable(batch["keys"] for batch in batches))
+    return list(itertools.chain.from_iterable(batch.keys for batch in batches))
 
 
 def same(one, other):
+    assert one.keys == other.keys
+    one, other = one.tensors(), other.tensors()
+    assert one.keys() == other.keys()
     for name in one:
-        assert one[name] == other[name] if name == "keys" else torch.equal(one[name], other[name]), name
+        assert torch.equal(one[name], other[name]), name
 
 
 def pipe(root):
@@ -182,8 +185,8 @@ def test_budgets_hold_for_one_rank(root):
     one = loader(dataset(settings), settings)
     batches = list(one)
     assert len(batches) == one.num_steps
-    assert all(int(torch.clamp(batch["num_frames"], min=1).sum()) <= 15 for batch in batches)
-    assert sum(len(batch["keys"]) for batch in batches) == 94
+    assert all(int(torch.clamp(batch.num_frames, min=1).sum()) <= 15 for batch in batches)
+    assert sum(len(batch.keys) for batch in batches) == 94
 
 
 def test_closing_early_leaves_neither_threads_nor_processes(root, server):

@@ -1,0 +1,82 @@
+"""Objectives: what the training stages minimise. One file each; a new file is found by its being here.
+
+`section()` is training.<stage>.objective, made of the parameters of all objectives. `build` makes those that a stage
+uses. Their terms are summed in one place, `TrainingModel` (pipeline_steps/training/training_model.py).
+"""
+
+import importlib
+import pkgutil
+from typing import Literal
+
+from pydantic import Field, create_model
+
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import StrictModel
+from pipeline_steps.training.objectives.base import Needs, Objective, Outputs, Term
+
+__all__ = ["Needs", "Objective", "Outputs", "Term", "build", "check", "registry", "section", "term_names"]
+
+
+class Shared(StrictModel):
+    second_pass_probability: float = Field(ge=0, le=1)
+    """Share of training steps with one more fine pass."""
+    initial_modules: Literal["new", "previous"]
+    """Start of the objectives' own modules (heads): `new` (random), or `previous`: objective.safetensors of the stage
+    before. Objectives without modules ignore it."""
+
+
+def registry() -> dict[str, type[Objective]]:
+    """{name: class} of all files of this package."""
+    found: dict[str, type[Objective]] = {}
+    for entry in sorted(pkgutil.iter_modules(__path__), key=lambda entry: entry.name):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        for value in vars(module).values():
+            own = isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
+            if not own or value is Objective:
+                continue
+            if found.setdefault(value.name, value) is not value:
+                raise ValueError(f"two objectives are named {value.name!r}: {found[value.name]} and {value}")
+    return found
+
+
+def section() -> type[StrictModel]:
+    """The schema of training.<stage>.objective."""
+    fields = {
+        name: (objective.Parameters, Field(description=(objective.__doc__ or "").split("\n\n")[0]))
+        for name, objective in registry().items()
+        if objective.Parameters is not None
+    }
+    return create_model("Section", __base__=Shared, **fields)
+
+
+def term_names() -> tuple[str, ...]:
+    """Names of the terms of all objectives: columns of the metrics table."""
+    return tuple(name for objective in registry().values() for name in objective.term_names)
+
+
+def active(settings) -> dict[str, type[Objective]]:
+    """The objectives that a stage (`settings`: training.<stage>) uses."""
+    return {name: objective for name, objective in registry().items() if objective.is_active(settings)}
+
+
+def check(stage: str, settings, network) -> None:
+    """UserError where a stage's objectives need what the network does not have. network: section `model`, or a
+    FoveatedVLMConfig."""
+    if network.architecture == "multi_token":
+        reason = "model.architecture is multi_token"
+    elif network.coarse_only:
+        reason = "model.coarse_only is true"
+    else:
+        return
+    for name, objective in active(settings).items():
+        if objective.needs.planned:
+            raise UserError(
+                f"training.{stage}.objective.{name}.weight is {getattr(settings.objective, name).weight:g}, but "
+                f"{reason}: this network has a single pass, and the objective compares two. Set the weight to 0."
+            )
+
+
+def build(stage: str, settings, config) -> list[Objective]:
+    """The objectives that a stage uses, for a network of this FoveatedVLMConfig. UserError as `check`."""
+    check(stage, settings, config)
+    return [objective(getattr(settings.objective, name, None), config) for name, objective in active(settings).items()]

@@ -1,0 +1,26 @@
+"""Text loss of the coarse pass."""
+
+from pydantic import NonNegativeFloat
+
+from pipeline_steps.common.params import StrictModel
+from pipeline_steps.training.objectives.base import Needs, Objective, Term
+
+
+class CoarseText(Objective):
+    """Text loss of the coarse pass: the static query's tokens have to answer, too."""
+
+    name = "coarse"
+    term_names = ("loss_coarse",)
+    needs = Needs(text=True, planned=True)
+
+    class Parameters(StrictModel):
+        weight: NonNegativeFloat
+        """Weight of the coarse pass's text loss; 0: none."""
+
+    def terms(self, outputs, batch):
+        # without frames both passes read the same text, so that a text-only sample weighs the same in any micro-batch
+        loss = outputs.text.loss
+        if outputs.passes:
+            tokens = outputs.passes[0].visual_tokens
+            loss = outputs.network.score_text(batch.input_ids, batch.attention_mask, batch.labels, tokens).loss
+        return {"loss_coarse": Term(loss, self.parameters.weight, "tokens")}

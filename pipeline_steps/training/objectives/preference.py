@@ -1,0 +1,52 @@
+"""Direct preference optimisation against the weights that the stage began with.
+
+Shapes: B samples.
+"""
+
+from pydantic import PositiveFloat
+
+from pipeline_steps.common.params import StrictModel
+from pipeline_steps.training.objectives.base import Needs, Objective, Term
+
+
+class Preference(Objective):
+    """Direct preference optimisation (DPO), with `loss: preference`."""
+
+    name = "preference"
+    term_names = ("loss_preference", "reward_margin")
+    needs = Needs(reference=True)
+
+    class Parameters(StrictModel):
+        beta: PositiveFloat
+        """Strength of the reference in preference training."""
+
+    @classmethod
+    def is_active(cls, settings):
+        return settings.loss == "preference"
+
+    def terms(self, outputs, batch):
+        import torch
+
+        answers = batch.answer(), batch.rejected.answer()
+        with torch.no_grad():
+            frozen = outputs.reference
+            passes = frozen.encode_frames(**batch.inputs(), mode=outputs.mode, options=outputs.options)
+            expected = frozen.preference_log_probs(*answers, passes[-1].visual_tokens if passes else None)
+        found = outputs.network.preference_log_probs(*answers, outputs.visual_tokens)
+        loss, margin = dpo_loss(*found.unbind(1), *expected.to(found).unbind(1), self.parameters.beta)
+        return {
+            "loss_preference": Term(loss, 1.0, "samples"),
+            "reward_margin": Term(margin.mean(), 0.0, "samples"),
+        }
+
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """Direct preference optimisation (Rafailov et al. 2023, equation 7): mean over samples of
+    -log sigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))).
+
+    All arguments are summed answer log-probabilities [B]. Returns (loss, reward margin [B] in nats, without gradient).
+    """
+    from torch.nn.functional import logsigmoid
+
+    margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    return -logsigmoid(margin).mean(), margin.detach()
