@@ -214,7 +214,7 @@ def test_imports_point_one_way(folder):
 @pytest.mark.parametrize(("package_name", "allowed"), [
     ("common", {"common"}),
     ("world", {"common", "world"}),
-    ("monitoring", {"common", "monitoring", "training"}),
+    ("monitoring", {"common", "monitoring", "streaming", "training"}),
     ("streaming", {"common", "streaming"}),
     ("inference", {"common", "inference", "streaming"}),
 ])  # fmt: skip

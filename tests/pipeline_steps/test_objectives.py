@@ -254,7 +254,7 @@ def test_one_file_and_one_parameter_are_a_new_objective(toy, tmp_path):
 
 def test_a_head_belongs_to_the_connector_and_to_averages_and_states(toy, tmp_path):
     run = make_run("stage2", "question_first", tmp_path, objective=toy)
-    run.common.ema_decay, run.common.keep_checkpoints = 0.9, 1
+    run.common.ema_decay, run.runtime.keep_checkpoints = 0.9, 1
     trainer = train_loop.prepare(run)
     head = run.training_model.objective["frame_time"]
     options = (run.settings, 0.01, "muon")
