@@ -157,6 +157,7 @@ class Data:
             "task": "text" if text else ("card", "gist")[number % 2],
             "kind": "text" if text else "video",
             "num_frames": 0 if text else 2 + number % 3,
+            "frame_times": [] if text else [0.5 * frame for frame in range(2 + number % 3)],
             "input_ids": ids,
             "visual_position": 3,
             "answer_mask": [False] * 5 + [True] * 4,
