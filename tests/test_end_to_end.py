@@ -135,6 +135,11 @@ def test_a_stage_of_preferences_without_any_is_refused(finished_run, tmp_path):
     [
         (("training.stage2.mixture=[{source: '*', task: cards, weight: 1.0}]",), "no items of cards"),
         (("ablation=A6",), "coarse_only is False, the parameters say True"),
+        (
+            ("ablation=A6", "training.stage2.objective.coarse.weight=0.5"),
+            "training.stage2.objective.coarse.weight is 0.5, but model.coarse_only is true",
+        ),
+        (("training.stage2.objective.initial_modules=previous",), "outputs/stage1/objective.safetensors: missing"),
     ],
 )
 def test_wrong_training_parameters_are_refused(finished_run, tmp_path, overrides, message):
