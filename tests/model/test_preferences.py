@@ -1,12 +1,9 @@
 """Direct preference optimisation: one encoding for two answers, the reference, and two processes."""
 
-import copy
 import math
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline_steps.training.objectives.preference import dpo_loss
 from tests.model.tiny import MODES, as_batch, make_model, preference_batch, rows_of
@@ -120,60 +117,3 @@ def test_the_reference_is_that_of_evaluation_whatever_is_sampled_in_training():
     assert margins[0] != margins[1]  # sampled attention in training
     model.eval()
     assert step(training.eval(), batch, reference=reference)[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
-
-
-SPLITS = {"frames everywhere": ([0, 1], [2, 3]), "text only on one": ([1, 1], [0, 3])}  # samples of each process
-DIVIDED = ("text", "preference")
-
-
-def make_training(loss: str):
-    model = make_model(tie_first_query=False)
-    changes = {"coarse": {"weight": 0.5}} if loss == "text" else {}
-    return training_model(model, "answer_only" if loss == "text" else loss, **changes), frozen(
-        make_model(visual_scale=0.3)
-    )
-
-
-def train_in_one_of_two_processes(rank: int, folder: str) -> None:
-    """Writes the gradients that DistributedDataParallel left in this process, and how often it encoded frames."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        results = {}
-        for loss in DIVIDED:
-            for name, rows in SPLITS.items():
-                (training, reference), passes = make_training(loss), []
-                layer = training.network.vision_encoder.encoder.layer[0]
-                layer.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-                wrapped = DistributedDataParallel(training, find_unused_parameters=True)
-                arguments = torch.load(f"{folder}/batch.pt")
-                totals = training.counts(as_batch(rows_of(arguments, rows[0] + rows[1])))
-                part, _ = wrapped(as_batch(rows_of(arguments, rows[rank])), 1, totals, reference)
-                (2 * part).backward()  # of the two processes' gradients the mean is taken
-                results[loss, name] = {key: p.grad for key, p in training.named_parameters()}, len(passes)
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
-    batch = preference_batch()
-    torch.save(batch, tmp_path / "batch.pt")
-    multiprocessing.spawn(train_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for loss in DIVIDED:
-        training, reference = make_training(loss)
-        for name, (left, right) in SPLITS.items():
-            _, expected = step(training, as_batch(rows_of(batch, left + right)), reference=reference)
-            expected = copy.deepcopy(expected)
-            assert sum(gradient.abs().max() > 0 for gradient in expected.values()) == len(list(training.parameters()))
-            for process in (first, second):
-                found = process[loss, name][0]
-                assert found.keys() == expected.keys()
-                for key, gradient in expected.items():
-                    torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4)
-            assert first[loss, name][1] == (0 if name == "text only on one" else 1)  # once for both answers
-            assert second[loss, name][1] == 1
-            _, alone = step(training, as_batch(rows_of(batch, right)), reference=reference)  # without the other process
-            assert max((alone[key] - expected[key]).abs().max() for key in alone) > 1e-4
