@@ -26,8 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from model.configuration_foveated_vlm import MODES
-from model.constants import IGNORE_INDEX
+from model.constants import IGNORE_INDEX, MODES
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 

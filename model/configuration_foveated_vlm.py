@@ -5,7 +5,6 @@ import math
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 
-MODES = ("coarse", "fine", "autoregressive")
 LAYOUTS = ("question_first", "vision_first")
 ARCHITECTURES = ("foveated", "multi_token")
 ATTENTIONS = ("deep", "shallow")

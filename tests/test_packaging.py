@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from model.configuration_foveated_vlm import MODES
+from model.constants import MODES
 from pipeline_steps.inference import ask
 from tests.pipeline import ROOT
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,8 @@ def code_of(stage):
 
 
 def constant(name, stage):
-    """The value of a literal constant of the stage's entry module."""
-    file = ROOT / "pipeline_steps" / package(stage) / "__main__.py"
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
-            return ast.literal_eval(node.value)
-    pytest.fail(f"{file} has no constant {name}")
+    """The value of a constant of the stage's entry module."""
+    return getattr(import_module(f"pipeline_steps.{package(stage)}.__main__"), name)
 
 
 def leaves(model, prefix=""):

@@ -159,7 +159,6 @@ def all_controls():
 SCORED_MODES = tuple(name for name, mode in REGISTRY.items() if not mode.subset)  # on all items
 GAZE_MODES = tuple(name for name, mode in REGISTRY.items() if not mode.is_control)
 CAPTION_MODES = tuple(name for name, mode in REGISTRY.items() if mode.captions)
-CONTROLS = tuple(subset_controls())
 LABELS = {name: mode.label for name, mode in REGISTRY.items()}
 
 # parts of a clip whose answers are compared with the answers for all frames (pipeline_steps/evaluation/temporal.py)

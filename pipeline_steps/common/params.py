@@ -79,6 +79,10 @@ def section_modules():
     return {name: f"pipeline_steps.{name}.schema" for name in names} | OTHER_SECTIONS
 
 
+# all keys at the top of params.yaml but `runtime`: what results may depend on
+RESULT_KEYS = ("seed", "ablation", *sorted(section_modules().keys() - {"runtime"}))
+
+
 def schema():
     """The model of the whole file: `seed`, `ablation` and one section per entry of `section_modules`."""
     sections = {
@@ -235,11 +239,11 @@ def _suggest(name, candidates, allowed=None, others=()):
 def _fields(model, loc):
     """Field names of the sub-model that `loc` leads to (empty when it leads through a list or a tagged union)."""
     for part in loc:
-        model = _submodel(model.model_fields[part].annotation) if model and part in model.model_fields else None
+        model = submodel(model.model_fields[part].annotation) if model and part in model.model_fields else None
     return list(model.model_fields) if model else []
 
 
-def _submodel(annotation):
+def submodel(annotation):
     """The pydantic model in an annotation such as Stage or `Stage | None`, else None."""
     candidates = [annotation, *typing.get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
@@ -248,8 +252,8 @@ def _submodel(annotation):
 def _all_keys(model, prefix=""):
     for name, field in model.model_fields.items():
         yield prefix + name
-        if submodel := _submodel(field.annotation):
-            yield from _all_keys(submodel, f"{prefix}{name}.")
+        if inner := submodel(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
 
 
 def compose(overrides=(), config_dir=ROOT / "conf"):

@@ -10,7 +10,6 @@ import argparse
 import json
 import types
 import typing
-from pathlib import Path
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -49,10 +48,12 @@ def _rows(model, value, prefix=""):
     """Table rows of a section. Fields that share one class (the training stages) share rows."""
     groups = {}
     for name, field in model.model_fields.items():
-        groups.setdefault(field.annotation if field.annotation is _model(field.annotation) else name, []).append(name)
+        groups.setdefault(
+            field.annotation if field.annotation is params.submodel(field.annotation) else name, []
+        ).append(name)
     for names in groups.values():
         field = model.model_fields[names[0]]
-        inner = _model(field.annotation)
+        inner = params.submodel(field.annotation)
         values = [value[name] if value is not None else None for name in names]
         if inner is None:
             default = "" if value is None else _default(values)  # elements of a list have none
@@ -90,12 +91,6 @@ def _default(values):
 
 def _json(value):
     return f"`{json.dumps(value, separators=(',', ':'))}`"
-
-
-def _model(annotation):
-    """The pydantic model in an annotation: itself, an optional one, or a list's element; else None."""
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _meaning(model, name):
@@ -172,8 +167,8 @@ def pages():
 
 
 def outdated():
-    """Paths whose text differs from what the schemas and params.yaml say."""
-    return [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    """[(path, text)] of those `pages` whose file holds another text."""
+    return [(path, text) for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]
 
 
 def main():
@@ -182,9 +177,9 @@ def main():
     arguments = parser.parse_args()
     stale = outdated()
     if arguments.check and stale:
-        raise UserError(f"{', '.join(path.name for path in stale)} out of date: run `{COMMAND}`")
-    for path in stale:
-        Path(path).write_text(pages()[path], encoding="utf-8")
+        raise UserError(f"{', '.join(path.name for path, _ in stale)} out of date: run `{COMMAND}`")
+    for path, text in stale:
+        path.write_text(text, encoding="utf-8")
         print(f"{path}: written")
 
 

@@ -16,10 +16,10 @@ import signal
 import sys
 from pathlib import Path
 
+from model.constants import MODES
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_bytes
 
-MODES = ("coarse", "fine", "autoregressive")  # model.configuration_foveated_vlm.MODES, without its import of torch
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
 SEED = 1  # for random query sources: the animation repeats the queries that produced the answer

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from model import FoveatedVLMForConditionalGeneration, FoveationOptions
-from model.configuration_foveated_vlm import MODES
+from model.constants import MODES
 from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
 from pipeline_steps.common.errors import UserError

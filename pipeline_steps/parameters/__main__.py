@@ -16,21 +16,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
-PARAMS = (
-    "seed",
-    "ablation",
-    "backbones",
-    "sources",
-    "shards",
-    "tokens",
-    "model",
-    "streaming",
-    "training",
-    "evaluation",
-    "flops",
-    "heatmaps",
-    "report",
-)
+PARAMS = params.RESULT_KEYS
 
 
 def main() -> None:

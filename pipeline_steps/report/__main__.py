@@ -46,21 +46,7 @@ from pipeline_steps.report.sources_scores import by_source
 from pipeline_steps.report.temporal import per_frame, temporal
 from pipeline_steps.report.verdicts import verdicts
 
-PARAMS = (
-    "seed",
-    "ablation",
-    "backbones",
-    "sources",
-    "shards",
-    "tokens",
-    "model",
-    "streaming",
-    "training",
-    "evaluation",
-    "flops",
-    "heatmaps",
-    "report",
-)
+PARAMS = params.RESULT_KEYS
 HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("targets", "Targets"),

@@ -5,7 +5,7 @@ from statistics import fmean
 
 def headline(result, inputs):
     """{name: number}, floats rounded to six decimals, of an `EvaluationResult` and the report's `Inputs`."""
-    mean = result.mean
+    mean, gaze = result.mean, gaze_means(result)
     found = {
         "mean_token_accuracy": mean["autoregressive"].accuracy,
         "exact_match_accuracy": result.mean_exact_match,
@@ -14,14 +14,17 @@ def headline(result, inputs):
         "autoregressive_fine_loss_ratio": mean["autoregressive"].loss / mean["fine"].loss,
         "blind_accuracy": mean["blind"].accuracy,
         "random_query_accuracy": mean["random_query"].accuracy,
-        "gaze_peak_on_target": gaze_peak(result),
+        "gaze_peak_on_target": gaze[0] if gaze else None,
         "training_samples": inputs.current.budget.num_samples if inputs.current.budget else None,
         "training_flops_per_sample": inputs.flops.training_sample,
     }
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
 
 
-def gaze_peak(result):
-    """Mean over the tasks of the share of frames whose attention peak is on the target, or None without a gaze."""
-    peaks = [modes["autoregressive"].peak_on_target for modes in result.gaze.values() if "autoregressive" in modes]
-    return fmean(peaks) if peaks else None
+def gaze_means(result):
+    """Means over the tasks, autoregressive mode: (share of frames whose attention peak is on the target, what a peak on
+    any object would reach), or None without a gaze."""
+    found = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
+    if not found:
+        return None
+    return fmean(entry.peak_on_target for entry in found), fmean(entry.chance_among_objects for entry in found)

@@ -1,5 +1,7 @@
 """The sentences of the report: captions, and those that are made of numbers."""
 
+from pipeline_steps.report.summary import gaze_means
+
 CAPTIONS = {  # figure -> (alternative text, what to see)
     "curves": (
         "Training loss and validation accuracy over the training samples of the three stages",
@@ -53,16 +55,11 @@ def banner(parameters):
     ]
 
 
-def exact_match(result):
-    """Mean over the tasks of the share of generated answers that equal the expected one, or None."""
-    return result.mean_exact_match
-
-
 def lead(inputs):
     """What this run alone shows, in two or three sentences."""
     result = inputs.current.result
     mean = result.mean
-    exact = "" if (value := exact_match(result)) is None else f" and an exact-match accuracy of {value:.1%}"
+    exact = "" if (value := result.mean_exact_match) is None else f" and an exact-match accuracy of {value:.1%}"
     text = (
         f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
         f"{len(result.tasks)} tasks of held-out items with a mean token accuracy of "
@@ -70,14 +67,9 @@ def lead(inputs):
         f"With grey frames its token accuracy is {mean['blind'].accuracy:.1%}, "
         f"with random queries {mean['random_query'].accuracy:.1%}."
     )
-    if result.gaze:
-        seen = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
-        if seen:
-            peak, chance = (
-                sum(getattr(entry, name) for entry in seen) / len(seen)
-                for name in ("peak_on_target", "chance_among_objects")
-            )
-            text += f" Its attention peak is on the target in {peak:.0%} of the frames (any object: {chance:.0%})."
+    if means := gaze_means(result):
+        peak, chance = means
+        text += f" Its attention peak is on the target in {peak:.0%} of the frames (any object: {chance:.0%})."
     return text
 
 
@@ -93,19 +85,15 @@ def tiles(result):
             ("random_query", "Random query", "attends anywhere"),
         )
     ]
-    if (value := exact_match(result)) is not None:
+    if (value := result.mean_exact_match) is not None:
         note = "generated answers equal to the expected one"
         entries.insert(1, {"name": "Exact-match accuracy", "value": f"{value:.1%}", "note": note})
     ratio = mean["autoregressive"].loss / mean["fine"].loss
     entries.append(
         {"name": "Loss, autoregressive / fine", "value": f"{ratio:.3f}", "note": "1 = training hides nothing"}
     )
-    seen = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
-    if seen:
-        peak, chance = (
-            sum(getattr(entry, name) for entry in seen) / len(seen)
-            for name in ("peak_on_target", "chance_among_objects")
-        )
+    if means := gaze_means(result):
+        peak, chance = means
         entries.append(
             {"name": "Gaze on target", "value": f"{peak:.0%}", "note": f"any object by chance: {chance:.0%}"}
         )

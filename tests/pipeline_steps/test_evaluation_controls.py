@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline_steps.common import modes
-from pipeline_steps.common.modes import CONTROLS
+from pipeline_steps.common.modes import subset_controls
 from pipeline_steps.evaluation import breakdown, controls, per_frame, scoring, statistics
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import NUM_SCORED, Weighing, clip, loaded, truth_at
@@ -142,7 +142,7 @@ def test_effects_refuse_other_tokens():
 def test_ordinary_tokens_have_no_query_controls():
     names = controls.applicable(types.SimpleNamespace(architecture="multi_token"))
     assert names == ["shuffled_frames", "first_frame"]
-    assert controls.applicable(types.SimpleNamespace(architecture="foveated")) == list(CONTROLS)
+    assert controls.applicable(types.SimpleNamespace(architecture="foveated")) == subset_controls()
 
 
 def real_batch(rows=(0, 2, 3)):
