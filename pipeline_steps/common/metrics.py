@@ -105,7 +105,7 @@ class Control(Result):
     """A control minus the autoregressive mode, on the items that both scored: what it costs to take something away."""
 
     loss_difference: float
-    """Nats per scored token."""
+    """Control minus autoregressive."""
     loss_interval: Interval
     """Interval."""
     accuracy_difference: float
@@ -431,7 +431,7 @@ class Frontier(Result):
     """Cost over the number of frames for one size of language model."""
 
     num_frames: list[int]
-    """Counts."""
+    """Frames per clip."""
     foveated: list[float]
     """Forward pass, autoregressive."""
     multi_token: list[float]

@@ -47,8 +47,8 @@ def parameters_page():
 
 
 def _rows(model, value, prefix=""):
-    """Table rows of a section. Sections of one class (the training stages) share rows, and so do fields of one type with
-    the same description."""
+    """Table rows of a section. Sections of one class (the training stages) share rows, and so do fields of one
+    type with the same description."""
     groups = {}
     for name, field in model.model_fields.items():
         annotation = field.annotation

@@ -25,7 +25,8 @@ class Section(StrictModel):
     query_update: Literal["replace", "add"]
     """The planner's output replaces the query or is added."""
     query_source: Literal["planned", "static", "random", "fixed", "oracle"]
-    """`random`: new per frame; `fixed`: one random query per batch; `oracle`: planned, limited to the target's patches."""
+    """`random`: new per frame; `fixed`: one random query per batch; `oracle`: planned, limited to the target's
+    patches."""
     attention_temperature: PositiveFloat
     """Divides query-attention logits; below 1 is sharper."""
     learnable_temperature: bool
