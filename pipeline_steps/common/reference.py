@@ -88,7 +88,7 @@ def _merged(values):
 def _defaults(values):
     """Defaults of the fields of one row; one of them where all are equal."""
     shown = [_default(value) for value in values]
-    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
 
 
 def _default(value):
@@ -150,7 +150,7 @@ def _annotation(annotation, bounds=""):
 
 
 def metrics_tables():
-    """The generated part of docs/metrics.md: per result file a table of its fields, then of those of the objects in it."""
+    """The generated part of docs/metrics.md: per result file a table of its fields and those of the objects in it."""
     blocks, seen = [], set()
     for file, model in RESULTS.items():
         blocks.append(f"### {file}")

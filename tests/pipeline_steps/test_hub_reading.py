@@ -376,7 +376,7 @@ def test_the_schema_and_the_documentation_list_every_adapter():
     text = (ROOT / "docs/data.md").read_text()
     for name, value in ADAPTERS.items():
         revision = f"`{value.revision}`" if value.revision else "give one"
-        row = f"| `{name}` | `{value.repo}` | {revision} | {value.licence} | {value.download} | "
+        row = f"|`{name}`|`{value.repo}`|{revision}|{value.licence}|{value.download}|"
         assert row in text, row
         assert all(len(table.source) <= 40 for table in value.tables)
 

@@ -10,7 +10,7 @@ from pipeline_steps.training.__main__ import COLUMNS
 
 def test_the_scales_of_the_table_are_those_of_conf():
     section = (ROOT / "docs/training.md").read_text().split("\n## Scales\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\|(`.+?)\|", section, re.MULTILINE)
     written = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert written == {path.stem for path in (ROOT / "conf/scale").glob("*.yaml")} - {"none"}
 
