@@ -324,7 +324,7 @@ class EvaluationResult(Result):
     controls: dict[str, dict[str, Control]] | None = None
     """By task and control."""
     gaze_difference: dict[str, dict[str, GazeDifference]] | None = None
-    """By task and reference."""
+    """By task and reference: chance, coarse, oracle."""
     per_frame: dict[str, dict[str, PerFrame]] | None = None
     """By task and mode."""
     temporal: dict[str, dict[str, View]] | None = None
