@@ -8,6 +8,7 @@ import yaml
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
+from pipeline_steps.common import snakemake as control
 from pipeline_steps.shards import fan_out
 
 SNAKEFILE = ROOT / "workflow" / "Snakefile"
@@ -53,17 +54,17 @@ def test_profiles():
 
 def test_profile_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
-    assert fan_out._profile() == ROOT / "workflow/profiles/default"
+    assert control.snakemake_profile() == ROOT / "workflow/profiles/default"
     for chosen in ("slurm", "workflow/profiles/slurm", str(ROOT / "workflow/profiles/slurm")):
         for folder in (ROOT, tmp_path):
             monkeypatch.chdir(folder)
             monkeypatch.setenv("SNAKEMAKE_PROFILE", chosen)
-            assert fan_out._profile() == ROOT / "workflow/profiles/slurm"
+            assert control.snakemake_profile() == ROOT / "workflow/profiles/slurm"
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "mine")
-    assert fan_out._profile() == tmp_path / "mine"
+    assert control.snakemake_profile() == tmp_path / "mine"
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "/elsewhere/cluster")
-    assert fan_out._profile() == "/elsewhere/cluster"
+    assert control.snakemake_profile() == "/elsewhere/cluster"
 
 
 # ---------------------------------------------------------------- jobs that a killed run left in a queue
@@ -84,12 +85,12 @@ def queue(tmp_path, monkeypatch):
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
-    (tmp_path / fan_out.LOG).write_text("Building DAG of jobs...\nSLURM run ID: 12-ab\nUsing shell\n")
+    (tmp_path / control.LOG).write_text("Building DAG of jobs...\nSLURM run ID: 12-ab\nUsing shell\n")
     return queue
 
 
 def test_left_over_jobs_are_cancelled_by_the_name_of_their_run(queue, capsys):
-    fan_out.cancel_left_over(queue.parent)
+    control.cancel_left_over(queue.parent)
     assert queue.read_text() == ""
     calls = (queue.parent / "calls").read_text().splitlines()
     assert calls == [
@@ -98,22 +99,22 @@ def test_left_over_jobs_are_cancelled_by_the_name_of_their_run(queue, capsys):
         "--noheader --name=12-ab --format=%i",
     ]
     assert "cancelling 2 SLURM jobs of run 12-ab" in capsys.readouterr().err
-    fan_out.cancel_left_over(queue.parent)
+    control.cancel_left_over(queue.parent)
     assert (queue.parent / "calls").read_text().count("scancel") == 1  # none are left
 
 
 def test_runs_on_this_machine_ask_no_queue(queue):
-    (queue.parent / fan_out.LOG).write_text("Building DAG of jobs...\n")
-    fan_out.cancel_left_over(queue.parent)
+    (queue.parent / control.LOG).write_text("Building DAG of jobs...\n")
+    control.cancel_left_over(queue.parent)
     assert not (queue.parent / "calls").exists()
 
 
 def test_a_queue_that_does_not_answer_is_named(queue, monkeypatch, capsys):
     (queue.parent / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
     with pytest.raises(UserError, match=r"squeue .* ended with exit code 1: no controller"):
-        fan_out.cancel_left_over(queue.parent)
+        control.cancel_left_over(queue.parent)
     monkeypatch.setenv("PATH", str(queue.parent))
-    fan_out.cancel_left_over(queue.parent)  # another machine than the one that submitted them
+    control.cancel_left_over(queue.parent)  # another machine than the one that submitted them
     assert "scancel --name=12-ab" in capsys.readouterr().err
 
 

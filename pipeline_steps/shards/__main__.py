@@ -22,8 +22,9 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import locked_scratch, replaced_folder, writable, write_json
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import SPLITS, FramePolicy, ShardsManifest, SplitEntry
+from pipeline_steps.common.snakemake import cancel_left_over
 from pipeline_steps.shards import leaks, scratch
-from pipeline_steps.shards.fan_out import cancel_left_over, run_snakemake
+from pipeline_steps.shards.fan_out import run_snakemake
 from pipeline_steps.shards.index import read_index
 from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards

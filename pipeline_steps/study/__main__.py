@@ -1,0 +1,160 @@
+"""Runs a study: every run of conf/study/<name>.yaml through the pipeline's stages, on all cores or on a cluster.
+
+    python -m pipeline_steps.study NAME [--cores 2] [--gpus 0] [--dry-run]
+    make study name=NAME
+
+What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
+(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Finished runs are collected into
+reports/study/NAME/ as they end. A failed job does not stop the others. Interrupted or killed, the same command
+continues. Jobs live in ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one
+core per run.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import write_json
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.snakemake import LOG, cancel_left_over, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.study import progress
+from pipeline_steps.study.collect import collect
+from pipeline_steps.study.design import read_study
+from pipeline_steps.study.plan import RESULTS, make_plan
+
+INTERVAL = 2.0  # seconds between two views of the jobs
+
+
+def main():
+    arguments = read_arguments()
+    console = Console(soft_wrap=True)
+    study = read_study(arguments.name)
+    plan = make_plan(arguments.name, study)
+    studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
+    cores = arguments.cores or len(os.sched_getaffinity(0))
+    found, costs = progress.states(plan, studies), progress.measure_costs(plan, studies)
+    if arguments.dry_run:
+        console.print(study.question)
+        console.print(progress.run_table(plan, found, costs))
+        seconds = progress.total_seconds(plan, found, costs)
+        share = progress.format_time(seconds / cores)
+        console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+        return 0
+    results = ROOT / RESULTS / plan.study
+    folder = studies / plan.study
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
+        write_json(folder / "plan.json", plan.as_dict())
+        for job in plan.jobs.values():
+            (studies / job.folder / "failed.json").unlink(missing_ok=True)
+        code = run_jobs(plan, studies, results, arguments, cores, console)
+    return report_end(plan, studies, results, code, console)
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description="Run a study of conf/study.")
+    parser.add_argument("name", help="file name in conf/study, without .yaml")
+    parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one job each (default: 0, no slots)")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
+    arguments = parser.parse_args()
+    for option in ("cores", "gpus"):
+        if (getattr(arguments, option) or 0) < 0:
+            parser.error(f"--{option}: expected a number of at least 0")
+    return arguments
+
+
+def run_jobs(plan, studies, results, arguments, cores, console):
+    """Runs Snakemake to its end, shows the state of the jobs, collects runs as they finish; returns its exit code."""
+    log = studies / plan.study / LOG
+    command = snakemake_command(studies, plan.study, cores, arguments.gpus)
+    console.print(f"log: {log}")
+    cancel_left_over(log.parent)
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
+            preexec_fn=stop_with_parent,
+        )
+        try:
+            show_until_end(process, plan, studies, results, cores, console)
+        finally:
+            if process.poll() is None:
+                stop(process)
+                cancel_left_over(log.parent)
+    return process.returncode
+
+
+def snakemake_command(studies, name, cores, gpus):
+    command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
+    command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
+    if Path(snakemake_profile()).name == "default":
+        command += ["--cores", cores]
+    if gpus:
+        command += ["--resources", f"gpu={gpus}"]
+    command += ["--config", f"python={sys.executable}", f"root={ROOT}", f"plan={name}/plan.json", f"gpus={gpus}"]
+    return [str(word) for word in command]
+
+
+def show_until_end(process, plan, studies, results, cores, console):
+    shown, finished = None, None
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        running = True
+        while running:
+            running = process.poll() is None
+            found = progress.states(plan, studies)
+            if (number := progress.num_finished(plan, found)) != finished:
+                finished = number
+                collect(plan, studies, results)
+            if found != shown or console.is_terminal:
+                shown = found
+                table = progress.stage_table(plan, found, progress.measure_costs(plan, studies), cores)
+                live.update(table, refresh=console.is_terminal)
+                if not console.is_terminal:
+                    console.print(one_line(plan, found, table.caption))
+            if running:
+                time.sleep(INTERVAL)
+
+
+def one_line(plan, found, caption):
+    """The state of the study for a log file."""
+    values = list(found.values())
+    counts = ", ".join(f"{values.count(state)} {state}" for state in progress.STATES)
+    return f"{time.strftime('%H:%M:%S')} {progress.num_finished(plan, found)}/{len(plan.runs)} runs; jobs: {counts}; {caption}"
+
+
+def report_end(plan, studies, results, code, console):
+    """Prints the results and every failure; returns the exit code: 1 if something is missing."""
+    table = collect(plan, studies, results)
+    if table is not None:
+        columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
+        console.print(table[columns].to_string(index=False, float_format="%.3f"))
+        console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}")
+    failed = progress.failures(plan, studies)
+    for text in failed:
+        console.print(text, markup=False)
+    if code and not failed:
+        lines = (studies / plan.study / LOG).read_text(errors="replace").splitlines()
+        end = " / ".join(line.strip() for line in lines[-5:] if line.strip())
+        raise UserError(f"snakemake ended with exit code {code}: {end} (log: {studies / plan.study / LOG})")
+    return 1 if failed or table is None or len(table) < len(plan.runs) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
