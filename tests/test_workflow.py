@@ -6,9 +6,9 @@ import sys
 import pytest
 import yaml
 
+from pipeline_steps.common import snakemake as control
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common import snakemake as control
 from pipeline_steps.shards import fan_out
 
 SNAKEFILE = ROOT / "workflow" / "Snakefile"

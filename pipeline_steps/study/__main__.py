@@ -12,7 +12,6 @@ core per run.
 
 import argparse
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -136,7 +135,8 @@ def one_line(plan, found, caption):
     """The state of the study for a log file."""
     values = list(found.values())
     counts = ", ".join(f"{values.count(state)} {state}" for state in progress.STATES)
-    return f"{time.strftime('%H:%M:%S')} {progress.num_finished(plan, found)}/{len(plan.runs)} runs; jobs: {counts}; {caption}"
+    done = f"{progress.num_finished(plan, found)}/{len(plan.runs)} runs"
+    return f"{time.strftime('%H:%M:%S')} {done}; jobs: {counts}; {caption}"
 
 
 def report_end(plan, studies, results, code, console):

@@ -127,20 +127,22 @@ def locked(path):
 @contextmanager
 def free_slot(studies, count):
     """Yields the number of a GPU that no other job of this machine uses; waits for one."""
-    files = [open(studies / f"gpu{number}.lock", "w") for number in range(count)]
-    try:
-        while True:
-            for number, file in enumerate(files):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield number
-                return
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(studies / f"gpu{number}.lock", "w")) for number in range(count)]
+        while (number := first_free(files)) is None:
             time.sleep(1)
-    finally:
-        for file in files:
-            file.close()
+        yield number
+
+
+def first_free(files):
+    """The number of the first of these open files that could be locked, else None."""
+    for number, file in enumerate(files):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        return number
+    return None
 
 
 if __name__ == "__main__":
