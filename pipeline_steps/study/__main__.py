@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -38,13 +39,14 @@ def main():
     console = Console(soft_wrap=True)
     study = read_study(arguments.name)
     plan = make_plan(arguments.name, study)
+    todo = only_arms(plan, study, arguments.arms)
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
     cores = arguments.cores or len(os.sched_getaffinity(0))
-    found, costs = progress.states(plan, studies), progress.measure_costs(plan, studies)
     if arguments.dry_run:
+        found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
         console.print(study.question)
-        console.print(progress.run_table(plan, found, costs))
-        seconds = progress.total_seconds(plan, found, costs)
+        console.print(progress.run_table(todo, found, costs))
+        seconds = progress.total_seconds(todo, found, costs)
         share = progress.format_time(seconds / cores)
         console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
         return 0
@@ -56,11 +58,11 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
-        write_json(folder / "plan.json", plan.as_dict())
-        for job in plan.jobs.values():
+        write_json(folder / "plan.json", todo.as_dict())
+        for job in todo.jobs.values():
             (studies / job.folder / "failed.json").unlink(missing_ok=True)
-        code = run_jobs(plan, studies, results, arguments, cores, console)
-    return report_end(plan, studies, results, code, console)
+        code = run_jobs(plan, todo, studies, results, arguments, cores, console)
+    return report_end(plan, todo, studies, results, code, console)
 
 
 def read_arguments():
@@ -68,6 +70,7 @@ def read_arguments():
     parser.add_argument("name", help="file name in conf/study, without .yaml")
     parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one job each (default: 0, no slots)")
+    parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
     arguments = parser.parse_args()
     for option in ("cores", "gpus"):
@@ -76,7 +79,16 @@ def read_arguments():
     return arguments
 
 
-def run_jobs(plan, studies, results, arguments, cores, console):
+def only_arms(plan, study, arms):
+    """The part of a `Plan` that the named arms need (None: all). UserError for an unknown arm."""
+    if unknown := [arm for arm in arms or () if arm not in study.arms]:
+        raise UserError(f"--arms: there is no arm {', '.join(unknown)} (there are: {', '.join(study.arms)})")
+    runs = [run for run in plan.runs if arms is None or run.arm in arms]
+    names = {name for run in runs for name in run.jobs.items()}
+    return replace(plan, runs=runs, jobs={name: job for name, job in plan.jobs.items() if name in names})
+
+
+def run_jobs(plan, todo, studies, results, arguments, cores, console):
     """Runs Snakemake to its end, shows the state of the jobs, collects runs as they finish; returns its exit code."""
     log = studies / plan.study / LOG
     command = snakemake_command(studies, plan.study, cores, arguments.gpus)
@@ -91,7 +103,7 @@ def run_jobs(plan, studies, results, arguments, cores, console):
             preexec_fn=stop_with_parent,
         )
         try:
-            show_until_end(process, plan, studies, results, cores, console)
+            show_until_end(process, plan, todo, studies, results, cores, console)
         finally:
             if process.poll() is None:
                 stop(process)
@@ -111,22 +123,22 @@ def snakemake_command(studies, name, cores, gpus):
     return [str(word) for word in command]
 
 
-def show_until_end(process, plan, studies, results, cores, console):
+def show_until_end(process, plan, todo, studies, results, cores, console):
     shown, finished = None, None
     with Live(console=console, auto_refresh=False, transient=False) as live:
         running = True
         while running:
             running = process.poll() is None
-            found = progress.states(plan, studies)
-            if (number := progress.num_finished(plan, found)) != finished:
+            found = progress.states(todo, studies)
+            if (number := progress.num_finished(todo, found)) != finished:
                 finished = number
                 collect(plan, studies, results)
             if found != shown or console.is_terminal:
                 shown = found
-                table = progress.stage_table(plan, found, progress.measure_costs(plan, studies), cores)
+                table = progress.stage_table(todo, found, progress.measure_costs(plan, studies), cores)
                 live.update(table, refresh=console.is_terminal)
                 if not console.is_terminal:
-                    console.print(one_line(plan, found, table.caption))
+                    console.print(one_line(todo, found, table.caption))
             if running:
                 time.sleep(INTERVAL)
 
@@ -139,21 +151,22 @@ def one_line(plan, found, caption):
     return f"{time.strftime('%H:%M:%S')} {done}; jobs: {counts}; {caption}"
 
 
-def report_end(plan, studies, results, code, console):
+def report_end(plan, todo, studies, results, code, console):
     """Prints the results and every failure; returns the exit code: 1 if something is missing."""
     table = collect(plan, studies, results)
     if table is not None:
         columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
         console.print(table[columns].to_string(index=False, float_format="%.3f"))
         console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}")
-    failed = progress.failures(plan, studies)
+    failed = progress.failures(todo, studies)
     for text in failed:
         console.print(text, markup=False)
     if code and not failed:
         lines = (studies / plan.study / LOG).read_text(errors="replace").splitlines()
         end = " / ".join(line.strip() for line in lines[-5:] if line.strip())
         raise UserError(f"snakemake ended with exit code {code}: {end} (log: {studies / plan.study / LOG})")
-    return 1 if failed or table is None or len(table) < len(plan.runs) else 0
+    missing = progress.num_finished(todo, progress.states(todo, studies)) < len(todo.runs)
+    return 1 if failed or missing else 0
 
 
 if __name__ == "__main__":
