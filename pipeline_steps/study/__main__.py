@@ -4,10 +4,10 @@
     make study name=NAME
 
 What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
-(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Finished runs are collected into
-reports/study/NAME/ as they end. A failed job does not stop the others. Interrupted or killed, the same command
-continues. Jobs live in ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one
-core per run.
+(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into
+reports/study/NAME/ as they end: runs.csv, items.parquet, and in the end README.md with comparisons and runs.svg.
+A failed job does not stop the others. Interrupted or killed, the same command continues. Jobs live in
+${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one core per run.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pipeline_steps.study import progress
 from pipeline_steps.study.collect import collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.plan import RESULTS, make_plan
+from pipeline_steps.study.summary import write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
 
@@ -62,7 +63,7 @@ def main():
         for job in todo.jobs.values():
             (studies / job.folder / "failed.json").unlink(missing_ok=True)
         code = run_jobs(plan, todo, studies, results, arguments, cores, console)
-    return report_end(plan, todo, studies, results, code, console)
+    return report_end(study, plan, todo, studies, results, code, console)
 
 
 def read_arguments():
@@ -136,8 +137,9 @@ def show_until_end(process, plan, todo, studies, results, cores, console):
             if found != shown or console.is_terminal:
                 shown = found
                 table = progress.stage_table(todo, found, progress.measure_costs(plan, studies), cores)
-                live.update(table, refresh=console.is_terminal)
-                if not console.is_terminal:
+                if console.is_terminal:
+                    live.update(table, refresh=True)
+                else:
                     console.print(one_line(todo, found, table.caption))
             if running:
                 time.sleep(INTERVAL)
@@ -151,13 +153,14 @@ def one_line(plan, found, caption):
     return f"{time.strftime('%H:%M:%S')} {done}; jobs: {counts}; {caption}"
 
 
-def report_end(plan, todo, studies, results, code, console):
+def report_end(study, plan, todo, studies, results, code, console):
     """Prints the results and every failure; returns the exit code: 1 if something is missing."""
     table = collect(plan, studies, results)
     if table is not None:
         columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
         console.print(table[columns].to_string(index=False, float_format="%.3f"))
-        console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}")
+        summary = write_summary(plan.study, study)
+        console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}, {summary}")
     failed = progress.failures(todo, studies)
     for text in failed:
         console.print(text, markup=False)

@@ -6,6 +6,7 @@ A cell is one training run: an arm with one seed each for training, backbones an
 import re
 from dataclasses import dataclass
 from itertools import product
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
@@ -23,12 +24,15 @@ SEED_KEYS = {  # which parameters each kind of seed sets
 TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 
+Seed = Annotated[int, Field(ge=0)]
+
+
 class Seeds(StrictModel):
     """The seeds of one replicate; arms with equal seeds share backbones and data, and are compared in pairs."""
 
-    training: int = Field(ge=0)
-    backbones: int = Field(ge=0)
-    data: int = Field(ge=0)
+    training: Seed
+    backbones: Seed
+    data: Seed
 
 
 class Arm(StrictModel):
@@ -36,7 +40,7 @@ class Arm(StrictModel):
 
     overrides: tuple[str, ...] = ()
     """Hydra overrides on top of the study's `base`, such as ablation=A6."""
-    seeds: tuple[int | Seeds, ...] | None = None
+    seeds: tuple[Seed | Seeds, ...] | None = None
     """Seeds of this arm only; null: those of the study."""
     budgets: tuple[str, ...] | None = None
     """Names of the budgets of this arm; null: all."""
@@ -51,10 +55,19 @@ class Study(StrictModel):
     """Hydra overrides of every run."""
     arms: dict[str, Arm] = Field(min_length=1)
     """{name: arm}; the first is the baseline of comparisons."""
-    seeds: tuple[int | Seeds, ...] = Field(min_length=1)
+    seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
     """Replicates; a number stands for the seed of training, backbones and data alike."""
     budgets: dict[str, float] = {"x1": 1.0}
     """{name: factor on the training samples of the three stages}."""
+    groups: dict[str, tuple[str, ...]] = {
+        "gaze": ("card", "follow", "ask_colour", "ask_place"),
+        "reading": ("caption", "image", "gist"),
+    }
+    """{name: tasks} that arms are compared on; default: the digit world's tasks that need a gaze, and the others."""
+    margin: float = Field(default=0.03, gt=0)
+    """Differences of token accuracy below it count as none."""
+    plateau: float = Field(default=0.75, gt=0, lt=1)
+    """Mean token accuracy from which a run counts as having left the plateau."""
 
 
 @dataclass(frozen=True)

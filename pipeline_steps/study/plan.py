@@ -165,7 +165,7 @@ def paths_of(entry, kind):
 
 def clean_commit():
     """The commit that is checked out. UserError if tracked or new files differ from it."""
-    changed = [line[3:] for line in git("status", "--porcelain").splitlines()]
+    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all").splitlines()]
     changed = [path for path in changed if not is_within(path.rstrip("/"), [RESULTS])]
     if changed:
         listed = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
