@@ -18,7 +18,8 @@ from pipeline_steps.common.params import ROOT, StrictModel
 from pipeline_steps.world.digits import KINDS
 
 PARAMS_FILE = ROOT / "params.yaml"
-GROUP_FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+GROUP_FILES = [path for path in FILES if path.parent.name != "study"]  # a study is no group: it names overrides
 ABLATIONS = [path.stem for path in GROUP_FILES if path.parent.name == "ablation" and path.stem != "none"]
 
 
