@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.live import Live
 
@@ -39,19 +40,13 @@ def main():
     arguments = read_arguments()
     console = Console(soft_wrap=True)
     study = read_study(arguments.name)
-    plan = make_plan(arguments.name, study)
-    todo = only_arms(plan, study, arguments.arms)
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
+    results = ROOT / RESULTS / arguments.name
+    plan = make_plan(arguments.name, study, finished_flops(results))
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
-        found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
-        console.print(study.question)
-        console.print(progress.run_table(todo, found, costs))
-        seconds = progress.total_seconds(todo, found, costs)
-        share = progress.format_time(seconds / cores)
-        console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+        show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
         return 0
-    results = ROOT / RESULTS / plan.study
     folder = studies / plan.study
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -59,11 +54,38 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
-        write_json(folder / "plan.json", todo.as_dict())
-        for job in todo.jobs.values():
-            (studies / job.folder / "failed.json").unlink(missing_ok=True)
-        code = run_jobs(plan, todo, studies, results, arguments, cores, console)
+        while True:
+            todo = only_arms(plan, study, arguments.arms)
+            write_json(folder / "plan.json", todo.as_dict())
+            for job in todo.jobs.values():
+                (studies / job.folder / "failed.json").unlink(missing_ok=True)
+            code = run_jobs(plan, todo, studies, results, arguments, cores, console)
+            following = make_plan(arguments.name, study, finished_flops(results)) if plan.waiting else plan
+            if len(following.runs) == len(plan.runs):
+                break
+            plan = following  # budgets of equal FLOPs are known now
     return report_end(study, plan, todo, studies, results, code, console)
+
+
+def finished_flops(results):
+    """{run: training FLOPs} of the runs that are collected in the folder `results`."""
+    path = results / "runs.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path)
+    return dict(zip(table["run"], table["training_flops"], strict=True))
+
+
+def show_plan(study, plan, todo, studies, cores, console):
+    """Prints the runs and the expected time."""
+    found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
+    console.print(study.question)
+    console.print(progress.run_table(todo, found, costs))
+    seconds = progress.total_seconds(todo, found, costs)
+    share = progress.format_time(seconds / cores)
+    console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+    if plan.waiting:
+        console.print(f"{len(plan.waiting)} more run(s), of equal FLOPs, are planned when those they follow are done.")
 
 
 def read_arguments():
@@ -160,7 +182,7 @@ def report_end(study, plan, todo, studies, results, code, console):
         columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
         console.print(table[columns].to_string(index=False, float_format="%.3f"))
         summary = write_summary(plan.study, study)
-        console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}, {summary}")
+        console.print(f"{len(table)} of {len(plan.runs) + len(plan.waiting)} runs: {results / 'runs.csv'}, {summary}")
     failed = progress.failures(todo, studies)
     for text in failed:
         console.print(text, markup=False)

@@ -17,7 +17,7 @@ from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import read_study
+from pipeline_steps.study.design import EqualFlops, cells_of, read_study
 from pipeline_steps.study.plan import RESULTS
 
 SEEDS = ("training_seed", "backbones_seed", "data_seed")
@@ -65,7 +65,9 @@ def comparisons(table, study):
     )
     pairs, budgets = {}, {}
     for (arm, budget), rows in table[table["arm"] != baseline].groupby(["arm", "budget"], sort=False):
-        base = table[(table["arm"] == baseline) & (table["budget"] == budget)].set_index(list(SEEDS))
+        entry = study.budgets.get(budget)
+        reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
+        base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(list(SEEDS))
         own = rows.set_index(list(SEEDS))
         common = base.index.intersection(own.index)
         if not len(common):
@@ -91,7 +93,7 @@ def matched_budget(base, own):
 
 def page(name, table, study):
     """The summary as Markdown."""
-    total = sum(len(arm.seeds or study.seeds) * len(arm.budgets or study.budgets) for arm in study.arms.values())
+    total = len(cells_of(study))
     found, budgets = comparisons(table, study)
     parts = [f"# Study {name}", study.question, f"{len(table)} of {total} runs. `make study name={name}`"]
     parts += ["## Arms", arm_table(table, study)]

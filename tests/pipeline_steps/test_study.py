@@ -78,9 +78,21 @@ def test_a_budget_scales_the_samples_of_every_stage():
         assert found[1][stage]["num_samples"] == found[0][stage]["num_samples"] / 2
 
 
+def test_equal_flops_follow_from_the_runs_at_another_budget():
+    study = make(budgets={"x2": 2, "same": {"flops_of": "x2"}}, seeds=[1, 2])
+    cells = design.cells_of(study)
+    assert [cell.name for cell in cells if cell.budget == "same"] == ["A6-same-seed1.1.1", "A6-same-seed2.2.2"]
+    ready, waiting = design.with_factors(cells, "none", {"none-x2-seed1.1.1": 3e14, "A6-x2-seed1.1.1": 2e14})
+    assert [cell.name for cell in waiting] == ["A6-same-seed2.2.2"]
+    (cell,) = (cell for cell in ready if cell.budget == "same")
+    assert cell.factor == 3.0
+    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * 24000
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"budgets": {"x1": 1, "same": {"flops_of": "x3"}}}, "budget same: flops_of is 'x3', expected one of: x1"),
         ({"arms": {"A 6": {}}}, "arm 'A 6': use letters"),
         ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
         ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
@@ -196,7 +208,7 @@ def small_plan(*commands, commit="c0ffee"):
         jobs["second", job.key] = job
         seeds = {"training": number, "backbones": 1, "data": 1}
         runs.append(Run(f"run{number}", "none", "x1", seeds, {"a": 1}, {"first": "k", "second": job.key}))
-    return Plan("mine", commit, runs, jobs)
+    return Plan("mine", commit, runs=runs, jobs=jobs)
 
 
 COPY = "python -c \"open('result', 'w').write(open('out').read())\""
@@ -344,10 +356,12 @@ def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(clean, monkeypatch, caps
 
 
 def curve(path, losses):
+    """A stage's csv; the autoregressive mode is validated at the end only."""
     rows = [
-        {"event": "validation", "step": step, "task": task, "mode": "fine", "loss": loss}
+        {"event": "validation", "step": step, "task": task, "mode": mode, "loss": loss}
         for step, loss in losses.items()
         for task in ("card", "gist")
+        for mode in (("fine", "autoregressive") if step == max(losses) else ("fine",))
     ]
     pd.DataFrame([{"event": "train", "step": 1, "loss": 9.0}, *rows]).to_csv(path, index=False)
     return path
@@ -429,6 +443,15 @@ def test_arms_with_other_seeds_or_budgets_get_no_verdict():
     assert {entry.arm for entry in found} == {"B1"}
     assert {entry.verdict for entry in found} == {"unmatched budgets"}
     assert budgets == {"B1": None}
+
+
+def test_equal_flops_are_compared_with_the_budget_that_they_follow():
+    study = STUDY.model_copy(update={"budgets": {"x1": 1.0, "same": design.EqualFlops(flops_of="x1")}})
+    table = runs_table(flops={"B1": 2e14})
+    same = table[table["arm"] == "B1"].assign(budget="same", training_samples=30000, training_flops=1e14)
+    found, budgets = summary.comparisons(pd.concat([table, same]), study)
+    assert budgets == {"A6, x1": "samples and FLOPs", "B1, x1": "samples", "B1, same": "FLOPs"}
+    assert len(found) == 6
 
 
 def test_a_summary_without_runs_says_what_to_run(tmp_path):
