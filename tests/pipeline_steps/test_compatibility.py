@@ -19,7 +19,7 @@ def data(*rows, image_size=56):
     return found
 
 
-def test_data_that_fit_are_taken():
+def test_compatible_data_are_accepted():
     check_compatibility(make_model(max_num_frames=6).config, data(row("full", "video", 6, 122)), 4)  # 128 positions
 
 
@@ -41,11 +41,11 @@ def test_data_that_fit_are_taken():
         ),
     ],
 )
-def test_data_that_do_not_fit_are_named(options, rows, image_size, message):
+def test_incompatible_data_are_rejected_with_the_sample(options, rows, image_size, message):
     with pytest.raises(UserError, match=message):
         check_compatibility(make_model(**options).config, data(*rows, image_size=image_size), 4)
 
 
-def test_a_still_counts_as_often_as_it_is_shown():
+def test_replicated_stills_count_as_several_frames():
     with pytest.raises(UserError, match=r"'still-a' has 8 frames.*at most 6.*streaming.image_replication"):
         check_compatibility(make_model(max_num_frames=6).config, data(), 8)

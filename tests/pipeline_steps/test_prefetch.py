@@ -13,7 +13,7 @@ def settings(num_workers, limit=10**9, size=1):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4, 50])
-def test_results_keep_the_order_and_errors_their_place(num_workers):
+def test_results_and_errors_keep_the_order_of_jobs(num_workers):
     def square(number):
         time.sleep(0.001 * (number % 3))
         return number * number
@@ -45,7 +45,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("limit", [1, 40, 100, 1_000])
-def test_memory_in_flight_stays_within_the_bound(limit):
+def test_prefetched_memory_stays_within_the_limit(limit):
     sizes, counting = [5, 30, 10, 40, 100, 1, 1, 1, 25] * 20, Counting()
     served = ordered(counting.make, sizes, num_workers=4, limit=limit, size_of=lambda size: size)
     for size in served:
@@ -58,7 +58,7 @@ def test_memory_in_flight_stays_within_the_bound(limit):
         assert counting.most > 500  # it does work ahead
 
 
-def test_a_result_that_is_larger_than_the_bound_is_made_alone():
+def test_result_larger_than_the_limit_is_made_alone():
     counting = Counting()
     served = ordered(counting.make, [50] * 6, num_workers=4, limit=10, size_of=lambda size: size)
     for size in served:
@@ -78,7 +78,7 @@ def test_closing_early_leaves_no_threads(fetch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
-def test_fetching_happens_in_order_in_one_thread(num_workers):
+def test_fetch_runs_in_order_in_one_thread(num_workers):
     fetched, threads = [], set()
 
     def fetch(job):
