@@ -89,7 +89,7 @@ def queue(tmp_path, monkeypatch):
 
 
 def test_leftover_slurm_jobs_are_cancelled_by_run_name(queue, capsys):
-    fan_out.cancel_left_over(queue.parent)
+    fan_out.cancel_leftover_jobs(queue.parent)
     assert queue.read_text() == ""
     calls = (queue.parent / "calls").read_text().splitlines()
     assert calls == [
@@ -98,22 +98,22 @@ def test_leftover_slurm_jobs_are_cancelled_by_run_name(queue, capsys):
         "--noheader --name=12-ab --format=%i",
     ]
     assert "cancelling 2 SLURM jobs of run 12-ab" in capsys.readouterr().err
-    fan_out.cancel_left_over(queue.parent)
+    fan_out.cancel_leftover_jobs(queue.parent)
     assert (queue.parent / "calls").read_text().count("scancel") == 1  # none are left
 
 
 def test_local_runs_do_not_query_slurm(queue):
     (queue.parent / fan_out.LOG).write_text("Building DAG of jobs...\n")
-    fan_out.cancel_left_over(queue.parent)
+    fan_out.cancel_leftover_jobs(queue.parent)
     assert not (queue.parent / "calls").exists()
 
 
 def test_failing_slurm_command_is_named(queue, monkeypatch, capsys):
     (queue.parent / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"squeue .* ended with exit code 1: no controller"):
-        fan_out.cancel_left_over(queue.parent)
+    with pytest.raises(UserError, match=r"squeue .* failed with exit code 1: no controller"):
+        fan_out.cancel_leftover_jobs(queue.parent)
     monkeypatch.setenv("PATH", str(queue.parent))
-    fan_out.cancel_left_over(queue.parent)  # another machine than the one that submitted them
+    fan_out.cancel_leftover_jobs(queue.parent)  # another machine than the one that submitted them
     assert "scancel --name=12-ab" in capsys.readouterr().err
 
 

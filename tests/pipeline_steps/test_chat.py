@@ -260,7 +260,7 @@ def test_default_prompt_entry_must_be_complete():
     entry = {"source": "a", "system": "s", "video": "v", "image": None, "choice": None}
     with pytest.raises(ValueError, match=r"prompts has no entry for source '\*'"):
         make_section(prompts=(entry,))
-    with pytest.raises(ValueError, match=r"the entry of source '\*' leaves out image, choice"):
+    with pytest.raises(ValueError, match=r"the entry of source '\*' must not leave out image, choice"):
         make_section(prompts=(entry | {"source": "*"},))
 
 

@@ -327,8 +327,8 @@ def test_invalid_local_files_are_rejected(tmp_path):
     for content, message in [
         ('{"a": 1}', "is not a list of objects"),
         ('{"a": 1}\n{"a": 2}', "is not valid JSON .*rename it to .jsonl"),
-        ("[]", "none of 0 rows can be taken"),
-        ("[3]", "none of 1 rows can be taken. 1_plotQA row 1: no JSON object"),
+        ("[]", "none of 0 rows is usable"),
+        ("[3]", "none of 1 rows is usable. 1_plotQA row 1: not a JSON object"),
     ]:
         path.write_text(content)
         with pytest.raises(UserError, match=message):

@@ -364,7 +364,7 @@ def test_shard_of_an_earlier_plan_is_rejected(tmp_path):
     report = json.loads(report_path.read_text())
     report_path.write_text(json.dumps({**report, "plan_sha256": "0" * 64}))
     place = ("test", report_path.stem)
-    with pytest.raises(UserError, match=r"written from another plan \(sha256 000000000000\) than the present one"):
+    with pytest.raises(UserError, match=r"an earlier job packed another plan \(sha256 000000000000, expected"):
         read_reports(scratch, {place: report["plan_sha256"]})
     assert "1 shards packed" in run_to_its_end(raw, output, tmp_path)
 

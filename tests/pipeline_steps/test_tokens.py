@@ -130,7 +130,7 @@ def test_too_many_dropped_items_or_none_left_fail_the_stage(tokenizer_dir, shard
         UserError, match=r"1 of 7 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
     ):
         build(make_section(max_dropped=0.1), shards_dir, tokenizer_dir, tmp_path / "tokens")
-    with pytest.raises(UserError, match="none of the 8 items is left for training"):
+    with pytest.raises(UserError, match="no training item is left of 8 items"):
         build(make_section(max_dropped=1.0, max_tokens=5), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
@@ -187,14 +187,14 @@ def as_record(members, **changes):
 
 
 DAMAGE = {
-    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, but 2 pictures precede it"),
-    "no frame": (lambda m: m[1:], "frame_count is 1, but 0 pictures precede it"),
-    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, but 1 pictures precede it"),
-    "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: holds the key 'd'"),
+    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, but 2 frames precede it"),
+    "no frame": (lambda m: m[1:], "frame_count is 1, but 0 frames precede it"),
+    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, but 1 frames precede it"),
+    "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: the record has another key, 'd'"),
     "another name": (lambda m: [("d.jpg", m[0][1]), *m[1:]], r"before it is d\.jpg, expected the file test-c-jpg\.jpg"),
     "a number": (lambda m: [("test-c-jpg.000.jpg", m[0][1]), *m[1:]], r"is test-c-jpg\.000\.jpg, expected"),
     "twice": (lambda m: [*m, *m], "the key 'test-c-jpg' occurs twice"),
-    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more pictures have no record"),
+    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more frames have no record"),
     "no sample": (lambda m: [], r"000001\.tar: found 0 samples, expected 1 \(manifest\.json\)"),
     "no JSON": (lambda m: edited(m, "test-c-jpg.json", b"{"), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
     "empty": (lambda m: edited(m, "test-c-jpg.json", b""), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
@@ -240,7 +240,7 @@ def test_truncated_shard_is_rejected(tokenizer_dir, shards_dir, tmp_path):
         path.write_bytes(content[:length])
         accept(shards_dir, path)
         with pytest.raises(
-            UserError, match=r"000001\.tar: (damaged after|found 0 samples|test-c-jpg\.jpg and 0 more pictures have)"
+            UserError, match=r"000001\.tar: (damaged after|found 0 samples|test-c-jpg\.jpg and 0 more frames have)"
         ):
             build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
