@@ -86,8 +86,8 @@ def read_reports(scratch, plan_hashes):
         reports[place] = read_report(path)
         if reports[place].plan_sha256 != plan_sha256:
             raise UserError(
-                f"{path}.tar: an earlier job packed another plan (sha256 {str(reports[place].plan_sha256)[:12]}, expected "
-                f"{plan_sha256[:12]}). Rerun `python -m pipeline_steps.shards`."
+                f"{path}.tar: an earlier job packed another plan (sha256 {str(reports[place].plan_sha256)[:12]}, "
+                f"expected {plan_sha256[:12]}). Rerun `python -m pipeline_steps.shards`."
             )
     return reports
 

@@ -136,7 +136,8 @@ class ChatRenderer:
             if role == "assistant" and self.tokenizer.eos_token not in after:
                 raise UserError(
                     f"the tokenizer's chat template ends an answer with {after!r}, without the end-of-turn token "
-                    f"{self.tokenizer.eos_token!r} (eos_token), so the model would not learn to stop. Correct the template."
+                    f"{self.tokenizer.eos_token!r} (eos_token), so the model would not learn to stop. "
+                    "Correct the template."
                 )
             self._frames[first, role] = before, after
         return self._frames[first, role]

@@ -210,7 +210,7 @@ def test_query_loss_trains_the_encoder():
     options = TINY.model_copy(update={"vision_steps": 1})
     encoder, heads = vision_encoder.build_vision_encoder(options), vision_encoder.Heads(options.vision_width)
     vision_encoder.batch_loss(encoder, heads, Frames("train", 1, 4, seed=0)[0]).backward()
-    assert heads.table.grad.abs().sum(1).gt(0).all()
+    assert heads.queries.grad.abs().sum(1).gt(0).all()
     missing = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
     assert missing == []
 

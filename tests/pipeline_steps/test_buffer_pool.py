@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_steps.streaming.buffer_pool import Pool, _rounded
+from pipeline_steps.streaming.buffer_pool import BufferPool, _rounded
 
 
 def address(array):
@@ -15,7 +15,7 @@ def address(array):
 
 
 def test_memory_is_reused_after_the_array_is_deleted():
-    pool = Pool(10**6)
+    pool = BufferPool(10**6)
     one = pool.empty((100, 7), np.float32)
     assert (one.shape, one.dtype, one.flags.writeable, one.flags.c_contiguous) == ((100, 7), np.float32, True, True)
     first = address(one)
@@ -37,7 +37,7 @@ def test_memory_is_reused_after_the_array_is_deleted():
     ],
 )
 def test_memory_is_not_reused_while_a_view_or_tensor_exists(view):
-    pool = Pool(10**6)
+    pool = BufferPool(10**6)
     array = pool.empty((10, 8), np.float32)
     array[:] = np.arange(80).reshape(10, 8)
     first, kept = address(array), view(array)
@@ -55,7 +55,7 @@ def test_memory_is_not_reused_while_a_view_or_tensor_exists(view):
 
 
 def test_idle_memory_is_limited():
-    pool = Pool(1_000)
+    pool = BufferPool(1_000)
     for size in (300, 400, 500, 600, 2_000):
         arrays = [pool.empty((size,), np.uint8) for _ in range(3)]
         del arrays
@@ -63,7 +63,7 @@ def test_idle_memory_is_limited():
 
 
 def test_empty_arrays_are_supported():
-    assert Pool(10).empty((0, 3, 1, 1), np.float32).shape == (0, 3, 1, 1)
+    assert BufferPool(10).empty((0, 3, 1, 1), np.float32).shape == (0, 3, 1, 1)
 
 
 def test_sizes_are_rounded_up_by_at_most_an_eighth():
@@ -73,7 +73,7 @@ def test_sizes_are_rounded_up_by_at_most_an_eighth():
 
 
 def test_threads_never_share_memory():
-    pool, wrong = Pool(10**5), []
+    pool, wrong = BufferPool(10**5), []
 
     def work(mark):
         rng = np.random.default_rng(mark)

@@ -32,7 +32,7 @@ def test_compatible_data_are_accepted():
         ({"layout": "vision_first"}, (row("long", "video", 6, 122),), 56, "'long' has 129 tokens"),
         ({}, (row("chat-b", "text", 0, 129),), 56, r"'chat-b' has 129 tokens \(0 of them visual\)"),
         ({"num_visual_tokens_per_frame": 16}, (row("wide", "video", 6, 33),), 56, "'wide' has 129 tokens"),
-        ({}, (), 50, "frames of 50 px, no multiple.*14 px. Set shards.image_size to 42"),
+        ({}, (), 50, "frames have 50 px, not a multiple.*14 px. Set shards.image_size to 42"),
         (
             {"architecture": "multi_token", "num_visual_tokens_per_frame": 25},
             (),

@@ -173,7 +173,7 @@ def test_damaged_sample_is_skipped_counted_and_reported_once(damaged, capsys, nu
     assert not bad & set(served)
     assert {key: entry["times"] for key, entry in one.quarantined.items()} == dict.fromkeys(bad, 2)
     assert all("frame 0 cannot be decoded" in entry["reason"] for entry in one.quarantined.values())
-    assert capsys.readouterr().err.count("left out: sample") == 2
+    assert capsys.readouterr().err.count("skipped sample") == 2
     assert one.state_dict()["samples"] == 180  # the clock runs on
 
 
@@ -194,14 +194,14 @@ def test_quarantine_counts_survive_a_restart(damaged):
 
 def test_too_many_damaged_samples_fail_the_run(damaged):
     dataset = damaged(1, 2, 3)
-    with pytest.raises(UserError, match=r"(?s)3 sample\(s\) could not be read, more than .* of 90 \(3.000%\):\n.*-000"):
+    with pytest.raises(UserError, match=r"(?s)3 of 90 sample\(s\) are unreadable, more than .* \(3.000%\):\n.*-000"):
         list(loader(dataset, max_quarantined=0.03))
     assert len(list(loader(dataset, max_quarantined=0.04))) == 10
 
 
 def test_batch_without_readable_samples_fails_the_run(damaged):
     dataset = damaged(*(number for number in range(90) if number % 6))
-    with pytest.raises(UserError, match=r"step \d+: no sample of the batch can be read \(.*-00\d\d.*Rebuild"):
+    with pytest.raises(UserError, match=r"step \d+: no sample of the batch is readable \(.*-00\d\d.*Rebuild"):
         list(loader(dataset, batch_size=1, max_quarantined=1.0))
 
 
@@ -214,7 +214,7 @@ def test_other_errors_are_raised_at_their_batch(dataset, monkeypatch):
             raise RuntimeError("a mistake in the code")
         return original(self, raw)
 
-    monkeypatch.setattr(type(dataset), "make", broken)
+    monkeypatch.setattr(type(dataset), "decode_item", broken)
     batches = iter(loader(dataset, num_workers=4))
     for _ in range(3):
         next(batches)

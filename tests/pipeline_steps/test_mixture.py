@@ -133,5 +133,5 @@ def test_mixture_statistics_count_the_served_samples():
 
 
 def test_empty_group_is_an_error():
-    with pytest.raises(ValueError, match="no items of c; there are a, b, text"):
+    with pytest.raises(ValueError, match="no items of c; the groups are a, b, text"):
         Mixture(GROUPS, {"c": 1.0}, 10, seed=0)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.streaming.plan import cut, make_plan
+from pipeline_steps.streaming.plan import batch_bounds, make_plan
 from tests.pipeline_steps.packed import Clip, clips, columns_only, streaming
 
 WORLD = columns_only(clips(400, text_every=7))
@@ -62,10 +62,10 @@ def test_batch_bounds_equal_a_greedy_reference():
             starts.append(place)
             total = 0
         total += cost
-    assert cut(costs, 17).tolist() == [*starts, 500]
-    assert cut(costs[:0], 17).tolist() == [0]
-    assert cut(np.full(10, 3), 7).tolist() == [0, 2, 4, 6, 8, 10]
-    assert cut(np.full(9, 3), 7).tolist() == [0, 2, 4, 6, 8, 9]
+    assert batch_bounds(costs, 17).tolist() == [*starts, 500]
+    assert batch_bounds(costs[:0], 17).tolist() == [0]
+    assert batch_bounds(np.full(10, 3), 7).tolist() == [0, 2, 4, 6, 8, 10]
+    assert batch_bounds(np.full(9, 3), 7).tolist() == [0, 2, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(("by", "unit"), [("frames", "8 frames"), ("tokens", "40 tokens")])

@@ -260,7 +260,7 @@ def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
     assert 0 < len(finished) < 16
     assert not (tmp_path / "shards").exists()
     errors = run_to_its_end(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
-    assert f"{16 - len(finished)} shards packed, {len(finished)} kept" in errors
+    assert f"{16 - len(finished)} shards packed, {len(finished)} reused" in errors
     assert len(inodes(tmp_path / "shards")) == 16
     assert finished < inodes(tmp_path / "shards")  # not packed a second time
     colours = [

@@ -52,7 +52,7 @@ def test_statistics_match_what_the_loader_serves(root):
     assert counts.total.num_items == 90
     assert counts.num_steps == 13
     assert counts.unserved == {"world/image": counts.sources["world"]["image"].num_items}
-    assert "not served: world/" in table("stage2", counts)
+    assert "not in the mixture: world/" in table("stage2", counts)
 
 
 def test_truncated_chats_are_counted_each_time_they_are_served(root):

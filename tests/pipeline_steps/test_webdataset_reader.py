@@ -251,9 +251,9 @@ def test_damaged_frame_is_skipped_as_with_local_shards(tmp_path):
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"world_size": 16, "batch_size": 16, "num_samples": 64}, {}, r"lies in 8 shard\(s\), fewer than 16 ranks"),
+        ({"world_size": 16, "batch_size": 16, "num_samples": 64}, {}, r"is in 8 shard\(s\), fewer than 16 ranks"),
         ({}, {"batching": {"bucket_samples": 50}}, "bucket_samples is 50, but the reader webdataset"),
-        ({"world_size": 2}, {"batching": {"by": "frames", "budget": 20}}, "2 ranks can share batches by samples only"),
+        ({"world_size": 2}, {"batching": {"by": "frames", "budget": 20}}, "2 ranks need batches of samples"),
     ],
 )
 def test_unsupported_streaming_settings_are_rejected(root, options, changes, message):
@@ -270,7 +270,7 @@ def test_urls_become_shell_commands():
     )
     assert remote.command("https://host/x", "a.tar").endswith(" https://host/x/a.tar")
     for url in ("ftp://host", "/data", "pipe:cat /data"):
-        with pytest.raises(UserError, match=r"streaming.url is .*: begin it with http"):
+        with pytest.raises(UserError, match=r"streaming.url is .*, expected http"):
             remote.command(url, "a.tar")
     for path in ("../a.tar", "a b.tar", "a;rm.tar", "x/./a.tar", ""):
         with pytest.raises(UserError, match="names a file"):
