@@ -106,8 +106,8 @@ class StreamedMixture(Mixture):
         if len(shards) < self.world_size:
             raise UserError(
                 f"'{self.names[group]}' is in {len(shards)} shard(s), fewer than {self.world_size} ranks, but the "
-                "reader webdataset divides whole shards among ranks. Pack smaller shards (shards.samples_per_shard), use "
-                "fewer ranks, or read local shards (streaming.reader: local)."
+                "reader webdataset divides whole shards among ranks. Pack smaller shards (shards.samples_per_shard), "
+                "use fewer ranks, or read local shards (streaming.reader: local)."
             )
         mine = np.random.default_rng([self.seed, group, epoch, SHARDS]).permutation(shards)[rank :: self.world_size]
         place = np.full(int(shards[-1]) + 1, -1)

@@ -3,9 +3,9 @@
 Shapes: T frames, O objects, N patches (4 x 4 of 14 px on a 56 px frame), H = W = size in px.
 
 The frame is a 56 x 56 grid of `units` (1 unit is 1 px of a 56 px frame, 2 px of a 112 px frame), divided into four
-lanes (quadrants) of 2 x 2 patches. An object has one colour and stays in one lane. In every frame it shows one handwritten
-digit (scikit-learn's `load_digits`), 12 units high, inside ONE patch. Everything is aligned to whole units, so a 112 px
-frame averaged over 2 x 2 px equals the 56 px frame (up to clipping and rounding).
+lanes (quadrants) of 2 x 2 patches. An object has one colour and stays in one lane. In every frame it shows one
+handwritten digit (scikit-learn's `load_digits`), 12 units high, inside ONE patch. Everything is aligned to whole units,
+so a 112 px frame averaged over 2 x 2 px equals the 56 px frame (up to clipping and rounding).
 
     digits = Digits()
     scene = sample_scene(np.random.default_rng(0), "card", "train", digits)

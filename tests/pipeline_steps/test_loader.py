@@ -207,7 +207,7 @@ def test_batch_without_readable_samples_fails_the_run(damaged):
 
 def test_other_errors_are_raised_at_their_batch(dataset, monkeypatch):
     target = loader(dataset).plan.items(3)[0]
-    original = type(dataset).make
+    original = type(dataset).decode_item
 
     def broken(self, raw):
         if raw.row["key"] == self.rows[int(target)]["key"]:
