@@ -26,7 +26,7 @@ from rich.live import Live
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import LOG, cancel_left_over, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import collect
 from pipeline_steps.study.design import read_study
@@ -116,7 +116,7 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
     log = studies / plan.study / LOG
     command = snakemake_command(studies, plan.study, cores, arguments.gpus)
     console.print(f"log: {log}")
-    cancel_left_over(log.parent)
+    cancel_leftover_jobs(log.parent)
     with open(log, "w") as output:
         process = subprocess.Popen(
             command,
@@ -130,7 +130,7 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
         finally:
             if process.poll() is None:
                 stop(process)
-                cancel_left_over(log.parent)
+                cancel_leftover_jobs(log.parent)
     return process.returncode
 
 
