@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock repro test test-all browser lint params report ablations bench clean
+.PHONY: help setup lock repro test test-all browser lint params report ablations study bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
@@ -58,6 +58,10 @@ ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, the work
 		dvc exp run --temp --message "ablation=$$ablation" --set-param "ablation=$$ablation"; \
 	done
 	dvc exp show --only-changed --no-pager
+
+study: setup ## run a study of conf/study, all runs and their seeds: make study name=confirm
+	@test -n "$(name)" || { echo "make study: which one? make study name=NAME, for one of: $$(ls conf/study | sed 's/\.yaml//' | paste -sd' ')" >&2; exit 1; }
+	python -m pipeline_steps.study $(name)
 
 bench: setup ## time and memory of the three modes against the number of frames
 	python -m benchmarks.modes

@@ -23,7 +23,7 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
     "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
 }
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
-ALSO = {"monitoring": {"training"}}  # counts what a training step computes
+ALSO = {"monitoring": {"training"}, "study": {"report"}}  # counts what a training step computes; collects budgets
 MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
@@ -223,7 +223,7 @@ def test_libraries_import_no_stage(package_name, allowed):
 
 def test_every_stage_has_its_package_and_every_package_its_stage():
     with_entry = {file.parent.name for file in (ROOT / "pipeline_steps").glob("*/__main__.py")}
-    assert {package(stage) for stage in STAGES} == with_entry
+    assert {package(stage) for stage in STAGES} | {"study"} == with_entry  # a study runs the stages
     with_code = {file.parent.name for file in (ROOT / "pipeline_steps").glob("*/__init__.py")}
     assert with_code == with_entry | LIBRARIES
     shared = ast.walk(ast.parse((ROOT / "pipeline_steps/__init__.py").read_text()))  # in no stage's deps: Ctrl-C only

@@ -82,17 +82,17 @@ class Embedded(StrictModel):
     def _heads_divide(self):
         if self.vision_width % self.vision_heads:
             raise ValueError(
-                f"vision_heads is {self.vision_heads}, which does not divide vision_width {self.vision_width}"
+                f"vision_width is {self.vision_width}, expected a multiple of vision_heads ({self.vision_heads})"
             )
         if self.language_width % (2 * self.language_heads):  # rotary embeddings turn pairs
             raise ValueError(
-                f"language_width is {self.language_width}, no multiple of twice the "
-                f"language_heads {self.language_heads}"
+                f"language_width is {self.language_width}, expected a multiple of 2 * language_heads "
+                f"({2 * self.language_heads})"
             )
         if self.language_heads % self.language_kv_heads:
             raise ValueError(
-                f"language_kv_heads is {self.language_kv_heads}, which does not divide language_heads "
-                f"{self.language_heads}"
+                f"language_heads is {self.language_heads}, expected a multiple of language_kv_heads "
+                f"({self.language_kv_heads})"
             )
         return self
 

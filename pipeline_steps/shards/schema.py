@@ -35,5 +35,7 @@ class Section(StrictModel):
     def _something_to_train_on(self):
         total = self.validation_share + self.test_share
         if total >= 1:
-            raise ValueError(f"validation_share and test_share add up to {total:g}, nothing is left to train on")
+            raise ValueError(
+                f"validation_share and test_share add up to {total:g}, which leaves no training data; lower one"
+            )
         return self

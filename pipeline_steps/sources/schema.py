@@ -38,7 +38,9 @@ class TrainMix(StrictModel):
     @model_validator(mode="after")
     def _something_is_rendered(self):
         if not any(getattr(self, task) for task in type(self).model_fields):
-            raise ValueError("all tasks have the weight 0: nothing would be rendered to train on")
+            raise ValueError(
+                "all tasks have weight 0, so no training clip would be rendered; give one a positive weight"
+            )
         return self
 
 
@@ -156,5 +158,5 @@ class Section(StrictModel):
         names += sorted({entry.dataset for entry in self.hub})
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
-            raise ValueError(f"two sources have the name '{repeated[0]}'")
+            raise ValueError(f"two sources have the name '{repeated[0]}'; rename one")
         return self

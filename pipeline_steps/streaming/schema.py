@@ -18,7 +18,7 @@ class Batching(StrictModel):
     @model_validator(mode="after")
     def _a_budget_belongs_to_a_unit(self):
         if (self.by == "samples") != (self.budget is None):
-            raise ValueError("'budget' is null for samples, and a number for frames and tokens")
+            raise ValueError("set 'budget' to null for samples, and to a number for frames and tokens")
         return self
 
 
@@ -39,5 +39,5 @@ class Section(StrictModel):
     @model_validator(mode="after")
     def _a_url_belongs_to_the_web(self):
         if (self.reader == "local") != (self.url is None):
-            raise ValueError("'url' is null for the reader local, and needed for webdataset")
+            raise ValueError("set 'url' to null for the reader local, and to a URL for webdataset")
         return self

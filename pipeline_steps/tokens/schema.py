@@ -41,10 +41,10 @@ class Section(StrictModel):
             raise ValueError(f"prompts has two entries for source '{twice[0]}'")
         common = next((entry for entry in self.prompts if entry.source == ALL), None)
         if common is None:
-            raise ValueError(f"prompts has no entry for source '{ALL}', which holds what the others leave out")
+            raise ValueError(f"prompts has no entry for source '{ALL}', which the other entries fall back to; add one")
         empty = [name for name, value in common.model_dump().items() if value is None]
         if empty:
-            raise ValueError(f"prompts: the entry of source '{ALL}' leaves out {', '.join(empty)}")
+            raise ValueError(f"prompts: the entry of source '{ALL}' must not leave out {', '.join(empty)}")
         return self
 
     def prompt(self, source: str) -> Prompt:

@@ -24,7 +24,7 @@ def test_both_sides_decode_the_same_pixels(tmp_path):
     assert len(dataset.shards) == 2
     for number in range(3):
         raw = dataset.read(number)
-        assert np.array_equal(loader.decode_clip(raw.jpegs), dataset.make(raw)["frames"])
+        assert np.array_equal(loader.decode_clip(raw.jpegs), dataset.decode_item(raw)["frames"])
     assert loader.ours(dataset, 2, loader.PixelsOnly()) == loader.raw([dataset.read(n).jpegs for n in range(3)], 2) == 3
 
 

@@ -140,7 +140,7 @@ def test_a_failing_process_stops_all_with_its_error(finished_run, tmp_path):
         process.join(120)
     assert all(process.exitcode not in (0, None) for process in processes)
     logs = "".join((folder / f"log-{rank}.txt").read_text() for rank in range(2))
-    assert "could not be read, more than streaming.max_quarantined allows" in logs
+    assert "unreadable, more than streaming.max_quarantined allows" in logs
     assert not (folder / "outputs/stage1").exists()
 
 

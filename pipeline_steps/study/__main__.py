@@ -1,0 +1,198 @@
+"""Runs a study: every run of conf/study/<name>.yaml through the pipeline's stages, on all cores or on a cluster.
+
+    python -m pipeline_steps.study NAME [--cores 2] [--gpus 0] [--dry-run]
+    make study name=NAME
+
+What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
+(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into
+reports/study/NAME/ as they end: runs.csv, items.parquet, and in the end README.md with comparisons and runs.svg.
+A failed job does not stop the others. Interrupted or killed, the same command continues. Jobs live in
+${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one core per run.
+"""
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.live import Live
+
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import write_json
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.study import progress
+from pipeline_steps.study.collect import collect
+from pipeline_steps.study.design import read_study
+from pipeline_steps.study.plan import RESULTS, make_plan
+from pipeline_steps.study.summary import write_summary
+
+INTERVAL = 2.0  # seconds between two views of the jobs
+
+
+def main():
+    arguments = read_arguments()
+    console = Console(soft_wrap=True)
+    study = read_study(arguments.name)
+    studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
+    results = ROOT / RESULTS / arguments.name
+    plan = make_plan(arguments.name, study, finished_flops(results))
+    cores = arguments.cores or len(os.sched_getaffinity(0))
+    if arguments.dry_run:
+        show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
+        return 0
+    folder = studies / plan.study
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
+        while True:
+            todo = only_arms(plan, study, arguments.arms)
+            write_json(folder / "plan.json", todo.as_dict())
+            for job in todo.jobs.values():
+                (studies / job.folder / "failed.json").unlink(missing_ok=True)
+            code = run_jobs(plan, todo, studies, results, arguments, cores, console)
+            following = make_plan(arguments.name, study, finished_flops(results)) if plan.waiting else plan
+            if len(following.runs) == len(plan.runs):
+                break
+            plan = following  # budgets of equal FLOPs are known now
+    return report_end(study, plan, todo, studies, results, code, console)
+
+
+def finished_flops(results):
+    """{run: training FLOPs} of the runs that are collected in the folder `results`."""
+    path = results / "runs.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path)
+    return dict(zip(table["run"], table["training_flops"], strict=True))
+
+
+def show_plan(study, plan, todo, studies, cores, console):
+    """Prints the runs and the expected time."""
+    found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
+    console.print(study.question)
+    console.print(progress.run_table(todo, found, costs))
+    seconds = progress.total_seconds(todo, found, costs)
+    share = progress.format_time(seconds / cores)
+    console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+    if plan.waiting:
+        console.print(f"{len(plan.waiting)} more run(s), of equal FLOPs, are planned when those they follow are done.")
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description="Run a study of conf/study.")
+    parser.add_argument("name", help="file name in conf/study, without .yaml")
+    parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one job each (default: 0, no slots)")
+    parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
+    arguments = parser.parse_args()
+    for option in ("cores", "gpus"):
+        if (getattr(arguments, option) or 0) < 0:
+            parser.error(f"--{option}: expected a number of at least 0")
+    return arguments
+
+
+def only_arms(plan, study, arms):
+    """The part of a `Plan` that the named arms need (None: all). UserError for an unknown arm."""
+    if unknown := [arm for arm in arms or () if arm not in study.arms]:
+        raise UserError(f"--arms: there is no arm {', '.join(unknown)} (there are: {', '.join(study.arms)})")
+    runs = [run for run in plan.runs if arms is None or run.arm in arms]
+    names = {name for run in runs for name in run.jobs.items()}
+    return replace(plan, runs=runs, jobs={name: job for name, job in plan.jobs.items() if name in names})
+
+
+def run_jobs(plan, todo, studies, results, arguments, cores, console):
+    """Runs Snakemake to its end, shows the state of the jobs, collects runs as they finish; returns its exit code."""
+    log = studies / plan.study / LOG
+    command = snakemake_command(studies, plan.study, cores, arguments.gpus)
+    console.print(f"log: {log}")
+    cancel_leftover_jobs(log.parent)
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
+            preexec_fn=stop_with_parent,
+        )
+        try:
+            show_until_end(process, plan, todo, studies, results, cores, console)
+        finally:
+            if process.poll() is None:
+                stop(process)
+                cancel_leftover_jobs(log.parent)
+    return process.returncode
+
+
+def snakemake_command(studies, name, cores, gpus):
+    command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
+    command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
+    if Path(snakemake_profile()).name == "default":
+        command += ["--cores", cores]
+    if gpus:
+        command += ["--resources", f"gpu={gpus}"]
+    command += ["--config", f"python={sys.executable}", f"root={ROOT}", f"plan={name}/plan.json", f"gpus={gpus}"]
+    return [str(word) for word in command]
+
+
+def show_until_end(process, plan, todo, studies, results, cores, console):
+    shown, finished = None, None
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        running = True
+        while running:
+            running = process.poll() is None
+            found = progress.states(todo, studies)
+            if (number := progress.num_finished(todo, found)) != finished:
+                finished = number
+                collect(plan, studies, results)
+            if found != shown or console.is_terminal:
+                shown = found
+                table = progress.stage_table(todo, found, progress.measure_costs(plan, studies), cores)
+                if console.is_terminal:
+                    live.update(table, refresh=True)
+                else:
+                    console.print(one_line(todo, found, table.caption))
+            if running:
+                time.sleep(INTERVAL)
+
+
+def one_line(plan, found, caption):
+    """The state of the study for a log file."""
+    values = list(found.values())
+    counts = ", ".join(f"{values.count(state)} {state}" for state in progress.STATES)
+    done = f"{progress.num_finished(plan, found)}/{len(plan.runs)} runs"
+    return f"{time.strftime('%H:%M:%S')} {done}; jobs: {counts}; {caption}"
+
+
+def report_end(study, plan, todo, studies, results, code, console):
+    """Prints the results and every failure; returns the exit code: 1 if something is missing."""
+    table = collect(plan, studies, results)
+    if table is not None:
+        columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
+        console.print(table[columns].to_string(index=False, float_format="%.3f"))
+        summary = write_summary(plan.study, study)
+        console.print(f"{len(table)} of {len(plan.runs) + len(plan.waiting)} runs: {results / 'runs.csv'}, {summary}")
+    failed = progress.failures(todo, studies)
+    for text in failed:
+        console.print(text, markup=False)
+    if code and not failed:
+        lines = (studies / plan.study / LOG).read_text(errors="replace").splitlines()
+        end = " / ".join(line.strip() for line in lines[-5:] if line.strip())
+        raise UserError(f"snakemake ended with exit code {code}: {end} (log: {studies / plan.study / LOG})")
+    missing = progress.num_finished(todo, progress.states(todo, studies)) < len(todo.runs)
+    return 1 if failed or missing else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

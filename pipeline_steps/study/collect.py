@@ -1,0 +1,112 @@
+"""Collects the finished runs of a study: reports/study/<name>/runs.csv, one row per run, and items.parquet, one row per
+run and scored item (autoregressive mode). Both are deterministic for given results, except for the seconds.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline_steps.common.files import write_bytes, write_text
+from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, read_json
+from pipeline_steps.common.params import RUNTIME
+from pipeline_steps.report.budgets import budget_of
+from pipeline_steps.study.design import TRAINING_STAGES
+from pipeline_steps.study.plan import folder_of
+
+MODE = "autoregressive"
+STUDY = "make study"
+CONVERGED = 0.01  # relative change of the validation loss over the last quarter of stage 3
+KEEP_ITEMS = ("task", "key", "item", "num_tokens", "loss_sum", "num_correct")
+
+
+def finished(run, studies):
+    """Whether all jobs of a run (`plan.Run`) are done."""
+    return all((studies / folder_of(stage, key) / "done.json").exists() for stage, key in run.jobs.items())
+
+
+def collect(plan, studies, results):
+    """Writes runs.csv and items.parquet of the finished runs of a `Plan` into the folder `results`; returns the table,
+    or None if no run is finished."""
+    runs = [run for run in plan.runs if finished(run, studies)]
+    if not runs:
+        return None
+    table = pd.DataFrame([row_of(run, studies) for run in runs])
+    text = io.StringIO()
+    table.to_csv(text, index=False, float_format="%.6g", lineterminator="\n")
+    write_text(results / "runs.csv", text.getvalue())
+    items = pd.concat([items_of(run, studies) for run in runs], ignore_index=True)
+    content = io.BytesIO()
+    items.to_parquet(content, index=False, compression="zstd")
+    write_bytes(results / "items.parquet", content.getvalue())
+    return table
+
+
+def row_of(run, studies):
+    """The row of runs.csv of a finished run."""
+
+    def file_of(stage, path):
+        return studies / folder_of(stage, run.jobs[stage]) / path
+
+    result = read_json(file_of("evaluation", "outputs/metrics/evaluation.json"), EvaluationResult, STUDY)
+    flops = read_json(file_of("flops", "outputs/metrics/flops.json"), FlopsResult, STUDY)
+    stages = {stage: load(file_of(stage, f"outputs/metrics/{stage}.json")) for stage in TRAINING_STAGES}
+    done = {stage: load(file_of(stage, "done.json")) for stage in run.jobs}
+    budget = budget_of(stages, flops)
+    change, converged = convergence(file_of("stage3", "outputs/metrics/stage3.csv"))
+    return {
+        "run": run.name,
+        "arm": run.arm,
+        "budget": run.budget,
+        **{f"{kind}_seed": value for kind, value in run.seeds.items()},
+        "training_samples": budget.num_samples,
+        "training_flops": budget.flops,
+        "training_seconds": sum(done[stage]["seconds"] for stage in TRAINING_STAGES),
+        "attempts": max(done[stage]["attempts"] for stage in TRAINING_STAGES),
+        "mean_token_accuracy": result.mean[MODE].accuracy,
+        "exact_match_accuracy": mean_exact_match(result),
+        "mean_loss": result.mean[MODE].loss,
+        **{f"accuracy_{task}": scores[MODE].accuracy for task, scores in sorted(result.tasks.items())},
+        **{f"exact_match_{task}": found.exact_match for task, found in sorted(result.generation.items())},
+        "blind_accuracy": result.mean["blind"].accuracy,
+        "validation_loss_change": change,
+        "converged": converged,
+        "commit": done["stage3"]["commit"][:12],
+        "parameters": fingerprint({name: value for name, value in run.parameters.items() if name != RUNTIME}),
+    }
+
+
+def mean_exact_match(result):
+    """Share of whole generated answers that are right, mean over the tasks with frames; None without answers."""
+    found = [result.generation[task].exact_match for task in result.tasks if task in result.generation]
+    return float(np.mean(found)) if found else None
+
+
+def load(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def items_of(run, studies):
+    """The scored items of a finished run, tasks in order."""
+    path = studies / folder_of("evaluation", run.jobs["evaluation"]) / "outputs/evaluation/items.parquet"
+    table = pd.read_parquet(path)
+    table = table[table["mode"] == MODE].sort_values(["task", "key", "item"], kind="stable")
+    table = table[list(KEEP_ITEMS)].astype({"loss_sum": np.float32, "num_tokens": np.int16, "num_correct": np.int16})
+    table.insert(0, "run", run.name)
+    return table
+
+
+def convergence(curve):
+    """(relative fall of the mean validation loss, fine mode, over the last quarter of the stage, whether that is below
+    CONVERGED or the loss rose), of a stage's csv; (None, None) with fewer than two validations."""
+    table = pd.read_csv(curve)
+    rows = table[(table["event"] == "validation") & (table["mode"] == "fine")]
+    loss = rows.groupby(["step", "task"])["loss"].mean().groupby("step").mean()
+    if len(loss) < 2:
+        return None, None
+    before = float(np.interp(0.75 * loss.index[-1], loss.index, loss))
+    change = (before - float(loss.iloc[-1])) / before
+    return change, bool(change < CONVERGED)

@@ -1,0 +1,190 @@
+"""The design of a study: conf/study/<name>.yaml, and the cells that it stands for.
+
+A cell is one training run: an arm with one seed each for training, backbones and data, at one training budget.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from pipeline_steps.common import params
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT, StrictModel
+
+STUDIES = ROOT / "conf" / "study"
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+SEED_KEYS = {  # which parameters each kind of seed sets
+    "training": ("seed",),
+    "backbones": ("backbones.embedded.seed",),
+    "data": ("sources.procedural.seed", "sources.chat.seed", "shards.seed"),
+}
+TRAINING_STAGES = ("stage1", "stage2", "stage3")
+
+
+Seed = Annotated[int, Field(ge=0)]
+
+
+class Seeds(StrictModel):
+    """The seeds of one replicate; arms with equal seeds share backbones and data, and are compared in pairs."""
+
+    training: Seed
+    backbones: Seed
+    data: Seed
+
+
+class Arm(StrictModel):
+    """One way of training that the study compares."""
+
+    overrides: tuple[str, ...] = ()
+    """Hydra overrides on top of the study's `base`, such as ablation=A6."""
+    seeds: tuple[Seed | Seeds, ...] | None = None
+    """Seeds of this arm only; null: those of the study."""
+    budgets: tuple[str, ...] | None = None
+    """Names of the budgets of this arm; null: all."""
+
+
+class EqualFlops(StrictModel):
+    """A budget with as many training FLOPs as the study's first arm has at another budget, seed by seed."""
+
+    flops_of: str
+    """Name of that other budget, whose runs of both arms have to be finished first."""
+
+
+class Study(StrictModel):
+    """A grid of training runs, every arm with every seed at every budget."""
+
+    question: str = Field(min_length=1)
+    """What the runs are to answer, in a sentence."""
+    base: tuple[str, ...] = ()
+    """Hydra overrides of every run."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """{name: arm}; the first is the baseline of comparisons."""
+    seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
+    """Replicates; a number stands for the seed of training, backbones and data alike."""
+    budgets: dict[str, float | EqualFlops] = {"x1": 1.0}
+    """{name: factor on the training samples of the three stages, or `flops_of: NAME`}."""
+    groups: dict[str, tuple[str, ...]] = {
+        "gaze": ("card", "follow", "ask_colour", "ask_place"),
+        "reading": ("caption", "image", "gist"),
+    }
+    """{name: tasks} that arms are compared on; default: the digit world's tasks that need a gaze, and the others."""
+    margin: float = Field(default=0.03, gt=0)
+    """Differences of token accuracy below it count as none."""
+    plateau: float = Field(default=0.75, gt=0, lt=1)
+    """Mean token accuracy from which a run counts as having left the plateau."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study."""
+
+    arm: str
+    budget: str
+    seeds: Seeds
+    overrides: tuple[str, ...]  # Hydra overrides without those of the budget
+    factor: float | None  # on the training samples; None: follows from the runs of `flops_of`
+    flops_of: str | None = None
+
+    @property
+    def name(self):
+        """Unique within the study, fit for a file name."""
+        return run_name(self.arm, self.budget, self.seeds)
+
+
+def run_name(arm, budget, seeds):
+    return f"{arm}-{budget}-seed{seeds.training}.{seeds.backbones}.{seeds.data}"
+
+
+def read_study(name):
+    """`Study` of conf/study/<name>.yaml. UserError names the file and every problem."""
+    path = STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml"))) or "none yet"
+        raise UserError(f"{path.relative_to(ROOT)}: there is no such study (there are: {known})")
+    content = params.load(path)
+    try:
+        study = Study.model_validate(content, strict=False)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError(f"{path.relative_to(ROOT)}: " + "\n  ".join(lines)) from None
+    check(study, path.relative_to(ROOT))
+    return study
+
+
+def check(study, path):
+    """UserError for names that are no file names, unknown budgets and factors that are not positive."""
+    for kind, names in (("arm", study.arms), ("budget", study.budgets)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise UserError(f"{path}: {kind} {name!r}: use letters, digits, '_', '.' and '-' only")
+    for name, budget in study.budgets.items():
+        if isinstance(budget, EqualFlops):
+            if not isinstance(study.budgets.get(budget.flops_of), float):
+                known = ", ".join(other for other, value in study.budgets.items() if isinstance(value, float)) or "none"
+                raise UserError(f"{path}: budget {name}: flops_of is {budget.flops_of!r}, expected one of: {known}")
+        elif not budget > 0:
+            raise UserError(f"{path}: budget {name} is {budget}: expected a factor above 0")
+    for name, arm in study.arms.items():
+        for budget in arm.budgets or ():
+            if budget not in study.budgets:
+                known = ", ".join(study.budgets)
+                raise UserError(f"{path}: arm {name}: there is no budget {budget!r} (there are: {known})")
+
+
+def cells_of(study):
+    """Every `Cell` of the study, arm by arm; the first has none of equal FLOPs, as it would repeat itself. UserError
+    for a cell that occurs twice."""
+    cells, baseline = [], next(iter(study.arms))
+    for name, arm in study.arms.items():
+        budgets = arm.budgets or tuple(study.budgets)
+        seeds = [as_seeds(entry) for entry in (arm.seeds or study.seeds)]
+        for budget, entry in product(budgets, seeds):
+            value, overrides = study.budgets[budget], (*study.base, *arm.overrides)
+            if not isinstance(value, EqualFlops):
+                cells.append(Cell(name, budget, entry, overrides, value))
+            elif name != baseline:
+                cells.append(Cell(name, budget, entry, overrides, None, value.flops_of))
+    names = [cell.name for cell in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"the study has {len(twice)} run(s) twice: {', '.join(twice)}")
+    return cells
+
+
+def with_factors(cells, baseline, flops):
+    """(cells with a factor, cells that wait), given {run name: training FLOPs} of finished runs: a cell of equal FLOPs
+    gets the baseline's FLOPs divided by its own arm's, of the runs with its seeds at the budget `flops_of`."""
+    ready, waiting = [], []
+    for cell in cells:
+        if cell.flops_of is None:
+            ready.append(cell)
+            continue
+        base, own = (flops.get(run_name(arm, cell.flops_of, cell.seeds)) for arm in (baseline, cell.arm))
+        if base is None or own is None:
+            waiting.append(cell)
+        else:
+            before = next(c.factor for c in cells if (c.arm, c.budget) == (cell.arm, cell.flops_of))
+            ready.append(replace(cell, factor=before * base / own))
+    return ready, waiting
+
+
+def as_seeds(entry):
+    return entry if isinstance(entry, Seeds) else Seeds(training=entry, backbones=entry, data=entry)
+
+
+def parameters_of(cell):
+    """The cell's parameters as a nested dict, checked like params.yaml. UserError names the cell."""
+    seeds = [f"{key}={value}" for kind, value in cell.seeds for key in SEED_KEYS[kind]]
+    overrides = (*cell.overrides, *seeds)
+    try:
+        text = params.compose_checked(overrides)
+        content = params.parse("conf/", text)
+        for stage in TRAINING_STAGES:
+            settings = content["training"][stage]
+            settings["num_samples"] = max(round(settings["num_samples"] * cell.factor), 1)
+        params.check(f"conf/ ({' '.join(overrides)})", content)
+    except UserError as error:
+        raise UserError(f"arm {cell.arm}: {error}") from None
+    return content

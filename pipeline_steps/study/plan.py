@@ -1,0 +1,192 @@
+"""From the cells of a study to jobs: one job per stage and distinct input, so that what cells share is made once.
+
+A job's key is a hash of everything that its result depends on, as dvc.yaml lists it for the stage: command, parameters,
+code and the keys of the jobs whose outputs it reads. Equal work has equal keys, within a study and across studies.
+"""
+
+import subprocess
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import PurePosixPath
+
+import yaml
+
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.study.design import cells_of, parameters_of, with_factors
+
+TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
+NOT_RUN = "parameters"  # checks params.yaml; a plan checks the parameters of every cell itself
+LIBRARIES = ("torch", "transformers")
+RESULTS = "reports/study"  # may differ from the commit: a study writes there
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of dvc.yaml."""
+
+    name: str
+    command: str
+    params: tuple[str, ...]
+    code: tuple[str, ...]  # paths in the repository
+    inputs: dict[str, str]  # {output of another stage: that stage}
+    outs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a stage."""
+
+    stage: str
+    key: str
+    command: str
+    parameters: dict
+    inputs: dict[str, tuple[str, str]]  # {path: (stage, key) of the job that writes it}
+    outs: tuple[str, ...]
+
+    @property
+    def folder(self):
+        """Relative to the folder of all studies."""
+        return folder_of(self.stage, self.key)
+
+
+@dataclass
+class Run:
+    """A cell with its jobs."""
+
+    name: str
+    arm: str
+    budget: str
+    seeds: dict[str, int]
+    parameters: dict
+    jobs: dict[str, str]  # {stage: key}
+
+
+@dataclass
+class Plan:
+    study: str
+    commit: str
+    runs: list[Run] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)  # runs whose samples follow from others that are not finished
+    jobs: dict[tuple[str, str], Job] = field(default_factory=dict)  # in an order in which they can run
+
+    def as_dict(self):
+        """Plain data, for the workflow."""
+        jobs = [asdict(job) for job in self.jobs.values()]
+        return {"study": self.study, "commit": self.commit, "runs": [asdict(run) for run in self.runs], "jobs": jobs}
+
+
+def folder_of(stage, key):
+    return f"jobs/{stage}/{key}"
+
+
+def make_plan(name, study, flops=None):
+    """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs. UserError for
+    uncommitted changes and for a cell whose parameters are wrong or equal another's."""
+    commit = clean_commit()
+    stages = read_stages()
+    code = code_of_commit()
+    plan = Plan(name, commit)
+    seen = {}
+    cells, waiting = with_factors(cells_of(study), next(iter(study.arms)), flops or {})
+    plan.waiting = [cell.name for cell in waiting]
+    for cell in cells:
+        parameters = parameters_of(cell)
+        jobs = jobs_of(stages, parameters, code)
+        plan.jobs |= {(job.stage, job.key): job for job in jobs.values() if (job.stage, job.key) not in plan.jobs}
+        keys = {stage: job.key for stage, job in jobs.items()}
+        if (other := seen.setdefault(keys["evaluation"], cell.name)) != cell.name:
+            raise UserError(
+                f"{cell.name} and {other} have the same effective parameters: they are one run. Remove one of them."
+            )
+        plan.runs.append(Run(cell.name, cell.arm, cell.budget, cell.seeds.model_dump(), parameters, keys))
+    return plan
+
+
+def jobs_of(stages, parameters, code):
+    """{stage: `Job`} of one cell, every job after those that it needs."""
+    jobs = {}
+
+    def add(name):
+        if name in jobs:
+            return jobs[name]
+        stage = stages[name]
+        inputs = {path: add(maker) for path, maker in sorted(stage.inputs.items())}
+        key = fingerprint(
+            name,
+            stage.command,
+            {path: value_of(parameters, path) for path in stage.params},
+            sorted(entry for entry in code.items() if is_within(entry[0], stage.code)),
+            {path: job.key for path, job in inputs.items()},
+            {library: version(library) for library in LIBRARIES},
+        )
+        links = {path: (job.stage, job.key) for path, job in inputs.items()}
+        jobs[name] = Job(name, key, stage.command, parameters, links, stage.outs)
+        return jobs[name]
+
+    for target in TARGETS:
+        add(target)
+    return jobs
+
+
+def value_of(parameters, dotted):
+    for part in dotted.split("."):
+        parameters = parameters[part]
+    return parameters
+
+
+def is_within(path, places):
+    """Whether a path is one of `places` or lies in one of them."""
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+@cache
+def read_stages(path=ROOT / "dvc.yaml"):
+    """{name: `Stage`} of dvc.yaml."""
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    outs = {name: tuple(paths_of(entry, "outs") + paths_of(entry, "metrics")) for name, entry in entries.items()}
+    maker = {out: name for name, found in outs.items() for out in found}
+    stages = {}
+    for name, entry in entries.items():
+        code, inputs = [], {}
+        for dep in paths_of(entry, "deps"):
+            places = [dep, *map(str, PurePosixPath(dep).parents)]
+            made = next((place for place in places if place in maker), None)
+            if made is None:
+                code.append(dep)
+            elif maker[made] != NOT_RUN:
+                inputs[made] = maker[made]
+        stages[name] = Stage(name, entry["cmd"], tuple(entry.get("params", [])), tuple(code), inputs, outs[name])
+    return stages
+
+
+def paths_of(entry, kind):
+    return [item if isinstance(item, str) else next(iter(item)) for item in entry.get(kind, [])]
+
+
+def clean_commit():
+    """The commit that is checked out. UserError if tracked or new files differ from it."""
+    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all").splitlines()]
+    changed = [path for path in changed if not is_within(path.rstrip("/"), [RESULTS])]
+    if changed:
+        listed = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        raise UserError(
+            f"{len(changed)} file(s) differ from the last commit ({listed}): a study's rows name the commit that made "
+            "them. Commit or stash the changes first."
+        )
+    return git("rev-parse", "HEAD").strip()
+
+
+def code_of_commit():
+    """{path: git's hash of its content} of all files of the commit."""
+    entries = (line.split("\t", 1) for line in git("ls-tree", "-r", "-z", "HEAD").split("\0") if line)
+    return {path: info.split()[2] for info, path in entries}
+
+
+def git(*words):
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"git {' '.join(words)} failed in {ROOT}: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,138 @@
+"""What a study has done, what it is doing, and how long the rest will take."""
+
+import fcntl
+import json
+from collections import Counter
+from dataclasses import dataclass
+from statistics import median
+
+from rich.table import Table
+
+from pipeline_steps.study.design import TRAINING_STAGES
+from pipeline_steps.study.plan import folder_of
+
+DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
+STATES = (DONE, RUNNING, WAITING, FAILED)
+# Seconds on one core at the embedded scale, for stages that have not run here yet; training: per sample
+FIRST_GUESS = {"backbones": 120, "sources": 20, "shards": 15, "tokens": 15, "evaluation": 60, "flops": 10}
+FIRST_GUESS_PER_SAMPLE = 0.0055
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Expected seconds of jobs: medians of the finished ones, training per sample."""
+
+    measured: dict[str, float]
+
+    def seconds(self, job):
+        """Expected seconds of a `Job`, by its stage and, if it trains, its samples."""
+        if job.stage in TRAINING_STAGES:
+            per_sample = self.measured.get("training", FIRST_GUESS_PER_SAMPLE)
+            return per_sample * num_samples(job)
+        return self.measured.get(job.stage, FIRST_GUESS.get(job.stage, 60))
+
+
+def num_samples(job):
+    return job.parameters["training"][job.stage]["num_samples"]
+
+
+def measure_costs(plan, studies):
+    """`Costs` from the jobs of the plan that are done in the folder `studies`."""
+    found = {}
+    for job in plan.jobs.values():
+        path = studies / job.folder / "done.json"
+        if path.exists():
+            seconds = json.loads(path.read_text())["seconds"]
+            if job.stage in TRAINING_STAGES:
+                found.setdefault("training", []).append(seconds / num_samples(job))
+            else:
+                found.setdefault(job.stage, []).append(seconds)
+    return Costs({name: median(values) for name, values in found.items()})
+
+
+def states(plan, studies):
+    """{(stage, key): one of STATES} of the plan's jobs."""
+    return {name: state_of(studies / job.folder) for name, job in plan.jobs.items()}
+
+
+def state_of(folder):
+    if (folder / "done.json").exists():
+        return DONE
+    if is_locked(folder / "lock"):
+        return RUNNING
+    return FAILED if (folder / "failed.json").exists() else WAITING
+
+
+def is_locked(path):
+    """Whether another process holds the lock on this file."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def stage_table(plan, found, costs, num_parallel):
+    """`rich` table of the jobs by stage and state, with the expected time left on `num_parallel` cores."""
+    left = {name: costs.seconds(job) for name, job in plan.jobs.items() if found[name] in (RUNNING, WAITING)}
+    done = num_finished(plan, found)
+    title = f"study {plan.study}: {done} of {len(plan.runs)} runs done"
+    table = Table(title=title, caption=f"about {format_time(sum(left.values()) / num_parallel)} left")
+    for column in ("stage", *STATES):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    counts = {}
+    for (stage, _), state in found.items():
+        counts.setdefault(stage, Counter())[state] += 1
+    for stage, states_of_stage in counts.items():
+        table.add_row(stage, *(str(states_of_stage[state] or "") for state in STATES))
+    return table
+
+
+def run_table(plan, found, costs):
+    """`rich` table of the runs with the seconds that each adds: what it shares with a run above it counts there."""
+    table = Table(title=f"study {plan.study}: {len(plan.runs)} runs, {len(plan.jobs)} jobs")
+    for column in ("run", "jobs to do", "shared", "expected time on one core"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    counted = set()
+    for run in plan.runs:
+        todo = [name for name in run.jobs.items() if found[name] != DONE]
+        own = [name for name in todo if name not in counted]
+        counted |= set(own)
+        seconds = sum(costs.seconds(plan.jobs[name]) for name in own)
+        table.add_row(run.name, str(len(own)), str(len(run.jobs) - len(own)), format_time(seconds))
+    return table
+
+
+def num_finished(plan, found):
+    return sum(all(found[name] == DONE for name in run.jobs.items()) for run in plan.runs)
+
+
+def total_seconds(plan, found, costs):
+    """Expected seconds, on one core, of all that is not done."""
+    return sum(costs.seconds(job) for name, job in plan.jobs.items() if found[name] != DONE)
+
+
+def failures(plan, studies):
+    """One text per failed job: which runs need it, why it failed, the last lines of its log and where the log is."""
+    texts = []
+    for (stage, key), job in plan.jobs.items():
+        folder = studies / folder_of(stage, key)
+        if state_of(folder) != FAILED:
+            continue
+        record = json.loads((folder / "failed.json").read_text())
+        runs = [run.name for run in plan.runs if run.jobs.get(stage) == key]
+        lines = "\n".join(f"    {line}" for line in record["last_lines"])
+        listed = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+        texts.append(f"{job.stage} of {listed} failed ({record['reason']}); log: {folder / 'log.txt'}\n{lines}")
+    return texts
+
+
+def format_time(seconds):
+    """Such as '45 s', '12 min' or '3 h 20 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
