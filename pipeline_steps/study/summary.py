@@ -120,9 +120,9 @@ def arm_table(table, study):
                 "runs": len(runs),
                 **{f"{group}, %": spread(group_accuracy(runs, tasks)) for group, tasks in groups.items()},
                 "exact match, %": spread(runs["exact_match_accuracy"]),
-                f"runs above {study.plateau:.0%}": f"{left} of {len(runs)} [{low:.0%}, {high:.0%}]",
+                f"runs above {100 * study.plateau:.0f} %": f"{left} of {len(runs)} [{100 * low:.0f}, {100 * high:.0f} %]",
                 "converged": f"{converged.sum()} of {len(converged)}",
-                "training PFLOP": f"{runs['training_flops'].mean() / 1e15:.3f}",
+                "training TFLOP": f"{runs['training_flops'].mean() / 1e12:.1f}",
                 "minutes": f"{runs['training_seconds'].median() / 60:.1f}",
             }
         )

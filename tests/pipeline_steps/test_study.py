@@ -425,7 +425,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
         "**worse** at equal samples; 8 of 8 runs of the arm not converged" in text
     )  # B1 reads more, at twice the FLOPs
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
-    assert "8 of 8 [63%, 100%]" in text
+    assert "8 of 8 [63, 100 %]" in text
     assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
 
 
