@@ -112,6 +112,7 @@ def arm_table(table, study):
     for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False):
         left = int((runs["mean_token_accuracy"] >= study.plateau).sum())
         low, high = statistics.share_interval(left, len(runs))
+        above = f"{left} of {len(runs)} [{100 * low:.0f}, {100 * high:.0f} %]"
         converged = runs["converged"].dropna().astype(bool)
         rows.append(
             {
@@ -120,7 +121,7 @@ def arm_table(table, study):
                 "runs": len(runs),
                 **{f"{group}, %": spread(group_accuracy(runs, tasks)) for group, tasks in groups.items()},
                 "exact match, %": spread(runs["exact_match_accuracy"]),
-                f"runs above {100 * study.plateau:.0f} %": f"{left} of {len(runs)} [{100 * low:.0f}, {100 * high:.0f} %]",
+                f"runs above {100 * study.plateau:.0f} %": above,
                 "converged": f"{converged.sum()} of {len(converged)}",
                 "training TFLOP": f"{runs['training_flops'].mean() / 1e12:.1f}",
                 "minutes": f"{runs['training_seconds'].median() / 60:.1f}",
