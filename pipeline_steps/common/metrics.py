@@ -412,19 +412,6 @@ class BudgetSamples(Result):
     """FLOPs per training sample."""
     num_samples: int
     """Samples the budget pays for."""
-    predecessor_flops_per_sample: float
-    """The predecessor's count."""
-    predecessor_num_samples: int
-    """Samples by that count."""
-
-
-class CountStep(Result):
-    """One reason why the predecessor's count of a training sample differs, and the count after it is put right."""
-
-    reason: str
-    """Why the count changes."""
-    flops_per_sample: float
-    """The count after this correction."""
 
 
 class Frontier(Result):
@@ -465,8 +452,6 @@ class FlopsResult(Result):
     """By arm."""
     budgets: list[BudgetSamples]
     """Iso-FLOP sample counts."""
-    corrections: dict[str, list[CountStep]]
-    """By `SCALE ARM`: from the predecessor's count to ours."""
     frontier: dict[str, Frontier]
     """By language model."""
     per: str

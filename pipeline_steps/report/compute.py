@@ -1,5 +1,4 @@
-"""Compute: tables of budgets, of the predecessor's count and of an answer, and the figure of where one token a frame
-saves."""
+"""Compute: the tables of passes, answers and budgets, and the figure that compares one token per frame with several."""
 
 import numpy as np
 
@@ -9,12 +8,11 @@ from pipeline_steps.report.tables import Table, count, number, ordered_arms
 SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first
 COLOURS = dict(zip(SCALES, ("#8b95a3", "#2f80ed", "#12a594", "#d97706"), strict=True))
 MARKERS = dict(zip(SCALES, "sovD", strict=True))
-ABSENT = ("–", None)
 
 
 def tables(result):
     """All tables of this module, of a `FlopsResult`."""
-    return [passes(result), answers(result), budgets(result), corrections(result)]
+    return [passes(result), answers(result), budgets(result)]
 
 
 def passes(result):
@@ -67,7 +65,7 @@ def kib(size):
 
 
 def budgets(result):
-    """Samples that every budget pays for, with the predecessor's numbers."""
+    """How many training samples each compute budget pays for."""
     rows = [
         [
             (f"{row.budget:.1e}", row.budget),
@@ -75,51 +73,17 @@ def budgets(result):
             row.arm.replace("_", " "),
             number(row.flops_per_sample / 1e9, 1),
             count(row.num_samples),
-            number(row.predecessor_flops_per_sample / 1e9, 1),
-            count(row.predecessor_num_samples),
-            number(row.num_samples / row.predecessor_num_samples, 2),
         ]
         for row in result.budgets
     ]
-    lengths = result.assumptions["predecessor_sample"]
-    columns = [
-        "budget, FLOP",
-        "scale",
-        "arm",
-        "GFLOP a sample",
-        "samples",
-        "predecessor: GFLOP",
-        "samples then",
-        "ratio",
-    ]
+    lengths = result.assumptions["budget_sample"]
+    columns = ["budget, FLOP", "scale", "arm", "GFLOP per sample", "samples"]
     note = (
-        f"Equal training compute (iso-FLOP): SmolLM2 and DINOv2-small, samples of {lengths['num_frames']} frames and "
-        f"{lengths['num_text_tokens']} text tokens, {lengths['num_labels']} with a loss, as the predecessor assumed. "
-        "Other lengths: `python -m pipeline_steps.flops --budget ... --frames ...`. The next table says why the two "
-        "counts differ."
+        f"Equal training compute (iso-FLOP). Backbones: SmolLM2 and DINOv2-small. A sample has {lengths['num_frames']} "
+        f"frames and {lengths['num_text_tokens']} text tokens, {lengths['num_labels']} of them with a loss. For other "
+        "lengths run `python -m pipeline_steps.flops --budget ... --frames ...`."
     )
-    return Table("budgets", "Training samples that a budget pays for", columns, rows, note, strong=[4])
-
-
-def corrections(result):
-    """From the predecessor's count of a training sample to ours, step by step."""
-    columns = sorted(result.corrections, key=lambda name: (name.split()[1], SCALES.index(name.split()[0])))
-    reasons = max((result.corrections[name] for name in columns), key=len)  # the longest list has every reason
-    rows = [[step.reason, *(added(result.corrections[name], step.reason) for name in columns)] for step in reasons]
-    rows.append(["our count", *(number(result.corrections[name][-1].flops_per_sample / 1e9, 1) for name in columns)])
-    note = "GFLOP of one training sample: the predecessor's count, what every correction adds, and our count."
-    return Table("corrections", "Why the counts differ", ["", *(n.replace("_", " ") for n in columns)], rows, note)
-
-
-def added(steps, reason):
-    """What the correction changes, as a cell; of the first step the count itself."""
-    before = 0.0
-    for index, step in enumerate(steps):
-        if step.reason == reason:
-            value = (step.flops_per_sample - before) / 1e9
-            return number(value, 1) if index == 0 else (f"{value:+.1f}", value)
-        before = step.flops_per_sample
-    return ABSENT
+    return Table("budgets", "Training samples per compute budget", columns, rows, note, strong=[4])
 
 
 def statements(result):
