@@ -113,7 +113,7 @@ def test_captions_keep_attribute_columns_for_tasks_without_attributes(plain):
     ]
     style = texts(report.caption_style(result))
     assert [row[:3] for row in style] == [
-        ["caption", "true answers", "9.0"],
+        ["caption", "references", "9.0"],
         ["caption", "autoregressive", "8.0"],
         ["caption", "blind", "8.0"],
     ]
