@@ -412,19 +412,6 @@ class BudgetSamples(Result):
     """FLOPs per training sample."""
     num_samples: int
     """Samples within the budget."""
-    predecessor_flops_per_sample: float
-    """By the predecessor's count."""
-    predecessor_num_samples: int
-    """By the predecessor's count."""
-
-
-class CountStep(Result):
-    """One reason why the predecessor's count of a training sample differs, and the count after it is put right."""
-
-    reason: str
-    """Why the count changes."""
-    flops_per_sample: float
-    """Count after the correction."""
 
 
 class Frontier(Result):
@@ -465,8 +452,6 @@ class FlopsResult(Result):
     """By arm."""
     budgets: list[BudgetSamples]
     """Iso-FLOP sample counts."""
-    corrections: dict[str, list[CountStep]]
-    """By `SCALE ARM`, from the predecessor's count."""
     frontier: dict[str, Frontier]
     """By language model."""
     per: str

@@ -1,9 +1,9 @@
-"""Generates the reference tables of docs/ from the schemas' own descriptions.
+"""Generates the reference tables of docs/ from the descriptions in the schemas.
 
     python -m pipeline_steps.common.reference            # writes docs/parameters.md and the tables of docs/metrics.md
     python -m pipeline_steps.common.reference --check    # fails if they are out of date
 
-Both take seconds. The text of docs/metrics.md outside the two marker lines is written by hand. Fields of one class that
+Both take seconds. The text of docs/metrics.md outside the marker lines is written by hand. Fields of one class that
 have the same description (and, of parameters, the same type) share a row.
 """
 
@@ -74,7 +74,7 @@ def _rows(model, value, prefix=""):
 
 
 class Several(list):
-    """Values of the same key in several sections."""
+    """Values of one key in several sections."""
 
 
 def _merged(values):
@@ -181,11 +181,14 @@ def _inner(annotation):
 
 
 def pages():
-    """{path: text that the file should hold}."""
+    """{path: generated text of the page}."""
     path = params.ROOT / "docs/metrics.md"
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path}: needs the lines '{BEGIN}' and '{END}' once each, around the generated tables")
+        raise UserError(
+            f"{path}: the lines '{BEGIN}' and '{END}' must occur exactly once each, around the generated tables. "
+            "Restore them."
+        )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return {
@@ -195,13 +198,13 @@ def pages():
 
 
 def outdated():
-    """[(path, text)] of those `pages` whose file holds another text."""
+    """[(path, text)] of the `pages` that differ from their file."""
     return [(path, text) for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Generate the reference tables of docs/.")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     arguments = parser.parse_args()
     stale = outdated()
     if arguments.check and stale:

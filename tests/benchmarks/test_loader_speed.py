@@ -18,7 +18,7 @@ def call(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_both_sides_decode_the_same_pixels(tmp_path):
+def test_both_loaders_decode_the_same_pixels(tmp_path):
     loader.write_clips(tmp_path, 3, 2)
     dataset = TokenizedShards(tmp_path / "shards", tmp_path / "tokens", "train")
     assert len(dataset.shards) == 2

@@ -55,7 +55,7 @@ REGISTER = {
     "B13": Elsewhere("pipeline_steps/test_shards.py::test_full_disk_error_names_the_path"),
     "B14": HERE,
     "B15": HERE,
-    "B16": Elsewhere("pipeline_steps/test_training_kills.py::test_twenty_kills_change_nothing"),
+    "B16": Elsewhere("pipeline_steps/test_training_kills.py::test_twenty_kills_do_not_change_the_result"),
     "B17": Elsewhere("pipeline_steps/test_tokens.py::test_foreign_or_missing_shards_are_rejected"),
     "B18": Elsewhere("model/test_foveated_encoder.py::test_patch_features_equal_the_librarys"),
     "B19": HERE,
@@ -84,9 +84,11 @@ REGISTER = {
     "N05": Elsewhere("model/test_wrong_input.py::test_backbones_saved_in_bf16_are_trained_in_fp32"),
     "N06": Elsewhere("pipeline_steps/test_shard_plan.py::test_same_media_in_two_given_splits_are_rejected"),
     "N07": Elsewhere("pipeline_steps/test_evaluation.py::test_scores_cover_all_modes_and_do_not_depend_on_the_batch"),
-    "N08": Elsewhere("pipeline_steps/test_distributed_training.py::test_the_curve_does_not_depend_on_processes"),
+    "N08": Elsewhere(
+        "pipeline_steps/test_distributed_training.py::test_the_learning_curve_does_not_depend_on_the_number_of_processes"
+    ),
     "N09": Elsewhere("test_end_to_end.py::test_a_second_run_gives_the_same_bytes"),
-    "N10": Elsewhere("pipeline_steps/test_training_kills.py::test_twenty_kills_change_nothing"),
+    "N10": Elsewhere("pipeline_steps/test_training_kills.py::test_twenty_kills_do_not_change_the_result"),
     "N11": Elsewhere("test_pipeline_contract.py::test_every_parameter_is_read"),
     "N12": Elsewhere(
         "pipeline_steps/test_training_parts.py::"
