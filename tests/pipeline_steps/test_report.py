@@ -2,16 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
-from pipeline_steps.common import metrics
+from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, keep, verdicts
@@ -383,6 +387,53 @@ def test_keeping_rejects_missing_or_inconsistent_results(tmp_path):
     keep.refuse_changed(["heatmaps", "report"])
     with pytest.raises(UserError, match=r"2 stage\(s\) changed \(evaluation, stage3\)"):
         keep.refuse_changed(["evaluation", "report", "stage3"])
+
+
+COPY = """
+import shutil, yaml
+for name in ("outputs", "data"):
+    shutil.copytree("made/" + name, name, dirs_exist_ok=True)
+"""
+
+
+@pytest.mark.slow
+def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypatch):
+    """Two experiments of a small project, kept from DVC's cache; a second one of the same ablation and seed is not."""
+    write_root(tmp_path / "made")
+    hashes = {name: sha256_file(tmp_path / f"made/data/{name}/manifest.json") for name in ("shards", "tokens")}
+    path = tmp_path / "made/outputs/metrics/evaluation.json"
+    content = json.loads(path.read_text())
+    content["provenance"] |= {f"{name}_sha256": value for name, value in hashes.items()}
+    path.write_text(json.dumps(content))
+    (tmp_path / "make_run.py").write_text(COPY)
+    (tmp_path / "params.yaml").write_text(params.compose())
+    stage = {"cmd": f"{sys.executable} make_run.py", "params": ["seed"], "outs": ["outputs", "data"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"run": stage}}))
+    identity = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for name, value in identity.items():
+        monkeypatch.setenv(name, value)
+
+    def run(command):
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    dvc = f"{sys.executable} -m dvc"
+    run(f"git init -q && {dvc} init -q && git add -A && git commit -qm start")
+    with pytest.raises(UserError, match="this commit has no experiments"):
+        keep.keep_experiments(tmp_path, [])
+    for name, seed in (("two", 2), ("three", 3)):
+        run(f"{dvc} exp run -q --temp --name {name} --set-param seed={seed}")
+    with pytest.raises(UserError, match=r"no experiment four of this commit \(there are: three, two\)"):
+        keep.keep_experiments(tmp_path, ["four"])
+    found = keep.keep_experiments(tmp_path, [])
+    assert sorted(path.name for path in found) == ["none-seed2.json", "none-seed3.json"]
+    assert not (tmp_path / "outputs").exists()
+    runs = read_inputs(tmp_path / "made", "A6", 1).runs
+    assert runs == []
+    assert json.loads(found[0].read_text())["provenance"]["seeds"]["training"] in (2, 3)
+    run(f"{dvc} exp run -q --temp --name again --set-param seed=2 --set-param report.title=x")
+    with pytest.raises(UserError, match="experiments again and two both are ablation none with seed 2"):
+        keep.keep_experiments(tmp_path, [])
 
 
 def test_summary_and_plots_contain_the_results(built):
