@@ -28,7 +28,7 @@ MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/vid
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
 ONLY_USED = {"parameters": {"ablation"}, "report": {"seed", "ablation", "report"}}  # the rest: checked or printed
-WRITTEN_BY_HAND = {"reports/runs"}
+WRITTEN_BY_HAND = {"reports/runs", "reports/study"}
 
 
 def package(stage):

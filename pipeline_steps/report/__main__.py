@@ -3,7 +3,7 @@
     python -m pipeline_steps.report
 
 Reads params.yaml, outputs/metrics, reports/heatmaps, reports/runs (results of other runs, see
-reports/runs/README.md), outputs/evaluation and the manifests of data/shards and data/tokens. Writes
+reports/runs/README.md), reports/study, outputs/evaluation and the manifests of data/shards and data/tokens. Writes
 reports/report.html (needs no other file and no network), reports/report.md with reports/figures/*.svg and
 reports/tables/*.md for review in a pull request, reports/metrics/summary.json with the headline numbers, and
 reports/plots/*.csv for `dvc plots`. Output is deterministic: equal inputs give equal bytes on every machine, commit and
@@ -33,6 +33,7 @@ from pipeline_steps.report import (
     plots,
     provenance,
     reading,
+    studies,
     summary,
     tables,
     texts,
@@ -49,6 +50,7 @@ from pipeline_steps.report.verdicts import verdicts
 PARAMS = params.RESULT_KEYS
 HERE = Path(__file__).resolve().parent
 CONTENTS = (
+    ("studies", "Studies"),
     ("targets", "Targets"),
     ("training", "Learning curves"),
     ("tasks", "Tasks"),
@@ -80,8 +82,9 @@ def main():
     values = parameters.as_dict()
     with replaced_folder(reports / "figures") as folder:
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
+        studied = [show_study(folder, study) for study in studies.read_studies(reports / "study")]
     with replaced_folder(reports / "tables") as folder:
-        for table in built.values():
+        for table in [*built.values(), *(study["arms"] for study in studied)]:
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
@@ -94,6 +97,7 @@ def main():
         "title": title,
         "banner": texts.banner(values),
         "verdicts": found,
+        "studies": studied,
         "lead": texts.lead(inputs),
         "tiles": texts.tiles(inputs.current.result),
         "tables": built,
@@ -193,18 +197,22 @@ def render_page(**values):
         for name in ("css", "js")
     }
     helpers = {"text_of": tables.text_of, "data_uri": data_uri, "is_number": tables.is_number}
-    return loader.get_template("page.html.jinja").render(**values, **parts, **helpers, contents=CONTENTS)
+    return loader.get_template("page.html.jinja").render(
+        **values, **parts, **helpers, contents=CONTENTS[0 if values["studies"] else 1 :]
+    )
 
 
-def save_figure(folder, name, figure):
-    """Writes <name>.svg and <name>-dark.svg; returns the figure's values for the template."""
+def save_figure(folder, name, figure, caption=None):
+    """Writes <name>.svg and <name>-dark.svg; returns what the template needs. caption: (alternative text, caption),
+    by default of texts.CAPTIONS."""
+    alternative, caption = caption or texts.CAPTIONS[name]
     draw, width, height = figure
     entry = {
         "width": round(width * 100),
         "height": round(height * 100),
         "name": name,
-        "alt": texts.CAPTIONS[name][0],
-        "caption": texts.CAPTIONS[name][1],
+        "alt": alternative,
+        "caption": caption,
     }
     for theme, suffix in (("light", ""), ("dark", "-dark")):
         text = figures.svg(draw, theme, width, height)
@@ -215,6 +223,16 @@ def save_figure(folder, name, figure):
 
 def data_uri(content, kind):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def show_study(folder, study):
+    """What the template needs of a `StudySummary`; saves its figures."""
+    figures_of_study = {"points": studies.points(study), "forest": studies.forest(study)}
+    shown = {
+        name: figure and save_figure(folder, f"study_{study.name}_{name}", figure, studies.CAPTIONS[name])
+        for name, figure in figures_of_study.items()
+    }
+    return {"cards": studies.cards(study), "arms": studies.arms(study), **shown}
 
 
 def first_answers(answers, per_task=2):

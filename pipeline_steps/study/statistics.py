@@ -21,11 +21,11 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
+from pipeline_steps.common.study_results import BETTER, EQUAL, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report.statistics import holm
 
 LEVEL = 0.95
 EQUIVALENCE_LEVEL = 0.90  # of the interval that has to lie within the margin: two one-sided tests at 5 %
-BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undecided", "unmatched budgets"
 MAX_EXACT_PAIRS = 16  # 65,536 patterns of signs; beyond, as many are drawn
 NUM_DRAWS = 20_000
 

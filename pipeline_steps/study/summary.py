@@ -1,4 +1,5 @@
-"""The summary of a study for readers: reports/study/<name>/README.md and runs.svg, from runs.csv alone.
+"""The summary of a study: README.md, runs.svg and summary.json (for the report) in reports/study/<name>/, from runs.csv
+alone.
 
     python -m pipeline_steps.study.summary NAME
 
@@ -12,9 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.study_results import ArmResult, ComparisonResult, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import EqualFlops, cells_of, read_study
@@ -33,13 +36,15 @@ def main():
 
 
 def write_summary(name, study, results=ROOT / RESULTS):
-    """Writes README.md and runs.svg beside the study's runs.csv; returns the page's path. UserError without runs."""
+    """Writes README.md, runs.svg and summary.json beside the study's runs.csv; returns the path of README.md. UserError
+    without runs."""
     folder = results / name
     try:
         table = pd.read_csv(folder / "runs.csv")
     except FileNotFoundError:
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
     write_text(folder / "runs.svg", figure(table, study))
+    metrics.write_json(folder / "summary.json", summarise(name, table, study))
     write_text(folder / "README.md", page(name, table, study))
     return folder / "README.md"
 
@@ -89,6 +94,59 @@ def matched_budget(base, own):
         if np.all(np.abs(own[column].to_numpy() / base[column].to_numpy() - 1) <= TOLERANCE)
     ]
     return " and ".join(equal) or None
+
+
+def summarise(name, table, study):
+    """`StudySummary` of the table of runs."""
+    found, budgets = comparisons(table, study)
+    groups = groups_of(table, study)
+    arms = [
+        ArmResult(
+            arm=arm,
+            budget=budget,
+            seeds=runs[list(SEEDS)].to_numpy().tolist(),
+            groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
+            exact_match=[None if pd.isna(value) else value for value in runs["exact_match_accuracy"]],
+            num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
+            num_converged=int((runs["converged"] == True).sum()),  # noqa: E712 (None where it could not be measured)
+            training_samples=float(runs["training_samples"].mean()),
+            training_flops=float(runs["training_flops"].mean()),
+            training_seconds=float(runs["training_seconds"].median()),
+        )
+        for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False)
+    ]
+    return StudySummary(
+        name=name,
+        question=study.question,
+        baseline=next(iter(study.arms)),
+        num_runs=len(table),
+        num_planned=len(cells_of(study)),
+        margin=study.margin,
+        plateau=study.plateau,
+        arms=arms,
+        comparisons=[
+            ComparisonResult(
+                arm=entry.arm,
+                group=entry.group,
+                differences=list(entry.differences),
+                interval=entry.interval,
+                bounded_interval=entry.bounded,
+                p_value=entry.p_value,
+                p_adjusted=entry.p_adjusted,
+                verdict=entry.verdict,
+                smallest_margin=entry.smallest_margin,
+                matched=budgets[entry.arm],
+                num_not_converged=not_converged(entry, table),
+            )
+            for entry in found
+        ],
+    )
+
+
+def not_converged(entry, table):
+    """Runs of the comparison's arm whose validation loss was still falling."""
+    runs = table[table["arm"] == entry.arm.split(", ")[0]]
+    return int((runs["converged"] == False).sum())  # noqa: E712 (None where it could not be measured)
 
 
 def page(name, table, study):
@@ -173,10 +231,8 @@ def verdict_text(entry, budgets, table):
     budget = budgets[entry.arm]
     if budget is None:
         return entry.verdict
-    runs = table[table["arm"] == entry.arm.split(", ")[0]]
-    pending = int((runs["converged"] == False).sum())  # noqa: E712 (None where it could not be measured)
-    text = f"**{entry.verdict}** at equal {budget}"
-    return f"{text}; {pending} of {len(runs)} runs of the arm not converged" if pending else text
+    text, pending = f"**{entry.verdict}** at equal {budget}", not_converged(entry, table)
+    return f"{text}; {pending} runs of the arm not converged" if pending else text
 
 
 def points(interval):

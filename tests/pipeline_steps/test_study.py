@@ -15,6 +15,7 @@ import yaml
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, plan, progress, summary
 from pipeline_steps.study.design import Seeds, Study
@@ -422,11 +423,19 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
     assert "**equal** at equal samples and FLOPs |" in text
     assert (
-        "**worse** at equal samples; 8 of 8 runs of the arm not converged" in text
+        "**worse** at equal samples; 8 runs of the arm not converged" in text
     )  # B1 reads more, at twice the FLOPs
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
     assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
+    found = StudySummary.model_validate_json((tmp_path / "mine/summary.json").read_text())
+    assert (found.num_runs, found.num_planned, found.baseline) == (24, 24, "none")
+    assert [(arm.arm, len(arm.seeds), arm.num_above_plateau, arm.num_converged) for arm in found.arms] == [
+        ("none", 8, 8, 8),
+        ("A6", 8, 0, 8),
+        ("B1", 8, 0, 0),
+    ]
+    assert [entry.num_not_converged for entry in found.comparisons] == [0, 0, 8, 8]
 
 
 def test_summary_is_the_same_bytes_again(tmp_path):
