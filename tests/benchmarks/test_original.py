@@ -21,11 +21,14 @@ TOLERANCE = 1e-5
 
 
 def lively(**options):
-    """A network whose queries change what they see, so that a wrong query shows."""
+    """A network in which visual tokens and queries matter, so that a wrong one shows."""
     model = make_model(**{"visual_scale": 1.0} | options)
     for name in ("planner", "time_projection"):
         if hasattr(model, name):
             torch.nn.init.normal_(getattr(model, name).weight)
+    for name, weight in model.language_model.model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.data *= 8
     return model
 
 

@@ -1,0 +1,147 @@
+"""Checks and measurements on a machine with one GPU, as one JSON file.
+
+    python -m benchmarks.gpu                              writes outputs/gpu.json
+    python -m benchmarks.gpu --minutes 5 --sizes 135M tiny --output gpu.json
+
+1. The tests marked `gpu` (tests/gpu), where pytest is installed.
+2. The reference of the speed figures (benchmarks/original.py) against the network, in fp32 on the GPU.
+3. `benchmarks.speed` for every size, in the order of --sizes, each in a process of its own that gets a share of the
+   time that is left. The first size is also measured compiled.
+
+Needs torch and transformers only; no data, no weights. Without pydantic the tests that train a stage are skipped, and
+the file says so. Exit code 1 if a test, a check or a measurement failed. Without a GPU: one sentence and exit code 1.
+Cost: at most 8 minutes.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.original import Original, pad
+from benchmarks.speed import about
+from benchmarks.workload import SCALES, mixture, network_config
+from model import FoveatedVLMForConditionalGeneration
+from model.constants import MODES
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import check_outputs, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {
+    "135M": 4.0,
+    "small_gpu": 2.0,
+    "1.7B": 2.0,
+    "360M": 1.5,
+    "tiny": 1.0,
+}  # share of the time, most important first
+TESTS_SHARE = 0.3  # of the time, at most
+RESERVE = 15.0  # seconds for the end
+TAIL = 3000  # characters of a failed process's output
+TOLERANCE = 1e-4  # of losses in fp32: GPU kernels sum in other orders
+
+
+def run_process(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """(exit code, or None where it ran out of time and was killed with its children; output)."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    return process.returncode, output
+
+
+def run_tests(seconds: float) -> dict:
+    """The tests marked gpu. Only their own conftest.py is read: that of all tests needs what is missing here."""
+    if find_spec("pytest") is None:
+        return {"ok": True, "skipped": "pytest is not installed"}
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--confcutdir=tests/gpu", "-m", "gpu", "-q", "-rsf"]
+    command += ["--override-ini=addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    started = time.monotonic()
+    code, output = run_process(command, seconds)
+    result = {"ok": code == 0, "exit_code": code, "seconds": round(time.monotonic() - started, 1)}
+    result |= {"summary": output.strip().rpartition("\n")[2]}
+    result |= {"skipped": re.findall(r"^SKIPPED .*$", output, re.MULTILINE)}
+    return result if code == 0 else result | {"output": output[-TAIL:]}
+
+
+@torch.no_grad()
+def check_equality(device: str) -> dict:
+    """Difference of the losses of reference and network in every mode, on the embedded scale's network."""
+    config = network_config("tiny")
+    torch.manual_seed(0)
+    network = FoveatedVLMForConditionalGeneration(config).to(device).eval()
+    batch = mixture(config, 8)
+    padded, own = pad(config, **batch.inputs(), labels=batch.labels).to(device), batch.to(device)
+    differences = {}
+    for mode in MODES:
+        loss = network(**own.inputs(), labels=own.labels, mode=mode).loss
+        differences[mode] = abs(float(loss - Original(network)(padded, mode).loss))
+    return {"ok": max(differences.values()) <= TOLERANCE, "differences": differences}
+
+
+def measure_size(size: str, seconds: float, is_first: bool, device: str = "cuda") -> dict:
+    """What `benchmarks.speed` writes for a size within `seconds`, or what it had written when it was killed."""
+    parts = ("train", "modes", "first_token", *(("compiled",) if is_first else ()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "figures.json")
+        command = [sys.executable, "-m", "benchmarks.speed", "--size", size, "--device", device, "--only", *parts]
+        command += ["--limit", str(0.85 * seconds), "--num-threads", str(torch.get_num_threads())]
+        code, output = run_process([*command, "--output", str(path)], seconds)
+        written = json.loads(path.read_text()) if path.exists() else {}
+    result = {"ok": code == 0, **written}
+    if code is None:
+        return result | {"error": f"killed after {seconds:.0f} s"}
+    return result if code == 0 else result | {"exit_code": code, "output": output[-TAIL:]}
+
+
+def run_all(sizes: list[str], minutes: float, output: Path, device: str = "cuda") -> bool:
+    """Everything, in order; the file is written after every step. Returns whether all is well."""
+    end = time.monotonic() + 60 * minutes - RESERVE
+    result: dict = {**about(device), "sizes": {}}
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    result["equality"] = check_equality(device)
+    write_json(output, result)
+    result["tests"] = run_tests(TESTS_SHARE * left())
+    print(f"tests: {result['tests'].get('summary') or result['tests']['skipped']}", flush=True)
+    write_json(output, result)
+    for number, size in enumerate(sizes):
+        share = SIZES[size] / sum(SIZES[later] for later in sizes[number:])
+        found = result["sizes"][size] = measure_size(size, share * left(), number == 0, device)
+        write_json(output, result)
+        print(f"{size}: {'measured' if found['ok'] else found.get('error') or found['output']}", flush=True)
+    steps = [result["equality"], result["tests"], *result["sizes"].values()]
+    return all(step["ok"] for step in steps)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Checks and measurements on a machine with one GPU.")
+    parser.add_argument("--minutes", type=float, default=8.0, help="at most")
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SCALES), default=list(SIZES), metavar="SIZE")
+    parser.add_argument("--output", type=Path, default=Path("outputs/gpu.json"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("benchmarks.gpu needs a CUDA device and torch finds none: on a CPU run `make bench`.")
+    check_outputs(files=[arguments.output])
+    if not run_all(arguments.sizes, arguments.minutes, arguments.output):
+        print(f"error: a test, a check or a measurement failed: see {arguments.output}.", file=sys.stderr)
+        return 1
+    print(f"all is well: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
