@@ -43,6 +43,7 @@ SIZES = {
     "360M": 1.5,
     "tiny": 1.0,
 }  # share of the time, most important first
+TESTS = ("tests/gpu", "--confcutdir=tests/gpu", "--override-ini=addopts=--import-mode=importlib", "-m", "gpu")
 TESTS_SHARE = 0.3  # of the time, at most
 RESERVE = 15.0  # seconds for the end
 TAIL = 3000  # characters of a failed process's output
@@ -64,14 +65,13 @@ def run_process(command: list[str], seconds: float) -> tuple[int | None, str]:
 def run_tests(seconds: float) -> dict:
     """The tests marked gpu. Only their own conftest.py is read: that of all tests needs what is missing here."""
     if find_spec("pytest") is None:
-        return {"ok": True, "skipped": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "--confcutdir=tests/gpu", "-m", "gpu", "-q", "-rsf"]
-    command += ["--override-ini=addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+        return {"ok": True, "reasons": ["pytest is not installed"]}
     started = time.monotonic()
-    code, output = run_process(command, seconds)
-    result = {"ok": code == 0, "exit_code": code, "seconds": round(time.monotonic() - started, 1)}
-    result |= {"summary": output.strip().rpartition("\n")[2]}
-    result |= {"skipped": re.findall(r"^SKIPPED .*$", output, re.MULTILINE)}
+    code, output = run_process([sys.executable, "-m", "pytest", *TESTS, "-v", "-rs"], seconds)
+    outcomes = re.findall(r"^tests/\S.* (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
+    counts = {name.lower(): outcomes.count(name) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    result = {"ok": code == 0, "exit_code": code, "seconds": round(time.monotonic() - started, 1), **counts}
+    result |= {"reasons": re.findall(r"^SKIPPED .*$", output, re.MULTILINE)}
     return result if code == 0 else result | {"output": output[-TAIL:]}
 
 
@@ -116,7 +116,7 @@ def run_all(sizes: list[str], minutes: float, output: Path, device: str = "cuda"
     result["equality"] = check_equality(device)
     write_json(output, result)
     result["tests"] = run_tests(TESTS_SHARE * left())
-    print(f"tests: {result['tests'].get('summary') or result['tests']['skipped']}", flush=True)
+    print("tests:", {name: value for name, value in result["tests"].items() if name != "output"}, flush=True)
     write_json(output, result)
     for number, size in enumerate(sizes):
         share = SIZES[size] / sum(SIZES[later] for later in sizes[number:])

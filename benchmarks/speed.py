@@ -7,9 +7,9 @@
 Both sides use the same random weights, batches, precision and, in training, the same step around the forward pass:
 frames from page-locked memory, backward pass, gradient clipping, fused AdamW, the loss and the norm read. They run
 alternately, so other load on the machine affects both alike. Times are medians over the rounds; a ratio is the median
-of the rounds' ratios, reference over network: 2 is twice as fast. On a CPU the ratio of the processor time stands beside
-that of the wall time; other load hardly affects it. Memory is the peak of one call with the weights and the optimizer's
-state; its ratio is network over reference: .5 is half.
+of the rounds' ratios, reference over network: 2 is twice as fast. On a CPU the ratio of processor times is beside that
+of wall times; other load hardly affects it. Memory is the peak of one call with the weights and the optimizer's state;
+its ratio is network over reference: .5 is half.
 
     train          one optimizer step on a mixture of samples of 1 to 64 frames, as one micro-batch and as four
     modes          a forward pass with loss, per mode, number of samples (1, 8) and frames (1, 8, 64)
@@ -20,7 +20,6 @@ Cost: 2 minutes on one core at the embedded scale, 1 GB of memory.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -340,11 +339,16 @@ def main() -> None:
         check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
     bench = Bench(arguments.size, device, arguments.rounds, arguments.seconds, Clock(arguments.limit))
-    size = {"size": arguments.size, "num_parameters": bench.network.num_parameters(), "precision": bench.precision}
+    made = {
+        **about(device),
+        "size": arguments.size,
+        "num_parameters": bench.network.num_parameters(),
+        "precision": bench.precision,
+    }
 
     def save(found: dict) -> None:
         if arguments.output:
-            write_json(arguments.output, {**about(device), **size, "figures": json.loads(json.dumps(found))})
+            write_json(arguments.output, {**made, "figures": found})
 
     found = measure(bench, tuple(arguments.only), arguments.samples, save)
     save(found)

@@ -1,0 +1,88 @@
+"""`benchmarks.gpu`: what a machine with torch and transformers alone can run, and what it does without a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from pipeline_steps.common.params import ROOT
+from tests.pipeline import environment
+from tests.test_bare_machine import MISSING
+
+BARE = f"""
+import runpy, sys
+from importlib.machinery import PathFinder
+hidden, found = {{*{MISSING!r}, "pydantic"}}, PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in hidden else found(name, *rest))
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def bare(module: str, *arguments) -> subprocess.CompletedProcess:
+    """`python -m module arguments` where neither MISSING nor pydantic can be imported, and without a GPU."""
+    command = [sys.executable, "-c", BARE, module, *map(str, arguments)]
+    settings = {"cwd": ROOT, "env": environment() | {"CUDA_VISIBLE_DEVICES": ""}, "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, timeout=300, **settings)
+
+
+def test_without_a_gpu_one_sentence_says_so(tmp_path):
+    done = bare("benchmarks.gpu", "--output", tmp_path / "gpu.json")
+    expected = "error: benchmarks.gpu needs a CUDA device and torch finds none: on a CPU run `make bench`.\n"
+    assert (done.returncode, done.stderr, done.stdout) == (1, expected, "")
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_figures_are_measured_where_packages_are_missing(tmp_path):
+    options = ("--only", "first_token", "train", "--samples", 4, "--rounds", 1, "--output", tmp_path / "speed.json")
+    done = bare("benchmarks.speed", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "speed.json").read_text())["figures"]["train"]["4 x 1"]["ratio"] > 0
+
+
+def test_tests_of_the_gpu_are_collected_where_packages_are_missing():
+    done = bare("pytest", *gpu.TESTS, "--collect-only", "-q")
+    assert done.returncode == 0, done.stdout
+    assert "tests/gpu/test_network.py::test_steps_train_in_every_precision[cuda-options0-fp32]" in done.stdout
+    assert "[cpu-" not in done.stdout
+    assert "the parameters of the stages need pydantic" in bare("pytest", *gpu.TESTS, "-rs").stdout
+
+
+def test_processes_are_killed_at_their_time_limit():
+    code, output = gpu.run_process([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 1)
+    assert (code, output) == (None, "begun\n")
+
+
+def test_outcomes_of_tests_are_counted(monkeypatch):
+    lines = "tests/gpu/test_a.py::test_x[cuda-a b] PASSED [ 50%]\ntests/gpu/test_a.py::test_y FAILED [100%]\nend\n"
+    monkeypatch.setattr(gpu, "run_process", lambda command, seconds: (1, lines))
+    found = gpu.run_tests(5.0)
+    assert (found["ok"], found["passed"], found["failed"], found["output"]) == (False, 1, 1, lines)
+
+
+@pytest.mark.slow
+def test_everything_is_written_into_one_file(tmp_path, monkeypatch):
+    """On the CPU, where the tests of the GPU are skipped."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "gpu.json"
+    assert gpu.run_all(["tiny"], 2.0, path, device="cpu")
+    written = json.loads(path.read_text())
+    assert written["equality"]["ok"]
+    assert max(written["equality"]["differences"].values()) < 1e-5
+    assert written["tests"]["ok"]
+    assert written["tests"]["skipped"] > 20
+    assert not written["tests"]["failed"]
+    assert list(written["sizes"]) == ["tiny"]
+    assert written["sizes"]["tiny"]["figures"]["train"]
+    assert written["torch"] == torch.__version__
+
+
+def test_a_failed_step_fails_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"ok": True, "reasons": []})
+    monkeypatch.setattr(gpu, "run_process", lambda command, seconds: (1, "Traceback: it broke"))
+    assert not gpu.run_all(["tiny"], 1.0, tmp_path / "gpu.json", device="cpu")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["sizes"]["tiny"] == {"ok": False, "exit_code": 1, "output": "Traceback: it broke"}
