@@ -326,6 +326,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file, one by one")
     arguments = parser.parse_args()
+    if arguments.samples % max(MICRO_BATCHES):
+        raise UserError(
+            f"--samples is {arguments.samples}, expected a multiple of {max(MICRO_BATCHES)}: a step has up to so many "
+            "micro-batches."
+        )
     for name in ("samples", "rounds", "num_threads"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 or more.")

@@ -26,7 +26,7 @@ SCALES = {  # by size: its file in conf/scale
     "1.7B": "smollm2_1_7b",
 }
 # Frames of 32 samples: 18 of 8 frames, as stills that are repeated, and clips of 1 to 64; any 8 in a row are mixed
-MIXTURE = (8, 64, 8, 20, 8, 4, 8, 38, 8, 64, 8, 8, 10, 8, 44, 8, 1, 8, 24, 8, 64, 8, 8, 16, 8, 52, 8, 6, 8, 30, 8, 64)
+MIXTURE = (8, 64, 8, 20, 8, 4, 8, 38, 8, 64, 8, 8, 10, 8, 44, 8, 1, 8, 24, 8, 64, 8, 8, 16, 8, 52, 8, 6, 8, 30, 8, 8)
 TEXT_TOKENS = (48, 170)  # of a sample, shortest and longest; half of them are labelled
 CLIP_TEXT_TOKENS = (32, 16)  # before and after the frames, of `clips`
 BOS, PAD, FIRST = 1, 2, 3  # token ids
