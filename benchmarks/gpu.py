@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.original import Original, pad
-from benchmarks.speed import about
+from benchmarks.speed import PARTS, about
 from benchmarks.workload import SCALES, mixture, network_config
 from model import FoveatedVLMForConditionalGeneration
 from model.constants import MODES
@@ -90,13 +90,13 @@ def check_equality(device: str) -> dict:
     return {"ok": max(differences.values()) <= TOLERANCE, "differences": differences}
 
 
-def measure_size(size: str, seconds: float, is_first: bool, device: str = "cuda") -> dict:
+def measure_size(size: str, seconds: float, parts: tuple[str, ...], device: str, num_samples: int) -> dict:
     """What `benchmarks.speed` writes for a size within `seconds`, or what it had written when it was killed."""
-    parts = ("train", "modes", "first_token", *(("compiled",) if is_first else ()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "figures.json")
         command = [sys.executable, "-m", "benchmarks.speed", "--size", size, "--device", device, "--only", *parts]
         command += ["--limit", str(0.85 * seconds), "--num-threads", str(torch.get_num_threads())]
+        command += ["--samples", str(num_samples)]
         code, output = run_process([*command, "--output", str(path)], seconds)
         written = json.loads(path.read_text()) if path.exists() else {}
     result = {"ok": code == 0, **written}
@@ -105,8 +105,16 @@ def measure_size(size: str, seconds: float, is_first: bool, device: str = "cuda"
     return result if code == 0 else result | {"exit_code": code, "output": output[-TAIL:]}
 
 
-def run_all(sizes: list[str], minutes: float, output: Path, device: str = "cuda") -> bool:
-    """Everything, in order; the file is written after every step. Returns whether all is well."""
+def run_all(
+    sizes: list[str],
+    minutes: float,
+    output: Path,
+    device: str = "cuda",
+    parts: tuple[str, ...] = PARTS,
+    num_samples: int = 32,
+) -> bool:
+    """Everything, in order; the file is written after every step. Returns whether all is well. parts: of the speed of
+    the first size; the others are not measured compiled."""
     end = time.monotonic() + 60 * minutes - RESERVE
     result: dict = {**about(device), "sizes": {}}
 
@@ -120,7 +128,8 @@ def run_all(sizes: list[str], minutes: float, output: Path, device: str = "cuda"
     write_json(output, result)
     for number, size in enumerate(sizes):
         share = SIZES[size] / sum(SIZES[later] for later in sizes[number:])
-        found = result["sizes"][size] = measure_size(size, share * left(), number == 0, device)
+        own = tuple(part for part in parts if part != "compiled" or number == 0)
+        found = result["sizes"][size] = measure_size(size, share * left(), own, device, num_samples)
         write_json(output, result)
         print(f"{size}: {'measured' if found['ok'] else found.get('error') or found['output']}", flush=True)
     steps = [result["equality"], result["tests"], *result["sizes"].values()]
