@@ -5,8 +5,8 @@
 
 1. The tests marked `gpu` (tests/gpu), where pytest is installed.
 2. The reference of the speed figures (benchmarks/original.py) against the network, in fp32 on the GPU.
-3. `benchmarks.speed` for every size, in the order of --sizes, each in a process of its own that gets a share of the
-   time that is left. The first size is also measured compiled.
+3. `benchmarks.speed` for every size, in the order of --sizes, and for the first one compiled too; each in a process of
+   its own that gets a share of the time that is left.
 
 Needs torch and transformers only; no data, no weights. Without pydantic the tests that train a stage are skipped, and
 the file says so. Exit code 1 if a test, a check or a measurement failed. Without a GPU: one sentence and exit code 1.
@@ -36,15 +36,12 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {
-    "135M": 4.0,
-    "small_gpu": 2.0,
-    "1.7B": 2.0,
-    "360M": 1.5,
-    "tiny": 1.0,
-}  # share of the time, most important first
+# Share of the time, most important first
+SIZES = {"135M": 4.0, "small_gpu": 1.5, "1.7B": 2.5, "360M": 1.5, "tiny": 1.0}
+COMPILED = 2.5
+SECONDS = 1.5  # per figure, where a call is shorter
 TESTS = ("tests/gpu", "--confcutdir=tests/gpu", "--override-ini=addopts=--import-mode=importlib", "-m", "gpu")
-TESTS_SHARE = 0.3  # of the time, at most
+TESTS_SHARE = 0.25  # of the time, at most
 RESERVE = 15.0  # seconds for the end
 TAIL = 3000  # characters of a failed process's output
 TOLERANCE = 1e-4  # of losses in fp32: GPU kernels sum in other orders
@@ -96,7 +93,7 @@ def measure_size(size: str, seconds: float, parts: tuple[str, ...], device: str,
         path = Path(folder, "figures.json")
         command = [sys.executable, "-m", "benchmarks.speed", "--size", size, "--device", device, "--only", *parts]
         command += ["--limit", str(0.85 * seconds), "--num-threads", str(torch.get_num_threads())]
-        command += ["--samples", str(num_samples)]
+        command += ["--samples", str(num_samples), "--seconds", str(SECONDS)]
         code, output = run_process([*command, "--output", str(path)], seconds)
         written = json.loads(path.read_text()) if path.exists() else {}
     result = {"ok": code == 0, **written}
@@ -113,8 +110,7 @@ def run_all(
     parts: tuple[str, ...] = PARTS,
     num_samples: int = 32,
 ) -> bool:
-    """Everything, in order; the file is written after every step. Returns whether all is well. parts: of the speed of
-    the first size; the others are not measured compiled."""
+    """Everything, in order; the file is written after every step. Returns whether all is well."""
     end = time.monotonic() + 60 * minutes - RESERVE
     result: dict = {**about(device), "sizes": {}}
 
@@ -126,12 +122,15 @@ def run_all(
     result["tests"] = run_tests(TESTS_SHARE * left())
     print("tests:", {name: value for name, value in result["tests"].items() if name != "output"}, flush=True)
     write_json(output, result)
-    for number, size in enumerate(sizes):
-        share = SIZES[size] / sum(SIZES[later] for later in sizes[number:])
-        own = tuple(part for part in parts if part != "compiled" or number == 0)
-        found = result["sizes"][size] = measure_size(size, share * left(), own, device, num_samples)
+    eager = tuple(part for part in parts if part != "compiled")
+    jobs = [(size, size, eager, SIZES[size]) for size in sizes]
+    if "compiled" in parts:
+        jobs.insert(1, (f"{sizes[0]} compiled", sizes[0], ("compiled",), COMPILED))
+    for number, (name, size, own, share) in enumerate(jobs):
+        seconds = left() * share / sum(later[-1] for later in jobs[number:])
+        found = result["sizes"][name] = measure_size(size, seconds, own, device, num_samples)
         write_json(output, result)
-        print(f"{size}: {'measured' if found['ok'] else found.get('error') or found['output']}", flush=True)
+        print(f"{name}: {'measured' if found['ok'] else found.get('error') or found['output']}", flush=True)
     steps = [result["equality"], result["tests"], *result["sizes"].values()]
     return all(step["ok"] for step in steps)
 

@@ -96,4 +96,23 @@ def test_a_failed_step_fails_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_process", lambda command, seconds: (1, "Traceback: it broke"))
     assert not gpu.run_all(["tiny"], 1.0, tmp_path / "gpu.json", device="cpu")
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert written["sizes"]["tiny"] == {"ok": False, "exit_code": 1, "output": "Traceback: it broke"}
+    assert list(written["sizes"]) == ["tiny", "tiny compiled"]
+    for found in written["sizes"].values():
+        assert found == {"ok": False, "exit_code": 1, "output": "Traceback: it broke"}
+
+
+def test_every_process_gets_a_share_of_the_time_that_is_left(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"ok": True, "reasons": []})
+    monkeypatch.setattr(
+        gpu, "measure_size", lambda size, seconds, parts, *_: seen.append((size, seconds, parts)) or {"ok": True}
+    )
+    assert gpu.run_all(list(gpu.SIZES), 8.0, tmp_path / "gpu.json", device="cpu")
+    assert [(size, parts) for size, _, parts in seen[:3]] == [
+        ("135M", ("train", "modes", "first_token")),
+        ("135M", ("compiled",)),
+        ("small_gpu", ("train", "modes", "first_token")),
+    ]
+    assert len(seen) == 6
+    assert seen[0][1] < 8 * 60 * 4 / 13
+    assert seen[-1][1] > 60  # nobody took time: the last one has all of it
