@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,31 @@ def test_every_figure_is_measured(monkeypatch):
     assert found["train"]["4 x 1"]["flops"] == found["train"]["1 x 4"]["flops"] > 0
     assert len(saved) == len(figures)
     assert json.loads(saved[-1]) == json.loads(json.dumps(found))
+
+
+def test_the_reference_of_compiled_figures_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(workload, "MIXTURE", (2, 1))
+    bench, ran, by_side = make_bench(), [], {"original": 0, "network": 0}
+
+    def backend(graph, inputs):
+        return lambda *values: ran.append(graph) or graph.forward(*values)
+
+    def counted(side, loss):
+        def run(piece):
+            before = len(ran)
+            value = loss(piece)
+            by_side[side] += len(ran) - before
+            return value
+
+        return run
+
+    monkeypatch.setattr(bench.network, "compile_hot_paths", partial(bench.network.compile_hot_paths, backend=backend))
+    monkeypatch.setattr(bench, "_original_loss", counted("original", bench._original_loss))
+    monkeypatch.setattr(bench, "_network_loss", counted("network", bench._network_loss))
+    found = speed.measure(bench, ("compiled",), 4, lambda figures: None)
+    assert list(found["compiled"]) == ["4 x 1", "1 x 4"]
+    assert by_side["original"] == 0
+    assert by_side["network"] > 0
 
 
 def test_a_figure_without_time_or_memory_says_so(monkeypatch):
