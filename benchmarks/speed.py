@@ -20,6 +20,7 @@ Cost: 2 minutes on one core at the embedded scale, 1 GB of memory.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -289,9 +290,8 @@ def table(size: str, found: dict[str, dict]) -> str:
 
 def about(device: str) -> dict:
     """What the figures were measured on and with."""
-    name = torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else cpu_name(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -299,6 +299,13 @@ def about(device: str) -> dict:
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name and number of cores, as Linux says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def commit() -> dict:
