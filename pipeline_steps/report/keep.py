@@ -1,10 +1,10 @@
-"""Keeps the workspace's finished run for later reports, as one compact file in git.
+"""Keeps the finished run of the workspace for later reports, as one compact file in git.
 
     python -m pipeline_steps.report.keep
 
 Reads params.yaml and the results of the stages; writes reports/runs/<ablation>-seed<seed>.json (a
-`pipeline_steps.common.metrics.KeptRun`). Refuses results that do not belong to the workspace's code, data and
-parameters (`dvc status`), that are incomplete, or that do not belong together. Cost: seconds.
+`pipeline_steps.common.metrics.KeptRun`). UserError for results that are outdated (`dvc status`), incomplete or
+inconsistent. Cost: seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline_steps.report.inputs import read_inputs
 
 COLUMNS = tuple(metrics.KeptItems.model_fields)
 MODE = "autoregressive"
-NOT_KEPT = ("heatmaps", "report")  # stages of which a kept run holds nothing
+NOT_KEPT = ("heatmaps", "report")  # stages whose outputs are not part of a kept run
 
 
 def main():
@@ -41,12 +41,12 @@ def main():
 
 def read_arguments():
     parser = argparse.ArgumentParser(description="Keep the workspace's finished run for later reports.")
-    parser.add_argument("--root", type=Path, default=Path(), help="the folder of the finished run")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the finished run")
     return parser.parse_args()
 
 
 def changed_stages(root):
-    """Names of stages that `dvc status` reports as changed. UserError where DVC gives no answer."""
+    """Names of the stages that `dvc status` reports as changed. UserError if it fails."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -55,11 +55,11 @@ def changed_stages(root):
 
 
 def refuse_changed(stages):
-    """UserError if a stage that a kept run is made of is changed: any but those in NOT_KEPT."""
+    """UserError if a stage is changed, except those in NOT_KEPT."""
     if changed := [name for name in stages if name not in NOT_KEPT]:
         raise UserError(
-            f"`dvc status`: {len(changed)} stage(s) changed ({', '.join(changed)}): their results are not of this "
-            "code, data and parameters; run `dvc repro` first"
+            f"`dvc status`: {len(changed)} stage(s) changed ({', '.join(changed)}), so their results do not match the "
+            "current code, data and parameters. Run `dvc repro` first."
         )
 
 
@@ -71,9 +71,9 @@ def kept_run(inputs, parameters):
     if current.items is None:
         missing.append("outputs/evaluation/items.parquet")
     if missing:
-        raise UserError(f"not there: {', '.join(missing)}: run `dvc repro` or `dvc pull` first")
+        raise UserError(f"missing: {', '.join(missing)}. Run `dvc repro` or `dvc pull` first.")
     if current.budget is None:
-        raise UserError("outputs/metrics/stage*.json name no mixture: make them again with `dvc repro`")
+        raise UserError("outputs/metrics/stage*.json have no `mixture`. Rewrite them with `dvc repro`.")
     rows = current.items[current.items["mode"] == MODE]
     items = {}
     for task, scores in current.result.tasks.items():
@@ -81,8 +81,8 @@ def kept_run(inputs, parameters):
         found, expected = (len(own), int(own["num_tokens"].sum())), (scores[MODE].num_items, scores[MODE].num_tokens)
         if found != expected:
             raise UserError(
-                f"outputs/evaluation/items.parquet has {found[0]} items with {found[1]} tokens of task {task}, "
-                f"outputs/metrics/evaluation.json {expected[0]} with {expected[1]}: run `dvc repro evaluation`"
+                f"outputs/evaluation/items.parquet has {found[0]} items with {found[1]} tokens of task {task}, but "
+                f"outputs/metrics/evaluation.json has {expected[0]} with {expected[1]}. Run `dvc repro evaluation`."
             )
         items[task] = metrics.KeptItems(**{name: own[name].tolist() for name in COLUMNS})
     return metrics.KeptRun(
@@ -98,18 +98,19 @@ def kept_run(inputs, parameters):
 
 
 def check_origin(kept, root):
-    """UserError where the evaluation was of another data set than the workspace's."""
+    """UserError if the evaluation used other shards or tokens than those of the workspace."""
     for name in ("shards", "tokens"):
         path = root / f"data/{name}/manifest.json"
         found, expected = sha256_file(path), kept.provenance.get(f"{name}_sha256")
         if found != expected:
             raise UserError(
-                f"{path} has hash {found[:12]}, the evaluation was of {str(expected)[:12]}: run `dvc repro evaluation`"
+                f"{path} has hash {found[:12]}, but the evaluation used {str(expected)[:12]}. Run `dvc repro "
+                "evaluation`."
             )
 
 
 def as_text(kept):
-    """Deterministic JSON: a line per key, and a line per task of `items`."""
+    """Deterministic JSON with one line per key, and one per task of `items`."""
     document = metrics.rounded(kept.model_dump(mode="json"))
     items = document.pop("items")
 
