@@ -12,7 +12,7 @@ pytest.importorskip("pydantic", reason="the parameters of the stages need pydant
 from benchmarks.workload import clips
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.training import train_loop
-from pipeline_steps.training.checkpointing import save
+from pipeline_steps.training.checkpointing import save_state
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import prepare, train_step
 from tests.model.tiny import as_batch, make_batch, preference_batch
@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_from_the_same_numbers(name, ema_decay, device, tm
     run.loader.__dict__.update(quarantined={}, state_dict=lambda: {"step": 2}, step=2)
     trainer = prepare(run)
     steps(run, trainer, 0, 2)
-    save(run, trainer, 2)
+    save_state(run, trainer, 2)
     weights = {key: value.detach().clone() for key, value in run.model.state_dict().items()}
     state = {key: value.clone() for key, value in trainer.optimizer.tensors(trainer.names).items()}
     expected = steps(run, trainer, 2)
