@@ -63,7 +63,8 @@ study: setup ## run a study of conf/study, all runs and their seeds: make study 
 	@test -n "$(name)" || { echo "make study: which one? make study name=NAME, for one of: $$(ls conf/study | sed 's/\.yaml//' | paste -sd' ')" >&2; exit 1; }
 	python -m pipeline_steps.study $(name)
 
-bench: setup ## time and memory of the three modes over the number of frames
+bench: setup ## speed and memory as ratios to the predecessor's algorithm, and the modes over the number of frames
+	python -m benchmarks.speed
 	python -m benchmarks.modes
 
 clean: ## remove scratch files and tool caches (keeps .venv and results)

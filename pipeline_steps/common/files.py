@@ -12,8 +12,6 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
 from pipeline_steps.common.errors import UserError
 
 # ---------------------------------------------------------------- reading
@@ -21,6 +19,8 @@ from pipeline_steps.common.errors import UserError
 
 def parse(model, text, where):
     """`model` from JSON text; UserError that starts with `where` if it is invalid."""
+    from pydantic import ValidationError  # here, so that writing files needs no pydantic: benchmarks.gpu
+
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -63,7 +63,7 @@ def check_outputs(folders=(), files=()):
 
 def to_json(value, indent=None):
     """Deterministic JSON of a Record (fields in their own order) or of plain data (keys sorted)."""
-    if isinstance(value, BaseModel):
+    if hasattr(value, "model_dump"):
         return json.dumps(value.model_dump(mode="json"), indent=indent, ensure_ascii=False)
     return json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=True)
 
