@@ -17,8 +17,9 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
+from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import attention_figures, keep, verdicts
+from pipeline_steps.report import attention_figures, keep, studies, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from tests.pipeline_steps.counted import flops_result, report_section
 
@@ -434,6 +435,60 @@ def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypat
     run(f"{dvc} exp run -q --temp --name again --set-param seed=2 --set-param report.title=x")
     with pytest.raises(UserError, match="experiments again and two both are ablation none with seed 2"):
         keep.keep_experiments(tmp_path, [])
+
+
+def study_summary(**changes):
+    arm = {"budget": "x1", "seeds": [[1, 1, 1], [2, 2, 2]], "training_samples": 6e4, "training_flops": 1.5e13}
+    arm |= {"training_seconds": 300.0, "num_converged": 2, "exact_match": [0.6, 0.7]}
+    comparison = {"group": "gaze", "differences": [0.55, 0.6], "interval": (0.4, 0.7), "bounded_interval": (-0.2, 0.9)}
+    comparison |= {"p_value": 0.5, "p_adjusted": 1.0, "smallest_margin": 0.6, "matched": "samples"}
+    return StudySummary.model_validate(
+        {
+            "name": "mine",
+            "question": "Which <one>?",
+            "baseline": "none",
+            "num_runs": 4,
+            "num_planned": 6,
+            "margin": 0.03,
+            "plateau": 0.75,
+            "arms": [
+                arm | {"arm": "none", "groups": {"all": [0.9, 0.95]}, "num_above_plateau": 2},
+                arm | {"arm": "B1", "groups": {"all": [0.6, 0.62]}, "num_above_plateau": 0},
+            ],
+            "comparisons": [comparison | {"arm": "B1", "verdict": "undecided", "num_not_converged": 2}],
+        }
+        | changes
+    )
+
+
+def test_studies_lead_the_page_with_their_verdicts_and_every_run(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    metrics.write_json(tmp_path / "reports/study/mine/summary.json", study_summary())
+    metrics.write_json(tmp_path / "reports/study/early/summary.json", study_summary(name="early", comparisons=[]))
+    build(tmp_path, monkeypatch)
+    page = (tmp_path / "reports/report.html").read_text()
+    title = "default recipe against sixteen tokens (B1): tasks that need a gaze"
+    statement = (
+        "+57.5 points of token accuracy [+40.0, +70.0] over 2 pairs of runs, p = 1.000 (sign flips, Holm), at equal "
+    )
+    statement += "training samples. The loss of 2 runs of sixteen tokens (B1) was still falling."
+    assert 0 < page.index(title) < page.index(statement) < page.index('<p class="lead">')
+    assert "Which &lt;one&gt;?" in page
+    assert "4 of 6 runs" in page
+    assert "<details><summary>Verdicts from the runs in reports/runs</summary>" in page
+    assert page.count('alt="Accuracy of every run of the study') == 2
+    assert page.count('alt="Differences between the default recipe and the other arms') == 1
+    text = (tmp_path / "reports/report.md").read_text()
+    assert statement.replace("[", "\\[").replace("]", "\\]") in text
+    assert "study_mine_forest" in text
+    assert "| sixteen tokens (B1) | x1 | 2 | 61.0 [60–62] | 65.0 [60–70] | 0 of 2 | 2 of 2 | 15.0 | 5.0 |" in text
+
+
+def test_a_study_of_another_version_names_the_command(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/summary.json").write_text('{"name": "mine"}')
+    with pytest.raises(UserError, match=r"python -m pipeline_steps.study.summary mine"):
+        studies.read_studies(tmp_path)
 
 
 def test_summary_and_plots_contain_the_results(built):
