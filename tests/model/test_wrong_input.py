@@ -105,11 +105,8 @@ def test_too_many_frames_or_tokens():
 
 def test_frames_that_are_no_squares_cannot_be_pooled():
     model = make_model(architecture="multi_token", num_visual_tokens_per_frame=4)
-    refuse(
-        r"24 patches, which is not a square number \(nearest: 25\)\. Resize",
-        model,
-        pixel_values=torch.zeros(6, 3, 56, 84),
-    )
+    message = r"24 patches, which is not a square number \(nearest: 25\)\. Resize"
+    refuse(message, model, pixel_values=torch.zeros(6, 3, 56, 84))
 
 
 def test_text_between_frames_is_refused_in_every_mode():
