@@ -162,7 +162,7 @@ def test_the_models_own_generation_configuration_counts(model, tmp_path):
     again = FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
     for kept in (model, again):
         assert kept.generate(**asked, do_sample=False).shape == (1, 3)
-    with pytest.raises(ValueError, match="of the language model's 128 places, so that max_new_tokens=500 does not fit"):
+    with pytest.raises(ValueError, match="of the language model's 128 positions, so max_new_tokens=500 does not fit"):
         model.generate(**asked, max_new_tokens=500)
 
 

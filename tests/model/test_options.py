@@ -258,15 +258,21 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_passes": 4}, "num_passes=4 must be a whole number from 1 to 3"),
-        ({"num_passes": 0}, "num_passes=0 must be a whole number from 1 to 3"),
-        ({"num_passes": 1.5}, "num_passes=1.5 must be a whole number"),
-        ({"query_dim": 0}, "query_dim=0 must be a whole number from 1"),
+        ({"num_passes": 4}, "num_passes=4 must be an integer from 1 to 3"),
+        ({"num_passes": 0}, "num_passes=0 must be an integer from 1 to 3"),
+        ({"num_passes": 1.5}, "num_passes=1.5 must be an integer"),
+        ({"query_dim": 0}, "query_dim=0 must be an integer from 1"),
         ({"attention_temperature": 0.0}, "attention_temperature=0.0 must be a number from 0.001"),
         ({"attention_temperature": math.nan}, "attention_temperature=nan must be a number"),
         ({"visual_scale": "big"}, "visual_scale='big' must be a number above 0, or auto"),
-        ({"visual_token_id": 10}, "visual_token_id=10 is a token of the vocabulary of 32000: take 32000 or more"),
-        ({"architecture": "multi_token", "num_visual_tokens_per_frame": 5}, "must be a square number.*: 4 or 9"),
+        (
+            {"visual_token_id": 10},
+            "visual_token_id=10 is inside the vocabulary of 32000 tokens. Use an id of 32000 or more",
+        ),
+        (
+            {"architecture": "multi_token", "num_visual_tokens_per_frame": 5},
+            "must be a square number.*, for example 4 or 9",
+        ),
         ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
         ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
     ],
@@ -285,14 +291,14 @@ def test_options_set_after_the_start_are_checked_too(tmp_path):
 
 @pytest.mark.parametrize("option", [{"visual_token_id": None}, {"visual_scale": "auto"}])
 def test_a_network_needs_what_its_language_model_decides(option):
-    with pytest.raises(ValueError, match="build with from_backbones, or give both numbers"):
+    with pytest.raises(ValueError, match="Build the model with from_backbones, or set both to numbers"):
         make_model(**option)
 
 
 def test_the_placeholder_stays_outside_a_resized_vocabulary():
     model = make_model()
     assert len(model.resize_token_embeddings(60).weight) == 60
-    with pytest.raises(ValueError, match="80 tokens would take in the visual placeholder, id 64"):
+    with pytest.raises(ValueError, match="80 tokens would include the visual placeholder, id 64"):
         model.resize_token_embeddings(80)
 
 

@@ -88,8 +88,8 @@ def test_times_of_frames_are_given_for_every_frame_or_not_at_all(made, processor
     assert both["frame_times"][:2].tolist() == [3, 4]
     assert torch.equal(both["frame_times"][2:], processor(text="B?", videos=made.video)["frame_times"])
     for video, times, message in (
-        (shown, [1.0], "frame_times: 1 times for 2 frames: give them for frames, one for each"),
-        (made.video, [1.0] * 4, "frame_times: 4 times for a file or a still, which has its own"),
+        (shown, [1.0], "frame_times: 1 times for 2 frames. Pass one time per frame"),
+        (made.video, [1.0] * 4, "frame_times: 4 times for a file or an image, which has its own"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(text="A?", videos=video, frame_times=times)
@@ -178,7 +178,7 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
     [
         ("", None, "expected a question, found ''"),
         ([], None, "0 questions but 0 videos"),
-        ("a<|im_end|>", None, r"holds the control token <\|im_end\|>. Give the question alone"),
+        ("a<|im_end|>", None, r"contains the control token <\|im_end\|>. Pass the question only"),
         (["a", "b"], ["x.mp4"], "2 questions but 1 videos"),
         ("a", ["x.mp4", "y.mp4"], "1 questions but 2 videos"),
         (["a"], [Image.new("RGB", (8, 8))] * 2, "1 questions but 2 videos"),
@@ -189,12 +189,12 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
         ("a", [np.zeros((8, 8, 3), np.float32)], r"shape \[8, 8, 3\] and type float32, expected"),
         ("a", Image.new("I;16", (8, 8)), "unsupported pixel mode I;16"),
         ("a", [Image.new("F", (8, 8))], "unsupported pixel mode F"),
-        ("a", "/", "/: is a folder, give a file"),
+        ("a", "/", "/ is a folder. Pass a file"),
         (5, None, "expected a question or a list of questions, found int 5"),
         (None, None, "expected a question or a list of questions, found NoneType None"),
         ({"a": 1}, None, "expected a question or a list of questions, found dict"),
         (["a", 5], None, "expected a question, found 5"),
-        (["a"], 5, "1 questions but 1 videos: give a list"),
+        (["a"], 5, "1 questions but 1 videos. Pass a list"),
         ("a", np.zeros((0, 8, 8, 3), np.uint8), "found 0 frames"),
         ("a", 3, "found int of shape"),
     ],
@@ -207,12 +207,12 @@ def test_wrong_input_is_named(processor, text, videos, message):
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("image_size", 0, "a whole number of at least 1"),
-        ("image_replication", 0, "a whole number of at least 1"),
-        ("max_frames", 2.5, "a whole number of at least 1"),
-        ("tokens_per_frame", True, "a whole number of at least 1"),
-        ("jpeg_quality", 0, "a whole number from 1 to 100 or None"),
-        ("jpeg_quality", 101, "a whole number from 1 to 100 or None"),
+        ("image_size", 0, "an integer of at least 1"),
+        ("image_replication", 0, "an integer of at least 1"),
+        ("max_frames", 2.5, "an integer of at least 1"),
+        ("tokens_per_frame", True, "an integer of at least 1"),
+        ("jpeg_quality", 0, "an integer from 1 to 100 or None"),
+        ("jpeg_quality", 101, "an integer from 1 to 100 or None"),
         ("fps", 0, "a finite number above 0"),
         ("fps", float("nan"), "a finite number above 0"),
         ("fps", "2", "a finite number above 0"),
@@ -270,7 +270,7 @@ def test_undecodable_video_is_named(processor, tmp_path):
 
 def test_only_a_video_file_needs_pyav(made, processor, monkeypatch):
     monkeypatch.setattr("model.video.av", None)
-    with pytest.raises(ImportError, match="needs PyAV"):
+    with pytest.raises(ImportError, match="requires PyAV"):
         processor(text=QUESTION, videos=made.video)
     assert processor(text=QUESTION, videos=made.raw / "procedural/test/image-000000.jpg")["num_frames"] == STILL_FRAMES
 

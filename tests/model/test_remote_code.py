@@ -135,7 +135,7 @@ def test_missing_and_unexpected_weights_are_an_error(broken, load):
 
     with pytest.raises((ValueError, UserError), match=r"2 missing.*1 unexpected.*0 of another shape") as caught:
         load(broken(edit))
-    for words in ("planner.bias, planner.weight, stranger.weight", "broken", "Save the model's weights"):
+    for words in ("planner.bias, planner.weight, stranger.weight", "broken", "Save weights and configuration"):
         assert words in str(caught.value)
 
 
@@ -154,15 +154,15 @@ def test_loading_report_is_still_to_be_had(made):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), "config.json: missing, so .* holds no model"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not the configuration"),
+        (lambda folder: shutil.rmtree(folder), "config.json: missing, so .* has no model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a valid model configuration"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
             "'llama', expected 'foveated_vlm'",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "broken cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "broken cannot be loaded"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "without processor_config.json"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "has a model but no processor_config.json"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_a_user_error(broken, spoil, message):

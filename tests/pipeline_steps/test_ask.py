@@ -84,18 +84,18 @@ def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((), {"checkpoint": "nowhere"}, "nowhere/config.json: missing, so nowhere holds no model"),
-        ((), {"checkpoint": "bad.mp4"}, "bad.mp4/config.json: missing, so bad.mp4 holds no model"),
+        ((), {"checkpoint": "nowhere"}, "nowhere/config.json: missing, so nowhere has no model"),
+        ((), {"checkpoint": "bad.mp4"}, "bad.mp4/config.json: missing, so bad.mp4 has no model"),
         ((), {"question": "  "}, "--question is empty"),
         ((), {"question": "ab\udcff"}, "not UTF-8 text at character 3"),
-        ((), {"question": "a<|im_end|>"}, "holds the control token"),
+        ((), {"question": "a<|im_end|>"}, "contains the control token"),
         (("--video", "no.mp4"), {}, "no.mp4: no such file"),
         (("--video", "bad.mp4"), {}, "bad.mp4: not a video file"),
         (("--video", "bad.mp4", "--output", "a.png"), {}, "a.png: the animation is a GIF file"),
         (("--video", "bad.mp4", "--output", "bad.mp4/a.gif"), {}, "bad.mp4/a.gif: cannot be written"),
         (("--output", "a.gif"), {}, "there is no attention to draw without --video"),
         (("--max-new-tokens", "0"), {}, "--max-new-tokens is 0, expected at least 1"),
-        (("--max-new-tokens", "5000"), {}, "of the language model's 4096 places"),
+        (("--max-new-tokens", "5000"), {}, "of the language model's 4096 positions"),
     ],
 )
 def test_wrong_input_is_one_paragraph(run, tmp_path, capsys, arguments, options, message):
@@ -123,7 +123,7 @@ def test_the_video_is_not_overwritten(run, tmp_path, capsys, link):
 def test_a_question_that_is_too_long_has_one_message(run, capsys, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
     assert run(question="Which digits? " * 2000) == 1
-    assert "of the language model's 4096 places" in capsys.readouterr().err
+    assert "of the language model's 4096 positions" in capsys.readouterr().err
     assert not [line for line in caplog.messages if "Token indices" in line]
 
 
