@@ -223,7 +223,7 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
         chance=chance_accuracy,
         gaze=gazes,
         generation=generation,
-        mean_exact_match=float(np.mean([entry.exact_match for entry in generation.values()])) if generation else None,
+        mean_exact_match=mean_exact_match(generation, tasks),
         provenance=origin,
         sources=breakdown.source_scores(table, partial(score_rows, options=options)),
         controls=controls.effects(table, interval),
@@ -232,6 +232,12 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
         temporal=None if views is None else temporal.aggregate(views, interval),
         diagnostics=diagnostics,
     )
+
+
+def mean_exact_match(generation, tasks):
+    """Mean exact match over the `tasks` with answers, which have frames; None without answers."""
+    found = [generation[task].exact_match for task in tasks if task in generation]
+    return float(np.mean(found)) if found else None
 
 
 def score_rows(rows, options):

@@ -67,7 +67,7 @@ def row_of(run, studies):
         "training_seconds": sum(done[stage]["seconds"] for stage in TRAINING_STAGES),
         "attempts": max(done[stage]["attempts"] for stage in TRAINING_STAGES),
         "mean_token_accuracy": result.mean[MODE].accuracy,
-        "exact_match_accuracy": mean_exact_match(result),
+        "exact_match_accuracy": result.mean_exact_match,
         "mean_loss": result.mean[MODE].loss,
         **{f"accuracy_{task}": scores[MODE].accuracy for task, scores in sorted(result.tasks.items())},
         **{f"exact_match_{task}": found.exact_match for task, found in sorted(result.generation.items())},
@@ -77,12 +77,6 @@ def row_of(run, studies):
         "commit": done["stage3"]["commit"][:12],
         "parameters": fingerprint({name: value for name, value in run.parameters.items() if name != RUNTIME}),
     }
-
-
-def mean_exact_match(result):
-    """Share of whole generated answers that are right, mean over the tasks with frames; None without answers."""
-    found = [result.generation[task].exact_match for task in result.tasks if task in result.generation]
-    return float(np.mean(found)) if found else None
 
 
 def load(path):
