@@ -13,7 +13,7 @@ class Local(StrictModel):
     vision_path: str | None
     """Folder of the vision encoder."""
     language_path: str | None
-    """Folder of the language model and its tokenizer."""
+    """Folder of the language model and its tokenizer, or a `.gguf` file (needs the extra `pretrained`)."""
 
 
 class Repository(StrictModel):
