@@ -26,7 +26,8 @@ LANGUAGE = ("llama", ("config.json", "tokenizer.json", "tokenizer_config.json"),
 def copy_backbones(local: Local, folder: Path) -> dict:
     """Check both folders and copy them below `folder`. Returns the size and sha256 of every file.
 
-    A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`). Raises UserError if a folder is not a usable backbone.
+    A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`). Raises
+    UserError if a folder is not a usable backbone.
     """
     paths = {"vision_encoder": local.vision_path, "language_model": local.language_path}
     for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):

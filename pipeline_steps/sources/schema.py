@@ -42,9 +42,71 @@ class TrainMix(StrictModel):
         return self
 
 
+class ObjectsMix(StrictModel):
+    """Relative numbers of training clips whose first question is of this task."""
+
+    become: NonNegativeFloat
+    """Weight of task `become`."""
+    place: NonNegativeFloat
+    """Weight of task `place`."""
+    meet: NonNegativeFloat
+    """Weight of task `meet`."""
+    small: NonNegativeFloat
+    """Weight of task `small`."""
+    caption: NonNegativeFloat
+    """Weight of task `caption`."""
+    background: NonNegativeFloat
+    """Weight of task `background`."""
+    still: NonNegativeFloat
+    """Weight of task `still`."""
+
+    @model_validator(mode="after")
+    def _something_is_rendered(self):
+        if not any(getattr(self, task) for task in type(self).model_fields):
+            raise ValueError("all tasks have the weight 0: nothing would be rendered to train on")
+        return self
+
+
+class Objects(StrictModel):
+    """The world of objects; read only when world is objects."""
+
+    cutouts: str | None
+    """Folder of pictures with transparency and a `metadata.jsonl` (`file_name`, `name`)."""
+    backgrounds: str | None
+    """Folder of photographs with a `metadata.jsonl` likewise; null: textures."""
+    held_out_share: float = Field(ge=0, lt=0.5)
+    """Share of the names for validation, and the same for test: never trained on."""
+    num_train_clips: PositiveInt
+    """Training clips and stills together."""
+    train_mix: ObjectsMix
+    """Relative numbers of training clips by the task of their first question."""
+    num_validation_clips: PositiveInt
+    """Validation clips per task: known names, held-out backgrounds."""
+    num_test_clips: PositiveInt
+    """Test clips per task, likewise."""
+    num_new_clips: NonNegativeInt
+    """Clips per `*_new` task in validation and in test: names that are never trained on."""
+    num_extra_items: NonNegativeInt
+    """Most further questions per training clip."""
+    frame_size: int = Field(ge=56, le=512, multiple_of=2)
+    """Side of the rendered frames in pixels."""
+    num_frames: tuple[int, int]
+    """Fewest and most frames per clip, at least 6."""
+
+    @model_validator(mode="after")
+    def _frames_are_a_range(self):
+        fewest, most = self.num_frames
+        if not 6 <= fewest <= most:
+            raise ValueError(f"num_frames is [{fewest}, {most}], expected 6 <= fewest <= most")
+        return self
+
+
 class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
+    world: Literal["digits", "objects"]
+    """`digits` hop between patches; `objects` are cut-outs of photographs, with section `objects` in place of the
+    keys below other than `seed` and `fps`."""
     seed: NonNegativeInt
     """Seed of every clip, together with split, task and number."""
     num_train_clips: PositiveInt
@@ -67,6 +129,8 @@ class Procedural(StrictModel):
     """Standard deviation of the brightness grain, 0 to 1."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
     """Relative numbers of hopping training clips with 1, 2, 3 and 4 objects; held-out clips always have 4."""
+    objects: Objects
+    """The world of objects."""
 
 
 class Chat(StrictModel):

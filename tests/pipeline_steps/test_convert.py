@@ -1,4 +1,4 @@
-"""Backbones from GGUF and ONNX files: tiny ones, made here. Those that need the extra `pretrained` are skipped without."""
+"""Backbones from GGUF and ONNX files: tiny ones, made here. Skipped where the extra `pretrained` is not installed."""
 
 import hashlib
 import json
