@@ -1,6 +1,10 @@
-"""Ten drawings with transparency, as a folder of cut-outs for the world of objects."""
+"""Ten drawings with transparency, as a folder of cut-outs for the world of objects.
+
+python -m tests.drawings FOLDER
+"""
 
 import json
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -78,3 +82,7 @@ def write(folder: Path) -> None:
         image.resize((S, S), Image.Resampling.LANCZOS).save(folder / f"{name}.png")
         rows.append(json.dumps({"file_name": f"{name}.png", "name": name}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -36,7 +36,7 @@ def network():
 def test_it_answers_a_chat_and_stops_at_the_end_of_turn():
     tokenizer = AutoTokenizer.from_pretrained(LANGUAGE)
     model = AutoModelForCausalLM.from_pretrained(LANGUAGE, dtype=torch.float32).eval()
-    questions = {"What is the capital of France?": "Paris", "What is the capital of Italy?": "Rome"}
+    questions = {"What is the capital of France?": "Paris", "Name three fruits.": "Bananas"}
     for question, word in questions.items():
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -120,21 +120,17 @@ class Names:
         self.asked = self.known if held_out_split is None else cutouts.names[held_out_split]
 
     def draw(self, count: int, asked: int = 0, before=(), earlier=()) -> list[int]:
-        """`count` pictures of different names, the first `asked` of them of names that may be asked for.
+        """`count` pictures of different names, the first `asked` of them of names to ask for, as far as these go.
 
         No two names share their last word. before: the pictures that these follow, one by one, and whose names they do
         not share; they share none with all of `before` and `earlier` as long as there are enough others.
         """
         used, pictures = {self.noun(picture) for picture in (*before, *earlier)}, []
         for number in range(count):
-            pool = self.asked if number < asked else self.known
-            free = [name for name in pool if head_noun(name) not in used]
-            if not free and number < asked:  # fewer held-out names than are asked for
-                free = [name for name in self.known if head_noun(name) not in used]
-            if not free:
-                near = {self.noun(picture) for picture in (*pictures, *before[number : number + 1])}
-                free = [name for name in self.known if head_noun(name) not in near]
-            name = free[int(self.rng.integers(len(free)))]
+            near = {self.noun(picture) for picture in (*pictures, *before[number : number + 1])}
+            pools = [self.asked, self.known] if number < asked else [self.known]
+            free = [[name for name in pool if head_noun(name) not in taken] for pool in pools for taken in (used, near)]
+            name = next(names[int(self.rng.integers(len(names)))] for names in free if names)
             used.add(head_noun(name))
             of_name = self.cutouts.of[name]
             pictures.append(of_name[int(self.rng.integers(len(of_name)))])
@@ -185,40 +181,40 @@ def _become(rng: np.random.Generator, base: Scene, names: Names, num_frames: int
     order = np.stack([rng.permutation(4) for _ in range(legs)])  # [points, objects] -> quadrant
     points = np.array(CENTRES)[order] + rng.uniform(-0.05, 0.05, (legs, 4, 2))
     before = names.draw(4)
-    after = names.draw(4, asked=1, before=before)
+    after = names.draw(4, asked=4, before=before)
     quiet = [t for t in range(num_frames // 3, 2 * num_frames // 3 + 1) if t * legs % num_frames >= legs]
     times = rng.permutation(quiet)[:4] if len(quiet) >= 4 else rng.choice(quiet, 4)  # never in the frame of a jump
     tracks = []
     for index in range(4):
         shown = [before[index] if t < times[index] else after[index] for t in range(num_frames)]
-        tracks.append(track(rng, shown, path(points[:, index], num_frames), rng.uniform(0.27, 0.44)))
+        tracks.append(track(rng, shown, path(points[:, index], num_frames), rng.uniform(0.26, 0.4)))
     return _shuffled(rng, base, tracks, target=0)
 
 
 def _place(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -> Scene:
     """Four places, at each of which one object follows another at its own times."""
     count = 2 if num_frames < 9 else int(rng.integers(2, 4))
-    shown = [names.draw(4, asked=1)]
+    shown = [names.draw(4, asked=4)]
     for _ in range(count - 1):
-        shown.append(names.draw(4, asked=1, before=shown[-1], earlier=shown[0]))
+        shown.append(names.draw(4, asked=4, before=shown[-1], earlier=shown[0]))
     places = rng.permutation(4)
     tracks = []
     for index, place in enumerate(places):
         times = [round(num_frames * (number + rng.uniform(0.75, 1.25)) / count) for number in range(count - 1)]
         pictures = [shown[sum(t >= time for time in times)][index] for t in range(num_frames)]
         path = drift(rng, CENTRES[place], num_frames, 0.04)
-        tracks.append(track(rng, pictures, path, rng.uniform(0.28, 0.4), PLACES[place]))
+        tracks.append(track(rng, pictures, path, rng.uniform(0.28, 0.37), PLACES[place]))
     return _shuffled(rng, base, tracks, target=0)
 
 
 def _meet(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -> Scene:
     """Two objects wait, two others visit one each for a third of the clip; their paths may cross."""
-    pictures = names.draw(4, asked=1)  # two that wait, then their visitors
+    pictures = names.draw(4, asked=4)  # two that wait, then their visitors
     waiting = np.array([[0.24, 0.26], [0.76, 0.26]]) + rng.uniform(-0.04, 0.04, (2, 2))
     homes = np.array([[0.2, 0.8], [0.8, 0.8]])[rng.permutation(2)] + rng.uniform(-0.05, 0.05, (2, 2))
     sizes = rng.uniform(0.26, 0.36, 4)
-    gap = 0.42 * (sizes[:2] + sizes[2:])
-    beside = waiting + np.stack([0.55 * gap * np.where(waiting[:, 0] < 0.5, 1, -1), 0.8 * gap], 1)
+    gap = 0.45 * (sizes[:2] + sizes[2:])
+    beside = waiting + np.stack([0.15 * gap * np.where(waiting[:, 0] < 0.5, -1, 1), 0.85 * gap], 1)
     leave = homes[::-1] + rng.uniform(-0.05, 0.05, (2, 2)) if rng.random() < 0.5 else homes
     turn = int(rng.integers(4))
     paths = []
@@ -233,11 +229,11 @@ def _meet(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) 
 
 def _small(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -> Scene:
     """One small object in front of four large ones."""
-    pictures = names.draw(5, asked=1)
+    pictures = names.draw(5, asked=5)
     tracks = []
     for index, centre in enumerate(CENTRES):
         path = drift(rng, centre, num_frames, 0.04)
-        tracks.append(track(rng, pictures[index + 1], path, rng.uniform(0.38, 0.48)))
+        tracks.append(track(rng, pictures[index + 1], path, rng.uniform(0.36, 0.42)))
     tracks = [tracks[index] for index in rng.permutation(4)]
     points = rng.uniform(0.12, 0.88, (int(rng.integers(3, 6)), 2))
     path = (glide if rng.random() < 0.5 else jump)(points, num_frames)
@@ -252,10 +248,10 @@ def _row(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -
     pictures = names.draw(count, asked=count)
     tracks = []
     for index in rng.permutation(count):
-        x = (index + 0.5) / count
-        largest = min(0.46, 1.05 / count)
-        size = rng.uniform(0.62 * largest, largest)
-        reach = min(0.5 - size / 2, 0.26)
+        largest = min(0.42, 0.95 / count)
+        size = rng.uniform(0.7 * largest, 1.1 * largest)
+        x = np.clip((index + 0.5) / count, 0.58 * size, 1 - 0.58 * size)
+        reach = min(0.5 - 0.58 * size, 0.26)
         points = np.stack([np.full(3, x), 0.5 + rng.uniform(-reach, reach, 3)], 1)
         points[:, 0] += rng.uniform(-0.04, 0.04, 3) / count
         if frames > 1 and index == 0 and count > 1 and rng.random() < 0.5:

@@ -24,7 +24,7 @@ from pipeline_steps.world import digits as world
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
 
-OBJECTS = params.load(params.ROOT / "params.yaml")["sources"]["procedural"]["objects"]
+OBJECTS = params.load(params.ROOT / "params.yaml")["sources"]["procedural"]["objects"] | {"num_frames": (8, 16)}
 
 
 def section(collect=("procedural", "chat"), path=None, **changes):
