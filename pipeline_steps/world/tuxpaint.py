@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pipeline_steps.common.errors import UserError, run_main
@@ -34,6 +35,7 @@ CLAUSES = {"is", "are", "in", "at", "from", "of", "with", "your", "used", "insid
 MIN_SIDE, MAX_SIDE = 64, 256  # px of the longer side: smaller ones are left out, larger ones scaled down
 MAX_WORDS = 3
 MAX_ASPECT = 4  # longer side / shorter side
+MAX_FLAT = 0.7  # share of the pixels in the eight most frequent colours (of 32,768); drawings have more
 
 
 def build(output: Path, deb: Path | None) -> Counter:
@@ -98,9 +100,11 @@ def suits(path: Path, relative: Path) -> tuple[str | None, str]:
             return None, f"smaller than {MIN_SIDE} px"
         if image.convert("RGBA").getchannel("A").getextrema()[0] > 127:
             return None, "not transparent anywhere"
-    sides = cut_out(path).size
-    if max(sides) > MAX_ASPECT * min(sides):
+    image = cut_out(path)
+    if max(image.size) > MAX_ASPECT * min(image.size):
         return None, f"more than {MAX_ASPECT} times as long as wide"
+    if flatness(image) > MAX_FLAT:
+        return None, "drawn in few flat colours"
     return name, "taken"
 
 
@@ -120,6 +124,14 @@ def cut_out(path: Path) -> Image.Image:
     image = image.crop(image.getchannel("A").getbbox())
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return image
+
+
+def flatness(image: Image.Image) -> float:
+    """Share of the visible pixels of an RGBA picture that have one of its eight most frequent colours (5 bits each)."""
+    pixels = np.asarray(image)
+    colours = pixels[pixels[..., 3] >= 128][:, :3].astype(int) >> 3
+    counts = np.sort(np.bincount(colours @ (1024, 32, 1)))
+    return counts[-8:].sum() / counts.sum()
 
 
 def main() -> None:

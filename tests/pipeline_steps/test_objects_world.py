@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,6 +295,61 @@ def test_photographs_as_backgrounds(tmp_path, cutouts):
 ])  # fmt: skip
 def test_names_from_captions(caption, name):
     assert tuxpaint.name_of(caption) == name
+
+
+def test_drawings_are_told_from_photographs(cutouts):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    photograph = Image.fromarray(np.dstack([noise, np.full((64, 64), 255, np.uint8)]), "RGBA")
+    assert tuxpaint.flatness(photograph) < 0.1
+    for index in range(10):
+        assert tuxpaint.flatness(cutouts.image(index)) > tuxpaint.MAX_FLAT
+
+
+def test_a_package_with_photographs_and_drawings(tmp_path, monkeypatch):
+    """The recipe on a made-up package: what suits becomes a row, the rest is counted by its reason."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 4), dtype=np.uint8)
+    noise[:10, :, 3], noise[10:, :, 3] = 0, 255
+    captions = {
+        "animals/fox.png": "A red fox.\nde.utf8=Ein Fuchs.",
+        "animals/cartoon/cat.png": "A cat.",
+        "food/corn.png": "Eat your corn!",
+        "food/tiny.png": "A nut.",
+        "food/nothing.png": None,
+    }
+
+    def unpack(command, folder=None):
+        assert command[:2] == ["dpkg", "-x"]
+        stamps = Path(command[3]) / tuxpaint.STAMPS
+        for name, caption in captions.items():
+            (stamps / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise[:, :20] if "tiny" in name else noise, "RGBA").resize(
+                (30, 30) if "tiny" in name else (70, 90)
+            ).save(stamps / name)
+            if caption:
+                (stamps / name).with_suffix(".txt").write_text(caption)
+        (Path(command[3]) / tuxpaint.COPYRIGHT).parent.mkdir(parents=True)
+        (Path(command[3]) / tuxpaint.COPYRIGHT).write_text("GPL-2")
+
+    monkeypatch.setattr(tuxpaint, "run", unpack)
+    counts = tuxpaint.build(tmp_path / "out", tmp_path / "package.deb")
+    assert counts == {
+        "taken": 1,
+        "a drawing, symbol, flag or sign": 1,
+        "its caption is not one thing's name": 1,
+        "smaller than 64 px": 1,
+        "no caption": 1,
+    }
+    (picture,) = read_folder(tmp_path / "out", "key")
+    assert (picture.path.name, picture.name) == ("animals-fox.png", "red fox")
+    assert Image.open(picture.path).size == (70, 80)  # cropped to what is visible
+    assert (tmp_path / "out/copyright").read_text() == "GPL-2"
+
+
+def test_a_machine_without_the_packages_tools(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no (dpkg|apt-get) here: run this on Debian"):
+        tuxpaint.build(tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- the source
