@@ -1,6 +1,6 @@
 """Throughput of the training data loader, and time and memory of an index with millions of items.
 
-    python -m benchmarks.loader                        all of it
+    python -m benchmarks.loader                        all benchmarks
     python -m benchmarks.loader --only index --items 4500000
 
 `speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, measured in alternating rounds, so

@@ -3,10 +3,10 @@
     python -m benchmarks.report                        1000 runs, from the results of this checkout
     python -m benchmarks.report --root ELSEWHERE --num-runs 5000
 
-The runs are copies of the finished run under `--root`, as `pipeline_steps.report.keep` keeps it, their losses times a
-factor that differs by ablation and seed: none, A6, B1 and as many invented ablations as needed, ten seeds of each. They
-are written to a temporary folder first, which is not timed; then `python -m pipeline_steps.report` runs on it. Prints
-seconds, memory, and the sizes of what was read and written. Cost: a minute for a thousand runs, 300 kB of disk each.
+The runs are copies of the finished run under `--root` in the format of `pipeline_steps.report.keep`. Their losses are
+multiplied by a factor that differs by ablation and seed: none, A6, B1 and as many invented ablations as needed, with
+ten seeds each. Writing them to a temporary folder is not timed; `python -m pipeline_steps.report` on that folder is.
+Prints seconds, memory, and the sizes of inputs and page. Cost: a minute for a thousand runs, 300 kB of disk per run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pipeline_steps.report import keep
 from pipeline_steps.report.inputs import read_inputs
 
 NUM_SEEDS = 10
-COMPARED = ("none", "A6", "B1")  # what the verdicts read
+COMPARED = ("none", "A6", "B1")  # ablations that the verdicts use
 LINKED = ("data", "outputs", "reports/heatmaps", "params.yaml")
 
 
@@ -45,13 +45,13 @@ def main():
 
 def read_arguments():
     parser = argparse.ArgumentParser(description="Time the report with many runs.")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of a finished run")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of a finished run")
     parser.add_argument("--num-runs", type=int, default=1000)
     return parser.parse_args()
 
 
 def write_runs(source, root, num_runs):
-    """Links the finished run and writes `num_runs` others beside it; returns their bytes."""
+    """Links the finished run and writes `num_runs` kept runs; returns their total size in bytes."""
     kept = keep.kept_run(read_inputs(source, "none", 1), {})
     (root / "reports/runs").mkdir(parents=True)
     for name in LINKED:

@@ -34,7 +34,7 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, open_index(Path(folder)) as index:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        index.take("smoltalk", samples(arguments.num_samples), [], 0.0)
+        index.add_source("smoltalk", samples(arguments.num_samples), [], 0.0)
         summary = index.finish()
         seconds = time.perf_counter() - start
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -1,9 +1,9 @@
-"""The network and its processor: nothing here knows of shards or stages.
+"""The network and its processor. This package is independent of shards and pipeline stages.
 
-`save_pretrained` copies these files beside the weights, so that a checkpoint loads without this repository
-(`trust_remote_code=True`). Each file imports its neighbours by `from .name import ...` only, which is what the library
-follows. The classes below are loaded on first use: `model.frames`, `model.pictures` and `model.video` import neither
-torch nor transformers.
+`save_pretrained` copies these files into the checkpoint, which then loads without this repository
+(`trust_remote_code=True`). Files import each other by `from .name import ...` only, because transformers follows only
+such imports. The classes are loaded on first use, so `model.frames`, `model.pictures` and `model.video` can be imported
+without torch and transformers.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ __all__ = list(_CLASSES)
 
 
 def __getattr__(name: str):
-    """The class `name`, after registering all of them with the library's Auto classes."""
+    """The class `name`, after registering all classes with the Auto classes of transformers."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(".registration", __name__)

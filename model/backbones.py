@@ -1,4 +1,4 @@
-"""Pretrained backbone folders in Hugging Face format: read whole, or refused."""
+"""Loading of pretrained backbone folders in Hugging Face format. Incomplete or mismatched weights are errors."""
 
 import json
 from pathlib import Path
@@ -11,28 +11,28 @@ from transformers import AutoConfig
 def backbone_config(path: str | Path, expected: str):
     """The configuration of a backbone folder. Raises ValueError unless its model_type is the expected one."""
     if not (Path(path) / "config.json").exists():
-        raise ValueError(f"{path} has no config.json: give the folder of a saved {expected!r} model")
+        raise ValueError(f"{path} has no config.json. Pass the folder of a saved {expected!r} model")
     config = AutoConfig.from_pretrained(path)
     if config.model_type != expected:
         raise ValueError(
-            f"{path} holds a {config.model_type!r} model, expected {expected!r}: give the folder of such a backbone"
+            f"{path} contains a {config.model_type!r} model, expected {expected!r}. Pass the folder of such a backbone"
         )
     return config
 
 
 def check_weights(path: str | Path, missing, unexpected, mismatched=()) -> None:
-    """Raises ValueError where the weights of a folder are not exactly those of its configuration (names of each)."""
+    """Raises ValueError unless the weights of a folder match its configuration. Arguments: names of the weights."""
     if missing or unexpected or mismatched:
         names = [*sorted(missing), *sorted(unexpected), *map(str, sorted(mismatched))]
         raise ValueError(
-            f"{path}: the weights do not fit config.json: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(mismatched)} of another shape ({', '.join(names[:3])}). Save the model's weights and "
-            "configuration together"
+            f"{path}: the weights do not match config.json: {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(mismatched)} of another shape ({', '.join(names[:3])}). Save weights and configuration of the same "
+            "model"
         )
 
 
 def load_whole(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Loads all of a module's weights, which must be exactly those of its configuration (ValueError)."""
+    """Loads all weights of a module. ValueError if a name or shape does not match."""
     own = module.state_dict()
     shared = own.keys() & weights.keys()
     mismatched = [name for name in shared if weights[name].shape != own[name].shape]
@@ -41,15 +41,14 @@ def load_whole(module: nn.Module, weights: dict[str, Tensor], path: str | Path) 
 
 
 def read_vision_weights(path: str | Path) -> dict[str, Tensor]:
-    """The DINOv2 weights of a folder by published key names, in fp32. Raises ValueError for a folder without
-    safetensors."""
+    """{published key name: fp32 tensor} of a DINOv2 folder. ValueError if it has no safetensors file."""
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     names = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     )
     if not (folder / names[0]).exists():
-        raise ValueError(f"{folder} has no model.safetensors: save the DINOv2 backbone there with safetensors weights")
+        raise ValueError(f"{folder} has no model.safetensors. Save the DINOv2 backbone there with safetensors weights")
     weights = {}
     for name in names:
         weights.update(load_file(folder / name))

@@ -1,9 +1,8 @@
 """Regional compilation: torch.compile for one layer at a time.
 
-All layers of a stack run the same code object with their weights as inputs, so that one compilation serves them all.
-Sizes that change between calls (frames, samples, rows, sequence) become dynamic when they first change; all others, the
-widths and heads, stay static. What depends on values of the batch (masks, rotary angles, indices) is made between the
-layers, outside of every graph.
+All layers of a stack share one code object with their weights as inputs, so one compilation serves all of them. Sizes
+that vary between calls (frames, samples, rows, sequence length) become dynamic at their first change; widths and head
+counts stay static. Tensors that depend on batch values (masks, rotary angles, indices) are computed outside the graphs.
 """
 
 from collections.abc import Iterable
@@ -12,15 +11,16 @@ from functools import wraps
 import torch
 from torch import nn
 
-# Graphs of one layer's code: with and without gradients, mask and attention weights, one sample or frame and several,
-# the last layer's. With `fullgraph` one more than the limit (torch's own is 8) is an error.
+# Graphs of one layer: with and without gradients, mask and attention weights; one sample or frame and several; the last
+# layer. With `fullgraph`, exceeding the limit (torch's default: 8) is an error.
 MAX_GRAPHS = 64
 
 
 def compile_layers(vision_layers: Iterable[nn.Module], language_layers: Iterable[nn.Module], **options) -> None:
-    """Replaces `forward` (and `attend` of vision layers) by compiled ones; module hooks and checkpointing stay outside.
+    """Compiles `forward` of all layers, and `attend` of vision layers, in place. Module hooks and activation
+    checkpointing stay outside the graphs.
 
-    options: torch.compile's; `fullgraph` unless given otherwise. The process's recompile_limit is raised to MAX_GRAPHS.
+    options: of torch.compile, with `fullgraph=True` by default. Raises the process's recompile_limit to MAX_GRAPHS.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     options = {"fullgraph": True, **options}
@@ -32,7 +32,7 @@ def compile_layers(vision_layers: Iterable[nn.Module], language_layers: Iterable
 
 
 def _compiled_without_cache(forward, options: dict):
-    """A layer's forward that is compiled unless it is given a key-value cache."""
+    """A forward that runs compiled, or eagerly if it gets a key-value cache."""
     compiled = torch.compile(forward, **options)
 
     @wraps(forward)

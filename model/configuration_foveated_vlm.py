@@ -33,7 +33,7 @@ RANGES = {
     "num_passes": (1, 3),
     "max_num_frames": (1, LARGE),
 }
-WHOLE = ("query_dim", "attention_top_k", "num_visual_tokens_per_frame", "num_passes", "max_num_frames")
+INTEGERS = ("query_dim", "attention_top_k", "num_visual_tokens_per_frame", "num_passes", "max_num_frames")
 
 
 class FoveatedVLMConfig(PreTrainedConfig):
@@ -44,37 +44,39 @@ class FoveatedVLMConfig(PreTrainedConfig):
         text_config: the language model's configuration (Llama type) or its dict.
         architecture: `foveated`, or `multi_token`: the baseline that gives the language model average-pooled patch
             tokens.
-        attention: `deep` queries walk through every layer of the vision encoder; `shallow` ones see the last layer's
-            patches once.
-        layout: where the frames stand: `question_first` (after the user's text) or `vision_first` (after a BOS token).
+        attention: `deep`: queries pass through every layer of the vision encoder; `shallow`: they attend once to the
+            patches of the last layer.
+        layout: position of the frames: `question_first` (after the user's text) or `vision_first` (after a BOS token).
         query_dim: width of the queries between planner and vision encoder.
-        query_init_std: standard deviation of the learned static and first query at the start.
-        query_bias: whether the projection of the query into the vision encoder has a bias.
-        tie_first_query: whether frame 0 of the fine pass uses the static query (else a query of its own).
-        query_update: whether the planner's output is the next query (`replace`) or is added to the last one (`add`).
-        query_source: what stands in for the planned queries, in training and in use: `planned` (the model itself),
-            `static` (the static query on every frame), `random` (new for every frame), `fixed` (one random query for
-            all frames of a batch) or `oracle` (planned, and limited to the target's patches: an upper bound where they
-            are known).
-        attention_temperature: the logits of the queries' attention are divided by it; below 1 is sharper.
-        learnable_temperature: whether every layer learns its temperature, from `attention_temperature` on.
-        hard_attention: `none`; `top_k` keeps the `attention_top_k` strongest places of every head; `gumbel` takes one.
-        attention_top_k: places that `top_k` keeps.
-        num_visual_tokens_per_frame: queries per frame (a square number for `multi_token`), and tokens per frame unless
-            aggregated.
-        token_aggregation: how the looks of several queries become tokens: `none` (a token each), `mean`, or `weighted`
-            (by a learned score): one token per frame, from which all queries of the next one are planned.
-        num_passes: fine passes in parallel training and use, 1 to 3: each plans anew from the tokens of the one before.
-        coarse_only: train and answer with the static query alone (ablation A6).
-        blind: every frame is replaced by the mean colour, in training and in use (the control).
-        frame_time_embedding: `none`, or `sinusoidal`: a learned projection (zero at the start) of the frame's time,
-            `frame_times` (seconds) if given, else its index, is added to its visual tokens.
-        visual_scale: standard deviation of the visual tokens at the start; "auto" is replaced by
-            the standard deviation of the language model's token embeddings in `from_backbones`.
-        max_num_frames: frames of one sample; more are an error.
-        visual_token_id: id of the placeholder that a visual token replaces in `input_ids`.
+        query_init_std: initial standard deviation of the learned static and first query.
+        query_bias: whether the projection of the queries into the vision encoder has a bias.
+        tie_first_query: whether frame 0 of the fine pass uses the static query instead of a learned query of its own.
+        query_update: whether the planner's output replaces the previous query (`replace`) or is added to it (`add`).
+        query_source: which queries replace the planned ones, in training and at inference: `planned` (none), `static`
+            (the static query on every frame), `random` (a new one for every frame), `fixed` (one random query for all
+            frames of a batch) or `oracle` (planned, with attention limited to the target's patches: an upper bound
+            where they are known).
+        attention_temperature: divides the attention logits of the queries; below 1 sharpens.
+        learnable_temperature: whether every layer learns its temperature, initialised with `attention_temperature`.
+        hard_attention: `none`; `top_k`: each head keeps its `attention_top_k` largest logits; `gumbel`: each head
+            samples one position.
+        attention_top_k: number of positions that `top_k` keeps.
+        num_visual_tokens_per_frame: queries per frame (a square number for `multi_token`). Also the tokens per frame,
+            unless they are aggregated.
+        token_aggregation: how the outputs of several queries become visual tokens: `none` (one token each), `mean`, or
+            `weighted` (by a learned score). With the latter two a frame has one token, from which all queries of the
+            next frame are planned.
+        num_passes: fine passes in parallel mode, 1 to 3. Each plans new queries from the tokens of the previous pass.
+        coarse_only: train and answer with the static query only (ablation A6).
+        blind: replace every frame by the mean colour, in training and at inference (a control).
+        frame_time_embedding: `none`, or `sinusoidal`: add a learned projection (initially zero) of the frame's time to
+            its visual tokens. The time is `frame_times` (seconds), or the frame index if that is not given.
+        visual_scale: initial standard deviation of the visual tokens. `from_backbones` replaces "auto" by the standard
+            deviation of the language model's token embeddings.
+        max_num_frames: largest number of frames per sample; more are an error.
+        visual_token_id: id of the placeholder for a visual token in `input_ids`.
 
-    Raises ValueError for an unknown choice or a number out of its range, naming both.
+    Raises ValueError for an unknown choice or a number out of range; the message has the value and what is allowed.
     """
 
     model_type = "foveated_vlm"
@@ -142,16 +144,18 @@ class FoveatedVLMConfig(PreTrainedConfig):
         self.check_options()
 
     def check_options(self) -> None:
-        """Raises ValueError for an unknown choice, a number out of its range, or options that exclude each other. The
-        network asks again, because options may be set after the start (`from_pretrained(path, option=...)`)."""
+        """Raises ValueError for an unknown choice, a number out of range, or incompatible options.
+
+        The network calls it again because options can change after construction (`from_pretrained(path, option=...)`).
+        """
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name)
-            wrong = isinstance(value, bool) or not isinstance(value, int if name in WHOLE else (int, float))
+            wrong = isinstance(value, bool) or not isinstance(value, int if name in INTEGERS else (int, float))
             if wrong or not smallest <= value <= largest:
-                kind = "a whole number" if name in WHOLE else "a number"
+                kind = "an integer" if name in INTEGERS else "a number"
                 raise ValueError(f"{name}={value!r} must be {kind} from {smallest} to {largest}")
         scale = self.visual_scale
         if scale != "auto" and (isinstance(scale, (str, bool)) or not 0 < scale < math.inf):
@@ -159,19 +163,19 @@ class FoveatedVLMConfig(PreTrainedConfig):
         vocabulary = self.text_config.vocab_size
         if self.visual_token_id is not None and self.visual_token_id < vocabulary:
             raise ValueError(
-                f"visual_token_id={self.visual_token_id} is a token of the vocabulary of {vocabulary}: take "
-                f"{vocabulary} or more, so that no text can hold a placeholder"
+                f"visual_token_id={self.visual_token_id} is inside the vocabulary of {vocabulary} tokens. Use an id of "
+                f"{vocabulary} or more, so that text cannot contain the placeholder"
             )
         side = math.isqrt(self.num_visual_tokens_per_frame)
         if self.architecture == "multi_token" and side**2 != self.num_visual_tokens_per_frame:
             raise ValueError(
-                f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for the "
-                f"architecture multi_token: {side**2} or {(side + 1) ** 2}"
+                f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for "
+                f"architecture='multi_token', for example {side**2} or {(side + 1) ** 2}"
             )
 
     @property
     def tokens_per_frame(self) -> int:
-        """Visual tokens, and so placeholders in `input_ids`, of one frame."""
+        """Visual tokens per frame, which is the number of its placeholders in `input_ids`."""
         aggregated = self.architecture == "foveated" and self.token_aggregation != "none"
         return 1 if aggregated else self.num_visual_tokens_per_frame
 

@@ -1,14 +1,14 @@
-"""A DINOv2 vision encoder that a query can walk through.
+"""A DINOv2 vision encoder with additional query rows that attend to the patches in every layer.
 
 Shapes: F frames, N patches (without the class token), K query rows per frame, D vision width, H heads, C = D / H, Q
 query width, L layers.
 
 The modules below are DINOv2's (Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision") and
-carry the key
-names of the published checkpoints, so that weights load by name on any version of `transformers`. The walk is our own:
-it keeps the keys and values of every layer, computed once, and lets query rows ride along. A query row attends to the
-class token and to the patches of its frame; neither the patches nor the other query rows ever attend to it, so the
-patch features do not depend on it.
+have the key
+names of the published checkpoints, so weights load by name with any version of `transformers`. In addition, `encode`
+caches the keys and values of every layer, and query rows can pass through the layers. A query row attends to the class
+token and the patches of its frame. Neither patches nor other query rows attend to it, so the patch features do not
+depend on the queries.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PLAIN = QueryAttention()
 
 @dataclass
 class EncodedFrames:
-    """What one pass over the vision encoder leaves behind."""
+    """Result of one pass of the frames through the vision encoder."""
 
     keys: list[Tensor]  # L x [F, H, N + 1, C]
     values: list[Tensor]  # L x [F, H, N + 1, C]
@@ -33,7 +33,7 @@ class EncodedFrames:
     attention_weights: Tensor | None = None  # [L, F, H, K, N + 1]
 
     def select_frames(self, index: Tensor) -> "EncodedFrames":
-        """The walk of a subset of the frames (index: int64 [f])."""
+        """Keys and values of a subset of the frames (index: int64 [f])."""
         return EncodedFrames([key[index] for key in self.keys], [value[index] for value in self.values])
 
 
@@ -53,7 +53,7 @@ class Embeddings(nn.Module):
         self.config = config
         num_patches = (config.image_size // config.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.register_buffer("mask_token", torch.zeros(1, config.hidden_size))  # published, never used here
+        self.register_buffer("mask_token", torch.zeros(1, config.hidden_size))  # in published checkpoints, unused here
         self.patch_embeddings = PatchEmbeddings(config)
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
 
@@ -64,7 +64,7 @@ class Embeddings(nn.Module):
         return tokens + self.interpolated_positions(height, width)
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
-        """Position embeddings for a frame of another size than the pretraining one, bicubic as in DINOv2."""
+        """Position embeddings for a frame size, resized bicubically as in DINOv2 if it is not the pretraining size."""
         patch, trained = self.config.patch_size, self.config.image_size
         if (height, width) == (trained, trained):
             return self.position_embeddings
@@ -91,7 +91,7 @@ class AttentionOutput(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of any rows to the class token and the patches of their frame."""
+    """Attention of patch and query rows to the class token and the patches of their frame."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,14 +114,14 @@ class Attention(nn.Module):
         num_patch_rows: int = 0,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """rows [F, rows, D], of which the first `num_patch_rows` are the class token and patches and the rest query
-        rows, which attend as `how` says. Returns (output [F, rows, D], weights of the query rows or None)."""
+        """rows [F, rows, D]: the first `num_patch_rows` are class token and patches, the rest query rows, which attend
+        as `query_attention` says. Returns (output [F, rows, D], attention weights of the query rows or None)."""
         queries = self.split_heads(self.attention.query(rows))
-        looking = queries[:, :, num_patch_rows:]
+        query_heads = queries[:, :, num_patch_rows:]
         weights = None
-        if looking.shape[2] and (output_attentions or not query_attention.is_plain):
-            weights = query_attention.weights(looking, keys)
-        if query_attention.is_plain or not looking.shape[2]:
+        if query_heads.shape[2] and (output_attentions or not query_attention.is_plain):
+            weights = query_attention.weights(query_heads, keys)
+        if query_attention.is_plain or not query_heads.shape[2]:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
             patches = F.scaled_dot_product_attention(queries[:, :, :num_patch_rows], keys, values)
@@ -167,8 +167,10 @@ class Layer(nn.Module):
         skip_patches: bool,
         output_attentions: bool,
     ):
-        """One layer of the walk: rows [F, N + 1 + K, D] (K may be 0) -> (rows, keys, values, weights of the query
-        rows or None). `skip_patches`: only the query rows come out, nothing reads the patches any more."""
+        """rows [F, N + 1 + K, D] (K may be 0) -> (rows, keys, values, attention weights of the query rows or None).
+
+        skip_patches: return the query rows only, for the last layer if nothing uses its patches.
+        """
         normed = self.norm1(rows)
         keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows])
         if skip_patches:
@@ -186,7 +188,7 @@ class Layer(nn.Module):
         num_patch_rows: int,
         output_attentions: bool,
     ):
-        """rows, normed = norm1(rows): [F, rows, D] -> (rows, weights of the query rows or None)."""
+        """Attention and feed-forward. rows and normed = norm1(rows): [F, rows, D] -> (rows, weights or None)."""
         mixed, weights = self.attention(normed, keys, values, query_attention, num_patch_rows, output_attentions)
         rows = rows + self.layer_scale1(mixed)
         return rows + self.layer_scale2(self.mlp(self.norm2(rows))), weights
@@ -194,7 +196,7 @@ class Layer(nn.Module):
     def attend(
         self, rows: Tensor, keys: Tensor, values: Tensor, query_attention: QueryAttention, output_attentions: bool
     ):
-        """Query rows alone, over the layer's cached keys and values: [F, K, D] -> (rows, weights or None)."""
+        """The layer for query rows only, with cached keys and values: [F, K, D] -> (rows, weights or None)."""
         return self.read(rows, self.norm1(rows), keys, values, query_attention, 0, output_attentions)
 
 
@@ -205,20 +207,20 @@ class LayerStack(nn.Module):
 
 
 class FoveatedEncoder(nn.Module):
-    """DINOv2 with query rows. `config` is a `Dinov2Config`; queries enter at the vision width D."""
+    """DINOv2 with query rows of the vision width D. config: a `Dinov2Config`."""
 
     def __init__(self, config):
         super().__init__()
         if getattr(config, "use_swiglu_ffn", False) or config.hidden_act != "gelu":
             raise ValueError(
                 f"the vision encoder's feed-forward (hidden_act={config.hidden_act!r}, use_swiglu_ffn="
-                f"{config.use_swiglu_ffn}) is not supported: use dinov2-small, -base or -large, which have gelu"
+                f"{config.use_swiglu_ffn}) is not supported. Use dinov2-small, -base or -large, which have gelu"
             )
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False  # switched by PreTrainedModel.gradient_checkpointing_enable
+        self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
 
     def encode(
         self,
@@ -228,10 +230,10 @@ class FoveatedEncoder(nn.Module):
         output_attentions: bool = False,
         query_attention: QueryAttention = PLAIN,
     ) -> EncodedFrames:
-        """One pass over the layers: the keys and values of every layer, and `query_rows` riding along.
+        """Encodes the frames, optionally together with query rows, and caches the keys and values of every layer.
 
-        pixel_values [F, 3, height, width] (multiples of the patch size), query_rows [F, K, D] or None.
-        Without `need_patch_features` the patches' own last layer is skipped: nothing reads it.
+        pixel_values [F, 3, height, width] (multiples of the patch size), query_rows [F, K, D] or None. Without
+        `need_patch_features` the last layer of the patches is skipped because nothing uses it.
         """
         self._check_frames(pixel_values)
         rows = self.embeddings(pixel_values)  # [F, N + 1, D]
@@ -262,7 +264,7 @@ class FoveatedEncoder(nn.Module):
         output_attentions: bool = False,
         query_attention: QueryAttention = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
-        """Query rows [F, K, D] walk through all layers over the cached keys and values.
+        """Passes query rows [F, K, D] through all layers, attending to the cached keys and values.
 
         Returns (features [F, K, D] after the final layer norm, attention weights [L, F, H, K, N + 1] or None).
         """
@@ -275,7 +277,7 @@ class FoveatedEncoder(nn.Module):
         return self.layernorm(rows), torch.stack(weights) if output_attentions else None
 
     def _run(self, function, *arguments):
-        """function(*arguments), recomputed in the backward pass when gradient checkpointing is on."""
+        """function(*arguments), with gradient checkpointing if it is enabled."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *arguments)
         return function(*arguments)
@@ -286,14 +288,15 @@ class FoveatedEncoder(nn.Module):
         if pixel_values.ndim != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch:
             raise ValueError(
                 f"pixel_values has shape {tuple(shape)}, expected [frames, {channels}, "
-                f"height, width] with height and width multiples of the patch size {patch}: resize the frames first"
+                f"height, width] with height and width multiples of the patch size {patch}. Resize the frames first"
             )
 
 
 class ShallowQueryAttention(nn.Module):
-    """The control of ablation A1: one cross-attention layer from the query to the final patch features.
+    """One cross-attention layer from the queries to the final patch features (ablation A1).
 
-    It has its own projections and a residual, as one decoder layer would; keys and values are computed once per frame.
+    It has its own projections and a residual connection, like a decoder layer. Keys and values are computed once per
+    frame.
     """
 
     def __init__(self, config):
@@ -303,7 +306,7 @@ class ShallowQueryAttention(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def prepare(self, encoded: EncodedFrames) -> EncodedFrames:
-        """Keys and values of the patch features: a walk of one layer. Needs `walk.patch_features`."""
+        """Keys and values of the patch features, as an `EncodedFrames` of one layer. Needs `encoded.patch_features`."""
         keys, values = self.attention.keys_and_values(encoded.patch_features)
         return EncodedFrames([keys], [values], patch_features=encoded.patch_features)
 
@@ -314,7 +317,7 @@ class ShallowQueryAttention(nn.Module):
         output_attentions: bool = False,
         query_attention: QueryAttention = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `FoveatedEncoder.attend`, over one layer."""
+        """Like `FoveatedEncoder.attend`, with one layer."""
         normed, query_attention = self.query_norm(query_rows), query_attention.of_layer(0)
         mixed, weights = self.attention(
             normed, encoded.keys[0], encoded.values[0], query_attention, output_attentions=output_attentions

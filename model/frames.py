@@ -1,13 +1,13 @@
-"""Frames from media: which ones, decoded, upright, square. One policy for packing, evaluation, the processor and ask.
+"""Sampling of frames from media files, shared by packing, evaluation, the processor and `ask`.
 
-A video of `duration` seconds gives n = round(duration * fps) frames, at least 1, at most max_frames and what the clip
-has, uniform over the WHOLE clip (or its `segment`): the ones on screen at (i + 0.5) * duration / n. A frame becomes a
-square of image_size px (pictures.square).
+A video of `duration` seconds gives n = round(duration * fps) frames, at least 1 and at most max_frames or the number of
+frames in the clip. They are sampled uniformly over the WHOLE clip (or its `segment`): the frames on screen at
+(i + 0.5) * duration / n. Frames are rotated upright and made square with a side of image_size px (pictures.square).
 
-Media that cannot be read in full raise MediaError, whose `reason` is short and the same on every machine.
+Media that cannot be read completely raise MediaError. Its `reason` is short and equal on every machine.
 
-Every checkpoint carries this file, because its processor uses it. Importing it from the package `model` does not load
-torch, so packing does not depend on the network. It needs Pillow, and PyAV to decode a video.
+Checkpoints contain this file because the processor uses it. Importing it from the package `model` does not import
+torch, so packing does not depend on the network. Requires Pillow, and PyAV for videos.
 """
 
 import io
@@ -27,17 +27,17 @@ VIDEO_SUFFIXES = (
 @dataclass(frozen=True)
 class Media:
     frames: list  # PIL RGB images, image_size x image_size
-    timestamps: list  # seconds from the first frame of the source, one per frame
+    timestamps: list  # seconds since the first frame of the source, one per frame
     duration: float  # seconds of the video, or of its segment; 0 for stills
-    width: int  # of the upright source as displayed (of its first picture), px
+    width: int  # px, of the source as displayed upright (of the first image if there are several)
     height: int
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How frames are taken."""
+    """How frames are sampled and resized."""
 
-    fps: float  # frames per second that are taken of a video
+    fps: float  # sampled frames per second of a video
     max_frames: int
     image_size: int  # px
     resize_mode: str  # of pictures.RESIZE_MODES
@@ -46,10 +46,10 @@ class Policy:
 def read_media(path, kind, *, fps, max_frames, image_size, resize_mode, parts=(), picture_fps=None, segment=None):
     """The frames of a medium as Media. Raises MediaError, and ImportError for a video file without PyAV.
 
-    path: a file; or with `parts`, ((offset, bytes) ...), a file that holds the media; or a folder of pictures, taken
-    in the order of their names, without the hidden ones. kind "image": one picture or several, all kept, at most
-    max_frames. kind "video": one video file, or its frames as pictures at `picture_fps` frames per second (None: they
-    were taken at `fps`). segment: (start, end) seconds, the piece of a video that is meant.
+    path: a media file; with `parts`, ((offset, bytes) ...), a container file such as a tar; or a folder of images,
+    sorted by name, hidden files ignored. kind "image": one or several images, all kept; more than max_frames are an
+    error. kind "video": one video file, or images that are its frames at `picture_fps` frames per second (None: `fps`).
+    segment: (start, end) in seconds to sample from.
     """
     policy = Policy(fps, max_frames, image_size, resize_mode)
     pieces = _pieces(os.fspath(path), parts)
@@ -62,7 +62,7 @@ def read_media(path, kind, *, fps, max_frames, image_size, resize_mode, parts=()
 
 
 def _pieces(path, parts):
-    """The media at `path` in their order."""
+    """The media files at `path`, in order."""
     if parts:
         total = file_size(path)
         if any(offset < 0 or size < 0 or offset + size > total for offset, size in parts):
@@ -120,7 +120,8 @@ def _video(piece, policy, segment):
 
 
 def choose_times(times, start, end, policy):
-    """The timestamps to take, uniform from `start` to `end`, of the sorted timestamps of all frames (first one 0)."""
+    """Timestamps of the frames to sample, uniform from `start` to `end` (seconds). times: of all frames, sorted, from
+    0."""
     first = max(0, bisect_right(times, start + SAME_TIME) - 1)  # on screen at the start
     on_screen = max(bisect_left(times, end - SAME_TIME), first + 1) - first
     count = max(1, min(int((end - start) * policy.fps + 0.5), policy.max_frames, on_screen))
@@ -129,7 +130,7 @@ def choose_times(times, start, end, policy):
 
 
 def _bounds(duration, segment):
-    """(start, end) seconds of the piece of a clip that is meant."""
+    """(start, end) in seconds of the segment, or of the whole clip."""
     if segment is None:
         return 0.0, duration
     start, end = segment

@@ -1,4 +1,4 @@
-"""What `forward` and `generate` refuse, each with both numbers and the next step."""
+"""Checks of the arguments of `forward` and `generate`. Messages have the found and expected values and a fix."""
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ def check_inputs(
     mode: str = "fine",
     options: FoveationOptions | None = None,
 ) -> None:
-    """Raises ValueError where the arguments of `forward` or `generate` do not fit each other or the configuration."""
+    """Raises ValueError if the arguments of `forward` or `generate` do not match each other or the configuration."""
     if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [samples, tokens] and at least one")
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}, expected [samples, tokens] with at least one token"
+        )
     for name, value in (("attention_mask", attention_mask), ("labels", labels)):
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: give one entry per token"
+                f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}. Pass one entry per token"
             )
     options = options or FoveationOptions()
     target_patches = options.target_patches
     if options.num_plans is not None and options.num_plans < 1:
-        raise ValueError(f"num_plans={options.num_plans} must be at least 1: for no plan at all take mode='coarse'")
+        raise ValueError(f"num_plans={options.num_plans} must be at least 1. Without planning use mode='coarse'")
     source = options.query_source or config.query_source
     if mode not in MODES or source not in QUERY_SOURCES:
         raise ValueError(
@@ -42,22 +44,23 @@ def check_inputs(
         not torch.is_tensor(num_frames) or num_frames.ndim != 1 or num_frames.is_floating_point()
     ):
         found = f"{num_frames.dtype} {list(num_frames.shape)}" if torch.is_tensor(num_frames) else repr(num_frames)
-        raise ValueError(f"num_frames is {found}, expected a tensor of whole numbers, one for each sample")
+        raise ValueError(f"num_frames is {found}, expected an integer tensor [samples]")
     if num_frames is not None and len(num_frames) != len(input_ids):
         raise ValueError(
-            f"num_frames has {len(num_frames)} entries for {len(input_ids)} samples: give the number of frames of each"
+            f"num_frames has {len(num_frames)} entries for {len(input_ids)} samples. Pass the number of frames of each "
+            "sample"
         )
     told = None if num_frames is None else int(num_frames.sum())
     if (told or 0) != frames:
         raise ValueError(
-            f"num_frames adds up to {told} but pixel_values holds {frames} frames: give the frames of all samples one "
-            "after another and the number of each in num_frames"
+            f"num_frames sums to {told}, but pixel_values has {frames} frames. Concatenate the frames of all samples "
+            "and pass the number of frames of each in num_frames"
         )
     if frames and not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values are {pixel_values.dtype}, expected normalised floats: the processor makes them")
+        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}, expected normalised floats from the processor")
     if frames and frame_times is not None and tuple(frame_times.shape) != (frames,):
         raise ValueError(
-            f"frame_times has shape {list(frame_times.shape)}, expected [{frames}]: the time of each frame"
+            f"frame_times has shape {list(frame_times.shape)}, expected [{frames}], the time of each frame"
         )
     if source == "oracle" and config.architecture == "foveated" and frames:
         patch = config.vision_config.patch_size
@@ -66,13 +69,13 @@ def check_inputs(
         if found != wanted or target_patches.dtype != torch.bool:
             raise ValueError(
                 f"query_source='oracle' needs target_patches for {frames} frames, bool {list(wanted)} [frames, "
-                f"patches], got {None if found is None else f'{target_patches.dtype} {list(found)}'}: pass the patches "
+                f"patches], got {None if found is None else f'{target_patches.dtype} {list(found)}'}. Pass the patches "
                 "that show the target"
             )
     limit, length = config.text_config.max_position_embeddings, input_ids.shape[1]
     if length > limit:
         raise ValueError(
-            f"input_ids has {length} tokens but the language model reads at most {limit}: take fewer frames or a "
+            f"input_ids has {length} tokens, but the language model's context is {limit}. Use fewer frames or a "
             "shorter text"
         )
     per_frame = config.tokens_per_frame
@@ -83,76 +86,76 @@ def check_inputs(
         row = int((places != expected).nonzero()[0])
         raise ValueError(
             f"sample {row} has {int(places[row])} visual placeholders for {int(expected[row]) // per_frame} frames "
-            f"of {per_frame} visual tokens each: give input_ids exactly {int(expected[row])} of them"
+            f"of {per_frame} visual tokens each. input_ids must contain exactly {int(expected[row])}"
         )
     if attention_mask is not None and bool((is_visual & (attention_mask == 0)).any()):
         row = int((is_visual & (attention_mask == 0)).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has visual placeholders that attention_mask hides: set it to 1 at its frames")
+        raise ValueError(f"sample {row} has visual placeholders where attention_mask is 0. Set it to 1 at the frames")
     if labels is not None and bool((labels == config.visual_token_id).any()):
         row = int((labels == config.visual_token_id).any(1).nonzero()[0])
-        raise ValueError(
-            f"sample {row} has visual placeholders in labels: set them to {IGNORE_INDEX}, nothing is said there"
-        )
+        raise ValueError(f"sample {row} has visual placeholders in labels. Set the labels there to {IGNORE_INDEX}")
     if num_frames is not None and int(num_frames.max()) > config.max_num_frames:
         row = int(num_frames.argmax())
         raise ValueError(
             f"sample {row} has {int(num_frames[row])} frames, the model takes at most {config.max_num_frames} "
-            "(max_num_frames): sample fewer frames of the clip"
+            "(max_num_frames). Sample fewer frames"
         )
     starts = (is_visual[:, 1:] & ~is_visual[:, :-1]).sum(1) + is_visual[:, 0]  # blocks of placeholders
     if len(starts) and int(starts.max()) > 1:
         row = int(starts.argmax())
         raise ValueError(
-            f"sample {row} has its visual placeholders in {int(starts[row])} blocks, expected 1: frame by frame, text "
-            "between frames would not be read. Put it before or after all of them"
+            f"sample {row} has visual placeholders in {int(starts[row])} blocks, expected 1. Text between frames is "
+            "not supported; put it before or after all frames"
         )
 
 
 def check_left_padded(attention_mask: Tensor) -> None:
-    """Raises ValueError where generation would go on from padding instead of a sample's last token."""
+    """Raises ValueError if a sample ends in padding, from which generation would continue."""
     ends = attention_mask[:, -1].bool()
     if not ends.all():
         row = int((~ends).nonzero()[0])
         length, real = attention_mask.shape[1], int(attention_mask[row].bool().sum())
         raise ValueError(
-            f"sample {row} has {real} tokens in a row of {length} and ends in padding: pad on the left to generate"
+            f"sample {row} has {real} tokens in a row of {length} and ends in padding. Pad on the left to generate"
         )
 
 
 def check_preference(config, chosen, rejected) -> None:
-    """Raises ValueError unless the two answers, each (input_ids, attention_mask, labels), fit each other."""
+    """Raises ValueError unless the two answers, each (input_ids, attention_mask, labels), match each other."""
     if any(labels is None for _, _, labels in (chosen, rejected)):
-        raise ValueError("labels are missing: both answers need them, they say which tokens are the answer")
+        raise ValueError("labels are missing. Both answers need labels, which mark the answer tokens")
     samples, others = len(chosen[0]), len(rejected[0])
     if samples != others:
-        raise ValueError(f"{samples} chosen answers but {others} rejected ones: give both for every sample")
+        raise ValueError(f"{samples} chosen answers but {others} rejected ones. Pass both for every sample")
     limit = config.text_config.max_position_embeddings
     for name, (ids, mask, labels) in (("chosen", chosen), ("rejected", rejected)):
         if ids.shape[1] > limit:
             raise ValueError(
-                f"the {name} answers have {ids.shape[1]} tokens but the language model reads at most {limit}"
+                f"the {name} answers have {ids.shape[1]} tokens, but the language model's context is {limit}. Shorten "
+                "them"
             )
         if mask.shape != ids.shape or labels.shape != ids.shape:
             raise ValueError(
                 f"the {name} answers have input_ids {list(ids.shape)}, attention_mask {list(mask.shape)} and labels "
-                f"{list(labels.shape)}: give one entry per token"
+                f"{list(labels.shape)}. Pass one entry per token"
             )
 
 
 def check_cache(model) -> None:
-    """Raises ValueError where the library would drop the cache that frame-by-frame reading and answering need."""
+    """Raises ValueError if gradient checkpointing would disable the cache that autoregressive mode and generate
+    need."""
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
-            "autoregressive mode and generate read with a cache, which gradient checkpointing drops in training: call "
-            "eval() first, gradient_checkpointing_disable(), or train in mode='fine'"
+            "autoregressive mode and generate need a key-value cache, which gradient checkpointing disables in "
+            "training mode. Call eval() or gradient_checkpointing_disable(), or train in mode='fine'"
         )
 
 
 def check_room(config, length: int, new_tokens: int | None) -> None:
-    """Raises ValueError where an answer may run past the positions of the language model."""
+    """Raises ValueError if the answer may exceed the language model's context."""
     limit = config.text_config.max_position_embeddings
     if new_tokens is not None and length + new_tokens > limit:
         raise ValueError(
-            f"question and frames take {length} of the language model's {limit} places, so that max_new_tokens="
-            f"{new_tokens} does not fit: at most {max(0, limit - length)} tokens are left"
+            f"question and frames take {length} of the language model's {limit} positions, so max_new_tokens="
+            f"{new_tokens} does not fit. Lower it to at most {max(0, limit - length)}"
         )

@@ -1,4 +1,4 @@
-"""Where a model comes from: two pretrained backbones, or a checkpoint of its own."""
+"""Loading of a model from two pretrained backbones or from a checkpoint."""
 
 import inspect
 from pathlib import Path
@@ -16,16 +16,16 @@ class LoadingMixin:
 
     @classmethod
     def from_backbones(cls, vision_path: str | Path, language_path: str | Path, **options):
-        """A new model around two pretrained folders in Hugging Face format; `options` are FoveatedVLMConfig fields.
+        """A new model from two pretrained folders in Hugging Face format. options: fields of FoveatedVLMConfig.
 
-        Raises ValueError when a folder holds another architecture or its weights do not fit its configuration.
+        ValueError if a folder has another architecture or its weights do not match its configuration.
         """
         unknown = sorted(set(options) - set(inspect.signature(FoveatedVLMConfig).parameters))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no such option of FoveatedVLMConfig, probably a typo")
+            raise ValueError(f"FoveatedVLMConfig has no option {', '.join(unknown)}. Check the spelling")
         vision_config, text_config = backbone_config(vision_path, "dinov2"), backbone_config(language_path, "llama")
-        vision_config.dtype = text_config.dtype = torch.float32  # master weights, whatever the folder was saved in
-        vision_config.name_or_path = text_config.name_or_path = ""  # a checkpoint does not tell where it was made
+        vision_config.dtype = text_config.dtype = torch.float32  # fp32 master weights, whatever the dtype of the folder
+        vision_config.name_or_path = text_config.name_or_path = ""  # keep local paths out of the checkpoint
         language_model, loaded = AutoModelForCausalLM.from_pretrained(
             language_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -39,23 +39,23 @@ class LoadingMixin:
         return model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **options) -> nn.Module:
-        """The library's, for a vocabulary that stays below the placeholder's id: ValueError for a larger one."""
+        """As in transformers. ValueError if the vocabulary would include the id of the visual placeholder."""
         if new_num_tokens is not None and new_num_tokens > self.config.visual_token_id:
             raise ValueError(
-                f"{new_num_tokens} tokens would take in the visual placeholder, id {self.config.visual_token_id}: "
-                f"build with from_backbones(..., visual_token_id={new_num_tokens}) or more to add tokens"
+                f"a vocabulary of {new_num_tokens} tokens would include the visual placeholder, id "
+                f"{self.config.visual_token_id}. To add tokens, build the model with "
+                f"from_backbones(..., visual_token_id={new_num_tokens}) or a larger id"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **options):
-        """A saved model, as the library's own `from_pretrained` with its options, but never with random weights.
+        """A saved model, like `from_pretrained` of transformers, but missing weights are an error.
 
-        Raises ValueError when the checkpoint lacks weights of the network, holds others, or some have another shape,
-        naming and counting them.
+        ValueError with names and counts if the checkpoint lacks weights, has unknown ones, or has other shapes.
         """
         with_report = options.pop("output_loading_info", False)
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are an error here
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported as an error below
         model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
         shapes = {name: f"{name} {list(found)} for {list(needed)}" for name, found, needed in report["mismatched_keys"]}
         missing, unexpected = set(report["missing_keys"]) - shapes.keys(), report["unexpected_keys"]

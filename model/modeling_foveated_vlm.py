@@ -1,16 +1,16 @@
-"""The foveated vision-language model: one visual token per frame, and the language model decides where to look next.
+"""The foveated vision-language model: one visual token per frame, queried by the language model.
 
 Shapes: B batch, F frames of the whole batch, T frames of one sample, K queries per frame, P visual tokens per frame
 (K, or 1 where they are aggregated), N patches, D vision width, Q query width, E language width, S sequence,
 V vocabulary.
 
-Frames are not padded: `pixel_values` holds the frames of all samples one after another and `num_frames` [B] says how
-many belong to which. `input_ids` holds P placeholders per frame where the visual tokens go, so the layout (question
-first, vision first) is the input's business and every mode below is the same code for any of them:
+Frames are not padded: `pixel_values` is the concatenation of the frames of all samples, and `num_frames` [B] has the
+number of frames of each. `input_ids` contains P placeholders per frame at the positions of the visual tokens, so the
+layout (question first, vision first) is determined by the input, and all modes work with both:
 
-coarse           the static query looks at every frame
-fine             the queries are planned from the coarse tokens, shifted by one frame, all frames in parallel
-autoregressive   frame by frame: the query of frame t is planned from what frames 0..t-1 showed; needs no coarse pass
+coarse           the static query on every frame
+fine             queries planned from the coarse tokens, shifted by one frame, all frames in parallel
+autoregressive   frame by frame: the query of frame t is planned from frames 0..t-1; no coarse pass
 """
 
 import copy
@@ -50,7 +50,7 @@ class FoveatedVLMForConditionalGeneration(
         if config.visual_token_id is None or config.visual_scale == "auto":
             raise ValueError(
                 f"visual_token_id={config.visual_token_id} and visual_scale={config.visual_scale!r} depend on the "
-                "language model: build with from_backbones, or give both numbers"
+                "language model. Build the model with from_backbones, or set both to numbers"
             )
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
@@ -81,8 +81,8 @@ class FoveatedVLMForConditionalGeneration(
             self.aggregation_score = nn.Linear(vision.hidden_size, 1, bias=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Random start of everything that no pretrained backbone brings: unit-variance outputs for unit-variance
-        inputs."""
+        """Initialises all weights without pretrained values, so that unit-variance inputs give unit-variance
+        outputs."""
         if module is self:
             for name in ("static_query", "first_query"):
                 if hasattr(self, name):
@@ -99,7 +99,7 @@ class FoveatedVLMForConditionalGeneration(
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    # ---- looking: frames -> visual tokens
+    # ---- frames -> visual tokens
 
     def encode_frames(
         self,
@@ -111,10 +111,10 @@ class FoveatedVLMForConditionalGeneration(
         mode: str = "fine",
         options: FoveationOptions | dict | None = None,
     ) -> list[FrameTokens]:
-        """The visual tokens of all frames, one `FrameTokens` per pass: the last one is the mode's own, and in fine mode
-        the first one is the coarse pass. Empty without frames.
+        """The visual tokens of all frames: one `FrameTokens` per pass, [] without frames. The last entry is the result
+        of the mode; in fine mode the first entry is the coarse pass.
 
-        The arguments are `forward`'s, which also checks them.
+        Arguments as in `forward`, but they are not checked here.
         """
         if pixel_values is None or not len(pixel_values):
             return []
@@ -154,15 +154,16 @@ class FoveatedVLMForConditionalGeneration(
         return passes
 
     def connect(self, features: Tensor, times: Tensor) -> Tensor:
-        """Vision features [F, P, D] at times [F] -> visual tokens [F, P, E] on the scale of the language model's
-        embeddings."""
+        """Vision features [F, P, D] at times [F] -> visual tokens [F, P, E], scaled like the token embeddings of the
+        language model."""
         tokens = self.connector(features) * self.config.visual_scale
         if self.config.frame_time_embedding == "none":
             return tokens
         return tokens + self.time_projection(sinusoids(times).to(tokens.dtype))[:, None] * self.config.visual_scale
 
     def _query_attention(self, target_patches: Tensor | None = None) -> QueryAttention:
-        """How the configuration lets queries attend, limited to the target's patches where they are given and show."""
+        """The configured `QueryAttention`. target_patches: bool [F, N], limits attention on frames that show the
+        target."""
         config, temperature, allowed = self.config, None, None
         if config.learnable_temperature:
             temperature = self.log_temperature.exp()
@@ -170,8 +171,8 @@ class FoveatedVLMForConditionalGeneration(
             layers = self.config.vision_config.num_hidden_layers
             temperature = self.static_query.new_full((layers,), config.attention_temperature)
         if target_patches is not None:
-            visible = target_patches.any(1, keepdim=True)  # [F, 1]: elsewhere the query looks where it likes
-            allowed = torch.cat([~visible, target_patches | ~visible], dim=1)  # [F, N + 1], the class token first
+            visible = target_patches.any(1, keepdim=True)  # [F, 1]: without a visible target attention is not limited
+            allowed = torch.cat([~visible, target_patches | ~visible], dim=1)  # [F, N + 1], class token first
         return QueryAttention(temperature, config.hard_attention, config.attention_top_k, allowed, self.training)
 
     def _plan(self, hidden: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class FoveatedVLMForConditionalGeneration(
         query_attention: QueryAttention,
         output_attentions: bool,
     ) -> tuple[EncodedFrames, FrameTokens | None]:
-        """The one pass over the vision encoder, with the look of the queries [F, K, Q] that ride along, if any."""
+        """Encodes the frames; with queries [F, K, Q] also returns their `FrameTokens`, from the same pass."""
         if self.config.attention == "shallow":
             encoded = self.vision_encoder.encode(pixel_values, need_patch_features=True)
             encoded = self.shallow_attention.prepare(encoded)
@@ -215,12 +216,12 @@ class FoveatedVLMForConditionalGeneration(
         return FrameTokens(self._tokens(features, times), queries, weights)
 
     def _query_rows(self, queries: Tensor) -> Tensor:
-        """Queries [F, K, Q] -> rows [F, K, D] in the weights' precision, as the patches are: under autocast too every
-        mode has the same residual stream."""
+        """Queries [F, K, Q] -> rows [F, K, D] in the dtype of the weights, like the patches, so that the residual
+        stream has the same precision in every mode, also under autocast."""
         return self.query_projection(queries).to(self.query_projection.weight.dtype)
 
     def _tokens(self, features: Tensor, times: Tensor) -> Tensor:
-        """What the queries of a frame found [F, K, D] -> its visual tokens [F, P, E]."""
+        """Outputs of the queries of a frame [F, K, D] -> its visual tokens [F, P, E]."""
         if self.config.token_aggregation == "mean":
             features = features.mean(1, keepdim=True)
         elif self.config.token_aggregation == "weighted":
@@ -237,7 +238,7 @@ class FoveatedVLMForConditionalGeneration(
         query_attention,
         output_attentions,
     ) -> FrameTokens:
-        """Frame by frame with the language model's key-value cache: linear in the number of frames."""
+        """Encodes frame by frame with the language model's key-value cache: linear in the number of frames."""
         order, passes = [], []
         planned, cache = None, language.start_cache()
         for frames in language.frames_by_time():  # frames: int64 [samples that have this frame], indices into F
@@ -262,11 +263,11 @@ class FoveatedVLMForConditionalGeneration(
         tokens = torch.cat([frame_tokens.visual_tokens for frame_tokens in passes])[back]
         return FrameTokens(tokens, torch.cat([frame_tokens.queries for frame_tokens in passes])[back], weights)
 
-    # ---- reading: visual tokens and text -> losses, answers
+    # ---- visual tokens and text -> losses
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Tensor:
-        """Token embeddings [B, S, E] with the visual tokens [F, K, E] in their places."""
-        is_visual = input_ids == self.config.visual_token_id  # an id outside the vocabulary: no text can hold it
+        """Token embeddings [B, S, E] with the visual tokens [F, P, E] at their placeholders."""
+        is_visual = input_ids == self.config.visual_token_id  # an id outside the vocabulary
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
         if visual_tokens is None:
             return embeddings
@@ -292,15 +293,15 @@ class FoveatedVLMForConditionalGeneration(
         mode: str = "fine",
         options: FoveationOptions | dict | None = None,
     ) -> FoveatedVLMOutput:
-        """Encode the frames in one of the modes, and the loss of the labelled tokens.
+        """Encodes the frames in one of the modes and computes the loss of the labelled tokens.
 
         input_ids [B, S] with P placeholders per frame, attention_mask [B, S] (1 = real token; default all),
         pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with
-        IGNORE_INDEX where nothing is asked, frame_times [F] seconds from the start of each clip. options: the
-        configuration's values unless given.
+        IGNORE_INDEX at tokens without a loss, frame_times [F] seconds since the start of each clip. options: override
+        the configuration.
 
-        Raises ValueError when placeholders and frames do not match, text stands between frames, a frame limit is
-        exceeded, or a mode or query source is unknown.
+        Raises ValueError if placeholders and frames do not match, there is text between frames, a limit is exceeded, or
+        a mode or query source is unknown.
         """
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -328,12 +329,12 @@ class FoveatedVLMForConditionalGeneration(
         options: FoveationOptions | dict | None = None,
         **generation_options,
     ) -> Tensor:
-        """Answer with the library's own generation (greedy, sampling, beams, streamers: its options apply). Returns
-        new tokens [B, S'].
+        """Generates answers with `generate` of transformers and its options (greedy, sampling, beams, streamers).
+        Returns the new tokens [B, S'].
 
-        `input_ids` [B, S] must be left-padded, as for any batched generation. The other arguments are `forward`'s.
+        `input_ids` [B, S] must be left-padded. The other arguments are those of `forward`.
 
-        Raises ValueError as `forward` does, and for padding on the right.
+        Raises ValueError as in `forward`, and for padding on the right.
         """
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -342,7 +343,7 @@ class FoveatedVLMForConditionalGeneration(
         check_cache(self)
         check_inputs(self.config, input_ids, attention_mask, *frames, None, frame_times, mode, options)
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
-        others = settings.update(**generation_options)  # streamers and the like
+        others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
         embeddings = self.embed(input_ids, passes[-1].visual_tokens if passes else None)
@@ -353,8 +354,7 @@ class FoveatedVLMForConditionalGeneration(
     def compile_hot_paths(self, **options) -> None:
         """torch.compile for every layer of the vision encoder and of the language model, in place (`compiled.py`).
 
-        An operation that cannot be compiled is an error. `options` are torch.compile's. The weights
-        and their names stay as they are. Not compiled: what reads with a key-value cache, which grows: the language
-        model's frame-by-frame reading and `generate`.
+        An operation that cannot be compiled is an error. options: of torch.compile. Weights and their names do not
+        change. Calls with a key-value cache (autoregressive mode, `generate`) are not compiled because the cache grows.
         """
         compile_layers(self.vision_encoder.encoder.layer, self.language_model.model.layers, **options)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FoveationOptions:
-    """How a call plans its queries, and what it returns.
+    """Options of a call: how queries are planned, and what is returned.
 
     Shapes: F frames, N patches.
     """
 
-    num_plans: int | None = None  # planned passes of fine mode; None: the configuration's num_passes
-    query_source: str | None = None  # None: the configuration's
-    generator: torch.Generator | None = None  # for the query sources random and fixed; None: torch's own
+    num_plans: int | None = None  # planned passes in fine mode; None: num_passes of the configuration
+    query_source: str | None = None  # None: query_source of the configuration
+    generator: torch.Generator | None = None  # for the query sources random and fixed; None: torch's default
     target_patches: Tensor | None = None  # bool [F, N], for the query source oracle
     output_attentions: bool = False  # return attention_weights
     output_passes: bool = False  # return every pass over the frames, not only the last one
@@ -24,16 +24,16 @@ class FoveationOptions:
 
     @classmethod
     def of(cls, options: "FoveationOptions | Mapping | None") -> "FoveationOptions":
-        """The options themselves, or those of a mapping {field: value}. ValueError for an unknown field, or for another
-        type."""
+        """The options as an object of this class. options: such an object, a mapping {field: value}, or None.
+        ValueError for an unknown field or another type."""
         names = [field.name for field in fields(cls)]
         if options is None:
             return cls()
         if isinstance(options, Mapping):
             unknown = sorted(set(options) - set(names))
             if unknown:
-                raise ValueError(f"options: {', '.join(unknown)} unknown, expected some of {', '.join(names)}")
+                raise ValueError(f"options: {', '.join(unknown)} unknown, expected fields among {', '.join(names)}")
             return cls(**options)
-        if not all(hasattr(options, name) for name in names):  # the class of a checkpoint's own code is another one
+        if not all(hasattr(options, name) for name in names):  # not isinstance: a checkpoint's code has its own class
             raise ValueError(f"options: {type(options).__name__} instead of FoveationOptions or a dict of its fields")
         return options

@@ -1,4 +1,4 @@
-"""What the network returns.
+"""Outputs of the network.
 
 Shapes: B batch, S sequence, V vocabulary, F frames, K queries and P visual tokens per frame, Q query width, E language
 width, N patches.
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class FrameTokens:
-    """The visual tokens of one pass over the frames, and their queries."""
+    """Visual tokens of one pass over the frames, with the queries that produced them."""
 
     visual_tokens: Tensor | None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
@@ -21,13 +21,13 @@ class FrameTokens:
 
 @dataclass
 class FoveatedVLMOutput(ModelOutput):
-    """Output of `forward`. The per-token fields are aligned with `labels`: position s belongs to the token at s."""
+    """Output of `forward`. Per-token fields are aligned with `labels`."""
 
     loss: Tensor | None = None  # mean cross-entropy of the labelled tokens
-    token_loss: Tensor | None = None  # [B, S] nats, 0 where not labelled; without gradient
+    token_loss: Tensor | None = None  # [B, S] nats, 0 without a label; detached
     correct: Tensor | None = None  # [B, S] bool: the most likely token is the label
     logits: Tensor | None = None  # [B, S, V], only with return_logits
     visual_tokens: Tensor | None = None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1], only with output_attentions
-    passes: list[FrameTokens] | None = None  # in order, the last is the one above; only with output_passes
+    passes: list[FrameTokens] | None = None  # all passes in order, only with output_passes; the last is the one above

@@ -1,6 +1,6 @@
-"""Pictures: reading a still, turning it upright, making it square, and what is refused. The base of frames.py.
+"""Images: reading, upright rotation, square resizing and rejection of unusable files. The basis of frames.py.
 
-Every checkpoint carries this file, as it carries frames.py. Importing it does not load torch. It needs Pillow.
+Checkpoints contain this file, like frames.py. It requires Pillow and does not import torch.
 """
 
 import io
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image, ImageOps
 
 RESIZE_MODES = ("crop", "letterbox")
-MAX_PIXELS = 2**26  # of a still: 8192 x 8192; reading it takes 4 to 20 bytes per pixel, by its format
+MAX_PIXELS = 2**26  # of an image: 8192 x 8192; reading takes 4 to 20 bytes per pixel, depending on the format
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
-DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # what Pillow raises for a damaged file
+DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # Pillow's exceptions for damaged files
 TRUNCATED = "truncated or damaged image"
 
 
 class MediaError(Exception):
-    """A damaged or unsupported media file. `reason`: a few words for the quarantine list, on any machine the same."""
+    """A damaged or unsupported media file. reason: a few words for the quarantine list, equal on every machine."""
 
     def __init__(self, reason):
         super().__init__(reason)
@@ -31,43 +31,43 @@ class MediaError(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """One media file: a file of its own, or a part of a container file such as a tar."""
+    """One media file: a separate file, or a part of a container file such as a tar."""
 
     path: str
     size: int  # bytes
-    offset: int | None = None  # bytes; None: a file of its own
+    offset: int | None = None  # bytes; None: a separate file
 
     @property
     def url(self):
-        """What FFmpeg opens: it reads a part in place."""
+        """URL for FFmpeg, which reads a part in place."""
         if self.offset is None:
             return f"file:{self.path}"
         return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:file:{self.path}"
 
     def read(self, size=None):
-        """All bytes, or the first `size` ones."""
+        """All bytes, or the first `size`."""
         with open(self.path, "rb") as file:
             file.seek(self.offset or 0)
             return file.read(self.size if size is None else min(size, self.size))
 
 
 def load_image(file):
-    """A still, given as its path or as a binary file object, as an upright PIL RGB image. Raises MediaError."""
+    """An image, from a path or binary file object, as an upright PIL RGB image. Raises MediaError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about files that it reads all the same
+            warnings.simplefilter("ignore")  # about flaws of files that Pillow can read
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 return upright(image)
     except Image.UnidentifiedImageError:
         raise MediaError("not an image file") from None
-    except Image.DecompressionBombError:  # Pillow's own limit is above MAX_PIXELS
+    except Image.DecompressionBombError:  # Pillow's limit is above MAX_PIXELS
         raise MediaError("unsupported size of the image") from None
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
 
 
 def upright(image):
-    """An opened PIL image of any common mode as an upright RGB image. Raises MediaError."""
+    """A PIL image of any common mode as an upright RGB image. Raises MediaError."""
     check_size(image.width, image.height, MAX_PIXELS)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise MediaError(f"unsupported pixel mode {image.mode}")
@@ -81,7 +81,7 @@ def upright(image):
 
 
 def square(image, size, resize_mode, pixel_aspect=1.0):
-    """The picture as `size` x `size` px in its displayed proportions, in one bicubic resampling.
+    """The image as `size` x `size` px with its displayed aspect ratio, by one bicubic resampling.
 
     resize_mode: "crop" scales the shorter side to `size` and keeps the centre of the longer one; "letterbox" scales the
     longer side to `size` and adds black bars. pixel_aspect: width of a pixel / its height.
@@ -105,19 +105,19 @@ def _letterbox(image, size, pixel_aspect):
 
 
 def jpeg(image, quality):
-    """The picture as the bytes of a JPEG file, its colours at full resolution. quality: 1 to 100."""
+    """The image as JPEG bytes without chroma subsampling. quality: 1 to 100."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
 def is_picture(head):
-    """Whether a file that begins with the bytes `head` (12 or more) is a still of IMAGE_FORMATS, GIF left out."""
+    """Whether a file whose first bytes (12 or more) are `head` is an image of IMAGE_FORMATS other than GIF."""
     return head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def file_size(path):
-    """Bytes of a file that is there and not empty. Raises MediaError."""
+    """Size of a file in bytes. MediaError if it is missing or empty."""
     try:
         size = os.path.getsize(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -128,6 +128,6 @@ def file_size(path):
 
 
 def check_size(width, height, max_pixels):
-    """MediaError unless a picture of so many pixels can be read."""
+    """MediaError unless both sides are positive and the area is at most `max_pixels`."""
     if width < 1 or height < 1 or width * height > max_pixels:
         raise MediaError(f"unsupported size {width}x{height}")

@@ -15,13 +15,13 @@ class PreferenceMixin:
     """`preference_log_probs` of `FoveatedVLMForConditionalGeneration`."""
 
     def preference_log_probs(self, chosen: Mapping, rejected: Mapping, visual_tokens: Tensor | None = None) -> Tensor:
-        """Summed log-probability of the labelled tokens of both answers of every sample: [B, 2] (chosen, rejected).
+        """Summed log-probabilities of the labelled tokens of both answers of every sample: [B, 2] (chosen, rejected).
 
-        chosen, rejected: input_ids, attention_mask (optional) and labels [B, S], of lengths of their own.
-        visual_tokens [F, P, E]: of one `encode_frames` for both (None without frames), so everything up to the last
-        frame must be the same.
+        chosen, rejected: {input_ids, attention_mask (optional), labels}, each [B, S]; S may differ between the two.
+        visual_tokens [F, P, E]: from one `encode_frames` for both (None without frames), so both must be identical up
+        to the last frame.
 
-        Raises ValueError when the answers do not fit each other.
+        Raises ValueError if the answers do not match each other.
         """
         answers = [_with_mask(answer) for answer in (chosen, rejected)]
         check_preference(self.config, *answers)
@@ -41,8 +41,8 @@ class PreferenceMixin:
         for row, (one, other) in enumerate(zip(*prefixes, strict=True)):
             if not torch.equal(one, other):
                 raise ValueError(
-                    f"sample {row}: up to the last frame the chosen sequence has {len(one)} tokens, the rejected one "
-                    f"{len(other)}, and they are not the same. Give both the same question and frames: only the "
+                    f"sample {row}: the chosen and the rejected sequence differ before the end of the frames "
+                    f"({len(one)} and {len(other)} tokens). Pass the same question and frames for both; only the "
                     "answers may differ"
                 )
 

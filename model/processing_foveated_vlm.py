@@ -1,8 +1,8 @@
-"""Questions and videos -> the tensors that the model's `forward` and `generate` take.
+"""The processor: questions and videos -> tensors for `forward` and `generate`.
 
 Shapes: B questions, S sequence, T frames of one video, F frames of the whole batch, P visual tokens per frame. Frames
-are sampled, cut and compressed as in the training data (model/frames.py), and the chat is the training data's chat, so
-that a question asked by hand gives the very tensors that the pipeline gives for the same video.
+are sampled, resized and compressed as in the training data (model/frames.py), and the chat format is that of the
+training data. A question therefore gives the same tensors as in the pipeline.
 """
 
 import inspect
@@ -25,10 +25,10 @@ PROBE = "\N{REPLACEMENT CHARACTER}"
 
 
 def normalise(frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [F, height, width, 3] -> float32 [F, 3, height, width] as DINOv2 expects it, in `out` if it is given."""
+    """uint8 [F, height, width, 3] -> normalised float32 [F, 3, height, width] for DINOv2, written to `out` if given."""
     if out is None:
         out = np.empty((len(frames), 3, *frames.shape[1:3]), np.float32)
-    out[:] = frames.transpose(0, 3, 1, 2)  # first: the rest is several times faster channel by channel
+    out[:] = frames.transpose(0, 3, 1, 2)  # channels first makes the rest several times faster
     out *= 1 / 255
     out -= IMAGE_MEAN[:, None, None]
     out /= IMAGE_STD[:, None, None]
@@ -38,9 +38,10 @@ def normalise(frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 def visual_places(
     layout: str, num_places: int, question_end: int, visual_id: int, bos_id: int
 ) -> tuple[int, np.ndarray]:
-    """Where the placeholders of a sample go in its text's ids, and the ids to insert there: (position, int64 ids).
+    """(position in the text's ids, int64 ids to insert there) of the placeholders of a sample.
 
-    question_end: position of the question's end-of-turn token. No places, nothing to insert.
+    question_end: position of the question's end-of-turn token. num_places: number of placeholders; 0: nothing is
+    inserted.
     """
     places = np.full(num_places, visual_id, np.int64)
     if layout == "vision_first" and num_places:
@@ -49,22 +50,22 @@ def visual_places(
 
 
 class FoveatedVLMProcessor(ProcessorMixin):
-    """Tokenizer, chat and frames of a FoveatedVLM checkpoint, as it was trained with them.
+    """Tokenizer, chat template and frame sampling of a FoveatedVLM checkpoint, as in its training.
 
     Args:
-        tokenizer: the language model's, with a chat template.
-        image_size: px, side of the square frames.
-        chat_template: Jinja text; the tokenizer's by default.
-        fps: frames per second that are taken of a video file, uniformly over the whole clip.
-        max_frames: at most so many frames of a video file.
-        jpeg_quality: 1 to 100, of the compression that frames pass through as the training data's did; None: none.
-        image_replication: frames that a still becomes.
-        system: the chat's system line; "" leaves it to the chat template.
-        layout: `question_first` or `vision_first`, the model's.
-        tokens_per_frame: placeholders per frame, the model's.
-        visual_token_id: id of the placeholder, the model's; None: the first id after the tokenizer's.
+        tokenizer: tokenizer of the language model, with a chat template.
+        image_size: side of the square frames in px.
+        chat_template: Jinja template; default: the tokenizer's.
+        fps: sampled frames per second of a video file, uniform over the whole clip.
+        max_frames: largest number of frames sampled from a video file.
+        jpeg_quality: 1 to 100, JPEG compression of the frames as in the training data; None: no compression.
+        image_replication: number of frames that an image is repeated to.
+        system: system message of the chat; "": default of the chat template.
+        layout: of the model, `question_first` or `vision_first`.
+        tokens_per_frame: of the model, the number of placeholders per frame.
+        visual_token_id: of the model, the id of the placeholder; None: the first id after the tokenizer's.
         bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
-        resize_mode: how pictures are made square: `crop` (shorter side to image_size, centre of the longer one) or
+        resize_mode: how images are made square: `crop` (shorter side to image_size, centre of the longer one) or
             `letterbox` (longer side to image_size, black bars).
 
     Raises ValueError for an option outside its range, an unknown layout or resize_mode, or a tokenizer without chat
@@ -93,20 +94,20 @@ class FoveatedVLMProcessor(ProcessorMixin):
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not one of {', '.join(RESIZE_MODES)}")
         if self.chat_template is None:
-            raise ValueError("the tokenizer has no chat template: give one (chat_template)")
-        self.image_size = _whole("image_size", image_size)
+            raise ValueError("the tokenizer has no chat template. Pass chat_template")
+        self.image_size = _integer("image_size", image_size)
         self.fps = _positive("fps", fps)
-        self.max_frames = _whole("max_frames", max_frames)
-        self.jpeg_quality = None if jpeg_quality is None else _whole("jpeg_quality", jpeg_quality, 100, " or None")
-        self.image_replication = _whole("image_replication", image_replication)
-        self.tokens_per_frame = _whole("tokens_per_frame", tokens_per_frame)
+        self.max_frames = _integer("max_frames", max_frames)
+        self.jpeg_quality = None if jpeg_quality is None else _integer("jpeg_quality", jpeg_quality, 100, " or None")
+        self.image_replication = _integer("image_replication", image_replication)
+        self.tokens_per_frame = _integer("tokens_per_frame", tokens_per_frame)
         self.system, self.layout, self.resize_mode = system, layout, resize_mode
         self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
         self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
 
     @classmethod
     def for_model(cls, config, tokenizer, **options) -> "FoveatedVLMProcessor":
-        """The processor that fits a FoveatedVLMConfig; `options` are what the network does not determine."""
+        """The processor for a FoveatedVLMConfig. options: arguments that the network does not determine."""
         return cls(
             tokenizer,
             layout=config.layout,
@@ -118,9 +119,10 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """The saved processor; options of `FoveatedVLMProcessor` among `kwargs` replace the saved ones."""
+        """The saved processor. Options of `FoveatedVLMProcessor` in `kwargs` override the saved ones."""
         names = [name for name in inspect.signature(cls).parameters if name != "tokenizer"]
-        given = {name: kwargs.pop(name) for name in names if name in kwargs}  # the library gives them to the config too
+        # transformers would also pass them to the config
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if not given:
             return processor
@@ -131,25 +133,24 @@ class FoveatedVLMProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
 
     def __call__(self, text, videos=None, frame_times=None, return_tensors: str | None = "pt") -> BatchFeature:
-        """One question, or a list of B, each with its video, still or none.
+        """Tensors for one question or a list of B questions, each with a video, an image or neither.
 
-        text: str, or a list of them. videos: for one question the path of a video or image file, a list of PIL images
-        (the frames), one PIL image (a still), a uint8 array [T, height, width, 3], or None; for a list of questions a
-        list of as many of these. Frames that are given are all taken, whatever `fps` and `max_frames` say.
-        frame_times: for given frames, the seconds of each from the start of its clip (for a list of questions a list of
-        such lists, or None); by default they are 1 / `fps` apart. The times of a file are read from it.
+        text: a str or a list of str. videos: for one question a path of a video or image file, a list of PIL images
+        (the frames), one PIL image, a uint8 array [T, height, width, 3], or None; for a list of questions a list of
+        these. Frames passed as images or arrays are all used, regardless of `fps` and `max_frames`. frame_times:
+        seconds of each such frame since the start of its clip (for a list of questions a list of such lists or None);
+        by default they are 1 / `fps` apart. The times of a file are read from the file.
 
         Returns input_ids and attention_mask int64 [B, S], left-padded, num_frames int64 [B], and, where there are
-        frames, pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for a
-        question without text or with a control token, a file that cannot be read, or frames of another form, naming
-        what was found.
+        frames, pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for
+        an empty question or one with a control token, a file that cannot be read, or frames of another form.
         """
         given = [frame_times] if isinstance(text, str) else frame_times
         questions, videos = _as_batch(text, videos)
         given = [None] * len(videos) if given is None else given
         if len(given) != len(videos):
             raise ValueError(
-                f"frame_times has {len(given)} entries for {len(videos)} videos: give one, or None, for each"
+                f"frame_times has {len(given)} entries for {len(videos)} videos. Pass one entry, or None, per video"
             )
         frames, times = zip(*(self._frames(*pair) for pair in zip(videos, given, strict=True)), strict=True)
         rows = [self._ids(question, len(shown)) for question, shown in zip(questions, frames, strict=True)]
@@ -166,25 +167,28 @@ class FoveatedVLMProcessor(ProcessorMixin):
         return BatchFeature(batch, tensor_type=return_tensors)
 
     def pictures(self, pixel_values) -> np.ndarray:
-        """The frames behind pixel_values [F, 3, height, width], to draw them: uint8 [F, height, width, 3]."""
+        """pixel_values [F, 3, height, width] -> images for drawing: uint8 [F, height, width, 3]."""
         scaled = np.asarray(pixel_values).transpose(0, 2, 3, 1) * IMAGE_STD + IMAGE_MEAN
         return np.clip(scaled * 255, 0, 255).round().astype(np.uint8)
 
     def _ids(self, question: str, num_frames: int) -> np.ndarray:
-        """The chat up to the answer, with the placeholders in place: int64 [S]."""
+        """Token ids of the chat up to the answer, with placeholders: int64 [S]."""
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"text: expected a question, found {question!r}")
         question = question.strip()
         control = [token for token in self.tokenizer.all_special_tokens if token in question]
         if control:
             raise ValueError(
-                f"text: {question!r} holds the control token {control[0]}. Give the question alone: the processor "
-                "writes the chat around it"
+                f"text: {question!r} contains the control token {control[0]}. Pass the question only; the processor "
+                "applies the chat template"
             )
         before = self._chat(PROBE).partition(PROBE)[0]
         chat = self._chat(question)
         if not chat.startswith(before + question):
-            raise ValueError(f"the chat template changes the question {question!r}: it gives {chat!r}")
+            raise ValueError(
+                f"the chat template changes the question {question!r} and gives {chat!r}. Use a template that inserts "
+                "it unchanged"
+            )
         encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         end = len(before) + len(question)
         question_end = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= end)
@@ -200,15 +204,17 @@ class FoveatedVLMProcessor(ProcessorMixin):
         )
 
     def _frames(self, video, given) -> tuple[np.ndarray, np.ndarray]:
-        """The frames that the model sees of a file, of pictures or of an array: uint8 [T, image_size, image_size, 3],
-        and their times float32 [T], T = 0 for None. given: times of frames that do not come from a file."""
+        """(frames uint8 [T, image_size, image_size, 3], times float32 [T]) of one entry of `videos`; T = 0 for None.
+        given: its entry of `frame_times`."""
         if video is None:
             return np.zeros((0, self.image_size, self.image_size, 3), np.uint8), np.zeros(0, np.float32)
         pictures, times, is_still = self._pictures(video)
         if given is not None:
             if times is not None or len(given) != len(pictures):
-                found = "a file or a still, which has its own" if times is not None else f"{len(pictures)} frames"
-                raise ValueError(f"frame_times: {len(given)} times for {found}: give them for frames, one for each")
+                found = "a file or an image, which has its own" if times is not None else f"{len(pictures)} frames"
+                raise ValueError(
+                    f"frame_times: {len(given)} times for {found}. Pass one time per frame, for frames only"
+                )
             times = given
         elif times is None:
             times = [number / self.fps for number in range(len(pictures))]
@@ -218,10 +224,10 @@ class FoveatedVLMProcessor(ProcessorMixin):
         return frames.repeat(repeats, axis=0), times.repeat(repeats)
 
     def _pictures(self, video) -> tuple[list[Image.Image], list | None, bool]:
-        """(square RGB pictures, their seconds where they are known, whether it is a still)."""
+        """(square RGB images, their times in seconds or None, whether it is a single image)."""
         if isinstance(video, str | os.PathLike):
             if os.path.isdir(video):
-                raise ValueError(f"{os.fspath(video)}: is a folder, give a file")
+                raise ValueError(f"{os.fspath(video)} is a folder. Pass a file")
             is_still = os.path.splitext(video)[1].lower() in IMAGE_SUFFIXES
             try:
                 media = read_media(
@@ -233,7 +239,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
                     resize_mode=self.resize_mode,
                 )
             except MediaError as error:
-                raise ValueError(f"{os.fspath(video)}: {error.reason}. Give a whole video or image file") from None
+                raise ValueError(f"{os.fspath(video)}: {error.reason}. Pass an intact video or image file") from None
             return media.frames, media.timestamps, is_still
         if isinstance(video, Image.Image):
             return [self._square(video)], [0.0], True
@@ -241,30 +247,30 @@ class FoveatedVLMProcessor(ProcessorMixin):
             raise _wrong_form(video)
         pictures = [self._square(frame) for frame in video]
         if not pictures:
-            raise ValueError("videos: found 0 frames, expected at least one. For a question without a video give None")
+            raise ValueError("videos: found 0 frames, expected at least one. Pass None for a question without a video")
         return pictures, None, False
 
     def _square(self, frame) -> Image.Image:
-        """One PIL image or array [height, width, 3], cut as the training data's frames."""
+        """A PIL image or array [height, width, 3], made square as in the training data."""
         if isinstance(frame, Image.Image):
             try:
                 return square(upright(frame), self.image_size, self.resize_mode)
             except MediaError as error:
-                raise ValueError(f"videos: a PIL image: {error.reason}. Give a whole picture of 8 bits") from None
+                raise ValueError(f"videos: PIL image: {error.reason}. Pass an intact 8-bit image") from None
         array = np.asarray(frame)
         if not _is_rgb(array, 3):
             raise _wrong_form(array)
         return square(Image.fromarray(array), self.image_size, self.resize_mode)
 
     def _compressed(self, picture: Image.Image) -> Image.Image:
-        """The picture after the compression of the training data's frames."""
+        """The image after the JPEG compression of the training data."""
         return picture if self.jpeg_quality is None else Image.open(io.BytesIO(jpeg(picture, self.jpeg_quality)))
 
 
-def _whole(name: str, value, largest=math.inf, otherwise="") -> int:
+def _integer(name: str, value, largest=math.inf, otherwise="") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= largest:
         allowed = "of at least 1" if largest == math.inf else f"from 1 to {largest}"
-        raise ValueError(f"{name}={value!r}, expected a whole number {allowed}{otherwise}")
+        raise ValueError(f"{name}={value!r}, expected an integer {allowed}{otherwise}")
     return value
 
 
@@ -275,7 +281,7 @@ def _positive(name: str, value) -> float:
 
 
 def _is_rgb(array: np.ndarray, ndim: int) -> bool:
-    """Whether it is uint8 [..., height, width, 3] of `ndim` axes with at least one pixel per frame."""
+    """Whether an array is uint8 [..., height, width, 3] with `ndim` axes and at least one pixel per frame."""
     return array.dtype == np.uint8 and array.ndim == ndim and array.shape[-1] == 3 and 0 not in array.shape[-3:]
 
 
@@ -288,7 +294,7 @@ def _wrong_form(video) -> ValueError:
 
 
 def _as_batch(text, videos) -> tuple[list, list]:
-    """The questions and as many videos."""
+    """(questions, videos): two lists of equal length."""
     if isinstance(text, str):
         single = isinstance(videos, list | tuple) and not _is_frames(videos)  # [path] instead of path
         return _as_batch([text], videos if single else [videos])
@@ -300,13 +306,13 @@ def _as_batch(text, videos) -> tuple[list, list]:
     found = len(videos) if is_list else 1
     if not is_list or found != len(questions) or not questions:
         raise ValueError(
-            f"{len(questions)} questions but {found} videos: give a list with one video (or None) for every question"
+            f"{len(questions)} questions but {found} videos. Pass a list with one video (or None) per question"
         )
     return questions, list(videos)
 
 
 def _is_frames(video) -> bool:
-    """Whether it is a list of PIL images or of arrays [height, width, 3]: the frames of one video."""
+    """Whether this is a list of PIL images or arrays [height, width, 3], which are the frames of one video."""
     return isinstance(video, list | tuple) and all(
         isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in video
     )

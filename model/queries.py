@@ -1,4 +1,4 @@
-"""Queries: how a query row attends to a frame, and which queries stand in for the planned ones.
+"""Attention of query rows, and replacements of the planned queries.
 
 Shapes: F frames, K query rows per frame, N patches, H heads, C head width, L layers, Q query width.
 """
@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 @dataclass
 class QueryAttention:
-    """How query rows attend; softmax attention to the whole frame where nothing is set.
+    """How query rows attend. The default is softmax attention to the whole frame.
 
-    temperature: [L], or of one layer [], divides the logits. hard: `top_k` keeps the `top_k` largest logits of
-    every head; `gumbel` takes one place per head, sampled in training with a straight-through gradient (Jang et al.
-    2017, "Categorical Reparameterization with Gumbel-Softmax"), the largest one otherwise. allowed: bool [F, N + 1],
-    where a query may look at all.
+    temperature: [L], or [] for one layer; divides the logits. hard: `top_k` keeps the `top_k` largest logits of every
+    head; `gumbel` selects one position per head, sampled in training with a straight-through gradient (Jang et al.
+    2017, "Categorical Reparameterization with Gumbel-Softmax"), the largest otherwise. allowed: bool [F, N + 1],
+    positions that a query may attend to.
     """
 
     temperature: Tensor | None = None
@@ -47,7 +47,7 @@ class QueryAttention:
         return logits.softmax(dim=-1)
 
     def of_layer(self, index: int) -> "QueryAttention":
-        """The same for one layer, whose temperature it has."""
+        """The same with the temperature of one layer."""
         return self if self.temperature is None else replace(self, temperature=self.temperature[index])
 
     def select_frames(self, index: Tensor) -> "QueryAttention":
@@ -58,23 +58,23 @@ class QueryAttention:
 
 
 class QuerySource:
-    """Which queries are used in place of the planned ones: called with queries [f, K, Q], it returns those to use.
+    """Maps planned queries [f, K, Q] to the queries to use, depending on the query source.
 
-    planned: the queries themselves. static: the learned static query. random: drawn anew for every frame, with the norm
-    of the query it replaces. fixed: one random query for all frames, again with that norm. oracle: the planned
-    queries, whose attention is limited to the target's place (`QueryAttention.allowed`).
+    planned: the planned queries. static: the learned static query. random: a new random query for every frame, with the
+    norm of the query it replaces. fixed: one random query for all frames, with that norm. oracle: the planned queries;
+    their attention is limited to the target (`QueryAttention.allowed`).
     """
 
     def __init__(self, source: str, static: Tensor, generator: torch.Generator | None):
-        """static [F, K, Q]; generator: for `random` and `fixed` (None: torch's own)."""
+        """static [F, K, Q]; generator: for `random` and `fixed` (None: torch's default)."""
         self.source, self.static, self.noise = source, static, None
-        if source in ("random", "fixed"):  # drawn once: every pass of a call sees the same
+        if source in ("random", "fixed"):  # drawn once, so that all passes of a call use the same
             shape = static.shape if source == "random" else (1, *static.shape[1:])
             noise = torch.randn(shape, generator=generator, device=static.device, dtype=static.dtype)
             self.noise = (noise / noise.norm(dim=-1, keepdim=True)).expand(static.shape)
 
     def __call__(self, queries: Tensor, frames: Tensor | None = None) -> Tensor:
-        """frames: int64 [f], which frames the queries [f, K, Q] are for (all by default)."""
+        """frames: int64 [f], frame index of each query (default: all frames in order)."""
         if self.source == "static":
             return self.static[: len(queries)]
         if self.noise is None:

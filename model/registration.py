@@ -1,4 +1,4 @@
-"""Makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know the classes of this package."""
+"""Registers the classes of this package with `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor`."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .constants import IGNORE_INDEX
 from .outputs import FoveatedVLMOutput
 
-LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in fp32
+LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in fp32
 
 
 class TextLossMixin:
@@ -25,9 +25,9 @@ class TextLossMixin:
         visual_tokens: Tensor | None = None,
         return_logits: bool = False,
     ) -> FoveatedVLMOutput:
-        """One pass of the language model over text and visual tokens: the text fields of the output.
+        """Runs the language model over text and visual tokens; returns the text fields of the output.
 
-        input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]. Without a labelled token the loss is 0.
+        input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]. The loss is 0 if there is no labelled token.
         """
         hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
         output = FoveatedVLMOutput()
@@ -44,10 +44,10 @@ class TextLossMixin:
         return output
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy at the labelled positions only: the vocabulary projection of the others is never computed.
+        """Cross-entropy at the labelled positions. The vocabulary projection is computed only there.
 
-        Of many labelled positions the logits are made LOGITS_AT_ONCE numbers at a time, and again in the backward pass,
-        so that the memory does not grow with their number.
+        With many labelled positions the logits are computed LOGITS_AT_ONCE elements at a time, with activation
+        checkpointing, so that memory does not grow with their number.
         Returns (asked: bool [B, S - 1], losses [labelled] in nats, correct: bool [labelled]).
         """
         asked = labels[:, 1:] != IGNORE_INDEX  # the state at s predicts the token at s + 1

@@ -1,6 +1,6 @@
-"""Decoding a video file: the frames at given times, upright and square. For frames.py, which says what times.
+"""Video decoding: the frames at given times, upright and square. frames.py chooses the times.
 
-Like frames.py this file goes with every checkpoint. It needs PyAV.
+Checkpoints contain this file, like frames.py. It requires PyAV.
 """
 
 import itertools
@@ -18,53 +18,54 @@ try:
     import av
     from av.video.frame import PictureType
     from av.video.reformatter import Interpolation, VideoReformatter
-except ImportError:  # only a video file needs it
+except ImportError:  # only needed for videos
     av = None
 else:
-    av.logging.set_level(None)  # FFmpeg's own messages would flood the terminal; errors arrive as exceptions
-    EXACT = Interpolation.BILINEAR | Interpolation.BITEXACT  # the same pixels on every processor
+    av.logging.set_level(None)  # silence FFmpeg's messages; errors are raised as exceptions
+    EXACT = Interpolation.BILINEAR | Interpolation.BITEXACT  # equal pixels on every CPU
 
-MAX_VIDEO_PIXELS = 2**25  # of one frame: 8K; a decoder holds up to 17 of them
-MAX_SECONDS = 2**20  # of a clip: twelve days; longer ones are damaged timestamps
+MAX_VIDEO_PIXELS = 2**25  # of one frame: 8K; a decoder holds up to 17 frames
+MAX_SECONDS = 2**20  # of a clip: twelve days; more means damaged timestamps
 MAX_FRAMES = 2**21  # of a clip: ten hours at 60 frames per second
 MAX_BOXES = 2**20  # of an mp4
-MAX_PIXEL_ASPECT = 16  # width of a pixel / its height, or the other way round
-FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist formats: they open other files
-# Codecs of which nothing after a key frame, in display order, refers to what was before it.
+MAX_PIXEL_ASPECT = 16  # width of a pixel / height, or the inverse
+FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist formats, which open other files
+# Codecs in which no frame after a key frame, in display order, refers to a frame before it.
 RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores")
 SAME_TIME = 1e-4  # seconds; containers round timestamps
 UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of an mp4, with others inside
-TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # with the number of samples, at this byte of their content
+BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # mp4 boxes that contain other boxes
+TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # mp4 boxes with a sample count, and its byte offset in their content
 DAMAGED_VIDEO = "truncated or damaged video"
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the packets of a video say, without decoding."""
+    """Timestamps of a video from its packets, without decoding."""
 
-    times: list  # seconds from the first frame, of all frames, sorted
-    start: float  # seconds on the container's clock, of the first frame
+    times: list  # seconds since the first frame, of all frames, sorted
+    start: float  # seconds, container timestamp of the first frame
     duration: float  # seconds
-    keys: list  # (seconds, number of the packet) of the key frames after the first one, in both orders; or []
+    keys: list  # (seconds, packet number) of the key frames after the first, ascending in both; [] if not seekable
 
 
 def check_duration(seconds):
-    """`seconds`, unless no clip can be that long. Raises MediaError."""
+    """Returns `seconds`. MediaError if it is not a possible duration."""
     if not 0 <= seconds <= MAX_SECONDS:
         raise MediaError(f"unsupported duration {seconds:.0f} s")
     return seconds
 
 
 class Unreliable(Exception):
-    """A key frame that did not turn out to be one: the clip is decoded from its beginning."""
+    """A key frame is wrong or missing: decode the clip from its start instead."""
 
 
 def decode(piece, index, wanted, image_size, resize_mode):
-    """[(square, seconds, displayed (width, height))] of the frames at the times `wanted`, some of index.times in order.
+    """[(square image, seconds, displayed (width, height))] of the frames at the times `wanted`, a sorted subset of
+    index.times.
 
-    Only what lies between a wanted frame and the key frame before it is decoded, if the file has such, and only the
-    squares of wanted frames are kept: memory does not grow with the clip's length. Raises MediaError.
+    Decodes only from the key frame before each wanted frame, if the file has key frames, and keeps only the square
+    images, so memory does not grow with the length of the clip. Raises MediaError.
     """
     try:
         return _take(
@@ -75,13 +76,13 @@ def decode(piece, index, wanted, image_size, resize_mode):
 
 
 def _take(piece, index, wanted, image_size, resize_mode, frames_of):
-    """`decode`, with the frames that `frames_of` finds."""
-    tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further off than one sampling step is a hole
+    """`decode` with the frame iterator `frames_of`."""
+    tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further away than one sampling step is a gap
     taken, before = [], -math.inf
     with _open(piece) as container:
         stream = _video_stream(container)
         aspect = _pixel_aspect(stream)
-        to_rgb = VideoReformatter()  # keeps its set-up, which costs more than converting a small frame
+        to_rgb = VideoReformatter()  # reused: its set-up costs more than converting a small frame
         for time, frame in frames_of(container, stream, index, wanted):
             if abs(time - wanted[len(taken)]) > tolerance:
                 raise MediaError(f"undecodable at {wanted[len(taken)]:.1f} s")
@@ -101,7 +102,7 @@ def read_index(piece):
     """The Index of a video file. Raises MediaError, and ImportError without PyAV."""
     if av is None:
         raise ImportError(
-            f"{piece.path}: decoding a video needs PyAV (`pip install av`); or give its frames as pictures"
+            f"{piece.path}: decoding a video requires PyAV (`pip install av`). Install it, or pass the frames as images"
         )
     _check_boxes(piece)
     with _open(piece) as container:
@@ -130,7 +131,7 @@ def read_index(piece):
         seekable = stream.codec_context.codec.canonical_name in RANDOM_ACCESS
     if not times:
         raise MediaError("no frames")
-    if end - container_start < 0.9 * announced - 1.0:  # the header promises more than the file holds
+    if end - container_start < 0.9 * announced - 1.0:  # the header announces more than the file contains
         raise MediaError("truncated video")
     order = sorted(range(len(times)), key=times.__getitem__)
     first, last = times[order[0]], times[order[-1]]
@@ -141,7 +142,7 @@ def read_index(piece):
 
 
 def _packets(container):
-    """All packets up to the end of the file, or up to where it is damaged (what is missing shows in the timestamps)."""
+    """All packets up to the end of the file or to the first damage. Missing packets show in the timestamps."""
     packets = container.demux()
     while True:
         try:
@@ -151,7 +152,7 @@ def _packets(container):
 
 
 def _frames_from_start(container, stream, index, wanted):
-    """For every wanted time, in order, the (seconds, frame) nearest to it of all that decode well."""
+    """For every wanted time, in order, the nearest (seconds, frame) among the frames that can be decoded."""
     before, queue = None, list(reversed(wanted))
     for now in _decoded(container, stream, index.start):
         while queue and now[0] >= queue[-1] - SAME_TIME:
@@ -167,7 +168,7 @@ def _frames_from_start(container, stream, index, wanted):
 
 
 def _decoded(container, stream, start):
-    """(seconds after `start`, frame) of every frame that decodes well, in display order."""
+    """(seconds after `start`, frame) of every frame that can be decoded, in display order."""
     for packet in _own_packets(container, stream):
         try:
             yield from _decode(packet, stream, start)
@@ -176,13 +177,13 @@ def _decoded(container, stream, start):
 
 
 def _frames_from_keys(container, stream, index, wanted):
-    """For every wanted time, in order, its (seconds, frame), decoded from the key frame before it on.
+    """For every wanted time, in order, its (seconds, frame), decoded from the preceding key frame.
 
-    Packets are read one after the other and those in between are not decoded: reading costs little, and a container's
-    own seeking is not needed. Raises Unreliable where a key frame or a wanted one is not found exactly at its time.
+    Reads all packets in order but does not decode those in between: reading is cheap, and no container seeking is
+    needed. Raises Unreliable if a key frame or a wanted frame is not found exactly at its time.
     """
     queue = [(time, *_key_before(index.keys, time)) for time in reversed(wanted)]
-    decoded, due = -1, None  # number of the last packet that was decoded; time of the key frame that has to come next
+    decoded, due = -1, None  # number of the last decoded packet; time of the key frame that must come next
     for number, packet in enumerate(_own_packets(container, stream)):
         if number < queue[-1][1]:
             continue
@@ -192,7 +193,7 @@ def _frames_from_keys(container, stream, index, wanted):
         decoded = number
         for time, frame in _decode_strictly(packet, stream, index.start):
             if due is not None and time < due - SAME_TIME:
-                continue  # of an open group of pictures: refers to what was left out
+                continue  # of an open GOP: refers to frames that were skipped
             if due is not None and not (time <= due + SAME_TIME and _is_key(frame)):
                 raise Unreliable
             due = None
@@ -207,7 +208,7 @@ def _frames_from_keys(container, stream, index, wanted):
 
 
 def _key_before(keys, time):
-    """(number of the packet to decode from, seconds of its key frame) for the frame at `time`."""
+    """(packet number to decode from, seconds of its key frame) for the frame at `time`."""
     found = bisect_right(keys, (time, math.inf)) - 1
     return (keys[found][1], keys[found][0]) if found >= 0 else (0, None)
 
@@ -228,7 +229,7 @@ def _own_packets(container, stream):
 
 
 def _decode(packet, stream, start):
-    """(seconds after `start`, frame) of every frame that comes out well when the decoder gets this packet."""
+    """(seconds after `start`, frame) of every intact frame that the decoder returns for this packet."""
     for frame in packet.decode():
         check_size(frame.width, frame.height, MAX_VIDEO_PIXELS)
         stamp = frame.dts if frame.pts is None else frame.pts
@@ -237,7 +238,7 @@ def _decode(packet, stream, start):
 
 
 def _upright(to_rgb, frame, aspect):
-    """(RGB image, width of its pixels / their height, displayed (width, height)) of a decoded frame."""
+    """(RGB image, pixel aspect ratio, displayed (width, height)) of a decoded frame."""
     plane = to_rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).planes[0]
     image = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
     size = (max(1, round(frame.width * aspect)), frame.height)
@@ -266,7 +267,7 @@ def _open(piece):
 
 
 def _video_stream(container):
-    """The first video stream that is not a cover picture, set up for decoding."""
+    """The first video stream that is not a cover image, set up for decoding."""
     if not container.streams:
         raise MediaError(DAMAGED_VIDEO)
     cover = av.stream.Disposition.attached_pic
@@ -280,7 +281,7 @@ def _video_stream(container):
 
 
 def _check_boxes(piece):
-    """MediaError where the tables of an mp4 promise absurdly many samples: FFmpeg would take memory for all of them."""
+    """MediaError if the tables of an mp4 announce absurdly many samples, for which FFmpeg would allocate memory."""
     num_samples, regions = 0, [(0, piece.size)]
     with open(piece.path, "rb") as file:
         for num_boxes in itertools.count():
@@ -300,5 +301,6 @@ def _check_boxes(piece):
             if name in TABLES:
                 file.seek((piece.offset or 0) + at + header + TABLES[name])
                 num_samples += int.from_bytes(file.read(4), "big")
-    if num_boxes > MAX_BOXES or num_samples > MAX_FRAMES + 8 * piece.size:  # of old sound a byte holds up to 6 samples
+    # a byte of old audio codecs holds up to 6 samples
+    if num_boxes > MAX_BOXES or num_samples > MAX_FRAMES + 8 * piece.size:
         raise MediaError(DAMAGED_VIDEO)

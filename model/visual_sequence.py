@@ -1,4 +1,4 @@
-"""The part of a batch that planning reads: its samples with frames, up to their last visual token.
+"""The sequences that planning reads: samples with frames, up to the last visual token.
 
 Shapes: B' samples with frames, F their frames, P visual tokens per frame, K queries per frame, E language width,
 Q query width, S sequence up to the last visual token.
@@ -36,25 +36,25 @@ class VisualSequence:
         return hidden[self.is_visual].unflatten(0, (-1, self.tokens_per_frame))
 
     def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:
-        """Frame t gets the query planned after frame t - 1, frame 0 the first query: [F, K, Q] -> [F, K, Q]."""
+        """[F, K, Q] -> [F, K, Q]: frame t gets the query planned after frame t - 1, frame 0 gets the first query."""
         return torch.where((self.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
 
     def running_sum(self, values: Tensor) -> Tensor:
-        """Sum over the frames of a sample up to and including each: [F, K, Q] -> [F, K, Q]."""
+        """Cumulative sum over the frames of each sample: [F, K, Q] -> [F, K, Q]."""
         padded = values.new_zeros(len(self.num_frames), int(self.num_frames.max()), *values.shape[1:])
         places = self.sample_of_frame, self.time_of_frame
         return padded.index_put(places, values).cumsum(1)[places]
 
     def frames_by_time(self) -> list[Tensor]:
-        """For every time t, the frame indices of the samples that have a frame t."""
+        """For every t, the indices of the frames at position t of their sample: list of int64 [f]."""
         return [(self.time_of_frame == t).nonzero()[:, 0] for t in range(int(self.num_frames.max()))]
 
     def samples_of(self, frames: Tensor) -> Tensor:
         return self.sample_of_frame[frames]
 
     def start_cache(self) -> dict:
-        """Read the text before the first visual token of every sample into a cache, aligned at its right end."""
-        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual one, padding included
+        """A cache with the text before the first visual token of every sample, right-aligned."""
+        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual token, with padding
         longest = int(before.max())
         source = torch.arange(longest, device=before.device) - (longest - before)[:, None]  # [B', longest]
         prefix = self.input_ids.gather(1, source.clamp(min=0))
@@ -65,13 +65,13 @@ class VisualSequence:
         return cache
 
     def step(self, visual_tokens: Tensor, frames: Tensor, cache: dict) -> Tensor:
-        """Read one frame of every sample that still has one: visual_tokens [f, P, E] -> hidden states [B', P, E].
+        """Reads one frame of every sample that has one left: visual_tokens [f, P, E] -> hidden states [B', P, E].
 
-        A sample without this frame gets a masked place, which no later token attends to.
+        Samples without this frame get masked positions, which no later token attends to.
         """
         shape = (len(self.num_frames), self.tokens_per_frame)
         samples = self.samples_of(frames)
-        dtype = self.model.language_model.get_input_embeddings().weight.dtype  # as `embed`: autocast makes other tokens
+        dtype = self.model.language_model.get_input_embeddings().weight.dtype  # as in `embed`, also under autocast
         embeddings = visual_tokens.new_zeros(*shape, visual_tokens.shape[-1], dtype=dtype)
         embeddings = embeddings.index_copy(0, samples, visual_tokens.to(dtype))
         present = torch.zeros(shape, dtype=cache["mask"].dtype, device=embeddings.device).index_fill(0, samples, 1)
@@ -89,19 +89,19 @@ class VisualSequence:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions [B, S] that count real tokens only, so that padding on either side changes nothing."""
+    """Positions [B, S] that count real tokens only, so that padding has no effect on either side."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def frame_indices(num_frames: Tensor) -> Tensor:
-    """num_frames [B] -> index of every frame within its sample, all samples one after another: int64 [F]."""
+    """num_frames [B] -> index of every frame within its sample, samples concatenated: int64 [F]."""
     starts = num_frames.cumsum(0) - num_frames
     total = int(num_frames.sum())
     return torch.arange(total, device=num_frames.device) - torch.repeat_interleave(starts, num_frames)
 
 
 def sinusoids(times: Tensor) -> Tensor:
-    """times [F] -> sines and cosines of them at geometric frequencies: [F, TIME_FEATURES]."""
+    """times [F] -> their sines and cosines at geometrically spaced frequencies: [F, TIME_FEATURES]."""
     steps = torch.arange(TIME_FEATURES // 2, device=times.device) / (TIME_FEATURES // 2 - 1)
     angles = times.float()[:, None] * 1000.0**-steps
     return torch.cat([angles.sin(), angles.cos()], dim=1)

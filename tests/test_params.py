@@ -18,7 +18,8 @@ from pipeline_steps.common.params import ROOT, StrictModel
 from pipeline_steps.world.digits import KINDS
 
 PARAMS_FILE = ROOT / "params.yaml"
-GROUP_FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+GROUP_FILES = [path for path in FILES if path.parent.name != "study"]  # a study is no group: it names overrides
 ABLATIONS = [path.stem for path in GROUP_FILES if path.parent.name == "ablation" and path.stem != "none"]
 
 
@@ -168,11 +169,23 @@ def test_a_seed_that_no_generator_takes(edited, seed, bound):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("backbones.embedded.vision_heads", 7, "backbones.embedded: vision_heads is 7, which does not divide"),
-        ("backbones.embedded.language_heads", 32, "language_width is 96, no multiple of twice the language_heads 32"),
-        ("backbones.embedded.language_kv_heads", 3, "language_kv_heads is 3, which does not divide language_heads 4"),
+        (
+            "backbones.embedded.vision_heads",
+            7,
+            "backbones.embedded: vision_width is 64, expected a multiple of vision_heads (7)",
+        ),
+        (
+            "backbones.embedded.language_heads",
+            32,
+            "language_width is 96, expected a multiple of 2 * language_heads (64)",
+        ),
+        (
+            "backbones.embedded.language_kv_heads",
+            3,
+            "language_heads is 4, expected a multiple of language_kv_heads (3)",
+        ),
         ("backbones.embedded.vocabulary_size", 258, "vocabulary_size: should be greater than or equal to 259"),
-        ("sources.procedural.train_mix", dict.fromkeys(KINDS, 0), "train_mix: all tasks have the weight 0"),
+        ("sources.procedural.train_mix", dict.fromkeys(KINDS, 0), "train_mix: all tasks have weight 0"),
         ("shards.test_share", 0.9, "shards: validation_share and test_share add up to 1"),
         ("training.common.betas", [0.9, 1.0], "training.common.betas.1: should be less than 1"),
     ],

@@ -86,7 +86,7 @@ def test_it_trains_resumes_evaluates_and_exports(folder):
     killed_after(folder, "stage1", "step-00000001")
     done = pipeline.run(folder, "stage1")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from step" in done.stdout
+    assert "resuming from step" in done.stdout
     pipeline.run_all(folder, "stage2")
     summary = json.loads((folder / "outputs/stage1/training.json").read_text())
     counts = {row["group"]: (row["parameters"], row["learning_rate"]) for row in summary["parameters"]}

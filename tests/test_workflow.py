@@ -42,7 +42,7 @@ def test_dry_run_plans_one_job_per_shard_and_skips_finished_ones(tmp_path, profi
     assert sorted(outputs) == ["packed/test/p.tar", "packed/train/p1.tar"]
 
 
-def test_profiles():
+def test_profiles_are_valid():
     contents = {
         name: yaml.safe_load((ROOT / f"workflow/profiles/{name}/config.yaml").read_text())
         for name in ("default", "slurm")
@@ -52,7 +52,7 @@ def test_profiles():
     assert contents["slurm"]["retries"] >= 1
 
 
-def test_profile_from_the_environment(monkeypatch, tmp_path):
+def test_profile_is_chosen_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
     assert control.snakemake_profile() == ROOT / "workflow/profiles/default"
     for chosen in ("slurm", "workflow/profiles/slurm", str(ROOT / "workflow/profiles/slurm")):
@@ -89,8 +89,8 @@ def queue(tmp_path, monkeypatch):
     return queue
 
 
-def test_left_over_jobs_are_cancelled_by_the_name_of_their_run(queue, capsys):
-    control.cancel_left_over(queue.parent)
+def test_leftover_slurm_jobs_are_cancelled_by_run_name(queue, capsys):
+    control.cancel_leftover_jobs(queue.parent)
     assert queue.read_text() == ""
     calls = (queue.parent / "calls").read_text().splitlines()
     assert calls == [
@@ -99,26 +99,26 @@ def test_left_over_jobs_are_cancelled_by_the_name_of_their_run(queue, capsys):
         "--noheader --name=12-ab --format=%i",
     ]
     assert "cancelling 2 SLURM jobs of run 12-ab" in capsys.readouterr().err
-    control.cancel_left_over(queue.parent)
+    control.cancel_leftover_jobs(queue.parent)
     assert (queue.parent / "calls").read_text().count("scancel") == 1  # none are left
 
 
-def test_runs_on_this_machine_ask_no_queue(queue):
+def test_local_runs_do_not_query_slurm(queue):
     (queue.parent / control.LOG).write_text("Building DAG of jobs...\n")
-    control.cancel_left_over(queue.parent)
+    control.cancel_leftover_jobs(queue.parent)
     assert not (queue.parent / "calls").exists()
 
 
-def test_a_queue_that_does_not_answer_is_named(queue, monkeypatch, capsys):
+def test_failing_slurm_command_is_named(queue, monkeypatch, capsys):
     (queue.parent / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"squeue .* ended with exit code 1: no controller"):
-        control.cancel_left_over(queue.parent)
+    with pytest.raises(UserError, match=r"squeue .* failed with exit code 1: no controller"):
+        control.cancel_leftover_jobs(queue.parent)
     monkeypatch.setenv("PATH", str(queue.parent))
-    control.cancel_left_over(queue.parent)  # another machine than the one that submitted them
+    control.cancel_leftover_jobs(queue.parent)  # another machine than the one that submitted them
     assert "scancel --name=12-ab" in capsys.readouterr().err
 
 
-def test_what_slurm_says_of_a_job_reaches_the_user(tmp_path):
+def test_slurm_error_message_reaches_the_user(tmp_path):
     log = tmp_path / ".snakemake/slurm_logs/rule_pack_shard/train_p0/7.log"
     log.parent.mkdir(parents=True)
     log.write_text("Building DAG\nslurmstepd: error: *** JOB 7 ON node1 CANCELLED AT DUE TO TIME LIMIT ***\n")

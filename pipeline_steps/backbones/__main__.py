@@ -10,8 +10,8 @@ kind local     checks and copies two existing folders in Hugging Face format: a 
 kind hub       downloads such a pair from the Hugging Face Hub at pinned revisions.
 
 Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders) and the held-out accuracies of the warm-ups.
-Both folders are replaced together or not at all. Exits with code 1 and a one-paragraph message if a folder is unusable
-or a path cannot be written.
+OUT is replaced atomically. Exits with code 1 and a one-paragraph message if a folder is unusable or a path cannot be
+written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PARAMS = ("backbones",)
 
 
 def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
-    """Train both backbones and the tokenizer, write them below `folder`, return the metrics."""
+    """Train both backbones and the tokenizer, and write them below `folder`. Returns the metrics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU by use_deterministic_algorithms
     torch.set_num_threads(options.num_threads)
     torch.use_deterministic_algorithms(True)
@@ -58,6 +58,7 @@ def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
 
 
 def count(module: torch.nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

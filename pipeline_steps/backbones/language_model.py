@@ -109,6 +109,7 @@ def warm_up_language_model(
 
 @torch.no_grad()
 def copy_accuracy(model: LlamaForCausalLM, task: CopyTask, generator: torch.Generator) -> float:
+    """Return the token accuracy on NUM_HELD_OUT new sequences."""
     model.eval()
     right = total = 0
     for _ in range(NUM_HELD_OUT // 32):

@@ -55,8 +55,11 @@ def copy_backbones(local: Local, folder: Path) -> dict:
 
 
 def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weight: str) -> None:
+    """Check model type, required files and one characteristic weight. Raises UserError."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, expected a {model_type} model. Correct backbones.local.")
+        raise UserError(
+            f"{folder}: no such folder, expected a {model_type} model. Correct the path in backbones.local."
+        )
     files = sorted(file.name for file in folder.iterdir())
     missing = [name for name in required if name not in files]
     if missing:
@@ -74,7 +77,7 @@ def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weigh
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of all weights in model.safetensors, or in the shards listed by its index."""
+    """Return the names of all weights in model.safetensors, or in the shards of its index. Raises UserError."""
     index = folder / "model.safetensors.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     names = []
@@ -109,6 +112,7 @@ def check_chat_format(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON file. Raises UserError if it is invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -13,16 +13,16 @@ class Local(StrictModel):
     vision_path: str | None
     """Folder of the vision encoder."""
     language_path: str | None
-    """Folder of the language model and its tokenizer, or a `.gguf` file (needs the extra `pretrained`)."""
+    """Folder of the language model with its tokenizer, or a `.gguf` file (extra `pretrained`)."""
 
 
 class Repository(StrictModel):
     """A model on the Hugging Face Hub."""
 
     repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """Repository on the Hugging Face Hub, `owner/name`."""
+    """`owner/name` on the Hugging Face Hub."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit (40 hex digits); branches and tags can move."""
+    """Commit hash; branches and tags can move."""
 
 
 class Hub(StrictModel):
@@ -38,68 +38,68 @@ class Embedded(StrictModel):
     """Sizes and warm-up of the backbones that the stage trains itself; read only when kind is embedded."""
 
     seed: NonNegativeInt
-    """Seed of the initial weights and of the warm-up data."""
+    """Seed of initial weights and warm-up data."""
     device: Literal["auto", "cpu", "cuda"]
-    """Device of the warm-up; `auto` uses a GPU if there is one."""
+    """Warm-up device; `auto` prefers a GPU."""
     num_threads: PositiveInt
-    """CPU threads of torch. Another number changes the last bits of the result."""
+    """CPU threads; changes the last bits of results."""
     image_size: PositiveInt
-    """Side of the square frames in pixels: 56, 112 or 224."""
+    """Frame side in pixels: 56, 112 or 224."""
     patch_size: PositiveInt
-    """Side of a patch in pixels: a quarter of `image_size` or a divisor of that."""
+    """Patch side in pixels; divides a quarter of `image_size`."""
     vision_width: PositiveInt
-    """Hidden size of the vision encoder."""
+    """Hidden size."""
     vision_layers: PositiveInt
-    """Layers of the vision encoder."""
+    """Layers."""
     vision_heads: PositiveInt
-    """Attention heads of the vision encoder."""
+    """Attention heads."""
     vision_steps: PositiveInt
-    """Warm-up steps of the vision encoder."""
+    """Warm-up steps."""
     vision_batch_size: PositiveInt
-    """Frames per warm-up step."""
+    """Frames or chats per warm-up step."""
     vision_learning_rate: PositiveFloat
-    """Peak learning rate of the vision warm-up."""
+    """Peak learning rate of the warm-up."""
     language_width: PositiveInt
-    """Hidden size of the language model."""
+    """Hidden size."""
     language_layers: PositiveInt
-    """Layers of the language model."""
+    """Layers."""
     language_heads: PositiveInt
-    """Attention heads of the language model."""
+    """Attention heads."""
     language_kv_heads: PositiveInt
-    """Key-value heads (grouped-query attention)."""
+    """Key-value heads."""
     language_steps: PositiveInt
-    """Warm-up steps of the language model."""
+    """Warm-up steps."""
     language_batch_size: PositiveInt
-    """Chats per warm-up step."""
+    """Frames or chats per warm-up step."""
     language_learning_rate: PositiveFloat
-    """Peak learning rate of the language warm-up."""
+    """Peak learning rate of the warm-up."""
     vocabulary_size: int = Field(ge=259)
-    """Upper limit of the BPE vocabulary: 3 special tokens, 256 bytes, then merges."""
+    """Largest BPE vocabulary: 3 special tokens, 256 bytes, merges."""
     max_positions: PositiveInt
-    """Longest sequence of the language model, in tokens."""
+    """Longest sequence in tokens."""
 
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.vision_width % self.vision_heads:
             raise ValueError(
-                f"vision_heads is {self.vision_heads}, which does not divide vision_width {self.vision_width}"
+                f"vision_width is {self.vision_width}, expected a multiple of vision_heads ({self.vision_heads})"
             )
         if self.language_width % (2 * self.language_heads):  # rotary embeddings turn pairs
             raise ValueError(
-                f"language_width is {self.language_width}, no multiple of twice the "
-                f"language_heads {self.language_heads}"
+                f"language_width is {self.language_width}, expected a multiple of 2 * language_heads "
+                f"({2 * self.language_heads})"
             )
         if self.language_heads % self.language_kv_heads:
             raise ValueError(
-                f"language_kv_heads is {self.language_kv_heads}, which does not divide language_heads "
-                f"{self.language_heads}"
+                f"language_heads is {self.language_heads}, expected a multiple of language_kv_heads "
+                f"({self.language_kv_heads})"
             )
         return self
 
 
 class Section(StrictModel):
     kind: Literal["embedded", "local", "hub"]
-    """`embedded` trains small backbones; `hub` downloads pretrained ones; `local` reads folders."""
+    """Train small backbones, read folders, or download from the Hub."""
     local: Local
     """Existing folders."""
     hub: Hub

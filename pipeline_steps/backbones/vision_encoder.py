@@ -64,7 +64,7 @@ def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
             nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(encoder.embeddings.cls_token, std=0.02)
     rows, columns = torch.randn(2, grid, options.vision_width)
-    grid = rows[:, None] + columns[None]  # row plus column embedding: queries by place are learned much sooner
+    grid = rows[:, None] + columns[None]  # row plus column embedding: place queries are learned much sooner
     encoder.embeddings.position_embeddings.data[0, 1:] = grid.flatten(0, 1)
     return encoder
 
@@ -75,13 +75,13 @@ def patch_grid(options: Embedded) -> int:
     if options.image_size not in sizes:
         raise UserError(
             f"backbones.embedded.image_size is {options.image_size}, expected one of "
-            f"{', '.join(map(str, sizes))}: the procedural world is rendered in these sizes only."
+            f"{', '.join(map(str, sizes))}: the procedural world supports only these sizes."
         )
     cell = options.image_size // world.GRID  # px of one of the world's patches, which holds at most one digit
     if cell % options.patch_size:
         raise UserError(
             f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected a "
-            f"patch_size that divides {cell}: the warm-up's labels are given per cell of {cell} x {cell} px."
+            f"patch_size that divides {cell}: the labels of the warm-up refer to cells of {cell} x {cell} px."
         )
     return options.image_size // options.patch_size
 
@@ -91,9 +91,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.table = nn.Parameter(
-            torch.randn(NUM_COLOURS + NUM_PLACES, width)
-        )  # unit variance, like the model's queries
+        self.queries = nn.Parameter(torch.randn(NUM_COLOURS + NUM_PLACES, width))  # unit variance, like the model's
         self.patch_digit = nn.Linear(width, NUM_DIGITS + 1)
         self.patch_colour = nn.Linear(width, NUM_COLOURS + 1)
         self.query_digit = nn.Linear(width, NUM_DIGITS + 1)
@@ -138,6 +136,7 @@ def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_work
 
 
 def on_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """Return the batch on `device`."""
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
 
@@ -146,23 +145,25 @@ def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor])
     if "colour_digit" not in batch:
         encoded = encoder.encode(pixel_values(batch["frames"]), need_patch_features=True)
         return patch_loss(heads, encoded, batch)
-    encoded = encode_with_table(encoder, heads, batch)
+    encoded = encode_with_queries(encoder, heads, batch)
     query_loss = F.cross_entropy(heads.query_digit(encoded.query_output).flatten(0, 1), query_labels(batch).flatten())
     class_loss = class_token_loss(heads, encoded.patch_features[:, 0], batch)
     return patch_loss(heads, encoded, batch) + QUERY_WEIGHT * query_loss + CLASS_TOKEN_WEIGHT * class_loss
 
 
-def encode_with_table(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> EncodedFrames:
+def encode_with_queries(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> EncodedFrames:
+    """Encode the frames of a batch with all learned queries."""
     frames = pixel_values(batch["frames"])
-    return encoder.encode(frames, heads.table.expand(len(frames), -1, -1), need_patch_features=True)
+    return encoder.encode(frames, heads.queries.expand(len(frames), -1, -1), need_patch_features=True)
 
 
 def query_labels(batch: dict[str, Tensor]) -> Tensor:
-    """Digit that each learned query asks for: int64 [B, Q]; 10 if its colour or place is not in the frame."""
+    """Return the digit that each learned query asks for: int64 [B, Q]; 10 if its colour or place is absent."""
     return torch.cat([batch["colour_digit"], batch["place_digit"]], dim=1)
 
 
 def patch_loss(heads: Heads, encoded: EncodedFrames, batch: dict[str, Tensor]) -> Tensor:
+    """Return the sum of the losses on patch-level labels."""
     patches = encoded.patch_features[:, 1:]
     return F.cross_entropy(heads.patch_digit(patches).flatten(0, 1), batch["patch_digit"].flatten()) + F.cross_entropy(
         heads.patch_colour(patches).flatten(0, 1), batch["patch_colour"].flatten()
@@ -171,7 +172,7 @@ def patch_loss(heads: Heads, encoded: EncodedFrames, batch: dict[str, Tensor]) -
 
 @torch.no_grad()
 def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedded) -> dict[str, float]:
-    """Accuracies on frames with digits of the validation pool. Empty patches and absent objects do not count."""
+    """Return accuracies on frames with validation digits, without empty patches and absent objects."""
     encoder.eval()
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0]
@@ -190,8 +191,8 @@ def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedde
 
 
 def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the query digits, patch digits and patch colours, on the CPU."""
-    encoded = encode_with_table(encoder, heads, {"frames": frames.to(heads.table.device)})
+    """Return the logits of query digits, patch digits and patch colours, on the CPU."""
+    encoded = encode_with_queries(encoder, heads, {"frames": frames.to(heads.queries.device)})
     patches = encoded.patch_features[:, 1:]
     logits = heads.query_digit(encoded.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
     return tuple(values.cpu() for values in logits)

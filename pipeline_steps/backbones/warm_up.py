@@ -8,7 +8,7 @@ import torch
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.monitoring.progress import progress_bar, show_values
 
-WARM_UP_SHARE = 0.1  # of the steps: linear warm-up, followed by cosine decay to zero
+WARMUP_RATIO = 0.1  # share of the steps with linear warm-up, followed by cosine decay to zero
 GRADIENT_CLIP = 1.0
 
 
@@ -25,7 +25,7 @@ def optimise(
     Raises UserError on a non-finite loss.
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    num_warm_up = max(1, round(WARM_UP_SHARE * num_steps))
+    num_warm_up = max(1, round(WARMUP_RATIO * num_steps))
 
     def schedule(step: int) -> float:
         if step < num_warm_up:

@@ -1,4 +1,4 @@
-"""Checkpoints: the folder of a trained model with its processor, as every stage writes and reads it."""
+"""Checkpoints: folders with a trained model and its processor, written and read by the stages."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,11 @@ from pipeline_steps.common.errors import UserError
 
 
 def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None:
-    """Model, code and processor into `folder`. `options`: FoveatedVLMProcessor's, beyond what the network determines.
+    """Saves model, code and processor to `folder`. options: of FoveatedVLMProcessor that the network does not
+    determine.
 
-    The tokenizer is read as its tokenizer.json says: the library's class of that name may split text in its own way.
+    The tokenizer is loaded from tokenizer.json as a generic fast tokenizer, because a model-specific tokenizer class
+    may split text differently.
     """
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
@@ -22,7 +24,7 @@ def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None
 
 
 def load_model(folder: Path) -> FoveatedVLMForConditionalGeneration:
-    """The model of a checkpoint, in fp32, in evaluation mode. UserError when the folder does not hold a whole one."""
+    """The model of a checkpoint in fp32 and evaluation mode. UserError if the checkpoint is missing or incomplete."""
     _check_type(folder)
     try:
         return FoveatedVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -31,10 +33,10 @@ def load_model(folder: Path) -> FoveatedVLMForConditionalGeneration:
 
 
 def load_checkpoint(folder: Path) -> tuple[FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor]:
-    """`load_model`, and the processor beside it."""
+    """(model as from `load_model`, processor)."""
     model = load_model(folder)
     if not (folder / "processor_config.json").exists():
-        raise UserError(f"{folder} holds a model without processor_config.json: train it again, or copy the file there")
+        raise UserError(f"{folder} has a model but no processor_config.json. Train it again, or copy the file there.")
     return model, FoveatedVLMProcessor.from_pretrained(folder)
 
 
@@ -44,12 +46,12 @@ def _check_type(folder: Path) -> None:
         found = json.loads(path.read_text()).get("model_type")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: missing, so {folder} holds no model. Train it first (`dvc repro`) or name another folder."
+            f"{path}: missing, so {folder} has no model. Train it first (`dvc repro`) or pass another folder."
         ) from None
     except (ValueError, AttributeError):
-        raise UserError(f"{path}: not the configuration of a model. Save the model again.") from None
+        raise UserError(f"{path}: not a valid model configuration. Save the model again.") from None
     if found != FoveatedVLMConfig.model_type:
         raise UserError(
-            f"{path}: model_type is {found!r}, expected {FoveatedVLMConfig.model_type!r}. Name a trained checkpoint, "
+            f"{path}: model_type is {found!r}, expected {FoveatedVLMConfig.model_type!r}. Pass a trained checkpoint, "
             "not a backbone."
         )

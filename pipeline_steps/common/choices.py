@@ -1,4 +1,4 @@
-"""Multiple-choice questions as text: one rendering for what is trained on and for what is scored."""
+"""Text format of multiple-choice questions, shared by training and evaluation."""
 
 from string import ascii_uppercase
 
@@ -14,7 +14,7 @@ def question(user, options, line, where):
     """
     texts = [option.strip() for option in options]
     if len(texts) > len(LETTERS):
-        raise UserError(f"{where}: {len(texts)} options, but there are {len(LETTERS)} letters. Remove some of them.")
+        raise UserError(f"{where}: {len(texts)} options, but there are {len(LETTERS)} letters. Remove some options.")
     if "" in texts:
         raise UserError(f"{where}: option {LETTERS[texts.index('')]} is empty. Correct or remove it at its source.")
     lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
@@ -22,5 +22,5 @@ def question(user, options, line, where):
 
 
 def answer(number):
-    """The right answer's text for option `number`: its letter."""
+    """The answer text for option `number`: its letter."""
     return LETTERS[number]

@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and the wrapper that every entry point runs in."""
+"""Errors that the user can fix, and the wrapper of all entry points."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
-    """Something that the user can correct: shown as one paragraph without a traceback, exit code 1."""
+    """An error that the user can fix. `run_main` prints it without a traceback and exits with code 1."""
 
 
 def _safetensors_errors():
@@ -19,7 +19,7 @@ def _safetensors_errors():
 
 
 def _unwritable(error):
-    """'FILE: REASON' if the disk refused what was written, also where torch or safetensors hide it, else None."""
+    """'FILE: REASON' for a failed write, also if torch or safetensors wrap the OSError; None for other errors."""
     cause = error if isinstance(error, OSError) else error.__context__
     hidden = re.search(r"\(os error (\d+)\)", str(error))
     number = cause.errno if isinstance(cause, OSError) else int(hidden[1]) if hidden else None
@@ -29,7 +29,7 @@ def _unwritable(error):
 
 
 def run_main(main):
-    """Calls `main()` and exits: 0, or 1 with one paragraph on stderr for a UserError, or 130 when interrupted."""
+    """Calls `main()` and exits: 0 (or its return value), 1 with a message on stderr for a UserError, 130 on Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -41,7 +41,7 @@ def run_main(main):
         problem = _unwritable(error)
         if problem is None:
             raise
-        print(f"error: {problem}. Check that it can be written and that the disk is not full.", file=sys.stderr)
+        print(f"error: {problem}. Check its permissions and the free disk space.", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

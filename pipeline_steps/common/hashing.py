@@ -1,4 +1,4 @@
-"""Hashes that identify files, media and work. A change here makes every stage run again."""
+"""Hashes that identify files, media and work. A change here invalidates every stage."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ def sha256_file(path):
 
 
 def media_sha256(path, parts=()):
-    """sha256 of a sample's media: of the file, of its `parts` one after the other, or of a folder's files by name."""
+    """sha256 of a sample's media: of a file, of its concatenated `parts`, or of the files of a folder sorted by
+    name."""
     path = Path(path)
     if path.is_dir():
         digest = hashlib.sha256()
@@ -29,7 +30,7 @@ def media_sha256(path, parts=()):
 
 
 def fingerprint(*parts):
-    """16 hex digits that identify parameters, hashes and code: every part is a Path (its bytes) or JSON-able."""
+    """16 hex digits that identify the parts. Each part is a Path (its content is hashed) or JSON-serialisable."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()

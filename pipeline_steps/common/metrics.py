@@ -31,26 +31,26 @@ class Score(Result):
     """Loss and accuracy over the scored answer tokens of a group of items, each token counting the same."""
 
     loss: float
-    """Nats per scored answer token."""
+    """Nats per scored token."""
     accuracy: Share
-    """Share of scored answer tokens that are the most likely one, teacher-forced."""
+    """Token accuracy, teacher-forced."""
     num_items: int = Field(ge=1)
-    """Items scored."""
+    """Counts."""
     num_tokens: int = Field(ge=1)
-    """Tokens scored."""
+    """Counts."""
     loss_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     accuracy_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
 
 
 class MeanScore(Result):
     """Unweighted mean over the tasks."""
 
     loss: float
-    """Mean loss over tasks."""
+    """Means over tasks."""
     accuracy: Share
-    """Mean accuracy over tasks."""
+    """Means over tasks."""
 
 
 class Gap(Result):
@@ -59,7 +59,7 @@ class Gap(Result):
     loss_ratio: float
     """Autoregressive loss / fine loss."""
     interval: Interval
-    """95 % interval, paired bootstrap over items."""
+    """Interval."""
 
 
 class Gaze(Result):
@@ -67,53 +67,53 @@ class Gaze(Result):
     the first)."""
 
     peak_on_target: Share
-    """Share of frames whose strongest patch belongs to the target."""
+    """Share of frames whose strongest patch is the target's."""
     peak_on_target_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     peak_on_any_object: Share
-    """Share of frames whose strongest patch belongs to any object."""
+    """The same for any object."""
     mass_on_target: Share
-    """Share of patch attention on the target (class token excluded)."""
+    """Share of patch attention on the target."""
     chance: Share
-    """Share of patches that are the target's."""
+    """The target's share of all patches."""
     chance_among_objects: Share
     """The target's share of all object patches."""
     num_frames: int = Field(ge=1)
-    """Frames measured."""
+    """Counts."""
     per_layer: list[Share]
-    """`peak_on_target` of each vision layer."""
+    """`peak_on_target` by layer, head or frame."""
     per_head: list[list[Share]] | None = None
-    """`peak_on_target` by layer and head."""
+    """`peak_on_target` by layer, head or frame."""
     mass_per_head: list[list[Share]] | None = None
     """`mass_on_target` by layer and head."""
     per_frame: list[Share | None]
-    """`peak_on_target` by frame position, including the first; null: never visible."""
+    """`peak_on_target` by layer, head or frame."""
 
 
 class GazeDifference(Result):
     """Autoregressive peak_on_target minus a reference's, over the same frames."""
 
     peak_on_target: float
-    """Autoregressive `peak_on_target` minus the reference's."""
+    """Autoregressive minus reference."""
     interval: Interval
-    """95 % interval, paired bootstrap over items."""
+    """Interval."""
     num_frames: int = Field(ge=1)
-    """Frames measured."""
+    """Counts."""
 
 
 class Control(Result):
     """A control minus the autoregressive mode, on the items that both scored: what it costs to take something away."""
 
     loss_difference: float
-    """Nats per scored token."""
+    """Control minus autoregressive."""
     loss_interval: Interval
-    """95 % interval, paired bootstrap over items."""
+    """Interval."""
     accuracy_difference: float
-    """Difference of accuracies."""
+    """Control minus autoregressive."""
     accuracy_interval: Interval
-    """95 % interval, paired."""
+    """Interval."""
     num_items: int = Field(ge=1)
-    """Items that both scored."""
+    """Counts."""
 
 
 class PerFrame(Result):
@@ -121,75 +121,75 @@ class PerFrame(Result):
     nothing is asked of that frame."""
 
     loss: list[float | None]
-    """Nats per scored token, by frame."""
+    """By frame."""
     accuracy: list[Share | None]
-    """Accuracy by frame."""
+    """By frame."""
     num_items: list[int]
-    """Items by frame."""
+    """By frame."""
 
 
 class View(Result):
     """A part of the clips in autoregressive mode, against all frames of the same clips."""
 
     loss: float
-    """Loss on the part."""
+    """On the part."""
     accuracy: Share
-    """Accuracy on the part."""
+    """On the part."""
     all_frames_loss: float
-    """Loss of the same items with all frames."""
+    """Same items, all frames."""
     all_frames_accuracy: Share
-    """Accuracy of the same items with all frames."""
+    """Same items, all frames."""
     loss_difference: float
     """Part minus full."""
     loss_interval: Interval
-    """95 % interval of the difference, paired."""
+    """Interval."""
     answers_changed: Share
-    """Share of items with at least one changed token prediction."""
+    """Share of items with a changed token."""
     answers_changed_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     tokens_changed: Share
-    """Share of scored tokens whose prediction changes."""
+    """Share of changed tokens."""
     num_items: int = Field(ge=1)
-    """Items."""
+    """Counts."""
 
 
 class Check(Result):
     """One automated diagnostic: `value` must lie within `low` and `high` (null: no bound)."""
 
     verdict: Literal["ok", "suspicious", "not applicable"]
-    """`suspicious` means broken; `ok` does not mean good."""
+    """`ok`, `suspicious`, `not applicable`."""
     value: float | None
-    """The measured value; null: not applicable."""
+    """Measured value and bounds."""
     low: float | None
-    """Lower bound; null: none."""
+    """Measured value and bounds."""
     high: float | None
-    """Upper bound; null: none."""
+    """Measured value and bounds."""
     meaning: str
-    """What the value is."""
+    """What is measured."""
     reason: str
-    """What an out-of-bounds value indicates, or why the check does not apply."""
+    """What a value out of bounds indicates, or why the check does not apply."""
 
 
 class Diagnostics(Result):
     checks: dict[str, Check]
     """By check."""
     entropy: dict[str, list[list[Share]]]
-    """By mode, layer, head: attention entropy as a share of the maximum."""
+    """By mode, layer, head: attention entropy / its maximum."""
     peak: dict[str, list[list[Share]]]
-    """By mode, layer, head: largest attention weight, mean over frames."""
+    """By mode, layer, head: largest attention weight."""
     num_items: int = Field(ge=1)
-    """Items."""
+    """Counts."""
     num_frames: int = Field(ge=1)
-    """Frames."""
+    """Counts."""
 
 
 class Generation(Result):
     """Greedy answers in autoregressive mode."""
 
     exact_match: Share
-    """Share of greedy answers equal to the expected one."""
+    """Share of correct answers."""
     num_items: int = Field(ge=1)
-    """Items."""
+    """Counts."""
 
 
 class ChoiceScore(Result):
@@ -198,34 +198,34 @@ class ChoiceScore(Result):
     accuracy: Share
     """Share of right choices."""
     interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     blind: Share
-    """The same with grey frames."""
+    """The same, blind."""
     blind_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     gain: float = Field(ge=-1, le=1)
     """`accuracy` - `blind`."""
     gain_interval: Interval
-    """95 % interval, paired."""
+    """Interval."""
 
 
 class MultipleChoice(Result):
     """Items with options, of one source and task or of all."""
 
     num_items: int = Field(ge=1)
-    """Items."""
+    """Counts."""
     chance: Share
     """Mean of 1 / number of options."""
     scorings: dict[str, ChoiceScore]
     """By scoring."""
     no_option: Share
-    """Share of generated answers that match no option; they count as wrong."""
+    """Share of generated answers that match no option (wrong)."""
     blind_no_option: Share
-    """The same with grey frames."""
+    """The same, blind."""
     letters: dict[str, dict[str, Share]]
-    """How often each letter is correct (`correct`) or chosen (by scoring)."""
+    """Share of each letter, correct or chosen by scoring."""
     position_bias: dict[str, Share | None]
-    """Distance between letters chosen and letters correct, 0 to 1; null: none chosen."""
+    """Distance between chosen and correct letters, 0 to 1."""
 
 
 class CaptionStyle(Result):
@@ -234,17 +234,17 @@ class CaptionStyle(Result):
     num_words: float
     """Mean words per text."""
     empty: Share
-    """Share of texts without a word."""
+    """Share of texts without words."""
     repetition: Share
-    """Share of four-word phrases that repeat within their text."""
+    """Share of four-word phrases that repeat within a text."""
     distinct_1: Share | None
-    """Distinct words / all words; null: no words."""
+    """Distinct / all words, or word pairs."""
     distinct_2: Share | None
-    """The same for word pairs."""
+    """Distinct / all words, or word pairs."""
     same_opening: Share
-    """Share of texts with the most frequent first three words."""
+    """Share with the commonest first three words."""
     same_text: Share
-    """Share of texts equal to the most frequent one."""
+    """Share equal to the commonest text."""
 
 
 class Missed(Result):
@@ -253,45 +253,45 @@ class Missed(Result):
     complete_miss: Share
     """Share of texts that name no known attribute."""
     interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     named: Share
-    """Share of a text's attributes it names, mean over texts."""
+    """Mean share of attributes named."""
     num_items: int = Field(ge=1)
-    """Items with known attributes."""
+    """Counts."""
 
 
 class CaptionScore(Result):
     cider: float | None
-    """CIDEr-D, 0 to 10, as pycocoevalcap 1.2; document frequencies of this task's references. null: one item."""
+    """CIDEr-D, 0 to 10, as pycocoevalcap 1.2; null: one item."""
     cider_interval: Interval | None
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     bleu: Share
     """Corpus BLEU-4 (sacrebleu)."""
     meteor: Share
-    """METEOR (NLTK): equal words and stems, no synonyms, so below published figures."""
+    """METEOR (NLTK), no synonyms: below published figures."""
     meteor_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     missed: dict[str, Missed]
-    """By attribute: `colour`, `digit`, `bound` (a colour followed by its own digit). Compare with `blind`."""
+    """By attribute: `colour`, `digit`, `bound` (colour with its own digit)."""
     style: CaptionStyle
-    """Style of the answers."""
+    """Style."""
 
 
 class Captions(Result):
     """Free answers of a task."""
 
     num_items: int = Field(ge=1)
-    """Items."""
+    """Counts."""
     modes: dict[str, CaptionScore]
-    """By mode: coarse, fine, autoregressive, blind."""
+    """By mode."""
     reference: CaptionStyle
-    """Style of the references."""
+    """Style of references."""
     overlap_fine_coarse: Share
-    """Words shared by fine and coarse answers: 2 x common / all."""
+    """Words fine and coarse answers share: 2 x common / all."""
     overlap_interval: Interval
-    """95 % interval, bootstrap over items."""
+    """Interval."""
     same_fine_coarse: Share
-    """Share of items with equal fine and coarse answers."""
+    """Share of equal fine and coarse answers."""
 
 
 class EvaluationResult(Result):
@@ -300,25 +300,25 @@ class EvaluationResult(Result):
     tasks: dict[str, dict[str, Score]] = Field(min_length=1)
     """By task and mode."""
     mean: dict[str, MeanScore]
-    """By mode: unweighted mean over tasks."""
+    """By mode."""
     gap: dict[str, Gap]
     """By task."""
     text: Score | None
-    """Text-only samples; null: the split has none."""
+    """Text-only samples."""
     chance: dict[str, Share | None]
-    """By task: accuracy of the training split's most frequent token at each answer position; null: not trained."""
+    """By task: accuracy of the commonest training token at each position."""
     gaze: dict[str, dict[str, Gaze]]
-    """By task and mode, for tasks whose target has known boxes."""
+    """By task and mode."""
     generation: dict[str, Generation]
-    """By task: greedy answers."""
+    """By task."""
     mean_exact_match: Share | None = None
-    """Unweighted mean over the tasks of `generation`; null: no answers."""
+    """Unweighted mean over tasks."""
     multiple_choice: dict[str, MultipleChoice] = {}
     """By `source/task`, and `all`."""
     captions: dict[str, Captions] = {}
-    """By task: free answers."""
+    """By task."""
     provenance: dict
-    """Hashes of checkpoint, manifests and parameters; split, seed, device, threads, library versions."""
+    """Hashes, split, seed, device, threads, versions."""
     sources: dict[str, dict[str, dict[str, Score]]] | None = None
     """By source, task and mode."""
     controls: dict[str, dict[str, Control]] | None = None
@@ -326,9 +326,9 @@ class EvaluationResult(Result):
     gaze_difference: dict[str, dict[str, GazeDifference]] | None = None
     """By task and reference: chance, coarse, oracle."""
     per_frame: dict[str, dict[str, PerFrame]] | None = None
-    """By task and mode, for tasks with an answer per frame."""
+    """By task and mode."""
     temporal: dict[str, dict[str, View]] | None = None
-    """By task and part of the clip."""
+    """By task and view."""
     diagnostics: Diagnostics | None = None
     """Automated checks."""
 
@@ -337,9 +337,9 @@ class Components(Result):
     """FLOPs per sample (2 per multiply-accumulate)."""
 
     vision_encoder: float
-    """Patches through the vision encoder, keys and values once."""
+    """Patches through the encoder."""
     query_passes: float
-    """Queries through the vision encoder."""
+    """Queries through the encoder."""
     connector: float
     """Projections between the backbones."""
     planner: float
@@ -354,49 +354,49 @@ class ModeFlops(Result):
     components: Components
     """One forward pass with loss."""
     language_passes: list[float]
-    """FLOPs of each language-model pass: planning, then answering."""
+    """FLOPs and positions of each language-model pass."""
     language_positions: list[float]
-    """Positions of each pass."""
+    """FLOPs and positions of each language-model pass."""
     num_query_passes: float
-    """Query passes per frame; 0: the network has no queries."""
+    """Query passes per frame."""
     total: float
     """Sum of the components."""
     backward: float
-    """Backward pass with every weight trained."""
+    """Backward pass, all weights trained."""
 
 
 class AnswerCost(Result):
     """An answer in autoregressive mode, at the mean lengths (pipeline_steps/flops/serving.py)."""
 
     num_prompt_tokens: int
-    """Prompt tokens, visual ones included."""
+    """Lengths, visual tokens included."""
     num_answer_tokens: int = Field(ge=1)
-    """Answer tokens."""
+    """Lengths, visual tokens included."""
     prefill: float
-    """FLOPs until the first token."""
+    """FLOPs of the first token."""
     first_decoded_token: float
     """FLOPs of the second token."""
     per_decoded_token: float
     """Mean FLOPs of later tokens."""
     total: float
-    """FLOPs of the whole answer."""
+    """FLOPs of the answer."""
     key_value_bytes: int
-    """The language model's cache at the last token."""
+    """Final caches of language model and frames."""
     vision_bytes: int
-    """Cached keys and values of the frames."""
+    """Final caches of language model and frames."""
 
 
 class TrainingMemory(Result):
     """Bytes of the activations of one training sample: an estimate (pipeline_steps/flops/serving.py)."""
 
     vision_bytes: int
-    """Vision encoder."""
+    """Bytes by part."""
     query_bytes: int
-    """Queries."""
+    """Bytes by part."""
     language_bytes: int
-    """Language model."""
+    """Bytes by part."""
     vocabulary_bytes: int
-    """Logits."""
+    """Bytes by part."""
 
 
 class BudgetSamples(Result):
@@ -411,52 +411,39 @@ class BudgetSamples(Result):
     flops_per_sample: float
     """FLOPs per training sample."""
     num_samples: int
-    """Samples the budget pays for."""
-    predecessor_flops_per_sample: float
-    """The predecessor's count."""
-    predecessor_num_samples: int
-    """Samples by that count."""
-
-
-class CountStep(Result):
-    """One reason why the predecessor's count of a training sample differs, and the count after it is put right."""
-
-    reason: str
-    """Why the count changes."""
-    flops_per_sample: float
-    """The count after this correction."""
+    """Samples within the budget."""
 
 
 class Frontier(Result):
     """Cost over the number of frames for one size of language model."""
 
     num_frames: list[int]
-    """Frames."""
+    """Frames per clip."""
     foveated: list[float]
-    """Autoregressive forward pass."""
+    """Forward pass, autoregressive."""
     multi_token: list[float]
-    """The same with multiple tokens."""
+    """Forward pass, autoregressive."""
     foveated_training: list[float]
     """Training sample."""
     multi_token_training: list[float]
-    """The same with multiple tokens."""
+    """Training sample."""
     vision_share: list[Share]
-    """Share of encoder and queries in the foveated forward pass."""
+    """Encoder's and queries' share of the foveated forward pass."""
     cheaper_from: int | None
-    """Frames from which one token per frame is cheaper; null: nowhere."""
+    """Frames from which foveated is cheaper; null: nowhere."""
     cheaper_training_from: int | None
-    """The same in training."""
+    """Frames from which foveated is cheaper; null: nowhere."""
 
 
 class FlopsResult(Result):
     modes: dict[str, ModeFlops]
     """This network, by mode."""
     arms: dict[str, ModeFlops]
-    """Separately trained networks, autoregressive mode."""
+    """Separately trained networks, autoregressive."""
     training_sample: float
-    """One training sample, forward and backward."""
+    """Training sample, forward and backward."""
     training: dict[str, float]
-    """The same by arm."""
+    """The same, by arm."""
     curves: dict[str, list[float]]
     """Totals over `num_frames` by arm."""
     answers: dict[str, AnswerCost]
@@ -465,14 +452,12 @@ class FlopsResult(Result):
     """By arm."""
     budgets: list[BudgetSamples]
     """Iso-FLOP sample counts."""
-    corrections: dict[str, list[CountStep]]
-    """By `SCALE ARM`: from the predecessor's count to ours."""
     frontier: dict[str, Frontier]
     """By language model."""
     per: str
     """Unit of the counts."""
     assumptions: dict
-    """Mean lengths, and what is not counted."""
+    """Mean lengths; what is not counted."""
 
 
 class Served(Result):
@@ -481,19 +466,19 @@ class Served(Result):
     num_items: int = Field(ge=0)
     """Items available."""
     num_samples: int = Field(ge=0)
-    """Samples served, repeats counted."""
+    """Samples served, with repeats."""
     share: Share
     """Share of the stage's samples."""
     epochs: float = Field(ge=0)
     """`num_samples` / `num_items`."""
     num_frames: int = Field(ge=0)
-    """Frames served, stills replicated."""
+    """Served, stills replicated."""
     text_tokens: int = Field(ge=0)
-    """Text tokens served."""
+    """Served, stills replicated."""
     visual_tokens: int = Field(ge=0)
-    """Visual tokens served."""
+    """Served, stills replicated."""
     num_truncated: int = Field(ge=0)
-    """Samples whose chat lost turns to `tokens.max_tokens`."""
+    """Samples shortened to `tokens.max_tokens`."""
 
 
 class StageServed(Result):
@@ -504,7 +489,7 @@ class StageServed(Result):
     total: Served
     """All items."""
     unserved: dict[str, int]
-    """Items that match no mixture entry, by `source/task`."""
+    """Items outside the mixture, by `source/task`."""
 
 
 class StreamingResult(Result):

@@ -29,15 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pipeline_steps.common.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_SECTIONS = {  # that no stage has to itself
+OTHER_SECTIONS = {  # sections without a stage of their own
     "model": "pipeline_steps.training.model_schema",
     "runtime": "pipeline_steps.common.runtime_schema",
 }
-RUNTIME = "runtime"  # every stage may read it, and no result depends on it
+RUNTIME = "runtime"  # available to every stage; results do not depend on it
 
 
 class StrictModel(BaseModel):
-    """Base of all sections: read-only, unknown keys are errors, types are not converted (an int is a float)."""
+    """Base of all sections: read-only, no unknown keys, no type conversion (except from int to float)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -45,7 +45,7 @@ class StrictModel(BaseModel):
 
 
 class Parameters:
-    """A read-only namespace that holds the requested keys only."""
+    """A read-only namespace of the requested keys."""
 
     def __init__(self, path, values):
         object.__setattr__(self, "_path", path)
@@ -79,7 +79,7 @@ def section_modules():
     return {name: f"pipeline_steps.{name}.schema" for name in names} | OTHER_SECTIONS
 
 
-# all keys at the top of params.yaml but `runtime`: what results may depend on
+# top-level keys of params.yaml that results may depend on: all but `runtime`
 RESULT_KEYS = ("seed", "ablation", *sorted(section_modules().keys() - {"runtime"}))
 
 
@@ -93,8 +93,10 @@ def schema():
 
 
 def read(path, *keys):
-    """Validates the WHOLE file and returns a read-only namespace of the requested dotted keys and of section `runtime`,
-    or raises UserError."""
+    """Validates the WHOLE file; returns a read-only namespace of the requested dotted keys and section `runtime`.
+
+    UserError for an invalid file or an unknown key.
+    """
     document = check(path, load(path))
     tree = {}
     for key in keys:
@@ -119,7 +121,7 @@ def _namespace(path, tree):
 
 
 def check(path, content):
-    """The whole content as one pydantic object; UserError names all problems at once (`path`: the file in messages)."""
+    """The content as a validated pydantic object. UserError with all problems at once. path: for messages."""
     model = schema()
     try:
         return model.model_validate_json(json.dumps(content))  # JSON mode: a yaml list is a valid tuple
@@ -128,21 +130,21 @@ def check(path, content):
 
 
 def load(path):
-    """The yaml file as a plain dict. UserError for a missing file, a syntax error or a key that is given twice."""
+    """The YAML file as a plain dict. UserError for a missing file, a syntax error or a duplicate key."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Run in the repository root, name the file with --params, "
-            "or write it anew with `python -m pipeline_steps.common.params --compose`."
+            f"{path}: cannot be read ({error.strerror}). Run in the repository root, pass the file with --params, or "
+            "regenerate it with `python -m pipeline_steps.common.params --compose`."
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not utf-8 text ({error})") from None
+        raise UserError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from None
     return parse(path, text)
 
 
 def parse(path, text):
-    """The yaml text as a plain dict (`path`: the file in messages)."""
+    """YAML text as a plain dict. path: for messages."""
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -153,7 +155,7 @@ def parse(path, text):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float and dates as text, as Hydra does, and refuses a key that is given twice."""
+    """SafeLoader that, like Hydra, reads 1e-4 as a float and dates as text, and rejects duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -187,7 +189,7 @@ _Loader.add_implicit_resolver(
 
 
 def _explain(path, model, error):
-    """One paragraph that names every problem of a ValidationError: dotted key, what is wrong, allowed keys, a guess."""
+    """A message with every problem of a ValidationError: dotted key, problem, allowed keys and a suggestion."""
     problems = error.errors()
     missing = {tuple(p["loc"]) for p in problems if p["type"] == "missing"}
     lines, guessed = [], set()
@@ -213,7 +215,7 @@ def _explain(path, model, error):
         [
             f"{path}: {count}",
             *lines,
-            "Correct conf/ and run `python -m pipeline_steps.common.params --compose` (or correct this file only).",
+            "Fix conf/ and run `python -m pipeline_steps.common.params --compose`, or fix this file only.",
         ]
     )
 
@@ -223,7 +225,7 @@ def _dotted(loc):
 
 
 def _suggest(name, candidates, allowed=None, others=()):
-    """' (probably a typo: did you mean ...? Allowed keys: ...)': nearest candidate, else that name elsewhere."""
+    """A suffix for messages: the closest candidate, or the same key in another section, and the allowed keys."""
     close = difflib.get_close_matches(name, list(candidates), 1, 0.6)
     elsewhere = [key for key in others if key.split(".")[-1] == name]
     guess = (
@@ -237,14 +239,14 @@ def _suggest(name, candidates, allowed=None, others=()):
 
 
 def _fields(model, loc):
-    """Field names of the sub-model that `loc` leads to (empty when it leads through a list or a tagged union)."""
+    """Field names of the sub-model at `loc`; [] if `loc` passes through a list or a tagged union."""
     for part in loc:
         model = submodel(model.model_fields[part].annotation) if model and part in model.model_fields else None
     return list(model.model_fields) if model else []
 
 
 def submodel(annotation):
-    """The pydantic model in an annotation such as Stage or `Stage | None`, else None."""
+    """The pydantic model in an annotation such as `Stage` or `Stage | None`; None if there is none."""
     candidates = [annotation, *typing.get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
@@ -257,7 +259,7 @@ def _all_keys(model, prefix=""):
 
 
 def compose(overrides=(), config_dir=ROOT / "conf"):
-    """params.yaml's text from conf/: byte for byte what `dvc exp run -S OVERRIDE ...` writes (dvc/utils/hydra.py)."""
+    """The text of params.yaml composed from conf/, byte for byte as `dvc exp run -S OVERRIDE ...` writes it."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -274,7 +276,7 @@ def compose(overrides=(), config_dir=ROOT / "conf"):
 
 
 def compose_checked(overrides=(), config_dir=ROOT / "conf"):
-    """`compose`, and UserError when the chosen ablation leaves every other parameter as it is."""
+    """`compose`. UserError if the selected ablation changes no other parameter."""
     text = compose(overrides, config_dir)
     content = yaml.load(text, Loader=_Loader)
     if content.get("ablation") != "none":
@@ -282,7 +284,7 @@ def compose_checked(overrides=(), config_dir=ROOT / "conf"):
         if {**plain, "ablation": content.get("ablation")} == content:
             raise UserError(
                 f"conf/ablation/{content.get('ablation')}.yaml changes no parameter of this run (overrides: "
-                f"{' '.join(overrides)}). Give it another value, or use ablation=none."
+                f"{' '.join(overrides)}). Change its value, or use ablation=none."
             )
     return text
 
@@ -304,6 +306,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from pipeline_steps.common import params  # the same module object that the schemas import
+    from pipeline_steps.common import params  # the module object that the schemas import
 
     run_main(params.main)

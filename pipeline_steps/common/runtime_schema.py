@@ -11,30 +11,30 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     num_workers: NonNegativeInt
-    """Threads that read, decode and collate batches; 0: in the main thread."""
+    """Data loader threads; 0: the main thread."""
     prefetch_megabytes: PositiveInt
-    """Memory limit of prepared batches."""
+    """Memory limit of prefetched batches."""
     retries: NonNegativeInt
-    """Retries after a broken connection (`streaming.reader: webdataset`)."""
+    """Retries after a broken connection (reader `webdataset`)."""
     backbone_workers: PositiveInt
-    """Processes that render frames for the warm-up of embedded backbones."""
+    """Processes that render warm-up frames."""
     checkpoint_every: PositiveInt
-    """Training steps between checkpoints."""
+    """Steps between checkpoints."""
     keep_checkpoints: PositiveInt
-    """Latest checkpoints to keep."""
+    """Checkpoints to keep."""
     log_every: PositiveInt
-    """Training steps between updates of the progress bar's figures and of the live curves."""
+    """Steps between updates of progress bar and live curves."""
     tensorboard: bool
-    """Write curves to outputs/live/<stage>/tensorboard."""
+    """Log curves in outputs/live/STAGE."""
     dvclive: bool
-    """Write curves to outputs/live/<stage>/dvclive."""
+    """Log curves in outputs/live/STAGE."""
     wandb_project: str | None
-    """Weights & Biases project (installed and logged in); null: none."""
+    """Weights & Biases project; needs a login."""
     heatmaps_every: PositiveInt | None
-    """Training steps between attention overlays of fixed validation clips; null: none."""
+    """Steps between attention overlays of validation clips; null: none."""
     num_heatmap_clips: PositiveInt
-    """Number of those clips."""
+    """Clips to overlay."""
     peak_tflops: PositiveFloat | None
-    """Peak of one device for the MFU; null: the published bf16 figure of a known GPU, else no MFU."""
+    """One device's peak for MFU; null: published bf16 figure if known."""
     warn_above_epochs: PositiveFloat
-    """Warn before the first step if a mixture group repeats more often than this."""
+    """Epochs of a mixture group that trigger a warning."""

@@ -1,7 +1,7 @@
-"""Token sidecars: one Arrow IPC (Feather) file per shard, one row per item, uncompressed, so that it can be mapped.
+"""Token sidecars: one uncompressed, memory-mappable Arrow IPC (Feather) file per shard, with one row per item.
 
-`pandas.read_feather(path)` shows one as a table. `frame_offsets` and `frame_sizes` say where the frames lie in the
-shard's tar, so that no reader has to walk through the tar's headers. docs/data.md explains the columns.
+`pandas.read_feather(path)` reads one as a table. `frame_offsets` and `frame_sizes` locate the frames in the shard's
+tar, so readers need not parse tar headers. docs/data.md explains the columns.
 """
 
 from pathlib import Path
@@ -42,14 +42,14 @@ SCHEMA = pa.schema(
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Rows of SCHEMA into a new file. UserError when it cannot be written."""
+    """Writes rows of SCHEMA to a new file. UserError if that fails."""
     table = pa.Table.from_pylist(rows, schema=SCHEMA).combine_chunks()
     with writable(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         writer.write_table(table)
 
 
 def read(path: Path) -> pa.Table:
-    """The memory-mapped table of a sidecar. UserError when it is missing or no such file."""
+    """The memory-mapped table of a sidecar. UserError if the file is missing or invalid."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except FileNotFoundError:
@@ -57,5 +57,5 @@ def read(path: Path) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a token sidecar ({error}). Rerun `python -m pipeline_steps.tokens`.") from None
     if table.schema != SCHEMA:
-        raise UserError(f"{path}: other columns than this version's. Rerun `python -m pipeline_steps.tokens`.")
+        raise UserError(f"{path}: its columns are not those of this version. Rerun `python -m pipeline_steps.tokens`.")
     return table

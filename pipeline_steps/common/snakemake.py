@@ -19,24 +19,24 @@ GRACE = 10  # seconds that Snakemake gets to cancel its jobs
 
 
 def snakemake_profile():
-    """SNAKEMAKE_PROFILE: the name of a folder in workflow/profiles, a folder from here or from the repository's root,
-    or a name that Snakemake finds."""
+    """Resolve SNAKEMAKE_PROFILE: a folder in workflow/profiles, a path relative to the working directory or to the
+    repository root, or a profile name known to Snakemake."""
     chosen = os.environ.get("SNAKEMAKE_PROFILE") or "default"
     places = (PROFILES / chosen, Path(chosen).absolute(), ROOT / chosen)
     return next((place for place in places if place.is_dir()), chosen)
 
 
 def stop_with_parent():
-    """In the child: SIGKILL when the stage dies, so that a killed stage does not go on in the background (Linux).
+    """In the child (Linux): request SIGKILL when the stage dies, so that no job continues in the background.
 
-    Not SIGTERM: Snakemake's handler of it takes a lock that the interrupted thread may hold, and then waits for ever.
+    Not SIGTERM: its handler in Snakemake takes a lock that the interrupted thread may hold, and then deadlocks.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def stop(process):
-    """Interrupt Snakemake, which then cancels its jobs; kill it if that takes too long (a job ends with its shard)."""
+    """Interrupt Snakemake so that it cancels its jobs; kill it after GRACE seconds. Running jobs finish their shard."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(GRACE)
@@ -45,10 +45,10 @@ def stop(process):
         process.wait()
 
 
-def cancel_left_over(scratch):
-    """Jobs that a killed run left in the queue of a SLURM cluster are cancelled, and waited for until they are gone.
+def cancel_leftover_jobs(scratch):
+    """Cancel the SLURM jobs that a killed run left in the queue, and wait until they are gone.
 
-    Snakemake cancels them itself when it is interrupted, not when it is killed.
+    Snakemake cancels its jobs when it is interrupted, but not when it is killed. Raises UserError if SLURM fails.
     """
     log = scratch / LOG
     found = re.search(r"SLURM run ID: (\S+)", log.read_text(errors="replace")) if log.exists() else None
@@ -56,7 +56,10 @@ def cancel_left_over(scratch):
         return
     name = found.group(1)
     if shutil.which("scancel") is None:
-        print(f"jobs of an earlier run may still be in SLURM's queue: `scancel --name={name}`", file=sys.stderr)
+        print(
+            f"jobs of an earlier run may still be queued in SLURM. Cancel them with `scancel --name={name}`",
+            file=sys.stderr,
+        )
         return
     left = _slurm("squeue", "--noheader", f"--name={name}", "--format=%i").split()
     if left:
@@ -67,8 +70,8 @@ def cancel_left_over(scratch):
 
 
 def _slurm(*command):
-    """What a SLURM command prints. UserError if it fails."""
+    """Run a SLURM command and return its output. Raises UserError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+        raise UserError(f"{' '.join(command)} failed with exit code {done.returncode}: {done.stderr.strip()}")
     return done.stdout

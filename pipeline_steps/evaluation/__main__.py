@@ -132,7 +132,7 @@ def load_model(checkpoint):
 
 
 def prefetch(runtime, dataset, image_replication):
-    """Arguments of `streaming.prefetch.ordered` for jobs (task, item numbers)."""
+    """Arguments of `streaming.prefetch.map_ordered` for jobs (task, item numbers)."""
     return {
         "num_workers": runtime.num_workers,
         "limit": runtime.prefetch_megabytes * 2**20,

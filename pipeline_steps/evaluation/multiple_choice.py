@@ -22,7 +22,7 @@ from pipeline_steps.evaluation import statistics
 from pipeline_steps.inference import answers
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room
 from pipeline_steps.monitoring.progress import progress_bar
-from pipeline_steps.streaming.prefetch import ordered
+from pipeline_steps.streaming.prefetch import map_ordered
 
 NO_OPTION = -1  # the choice of a generated answer that matches no option
 
@@ -107,7 +107,7 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
         return job[1], items, answers.prompt_batch(collate, items)
 
     rows = []
-    for batch_numbers, items, batch in ordered(load, jobs, **prefetch):
+    for batch_numbers, items, batch in map_ordered(load, jobs, **prefetch):
         batch = batch.to(model.device)
         own = [by_number[number] for number in batch_numbers]
         known = [_known(question, item) for question, item in zip(own, items, strict=True)]

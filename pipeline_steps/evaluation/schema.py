@@ -9,28 +9,28 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    """The split that is scored."""
+    """Split to score."""
     batch_size: PositiveInt
-    """Items per forward pass. Does not change scores beyond rounding."""
+    """Items per forward pass; scores change by rounding only."""
     max_items_per_task: PositiveInt
-    """Items scored per task; larger tasks are sampled with `seed`."""
+    """Items scored per task, sampled with `seed`."""
     max_control_items_per_task: NonNegativeInt
-    """How many of those also run the controls; 0 disables them."""
+    """How many of those run the controls; 0: none."""
     max_temporal_clips_per_task: NonNegativeInt
-    """How many of those are also shown in part (temporal views); 0 disables it."""
+    """How many of those run the temporal views; 0: none."""
     max_diagnostic_clips: NonNegativeInt
-    """Clips for the automated checks, spread evenly over tasks; 0 disables them."""
+    """Clips for automated checks, spread over tasks; 0: none."""
     max_answers_per_task: NonNegativeInt
-    """Greedy answers generated per task in autoregressive mode; 0 disables it."""
+    """Greedy autoregressive answers per task; 0: none."""
     max_answer_tokens: PositiveInt
-    """Longest generated answer, in tokens."""
+    """Longest generated answer."""
     max_captions_per_task: NonNegativeInt
-    """Free answers compared with references in four modes; 0 disables it."""
+    """Free answers scored per task; 0: none."""
     caption_min_words: Annotated[int, Field(ge=2)]
-    """Shortest reference, in words, that counts as a free answer outside the task `caption`."""
+    """Shortest reference of a free answer outside task `caption`."""
     bootstrap_samples: PositiveInt
-    """Bootstrap resamples of every interval."""
+    """Bootstrap resamples per interval."""
     seed: NonNegativeInt
-    """Seed of item sampling, random queries, shuffled frames and the bootstrap."""
+    """Seed of sampling, controls and bootstrap."""
     num_threads: PositiveInt
-    """CPU threads of torch."""
+    """CPU threads."""

@@ -19,7 +19,7 @@ from pipeline_steps.common.modes import GAZE_MODES, SCORED_MODES
 from pipeline_steps.evaluation import per_frame
 from pipeline_steps.inference import gaze
 from pipeline_steps.streaming import targets
-from pipeline_steps.streaming.prefetch import ordered
+from pipeline_steps.streaming.prefetch import map_ordered
 
 TEXT = "text"  # task and mode of text-only samples, for which all modes are equal
 
@@ -78,7 +78,7 @@ def batches(model, collate, dataset, chosen, batch_size, prefetch):
         for task, numbers in chosen.items()
         for start in range(0, len(numbers), batch_size)
     ]
-    for task, items, batch, truths in ordered(
+    for task, items, batch, truths in map_ordered(
         lambda job: load(dataset, collate, model.config.vision_config.patch_size, *job), jobs, **prefetch
     ):
         yield task, items, batch.to(device), truths

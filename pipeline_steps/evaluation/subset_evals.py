@@ -34,7 +34,7 @@ def choose(dataset, chosen, settings):
 
 
 def measure(model, collate, dataset, chosen, settings, prefetch, progress):
-    """`SubsetResults` of the items that `choose` selects; prefetch: arguments of `streaming.prefetch.ordered`."""
+    """`SubsetResults` of the items that `choose` selects; prefetch: arguments of `streaming.prefetch.map_ordered`."""
     for_controls, for_views, for_probes = (
         batches(model, collate, dataset, part, settings.batch_size, prefetch)
         for part in choose(dataset, chosen, settings)

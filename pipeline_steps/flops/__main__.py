@@ -23,7 +23,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record
 from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.common.schemas import ShardsManifest
-from pipeline_steps.flops import iso, predecessor, scales, serving
+from pipeline_steps.flops import iso, scales, serving
 from pipeline_steps.streaming.dataset import TokenizedShards
 
 PARAMS = ("flops", "model", "streaming.image_replication", "training.stage3.objective")
@@ -75,7 +75,7 @@ def read_arguments():
     budget = parser.add_argument_group("samples that a budget pays for")
     budget.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="training compute")
     budget.add_argument("--scale", nargs="+", choices=list(scales.LANGUAGE_MODELS), help="default: flops.scales")
-    defaults = predecessor.SAMPLE
+    defaults = iso.BUDGET_SAMPLE
     budget.add_argument("--frames", type=int, default=defaults.num_frames)
     budget.add_argument("--text-tokens", type=int, default=defaults.num_text_tokens)
     budget.add_argument("--tokens-before", type=int, default=defaults.num_tokens_before)
@@ -96,16 +96,9 @@ def print_budgets(arguments, parameters):
     objective = parameters.training.stage3.objective
     rows = iso.budget_samples(arguments.budget, scaled_arms(names, parameters), Sample(*lengths), objective)
     print(f"Training samples of {lengths[0]} frames and {lengths[1]} text tokens ({lengths[3]} with a loss)")
-    print(f"{'budget':>9} {'scale':>6} {'arm':<14}{'GFLOP each':>11}{'samples':>12}{'predecessor':>13}")
+    print(f"{'budget':>9} {'scale':>6} {'arm':<14}{'GFLOP each':>11}{'samples':>12}")
     for row in rows:
-        print(
-            f"{row.budget:9.1e} {row.scale:>6} {row.arm:<14}{row.flops_per_sample / 1e9:11.1f}{row.num_samples:12,}"
-            f"{row.predecessor_num_samples:13,}"
-        )
-    print(
-        "predecessor: samples by the predecessor's formula, for 8 frames and 128 text tokens "
-        "(pipeline_steps/flops/predecessor.py)"
-    )
+        print(f"{row.budget:9.1e} {row.scale:>6} {row.arm:<14}{row.flops_per_sample / 1e9:11.1f}{row.num_samples:12,}")
 
 
 def measure(row, layout, image_replication):
@@ -173,7 +166,7 @@ def count(config, samples, parameters):
             "second_pass_probability": objective.second_pass_probability,
             "bytes_per_number": size,
             "frontier": settings.frontier.model_dump(),
-            "predecessor_sample": vars(predecessor.SAMPLE),
+            "budget_sample": vars(iso.BUDGET_SAMPLE),
             **{f"mean_{name}": value for name, value in means.items()},
         },
     )
@@ -197,18 +190,13 @@ def curve(config, typical):
 
 
 def compare_scales(parameters, scaled, arms):
-    """The fields of `FlopsResult` for the pretrained backbones: budgets, corrections and frontier (whose first entry is
-    this network)."""
+    """The fields of `FlopsResult` for the pretrained backbones: `budgets` and `frontier`, whose first entry is this
+    network."""
     text = Sample(num_frames=0, **parameters.flops.frontier.model_dump())
     objective = parameters.training.stage3.objective
     own = {name: arms[name] for name in arms if name != "A6_coarse_only"}
     return {
-        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, predecessor.SAMPLE, objective),
-        "corrections": {
-            f"{scale} {arm}": predecessor.corrections(config, objective)
-            for scale, entries in scaled.items()
-            for arm, config in entries.items()
-        },
+        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, iso.BUDGET_SAMPLE, objective),
         "frontier": {
             name: iso.frontier(*entries.values(), text, FRONTIER_FRAMES, objective)
             for name, entries in {"this network": own, **scaled}.items()

@@ -5,14 +5,15 @@ import math
 from pipeline_steps.common import flop_formulas as formulas
 from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.common.metrics import BudgetSamples, Frontier
-from pipeline_steps.flops import predecessor
+
+# Lengths of the samples that the budgets are counted in: one token before the frames, a loss on all text after them.
+BUDGET_SAMPLE = Sample(num_frames=8, num_text_tokens=128, num_tokens_before=1, num_labels=127)
 
 
 def budget_samples(budgets, configs, sample, objective):
-    """[`BudgetSamples`] of budgets in FLOPs, configs {scale: {arm: configuration}} and the lengths `sample`. objective:
-    section training.<stage>.objective.
+    """[`BudgetSamples`]: how many training samples with the lengths of `sample` each budget (FLOPs) pays for.
 
-    The predecessor's numbers always use its own lengths (`predecessor.SAMPLE`).
+    configs: {scale: {arm: configuration}}. objective: section training.<stage>.objective.
     """
     rows = []
     for budget in budgets:
@@ -26,8 +27,6 @@ def budget_samples(budgets, configs, sample, objective):
                         arm=arm,
                         flops_per_sample=ours,
                         num_samples=math.floor(budget / ours),
-                        predecessor_flops_per_sample=predecessor.training_sample(config),
-                        predecessor_num_samples=predecessor.num_samples(config, budget),
                     )
                 )
     return rows

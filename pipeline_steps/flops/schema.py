@@ -20,16 +20,16 @@ class Text(StrictModel):
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    """The split whose mean frame and token counts are used."""
+    """Split that gives mean frame and token counts."""
     multi_tokens: PositiveInt
-    """Visual tokens per frame of the multi-token baseline."""
+    """Tokens per frame of the multi-token baseline."""
     scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)
-    """Language models to count for (`flops/scales.py`)."""
+    """Language models to count."""
     budgets: list[PositiveFloat]
-    """Training budgets in FLOPs, converted to samples at every scale."""
+    """Training budgets in FLOPs, converted to samples."""
     frontier: Text
     """Text lengths of the curve of cost over the number of frames."""
     num_answer_tokens: PositiveInt
-    """Length of the answer whose cost is counted."""
+    """Length of the counted answer."""
     bytes_per_number: Literal[2, 4]
-    """Bytes per number in caches and activations: 4 = fp32, 2 = bf16."""
+    """Bytes per cached number: fp32 4, bf16 2."""

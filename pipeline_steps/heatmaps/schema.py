@@ -9,18 +9,18 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    """The split the clips come from."""
+    """Split of the clips."""
     num_clips: PositiveInt
-    """Clips per task: the first by key, so nobody picks."""
+    """Clips per task: the first by key."""
     num_sheet_clips: NonNegativeInt
-    """Clips on the contact sheet of best, worst and random clips by loss; 0 omits the sheet."""
+    """Best, worst and random clips on the contact sheet; 0: no sheet."""
     seed: NonNegativeInt
-    """Seed of the sheet's random third."""
+    """Seed of the random clips."""
     tile_pixels: int = Field(ge=64, le=1024)
-    """Side of one picture in pixels."""
+    """Picture side in pixels."""
     frame_milliseconds: PositiveInt
-    """Time per frame of the animations."""
+    """Duration of an animation frame."""
     max_answer_tokens: PositiveInt
-    """Longest generated answer, in tokens."""
+    """Longest generated answer."""
     num_threads: PositiveInt
-    """CPU threads of torch."""
+    """CPU threads."""

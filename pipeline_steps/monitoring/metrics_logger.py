@@ -1,5 +1,6 @@
-"""Live monitoring of a training run: progress bar, curves for TensorBoard, DVCLive and Weights & Biases, and attention
-overlays of fixed validation clips. Nothing here changes the training, and no result depends on it.
+"""Live monitoring of training: progress bar, TensorBoard, DVCLive and Weights & Biases curves, attention overlays.
+
+Results do not depend on this module.
 """
 
 import json
@@ -21,10 +22,10 @@ SIDE = 112  # px of a picture
 
 
 class MetricsLogger:
-    """The loggers of one run; they exist on the main process only. `close()` flushes and closes them."""
+    """The loggers of one run, active in the main process only. `close()` flushes and closes them."""
 
     def __init__(self, settings, stage: str, num_steps: int, folder: Path, group, precision: str):
-        """`folder`: receives all output. `group`: the DistributedContext of the run."""
+        """folder: for all output. group: the DistributedContext of the run."""
         self.settings, self.stage, self.num_steps, self.folder = settings, stage, num_steps, folder
         self.device, self.is_main = group.device, group.is_main
         self.peak = peak_flops(settings.peak_tflops, group.device, precision)
@@ -41,7 +42,7 @@ class MetricsLogger:
 
     def step(self, row: dict, is_logged: bool, num_samples: int, num_positions: int, flops: float) -> None:
         """Call after every step. row: its row of the metrics table. is_logged: whether to log the row. num_samples,
-        num_positions: of the step, over all processes. flops: of this process's part (0 if the peak is unknown)."""
+        num_positions: of the step, summed over the ranks. flops: of this rank (0 if the peak is unknown)."""
         self.samples += num_samples
         self.positions += num_positions
         self.flops += flops
@@ -190,8 +191,8 @@ class DVCLive:
 
 
 def drop_if_cut_off(summary: Path) -> None:
-    """Deletes DVCLive's file of the latest values if a killed run left it half-written: the next values make it anew,
-    while DVCLive would stop with a JSONDecodeError."""
+    """Deletes DVCLive's file of the latest values if a killed run left it truncated. DVCLive would raise a
+    JSONDecodeError; without the file it writes a new one."""
     try:
         json.loads(summary.read_text(encoding="utf-8"))
     except FileNotFoundError:

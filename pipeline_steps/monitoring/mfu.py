@@ -41,7 +41,7 @@ class StepFlops:
         self.trained = Trained(**{group: group in groups for group in vars(Trained())})
 
     def of_batch(self, batch: Batch, num_plans: int) -> float:
-        """FLOPs of a batch. One with rejected answers counts both answers of each pair."""
+        """FLOPs of a batch. With rejected answers both answers of each pair count."""
         rejected = [None] * len(batch)
         if batch.rejected is not None:
             rejected = samples_of(self.config, batch.rejected, batch.num_frames)

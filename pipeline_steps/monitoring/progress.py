@@ -1,4 +1,4 @@
-"""Progress bars of all stages. Nothing depends on this module's code: dvc.yaml lists it for no stage."""
+"""Progress bars of all stages. Results do not depend on this module, so dvc.yaml lists it for no stage."""
 
 from collections.abc import Iterable
 
@@ -11,8 +11,8 @@ def progress_bar(
     title: str, iterable: Iterable | None = None, *, unit: str, total: int | None = None, initial: int = 0,
     disable: bool = False,
 ) -> tqdm:  # fmt: skip
-    """A bar on stderr around `iterable`, or one to be moved with `update`. total: its length, if it has no len();
-    initial: how many are done already."""
+    """A bar on stderr around `iterable`, or one to advance with `update`. total: length if there is no len(); initial:
+    number already done."""
     return tqdm(
         iterable,
         desc=title,
@@ -26,7 +26,7 @@ def progress_bar(
 
 
 def show_values(bar: tqdm, **values: float) -> None:
-    """Puts these values behind the bar, from its next update on."""
+    """Shows these values after the bar from its next update on."""
     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
 
 

@@ -1,11 +1,10 @@
-"""Stage `parameters`: checks the whole of params.yaml, before any other stage starts.
+"""Stage `parameters`: validates the whole params.yaml before any other stage starts.
 
     python -m pipeline_steps.parameters
 
-Every other stage depends on outputs/parameters.json, whose content is always the same: a changed parameter runs this
-stage again (a second) and then the stages that list that parameter, no others. A misspelt key or an impossible value
-ends here with exit code 1 and one message that names all of them. So does an `ablation` without a file in
-conf/ablation/.
+Every other stage depends on outputs/parameters.json, whose content never changes. A changed parameter therefore reruns
+this stage (a second) and then only the stages that list the parameter. Misspelt keys and impossible values fail here
+with exit code 1 and one message that lists all of them, and so does an `ablation` without a file in conf/ablation/.
 """
 
 import argparse
@@ -20,9 +19,9 @@ PARAMS = params.RESULT_KEYS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check the whole of params.yaml.")
+    parser = argparse.ArgumentParser(description="Validate the whole params.yaml.")
     parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--ablations", type=Path, default=Path("conf/ablation"), help="folder of the ablations")
+    parser.add_argument("--ablations", type=Path, default=Path("conf/ablation"), help="folder with the ablations")
     parser.add_argument("--out", type=Path, default=Path("outputs/parameters.json"))
     arguments = parser.parse_args()
     check_ablation(arguments.params, params.read(arguments.params, *PARAMS).ablation, arguments.ablations)
@@ -32,7 +31,7 @@ def main() -> None:
 
 
 def check_ablation(path: str, name: str, folder: Path) -> None:
-    """UserError if `folder` holds no ablation of this name. path: of the parameters, for the message."""
+    """UserError if `folder` has no ablation of this name. path: parameter file, for the message."""
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)

@@ -1,13 +1,13 @@
-"""One self-contained page with the verdict first, and the same tables as Markdown.
+"""Writes the report: one self-contained HTML page, and the same content as Markdown.
 
     python -m pipeline_steps.report
 
 Reads params.yaml, outputs/metrics, reports/heatmaps, reports/runs (results of other runs, see
 reports/runs/README.md), outputs/evaluation and the manifests of data/shards and data/tokens. Writes
-reports/report.html (no other file or network is needed to read it), for review in a pull request the same as
-reports/report.md with reports/figures/*.svg and reports/tables/*.md, the headline numbers as
-reports/metrics/summary.json, and reports/plots/*.csv for `dvc plots`. The same inputs give the same bytes on every
-machine, commit and day. Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
+reports/report.html (needs no other file and no network), reports/report.md with reports/figures/*.svg and
+reports/tables/*.md for review in a pull request, reports/metrics/summary.json with the headline numbers, and
+reports/plots/*.csv for `dvc plots`. Output is deterministic: equal inputs give equal bytes on every machine, commit and
+day. Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CONTENTS = (
     ("targets", "Targets"),
     ("training", "Learning curves"),
     ("tasks", "Tasks"),
-    ("written", "Options and free answers"),
+    ("written", "Choices and free-form answers"),
     ("time", "Time"),
     ("gaze", "Gaze"),
     ("controls", "Controls"),
@@ -123,7 +123,7 @@ def main():
 
 
 def build_tables(inputs, settings):
-    """name -> `Table`, all of the report."""
+    """{name: `Table`} of the report."""
     result = inputs.current.result
     return {
         table.name: table
@@ -146,7 +146,7 @@ def build_tables(inputs, settings):
 
 
 def measured_tables(result):
-    """Tables of what an `EvaluationResult` holds besides tasks and modes."""
+    """Tables of an `EvaluationResult` besides those by task and mode."""
     return [
         by_source(result),
         multiple_choice(result),
@@ -163,7 +163,7 @@ def measured_tables(result):
 
 
 def draw_figures(inputs):
-    """name -> (draw, width, height), or None for a figure that the results have nothing for."""
+    """{name: (draw, width, height)}, or None for a figure without data."""
     result = inputs.current.result
     return {
         "curves": curves.learning(inputs.curves),
@@ -179,12 +179,12 @@ def draw_figures(inputs):
 def read_arguments():
     parser = argparse.ArgumentParser(description="Write reports/report.html.")
     parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--root", type=Path, default=Path(), help="the folder that holds reports, outputs and data")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder with reports, outputs and data")
     return parser.parse_args()
 
 
 def render_page(**values):
-    """The page as text; everything in `values` is escaped by the template."""
+    """The HTML page. The template escapes everything in `values`."""
     loader = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -197,7 +197,7 @@ def render_page(**values):
 
 
 def save_figure(folder, name, figure):
-    """Writes <name>.svg and <name>-dark.svg; returns what the template needs."""
+    """Writes <name>.svg and <name>-dark.svg; returns the figure's values for the template."""
     draw, width, height = figure
     entry = {
         "width": round(width * 100),
@@ -218,7 +218,7 @@ def data_uri(content, kind):
 
 
 def first_answers(answers, per_task=2):
-    """The first answers of every task."""
+    """The first `per_task` answers of every task."""
     seen, chosen = {}, []
     for answer in answers:
         seen[answer["task"]] = seen.get(answer["task"], 0) + 1
@@ -230,18 +230,23 @@ def first_answers(answers, per_task=2):
 def heatmap_rule(index):
     if index is None:
         return ""
-    return index["rule"] if index["clips"] else "the network has no queries, or nothing was chosen"
+    return index["rule"] if index["clips"] else "the network has no queries, or no clip was selected"
 
 
 def inlined(folder, index):
-    """The index entries with their pictures inlined, the contact sheet as WebP, a tenth of the size of PNG."""
+    """The index entries with inlined images; sheets as WebP, which is a tenth of the size of PNG."""
     entries = []
     for entry in (index or {"clips": []})["clips"]:
         if "frames" not in entry:
-            raise UserError(f"{folder / 'index.json'} is of another version: make it again with `dvc repro heatmaps`")
+            raise UserError(
+                f"{folder / 'index.json'}: entry without 'frames', written by another version. Run `dvc repro "
+                "heatmaps`."
+            )
         for path in (folder / entry["sheet"], folder / entry["frames"]):
             if not path.exists():
-                raise UserError(f"{folder / 'index.json'} names {path}, which does not exist: run `dvc repro heatmaps`")
+                raise UserError(
+                    f"{folder / 'index.json'} names {path}, which does not exist. Run `dvc repro heatmaps`."
+                )
         buffer = io.BytesIO()
         with Image.open(folder / entry["sheet"]) as picture:
             picture.save(buffer, "WEBP", quality=65)

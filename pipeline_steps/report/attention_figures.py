@@ -1,5 +1,4 @@
-"""What the page shows of reports/heatmaps beside the single clips: the sheet of many clips, and the attention over the
-frames."""
+"""Figures from reports/heatmaps besides the single clips: the contact sheet, and attention over the frames."""
 
 import io
 
@@ -11,16 +10,16 @@ from pipeline_steps.common.modes import GAZE_MODES
 from pipeline_steps.report.figures import COLOURS, MARKERS, WIDTH
 
 KEYS = ("clips", "rule", "over_frames", "contact_sheet")
-QUALITY = 60  # of the sheet as WebP: a seventh of the PNG, its text still sharp
+QUALITY = 60  # of the sheet as WebP: a seventh of the size of the PNG, with legible text
 
 
 def checked(index):
-    """The index of reports/heatmaps, or None where there is none. UserError for one of another version."""
+    """The index of reports/heatmaps, or None. UserError if it lacks a key of KEYS."""
     absent = [key for key in KEYS if key not in (index or dict.fromkeys(KEYS))]
     if absent:
         raise UserError(
-            f"reports/heatmaps/index.json has no {', '.join(absent)}: it is of another version: make it again with "
-            "`dvc repro heatmaps`"
+            f"reports/heatmaps/index.json has no {', '.join(absent)}: it was written by another version. Run "
+            "`dvc repro heatmaps`."
         )
     return index
 
@@ -37,7 +36,7 @@ def over_frames(index):
             style = {"marker": MARKERS[mode], "color": COLOURS[mode], "markersize": 5, "linewidth": 1.4}
             for axes, name in zip(pair, ("entropy", "peak"), strict=True):
                 axes.plot(range(len(curves[mode][name])), curves[mode][name], label=mode, **style)
-        pair[0].set_ylabel("entropy (1: even)")
+        pair[0].set_ylabel("entropy (1: uniform)")
         pair[1].set_ylabel("largest weight")
         pair[1].set_xlabel("frame")
         pair[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
@@ -52,20 +51,20 @@ def over_frames(index):
 
 
 def contact_sheet(folder, index):
-    """{content: WebP, width, height, caption, path} of the sheet of many clips, or None where none was drawn."""
+    """{content: WebP, width, height, caption, path} of the contact sheet, or None if none was drawn."""
     sheet = (checked(index) or {"contact_sheet": None})["contact_sheet"]
     if sheet is None:
         return None
     path = folder / sheet["picture"]
     if not path.exists():
-        raise UserError(f"{folder / 'index.json'} names {path}, which does not exist: run `dvc repro heatmaps`")
+        raise UserError(f"{folder / 'index.json'} names {path}, which does not exist. Run `dvc repro heatmaps`.")
     buffer = io.BytesIO()
     with Image.open(path) as picture:
         picture.save(buffer, "WEBP", quality=QUALITY)
         size = {"width": picture.width, "height": picture.height}
     caption = (
-        f"{len(sheet['clips'])} clips chosen by rule: {sheet['rule']}. Over the frames: attention in the "
-        f"{sheet['mode']} mode; white box: the target; right: every scored token was the most likely "
-        "one. Look for bright patches on the targets among the best clips, and beside them among the worst."
+        f"{len(sheet['clips'])} clips. Selection rule: {sheet['rule']}. Overlay: attention in the {sheet['mode']} "
+        "mode. White box: the target. Right: every scored token is the most likely one. Attention should be on the "
+        "target in the best clips; in the worst it is often beside it."
     )
     return {"content": buffer.getvalue(), "caption": caption, "picture": sheet["picture"], **size}

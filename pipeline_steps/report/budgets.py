@@ -1,10 +1,13 @@
-"""What a run was trained with, and which runs were trained with the same: comparisons at equal samples (iso-sample)
-and at equal compute (iso-FLOP) answer different questions and are never mixed."""
+"""Training budgets of runs, and how those of two arms compare.
+
+Comparisons at equal samples (iso-sample) and at equal compute (iso-FLOP) answer different questions; the report keeps
+them apart.
+"""
 
 from dataclasses import dataclass
 
 STAGES = ("stage1", "stage2", "stage3")
-TOLERANCE = 0.02  # budgets that differ by less count as equal
+TOLERANCE = 0.02  # relative difference up to which budgets count as equal
 ISO_SAMPLE, ISO_FLOP, UNMATCHED, UNKNOWN = "iso-sample", "iso-FLOP", "unmatched", "unknown"
 NAMES = {
     ISO_SAMPLE: "equal training samples (iso-sample)",
@@ -21,8 +24,7 @@ class Budget:
 
 
 def budget_of(stages, flops):
-    """`Budget` from the training stages' records {stage: content of its json} and a `FlopsResult`, or None where a
-    stage is missing."""
+    """`Budget` from {stage: content of its json} and a `FlopsResult`; None if a stage is missing."""
     if set(stages) != set(STAGES) or any("mixture" not in values for values in stages.values()):
         return None
     num_samples = sum(entry["num_samples"] for values in stages.values() for entry in values["mixture"].values())
@@ -30,7 +32,7 @@ def budget_of(stages, flops):
 
 
 def kind_of(base, arms):
-    """How the budgets of two lists of runs compare, paired by position: one of NAMES."""
+    """One of NAMES: how the budgets of two lists of runs, paired by position, compare."""
     pairs = [(own.budget, other.budget) for own, other in zip(base, arms, strict=True)]
     if any(budget is None for pair in pairs for budget in pair):
         return UNKNOWN
@@ -42,7 +44,7 @@ def kind_of(base, arms):
 
 
 def ratios_of(base, arms):
-    """(training samples, training compute) of the arm divided by the baseline's, means over the runs; None: unknown."""
+    """(samples, compute) of the arm / those of the baseline, from the sums over the runs; None if unknown."""
     if kind_of(base, arms) == UNKNOWN:
         return None
     return tuple(

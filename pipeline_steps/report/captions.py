@@ -1,6 +1,6 @@
-"""Tables of free answers: likeness to the true answers, style, and what two modes have in common.
+"""Tables of free-form answers: similarity to the references, style, and overlap of two modes.
 
-A table without rows says in its note what was not measured.
+The note of an empty table says what was not measured.
 """
 
 from pipeline_steps.report.cells import optional
@@ -8,13 +8,13 @@ from pipeline_steps.report.tables import MISSING, MODE_NAMES, MODES, Table, coun
 
 
 def captions(result):
-    """Likeness to the true answers and what is left out of them, per task and mode."""
+    """Similarity to the references and named attributes, by task and mode."""
     attributes = list(
         dict.fromkeys(name for group in result.captions.values() for s in group.modes.values() for name in s.missed)
     )
     columns = ["task", "mode", "items", "CIDEr", "BLEU", "METEOR"]
-    columns += [f"{name} {what}" for name in attributes for what in ("named", "all missed")]
-    table = Table("captions", "Free answers against the true ones", columns, [], strong=[3])
+    columns += [f"{name} {what}" for name in attributes for what in ("named", "none named")]
+    table = Table("captions", "Free-form answers: similarity to the references", columns, [], strong=[3])
     for task, group in result.captions.items():
         for mode in caption_modes(group):
             score = group.modes[mode]
@@ -29,12 +29,12 @@ def captions(result):
                 row += missed_cells(score.missed.get(name))
             table.rows.append(row)
     table.note = (
-        "CIDEr-D from 0 to 10, BLEU-4 and METEOR (equal words and stems) from 0 to 1; in brackets 95% bootstrap "
-        "intervals over items. Named: the share of what the clip is known to show that an answer names; all missed: "
-        "answers that name none of it; bound: a colour with its own digit. Compare with blind: what it names is "
-        "guessed, so a miss rate as low as blind's shows nothing."
+        "CIDEr-D from 0 to 10, BLEU-4 and METEOR (exact and stem matches) from 0 to 1. Brackets: 95% bootstrap "
+        "intervals over items. Named: share of the clip's known attributes that an answer names. None named: share of "
+        "answers that name none of them. Bound: a colour together with its own digit. Compare with blind, which can "
+        "only guess: a mode that names no more than blind shows nothing."
         if table.rows
-        else "Not measured: no item of this split has a free answer."
+        else "Not measured: no item of this split has a free-form answer."
     )
     return table
 
@@ -46,25 +46,25 @@ def missed_cells(missed):
 
 
 def caption_modes(group):
-    """Modes of a `Captions`, what is deployed first."""
+    """Modes of a `Captions`, the inference mode first."""
     return [mode for mode in MODES if mode in group.modes]
 
 
 def caption_style(result):
-    """How answers are written, beside the true ones."""
+    """Style of the answers and of the references."""
     columns = ["task", "answers", "words", "repetition", "distinct 1", "distinct 2", "same opening", "same", "empty"]
-    table = Table("caption_style", "How free answers are written", columns, [])
+    table = Table("caption_style", "Free-form answers: style", columns, [])
     for task, group in result.captions.items():
-        styles = {"true answers": group.reference}
+        styles = {"references": group.reference}
         styles |= {MODE_NAMES[mode]: group.modes[mode].style for mode in caption_modes(group)}
         table.rows += [[task, name, *style_cells(style)] for name, style in styles.items()]
     table.note = (
-        "Every mode should look like the true answers above it. Repetition: phrases of four words that their own "
-        "text has said before. Distinct 1, 2: different words, and pairs of words, among all. Same opening, same: "
-        "texts that begin with the most frequent three words, or are the most frequent text: near 100% the network "
-        "recites."
+        "Every mode should be close to the references above it. Repetition: share of four-word phrases that occurred "
+        "earlier in the same text. Distinct 1, 2: distinct words and word pairs / all. Same opening, same: share of "
+        "texts that begin with the most frequent three words, or equal the most frequent text; near 100% the network "
+        "always says the same."
         if table.rows
-        else "Not measured: no item of this split has a free answer."
+        else "Not measured: no item of this split has a free-form answer."
     )
     return table
 
@@ -75,17 +75,17 @@ def style_cells(style):
 
 
 def caption_overlap(result):
-    """What fine and coarse answers have in common."""
+    """Overlap of fine and coarse answers."""
     rows = []
     for task, group in result.captions.items():
         interval = group.overlap_interval if group.num_items > 1 else None
         overlap = share(group.overlap_fine_coarse, interval)
         rows.append([task, count(group.num_items), overlap, share(group.same_fine_coarse)])
     note = (
-        "Words that an item's fine and coarse answers share, and items whose answers are equal: near 100% the second "
-        "look changes nothing. In brackets 95% bootstrap intervals over items."
+        "Word overlap of an item's fine and coarse answers, and share of items with equal answers. Near 100% the "
+        "planned queries change nothing. Brackets: 95% bootstrap intervals over items."
         if rows
-        else "Not measured: no item of this split has a free answer."
+        else "Not measured: no item of this split has a free-form answer."
     )
-    columns = ["task", "items", "words shared", "equal answers"]
-    return Table("caption_overlap", "Free answers: fine against coarse", columns, rows, note)
+    columns = ["task", "items", "word overlap", "equal answers"]
+    return Table("caption_overlap", "Free-form answers: fine and coarse", columns, rows, note)

@@ -1,4 +1,4 @@
-"""Cells of tables beyond those of tables.py: optional numbers, differences with their sign."""
+"""Table cells of optional numbers and signed differences."""
 
 from pipeline_steps.report.controls import points
 from pipeline_steps.report.tables import MISSING, number

@@ -1,8 +1,8 @@
-"""Runs of an ablation against runs of the default recipe: which can be compared, and by how much they differ.
+"""Comparisons of an ablation with the default recipe: which runs are comparable, and by how much they differ.
 
-Compared are separately trained networks on the same items, in autoregressive mode (a network trained coarse-only or
-with ordinary tokens has one way to look, which is the same in every mode). pipeline_steps/report/statistics.py says
-how effect, interval and p-value come about.
+They compare separately trained networks on the same items in autoregressive mode. (Coarse-only and multi-token networks
+have a single pass, so their modes are equal.) pipeline_steps/report/statistics.py documents effects, intervals and
+p-values.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,7 @@ BASELINE = "none"  # the ablation name of the default recipe
 
 @dataclass
 class Comparison:
-    """Loss of an arm divided by the loss of the default recipe, 1 = the same, above 1 = the default recipe is
-    better."""
+    """Loss of an arm divided by the loss of the default recipe. Above 1 the default recipe is better."""
 
     ratio: float  # geometric mean over the seeds
     loss: Effect | None  # log of that ratio; None: no per-item results, so no interval
@@ -40,7 +39,7 @@ class Comparison:
 
 
 def groups(inputs):
-    """{ablation: {seed: run}} of all runs; of two with the same seed the run of the page counts."""
+    """{ablation: {seed: run}} of all runs. The run of this page replaces a kept run with the same ablation and seed."""
     found = {}
     for run in [*inputs.runs, inputs.current]:
         found.setdefault(run.ablation, {})[run.seed] = run
@@ -48,9 +47,10 @@ def groups(inputs):
 
 
 def outdated(current, runs):
-    """Reasons why the kept runs are of another version: one with the ablation and seed of this page is not this run."""
+    """Reasons why kept runs are outdated: one has the ablation and seed of this run but another checkpoint."""
     return [
-        f"reports/runs/{run.name} is not the run of this page, though ablation and seed are the same: keep it anew"
+        f"reports/runs/{run.name} is not the run of this page, although ablation and seed are equal: run "
+        "`python -m pipeline_steps.report.keep` again"
         for run in runs
         if (run.ablation, run.seed) == (current.ablation, current.seed)
         and run.result.provenance.get("checkpoint_sha256") != current.result.provenance.get("checkpoint_sha256")
@@ -58,7 +58,7 @@ def outdated(current, runs):
 
 
 def different_data(runs):
-    """Reasons why the runs cannot be compared: other data, another split, other tasks or other items."""
+    """Reasons why runs are not comparable: different data, split, tasks or items."""
     reasons = []
     for key in ("shards_sha256", "tokens_sha256", "split"):
         values = {run.name: str(run.result.provenance.get(key))[:12] for run in runs}
@@ -73,15 +73,15 @@ def different_data(runs):
     return reasons
 
 
-@lru_cache(maxsize=64)  # the default recipe's runs are asked for with every ablation
+@lru_cache(maxsize=64)  # every ablation needs the default recipe's runs
 def scored_items(run):
-    """(key, item, scored tokens) of everything that the run's table holds in the mode of the comparison."""
+    """{(key, item, number of scored tokens)} of a run in the mode of the comparison."""
     rows = run.items[run.items["mode"] == MODE]
     return frozenset(zip(rows["key"], rows["item"], rows["num_tokens"], strict=True))
 
 
 def compare(base, arms, settings):
-    """`Comparison` of two lists of runs, paired by position (the same seed); settings: report.schema.Section."""
+    """`Comparison` of two lists of runs, paired by position (equal seeds). settings: report.schema.Section."""
     tasks = sorted(base[0].result.tasks)
     scores = {name: [means_of(run, tasks) for run in runs] for name, runs in (("base", base), ("arm", arms))}
     ratios = [arm[0] / own[0] for own, arm in zip(scores["base"], scores["arm"], strict=True)]

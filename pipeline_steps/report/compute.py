@@ -1,5 +1,4 @@
-"""Compute: tables of budgets, of the predecessor's count and of an answer, and the figure of where one token a frame
-saves."""
+"""Compute: the tables of passes, answers and budgets, and the figure that compares one token per frame with several."""
 
 import numpy as np
 
@@ -9,16 +8,15 @@ from pipeline_steps.report.tables import Table, count, number, ordered_arms
 SCALES = ("this network", "135M", "360M", "1.7B")  # smallest first
 COLOURS = dict(zip(SCALES, ("#8b95a3", "#2f80ed", "#12a594", "#d97706"), strict=True))
 MARKERS = dict(zip(SCALES, "sovD", strict=True))
-ABSENT = ("–", None)
 
 
 def tables(result):
     """All tables of this module, of a `FlopsResult`."""
-    return [passes(result), answers(result), budgets(result), corrections(result)]
+    return [passes(result), answers(result), budgets(result)]
 
 
 def passes(result):
-    """Where a forward pass of every mode goes: passes of the language model, and backward."""
+    """Language-model passes and backward pass of every mode."""
     rows = []
     for mode in GAZE_MODES:
         entry = result.modes[mode]
@@ -37,14 +35,14 @@ def passes(result):
         "backward",
     ]
     note = (
-        "This network, mean sample. MFLOP; the language model plans (reads up to the last visual token, or frame by "
-        "frame) and reads everything. Backward: if every weight were trained in this mode."
+        "This network, mean sample, MFLOP. Planning: passes up to the last visual token, or frame by frame. Reading: "
+        "the pass over the whole sequence. Backward: with every weight trained in this mode."
     )
     return Table("flops_passes", "Passes of the language model and backward", columns, rows, note, strong=[6])
 
 
 def answers(result):
-    """An answer and a training sample of every arm: operations and memory."""
+    """FLOPs and memory of an answer, and activation memory of a training sample, by arm."""
     rows = []
     for name in ordered_arms(result):
         entry, memory = result.answers[name], result.memory[name]
@@ -54,10 +52,10 @@ def answers(result):
     num_tokens = next(iter(result.answers.values())).num_answer_tokens
     columns = ["arm", "prompt", "prefill", "per token", f"{num_tokens} tokens", "key-value cache", "vision cache"]
     note = (
-        "Autoregressive mode at the mean lengths. Prefill: MFLOP until the first token; per token: MFLOP of every "
-        "further one. Key-value cache: of the language model at the last token; vision cache: keys and values that the "
-        "queries look at. Activations: estimate of what one training sample keeps for its backward pass, with fused "
-        f"attention and without checkpointing. {result.assumptions['bytes_per_number']} bytes a number."
+        "Autoregressive mode at the mean lengths. Prefill: MFLOP until the first token. Per token: mean MFLOP of "
+        "later tokens. Key-value cache: of the language model at the last token. Vision cache: keys and values that "
+        "the queries attend to. Activations: estimate for the backward pass of one training sample, with fused "
+        f"attention and without checkpointing. {result.assumptions['bytes_per_number']} bytes per number."
     )
     return Table("answers", "Cost and memory of an answer", [*columns, "activations"], rows, note, strong=[4])
 
@@ -67,7 +65,7 @@ def kib(size):
 
 
 def budgets(result):
-    """Samples that every budget pays for, with the predecessor's numbers."""
+    """How many training samples each compute budget pays for."""
     rows = [
         [
             (f"{row.budget:.1e}", row.budget),
@@ -75,55 +73,21 @@ def budgets(result):
             row.arm.replace("_", " "),
             number(row.flops_per_sample / 1e9, 1),
             count(row.num_samples),
-            number(row.predecessor_flops_per_sample / 1e9, 1),
-            count(row.predecessor_num_samples),
-            number(row.num_samples / row.predecessor_num_samples, 2),
         ]
         for row in result.budgets
     ]
-    lengths = result.assumptions["predecessor_sample"]
-    columns = [
-        "budget, FLOP",
-        "scale",
-        "arm",
-        "GFLOP a sample",
-        "samples",
-        "predecessor: GFLOP",
-        "samples then",
-        "ratio",
-    ]
+    lengths = result.assumptions["budget_sample"]
+    columns = ["budget, FLOP", "scale", "arm", "GFLOP per sample", "samples"]
     note = (
-        f"Equal training compute (iso-FLOP): SmolLM2 and DINOv2-small, samples of {lengths['num_frames']} frames and "
-        f"{lengths['num_text_tokens']} text tokens, {lengths['num_labels']} with a loss, as the predecessor assumed. "
-        "Other lengths: `python -m pipeline_steps.flops --budget ... --frames ...`. The next table says why the two "
-        "counts differ."
+        f"Equal training compute (iso-FLOP). Backbones: SmolLM2 and DINOv2-small. A sample has {lengths['num_frames']} "
+        f"frames and {lengths['num_text_tokens']} text tokens, {lengths['num_labels']} of them with a loss. For other "
+        "lengths run `python -m pipeline_steps.flops --budget ... --frames ...`."
     )
-    return Table("budgets", "Training samples that a budget pays for", columns, rows, note, strong=[4])
-
-
-def corrections(result):
-    """From the predecessor's count of a training sample to ours, step by step."""
-    columns = sorted(result.corrections, key=lambda name: (name.split()[1], SCALES.index(name.split()[0])))
-    reasons = max((result.corrections[name] for name in columns), key=len)  # the longest list has every reason
-    rows = [[step.reason, *(added(result.corrections[name], step.reason) for name in columns)] for step in reasons]
-    rows.append(["our count", *(number(result.corrections[name][-1].flops_per_sample / 1e9, 1) for name in columns)])
-    note = "GFLOP of one training sample: the predecessor's count, what every correction adds, and our count."
-    return Table("corrections", "Why the counts differ", ["", *(n.replace("_", " ") for n in columns)], rows, note)
-
-
-def added(steps, reason):
-    """What the correction changes, as a cell; of the first step the count itself."""
-    before = 0.0
-    for index, step in enumerate(steps):
-        if step.reason == reason:
-            value = (step.flops_per_sample - before) / 1e9
-            return number(value, 1) if index == 0 else (f"{value:+.1f}", value)
-        before = step.flops_per_sample
-    return ABSENT
+    return Table("budgets", "Training samples per compute budget", columns, rows, note, strong=[4])
 
 
 def statements(result):
-    """Where one token a frame saves compute and where the vision encoder dominates, a sentence per language model."""
+    """One line per language model: where one token per frame saves compute, and where the vision encoder dominates."""
     lines = []
     for name in (name for name in SCALES if name in result.frontier):
         entry = result.frontier[name]
@@ -131,16 +95,16 @@ def statements(result):
         last = f"{entry.num_frames[-1]} frames"
         saved = 1 - entry.foveated[-1] / entry.multi_token[-1]
         lines.append(
-            f"{name}: one token a frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} in "
-            f"use and {frames_text(entry.cheaper_training_from)} in training; at {last} it costs {abs(saved):.0%} "
-            f"{'less' if saved > 0 else 'more'} in use. The vision encoder is "
-            + (f"more than half of its cost from {most} frames on." if most else f"less than half of it up to {last}.")
+            f"{name}: one token per frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} at "
+            f"inference and {frames_text(entry.cheaper_training_from)} in training. At {last} it costs "
+            f"{abs(saved):.0%} {'less' if saved > 0 else 'more'} at inference. The vision encoder takes "
+            + (f"more than half of the cost from {most} frames on." if most else f"less than half of it up to {last}.")
         )
     return lines
 
 
 def multi_tokens(result):
-    """Tokens per frame of the ordinary network that one foveated token is compared with."""
+    """Tokens per frame of the multi-token network."""
     return next(name.split("_")[1] for name in result.arms if name.startswith("B1_"))
 
 
@@ -149,8 +113,8 @@ def frames_text(count_):
 
 
 def frontier(result):
-    """(draw, width, height): one token against several over frames and language models, and the vision encoder's
-    share."""
+    """(draw, width, height): cost of one token relative to several over the number of frames, by language model, and
+    the vision encoder's share."""
     names, several = [name for name in SCALES if name in result.frontier], multi_tokens(result)
 
     def draw(figure, ink):
@@ -169,7 +133,7 @@ def frontier(result):
             panels,
             (1.0, 1.0, 0.5),
             (
-                f"cost of one token / {several}, in use",
+                f"cost of one token / {several}, inference",
                 f"cost of one token / {several}, training",
                 "vision encoder's share",
             ),

@@ -1,4 +1,4 @@
-"""The table of the controls: what is lost when something is taken away from a finished network."""
+"""Table of the controls: the loss of accuracy when a trained network is deprived of one thing."""
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.modes import GAZE_MODES
@@ -7,8 +7,11 @@ from pipeline_steps.report.tables import MISSING, MODE_NAMES, Table, share
 
 
 def costs(result):
-    """`Table`: what every control costs every task, in points of accuracy: on the items that both scored, with
-    intervals, where the result has them (`EvaluationResult.controls`), else the difference of the two accuracies."""
+    """`Table`: cost of every control by task, in points of accuracy.
+
+    Uses the paired differences with intervals in `EvaluationResult.controls`, or the difference of the accuracies if
+    the result has none.
+    """
     tasks = result.controls or {
         task: {name: score.accuracy - scores[MODE].accuracy for name, score in scores.items()}
         for task, scores in result.tasks.items()
@@ -25,16 +28,16 @@ def costs(result):
         )
     columns = ["task", MODE, *(MODE_NAMES[name] for name in found)]
     note = (
-        "Accuracy in autoregressive mode, and what it becomes in points when something is taken away: far below zero "
-        "means that the model needs it. Controls are other ways to look with the same weights, not trained baselines."
+        "Accuracy in autoregressive mode, and the change in points under each control. Far below 0, the model needs "
+        "what the control removes. Controls use the same weights; they are not trained baselines."
     )
     if result.controls:
-        note += " In brackets 95% intervals, paired bootstrap over the items that both scored."
-    return Table("controls", "What each control costs", columns, rows, note)
+        note += " Brackets: 95% intervals, paired bootstrap over the items scored in both modes."
+    return Table("controls", "Cost of each control", columns, rows, note)
 
 
 def cost(entry):
-    """A `Control`, a difference of accuracies or None as a cell."""
+    """A `Control`, a difference of accuracies, or None, as a cell."""
     if entry is None:
         return MISSING
     if isinstance(entry, float):

@@ -1,4 +1,4 @@
-"""The learning curves: training loss, validation accuracy by task, attention, and the warnings of a training."""
+"""Learning curves: training loss, validation accuracy by task, attention diagnostics, and training warnings."""
 
 import matplotlib.ticker
 import numpy as np
@@ -6,10 +6,10 @@ import numpy as np
 from pipeline_steps.report.figures import COLOURS, WIDTH
 
 TASK_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#8d6e5a"]
-TASK_MARKERS = "osD^vXP*"  # so that colour alone does not tell tasks apart
+TASK_MARKERS = "osD^vXP*"  # tasks differ in marker as well as in colour
 TASK_STYLES = ["-", "--", ":"]  # of tasks beyond the colours
 ATTENTION = {  # column of the tables -> (label, colour, marker)
-    "attention_uniformity": ("attention entropy, share of the greatest", COLOURS["autoregressive"], "o"),
+    "attention_uniformity": ("attention entropy / maximum", COLOURS["autoregressive"], "o"),
     "token_similarity": ("tokens of different frames, cosine", COLOURS["blind"], "X"),
     "coarse_similarity": ("fine and coarse token, cosine", COLOURS["fine"], "D"),
 }
@@ -26,12 +26,12 @@ class Timeline:
             start += float(train["samples"].iloc[-1])
 
     def position(self, stage, steps):
-        """Samples seen before the stage and in it up to the steps, between two logged ones in proportion."""
+        """Cumulative training samples at steps of a stage, interpolated between logged steps."""
         start, known, samples = self.stages[stage]
         return start + np.interp(steps, [0, *known], [0, *samples])
 
     def mark(self, all_axes, ink):
-        """A line at the end of every stage, its name above the first axes."""
+        """Draws a line at the end of every stage and its name above the first axes."""
         top = all_axes[0]
         for stage, (start, _, samples) in self.stages.items():
             for axes in all_axes:
@@ -41,7 +41,7 @@ class Timeline:
 
 
 def finish(all_axes):
-    """Grids, and thousands with spaces below the last axes."""
+    """Adds grids, and formats the thousands of the last x axis."""
     spaced = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
     all_axes[-1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     all_axes[-1].xaxis.set_major_formatter(spaced)
@@ -52,8 +52,8 @@ def finish(all_axes):
 
 
 def learning(tables):
-    """(draw, width, height): training loss and validation accuracy over the samples of all stages, or None without a
-    table."""
+    """(draw, width, height): training loss and validation accuracy over the samples of all stages; None without
+    tables."""
     if not tables:
         return None
     lines = task_lines(tables)
@@ -76,7 +76,7 @@ def learning(tables):
             for stage, rows in pieces:
                 x = timeline.position(stage, rows["step"])
                 bottom.plot(x, rows["accuracy"], markersize=4.5, linewidth=1.3, **style)
-                style["label"] = None  # one entry in the legend, however many stages
+                style["label"] = None  # one legend entry per task
         timeline.mark((top, bottom), ink)
         top.set_ylabel("training loss (nats)")
         bottom.set_ylabel("validation accuracy (fine)")
@@ -109,14 +109,14 @@ def task_lines(tables):
 
 
 def smooth(values, span=9):
-    """Running mean over at most `span` neighbours (an eighth of all where these are few), fewer at the ends."""
+    """Running mean over `span` values, or an eighth of all if that is less; fewer at the ends."""
     half = min(span, len(values) // 8) // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def attention(tables):
-    """(draw, width, height): entropy of the attention and similarity of the visual tokens over training, or None for
-    a network without queries, whose tables have no such rows."""
+    """(draw, width, height): attention entropy and token similarity over training; None without diagnostics rows, as
+    for networks without queries."""
     rows = {stage: table[table["event"] == "diagnostics"] for stage, table in tables.items()}
     if not sum(map(len, rows.values())):
         return None
@@ -137,7 +137,7 @@ def attention(tables):
                 )
         timeline.mark((axes,), ink)
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.03)  # a cosine may be negative
-        axes.set_ylabel("share, or cosine")
+        axes.set_ylabel("ratio, or cosine")
         finish((axes,))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
 
@@ -145,7 +145,7 @@ def attention(tables):
 
 
 def warnings(tables):
-    """What the trainings warned of: one line each."""
+    """One line per warning of the training stages."""
     return [
         f"{stage}, step {int(row.step)}: {row.message}"
         for stage, table in tables.items()

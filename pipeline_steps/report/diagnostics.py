@@ -1,7 +1,5 @@
-"""Tables of the automated checks and of the attention by layer.
-
-A table without rows says in its note what was not measured.
-"""
+"""Tables of the automated checks and of the attention by layer. The note of an empty table says what was not
+measured."""
 
 from statistics import fmean
 
@@ -13,7 +11,14 @@ VERDICTS = ("suspicious", "ok", "not applicable")  # most urgent first
 
 def checks(result):
     """The automated diagnostics, suspicious ones first."""
-    columns = ["check", "verdict", "value", "expected", "what the value is", "out of bounds, or not applicable"]
+    columns = [
+        "check",
+        "verdict",
+        "value",
+        "expected",
+        "meaning of the value",
+        "likely cause if out of bounds, or why not applicable",
+    ]
     table = Table("checks", "Automated checks", columns, [])
     if result.diagnostics is None:
         table.note = "Not measured: the evaluation ran without diagnostic clips."
@@ -25,15 +30,15 @@ def checks(result):
     ]
     counts = [sum(check.verdict == verdict for _, check in found) for verdict in VERDICTS]
     table.note = (
-        f"{counts[0]} suspicious, {counts[1]} ok, {counts[2]} not applicable; suspicious ones stand first. Measured on "
+        f"{counts[0]} suspicious, {counts[1]} ok, {counts[2]} not applicable. Measured on "
         f"{result.diagnostics.num_items} items with {result.diagnostics.num_frames} frames. A suspicious value is a "
-        "reason to investigate, not a proof; the last column says what it points to."
+        "reason to investigate, not a proof; the last column names the likely cause."
     )
     return table
 
 
 def attention(result):
-    """A row per mode and vision layer: how sharp the attention of its heads is."""
+    """A row per mode and vision layer: entropy and largest weight of its attention heads."""
     columns = ["mode", "layer", "entropy, mean", "lowest head", "highest head", "largest weight, mean", "sharpest head"]
     entropy = result.diagnostics.entropy if result.diagnostics else {}
     rows = []
@@ -42,9 +47,9 @@ def attention(result):
             cells = map(share, (fmean(heads), min(heads), max(heads), fmean(peaks), max(peaks)))
             rows.append([MODE_NAMES[mode], count(layer), *cells])
     note = (
-        "Attention of the queries to the patches. Entropy: as a share of an even spread's; 100% means that a head "
-        "chooses nothing. Largest weight: of one patch, mean over frames. Look at the last layer, which the gaze "
-        "tables are about: sharp heads choose, and heads that differ widely share the work."
+        "Attention of the queries to the patches. Entropy: relative to uniform attention; 100% means that a head "
+        "selects nothing. Largest weight: of one patch, mean over frames. The gaze tables use the last layer; its "
+        "heads should be sharp, and differ if they specialise."
         if rows
         else "Not measured: the evaluation ran without diagnostic clips, or the network has no queries."
     )

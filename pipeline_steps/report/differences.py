@@ -1,5 +1,4 @@
-"""The ablation tables: what every ablation changes against the default recipe, one table for each way in which the
-training budgets compare."""
+"""Ablation tables: every ablation against the default recipe, one table per kind of budget comparison."""
 
 from pipeline_steps.report import budgets, comparisons
 from pipeline_steps.report.comparisons import BASELINE
@@ -18,16 +17,16 @@ COLUMNS = [
     "training compute",
 ]
 NOTE = (
-    "Autoregressive mode, same items, runs paired by seed; means over tasks. In brackets 95% intervals over seeds "
-    "(random effect) and items (paired bootstrap); of one seed: over items only. p: two-sided, against no difference "
-    "of the loss, Student's t with the bootstrap's standard error; Holm: adjusted for all ablations of this table that "
-    "have a p. Above 1: the default recipe has the lower loss."
+    "Autoregressive mode, same items, runs paired by seed, means over tasks. A ratio above 1 means that the default "
+    "recipe has the lower loss. Brackets: 95% intervals over seeds (random effect) and items (paired bootstrap); with "
+    "one seed, over items only. p: two-sided, null hypothesis of equal losses, Student's t with the bootstrap's "
+    "standard error. Holm: adjusted for all ablations of this table that have a p-value."
 )
 ABSENT = ("–", None)
 
 
 def tables(inputs, settings):
-    """`Table`s of ablations against the default recipe, by kind of comparison (budgets.NAMES); none without runs."""
+    """`Table`s of ablations against the default recipe, one per kind of comparison (budgets.NAMES) that has runs."""
     compared, left_out = all_comparisons(inputs, settings)
     found = []
     for kind in budgets.NAMES:
@@ -40,7 +39,7 @@ def tables(inputs, settings):
 
 
 def all_comparisons(inputs, settings):
-    """({ablation: `Comparison`}, {ablation: why it has none})."""
+    """({ablation: `Comparison`}, {ablation: reason why it is not comparable})."""
     found = comparisons.groups(inputs)
     base, outdated = found.pop(BASELINE, {}), comparisons.outdated(inputs.current, inputs.runs)
     compared, left_out = {}, {}
@@ -57,7 +56,7 @@ def all_comparisons(inputs, settings):
 
 
 def table_of(kind, compared, settings):
-    """One table; Holm's correction is over its ablations."""
+    """One table. Holm's correction covers its ablations."""
     tested = [name for name, entry in compared.items() if entry.loss and entry.loss.p_value is not None]
     adjusted = dict(zip(tested, holm([compared[name].loss.p_value for name in tested]), strict=True))
     rows = [row(name, entry, adjusted.get(name), settings) for name, entry in compared.items()]
@@ -85,7 +84,7 @@ def row(name, entry, adjusted, settings):
 
 
 def points(entry):
-    """The difference of the accuracies as a cell."""
+    """The difference of the accuracies in points as a cell."""
     value = 100 * (entry.arm_accuracy - entry.accuracy)
     text = f"{value:+.1f}"
     if entry.accuracy_difference:
@@ -94,7 +93,7 @@ def points(entry):
 
 
 def result(entry, adjusted, settings):
-    """The row in words: better or worse only if Holm's p says so, the same only if the interval is within the
+    """The result in words: better or worse if Holm's p is below ALPHA, the same if the interval is within the
     margin."""
     if entry.loss is None:
         return "undecided: no per-item results"

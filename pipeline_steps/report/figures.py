@@ -1,4 +1,4 @@
-"""The figures, each drawn twice (light and dark, transparent ground) as SVG that is the same for the same numbers."""
+"""Figures as deterministic SVG, each in a light and a dark theme with transparent background."""
 
 import io
 
@@ -35,7 +35,7 @@ STYLE = {
 
 
 def svg(draw, theme, width, height):
-    """draw(figure) under a theme: the SVG text."""
+    """SVG text of draw(figure, ink) in a theme."""
     ink, faint = INK[theme], FAINT[theme]
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     with matplotlib.rc_context({**STYLE, **colours, "axes.edgecolor": faint, "grid.color": faint}):
@@ -48,7 +48,7 @@ def svg(draw, theme, width, height):
 
 
 def tasks(result):
-    """(draw, width, height): accuracy of every task in every mode, with intervals, and chance."""
+    """(draw, width, height): accuracy by task and mode with intervals, and chance."""
     names = list(result.tasks)
 
     def draw(figure, ink):

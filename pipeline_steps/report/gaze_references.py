@@ -1,7 +1,4 @@
-"""The table of the gaze against its references.
-
-A table without rows says in its note what was not measured.
-"""
+"""Table of the gaze relative to its references. The note of an empty table says what was not measured."""
 
 from pipeline_steps.report.cells import difference
 from pipeline_steps.report.tables import MISSING, Table, count
@@ -10,12 +7,12 @@ REFERENCES = ("chance", "coarse", "oracle")
 
 
 def gaze_difference(result):
-    """A row per task: the peak's share on the target above each reference, in points."""
+    """A row per task: share of peaks on the target minus that of each reference, in points."""
     tasks = result.gaze_difference or {}
     names = [name for name in REFERENCES if any(name in entries for entries in tasks.values())]
     rows = []
     for task, entries in tasks.items():
-        # The oracle is looked at on fewer items: the frames of both are told apart
+        # each reference with its own number of frames: the oracle is measured on fewer items
         row = [task]
         for name in names:
             entry = entries.get(name)
@@ -24,12 +21,12 @@ def gaze_difference(result):
             )
         rows.append(row)
     note = (
-        "Points of frames whose most attended patch is the target's, autoregressive minus each reference over the "
-        "same frames; in brackets 95% paired bootstrap intervals over items. Above chance and coarse is what choosing "
-        "where to look gains; the oracle is told where the target is: where that "
-        "interval holds 0, a better choice would show no gain on these frames."
+        "Share of frames whose most attended patch shows the target: autoregressive minus reference on the same "
+        "frames, in points. Brackets: 95% paired bootstrap intervals over items. A positive difference to chance and "
+        "coarse is the gain from planned queries. The oracle attends to the target only; if its interval includes 0, "
+        "better queries would show no gain on these frames."
         if rows
-        else "Not measured: no item of this split names a target whose place is known, or the network has no queries."
+        else "Not measured: no item of this split has a target with known boxes, or the network has no queries."
     )
     columns = ["task", *(text for name in names for text in (f"against {name}", "frames"))]
     return Table("gaze_difference", "Gaze against its references", columns, rows, note)

@@ -1,7 +1,7 @@
-"""Everything that the report reads, in one place.
+"""Reads all inputs of the report.
 
-Required: evaluation.json, flops.json and the manifests of shards and tokens; a missing one is a UserError.
-Everything else is optional: what is missing is listed in `Inputs.missing` and said on the page.
+Required: evaluation.json, flops.json and the manifests of shards and tokens; a missing one is a UserError. Everything
+else is optional; `Inputs.missing` lists what is missing, and the page shows that list.
 """
 
 import json
@@ -24,16 +24,16 @@ CURVE_COLUMNS = ("event", "step", "samples", "source", "task", "mode", "loss", "
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
 
-@dataclass(eq=False)  # a key of caches by identity
+@dataclass(eq=False)  # hashable by identity, for lru_cache
 class Run:
     """The evaluation of one trained model."""
 
     name: str
     ablation: str  # "none": the default recipe
     seed: int
-    result: EvaluationResult | KeptRun  # of a kept run: tasks, mean and provenance alone
-    items: pd.DataFrame | None  # one row per item and mode; None: not kept
-    budget: Budget | None = None  # what it was trained with; None: not kept
+    result: EvaluationResult | KeptRun  # a kept run has tasks, mean and provenance only
+    items: pd.DataFrame | None  # one row per item and mode; None: not available
+    budget: Budget | None = None  # training budget; None: unknown
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Inputs:
     tokens: TokensManifest
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # stage -> its csv
     stages: dict[str, dict] = field(default_factory=dict)  # stage -> its json
-    streaming: StreamingResult | None = None  # what the training stages read, counted before they run
+    streaming: StreamingResult | None = None  # what the training stages read, counted before training
     backbones: dict | None = None
     heatmaps: dict | None = None
     answers: list[dict] = field(default_factory=list)
@@ -87,19 +87,19 @@ def read_inputs(root, ablation, seed):
         lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         inputs.answers = [json.loads(line) for line in lines if line]
     else:
-        missing.append("outputs/evaluation/answers.jsonl (written answers; `dvc repro evaluation`)")
+        missing.append("outputs/evaluation/answers.jsonl (generated answers; `dvc repro evaluation`)")
     return inputs
 
 
 def read_optional(path, missing):
-    """The JSON file, or None and a line in `missing`."""
+    """The content of a JSON file, or None after adding its name to `missing`."""
     if not path.exists():
         missing.append(path.name)
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): make it again with `dvc repro`") from None
+        raise UserError(f"{path}: not valid JSON ({error}). Rewrite it with `dvc repro`.") from None
 
 
 def read_streaming(path, missing):
@@ -110,35 +110,38 @@ def read_streaming(path, missing):
 
 
 def read_curve(path, stage):
-    """The table of a training stage. UserError for a column that is not there."""
+    """The metrics table of a training stage. UserError for a missing column."""
     table = pd.read_csv(path)
     absent = [name for name in CURVE_COLUMNS if name not in table.columns]
     if absent:
         raise UserError(
-            f"{path}: no column {', '.join(absent)}: it is of another version: make it again with `dvc repro {stage}`"
+            f"{path}: no column {', '.join(absent)}; it was written by another version. Run `dvc repro {stage}`."
         )
     return table
 
 
 def read_items(path, missing):
-    """The table of items, without its columns of lists (gaze by layer and frame), which take most of the memory."""
+    """The item table without list columns (gaze by layer and frame), which take most of the memory."""
     if path.exists():
         columns = [field.name for field in parquet.read_schema(path) if not types.is_nested(field.type)]
         return pd.read_parquet(path, columns=columns)
-    missing.append(f"{path.name} beside {path.parent.name} (paired intervals; `dvc repro evaluation`)")
+    missing.append(f"outputs/{path.parent.name}/{path.name} (paired intervals; `dvc repro evaluation`)")
     return None
 
 
 def read_runs(folder):
-    """Every reports/runs/<ablation>-seed<k>.json. UserError for a file of another name, format or version."""
+    """All reports/runs/<ablation>-seed<k>.json as `Run`s. UserError for another name, format or version."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         match = RUN_NAME.fullmatch(path.stem)
         if not match:
-            raise UserError(f"{path}: name the file <ablation>-seed<number>.json, such as A6-seed2.json")
+            raise UserError(f"{path}: name the file <ablation>-seed<number>.json, for example A6-seed2.json")
         kept = read_json(path, KeptRun, "python -m pipeline_steps.report.keep")
         if (kept.ablation, kept.seed) != (match["ablation"], int(match["seed"])):
-            raise UserError(f"{path}: holds ablation {kept.ablation}, seed {kept.seed}: rename it")
+            raise UserError(
+                f"{path}: holds ablation {kept.ablation}, seed {kept.seed}. Rename it to "
+                f"{kept.ablation}-seed{kept.seed}.json."
+            )
         runs.append(
             Run(
                 name=path.stem,
@@ -153,7 +156,7 @@ def read_runs(folder):
 
 
 def items_of(kept):
-    """The item table of a `KeptRun`, as `read_items` gives it, autoregressive rows only."""
+    """The item table of a `KeptRun` in the format of `read_items`, with autoregressive rows only."""
     tables = [
         pd.DataFrame({**columns.model_dump(), "task": task, "mode": "autoregressive"})
         for task, columns in kept.items.items()

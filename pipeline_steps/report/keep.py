@@ -1,16 +1,19 @@
-"""Keeps the workspace's finished run for later reports, as one compact file in git.
+"""Keeps finished runs for later reports, each as one compact file in git.
 
-    python -m pipeline_steps.report.keep
+    python -m pipeline_steps.report.keep                             the run of the workspace
+    python -m pipeline_steps.report.keep --experiments [NAME ...]    DVC experiments of the checked-out commit
 
 Reads params.yaml and the results of the stages; writes reports/runs/<ablation>-seed<seed>.json (a
-`pipeline_steps.common.metrics.KeptRun`). Refuses results that do not belong to the workspace's code, data and
-parameters (`dvc status`), that are incomplete, or that do not belong together. Cost: seconds.
+`pipeline_steps.common.metrics.KeptRun`). UserError for results that are outdated (`dvc status`), incomplete or
+inconsistent. --experiments reads the results from DVC's cache, so it also collects what a queue made; without names it
+keeps every experiment. Cost: seconds.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pipeline_steps.common import metrics, params
@@ -23,30 +26,99 @@ from pipeline_steps.report.inputs import read_inputs
 
 COLUMNS = tuple(metrics.KeptItems.model_fields)
 MODE = "autoregressive"
-NOT_KEPT = ("heatmaps", "report")  # stages of which a kept run holds nothing
+RESULTS = (
+    "params.yaml",
+    "data/shards/manifest.json",
+    "data/tokens/manifest.json",
+    "outputs/metrics",
+    "outputs/evaluation",
+)
+NOT_KEPT = ("heatmaps", "report")  # stages whose outputs are not part of a kept run
 
 
 def main():
     arguments = read_arguments()
-    parameters = params.read(arguments.root / "params.yaml", *PARAMS)
-    refuse_changed(changed_stages(arguments.root))
-    inputs = read_inputs(arguments.root, parameters.ablation, parameters.seed)
-    kept = kept_run(inputs, parameters.as_dict())
-    check_origin(kept, arguments.root)
-    path = arguments.root / f"reports/runs/{kept.ablation}-seed{kept.seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, as_text(kept))
-    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB. Next: dvc repro report, then commit it")
+    if arguments.experiments is None:
+        refuse_changed(changed_stages(arguments.root))
+        paths = [write_run(finished_run(arguments.root), arguments.root)]
+    else:
+        paths = keep_experiments(arguments.root, arguments.experiments)
+    for path in paths:
+        print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+    print("Next: dvc repro report, then commit")
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Keep the workspace's finished run for later reports.")
-    parser.add_argument("--root", type=Path, default=Path(), help="the folder of the finished run")
+    parser = argparse.ArgumentParser(description="Keep finished runs for later reports.")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the finished run")
+    parser.add_argument(
+        "--experiments", nargs="*", metavar="NAME", help="DVC experiments of the checked-out commit (default: all)"
+    )
     return parser.parse_args()
 
 
+def finished_run(root):
+    """`metrics.KeptRun` of the results under `root`."""
+    parameters = params.read(root / "params.yaml", *PARAMS)
+    inputs = read_inputs(root, parameters.ablation, parameters.seed)
+    kept = kept_run(inputs, parameters.as_dict())
+    check_origin(kept, root)
+    return kept
+
+
+def file_name(kept):
+    return f"{kept.ablation}-seed{kept.seed}.json"
+
+
+def write_run(kept, root):
+    path = root / "reports/runs" / file_name(kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, as_text(kept))
+    return path
+
+
+def keep_experiments(root, names):
+    """Keeps the named experiments (none named: all) of the checked-out commit; returns the files. UserError for an
+    unknown name, and for two experiments with one ablation and seed; nothing is written then."""
+    from dvc.repo import Repo  # slow to import
+
+    with Repo(str(root)) as repo:
+        found = dict(entry for entries in repo.experiments.ls().values() for entry in entries)
+    if unknown := sorted(set(names) - found.keys()):
+        raise UserError(
+            f"no experiment {', '.join(unknown)} of this commit (there are: {', '.join(sorted(found)) or 'none'}); "
+            "`dvc queue status` lists tasks that failed"
+        )
+    runs = {}
+    for name in names or sorted(found):
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_results(root, found[name], Path(folder))
+            kept = finished_run(Path(folder))
+        if file_name(kept) in runs:
+            raise UserError(
+                f"experiments {runs[file_name(kept)][0]} and {name} both are ablation {kept.ablation} with seed "
+                f"{kept.seed}: name one of them. What else they vary needs an ablation of its own in conf/ablation."
+            )
+        runs[file_name(kept)] = name, kept
+    if not runs:
+        raise UserError("this commit has no experiments: run `dvc exp run` first")
+    return [write_run(kept, root) for _, kept in runs.values()]
+
+
+def fetch_results(root, revision, folder):
+    """Copies what a kept run is made of from an experiment's commit and DVC's cache. UserError for what is missing."""
+    from dvc.api import DVCFileSystem
+
+    source = DVCFileSystem(str(root), rev=revision)
+    for path in RESULTS:
+        if not source.exists(path):
+            raise UserError(f"experiment {revision[:7]} has no {path}: run it to its end, or `dvc exp pull` it")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        source.get(path, str(folder / path), recursive=source.isdir(path))
+
+
 def changed_stages(root):
-    """Names of stages that `dvc status` reports as changed. UserError where DVC gives no answer."""
+    """Names of the stages that `dvc status` reports as changed. UserError if it fails."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -55,11 +127,11 @@ def changed_stages(root):
 
 
 def refuse_changed(stages):
-    """UserError if a stage that a kept run is made of is changed: any but those in NOT_KEPT."""
+    """UserError if a stage is changed, except those in NOT_KEPT."""
     if changed := [name for name in stages if name not in NOT_KEPT]:
         raise UserError(
-            f"`dvc status`: {len(changed)} stage(s) changed ({', '.join(changed)}): their results are not of this "
-            "code, data and parameters; run `dvc repro` first"
+            f"`dvc status`: {len(changed)} stage(s) changed ({', '.join(changed)}), so their results do not match the "
+            "current code, data and parameters. Run `dvc repro` first."
         )
 
 
@@ -71,9 +143,9 @@ def kept_run(inputs, parameters):
     if current.items is None:
         missing.append("outputs/evaluation/items.parquet")
     if missing:
-        raise UserError(f"not there: {', '.join(missing)}: run `dvc repro` or `dvc pull` first")
+        raise UserError(f"missing: {', '.join(missing)}. Run `dvc repro` or `dvc pull` first.")
     if current.budget is None:
-        raise UserError("outputs/metrics/stage*.json name no mixture: make them again with `dvc repro`")
+        raise UserError("outputs/metrics/stage*.json have no `mixture`. Rewrite them with `dvc repro`.")
     rows = current.items[current.items["mode"] == MODE]
     items = {}
     for task, scores in current.result.tasks.items():
@@ -81,8 +153,8 @@ def kept_run(inputs, parameters):
         found, expected = (len(own), int(own["num_tokens"].sum())), (scores[MODE].num_items, scores[MODE].num_tokens)
         if found != expected:
             raise UserError(
-                f"outputs/evaluation/items.parquet has {found[0]} items with {found[1]} tokens of task {task}, "
-                f"outputs/metrics/evaluation.json {expected[0]} with {expected[1]}: run `dvc repro evaluation`"
+                f"outputs/evaluation/items.parquet has {found[0]} items with {found[1]} tokens of task {task}, but "
+                f"outputs/metrics/evaluation.json has {expected[0]} with {expected[1]}. Run `dvc repro evaluation`."
             )
         items[task] = metrics.KeptItems(**{name: own[name].tolist() for name in COLUMNS})
     return metrics.KeptRun(
@@ -98,18 +170,19 @@ def kept_run(inputs, parameters):
 
 
 def check_origin(kept, root):
-    """UserError where the evaluation was of another data set than the workspace's."""
+    """UserError if the evaluation used other shards or tokens than those of the workspace."""
     for name in ("shards", "tokens"):
         path = root / f"data/{name}/manifest.json"
         found, expected = sha256_file(path), kept.provenance.get(f"{name}_sha256")
         if found != expected:
             raise UserError(
-                f"{path} has hash {found[:12]}, the evaluation was of {str(expected)[:12]}: run `dvc repro evaluation`"
+                f"{path} has hash {found[:12]}, but the evaluation used {str(expected)[:12]}. Run `dvc repro "
+                "evaluation`."
             )
 
 
 def as_text(kept):
-    """Deterministic JSON: a line per key, and a line per task of `items`."""
+    """Deterministic JSON with one line per key, and one per task of `items`."""
     document = metrics.rounded(kept.model_dump(mode="json"))
     items = document.pop("items")
 

@@ -1,6 +1,6 @@
-"""The report as Markdown: the content of the page, with figures linked, for review in a pull request.
+"""The report as Markdown with linked figures, for review in a pull request.
 
-The file is in git, so it holds nothing of the moment: the same results give the same bytes.
+The file is in git, so equal results must give equal bytes: it contains no dates and no commit.
 """
 
 import re
@@ -11,12 +11,12 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 
 def escaped(text):
-    """Text that Markdown shows as it is, on one line."""
+    """Text escaped for Markdown, on one line."""
     return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def render(template, **values):
-    """The text of a template; autoescape is off, the template marks data with the filter `md`."""
+    """The rendered template. Autoescape is off; the template escapes data with the filter `md`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=False,

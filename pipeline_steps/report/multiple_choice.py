@@ -1,13 +1,10 @@
-"""The table of multiple-choice items.
-
-A table without rows says in its note what was not measured.
-"""
+"""Table of multiple-choice items. The note of an empty table says what was not measured."""
 
 from pipeline_steps.common.metrics import SCORINGS
 from pipeline_steps.report.cells import difference, optional
 from pipeline_steps.report.tables import Table, count, share
 
-ALL = "all"  # the group of `multiple_choice` that sums up the others
+ALL = "all"  # the group of all items
 
 
 def multiple_choice(result):
@@ -22,12 +19,11 @@ def multiple_choice(result):
                     table.summary.append(len(table.rows))
                 table.rows.append([name, scoring, *choice_cells(group, scoring)])
     table.note = (
-        "Share of items whose right option is chosen; in brackets 95% bootstrap intervals over items. Look at the "
-        "gain first: points of accuracy above the same network with grey frames; an interval that holds 0 means that "
-        "the options, not the frames, may give the answer. Letter: the likeliest letter; likelihood: the option with "
-        "the lowest loss per token; generation: the option that the written answer names, and the share of written "
-        "answers that name none (they count as wrong). Bias: distance of the letters chosen from those that are "
-        "right, 0 = none."
+        "Share of items with the correct option chosen. Brackets: 95% bootstrap intervals over items. Gain: points of "
+        "accuracy above the same network with grey frames; if its interval includes 0, the options alone may give the "
+        "answer. Scorings: letter (most likely letter), likelihood (option with the lowest loss per token), "
+        "generation (option that the generated answer names; no option: share of answers that name none and count as "
+        "wrong). Bias: distance between the distributions of chosen and correct letters, 0 = none."
         if table.rows
         else "Not measured: no item of this split has options."
     )

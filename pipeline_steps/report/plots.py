@@ -7,11 +7,11 @@ MODE = "autoregressive"
 
 
 def tables(inputs):
-    """{name: table} of the report's `Inputs`: a table without data has its columns and no rows.
+    """{name: DataFrame} of the report's `Inputs`. Without data a table has its columns but no rows.
 
     training_loss (stage, samples, loss), validation_accuracy (stage, samples, accuracy: fine mode, mean over tasks),
-    accuracy_by_task (task, accuracy), gaze_by_frame (frame, peak_on_target: mean over tasks). `samples` counts on
-    from stage to stage.
+    accuracy_by_task (task, accuracy), gaze_by_frame (frame, peak_on_target: mean over tasks). `samples` is cumulative
+    over the stages.
     """
     losses, accuracies, before = [], [], 0
     for stage, table in inputs.curves.items():
@@ -35,7 +35,7 @@ def tables(inputs):
 
 
 def gaze_by_frame(result):
-    """[(frame, mean over the tasks of the share of peaks on the target)], frames without a visible target left out."""
+    """[(frame, share of peaks on the target, mean over tasks)] of the frames with a visible target."""
     shares = [modes[MODE].per_frame for modes in result.gaze.values() if MODE in modes]
     rows = []
     for frame in range(max(map(len, shares), default=0)):

@@ -1,8 +1,8 @@
-"""Where the numbers come from: files by their hashes, versions and seeds. Nothing of the place or the moment."""
+"""Provenance of the results: file hashes, versions and seeds. Independent of machine and time."""
 
 
 def seeds(parameters):
-    """{what is drawn: seed} of nested parameters: every key named `seed`, "training" for the one at the top."""
+    """{section: seed} of every key named `seed` in nested parameters; the top-level one is named "training"."""
     found = {}
 
     def visit(values, path):
@@ -17,7 +17,7 @@ def seeds(parameters):
 
 
 def origin(inputs, parameters):
-    """[(name, value)] of the results: the same wherever and whenever the report is written; parameters: nested dict."""
+    """[(name, value)], identical on every machine and day. parameters: nested dict."""
     found = inputs.current.result.provenance
     rows = [
         ("ablation", inputs.current.ablation),

@@ -1,4 +1,4 @@
-"""Tables of the data by source: what became of every sample and item, and what the training stages read of them."""
+"""Tables of the data by source: samples and items by outcome, and what the training stages read."""
 
 from collections import Counter
 
@@ -20,10 +20,10 @@ COLUMNS = [
 
 
 def reading(streaming):
-    """`Table` of a `StreamingResult`: a row per stage, source and task, and a total per stage. None: no rows."""
+    """`Table` of a `StreamingResult`: a row per stage, source and task, and a total per stage. None: an empty table."""
     table = Table("reading", "What the training stages read", COLUMNS, [])
     if streaming is None:
-        table.note = "outputs/metrics/streaming.json is not there (`dvc repro streaming`)."
+        table.note = "outputs/metrics/streaming.json does not exist (run `dvc repro streaming`)."
         return table
     unserved = []
     for stage, served in streaming.stages.items():
@@ -37,10 +37,10 @@ def reading(streaming):
             names = ", ".join(f"{name} ({num_items})" for name, num_items in sorted(served.unserved.items()))
             unserved.append(f"{stage}: {names}")
     table.note = (
-        "Counted from the parameters and the token files before training. Items: that there are; samples: served, an "
-        "item as often as it is; epochs: samples per item. Frames and tokens are of the samples served, a still as "
-        "often as it is shown. Truncated: samples whose chat lost its last turns. Not served, because no entry of "
-        f"the mixture takes them (items): {'; '.join(unserved) if unserved else 'none'}."
+        "Counted from the parameters and the token files before training. Items: available. Samples: read in "
+        "training, repeats included. Epochs: samples / items. Frames and tokens: of the samples; an image counts as "
+        "often as it is repeated. Truncated: samples whose chat lost its last turns. Items that match no mixture "
+        f"entry: {'; '.join(unserved) if unserved else 'none'}."
     )
     return table
 
@@ -60,7 +60,7 @@ def cells(counts):
 
 
 def sources(shards, tokens):
-    """`Table` of every source: samples packed and quarantined, items kept, cut and dropped."""
+    """`Table` of every source: samples packed and quarantined, items kept, truncated and dropped."""
     quarantined = Counter(entry.source for entry in shards.quarantined)
     rows = []
     for name in sorted({*shards.sources, *quarantined, *tokens.sources}):
@@ -68,11 +68,11 @@ def sources(shards, tokens):
         counts = [items.seen, items.kept, items.truncated, items.dropped, items.tokens] if items else [0] * 5
         rows.append([name, *map(count, (shards.sources.get(name, 0), quarantined[name], *counts))])
     reasons = "; ".join(f"{entry.key}, item {entry.item} ({entry.reason})" for entry in tokens.dropped[:5])
-    note = "Seen = kept + dropped. Truncated: kept, but the chat lost its last turns to tokens.max_tokens."
+    note = "Items read = kept + dropped. Truncated: kept, but tokens.max_tokens cut the last turns of the chat."
     return Table(
         "sources",
         "Sources",
-        ["source", "packed samples", "quarantined", "items seen", "kept", "truncated", "dropped", "text tokens"],
+        ["source", "packed samples", "quarantined", "items read", "kept", "truncated", "dropped", "text tokens"],
         rows,
-        note + (f" The first dropped: {reasons}." if reasons else ""),
+        note + (f" First dropped items: {reasons}." if reasons else ""),
     )

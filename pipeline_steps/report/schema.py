@@ -10,29 +10,29 @@ class Targets(StrictModel):
     of `tasks`."""
 
     tasks: list[str]
-    """Tasks that the targets apply to."""
+    """Tasks with targets."""
     mean_accuracy: float = Field(ge=0, le=1)
     """Lowest accepted mean accuracy."""
     task_accuracy: float = Field(ge=0, le=1)
     """Lowest accepted accuracy of each task."""
     card_loss: PositiveFloat
-    """Upper limit of the loss of task `card`, nats per scored token."""
+    """Highest accepted loss of task `card`, nats per token."""
     gap: NonNegativeFloat
-    """Autoregressive loss may be at most (1 + gap) times the fine loss, all tasks together."""
+    """Highest accepted autoregressive / fine loss, minus 1."""
     blind_excess: float = Field(ge=0, le=1)
-    """Blind accuracy may be at most chance plus this, each task."""
+    """Highest accepted blind accuracy above chance, per task."""
 
 
 class Section(StrictModel):
     title: str
-    """Title of the report."""
+    """Report title."""
     min_seeds: PositiveInt
-    """Seeds of both arms that a verdict requires."""
+    """Seeds per arm that a verdict requires."""
     margin: PositiveFloat
     """Loss ratios within 1 +- margin count as equal."""
     bootstrap_samples: PositiveInt
-    """Bootstrap resamples of every interval."""
+    """Bootstrap resamples per interval."""
     seed: NonNegativeInt
-    """Seed of the bootstrap."""
+    """Bootstrap seed."""
     targets: Targets
     """Expected results on the embedded world."""

@@ -1,7 +1,4 @@
-"""The table of scores by source.
-
-A table without rows says in its note what was not measured.
-"""
+"""Table of scores by source. The note of an empty table says what was not measured."""
 
 from pipeline_steps.report.tables import MISSING, MODE_NAMES, MODES, Table, count, number, of_several, share
 
@@ -9,13 +6,13 @@ TEXT = "text"  # mode of the items without frames
 
 
 def by_source(result):
-    """Accuracy of every source and task; no rows where all items are of one source."""
+    """Accuracy by source and task. No rows if all items have the same source."""
     columns = ["source", "task", "items", *(MODE_NAMES[mode] for mode in MODES), "loss"]
     table = Table("scores_by_source", "Accuracy by source", columns, [])
     if result.sources is None:
         table.note = "Not measured by source."
     elif len(result.sources) < 2:
-        table.note = f"All items are of one source: {', '.join(result.sources)}."
+        table.note = f"All items have the same source: {', '.join(result.sources)}."
     else:
         table.rows = [
             source_row(source, task, scores)
@@ -24,9 +21,9 @@ def by_source(result):
         ]
         table.strong = [columns.index("autoregressive")]
         table.note = (
-            "The same scores as above, apart for each source: where a task differs widely between its sources, "
-            "the mean over them says little. In brackets 95% bootstrap intervals over items, in per cent. Loss: nats "
-            "per scored answer token, autoregressive. Items without frames stand in the autoregressive column."
+            "The scores above by source. If a task differs widely between sources, its mean says little. Brackets: "
+            "95% bootstrap intervals over items, in per cent. Loss: nats per scored answer token, autoregressive "
+            "mode. Scores of items without frames are in the autoregressive column."
         )
     return table
 

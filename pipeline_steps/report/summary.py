@@ -1,4 +1,4 @@
-"""The headline numbers of a run: reports/metrics/summary.json, the only metric that DVC compares."""
+"""Headline numbers of a run: reports/metrics/summary.json, the only DVC metrics file."""
 
 from statistics import fmean
 
@@ -22,8 +22,8 @@ def headline(result, inputs):
 
 
 def gaze_means(result):
-    """Means over the tasks, autoregressive mode: (share of frames whose attention peak is on the target, what a peak on
-    any object would reach), or None without a gaze."""
+    """(share of frames whose attention peak is on the target, chance level among the objects): means over the tasks in
+    autoregressive mode. None if no gaze was measured."""
     found = [modes["autoregressive"] for modes in result.gaze.values() if "autoregressive" in modes]
     if not found:
         return None

@@ -1,11 +1,11 @@
-"""The tables of the report: built once, shown as HTML and as Markdown."""
+"""Tables of the report. Each is built once and rendered as HTML and as Markdown."""
 
 from dataclasses import dataclass, field
 
 from pipeline_steps.common.modes import GAZE_MODES, LABELS
 
-MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # what is deployed first
-MISSING = ("–", None)  # sorts last, up or down
+MODES = ("autoregressive", "fine", "coarse", "blind", "random_query")  # the inference mode first
+MISSING = ("–", None)  # sorts last in both directions
 
 MODE_NAMES = LABELS
 COMPONENT_NAMES = {
@@ -20,18 +20,18 @@ COMPONENT_NAMES = {
 
 @dataclass
 class Table:
-    """Cells are text, numbers come with the value that they sort by: (text, value)."""
+    """A table. A cell is text, or (text, value to sort by)."""
 
     name: str
     title: str
     columns: list[str]
     rows: list[list]
     note: str = ""
-    strong: list[int] = field(default_factory=list)  # columns to stress
-    summary: list[int] = field(default_factory=list)  # rows that sum up others and stay below them when sorted
+    strong: list[int] = field(default_factory=list)  # columns in bold
+    summary: list[int] = field(default_factory=list)  # summary rows; sorting keeps them at the bottom
 
     def markdown(self, level=1):
-        """The table below its title as a heading (level 0: no heading); the note alone where there are no rows."""
+        """Title as a heading (level 0: none), table and note. Without rows: title and note."""
         lines = [f"{'#' * level} {self.title}", ""] if level else []
         if not self.rows:
             return "\n".join([*lines, self.note, ""])
@@ -49,7 +49,7 @@ def text_of(cell):
 
 
 def share(value, interval=None):
-    """A share as per cent, with its interval in brackets."""
+    """A share in per cent as a cell, with its interval in brackets."""
     if value is None:
         return MISSING
     text = f"{value:.1%}"
@@ -57,7 +57,7 @@ def share(value, interval=None):
 
 
 def of_several(score, quantity):
-    """The interval of a Score's `quantity`, or None for one item, whose resamples are all the same."""
+    """The interval of a Score's `quantity`, or None for a single item, which has no bootstrap interval."""
     return getattr(score, f"{quantity}_interval") if score.num_items > 1 else None
 
 
@@ -71,16 +71,16 @@ def count(value):
 
 
 def targets(result, settings):
-    """What the run was expected to reach and what it reached; a run on other data is not judged."""
+    """Required and reached values of the targets. No rows for data other than the embedded world."""
     absent = [task for task in settings.tasks if task not in result.tasks]
-    note = "Held-out items, autoregressive mode. These targets are of the embedded world."
+    note = "Held-out items, autoregressive mode. The targets apply to the embedded world only."
     if absent:
         return Table(
             "targets",
             "Targets",
             ["target", "", "required", "reached"],
             [],
-            f"Not judged: the targets are of the embedded world, and this split has no {', '.join(absent)}.",
+            f"Not judged: the targets apply to the embedded world, and this split has no task {', '.join(absent)}.",
         )
     chosen = {task: result.tasks[task] for task in settings.tasks}
     scores = {task: modes["autoregressive"] for task, modes in chosen.items()}
@@ -132,7 +132,7 @@ def targets(result, settings):
 
 
 def accuracies(result):
-    """Accuracy of every task and mode."""
+    """Token accuracy of every task and mode, with chance level and exact-match accuracy."""
     rows = []
     for task, modes in result.tasks.items():
         row = [task, count(modes["autoregressive"].num_items)]
@@ -168,18 +168,19 @@ def accuracies(result):
     return Table(
         "accuracy",
         "Accuracy by task and mode",
-        ["task", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact answers"],
+        ["task", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact match"],
         rows,
-        "Share of scored answer tokens that are the most likely one, given the true answer so far; in brackets 95% "
-        "bootstrap intervals over items, in per cent. Chance: the training split's most frequent token at each "
-        "answer position. Exact answers: generated greedily, the whole answer the same, on fewer items.",
+        "Teacher-forced token accuracy: share of scored answer tokens that are the most likely token. Brackets: 95% "
+        "bootstrap intervals over items, in per cent. Chance: accuracy of the training split's most frequent token at "
+        "each answer position. Exact match: share of greedily generated answers equal to the expected one, on fewer "
+        "items.",
         strong=[MODES.index("autoregressive") + 2],
         summary=list(range(first_summary, len(rows))),
     )
 
 
 def losses(result):
-    """Loss of every task and mode, and the gap between fine and autoregressive."""
+    """Loss of every task and mode, and the ratio of autoregressive to fine loss."""
     rows = []
     for task, modes in result.tasks.items():
         row = [
@@ -203,15 +204,16 @@ def losses(result):
         "Loss by task and mode",
         ["task", *(MODE_NAMES[mode] for mode in MODES), "autoregressive / fine"],
         rows,
-        "Nats per scored answer token. The last column is what the parallel form of training hides: 1 = nothing; "
-        "paired bootstrap intervals.",
+        "Nats per scored answer token. Last column: autoregressive loss / fine loss; 1 means that parallel training "
+        "transfers to frame-by-frame inference. Brackets: 95% bootstrap intervals over items, paired in the last "
+        "column.",
         strong=[MODES.index("autoregressive") + 1],
         summary=list(range(first_summary, len(rows))),
     )
 
 
 def gaze(result):
-    """Where attention lies, against chance."""
+    """Share of attention peaks on the target, and chance levels."""
     rows = []
     for task, modes in result.gaze.items():
         shown = modes.get("autoregressive") or next(iter(modes.values()))
@@ -231,7 +233,7 @@ def gaze(result):
         )
     return Table(
         "gaze",
-        "Gaze: is the strongest patch the target's?",
+        "Gaze: does the attention peak hit the target?",
         [
             "task",
             "frames",
@@ -242,11 +244,11 @@ def gaze(result):
             "attention on target",
         ],
         rows,
-        "Share of frames whose most attended patch (last vision layer, mean over heads) shows the target; frame 0, "
-        "which has no planned query, is left out. Any patch, any object: what a peak on any patch, or on any "
-        "object, would reach by chance. The last two columns are of the autoregressive mode."
+        "Share of frames whose most attended patch (last vision layer, mean over heads) shows the target. Frame 0 is "
+        "excluded because it has no planned query. Any patch, any object: chance level of a peak on a random patch, "
+        "or on a random object. The last two columns are for the autoregressive mode."
         if rows
-        else "No item of this split names a target whose place is known, or the network has no queries.",
+        else "Not measured: no item of this split has a target with known boxes, or the network has no queries.",
         strong=[2],
     )
 
@@ -257,7 +259,7 @@ def ordered_arms(result):
 
 
 def flops(result):
-    """Cost of each mode and arm by component."""
+    """FLOPs of every mode and arm by component."""
     rows = []
     for kind, entries, names in (
         ("this network", result.modes, GAZE_MODES),
@@ -274,15 +276,15 @@ def flops(result):
         "Compute per sample",
         ["", *COMPONENT_NAMES.values(), "total", "training"],
         rows,
-        f"MFLOP, 2 per multiply-accumulate, mean over the {facts['num_samples']} samples with frames of the "
+        f"MFLOP, 2 FLOPs per multiply-accumulate. Means over the {facts['num_samples']} samples with frames of the "
         f"{facts['split']} split ({facts['mean_num_frames']:.1f} frames, {facts['mean_num_text_tokens']:.1f} text "
-        f"tokens, {facts['mean_num_labels']:.1f} with a loss on average). Training: one sample forward and "
-        f"backward, all weights trained. Not counted: {facts['not_counted']}.",
+        f"tokens, {facts['mean_num_labels']:.1f} of them with a loss). Training: forward and backward of one sample, "
+        f"all weights trained. Not counted: {facts['not_counted']}.",
     )
 
 
 def data(shards, tokens):
-    """What was seen, packed and turned into items."""
+    """Samples, shards and items of every split."""
     rows = []
     for split, entry in shards.splits.items():
         items = tokens.splits.get(split)
@@ -297,14 +299,14 @@ def data(shards, tokens):
         "Data",
         ["split", "shards", "samples", "frames", "minutes of video", "MB", "items", "text tokens"],
         rows,
-        f"Samples: {shards.seen} seen = {shards.packed} packed + {len(shards.quarantined)} quarantined"
+        f"Samples: {shards.seen} read = {shards.packed} packed + {len(shards.quarantined)} quarantined"
         + (f": {quarantined}{more}" if quarantined else "")
-        + f". Items: {tokens.seen} seen = {tokens.kept} kept + {len(tokens.dropped)} dropped.",
+        + f". Items: {tokens.seen} read = {tokens.kept} kept + {len(tokens.dropped)} dropped.",
     )
 
 
 def mixture(stages):
-    """What every training stage served, from its own record."""
+    """Training samples of every stage by mixture entry, from the stages' own records."""
     tasks = sorted({name for values in stages.values() for name in values.get("mixture", {})})
     rows = []
     for task in tasks:
@@ -316,8 +318,8 @@ def mixture(stages):
     columns = ["task", *(f"{stage} {what}" for stage in stages for what in ("samples", "share"))]
     return Table(
         "mixture",
-        "What training served",
+        "Training mixture",
         columns,
         rows,
-        "Samples that each stage trained on; text: the samples without frames.",
+        "Samples that each stage trained on. `text`: samples without frames.",
     )

@@ -1,6 +1,6 @@
-"""Tables about time: clips shown in part, and scores by frame.
+"""Tables about time: scores on parts of clips, and scores by frame.
 
-A table without rows says in its note what was not measured.
+The note of an empty table says what was not measured.
 """
 
 from pipeline_steps.common.modes import VIEWS
@@ -8,9 +8,9 @@ from pipeline_steps.report.cells import optional, signed
 from pipeline_steps.report.tables import MODE_NAMES, Table, count, number, share
 
 VIEW_NAMES = {
-    "frames_4": "4 frames of all",
-    "frames_8": "8 frames of all",
-    "frames_16": "16 frames of all",
+    "frames_4": "4 frames of the clip",
+    "frames_8": "8 frames of the clip",
+    "frames_16": "16 frames of the clip",
     "first_half": "first half",
     "second_half": "second half",
     "first_half_held": "first half, held",
@@ -20,24 +20,24 @@ FRAME_MODES = ("autoregressive", "coarse", "blind")
 
 
 def temporal(result):
-    """A row per task and part of the clip: scores of the part and of all frames of the same clips."""
+    """A row per task and part: scores with that part and with all frames of the same clips."""
     columns = ["task", "shown", "items", "accuracy of part", "accuracy of all", "loss of part", "loss of all"]
-    columns += ["loss lost", "answers changed", "tokens changed"]
+    columns += ["loss difference", "answers changed", "tokens changed"]
     rows = []
     for task, views in (result.temporal or {}).items():
         for name in VIEWS:
             if name in views:
                 rows.append([task, VIEW_NAMES[name], *view_cells(views[name])])
     note = (
-        "Autoregressive, the same clips in part and whole. Loss lost: nats per token by which the part is worse, in "
-        "brackets 95% paired bootstrap intervals over items; around 0 the rest of the clip is not used. A half tells "
-        "too few frames and missing content together; held, each of its frames shown again up to the whole number, "
-        "loses only what the other half shows: where the half fails and the held half does not, the network is bound "
-        "to the number of frames. Answers changed: items with another most likely token anywhere."
+        "Autoregressive mode, the same clips in part and in full. Loss difference: part minus all frames, nats per "
+        "token; brackets: 95% paired bootstrap intervals over items. Near 0, the model does not use the rest of the "
+        "clip. A half has both fewer frames and less content. A held half repeats its frames up to the full number, "
+        "so that only the content differs: if the half is worse but the held half is not, the network depends on the "
+        "number of frames. Answers changed: share of items with a different most likely token at any position."
         if rows
-        else "Not measured: no clips were shown in part."
+        else "Not measured: no parts of clips were scored."
     )
-    return Table("temporal", "Clips shown in part", columns, rows, note, strong=[3])
+    return Table("temporal", "Parts of clips", columns, rows, note, strong=[3])
 
 
 def view_cells(view):
@@ -55,8 +55,8 @@ def view_cells(view):
 
 
 def per_frame(result, quantity):
-    """`quantity` ("accuracy" or "loss") of the tokens about each frame; frames that nothing is asked of are left
-    out."""
+    """`quantity` ("accuracy" or "loss") of the answer tokens about each frame. Frames without an answer token are
+    omitted."""
     found = [
         (task, mode, getattr(modes[mode], quantity))
         for task, modes in (result.per_frame or {}).items()
@@ -70,10 +70,10 @@ def per_frame(result, quantity):
         for task, mode, values in found
     ]
     worse = "falls" if quantity == "accuracy" else "rises"
-    meaning = "Share of scored answer tokens that are right" if quantity == "accuracy" else "Nats per scored token"
+    meaning = "Share of correct scored answer tokens" if quantity == "accuracy" else "Nats per scored answer token"
     note = (
-        f"{meaning}, by the frame that the token is about. A row that {worse} to the right drifts over time; "
-        "coarse: what the same weights get of a frame by a look without a plan."
+        f"{meaning}, by the frame that the token refers to. A row that {worse} to the right shows drift over time. "
+        "Coarse: the same weights with the static query on every frame."
         if rows
         else "Not measured: no task has an answer per frame."
     )

@@ -1,75 +1,76 @@
-"""The sentences of the report: captions, and those that are made of numbers."""
+"""Texts of the report: figure captions, and sentences built from the results."""
 
 from pipeline_steps.report.summary import gaze_means
 
-CAPTIONS = {  # figure -> (alternative text, what to see)
+CAPTIONS = {  # figure -> (alternative text, caption)
     "curves": (
         "Training loss and validation accuracy over the training samples of the three stages",
-        "Top: training loss (grey: single steps, blue: running mean; each stage has its own data and loss, so steps "
-        "between stages are no surprise). Bottom: accuracy on validation items, by task, and by source where a "
-        "task comes from several. Look for tasks that stay flat while others rise.",
+        "Top: training loss (grey: single steps, blue: running mean). It jumps between stages because each stage has "
+        "its own data and loss. Bottom: accuracy on validation items by task, and by source if a task has several "
+        "sources. A task that stays flat while others rise is not learned.",
     ),
     "attention": (
         "Entropy of the attention and similarity of the visual tokens over the training samples",
-        "Measured at every validation, last vision layer. Look for entropy that falls from 1 (the same attention on "
-        "every patch): the queries begin to choose. Cosines that stay near 1 mean that all frames give the same token, "
-        "or that planned queries find what the static one finds.",
+        "Measured at every validation, last vision layer. Entropy falling from 1 (uniform attention) means that the "
+        "queries become selective. A cosine that stays near 1 means that all frames give the same token, or that "
+        "planned queries give the same token as the static query.",
     ),
     "tasks": (
         "Accuracy of every task in every mode",
-        "Each task's accuracy by mode, with 95% intervals. Look for the distance between autoregressive (what is "
-        "deployed) and the two controls, and for autoregressive lying on fine: then the parallel form of training "
-        "hides nothing.",
+        "Accuracy of every task by mode, with 95% intervals. Compare autoregressive, the inference mode, with the two "
+        "controls. If autoregressive and fine agree, parallel training transfers to frame-by-frame inference.",
     ),
     "gaze": (
         "Share of frames whose attention peak is on the target, by task and by frame",
-        "Top: how often the most attended patch is the target's, against the share of patches that show it. Bottom: "
-        "over the frames; frame 0 is attended before anything is known.",
+        "Top: share of frames whose most attended patch shows the target, and the levels reached by chance. Bottom: "
+        "the same by frame. Frame 0 has no planned query.",
     ),
     "flops": (
         "Compute per sample by component, and over the number of frames",
-        "Top: where the compute goes. Bottom: cost over the number of frames for one foveated token, the static query "
-        "(A6) and ordinary tokens (B1), same backbones, mean text length.",
+        "Top: compute by component. Bottom: cost over the number of frames for one foveated token, the static query "
+        "(A6) and multiple tokens (B1), with the same backbones and the mean text length.",
     ),
     "frontier": (
-        "Cost of one token a frame against several over the number of frames, by language model",
-        "Look for where a line falls below the dotted one: from there on one token a frame costs less than several, in "
-        "use (top) and in training (middle). Bottom: share of vision encoder and queries in the cost of one token a "
-        "frame; above the dotted line the vision encoder dominates, and fewer tokens can save little.",
+        "Cost of one token per frame relative to several over the number of frames, by language model",
+        "Below the dotted line one token per frame costs less than several, at inference (top) and in training "
+        "(middle). Bottom: share of the vision encoder and the queries in the cost of one token per frame. Above the "
+        "dotted line the vision encoder dominates, and fewer tokens save little.",
     ),
     "over_frames": (
         "Entropy and largest weight of the attention over the frames, by mode",
-        "Mean of the clips above, last vision layer, mean over heads; 1 is the same attention on every patch. Look for "
-        "planned queries that choose (low entropy, high peak) from frame 1 on, where the static one (coarse) does not.",
+        "Mean over the clips above, last vision layer, mean over heads. Entropy 1 is uniform attention. Planned "
+        "queries should be selective (low entropy, high peak) from frame 1 on, unlike the static query (coarse).",
     ),
 }
 
 
 def banner(parameters):
-    """What the reader must know about the data before the numbers, for the embedded scale."""
+    """Caveats about the data to show before the numbers; [] unless the scale is embedded."""
     if parameters["backbones"]["kind"] != "embedded":
         return []
     return [
         "The data is synthetic: short generated clips of moving digits. The results say nothing about natural video.",
-        "The backbones' warm-up pre-trains the selection of named objects; training does not start without it.",
+        "The backbones' warm-up pre-trains the selection of named objects; training does not take off without it.",
     ]
 
 
 def lead(inputs):
-    """What this run alone shows, in two or three sentences."""
+    """The results of this run in two or three sentences."""
     result = inputs.current.result
     mean = result.mean
     exact = "" if (value := result.mean_exact_match) is None else f" and an exact-match accuracy of {value:.1%}"
     text = (
-        f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model answers "
-        f"{len(result.tasks)} tasks of held-out items with a mean token accuracy of "
-        f"{mean['autoregressive'].accuracy:.1%}{exact} with planned queries, frame by frame (autoregressive mode). "
-        f"With grey frames its token accuracy is {mean['blind'].accuracy:.1%}, "
-        f"with random queries {mean['random_query'].accuracy:.1%}."
+        f"In this run (ablation {inputs.current.ablation}, seed {inputs.current.seed}) the model has a mean token "
+        f"accuracy of {mean['autoregressive'].accuracy:.1%}{exact} on held-out items of {len(result.tasks)} tasks "
+        f"(autoregressive mode, planned queries). Its token accuracy is {mean['blind'].accuracy:.1%} with grey frames "
+        f"and {mean['random_query'].accuracy:.1%} with random queries."
     )
     if means := gaze_means(result):
         peak, chance = means
-        text += f" Its attention peak is on the target in {peak:.0%} of the frames (any object: {chance:.0%})."
+        text += (
+            f" Its attention peak is on the target in {peak:.0%} of the frames (chance among the objects: "
+            f"{chance:.0%})."
+        )
     return text
 
 
@@ -82,26 +83,27 @@ def tiles(result):
             ("autoregressive", "Autoregressive token", "mean of the tasks"),
             ("fine", "Fine", "all frames in parallel"),
             ("blind", "Blind", "grey frames"),
-            ("random_query", "Random query", "attends anywhere"),
+            ("random_query", "Random query", "random direction, same norm"),
         )
     ]
     if (value := result.mean_exact_match) is not None:
-        note = "generated answers equal to the expected one"
+        note = "share of generated answers equal to the expected one"
         entries.insert(1, {"name": "Exact-match accuracy", "value": f"{value:.1%}", "note": note})
     ratio = mean["autoregressive"].loss / mean["fine"].loss
     entries.append(
-        {"name": "Loss, autoregressive / fine", "value": f"{ratio:.3f}", "note": "1 = training hides nothing"}
+        {"name": "Loss, autoregressive / fine", "value": f"{ratio:.3f}", "note": "1: parallel and frame-by-frame agree"}
     )
     if means := gaze_means(result):
         peak, chance = means
         entries.append(
-            {"name": "Gaze on target", "value": f"{peak:.0%}", "note": f"any object by chance: {chance:.0%}"}
+            {"name": "Gaze on target", "value": f"{peak:.0%}", "note": f"chance among the objects: {chance:.0%}"}
         )
     return entries
 
 
 def controls(result, targets):
-    """Sentences on what blind and random queries leave over, task by task; `targets`: schema.Targets."""
+    """Sentences on the controls: blind against chance, random queries, autoregressive against fine. targets:
+    schema.Targets."""
     lines = []
     chances = {task: value for task, value in result.chance.items() if value is not None and task in result.tasks}
     near = [
@@ -111,7 +113,7 @@ def controls(result, targets):
     if chances:
         lines.append(
             f"Blind is within {100 * targets.blind_excess:.0f} points of chance in {len(near)} of {len(chances)} "
-            "tasks" + (f"; not in {', '.join(far)}." if far else ".")
+            "tasks" + (f"; it is not in {', '.join(far)}." if far else ".")
         )
     lost = {
         task: modes["autoregressive"].accuracy - modes["random_query"].accuracy for task, modes in result.tasks.items()
@@ -124,21 +126,22 @@ def controls(result, targets):
     ]
     largest = max(lost, key=lost.get)
     lines.append(
-        f"Random queries of the same norm cost {100 * lost[largest]:.1f} points in {largest} (the most), "
-        f"{100 * sum(lost.values()) / len(lost):.1f} on average; the intervals lie apart in {len(needed)} of "
-        f"{len(lost)} tasks. A model that never needed its gaze would lose nothing."
+        f"Random queries of the same norm cost at most {100 * lost[largest]:.1f} points of accuracy (in {largest}) and "
+        f"{100 * sum(lost.values()) / len(lost):.1f} on average. The 95% intervals are apart in {len(needed)} of "
+        f"{len(lost)} tasks. A model that does not use its queries would lose nothing."
     )
     wide = [task for task, entry in result.gap.items() if entry.interval[0] > 1 + targets.gap]
     lines.append(
-        f"Autoregressive loss is within {targets.gap:.0%} of fine in every task, or not distinguishable from that."
+        f"In every task the autoregressive loss is within {targets.gap:.0%} of the fine loss, or the interval includes "
+        "that."
         if not wide
-        else f"Autoregressive loss is more than {targets.gap:.0%} above fine in {', '.join(wide)}."
+        else f"The autoregressive loss is more than {targets.gap:.0%} above the fine loss in {', '.join(wide)}."
     )
     return lines
 
 
 def verdict_markdown(found):
-    """The verdicts for review in a pull request."""
+    """The verdicts as Markdown, for review in a pull request."""
     lines = ["# Verdict", ""]
     for verdict in found:
         lines += [f"**{verdict.question}** {verdict.status.capitalize()}. {verdict.statement}", ""]

@@ -1,16 +1,16 @@
-"""The two questions and what the runs say about them.
+"""The verdicts: two questions, answered by comparing separately trained networks.
 
-Both compare separately trained networks on the same items by the ratio of their losses (mean over tasks,
-autoregressive mode), with a margin within which losses count as equal. The 95 % interval over seeds and items decides:
+Both compare networks on the same items by the ratio of their losses (mean over tasks, autoregressive mode). Losses
+within a margin count as equal. The 95 % interval of the ratio over seeds and items decides:
 
-"Does looking where you choose help?" is a test of superiority: validated when the whole interval of loss without the
-choice / loss with it is above 1 + margin, not validated when it is below.
-"Does one token per frame equal sixteen?" is a test of equivalence, two one-sided tests at 2.5 % each, which together
-are the same as the 95 % interval lying within 1 - margin and 1 + margin. The lower one (one token is not worse) decides
-between validated and not validated; the statement says whether the upper one makes it equal, or one token is better.
+"Do planned queries help?" is a test of superiority: validated if the whole interval of loss with the static query /
+loss with planned queries is above 1 + margin, not validated if it is below.
+"Is one token per frame as good as sixteen?" is a test of equivalence: two one-sided tests at 2.5 % each, equivalent to
+the 95 % interval lying between 1 - margin and 1 + margin. The lower bound (one token is not worse) decides between
+validated and not validated; the statement adds whether one token is equal or better.
 
-Undecided: fewer than `min_seeds` seeds of both, no per-item results, other data or items, other training budgets from
-seed to seed, or an interval that reaches over the border.
+Undecided: fewer than `min_seeds` seeds of both arms, no per-item results, different data or items, training budgets
+that differ from seed to seed, or an interval that includes the threshold.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from pipeline_steps.report import budgets, comparisons
 from pipeline_steps.report.comparisons import BASELINE, Comparison, compare, different_data, outdated
 
 VALIDATED, NOT_VALIDATED, UNDECIDED = "validated", "not validated", "undecided"
-HELPS, EQUALS = "Does looking where you choose help?", "Does one token per frame equal sixteen?"
+HELPS, EQUALS = "Do planned queries help?", "Is one token per frame as good as sixteen?"
 
 
 @dataclass
@@ -29,16 +29,16 @@ class Verdict:
     question: str
     status: str
     statement: str
-    reasons: list[str] = field(default_factory=list)  # why it is undecided
-    commands: list[str] = field(default_factory=list)  # which would change that
+    reasons: list[str] = field(default_factory=list)  # reasons for undecided
+    commands: list[str] = field(default_factory=list)  # commands that produce the missing runs
     comparison: Comparison | None = None
 
 
 def verdicts(inputs, settings):
-    """The verdicts of the page, in order."""
+    """All verdicts, in the order of the page."""
     fixed, sixteen = (
         "the same network trained with the static query only (A6)",
-        "the same backbones with sixteen ordinary tokens per frame (B1)",
+        "the same backbones with sixteen average-pooled tokens per frame (B1)",
     )
     return [judge(inputs, settings, HELPS, "A6", fixed), judge(inputs, settings, EQUALS, "B1", sixteen)]
 
@@ -70,30 +70,30 @@ def judge(inputs, settings, question, arm, arm_name):
 
 
 def without_runs(question, base, arms, arm, arm_name, needed):
-    """The verdict where no seed has a run of both."""
+    """The verdict if no seed has a run of both arms."""
     absent = [name for name, runs in (("the default recipe", base), (arm, arms)) if not runs]
-    what = " and ".join(absent) or f"{arm} with the seed of the default run"
+    what = " and ".join(absent) or f"{arm} with a seed of the default recipe's runs"
     return Verdict(
         question,
         UNDECIDED,
-        f"No separately trained run to compare with: the answer needs {arm_name}, on the same data.",
+        f"There is no separately trained run to compare with. The answer needs {arm_name}, trained on the same data.",
         reasons=[f"no results of {what} in reports/runs"],
         commands=missing_commands(base, arms, arm, needed),
     )
 
 
 def kinds(base, arms):
-    """The budget kinds of the single seeds."""
+    """The kinds of comparison (budgets.NAMES) of the single seeds."""
     return {budgets.kind_of([own], [other]) for own, other in zip(base, arms, strict=True)}
 
 
 def doubts(comparison, border, settings, found_kinds):
-    """Reasons why a comparison decides nothing."""
+    """Reasons why a comparison is undecided."""
     reasons = []
     if comparison.interval is None:
         reasons.append("per-item results (items.parquet) of a run are missing, so there is no paired interval")
     elif comparison.interval[0] <= border <= comparison.interval[1]:
-        reasons.append(f"the interval reaches over {border:.2f}, the border between yes and no")
+        reasons.append(f"the interval includes {border:.2f}, the threshold between yes and no")
         ratios = np.exp(comparison.loss.per_seed)
         if ratios.min() < border < ratios.max():
             reasons.append(f"the seeds disagree: ratios of {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
@@ -105,7 +105,7 @@ def doubts(comparison, border, settings, found_kinds):
 
 
 def stated(comparison, arm_name):
-    """Effect, interval, seeds and items of a comparison."""
+    """A comparison in words: effect, interval, seeds and items."""
     num_seeds = len(comparison.seeds)
     text = f"Loss of {arm_name}: {comparison.ratio:.2f} times that of planned queries"
     if comparison.interval:
@@ -123,7 +123,7 @@ def stated(comparison, arm_name):
 
 
 def equivalence(loss, margin):
-    """What the two one-sided tests say about sixteen tokens' loss / one token's."""
+    """The result of the two one-sided tests in words. loss: `Effect` on log(loss of sixteen tokens / loss of one)."""
     low, high = np.log(1 - margin), np.log(1 + margin)
     tests = (
         f"two one-sided tests: not worse by {margin:.0%} p {p_text(loss.p_above(low))}, "
@@ -137,8 +137,8 @@ def equivalence(loss, margin):
     if low < interval[0] and interval[1] < high:
         return f"One token equals sixteen within {margin:.0%} ({tests})."
     if low < interval[0]:
-        return f"One token is not worse than sixteen by {margin:.0%}; whether equal or better is open ({tests})."
-    return f"Neither equal nor worse is shown ({tests})."
+        return f"One token is not worse than sixteen by {margin:.0%}; it may be equal or better ({tests})."
+    return f"The tests show neither that one token is equal nor that it is worse ({tests})."
 
 
 def p_text(value):
@@ -146,7 +146,7 @@ def p_text(value):
 
 
 def missing_commands(base, arms, arm, seeds):
-    """Commands that train and keep the runs which are not there yet."""
+    """Commands that train and keep the missing runs."""
     return [
         command
         for ablation, runs in ((BASELINE, base), (arm, arms))
@@ -157,7 +157,7 @@ def missing_commands(base, arms, arm, seeds):
 
 
 def run_commands(ablation, seed):
-    """The commands that train one run in the workspace and keep its results for the report."""
+    """Commands that train one run in the workspace and keep its results for the report."""
     return [
         f"dvc exp run --name {ablation}-seed{seed} -S ablation={ablation} -S seed={seed}",
         "python -m pipeline_steps.report.keep",

@@ -2,11 +2,11 @@
 
     python -m pipeline_steps.shards [--params params.yaml] [--raw data/raw] [--output data/shards]
 
-Splits by video, plans the shards, lets Snakemake pack them (one job per shard; SNAKEMAKE_PROFILE chooses the profile)
-in `.scratch/shards/<fingerprint>/`, checks for samples that leak between splits, and publishes tars and
-manifest.json together. The scratch folder keeps the shards: a killed run resumes, and a changed set of samples
-repacks only the shards that it changes. Damaged media are quarantined with a reason; more than `max_quarantined` of
-them fail the stage. 4,600 six-frame clips: 30 s on two cores.
+Assigns videos to splits, plans the shards, runs Snakemake to pack them in `.scratch/shards/<fingerprint>/` (one job per
+shard; SNAKEMAKE_PROFILE selects the profile), checks for leaks between splits, and publishes tars and manifest.json
+together. The scratch folder keeps packed shards: a killed run resumes, and only shards whose samples changed are
+repacked. Damaged media are quarantined with a reason; the stage fails if their share exceeds `max_quarantined`.
+4,600 six-frame clips take 30 s on two cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import locked_scratch, replaced_folder, writable, write_json
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import SPLITS, FramePolicy, ShardsManifest, SplitEntry
-from pipeline_steps.common.snakemake import cancel_left_over
+from pipeline_steps.common.snakemake import cancel_leftover_jobs
 from pipeline_steps.shards import leaks, scratch
 from pipeline_steps.shards.fan_out import run_snakemake
 from pipeline_steps.shards.index import read_index
@@ -33,12 +33,21 @@ PARAMS = ("shards",)
 CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
 CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
-LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scipy")  # that bytes of a shard or hashes of its frames depend on
+LIBRARIES = (
+    "av",
+    "imagehash",
+    "numpy",
+    "pillow",
+    "scipy",
+)  # they determine the bytes of shards or the hashes of frames
 MAX_LISTED = 20  # quarantined samples shown in the terminal
 
 
 def build(section, raw_dir, output):
-    """The whole stage; returns the ShardsManifest that was published to `output`/manifest.json."""
+    """Run the stage on `raw_dir`/index.jsonl. Returns the ShardsManifest written to `output`/manifest.json.
+
+    Raises UserError for an invalid index, leaks between splits, too many damaged media or failed jobs.
+    """
     index = read_index(Path(raw_dir) / "index.jsonl", section.seed)
     splits = assign_splits(index, section.validation_share, section.test_share)
     plan = plan_shards(index, splits, section.samples_per_shard)
@@ -56,14 +65,15 @@ def build(section, raw_dir, output):
             check_quarantine(manifest, index.num_media(), section.max_quarantined)
             if section.max_hash_distance is not None:
                 check_frames(reports, folder, section.max_hash_distance)
-            publish(manifest, folder / "packed", published, filled(reports))
+            publish(manifest, folder / "packed", published, non_empty_shards(reports))
         shutil.rmtree(folder / ".snakemake", ignore_errors=True)
         (folder / "finished").touch()
-        scratch.prune_others(folder, settings.raw_dir)
+        scratch.remove_outdated_folders(folder, settings.raw_dir)
     return manifest
 
 
 def make_settings(section, raw_dir):
+    """Return the pack.Settings of all jobs."""
     frames = FramePolicy(
         image_size=section.image_size,
         resize_mode=section.resize_mode,
@@ -75,9 +85,9 @@ def make_settings(section, raw_dir):
 
 
 def pack(index, plan, settings, folder, lock_file):
-    """Packs what `folder` does not hold yet. Returns {place: ShardReport} of the whole plan."""
+    """Pack the shards that `folder` lacks. Returns {(split, name): ShardReport} for the whole plan."""
     with writable(folder):
-        cancel_left_over(folder)
+        cancel_leftover_jobs(folder)
         scratch.wait_for_jobs(folder)
         plan_hashes = scratch.write_plans(index, plan, settings, folder)
         scratch.prune(folder, plan)
@@ -85,20 +95,20 @@ def pack(index, plan, settings, folder, lock_file):
     if missing:
         progress = {folder / "packed" / split / f"{name}.progress": len(plan[split, name]) for split, name in missing}
         run_snakemake("shards", folder, progress, lock_file)
-    print(f"{len(missing)} shards packed, {len(plan) - len(missing)} kept from an earlier run", file=sys.stderr)
+    print(f"{len(missing)} shards packed, {len(plan) - len(missing)} reused from an earlier run", file=sys.stderr)
     return scratch.read_reports(folder, plan_hashes)
 
 
 def check_frames(reports, folder, max_distance):
-    """UserError if held-out frames are nearly those of another split."""
+    """Raise UserError if held-out samples have near-duplicate frames in another split."""
     files = {split: [] for split in SPLITS}
     for split, name in sorted(reports):
         files[split].append(folder / "packed" / split / f"{name}.npz")
     leaks.check(leaks.frame_leaks(files, max_distance), folder / "leaks.jsonl")
 
 
-def filled(reports):
-    """{split: [ShardEntry]} in the order of their names in scratch, without shards in which nothing was left."""
+def non_empty_shards(reports):
+    """Return {split: [ShardEntry]} of the non-empty shards, sorted by their names in the scratch folder."""
     entries = {split: [] for split in SPLITS}
     for (split, _), report in sorted(reports.items()):
         if report.shard.num_samples:
@@ -107,10 +117,12 @@ def filled(reports):
 
 
 def make_manifest(reports, seen, frames):
-    """One ShardsManifest of all reports {(split, name): ShardReport}, the shards numbered in the order of their names;
-    shards in which nothing was left are left out."""
+    """Merge the reports {(split, name): ShardReport} into a ShardsManifest and number the non-empty shards.
+
+    seen: number of samples in the index. frames: the FramePolicy.
+    """
     splits = {}
-    for split, entries in filled(reports).items():
+    for split, entries in non_empty_shards(reports).items():
         shards = tuple(entry.model_copy(update={"name": f"{i:06d}.tar"}) for i, entry in enumerate(entries))
         splits[split] = SplitEntry(
             shards=shards,
@@ -132,7 +144,10 @@ def make_manifest(reports, seen, frames):
 
 
 def check_quarantine(manifest, media, max_quarantined):
-    """Lists the quarantined samples; UserError if they are too many of a source's `media` files, or if none is left."""
+    """Print the quarantined samples. Raises UserError for too many in a source, or if no training sample is left.
+
+    media: {source: number of media files}.
+    """
     bad = manifest.quarantined
     lines = [f"  {q.key} ({q.path}): {q.reason}" for q in bad[:MAX_LISTED]]
     if len(bad) > MAX_LISTED:
@@ -147,16 +162,17 @@ def check_quarantine(manifest, media, max_quarantined):
             )
     if manifest.splits["train"].num_samples == 0:
         raise UserError(
-            f"no training sample is left of {manifest.seen} samples, {len(bad)} of them damaged.\n{listing}"
+            f"no training sample is left of {manifest.seen} samples, {len(bad)} of them damaged. Add samples to the "
+            f"split train (sources), or lower shards.validation_share and shards.test_share.\n{listing}"
         )
     if bad:
         print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listing}", file=sys.stderr)
 
 
 def publish(manifest, packed, folder, sources=None):
-    """Tars and manifest into `folder`, as hard links where the disk allows it.
+    """Write the tars (as hard links if possible) and the manifest to `folder`.
 
-    sources: {split: [ShardEntry]} of the tars in `packed`, in the manifest's order; None: they have its names.
+    sources: {split: [ShardEntry]} of the tars in `packed`, in the manifest's order; None: the names are the manifest's.
     """
     for split, entry in manifest.splits.items():
         (folder / split).mkdir()
@@ -168,7 +184,7 @@ def publish(manifest, packed, folder, sources=None):
 def _link_or_copy(source, target):
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one without hard links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 
@@ -180,8 +196,10 @@ def main():
     arguments = parser.parse_args()
     section = params.read(arguments.params, *PARAMS).shards
     manifest = build(section, arguments.raw, arguments.output)
-    counts = ", ".join(f"{split} {e.num_samples} in {len(e.shards)}" for split, e in manifest.splits.items())
-    print(f"{arguments.output}: {manifest.packed} of {manifest.seen} samples packed (samples in shards: {counts})")
+    counts = ", ".join(
+        f"{split}: {e.num_samples} samples in {len(e.shards)} shards" for split, e in manifest.splits.items()
+    )
+    print(f"{arguments.output}: {manifest.packed} of {manifest.seen} samples packed ({counts})")
 
 
 if __name__ == "__main__":

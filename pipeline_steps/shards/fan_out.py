@@ -1,4 +1,4 @@
-"""Run Snakemake over a planned scratch folder: one job per shard, a progress bar here, its own log in a file."""
+"""Run Snakemake on a planned scratch folder: one job per shard, with a progress bar; Snakemake logs to a file."""
 
 import os
 import shutil
@@ -9,30 +9,33 @@ from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import LOG, cancel_left_over, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
 from pipeline_steps.monitoring.progress import progress_bar
 
-MANY = 1000  # shards, whose progress is looked at less often
+MANY = 1000  # shards, from which on progress is polled less often
 
 
 def run_snakemake(target, scratch, progress, lock_file):
-    """Makes the workflow's `target` in `scratch`; finished shards are kept from an earlier run.
+    """Run the workflow's `target` in the folder `scratch`. Finished shards of an earlier run are reused.
 
-    progress: the files into which the jobs write one byte per finished sample, and the number of samples of each.
-    lock_file: an open locked file that the children inherit, so that the lock lasts as long as they do.
+    progress: {file: number of samples}; each job appends one byte per finished sample to its file. lock_file: an open,
+    locked file; child processes inherit it, so the lock is held until the last one ends. Raises UserError, with the
+    first failed job's message, if Snakemake fails.
     """
     log = scratch / LOG
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", scratch, "--profile", snakemake_profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime"]
-    command += ["--ignore-incomplete"]  # a job renames whole files into place, its report last: what is there is whole
+    command += ["--ignore-incomplete"]  # jobs rename complete files into place
     command += ["--config", f"python={sys.executable}", f"root={ROOT}"]
     with open(log, "w") as output:
         process = subprocess.Popen(
             [str(part) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},  # for this one only
+            env={
+                name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"
+            },  # applies to this call only
             pass_fds=[lock_file.fileno()],
             preexec_fn=stop_with_parent,
         )
@@ -41,7 +44,7 @@ def run_snakemake(target, scratch, progress, lock_file):
         finally:
             if process.poll() is None:
                 stop(process)
-                cancel_left_over(scratch)
+                cancel_leftover_jobs(scratch)
     if process.returncode != 0:
         raise UserError(_explain(scratch, process.returncode, log))
 
@@ -55,25 +58,25 @@ def _show_progress(process, target, progress):
             running = process.poll() is None
             sizes = {path: path.stat().st_size for path in waiting if path.exists()}
             for path, size in list(sizes.items()):
-                if size == waiting[path]:  # of a finished shard: not looked at again
+                if size == waiting[path]:  # finished, no need to poll it again
                     finished += sizes.pop(path)
                     del waiting[path]
             bar.update(finished + sum(sizes.values()) - bar.n)
 
 
 def _explain(scratch, code, log):
-    """The first failed job's own message, else what SLURM says of a job, else the end of Snakemake's log."""
+    """Return the first failed job's message, else SLURM's message about a job, else the end of Snakemake's log."""
     for job_log in sorted((scratch / "logs").glob("**/*.log")):
         text = job_log.read_text().strip()
         if text.startswith("error: "):
             return text.removeprefix("error: ")
         if text:
-            return f"a job failed: {text.splitlines()[-1]} (whole message: {job_log})"
+            return f"a job failed: {text.splitlines()[-1]} (full log: {job_log})"
     for job_log in sorted(scratch.glob(".snakemake/slurm_logs/**/*.log")):
         lines = [line for line in job_log.read_text().splitlines() if line.startswith(("srun: ", "slurmstepd: "))]
         if lines:
-            return f"a job failed: {lines[-1]} (whole message: {job_log})"
+            return f"a job failed: {lines[-1]} (full log: {job_log})"
     if shutil.disk_usage(scratch).free < 2**20:
-        return f"{scratch}: no space left on the disk. Make room, or set RUN_SCRATCH to a folder on another disk."
+        return f"{scratch}: no space left on the disk. Free space, or set RUN_SCRATCH to a folder on another disk."
     end = " / ".join(line.strip() for line in Path(log).read_text().splitlines()[-5:] if line.strip())
-    return f"snakemake ended with exit code {code}: {end} (whole log: {log})"
+    return f"snakemake failed with exit code {code}: {end} (full log: {log})"

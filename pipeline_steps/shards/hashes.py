@@ -1,20 +1,20 @@
-"""Perceptual hashes of packed frames: bits that survive another encoder, size or brightness (imagehash.phash).
+"""Perceptual hashes (imagehash.phash) of packed frames, robust to re-encoding, resizing and brightness changes.
 
-Four frames spread over the clip, 16 x 16 bits each; .12 ms a frame on one core.
+Each sample has hashes of four frames spread over the clip, 16 x 16 bits each; 0.12 ms per frame on one core.
 """
 
 import imagehash
 import numpy as np
 from PIL import ImageStat
 
-NUM_FRAMES = 4  # of one sample
+NUM_FRAMES = 4  # hashed frames per sample
 SIDE = 16
-WORDS = SIDE * SIDE // 64  # uint64 of one hash
-MIN_CONTRAST = 2.0  # standard deviation in grey levels of 255; below, a picture says nothing: a black frame, a fade
+WORDS = SIDE * SIDE // 64  # uint64 words per hash
+MIN_CONTRAST = 2.0  # standard deviation in grey levels (0 to 255) below which a frame (black, fade) is ignored
 
 
 def hash_frames(frames):
-    """uint64 [NUM_FRAMES, WORDS] of a list of at least one PIL image. All 0: a frame without contrast."""
+    """Hash a non-empty list of PIL images: uint64 [NUM_FRAMES, WORDS]. A row of zeros: a frame without contrast."""
     chosen = [int((i + 0.5) * len(frames) / NUM_FRAMES) for i in range(NUM_FRAMES)]
     hashes = {i: _hash(frames[i]) for i in set(chosen)}
     return np.stack([hashes[i] for i in chosen])

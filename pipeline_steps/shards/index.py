@@ -1,7 +1,7 @@
-"""data/raw/index.jsonl as columns of numbers: what planning needs of a row, about 80 bytes, whatever the row's length.
+"""Read data/raw/index.jsonl into numeric columns for planning: about 80 bytes per row, whatever the row's length.
 
-Every row is checked in full and then forgotten; `Index.read_row` reads one again, from its place in the file.
-About 25 us a row.
+Every row is validated and then discarded; `Index.read_row` reads a row again from its offset in the file.
+Takes about 25 us per row.
 """
 
 import hashlib
@@ -22,39 +22,39 @@ UNDECIDED = -1
 
 @dataclass(frozen=True)
 class Index:
-    """One entry per row, in the order of the file. Equal numbers mean equal texts."""
+    """Columns with one entry per row, in file order. Texts are stored as hashes."""
 
     path: Path
-    starts: np.ndarray  # uint64: offset of the row in the file
-    sizes: np.ndarray  # uint32: its bytes
+    starts: np.ndarray  # uint64: byte offset of the row
+    sizes: np.ndarray  # uint32: bytes of the row
     order: np.ndarray  # uint64: uniform(seed, key) * 2**48
-    keys: np.ndarray  # uint64
-    videos: np.ndarray  # uint64: video_id
+    keys: np.ndarray  # uint64: hash of the key
+    videos: np.ndarray  # uint64: hash of video_id
     video_order: np.ndarray  # uint64: uniform(seed, video_id) * 2**48
     contents: np.ndarray  # uint64: sha256 of the media; 0 for text
-    splits: np.ndarray  # int8: into SPLITS, or UNDECIDED
-    sources: np.ndarray  # int16: into source_names
+    splits: np.ndarray  # int8: index into SPLITS, or UNDECIDED
+    sources: np.ndarray  # int16: index into source_names
     source_names: tuple
-    text_rows: np.ndarray  # uint32: rows of text-only samples, once per item,
-    texts: np.ndarray  # uint64: and the item's normalised text
+    text_rows: np.ndarray  # uint32: row of every item of text-only samples
+    texts: np.ndarray  # uint64: hash of that item's normalised text
 
     def __len__(self):
         return len(self.starts)
 
     def read_row(self, row):
-        """The RawSample of one row."""
+        """Read the RawSample of one row."""
         with open(self.path, "rb") as file:
             file.seek(int(self.starts[row]))
             return RawSample.model_validate_json(file.read(int(self.sizes[row])))
 
     def num_media(self):
-        """{source: number of its rows that are no text}."""
+        """Return {source: number of rows with media}."""
         counts = np.bincount(self.sources[self.contents != 0], minlength=len(self.source_names))
         return dict(zip(self.source_names, counts.tolist(), strict=True))
 
 
 def read_index(path, seed):
-    """The Index of a file of RawSample rows. UserError: missing file, bad row, repeated key, no row."""
+    """Read a file of RawSample rows. Raises UserError if it is missing, is empty or has invalid or duplicate rows."""
     path = Path(path)
     names = ("starts", "order", "keys", "videos", "video_order", "contents", "texts")
     columns = {name: array("Q") for name in names} | {"sizes": array("I"), "text_rows": array("I")}
@@ -77,7 +77,7 @@ def read_index(path, seed):
         for name, value in (values | {"videos": video, "video_order": video_order}).items():
             columns[name].append(value)
     if not columns["starts"]:
-        raise UserError(f"{path}: no samples. Rerun the stage with `python -m pipeline_steps.sources`.")
+        raise UserError(f"{path}: no samples. Rerun `python -m pipeline_steps.sources`.")
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
     index = Index(path=path, source_names=tuple(sources), **arrays)
     _check_keys(index)
@@ -85,30 +85,30 @@ def read_index(path, seed):
 
 
 def uniform(seed, name):
-    """A number in [0, 1) that depends on nothing but the two arguments."""
+    """Return a pseudo-random number in [0, 1) that depends only on the arguments."""
     return _numbers(seed, name)[0] / 2**48
 
 
 def _numbers(seed, name):
-    """uniform(seed, name) * 2**48, and 64 bits that tell the name from any other."""
+    """Return uniform(seed, name) * 2**48, and a 64-bit hash of the name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:6]), int.from_bytes(digest[8:16])
 
 
 def _number(text):
-    """64 bits of the text's hash, never 0."""
+    """Return a 64-bit hash of the text, never 0."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) | 1
 
 
 def _normalised(item):
-    """What makes two chats the same: all their texts, without regard to case, width and spacing."""
+    """Return all texts of an item, ignoring case, character width and spacing, to compare chats."""
     turns = [message.content for message in item.messages or ()]
     texts = [item.user or "", *turns, item.assistant or "", *(item.options or ())]
     return json.dumps([" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts])
 
 
 def _lines(path):
-    """(number from 1, offset, bytes) of every line that is not empty."""
+    """Yield (number from 1, byte offset, bytes) of every non-empty line."""
     try:
         with open(path, "rb") as file:
             start = 0
@@ -117,7 +117,7 @@ def _lines(path):
                     yield number, start, line
                 start += len(line)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing. It is written by `python -m pipeline_steps.sources`.") from None
+        raise UserError(f"{path}: missing. Run `python -m pipeline_steps.sources`.") from None
 
 
 def _check_keys(index):
@@ -128,4 +128,4 @@ def _check_keys(index):
         key = index.read_row(rows[0]).key
         numbers = {start: number for number, start, _ in _lines(index.path)}
         first, second = (numbers[int(index.starts[row])] for row in rows)
-        raise UserError(f"{index.path}: key '{key}' is in line {first} and in line {second}")
+        raise UserError(f"{index.path}: key '{key}' occurs in lines {first} and {second}. Rerun the stage sources.")

@@ -1,4 +1,4 @@
-"""Samples that are (nearly) the same in two splits: chats by their texts, media by the hashes of their frames.
+"""Find samples that leak between splits: identical chats, and media with near-duplicate frames.
 
 Every held-out sample is compared with all training samples, and every test sample with all validation samples.
 """
@@ -12,16 +12,16 @@ from pipeline_steps.common.files import write_jsonl
 from pipeline_steps.common.schemas import SPLITS
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
 
-BANDS = WORDS * 4  # of 16 bits
-MAX_DISTANCE = 2 * BANDS - 1  # up to here one band at least differs by one bit at most
-CHUNK = 2**20  # pairs that are compared at a time
+BANDS = WORDS * 4  # bands of 16 bits per hash
+MAX_DISTANCE = 2 * BANDS - 1  # largest distance for which some band differs by at most one bit
+CHUNK = 2**20  # pairs compared at a time
 MAX_LISTED = 20  # pairs shown in the terminal
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Two samples as (split, key), and what they share."""
+    """Two samples as (split, key), and why they count as the same."""
 
     held_out: tuple
     other: tuple
@@ -29,10 +29,10 @@ class Leak:
 
 
 def text_leaks(index, splits):
-    """A Leak for every held-out chat of which an item is also in training, or, of a test chat, in validation."""
+    """Return a Leak for every held-out chat with an item in train, and every test chat with one in validation."""
     rows, texts = index.text_rows, index.texts
     names, text_of = np.unique(texts, return_inverse=True)
-    first = np.full((len(names), len(SPLITS)), len(index))  # of every text, the first row of each split
+    first = np.full((len(names), len(SPLITS)), len(index))  # first row of each text in each split
     np.minimum.at(first, (text_of, splits[rows]), rows)
     leaks = []
     for split, other in ((TEST, TRAIN), (VALIDATION, TRAIN), (TEST, VALIDATION)):
@@ -48,7 +48,7 @@ def _name(index, splits, row):
 
 
 def frame_leaks(files, max_distance):
-    """A Leak for every held-out sample with its nearest near-duplicate. files: {split: [packed/.../NAME.npz]}."""
+    """Return a Leak for every held-out sample with a near-duplicate. files: {split: [packed/.../NAME.npz]}."""
     hashes = {split: _load(paths) for split, paths in files.items()}
     leaks = []
     for split, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
@@ -67,25 +67,27 @@ def _load(paths):
 
 
 def _keys(paths, rows):
-    """Keys of the samples at these places of the files' samples one after the other."""
+    """Return the keys at these rows of the concatenated files."""
     if not len(rows):
         return []
     stops = np.cumsum([len(np.load(path)["keys"]) for path in paths])
     cached = {i: np.load(paths[i])["keys"] for i in set(np.searchsorted(stops, rows, side="right").tolist())}
     places = [(int(np.searchsorted(stops, row, side="right")), int(row)) for row in rows]
-    return [cached[i][row - int(stops[i])].decode() for i, row in places]  # from the end of its file
+    return [cached[i][row - int(stops[i])].decode() for i, row in places]  # negative index, from the end of the file
 
 
 def near_duplicates(queries, references, max_distance):
-    """For each of `queries` [Q, frames, words] the nearest near-duplicate in `references` [R, ...] (-1: none), and the
-    number of bits in which all their frames differ.
+    """Find the nearest near-duplicate in `references` [R, frames, words] for each of `queries` [Q, frames, words].
 
-    Near-duplicates: more than half of the frames, of those with contrast in both, differ by at most `max_distance`
-    bits. Looked up by bands of 16 bits: of 16 bands that differ by less than 32 bits in all, one differs by one bit at
-    most, so that only pairs with such a band are compared, none is missed, and work hardly grows with Q * R.
+    Returns (row in references or -1, number of differing bits over all frames), both [Q]. Two samples are
+    near-duplicates if more than half of the frames with contrast in both differ by at most `max_distance` bits.
+
+    The search is exact: hashes are looked up by bands of 16 bits. If two hashes differ by fewer than 32 bits, at least
+    one of their 16 bands differs by at most one bit, so only pairs with such a band are compared, which is far fewer
+    than Q * R. Raises ValueError if max_distance exceeds MAX_DISTANCE.
     """
     if max_distance > MAX_DISTANCE:
-        raise ValueError(f"max_distance {max_distance} is more than {MAX_DISTANCE}")
+        raise ValueError(f"max_distance is {max_distance}, expected at most {MAX_DISTANCE}")
     nearest = np.full(len(queries), -1)
     distances = np.full(len(queries), NUM_FRAMES * WORDS * 64 + 1)
     for frame in range(NUM_FRAMES):
@@ -94,7 +96,7 @@ def near_duplicates(queries, references, max_distance):
             known = queries[q].any(-1) & references[r].any(-1)
             same = ((bits <= max_distance) & known).sum(1) * 2 > known.sum(1)
             q, r, total = q[same], r[same], bits[same].sum(1)
-            order = np.lexsort((r, total, q))  # the first of each query is its nearest
+            order = np.lexsort((r, total, q))  # each query's first row is its nearest
             q, first = np.unique(q[order], return_index=True)
             r, total = r[order][first], total[order][first]
             better = (total < distances[q]) | ((total == distances[q]) & (r < nearest[q]))
@@ -103,7 +105,7 @@ def near_duplicates(queries, references, max_distance):
 
 
 def _candidates(queries, references, max_distance):
-    """Chunks (q, r) of pairs of hashes [., words] with contrast that differ by at most max_distance bits."""
+    """Yield chunks (q, r) of indices of hashes [., words] with contrast that differ by at most max_distance bits."""
     known_queries, known = np.flatnonzero(queries.any(1)), np.flatnonzero(references.any(1))
     query_bands, bands = (hashes.view(np.uint16) for hashes in (queries[known_queries], references[known]))
     masks = np.uint16(1) << np.arange(16, dtype=np.uint16) if max_distance >= BANDS else []
@@ -121,7 +123,7 @@ def _candidates(queries, references, max_distance):
 
 
 def _ranges(starts, stops):
-    """Chunks (i, place) for every place in starts[i] .. stops[i] - 1, of about CHUNK pairs."""
+    """Yield chunks (i, place) of about CHUNK pairs, for every place in range(starts[i], stops[i])."""
     ends = np.cumsum(stops - starts)
     begin = 0
     while begin < len(starts):
@@ -134,7 +136,7 @@ def _ranges(starts, stops):
 
 
 def check(leaks, path):
-    """UserError that lists the leaks, if there are any; all of them are written to `path`."""
+    """Raise UserError if there are leaks, and write all of them to `path`."""
     if not leaks:
         path.unlink(missing_ok=True)
         return
@@ -152,7 +154,7 @@ def check(leaks, path):
         lines.append(f"  ... and {len(leaks) - MAX_LISTED} more")
     listing = "\n".join(lines)
     raise UserError(
-        f"{len(leaks)} held-out samples are also in another split: what is trained on would be tested on.\n{listing}\n"
-        f"All of them: {path}. Give both samples of a pair one video_id or the same split, or remove one of them; "
-        "shards.max_hash_distance: null switches this check off."
+        f"{len(leaks)} held-out samples also occur in another split, which invalidates the evaluation.\n"
+        f"{listing}\nFull list: {path}. Give both samples of a pair the same video_id or split, or remove one; "
+        "shards.max_hash_distance: null disables this check."
     )

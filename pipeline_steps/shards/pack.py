@@ -4,8 +4,8 @@
         --output packed/train/p01
 
 writes p01.tar (WebDataset: `{key}.000.jpg` ... or `{key}.jpg`, then `{key}.json`), p01.npz (perceptual hashes of
-frames) and p01.json (counts, hashes and quarantined samples). The same plan gives the same bytes. About 5 ms a sample
-on one core, and .5 s to start.
+frames) and p01.json (counts, hashes and quarantined samples). The same plan always gives the same bytes. Takes about
+5 ms per sample on one core, plus 0.5 s to start.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames
 
 
 class Settings(Record):
-    """What a job needs besides its plan: settings.json in the scratch folder."""
+    """Settings shared by all jobs: settings.json in the scratch folder."""
 
-    raw_dir: str  # absolute
+    raw_dir: str  # absolute path
     frames: FramePolicy
 
 
@@ -48,15 +48,16 @@ class ShardReport(Record):
 
     shard: ShardEntry
     quarantined: tuple[Quarantined, ...]
-    sources: dict[str, int]
+    sources: dict[str, int]  # packed samples per source
     plan_sha256: str | None  # of the plan file; None: packed without one
 
 
 def pack_shard(samples, settings, output, plan_sha256=None):
-    """Writes `output`.tar, .npz, .json and .progress (one byte per finished sample). Returns the ShardReport.
+    """Write `output`.tar, .npz, .json and .progress (one byte per finished sample). Returns the ShardReport.
 
-    All are written to a temporary file and renamed into place, the report last: a file with its final name is
-    complete, and a file that is hard-linked elsewhere never changes. The tar is read-only for the same reason.
+    Files are written under temporary names and renamed into place, the report last. A file with its final name is
+    therefore complete, and published hard links never change; the tar is read-only for the same reason. Raises
+    UserError if a media file changed after indexing.
     """
     partial = output.with_name(f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +98,15 @@ def pack_shard(samples, settings, output, plan_sha256=None):
 
 
 def _load(sample, settings):
-    """The sample's Media (no frames for text). UserError if the file is not the one that the index describes."""
+    """Read the sample's Media (no frames for text). Raises UserError if the file changed after indexing."""
     if sample.kind == "text":
         return Media([], [], 0.0, 0, 0)
     path = Path(settings.raw_dir, sample.path)
     found = media_sha256(path, sample.parts) if path.exists() else "no file"
     if found != sample.sha256:
         raise UserError(
-            f"{path} (sample '{sample.key}') changed after the index was written: sha256 {sample.sha256[:12]}... "
-            f"there, {found[:12]} now. Rerun `python -m pipeline_steps.sources`."
+            f"{path} (sample '{sample.key}') changed after the index was written: sha256 was {sample.sha256[:12]}, "
+            f"found {found[:12]}. Rerun `python -m pipeline_steps.sources`."
         )
     return read_media(
         path,
@@ -143,7 +144,7 @@ def _add_member(tar, name, content):
 
 
 def _write_hashes(path, hashes):
-    """`keys` [N] bytes and `hashes` uint64 [N, frames, words] of the samples with frames, in their order in the tar."""
+    """Write `keys` [N] bytes and `hashes` uint64 [N, frames, words] of the samples with frames, in tar order."""
     buffer = io.BytesIO()
     values = np.array(list(hashes.values()), np.uint64).reshape(-1, NUM_FRAMES, WORDS)
     np.savez(buffer, keys=np.array([key.encode() for key in hashes], "S"), hashes=values)
@@ -153,14 +154,16 @@ def _write_hashes(path, hashes):
 def main():
     parser = argparse.ArgumentParser(description="Pack one planned shard (a job of the shards stage).")
     parser.add_argument("--settings", required=True)
-    parser.add_argument("--split", required=True, choices=SPLITS, help="of all samples of the plan")
+    parser.add_argument("--split", required=True, choices=SPLITS, help="split of all samples in the plan")
     parser.add_argument("--plan", required=True)
     parser.add_argument("--output", required=True, type=Path, help="path of the shard without its suffix")
     arguments = parser.parse_args()
     with open(arguments.settings) as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage: the next run waits for it
+        fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage; the next run waits for it
         settings = read_record(Settings, arguments.settings, "shards")
-        plan_sha256 = sha256_file(arguments.plan)  # before reading: a newer plan then shows as not packed
+        plan_sha256 = sha256_file(
+            arguments.plan
+        )  # hashed before reading, so a plan replaced meanwhile counts as not packed
         samples = read_samples(arguments.plan)
         samples = [sample.model_copy(update={"split": arguments.split}) for sample in samples]
         pack_shard(samples, settings, arguments.output, plan_sha256)

@@ -1,7 +1,7 @@
-"""Which sample goes into which split and shard, decided before anything is decoded.
+"""Assign samples to splits and shards before any media are decoded.
 
-Samples that share a video_id, the content of their file or (chats without media) a question with its answer are one
-*group*: a group never ends up in two splits, unless its samples were given different ones.
+Samples that share a video_id, a file's content or (for text-only chats) a question with its answer form a *group*. A
+group is never divided between splits, except for equal chats whose given splits differ.
 """
 
 import numpy as np
@@ -16,11 +16,11 @@ HASH_BITS = 48  # of Index.order
 
 
 def plan_shards(index, splits, samples_per_shard):
-    """{(split, shard): rows in the index, at most samples_per_shard}, in the order of the published shards.
+    """Return {(split, shard): rows in the index, at most samples_per_shard}, in the order of the published shards.
 
-    The samples of a split are in hashed order, so that every shard is a mixture. A shard holds those whose hash begins
-    with the bits in its name: `p` all of them; where these are too many `p0` and `p1`, and so on. One sample more or
-    less therefore changes one shard, or halves it, and no other one.
+    The samples of a split are sorted by hash, so every shard is a mixture. A shard holds the samples whose hash starts
+    with the bits in its name: `p` holds all; if these are too many, `p0` and `p1` hold half each, and so on. Adding or
+    removing a sample therefore changes, splits or merges only its own shard.
     """
     plan = {}
     for code, split in enumerate(SPLITS):
@@ -31,13 +31,13 @@ def plan_shards(index, splits, samples_per_shard):
     return plan
 
 
-def buckets(order, most):
-    """(name, start, stop) of every bucket that is not empty; `order`: sorted numbers of HASH_BITS bits."""
+def buckets(order, max_size):
+    """Yield (name, start, stop) of every non-empty bucket. `order`: sorted hashes of HASH_BITS bits."""
     todo = [("p", 0, len(order))]
     while todo:
         name, start, stop = todo.pop()
         depth = len(name) - 1
-        if stop - start <= most or depth == HASH_BITS:
+        if stop - start <= max_size or depth == HASH_BITS:
             if stop > start:
                 yield name, start, stop
             continue
@@ -47,7 +47,10 @@ def buckets(order, most):
 
 
 def assign_splits(index, validation_share, test_share):
-    """int8 codes into SPLITS: the given split, else by the hash of the group. UserError if a group's media have two."""
+    """Return the split of every row, int8 [N] indices into SPLITS: the given one, else chosen by the group's hash.
+
+    Raises UserError if samples with the same media were given different splits.
+    """
     groups = _groups(index)
     splits = _given(index, groups)
     undecided = np.flatnonzero(splits == UNDECIDED)
@@ -64,18 +67,18 @@ def assign_splits(index, validation_share, test_share):
 
 
 def _groups(index):
-    """The group of every row, numbered from 0. UserError if the media of one were given two splits."""
+    """Return the group of every row, numbered from 0. Raises UserError if equal media were given two splits."""
     media = np.flatnonzero(index.contents)
     by_media = _components(index, media, index.contents[media])
     _refuse_two_splits(index, by_media)
     rows = np.concatenate([media, index.text_rows])
     by_text = _components(index, rows, np.concatenate([index.contents[media], index.texts]))
-    torn = _num_given(index, by_text) > 1  # by equal chats in two given splits, which the search for leaks reports
+    torn = _num_given(index, by_text) > 1  # equal chats in two given splits; text_leaks reports them
     return np.unique(np.where(torn[by_text], by_media + len(torn), by_text), return_inverse=True)[1]
 
 
 def _components(index, rows, contents):
-    """Rows joined by video_id and by `contents` of the given rows: the number of each row's group."""
+    """Join rows that share a video_id or, among the given rows, `contents`. Returns each row's group number."""
     videos, video_of = np.unique(index.videos, return_inverse=True)
     names, content_of = np.unique(contents, return_inverse=True)
     size = len(videos) + len(names)
@@ -84,7 +87,7 @@ def _components(index, rows, contents):
 
 
 def _num_given(index, groups):
-    """How many different splits the samples of each group were given."""
+    """Return the number of distinct given splits of each group."""
     found = np.zeros((groups.max() + 1, len(SPLITS)), bool)
     given = index.splits != UNDECIDED
     found[groups[given], index.splits[given]] = True
@@ -92,14 +95,14 @@ def _num_given(index, groups):
 
 
 def _given(index, groups):
-    """The given split of every group, or UNDECIDED."""
+    """Return the given split of every group, or UNDECIDED."""
     splits = np.full(groups.max() + 1, UNDECIDED, np.int8)
     np.maximum.at(splits, groups, index.splits)
     return splits
 
 
 def _hashes_and_sources(index, groups, num_groups):
-    """Of every group: the hash of its alphabetically first video_id, and the source of its first row."""
+    """Return the hash of each group's alphabetically first video_id, and the source of its first row."""
     first = np.full(num_groups, len(index))
     np.minimum.at(first, groups, np.arange(len(index)))
     order = index.video_order[first]
@@ -114,7 +117,7 @@ def _hashes_and_sources(index, groups, num_groups):
 
 
 def _fill_empty_splits(chosen, numbers, validation_share, test_share):
-    """Small sets: train, test and validation get at least one group each, in this order, as far as the groups go."""
+    """In small sets, give train, test and validation (in this order) at least one group each, if there are enough."""
     asked = {"train": 1.0, "test": test_share, "validation": validation_share}
     needed = [SPLITS.index(split) for split, share in asked.items() if share > 0][: len(chosen)]
     for split in needed:
@@ -132,8 +135,8 @@ def _refuse_two_splits(index, groups):
     rows = np.flatnonzero((groups == torn[0]) & (index.splits != UNDECIDED))
     one, other = (index.read_row(row) for row in (rows[0], rows[index.splits[rows] != index.splits[rows[0]]][0]))
     equal = one.sha256 is not None and one.sha256 == other.sha256
-    same = f"the same content (sha256 {one.sha256[:12]}...)" if equal else "one and the same video"
+    same = f"the same content (sha256 {one.sha256[:12]}...)" if equal else "the same video"
     raise UserError(
-        f"samples '{one.key}' (split {one.split}) and '{other.key}' (split {other.split}) hold {same}: what is "
-        "trained on would be tested on. Give both the same split, or remove one of them."
+        f"samples '{one.key}' (split {one.split}) and '{other.key}' (split {other.split}) hold {same}, which "
+        "invalidates the evaluation. Give both the same split, or remove one."
     )

@@ -1,9 +1,9 @@
-"""The scratch folder keeps packed shards between runs; only changed shards are packed again.
+"""The scratch folder, which keeps packed shards between runs so that only changed shards are repacked.
 
-settings.json                      how frames are made; a lock of all jobs
-plan/<split>/<shard>.jsonl         rows of index.jsonl, copied
+settings.json                      settings of all jobs; jobs hold a shared lock on it
+plan/<split>/<shard>.jsonl         copied rows of index.jsonl
 packed/<split>/<shard>.tar         with .npz, .json and .progress (pack.py)
-logs/<split>/<shard>.log           messages of the job
+logs/<split>/<shard>.log           stderr of the job
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from pipeline_steps.shards.pack import Settings, ShardReport
 
 
 def write_plans(index, plan, settings, scratch):
-    """settings.json and a plan per shard; files with the right content stay. Returns {place: sha256 of its plan}."""
+    """Write settings.json and one plan per shard, if changed. Returns {(split, name): sha256 of its plan}."""
     if not (scratch / "settings.json").exists():
         write_json(scratch / "settings.json", settings)
     hashes = {}
@@ -33,14 +33,14 @@ def write_plans(index, plan, settings, scratch):
 
 
 def wait_for_jobs(scratch):
-    """Jobs of a killed run finish their shard: each holds a shared lock on settings.json meanwhile."""
+    """Wait for running jobs of a killed run, which hold a shared lock on settings.json."""
     if (scratch / "settings.json").exists():
-        with open(scratch / "settings.json", "r+") as lock_file:  # writable: NFS gives no exclusive lock otherwise
+        with open(scratch / "settings.json", "r+") as lock_file:  # writable: NFS requires it for an exclusive lock
             fcntl.flock(lock_file, fcntl.LOCK_EX)
 
 
 def prune(scratch, plan):
-    """Removes shards that no plan names, what killed jobs left behind, and the logs of the last run."""
+    """Remove shards that are not in the plan, partial files of killed jobs, and the logs of the last run."""
     shutil.rmtree(scratch / "logs", ignore_errors=True)
     names = {f"{split}/{name}" for split, name in plan}
     for folder in ("plan", "packed"):
@@ -50,7 +50,7 @@ def prune(scratch, plan):
 
 
 def drop_stale(scratch, plan_hashes):
-    """Removes shards that were made from another plan or changed since. Returns the places that have to be packed."""
+    """Remove shards that are out of date or were modified. Returns the (split, name) of the shards to pack."""
     missing = []
     for (split, name), plan_sha256 in plan_hashes.items():
         path = scratch / "packed" / split / name
@@ -66,33 +66,34 @@ def _is_packed(path, plan_sha256):
         return False
     try:
         report = read_report(path)
-    except UserError:  # cut off by a power failure
+    except UserError:  # truncated, such as by a power failure
         return False
     tar = path.with_suffix(".tar").stat()
-    untouched = tar.st_mtime_ns <= path.with_suffix(".json").stat().st_mtime_ns  # its links may lie in open folders
+    untouched = tar.st_mtime_ns <= path.with_suffix(".json").stat().st_mtime_ns  # published hard links may be modified
     return report.plan_sha256 == plan_sha256 and tar.st_size == report.shard.bytes and untouched
 
 
 def read_report(path):
+    """Read the ShardReport beside a shard; `path` has no suffix."""
     return read_record(ShardReport, path.with_suffix(".json"), "shards")
 
 
 def read_reports(scratch, plan_hashes):
-    """{place: ShardReport}. UserError if one was made from another plan than the present one."""
+    """Return {(split, name): ShardReport}. Raises UserError if a shard was packed from another plan."""
     reports = {}
     for place, plan_sha256 in plan_hashes.items():
         path = scratch / "packed" / place[0] / place[1]
         reports[place] = read_report(path)
         if reports[place].plan_sha256 != plan_sha256:
             raise UserError(
-                f"{path}.tar: written from another plan (sha256 {str(reports[place].plan_sha256)[:12]}) than the "
-                f"present one ({plan_sha256[:12]}), by an earlier job. Rerun `python -m pipeline_steps.shards`."
+                f"{path}.tar: an earlier job packed another plan (sha256 {str(reports[place].plan_sha256)[:12]}, "
+                f"expected {plan_sha256[:12]}). Rerun `python -m pipeline_steps.shards`."
             )
     return reports
 
 
-def prune_others(scratch, raw_dir):
-    """Removes finished scratch folders of the same media with other parameters or older code, unless one is in use."""
+def remove_outdated_folders(scratch, raw_dir):
+    """Remove finished, unused scratch folders of the same raw data with other parameters or older code."""
     for folder in scratch.parent.iterdir():
         if folder == scratch or not (folder / "finished").exists():
             continue

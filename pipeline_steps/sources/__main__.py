@@ -2,10 +2,10 @@
 
     python -m pipeline_steps.sources [--params params.yaml] [--output data/raw] [--num-processes N]
 
-Writes OUTPUT/index.jsonl (one schemas.RawSample per line, sorted by key), OUTPUT/quarantined.jsonl (samples that could
-not be taken, with the reason), OUTPUT/summary.json (counts) and, for the procedural world, OUTPUT/procedural/ (media
-and metadata.jsonl). The folder appears when it is complete; a run that fails leaves the old one as it was. Formats:
-docs/data.md. Cost at the tiny scale: 25 s on two cores, 150 MB of disk.
+Writes OUTPUT/index.jsonl (one schemas.RawSample per line, sorted by key), OUTPUT/quarantined.jsonl (unusable samples
+with the reason), OUTPUT/summary.json (counts) and, for the procedural world, OUTPUT/procedural/ (media and
+metadata.jsonl). OUTPUT is replaced only when the new folder is complete; a failed run leaves the old one unchanged.
+Formats: docs/data.md. Cost at the tiny scale: 25 s on two cores, 150 MB of disk.
 """
 
 import argparse
@@ -26,33 +26,36 @@ PARAMS = ("sources",)
 
 
 def collect(section, output: Path, num_processes: int = 1) -> dict:
-    """Write `output` from the section (schema.Section); returns the content of summary.json.
+    """Collect all sources of `section` (schema.Section) into `output`. Returns the content of summary.json.
 
-    Every source is a generator of RawSample that appends what it cannot take to a list of Quarantined. The user's own
-    data come first: mistakes in them show at once.
+    Every source is a generator of RawSample that appends unusable samples to a list of Quarantined. The user's own data
+    are read first, so that errors in them surface before the procedural world is rendered. Raises UserError for
+    unusable data or parameters.
     """
     repeated = [name for name, count in Counter(section.collect).items() if count > 1]
     if repeated:
         raise UserError(f"sources.collect lists {repeated[0]} twice: {section.collect}. List every source once.")
-    hub_entries = hub.entries(section)  # first: the user's mistakes show at once
+    hub_entries = hub.entries(section)  # checks all entries before any work
     with replaced_folder(output) as partial, open_index(partial) as index:
         if "folder" in section.collect:
-            index.take(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
+            index.add_source(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
         if "tars" in section.collect:
             _take_tars(section.tars, partial, index, num_processes)
         for entry in hub_entries:
             quarantined = []
-            index.take(entry.dataset, hub.read(entry, partial, quarantined), quarantined, 1.0)  # it has its own limit
+            index.add_source(
+                entry.dataset, hub.read(entry, partial, quarantined), quarantined, 1.0
+            )  # hub.read checks its own limit
         if "procedural" in section.collect:
-            index.take("procedural", _render(section.procedural, partial, num_processes), [], 0.0)
+            index.add_source("procedural", _render(section.procedural, partial, num_processes), [], 0.0)
         if "chat" in section.collect:
-            index.take("chat", chat.collect(section.chat), [], 0.0)
+            index.add_source("chat", chat.collect(section.chat), [], 0.0)
         return index.finish()
 
 
 def _read_folder(section, partial: Path, index: IndexWriter) -> Iterator[RawSample]:
     content = folder.read(section.path, section.name, output=partial)
-    index.leave(section.name, content.unreferenced)
+    index.add_unreferenced(section.name, content.unreferenced)
     yield from content.samples
 
 
@@ -61,8 +64,8 @@ def _take_tars(entries, partial: Path, index: IndexWriter, num_processes: int) -
         raise UserError("sources.collect lists tars, but sources.tars is empty. conf/data/tars.yaml shows an entry.")
     for entry in entries:
         quarantined = []
-        samples = tars.read(entry, partial, quarantined, index.leave, num_processes)
-        index.take(entry.name, samples, quarantined, entry.max_quarantined)
+        samples = tars.read(entry, partial, quarantined, index.add_unreferenced, num_processes)
+        index.add_source(entry.name, samples, quarantined, entry.max_quarantined)
 
 
 def _render(section, partial: Path, num_processes: int) -> Iterator[RawSample]:
@@ -76,7 +79,12 @@ def main():
     parser = argparse.ArgumentParser(description="Collect raw samples into data/raw.")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--output", type=Path, default=Path("data/raw"))
-    parser.add_argument("--num-processes", type=int, default=min(len(os.sched_getaffinity(0)), 16))
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=min(len(os.sched_getaffinity(0)), 16),
+        help="default: all cores, at most 16",
+    )
     arguments = parser.parse_args()
     section = params.read(arguments.params, *PARAMS).sources
     summary = collect(section, arguments.output, arguments.num_processes)

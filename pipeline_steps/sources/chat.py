@@ -1,6 +1,6 @@
-"""Source `chat`: text-only questions about rows of digits, so that a model trained on frames keeps answering text.
+"""Source `chat`: text-only questions about rows of digits, so that training on frames preserves text-only answers.
 
-"Say 471 backwards" -> "174", and three more kinds. No sentence occurs twice, so no split sees another's.
+"Say 471 backwards" -> "174", and three more kinds. Every question is unique, so no two splits share one.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ LENGTHS = (3, 4, 5, 6)
 
 
 def make_question(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """(question, answer) about 3 to 6 different digits in a random order."""
+    """Return (question, answer) about 3 to 6 distinct digits in random order. `kind`: one of KINDS."""
     row = rng.permutation(10)[: rng.choice(LENGTHS)].tolist()
     text = "".join(map(str, row))
     if kind == "repeat":
@@ -28,7 +28,7 @@ def make_question(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def collect(section) -> Iterator[RawSample]:
-    """All text-only samples of `section` (schema.Chat), the kinds in turn."""
+    """Yield all text-only samples of `section` (schema.Chat), cycling through KINDS."""
     rng = np.random.default_rng(section.seed)
     counts = {"test": section.num_test, "validation": section.num_validation, "train": section.num_train}
     asked = set()

@@ -2,14 +2,14 @@
 
 The folder holds media (subfolders allowed) and ONE metadata.jsonl, .csv or .parquet with a row per question or caption:
     file_name              path of the media file inside the folder; several rows may name the same file
-    file_names             in place of it: a list of images that belong together (images_file_names is the same)
+    file_names             alternative: a list of images that form one sample (images_file_names is a synonym)
     caption                and / or
-    question, answer       a row with both gives two items; with `options` the answer is one of them
-    messages               or a whole chat, a list of {role, content}
-    rejected               optional, the worse answer: a preference
-    task, cue, target    optional, of the row's question (of its caption if it has no question)
-    split, video_id, source, objects, num_source_frames   optional, of the file; given in one of its rows is enough
-Other columns are left alone. The files are not copied, but for the images of a list; size and sha256 are recorded.
+    question, answer       a row with a caption and a question makes two items; with `options` the answer is one of them
+    messages               alternative: a whole chat, a list of {role, content}
+    rejected               optional, the worse answer of a preference pair
+    task, cue, target      optional, of the row's question (of its caption if it has no question)
+    split, video_id, source, objects, num_source_frames   optional, of the file; one of its rows has to set them
+Other columns are ignored. Only the images of a list are copied; of other files, size and sha256 are recorded.
 """
 
 import hashlib
@@ -33,11 +33,13 @@ VIDEO_SUFFIXES = {
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif"
 }  # fmt: skip
 FILE_COLUMNS = ("split", "video_id", "source", "objects", "num_source_frames")
-CONTAINER_SIZE = 2**30  # bytes; then the next container is begun
+CONTAINER_SIZE = 2**30  # bytes, after which the next container is started
 
 
 @dataclass(frozen=True)
 class FolderContent:
+    """What `read` found in a folder."""
+
     samples: list[RawSample]
     unreferenced: list[str]  # files that no row names
 
@@ -45,11 +47,11 @@ class FolderContent:
 def read(
     folder: str | Path | None, name: str, relative_to: Path | None = None, output: Path | None = None
 ) -> FolderContent:
-    """All files that the metadata of `folder` names, sorted by key; `name` is the source unless a row says otherwise.
+    """Read one sample per file (or list of images) in the metadata of `folder`, sorted by key.
 
-    Paths are absolute, or relative to `relative_to`. Images that belong together are copied into one file below
-    `output`/`name`, and that path is relative to `output`. UserError for anything that does not fit, with the line
-    number.
+    The source is `name` unless a row sets it. Paths are absolute, or relative to `relative_to`. Lists of images are
+    copied into container files below `output`/`name`; those paths are relative to `output`. Raises UserError, with the
+    line number, for invalid metadata or files.
     """
     folder = _existing_folder(folder)
     metadata, present = rows_of.find(folder)
@@ -79,7 +81,7 @@ def read(
 
 
 def _media(folder: Path, names: tuple[str], relative_to: Path | None) -> dict:
-    """The fields of a sample that is one file."""
+    """The media fields of a RawSample stored in one file."""
     path = folder / names[0]
     return {
         "path": str(path.relative_to(relative_to)) if relative_to else str(path),
@@ -90,15 +92,17 @@ def _media(folder: Path, names: tuple[str], relative_to: Path | None) -> dict:
 
 
 class Container:
-    """Copies images that belong together into files of some size, one image after the other."""
+    """Concatenates the images of multi-image samples into container files of about CONTAINER_SIZE bytes."""
 
     def __init__(self, output: Path | None, name: str):
         self._output, self._name, self._number, self._end = output, name, 0, 0
 
     def add(self, folder: Path, names: tuple[str, ...]) -> dict:
-        """The fields of a sample of several images. OSError if one cannot be read."""
+        """Append the images and return the media fields of their RawSample. Raises OSError for an unreadable image."""
         if self._output is None:
-            raise UserError(f"{folder}: {_shown(names)} belong together; there is no place to put them together.")
+            raise UserError(
+                f"{folder}: the images {_shown(names)} form one sample, but there is no output folder for them."
+            )
         if self._end >= CONTAINER_SIZE:
             self._number, self._end = self._number + 1, 0
         path = Path(self._name) / f"{self._number:05d}.bin"
@@ -121,13 +125,13 @@ class Container:
 
 
 def _existing_folder(folder: str | Path | None) -> Path:
-    how = "Give one with `dvc exp run -S data=folder -S sources.folder.path=/path/to/folder`."
+    hint = "Set it with `dvc exp run -S data=folder -S sources.folder.path=/path/to/folder`."
     if not folder:
-        raise UserError(f"sources.folder.path is not set, but sources.collect lists folder. {how}")
+        raise UserError(f"sources.folder.path is not set, but sources.collect lists folder. {hint}")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     if not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"sources.folder.path: {folder} {problem}. {how}")
+        raise UserError(f"sources.folder.path: {folder} {problem}. {hint}")
     return folder
 
 
@@ -136,11 +140,11 @@ def _shown(names: tuple[str, ...]) -> str:
 
 
 def _file_names(folder: Path, metadata: Path, line: int, row: dict) -> tuple[str, ...]:
-    """The files that the row is about: one, or several images."""
+    """Return the files of a row: one file, or several images."""
     where = f"{metadata} line {line}"
     given = [column for column in rows_of.NAME_COLUMNS if row.get(column) is not None]
     if len(given) > 1:
-        raise UserError(f"{where}: found {given[0]} and {given[1]}. A row has one of them.")
+        raise UserError(f"{where}: found both {given[0]} and {given[1]}. Keep one of them.")
     if not given or given == ["file_name"]:
         return (_file_name(folder, where, row.get("file_name")),)
     listed = row[given[0]]
@@ -149,22 +153,26 @@ def _file_names(folder: Path, metadata: Path, line: int, row: dict) -> tuple[str
     names = tuple(_file_name(folder, where, name) for name in listed)
     videos = [name for name in names if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES]
     if videos and len(names) > 1:
-        raise UserError(f"{where}: {videos[0]!r} is a video. Several files of one row are images; write one row each.")
+        raise UserError(
+            f"{where}: {videos[0]!r} is a video, but a list of files may hold images only. Write one row per video."
+        )
     return names
 
 
 def _file_name(folder: Path, where: str, name) -> str:
-    """The file's name, normalised: of an existing file inside the folder."""
+    """Return the normalised name of an existing file inside the folder. Raises UserError."""
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: file_name is {name!r}. Every row names a file.")
+        raise UserError(f"{where}: file_name is {name!r}, expected the name of a file.")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{where}: file_name {name!r} leads out of {folder}. Name files inside the folder.")
+        raise UserError(f"{where}: file_name {name!r} is outside of {folder}. Use names inside the folder.")
     if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
         known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-        raise UserError(f"{where}: {name!r} is neither a video nor an image by its ending. Known: {known}")
+        raise UserError(f"{where}: {name!r} has no known video or image suffix. Known: {known}")
     if any(len(part.encode("utf-8")) > 255 for part in path.parts):
-        raise UserError(f"{where}: file_name {name[:50]!r}... is longer than a file's name can be (255 bytes).")
+        raise UserError(
+            f"{where}: file_name {name[:50]!r}... is too long: a part of it exceeds 255 bytes. Rename the file."
+        )
     if not (folder / path).is_file():
         problem = "is a folder" if (folder / path).is_dir() else "does not exist"
         raise UserError(f"{where}: file_name {name!r} {problem} in {folder}. Add the file or remove the row.")
@@ -172,7 +180,7 @@ def _file_name(folder: Path, where: str, name) -> str:
 
 
 def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, dict]]) -> dict:
-    """The columns that describe the file, from whichever of its rows give them; they must agree."""
+    """Return the file-level columns, merged over the rows of a file. Raises UserError if two rows disagree."""
     values, given_in = {}, {}
     for line, row in rows:
         for name in FILE_COLUMNS:
@@ -180,18 +188,18 @@ def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, d
                 continue
             if name == "source" and (not isinstance(row[name], str) or not slug(row[name])):
                 raise UserError(
-                    f"{metadata} line {line} ({_shown(names)}): source is {row[name]!r}. It begins the keys of its "
-                    "samples: give it a name with letters or digits, or leave it out."
+                    f"{metadata} line {line} ({_shown(names)}): source is {row[name]!r}, but it is the prefix "
+                    "of sample keys: use a name with letters or digits, or remove it."
                 )
             if name in values and values[name] != row[name]:
                 both = f"{values[name]!r} in line {given_in[name]} and {row[name]!r} in line {line}"
-                raise UserError(f"{metadata}: {_shown(names)} has {name} {both[:300]}. A file has one {name}.")
+                raise UserError(f"{metadata}: {_shown(names)} has {name} {both[:300]}. Use one {name} per file.")
             values[name], given_in[name] = row[name], line
     return values
 
 
 def _keys(sources: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
-    """{file names: unique key}; names that differ only in what a key cannot hold get a piece of their hash."""
+    """Return {file names: unique key}. Names whose slugs are ambiguous get a part of their hash as a suffix."""
     plain = {
         names: f"{slug(source)}-{slug(str(PurePosixPath(names[0]).with_suffix('')))}"
         for names, source in sources.items()

@@ -1,4 +1,4 @@
-"""The items of one row of a folder's metadata: caption, question and answer, chat, options, preference."""
+"""Make the items of one metadata row: caption, question and answer, chat, multiple choice, preference."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ TEXTS = ("caption", "question", "answer", "rejected")
 
 
 def row_items(metadata: Path, line: int, row: dict, shown: str) -> list[dict]:
-    """One item per caption, per question with its answer or options, and per chat. shown: the row's files.
+    """Return one item per caption, per question (with its answer or options) and per chat of a row.
 
-    UserError for everything that makes no item, with the line number.
+    `shown` names the row's files in messages. Raises UserError, with the line number, for invalid rows.
     """
     where = f"{metadata} line {line} ({shown})"
     options = _options(where, row) if row.get("options") is not None else None
@@ -42,7 +42,9 @@ def row_items(metadata: Path, line: int, row: dict, shown: str) -> list[dict]:
 
 
 def _is_given(row: dict, name: str, options) -> bool:
-    return row.get(name) is not None and not (name == "answer" and options is not None)  # there it may be a number
+    return row.get(name) is not None and not (
+        name == "answer" and options is not None
+    )  # of a multiple choice, it may be a number
 
 
 def _preferred(rejected: dict) -> dict:
@@ -53,35 +55,35 @@ def _text(where: str, name: str, text) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: {name} is {text!r}, expected text.")
     if not any(character.isprintable() and not character.isspace() for character in text):
-        raise UserError(f"{where}: {name} is blank. Write it, or remove the row.")
+        raise UserError(f"{where}: {name} is blank. Fill it in, or remove the row.")
     return text
 
 
 def _check_forms(where: str, row: dict, texts: dict, options) -> None:
-    """Question and answer belong together, options are of a question, a chat stands by itself."""
+    """Check that a row is a caption, a question with its answer, or a chat. Raises UserError."""
     answered = "answer" in texts or (options is not None and row.get("answer") is not None)
     has_chat = row.get("messages") is not None
     if ("question" in texts) != answered or not (has_chat or "caption" in texts or answered):
         named = [name for name in (*texts, "options") if name in texts or (name == "options" and options is not None)]
-        found = f"{' and '.join(named)} only" if named else "no text (an empty cell or null is none)"
+        found = f"only {' and '.join(named)}" if named else "no text (empty cells and nulls do not count)"
         raise UserError(
             f"{where}: found {found}. Every row needs a caption, or a question and its answer, or messages."
         )
     if has_chat and answered:
-        raise UserError(f"{where}: found messages and a question. Write them in two rows.")
+        raise UserError(f"{where}: found both messages and a question. Write them in two rows.")
 
 
 def _check_extra(where: str, row: dict, extra: dict, options) -> None:
     if row.get("task") == "text":
-        raise UserError(f"{where}: the task 'text' is kept for samples without media. Give this one another name.")
+        raise UserError(f"{where}: the task 'text' is reserved for samples without media. Use another name.")
     if row.get("task") == "*":
-        raise UserError(f"{where}: the task '*' stands for all tasks in mixtures. Give this one another name.")
+        raise UserError(f"{where}: the task '*' means all tasks in mixtures. Use another name.")
     if isinstance(row.get("task"), str) and not row["task"].strip():
-        raise UserError(f"{where}: task is blank. Name it, or leave it out.")
+        raise UserError(f"{where}: task is blank. Set it, or remove it.")
     if "cue" in extra and (options is not None or row.get("messages") is not None):
-        raise UserError(f"{where}: a cue is the beginning of an answer, options and messages have none. Remove it.")
+        raise UserError(f"{where}: a cue needs a question with a plain answer, not options or messages. Remove it.")
     if options is not None and row.get("rejected") is not None:
-        raise UserError(f"{where}: found options and rejected. An answer to choose has no rejected one: remove it.")
+        raise UserError(f"{where}: found both options and rejected. Multiple choice has no rejected answer: remove it.")
 
 
 def _options(where: str, row: dict) -> tuple[str, ...]:
@@ -91,12 +93,12 @@ def _options(where: str, row: dict) -> tuple[str, ...]:
     options = tuple(_text(where, "an option", option).strip() for option in options)
     repeated = next((option for option in options if options.count(option) > 1), None)
     if repeated is not None:
-        raise UserError(f"{where}: the option {repeated!r} is there twice. An answer must be one of them.")
+        raise UserError(f"{where}: the option {repeated!r} occurs twice. Remove or rename one.")
     return options
 
 
 def _correct(where: str, answer, options: tuple[str, ...]) -> int:
-    """The index of the right option: `answer` is its text, or, if it is no option's text, its number from 0."""
+    """Return the index of the correct option. `answer` is its text, else its number from 0."""
     if isinstance(answer, str) and answer.strip() in options:
         return options.index(answer.strip())
     number = int(answer) if isinstance(answer, str) and answer.isascii() and answer.isdigit() else answer
@@ -104,12 +106,13 @@ def _correct(where: str, answer, options: tuple[str, ...]) -> int:
         return number
     known = json.dumps(options, ensure_ascii=False)[:200]
     raise UserError(
-        f"{where}: the answer {answer!r} is none of the options {known} and no number from 0 to {len(options) - 1}."
+        f"{where}: the answer is {answer!r}, expected one of the options {known} or a number from 0 to "
+        f"{len(options) - 1}."
     )
 
 
 def _messages(where: str, messages) -> tuple[Message, ...]:
-    """The chat, from a user's message to an assistant's, a system line before it if any."""
+    """Parse a chat: an optional system message, then user to assistant. Raises UserError."""
     if not isinstance(messages, list):
         raise UserError(
             f'{where}: messages is {str(messages)[:50]!r}, expected [{{"role": ..., "content": ...}}, ...].'
@@ -126,5 +129,8 @@ def _messages(where: str, messages) -> tuple[Message, ...]:
     roles = [message.role for message in chat]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
-        raise UserError(f"{where}: a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}.")
+        raise UserError(
+            f"{where}: a chat must start with user and end with assistant, found "
+            f"{', '.join(roles)[:100] or 'no message'}."
+        )
     return tuple(chat)

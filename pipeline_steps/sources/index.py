@@ -1,6 +1,6 @@
-"""index.jsonl, quarantined.jsonl and summary.json, written while the sources are read.
+"""Write index.jsonl, quarantined.jsonl and summary.json while the sources are read.
 
-Rows go to disk as they come; only a key and the place of its row stay in memory, so that millions of samples fit:
+Rows are written to disk immediately; only keys and row offsets stay in memory, so that millions of samples fit:
 
     python -m benchmarks.source_index         # 1 million text samples: 171 bytes of memory each, 25 s on one core
 """
@@ -16,36 +16,38 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import to_json, writable, write_json
 from pipeline_steps.common.schemas import Quarantined, RawSample
 
-MAX_LISTED = 10  # of quarantined samples and of unreferenced files, in summary.json and in the terminal
+MAX_LISTED = 10  # quarantined samples and unreferenced files listed in summary.json and in the terminal
 
 
 @contextmanager
 def open_index(folder: Path) -> Iterator["IndexWriter"]:
-    """The IndexWriter of the existing `folder`; UserError when nothing can be written there."""
+    """Open an IndexWriter in the existing `folder`. Raises UserError if the folder is not writable."""
     with ExitStack() as files:
         with writable(folder):
-            rows = files.enter_context(tempfile.TemporaryFile(dir=folder))  # vanishes with the process
+            rows = files.enter_context(tempfile.TemporaryFile(dir=folder))  # deleted when the process ends
             quarantined = files.enter_context(open(folder / "quarantined.jsonl", "wb"))
         yield IndexWriter(folder, rows, quarantined)
 
 
 class IndexWriter:
-    """Takes the samples of one source after the other; `finish` writes the three files into `folder`."""
+    """Collects the samples of one source after another; `finish` writes the three files into `folder`."""
 
     def __init__(self, folder: Path, rows, quarantined):
         self.folder, self._rows, self._quarantined = folder, rows, quarantined
-        self._places: dict[str, int] = {}  # key -> place of its row in _rows
-        self._starts, self._entries = [], []  # where the rows of each source begin in _rows, and its name
+        self._places: dict[str, int] = {}  # key -> offset of its row in _rows
+        self._starts, self._entries = [], []  # offset of each source's first row in _rows, and its name
         self._end = 0
         self._sources: dict[str, dict[str, Counter]] = {}
         self._listed: dict[str, list[Quarantined]] = {}
         self._unreferenced: dict[str, tuple[int, list[str]]] = {}
 
-    def take(self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float) -> None:
-        """All `samples` of the source `entry`, which fills `quarantined` meanwhile.
+    def add_source(
+        self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float
+    ) -> None:
+        """Add all `samples` of the source `entry`, whose generator fills `quarantined`.
 
-        UserError for a repeated key, for a source without any sample, and when more than the share `limit` of
-        its samples is quarantined.
+        Raises UserError for a repeated key, for a source without samples, and if more than the share `limit` of the
+        samples is quarantined.
         """
         self._starts.append(self._end)
         self._entries.append(entry)
@@ -61,14 +63,14 @@ class IndexWriter:
             self._write(self._quarantined, row)
         _check(entry, taken, quarantined, limit)
 
-    def leave(self, source: str, names: list[str], count: int | None = None) -> None:
-        """Files of `source` that are no part of any sample: counted, the first ones listed."""
+    def add_unreferenced(self, source: str, names: list[str], count: int | None = None) -> None:
+        """Record files of `source` that belong to no sample. `count` defaults to the number of `names`."""
         before, listed = self._unreferenced.get(source, (0, []))
         count = len(names) if count is None else count
         self._unreferenced[source] = before + count, (listed + names)[:MAX_LISTED]
 
     def finish(self) -> dict:
-        """Writes index.jsonl, sorted by key, and summary.json; returns the content of the latter."""
+        """Write index.jsonl, sorted by key, and summary.json. Returns the content of summary.json."""
         summary = self._summary()
         with writable(self.folder), open(self.folder / "index.jsonl", "wb") as index:
             for key in sorted(self._places):
@@ -82,9 +84,7 @@ class IndexWriter:
         if sample.key in self._places:
             first = self._entries[bisect.bisect_right(self._starts, self._places[sample.key]) - 1]
             both = f"twice by the source '{entry}'" if first == entry else f"by the sources '{first}' and '{entry}'"
-            raise UserError(
-                f"the key {sample.key} is given {both}. Keys are unique: choose another name for one source or sample."
-            )
+            raise UserError(f"the key {sample.key} is used {both}. Keys must be unique: rename a source or a sample.")
         self._places[sample.key] = self._end
         self._end += self._write(self._rows, sample)
         self._count(sample.source, "samples", sample.split or "undecided")
@@ -129,22 +129,24 @@ def _check(entry: str, taken: int, quarantined: list[Quarantined], limit: float)
     listing = "\n".join(lines)
     if bad > limit * seen:
         raise UserError(
-            f"{bad} of {seen} samples of the source '{entry}' cannot be taken ({bad / seen:.1%}), more than its "
+            f"{bad} of {seen} samples of the source '{entry}' are unusable ({bad / seen:.1%}), more than its "
             f"max_quarantined allows ({limit:.1%}):\n{listing}\nRepair or remove them, or raise max_quarantined."
         )
     if not taken:
-        raise UserError(f"the source '{entry}' gives no sample ({bad} quarantined).\n{listing}".rstrip())
+        raise UserError(f"the source '{entry}' has no usable sample ({bad} quarantined).\n{listing}".rstrip())
 
 
 def print_summary(output: Path, summary: dict) -> None:
-    """One line per source, and what was quarantined or is no part of a sample."""
+    """Print one line per source, its quarantined samples and its unreferenced files."""
     for name, source in summary["sources"].items():
         print(f"{name}: samples {source['samples']}, items {source['items']}, {source['bytes'] / 1e6:.1f} MB")
         left, bad = source["unreferenced"], source["quarantined"]
         if left["count"]:
-            print(f"{name}: {left['count']} files that belong to no sample: {', '.join(left['first'])}")
+            print(f"{name}: {left['count']} files belong to no sample: {', '.join(left['first'])}")
         if bad["count"]:
-            print(f"{name}: {bad['count']} of {source['seen']} quarantined, all in {output / 'quarantined.jsonl'}:")
+            print(
+                f"{name}: {bad['count']} of {source['seen']} quarantined (full list: {output / 'quarantined.jsonl'}):"
+            )
             for row in bad["first"]:
                 print(f"  {row['key']} ({row['path']}): {row['reason']}")
     print(f"{output}: {summary['num_samples']} samples, {summary['num_items']} items")

@@ -1,11 +1,11 @@
-"""Which members of a WebDataset archive make up one sample.
+"""Group the members of a WebDataset archive into samples.
 
-A sample's members share a key: their name up to the first dot after the last slash (WebDataset's rule). Pictures of a
-video are numbered in one of four ways, of which the first is written today:
+The members of a sample share a key: their name up to the first dot after the last slash (WebDataset's rule). Frames of
+a video may be numbered in four ways; this pipeline writes the first:
 
     {key}.000.jpg    {key}_000.jpg    {key}.frame_000.jpg or {key}_frame_000.jpg    {key}/000.jpg
 
-Where the number is part of the name before the dot, the picture belongs to `{key}` if it has no .json or .txt itself.
+If the number precedes the dot, the picture belongs to `{key}`, unless it has a .json or .txt of its own.
 """
 
 import re
@@ -30,8 +30,8 @@ class Group:
     text: Member | None = None
     still: Member | None = None
     video: Member | None = None
-    pictures: list[tuple[int, Member]] = field(default_factory=list)  # number and picture, in the archive's order
-    problem: str | None = None  # why this is no sample
+    pictures: list[tuple[int, Member]] = field(default_factory=list)  # (number, picture), in the archive's order
+    problem: str | None = None  # why the sample is unusable
 
     def complain(self, problem: str) -> None:
         self.problem = self.problem or problem
@@ -41,12 +41,12 @@ class Group:
 
 
 class Layout:
-    """Sorts members into groups. `others`: number of members that belong to no sample, and the first names."""
+    """Sorts members into groups. `unreferenced` lists the first `max_names` members that belong to no sample."""
 
     def __init__(self, max_names: int):
         self.groups: dict[str, Group] = {}
-        self.num_others, self.others, self._max_names = 0, [], max_names
-        self.last: Group | None = None  # of the member that was added last
+        self.num_unreferenced, self.unreferenced, self._max_names = 0, [], max_names
+        self.last: Group | None = None  # group of the last added member
 
     def add(self, member: Member) -> None:
         name = member.name.removeprefix("./")
@@ -55,7 +55,7 @@ class Layout:
             self._leave(name)
 
     def samples(self) -> Iterable[Group]:
-        """All groups, in the order of their first member, once numbered pictures are with their sample."""
+        """Move numbered pictures to their sample, then return all samples in the order of their first member."""
         for group in list(self.groups.values()):
             alone = group.still and not (group.json or group.text or group.video or group.pictures)
             numbered = NUMBERED_KEY.fullmatch(group.key) if alone else None
@@ -64,7 +64,7 @@ class Layout:
         return [group for group in self.groups.values() if group.is_sample()]
 
     def _place(self, key: str, suffix: str, member: Member) -> bool:
-        """Puts the member into its group; False for a kind of member that no sample has."""
+        """Add the member to its group. Returns False if samples have no members of this type."""
         numbered = NUMBERED_SUFFIX.fullmatch(suffix)
         kind = {".json": "json", ".txt": "text"}.get(f".{suffix}")
         kind = "still" if f".{suffix}" in IMAGE_SUFFIXES else "video" if f".{suffix}" in VIDEO_SUFFIXES else kind
@@ -75,20 +75,20 @@ class Layout:
         if member.problem:
             group.complain(f"{quoted(member.name)}: {member.problem}")
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
-            group.complain(f"the name {quoted(member.name)} leads out of the archive")
+            group.complain(f"the name {quoted(member.name)} points outside of the archive")
         if numbered is not None:
             group.pictures.append((int(numbered[1]), member))
         elif getattr(group, kind) is None:
             setattr(group, kind, member)
         else:
-            group.complain(f"both {quoted(getattr(group, kind).name)} and {quoted(member.name)}")
+            group.complain(f"found both {quoted(getattr(group, kind).name)} and {quoted(member.name)}")
         return True
 
     def _move(self, group: Group, numbered: re.Match) -> None:
-        """The picture of `group` goes to the sample that its name, less the number, leads to."""
+        """Move the picture of `group` to the sample named by its key without the number."""
         candidates = [numbered[1] + numbered[2], numbered[1]]
         described = [key for key in candidates if key in self.groups and self._is_described(self.groups[key])]
-        base = (described or candidates[-1:])[0]  # pictures without a .json are one lost sample, not many
+        base = (described or candidates[-1:])[0]  # pictures without a .json count as one unusable sample
         target = self.groups.setdefault(base, Group(base))
         target.pictures.append((int(numbered[3]), group.still))
         target.problem = target.problem or group.problem
@@ -101,13 +101,13 @@ class Layout:
         return bool(group.json or group.text)
 
     def _leave(self, name: str) -> None:
-        self.num_others += 1
-        if len(self.others) < self._max_names:
-            self.others.append(printable(name))
+        self.num_unreferenced += 1
+        if len(self.unreferenced) < self._max_names:
+            self.unreferenced.append(printable(name))
 
 
 def printable(text: str) -> str:
-    """`text` for lists and messages: at most 200 characters, what cannot be shown is escaped."""
+    """Return at most 200 characters of `text`, with unprintable ones escaped, for lists and messages."""
     shown = text[:200] + ("..." if len(text) > 200 else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
 

@@ -1,8 +1,8 @@
-"""Source `procedural`: the rendered world as h264 mp4 clips, jpg stills and a Hugging Face metadata.jsonl.
+"""Source `procedural`: render the world as H.264 mp4 clips, jpg stills and a Hugging Face metadata.jsonl.
 
-`write(folder, section)` writes {train,validation,test}/{task}-{000000}.{mp4,jpg} and metadata.jsonl; pipeline_steps
-reads them back with `folder.read`, as it reads anyone's files. The bytes depend on the section only, not on the number
-of processes: every clip has its own random generator, seeded by (seed, split, task, number).
+`write(folder, section)` writes {train,validation,test}/{task}-{000000}.{mp4,jpg} and metadata.jsonl; the stage reads
+them back with `folder.read`, like a user's own files. The bytes depend only on the section, not on the number of
+processes: every clip has its own random generator, seeded by (seed, split, task, number).
 Cost: about 7 ms per clip and core.
 """
 
@@ -20,9 +20,9 @@ from pipeline_steps.common.files import write_jsonl
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.world import digits as world
 
-# ultrafast has no frame reordering and costs a third of `medium`; crf 18 keeps the world's grain.
+# ultrafast does not reorder frames and takes a third of the time of `medium`; crf 18 preserves the pixel noise
 X264 = {"preset": "ultrafast", "crf": "18", "threads": "1"}
-EXACT = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
+EXACT = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # bit-exact on every processor
 
 
 @cache
@@ -31,13 +31,13 @@ def _digits() -> world.Digits:
 
 
 def write(folder: Path, section, num_processes: int) -> None:
-    """Render all clips of `section` (schema.Procedural) into the existing `folder`."""
+    """Render all clips of `section` (schema.Procedural) into the existing `folder`, and write metadata.jsonl."""
     clips = plan(section)
     for split in world.SPLITS:
         (folder / split).mkdir()
-    _digits().glyphs(section.frame_size // world.UNITS)  # once: forked workers inherit it
+    _digits().glyphs(section.frame_size // world.UNITS)  # render once; forked workers inherit the cache
     work = partial(_write_clip, folder, section)
-    progress = partial(progress_bar, "procedural clips", total=len(clips), unit="clip")
+    progress = partial(progress_bar, "rendering procedural clips", total=len(clips), unit="clip")
     if num_processes == 1:
         rows = [row for clip_rows in progress(map(work, clips)) for row in clip_rows]
     else:
@@ -47,7 +47,7 @@ def write(folder: Path, section, num_processes: int) -> None:
 
 
 def plan(section) -> list[tuple[str, str, int]]:
-    """All clips as (split, task, number). Counts per task follow train_mix, by largest remainder."""
+    """Return all clips as (split, task, number). Counts per task follow train_mix, rounded by largest remainder."""
     counts = largest_remainder(section.num_train_clips, [getattr(section.train_mix, kind) for kind in world.KINDS])
     numbers = {
         "train": dict(zip(world.KINDS, counts, strict=True)),
@@ -67,7 +67,10 @@ def largest_remainder(total: int, weights: list[float]) -> list[int]:
 
 
 def sample_clip(section, split: str, kind: str, number: int) -> tuple[world.Scene, list[dict]]:
-    """The scene of one clip and its items. Held-out clips: one item, balanced answers; four objects but in `gist`."""
+    """Sample the scene of one clip and its items.
+
+    Held-out clips have one item with balanced answers, and four objects (1 to 4 in `gist`).
+    """
     key = (section.seed, world.SPLITS.index(split), world.KINDS.index(kind), number)
     rng = np.random.default_rng(key)
     if split == "train":
@@ -84,7 +87,7 @@ def sample_clip(section, split: str, kind: str, number: int) -> tuple[world.Scen
 
 
 def _write_clip(folder: Path, section, clip: tuple[str, str, int]) -> list[dict]:
-    """Render and encode one clip; returns its rows of metadata.jsonl, the ground truth in the first one."""
+    """Render and encode one clip. Returns its metadata rows; the first one holds the ground truth."""
     split, kind, number = clip
     scene, items = sample_clip(section, split, kind, number)
     frames = world.render(scene, _digits(), section.frame_size, section.noise)
@@ -110,7 +113,7 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int]) -> list[dict]
 
 
 def encode(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 [T, H, W, 3] as an h264 mp4 whose bytes depend on the frames only (no dates, one thread)."""
+    """Encode frames, uint8 [T, H, W, 3], as an H.264 mp4. The bytes depend only on the frames and `fps`."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=X264)
         stream.height, stream.width = frames.shape[1:3]

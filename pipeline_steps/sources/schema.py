@@ -17,81 +17,81 @@ from pipeline_steps.common.params import StrictModel
 from pipeline_steps.sources.hub.adapters import NAMES as ADAPTER_NAMES
 
 
-class TrainMix(StrictModel):
+class Mix(StrictModel):
+    """Relative numbers of training clips by task."""
+
+    @model_validator(mode="after")
+    def _something_is_rendered(self):
+        if not any(getattr(self, task) for task in type(self).model_fields):
+            raise ValueError(
+                "all tasks have weight 0, so no training clip would be rendered; give one a positive weight"
+            )
+        return self
+
+
+class TrainMix(Mix):
     """Relative numbers of training clips whose first question is of this task."""
 
     card: NonNegativeFloat
-    """Weight of task `card`."""
+    """Relative number of clips by task."""
     follow: NonNegativeFloat
-    """Weight of task `follow`."""
+    """Relative number of clips by task."""
     ask_colour: NonNegativeFloat
-    """Weight of task `ask_colour`."""
+    """Relative number of clips by task."""
     ask_place: NonNegativeFloat
-    """Weight of task `ask_place`."""
+    """Relative number of clips by task."""
     caption: NonNegativeFloat
-    """Weight of task `caption`."""
+    """Relative number of clips by task."""
     gist: NonNegativeFloat
-    """Weight of task `gist`."""
+    """Relative number of clips by task."""
     image: NonNegativeFloat
-    """Weight of task `image`."""
-
-    @model_validator(mode="after")
-    def _something_is_rendered(self):
-        if not any(getattr(self, task) for task in type(self).model_fields):
-            raise ValueError("all tasks have the weight 0: nothing would be rendered to train on")
-        return self
+    """Relative number of clips by task."""
 
 
-class ObjectsMix(StrictModel):
+class ObjectsMix(Mix):
     """Relative numbers of training clips whose first question is of this task."""
 
     become: NonNegativeFloat
-    """Weight of task `become`."""
+    """Relative number of clips by task."""
     place: NonNegativeFloat
-    """Weight of task `place`."""
+    """Relative number of clips by task."""
     meet: NonNegativeFloat
-    """Weight of task `meet`."""
+    """Relative number of clips by task."""
     small: NonNegativeFloat
-    """Weight of task `small`."""
+    """Relative number of clips by task."""
     caption: NonNegativeFloat
-    """Weight of task `caption`."""
+    """Relative number of clips by task."""
     background: NonNegativeFloat
-    """Weight of task `background`."""
+    """Relative number of clips by task."""
     still: NonNegativeFloat
-    """Weight of task `still`."""
-
-    @model_validator(mode="after")
-    def _something_is_rendered(self):
-        if not any(getattr(self, task) for task in type(self).model_fields):
-            raise ValueError("all tasks have the weight 0: nothing would be rendered to train on")
-        return self
+    """Relative number of clips by task."""
 
 
 class Objects(StrictModel):
     """The world of objects; read only when world is objects."""
 
     cutouts: str | None
-    """Folder of pictures with transparency and a `metadata.jsonl` (`file_name`, `name`)."""
+    """Folder of transparent pictures with `metadata.jsonl` (`file_name`, `name`)."""
     backgrounds: str | None
-    """Folder of photographs with a `metadata.jsonl` likewise; null: textures."""
+    """Folder of named photographs; null: textures."""
     held_out_share: float = Field(ge=0, lt=0.5)
-    """Share of the names for validation, and the same for test: never trained on."""
+    """Share of names held out for validation, and for test."""
     num_train_clips: PositiveInt
-    """Training clips and stills together."""
+    """Training clips, stills included."""
     train_mix: ObjectsMix
     """Relative numbers of training clips by the task of their first question."""
     num_validation_clips: PositiveInt
-    """Validation clips per task: known names, held-out backgrounds."""
+    """Validation clips per task, of known names."""
     num_test_clips: PositiveInt
-    """Test clips per task, likewise."""
+    """Test clips per task, of known names."""
     num_new_clips: NonNegativeInt
-    """Clips per `*_new` task in validation and in test: names that are never trained on."""
+    """Held-out clips per `*_new` task, of held-out names."""
     num_extra_items: NonNegativeInt
-    """Most further questions per training clip."""
+    """Most extra questions per training clip."""
     frame_size: int = Field(ge=56, le=512, multiple_of=2)
-    """Side of the rendered frames in pixels."""
+    """Side of rendered frames in pixels."""
     num_frames: tuple[int, int]
-    """Fewest and most frames per clip, at least 6."""
+    """Fewest and most frames per clip (at least 6)."""
 
     @model_validator(mode="after")
     def _frames_are_a_range(self):
@@ -105,30 +105,29 @@ class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
     world: Literal["digits", "objects"]
-    """`digits` hop between patches; `objects` are cut-outs of photographs, with section `objects` in place of the
-    keys below other than `seed` and `fps`."""
+    """Hopping digits, or moving cut-outs (`objects.*` in place of all but `seed` and `fps`)."""
     seed: NonNegativeInt
-    """Seed of every clip, together with split, task and number."""
+    """Seed of the clips."""
     num_train_clips: PositiveInt
-    """Training clips and stills together."""
+    """Training clips, stills included."""
     train_mix: TrainMix
     """Relative numbers of training clips by the task of their first question."""
     num_validation_clips: PositiveInt
-    """Validation clips per task."""
+    """Held-out clips per task."""
     num_test_clips: PositiveInt
-    """Test clips per task."""
+    """Held-out clips per task."""
     num_ask_items: NonNegativeInt
-    """Extra `ask_*` questions per training clip whose digits hop."""
+    """Extra `ask_*` questions per hopping training clip."""
     frame_size: Literal[56, 112, 224]
-    """Side of the rendered frames in pixels."""
+    """Side of rendered frames in pixels."""
     fps: PositiveFloat
-    """Frames per second of the rendered clips."""
+    """Frames per second."""
     num_frames: int = Field(ge=2)
     """Frames per clip."""
     noise: NonNegativeFloat
-    """Standard deviation of the brightness grain, 0 to 1."""
+    """Standard deviation of brightness grain (brightness 0 to 1)."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
-    """Relative numbers of hopping training clips with 1, 2, 3 and 4 objects; held-out clips always have 4."""
+    """Relative numbers of hopping training clips with 1 to 4 objects."""
     objects: Objects
     """The world of objects."""
 
@@ -139,56 +138,56 @@ class Chat(StrictModel):
     seed: NonNegativeInt
     """Seed of the questions."""
     num_train: int = Field(ge=1, le=100_000)
-    """Training questions; none occurs twice."""
+    """Distinct training questions."""
     num_validation: PositiveInt
-    """Validation questions."""
+    """Held-out questions."""
     num_test: PositiveInt
-    """Test questions."""
+    """Held-out questions."""
 
 
 class Folder(StrictModel):
     """The user's own files; read only when collect lists folder."""
 
     path: str | None
-    """The folder, with `metadata.jsonl`, `.csv` or `.parquet` at its top."""
+    """The folder ([data.md](data.md#your-own-videos-and-images))."""
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
-    """Name of the source in keys and reports."""
+    """Source name in keys and reports."""
 
 
 class Tars(StrictModel):
     """Existing WebDataset archives; read only when collect lists tars."""
 
     path: str = Field(min_length=1)
-    """A folder (every .tar below it), a pattern with `*`, or one file."""
+    """Folder (all .tar below it), glob pattern or file."""
     name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")
-    """Prefix of keys, and the source of samples that name none."""
+    """Key prefix, and source of samples that name none."""
     picture_fps: PositiveFloat
     """Frames per second of videos stored as pictures."""
     tokenizer: str | None
-    """Folder of the tokenizer that made `token_ids`, for samples without text."""
+    """Folder of the tokenizer that made `token_ids`."""
     split: Literal["train", "validation", "test"] | None
-    """Split of all samples; null lets the stage `shards` decide."""
+    """Split of all samples; null: `shards` decides."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Share of samples that may be quarantined before the stage fails."""
+    """Quarantined share above which the stage fails."""
 
 
 class HubEntry(StrictModel):
     """One published data set."""
 
     dataset: Literal[ADAPTER_NAMES]
-    """Adapter name ([data.md](data.md#data-sets-from-the-hub-source-hub))."""
+    """Adapter ([data.md](data.md#data-sets-from-the-hub-source-hub))."""
     path: str | None
-    """Null: the data set's id on the Hub; or another id with the same columns, a local folder or one file."""
+    """Hub id, local folder or file with the same columns; null: the adapter's id."""
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit on the Hub (40 hex digits); null: the pinned one."""
+    """Commit hash; null: the pinned one."""
     subsets: list[str] | None = Field(min_length=1)
     """Subsets to read; null: all."""
     media_dir: str | None
-    """Folder of the extracted videos; null if the rows hold the pictures."""
+    """Folder of extracted videos; null: rows hold the pictures."""
     max_samples: PositiveInt | None
-    """Random subset by key hash; a larger number keeps what a smaller one takes. null: all."""
+    """Random subset by key hash, nested as it grows; null: all."""
     max_missing: float = Field(ge=0, le=1)
-    """Share of samples whose media may be missing before the stage fails."""
+    """Share with missing media above which the stage fails."""
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -220,5 +219,5 @@ class Section(StrictModel):
         names += sorted({entry.dataset for entry in self.hub})
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
-            raise ValueError(f"two sources have the name '{repeated[0]}'")
+            raise ValueError(f"two sources have the name '{repeated[0]}'; rename one")
         return self

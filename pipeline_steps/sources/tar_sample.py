@@ -1,6 +1,6 @@
-"""One sample of a WebDataset archive: its {key}.json and media as a schemas.RawSample, or the reason why not.
+"""Convert one sample of a WebDataset archive ({key}.json and media) into a schemas.RawSample.
 
-docs/data.md lists the fields of {key}.json. What contradicts itself is refused, never guessed.
+docs/data.md lists the fields of {key}.json. Contradictory samples are rejected with a reason, never guessed at.
 """
 
 import hashlib
@@ -19,17 +19,19 @@ from pipeline_steps.sources.layout import Group, quoted
 
 MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
 MAX_TEXT = 2**20
-MAX_ENTRIES = 20_000  # of a list in `items` and `objects`: every wrong one would be a message in memory
+MAX_ENTRIES = 20_000  # of a list in `items` and `objects`: pydantic keeps one error per invalid entry
 CHUNK = 2**20
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 Name = Annotated[str, Field(max_length=200)]
 
 
-class Refused(Exception):
-    """The sample cannot be taken; the text says why."""
+class UnusableSample(Exception):
+    """The sample is unusable. The message is the reason for the quarantine list."""
 
 
 class ChatMessage(BaseModel):
+    """One message of the JSON field `messages`."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "user", "assistant"]
@@ -37,7 +39,7 @@ class ChatMessage(BaseModel):
 
 
 class PackedFields(BaseModel):
-    """Further fields, of shards that this pipeline has packed (schemas.PackedSample): known by their `items`."""
+    """Fields of shards packed by this pipeline (schemas.PackedSample), recognised by the field `items`."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -50,7 +52,7 @@ class PackedFields(BaseModel):
 
 
 class Contents(BaseModel):
-    """What is read of {key}.json; other fields are left alone, null is a field that is not given."""
+    """The fields read from {key}.json. Other fields are ignored; null means not set."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -61,7 +63,7 @@ class Contents(BaseModel):
     caption: str | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
-    loss_mask: Annotated[list[float], Field(fail_fast=True)] | None = None  # its length only
+    loss_mask: Annotated[list[float], Field(fail_fast=True)] | None = None  # only its length is used
     source: Name | None = None
     task: Name | None = None
     video_id: Name | int | None = None
@@ -73,12 +75,12 @@ class Contents(BaseModel):
 
 
 def make_sample(group: Group, file: BinaryIO, path: str, key: str, entry, decoder: ChatMLDecoder | None) -> RawSample:
-    """The sample of the group's members in the archive `file` at `path`. Raises Refused, OSError from the disk.
+    """Return the RawSample of a group of members in the open archive `file`, stored at `path`.
 
-    entry: schema.Tars. decoder: of its tokenizer, or None.
+    entry: schema.Tars. decoder: for its tokenizer, or None. Raises UnusableSample, and OSError if the disk fails.
     """
     if group.problem:
-        raise Refused(group.problem)
+        raise UnusableSample(group.problem)
     contents = _contents(file, group)
     kind, media = _media(group, contents)
     is_video_of_pictures = kind == "video" and media[0] is not group.video
@@ -104,7 +106,7 @@ def make_sample(group: Group, file: BinaryIO, path: str, key: str, entry, decode
             values["items"] = (_item(contents, text, kind, decoder),)
         return RawSample(**values)
     except ValidationError as error:
-        raise Refused(_first_problem(error)) from None
+        raise UnusableSample(_first_problem(error)) from None
 
 
 # ---------------------------------------------------------------- reading
@@ -113,46 +115,43 @@ def make_sample(group: Group, file: BinaryIO, path: str, key: str, entry, decode
 def _contents(file: BinaryIO, group: Group) -> Contents:
     if group.json is None:
         if group.text is None:
-            raise Refused("no .json and no .txt with its text" + _dot_hint(group))
+            raise UnusableSample("no .json and no .txt with the text" + _dot_hint(group))
         return Contents()
     try:
         fields = _parse(_read(file, group.json, MAX_JSON))
         return Contents.model_validate(fields | {"own": fields if fields.get("items") is not None else None})
     except ValidationError as error:
-        raise Refused(f"{quoted(group.json.name)}: {_first_problem(error)}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # syntax, UTF-8, numbers of thousands of digits, thousands of brackets
-        raise Refused(f"{quoted(group.json.name)} is no valid JSON: {str(error).split(';')[0][:200]}") from None
+        raise UnusableSample(f"{quoted(group.json.name)}: {_first_problem(error)}") from None
+    except (ValueError, RecursionError) as error:  # syntax, UTF-8, huge numbers, deep nesting
+        raise UnusableSample(f"{quoted(group.json.name)} is not valid JSON: {str(error).split(';')[0][:200]}") from None
 
 
 def _dot_hint(group: Group) -> str:
-    return f" (a name counts up to its first dot: {quoted(group.key)})" if group.pictures or group.still else ""
+    return f" (its key is the name up to the first dot: {quoted(group.key)})" if group.pictures or group.still else ""
 
 
 def _parse(content: bytes) -> dict:
     def refuse(constant):
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     def unique(pairs):
         fields = dict(pairs)
         if len(fields) < len(pairs):
             repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise ValueError(f"the field {repeated[:50]!r} is given twice")
+            raise ValueError(f"the field {repeated[:50]!r} occurs twice")
         return fields
 
     parsed = json.loads(content.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
     if HALF_CHARACTER.search(content):
-        json.dumps(parsed, ensure_ascii=False).encode()  # refuses half of a character that has no other half
+        json.dumps(parsed, ensure_ascii=False).encode()  # rejects lone surrogates
     if not isinstance(parsed, dict):
-        raise ValueError("it holds no object {...}")
+        raise ValueError("expected an object {...}")
     return parsed
 
 
 def _read(file: BinaryIO, member: Member, limit: int) -> bytes:
     if member.size > limit:
-        raise Refused(f"{quoted(member.name)} has {member.size} bytes, at most {limit} are read")
+        raise UnusableSample(f"{quoted(member.name)} has {member.size} bytes, at most {limit} are allowed")
     file.seek(member.offset)
     return file.read(member.size)
 
@@ -161,18 +160,18 @@ def _read_text(file: BinaryIO, member: Member) -> str:
     try:
         return _read(file, member, MAX_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(f"{quoted(member.name)} is not UTF-8 (byte {error.start})") from None
+        raise UnusableSample(f"{quoted(member.name)} is not UTF-8 (byte {error.start})") from None
 
 
 def _sha256(file: BinaryIO, parts) -> str:
-    """hashing.media_sha256 of the open file, in constant memory."""
+    """hashing.media_sha256 of the parts of the open file, in constant memory."""
     digest = hashlib.sha256()
     for offset, size in parts:
         file.seek(offset)
         while size:
             chunk = file.read(min(size, CHUNK))
             if not chunk:
-                raise Refused(f"the archive became shorter while it was read: no byte {offset}")
+                raise UnusableSample(f"the archive was truncated while it was read: no data at byte {offset}")
             digest.update(chunk)
             size -= len(chunk)
     return digest.hexdigest()
@@ -189,44 +188,44 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _media(group: Group, contents: Contents) -> tuple[str, list[Member]]:
-    """(kind, media in their order); Refused when the members, or what the JSON says of them, do not agree."""
+    """Return (kind, ordered media). Raises UnusableSample if the members contradict each other or the JSON."""
     given = [name for name in ("still", "pictures", "video") if getattr(group, name)]
     if len(given) > 1:
         names = {"still": "a picture", "pictures": "numbered pictures", "video": "a video file"}
-        raise Refused(" and ".join(names[name] for name in given) + ": which one is meant?")
+        raise UnusableSample("found " + " and ".join(names[name] for name in given) + ": keep one of them")
     media = [group.still or group.video] if group.still or group.video else _in_order(group.pictures)
     claims_frames = contents.has_frames or contents.is_text_only is False or bool(contents.frame_count)
     denies_frames = contents.has_frames is False or contents.is_text_only or contents.frame_count == 0
     if not media:
         if claims_frames:
             count = "frames" if contents.frame_count is None else f"frame_count {contents.frame_count}"
-            raise Refused(f"the JSON says {count}, 0 frames found")
+            raise UnusableSample(f"the JSON claims {count}, found 0 frames")
         return "text", []
     if denies_frames:
-        raise Refused(f"the JSON says that there are no frames, {len(media)} found")
+        raise UnusableSample(f"the JSON claims no frames, found {len(media)}")
     if group.video is None and contents.frame_count is not None and contents.frame_count != len(media):
-        raise Refused(f"frame_count is {contents.frame_count}, {len(media)} frames found")
+        raise UnusableSample(f"frame_count is {contents.frame_count}, found {len(media)} frames")
     empty = next((member for member in media if not member.size), None)
     if empty is not None:
-        raise Refused(f"{quoted(empty.name)} is empty")
+        raise UnusableSample(f"{quoted(empty.name)} is empty")
     is_image = group.still is not None or (group.pictures and contents.own and contents.own.kind == "image")
     return ("image" if is_image else "video"), media
 
 
 def _in_order(pictures: list[tuple[int, Member]]) -> list[Member]:
-    """The numbered pictures, which must be 0, 1, 2 ... or 1, 2, 3 ..."""
+    """Sort the numbered pictures. Raises UnusableSample unless they are 0, 1, 2 ... or 1, 2, 3 ..."""
     ordered = sorted(pictures, key=lambda entry: entry[0])
     numbers = [number for number, _ in ordered]
     first = 1 if numbers and numbers[0] == 1 else 0
     for place, number in enumerate(numbers, first):
         if number != place:
             problem = f"frame {number} occurs twice" if number < place else f"frame {place} is missing"
-            raise Refused(f"{problem} ({len(numbers)} frames, up to number {numbers[-1]})")
+            raise UnusableSample(f"{problem} ({len(numbers)} frames, the last is number {numbers[-1]})")
     return [member for _, member in ordered]
 
 
 def _picture_fps(contents: Contents, count: int, given: float) -> float:
-    """Frames per second of the stored pictures: shards of this pipeline know their duration."""
+    """Return the frames per second of stored pictures: from the duration in shards of this pipeline, else `given`."""
     return count / contents.own.duration if contents.own and contents.own.duration else given
 
 
@@ -235,7 +234,7 @@ def _picture_fps(contents: Contents, count: int, given: float) -> float:
 
 def _source(contents: Contents, name: str) -> str:
     if contents.source is not None and not slug(contents.source):
-        raise Refused(f"source is {contents.source!r}, expected a name with letters or digits")
+        raise UnusableSample(f"source is {contents.source!r}, expected a name with letters or digits")
     return contents.source or name
 
 
@@ -245,13 +244,13 @@ def _video_id(contents: Contents, key: str) -> str:
 
 
 def _own_items(own: PackedFields, count: int) -> dict:
-    """Items, and objects if they tell about the stored frames and not about others."""
+    """Return the items, and the objects if they describe exactly the stored frames."""
     for thing in (*own.items, *(own.objects or ())):
         long = next(
             (name for name, value in thing.items() if isinstance(value, list) and len(value) > MAX_ENTRIES), None
         )
         if long is not None:
-            raise Refused(f"{long[:50]!r} has {len(thing[long])} entries, at most {MAX_ENTRIES} are read")
+            raise UnusableSample(f"{long[:50]!r} has {len(thing[long])} entries, at most {MAX_ENTRIES} are allowed")
     items = [Item.model_validate(item) for item in own.items]
     for item in items:
         turns = [(message.role, message.content) for message in item.messages or ()]
@@ -260,16 +259,16 @@ def _own_items(own: PackedFields, count: int) -> dict:
         if item.messages is not None:
             _check_turns(turns)
         elif item.user is None and not count:
-            raise Refused("an answer without frames and without a question")
+            raise UnusableSample("an answer without frames and without a question")
         if len(item.options or ()) > len(LETTERS):
-            raise Refused(f"{len(item.options)} options, at most {len(LETTERS)} have a letter")
+            raise UnusableSample(f"{len(item.options)} options, at most {len(LETTERS)} are allowed")
     if own.objects is not None and own.num_source_frames == count:
         return {"items": items, "objects": [SceneObject.model_validate(thing) for thing in own.objects]}
     return {"items": [item.model_copy(update={"target": None}) for item in items]}
 
 
 def _item(contents: Contents, text: str | None, kind: str, decoder: ChatMLDecoder | None) -> Item:
-    """The one item of an archive's sample: texts of the JSON, else its token ids, else the caption or the .txt."""
+    """Make the item from the texts in the JSON, else from its token ids, else from the caption or the .txt."""
     chosen = _agreed("assistant", contents.assistant, "chosen_assistant", contents.chosen_assistant)
     messages = contents.messages and [(message.role, message.content) for message in contents.messages]
     is_text = messages is not None or chosen is not None or contents.user is not None
@@ -281,14 +280,14 @@ def _item(contents: Contents, text: str | None, kind: str, decoder: ChatMLDecode
         item = _chat(messages, chosen, contents)
     elif is_text:
         if chosen is None:
-            raise Refused("user without assistant")
+            raise UnusableSample("user without assistant")
         item = {"user": user, "assistant": chosen, "task": "question" if user else "caption"}
     elif caption is not None:
         item = {"assistant": caption, "task": "caption"}
     else:
-        raise Refused("none of user and assistant, messages, caption, token_ids, and no .txt")
+        raise UnusableSample("no text: found no user and assistant, messages, caption, token_ids or .txt")
     if kind == "text" and item.get("user") is None and item.get("messages") is None:
-        raise Refused("an answer without frames and without a question")
+        raise UnusableSample("an answer without frames and without a question")
     return _finished(item, contents, kind)
 
 
@@ -296,42 +295,46 @@ def _finished(item: dict, contents: Contents, kind: str) -> Item:
     if contents.rejected_assistant is not None:
         answer = item.get("assistant") or item["messages"][-1].content
         if contents.rejected_assistant.strip() == answer.strip():
-            raise Refused("the chosen and the rejected answer are the same")
+            raise UnusableSample("the chosen and the rejected answer are the same")
         item |= {"rejected": contents.rejected_assistant, "task": "preference"}
     for name in ("user", "assistant", "rejected"):
         _check_text(name, item.get(name))
     if kind == "text":
         return Item(**item | {"task": "text"})
     if contents.task is not None and (contents.task in ("text", "*") or not contents.task.strip()):
-        raise Refused(f"the task {contents.task!r} is none that a sample with frames can have")
+        raise UnusableSample(f"the task {contents.task!r} is not allowed for a sample with frames")
     return Item(**item | ({"task": contents.task} if contents.task else {}))
 
 
 def _agreed(one: str, first: str | None, other: str, second: str | None) -> str | None:
     if first is not None and second is not None and first != second:
-        raise Refused(f"{one} and {other} differ")
+        raise UnusableSample(f"{one} and {other} differ")
     return second if first is None else first
 
 
 def _decode(contents: Contents, decoder: ChatMLDecoder | None) -> list[tuple[str, str]]:
     if contents.loss_mask is not None and len(contents.loss_mask) != len(contents.token_ids):
-        raise Refused(f"{len(contents.token_ids)} token_ids, loss_mask has {len(contents.loss_mask)} entries")
+        raise UnusableSample(
+            f"token_ids has {len(contents.token_ids)} entries, loss_mask has {len(contents.loss_mask)} entries"
+        )
     if decoder is None:
-        raise Refused("token_ids in place of text: give this entry the tokenizer that made them (`tokenizer`)")
+        raise UnusableSample(
+            "token_ids instead of text: set `tokenizer` of this entry to the tokenizer that produced them"
+        )
     try:
         return decoder.messages(contents.token_ids)
     except NotChatML as error:
-        raise Refused(f"token_ids: {error}") from None
+        raise UnusableSample(f"token_ids: {error}") from None
 
 
 def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Contents) -> dict:
-    """One question and answer, or the whole chat."""
+    """Return the item fields of one question and answer, or of a whole chat."""
     if chosen is not None and messages and messages[-1][0] == "user":
         messages = [*messages, ("assistant", chosen)]
     elif chosen is not None and messages and messages[-1][1] != chosen:
-        raise Refused("the last of messages differs from the answer beside it")
+        raise UnusableSample("the last message differs from the answer in assistant")
     if contents.user is not None and ("user", contents.user) not in messages:
-        raise Refused("user is not in messages")
+        raise UnusableSample("user is not in messages")
     _check_turns(messages)
     if [role for role, _ in messages] != ["user", "assistant"]:
         chat = tuple(Message(role=role, content=content) for role, content in messages)
@@ -339,7 +342,7 @@ def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Content
     question, answer = messages[0][1], messages[1][1]
     is_caption = contents.caption is not None and contents.caption.strip() == answer.strip()
     if is_caption and contents.token_ids is not None and contents.messages is None:
-        return {"assistant": answer, "task": "caption"}  # the question was the old run's prompt
+        return {"assistant": answer, "task": "caption"}  # the question was the prompt of the run that packed it
     return {"user": question, "assistant": answer, "task": "question"}
 
 
@@ -349,9 +352,11 @@ def _check_turns(messages: list[tuple[str, str]]) -> None:
     roles = [role for role, _ in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns[:1] != ["user"] or turns[-1] != "assistant" or "system" in turns:
-        raise Refused(f"a chat goes from user to assistant, found {', '.join(roles)[:100] or 'no message'}")
+        raise UnusableSample(
+            f"a chat must start with user and end with assistant, found {', '.join(roles)[:100] or 'no message'}"
+        )
 
 
 def _check_text(name: str, text: str | None) -> None:
     if text is not None and not any(character.isprintable() and not character.isspace() for character in text):
-        raise Refused(f"{name} is blank")
+        raise UnusableSample(f"{name} is blank")

@@ -1,9 +1,9 @@
-"""Source `tars`: existing WebDataset archives, read where they are.
+"""Source `tars`: existing WebDataset archives, read in place.
 
     sources.tars: [{path: /data/openvid, name: openvid, picture_fps: 1.0, tokenizer: null, split: null, ...}]
 
-Nothing is unpacked: a row of the index holds the archive's path and the places of the media in it. Every sample is
-taken or quarantined with its reason, and so is what comes after the place where a damaged archive cannot be read on.
+Nothing is unpacked: a row of the index holds the path of the archive and the offsets of the media in it. Unusable
+samples are quarantined with a reason; the unreadable rest of a damaged archive counts as one quarantined sample.
 Cost: see docs/data.md.
 """
 
@@ -25,38 +25,39 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, to_json
 from pipeline_steps.common.schemas import Quarantined, RawSample, slug
 from pipeline_steps.monitoring.progress import progress_bar
-from pipeline_steps.sources.archive import Damaged, members
+from pipeline_steps.sources.archive import DamagedArchive, members
 from pipeline_steps.sources.chatml import decoder
 from pipeline_steps.sources.index import MAX_LISTED
 from pipeline_steps.sources.layout import Layout, printable
-from pipeline_steps.sources.tar_sample import Refused, make_sample
+from pipeline_steps.sources.tar_sample import UnusableSample, make_sample
 
 
 @dataclass
 class Report:
-    """What was found in one archive besides its samples."""
+    """What `scan` found in one archive besides usable samples."""
 
     quarantined: list[Quarantined] = field(default_factory=list)
-    num_others: int = 0  # members that belong to no sample
-    others: list[str] = field(default_factory=list)  # the first names of them
-    damage: str | None = None  # where and why the archive breaks off
+    num_unreferenced: int = 0  # members that belong to no sample
+    unreferenced: list[str] = field(default_factory=list)  # the first names of them
+    damage: str | None = None  # from which byte and why the archive is unreadable
 
 
 def read(
     entry,
     folder: Path,
     quarantined: list[Quarantined],
-    leave: Callable[[str, list[str], int], None],
+    add_unreferenced: Callable[[str, list[str], int], None],
     num_processes: int,
 ) -> Iterator[RawSample]:
-    """The samples of all archives of `entry` (schema.Tars), archive by archive.
+    """Yield the samples of all archives of `entry` (schema.Tars), archive by archive.
 
-    folder: for temporary files. quarantined: gets what cannot be taken. leave: is called with the source, the first
-    names and the number of members that belong to no sample.
+    folder: for temporary files. quarantined: receives the unusable samples. add_unreferenced: called for every archive
+    with the source, the first names and the number of members that belong to no sample. Raises UserError for a wrong
+    path or tokenizer.
     """
     tars = find_tars(entry)
     if entry.tokenizer is not None:
-        decoder(entry.tokenizer)  # a wrong one stops the stage before the work
+        decoder(entry.tokenizer)  # fail early on a wrong tokenizer
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         jobs = [(tar, name, Path(scratch) / f"{number}.jsonl") for number, (tar, name) in enumerate(tars)]
         work = partial(_work, entry)
@@ -65,19 +66,19 @@ def read(
         for (tar, _, rows), report in zip(jobs, progress, strict=True):
             damaged += [f"  {tar}: {report.damage}"] if report.damage else []
             quarantined += report.quarantined
-            leave(entry.name, report.others, report.num_others)
+            add_unreferenced(entry.name, report.unreferenced, report.num_unreferenced)
             with open(rows, encoding="utf-8") as lines:
                 for line in lines:
                     yield parse(RawSample, line, rows)
             rows.unlink()
-    _tell(entry.name, damaged, len(tars))
+    _print_damage(entry.name, damaged, len(tars))
 
 
-def _tell(name: str, damaged: list[str], num_tars: int) -> None:
+def _print_damage(name: str, damaged: list[str], num_tars: int) -> None:
     if not damaged:
         return
-    lines = [f"{name}: {len(damaged)} of {num_tars} archives cannot be read to their end. How many samples are lost"]
-    lines[0] += " there is not known, each counts as one:"
+    lines = [f"{name}: {len(damaged)} of {num_tars} archives are damaged. The unreadable rest of each counts as one"]
+    lines[0] += " quarantined sample, as the number of samples in it is unknown:"
     lines += damaged[:MAX_LISTED] + [f"  ... and {len(damaged) - MAX_LISTED} more"] * (len(damaged) > MAX_LISTED)
     print("\n".join(lines), file=sys.stderr)
 
@@ -86,7 +87,7 @@ COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)$", re.IGNORE
 
 
 def find_tars(entry) -> list[tuple[str, str]]:
-    """(absolute path, name within the entry without its ending) of every archive, sorted. UserError if none."""
+    """Return the sorted (absolute path, name within the entry without .tar) of all archives. UserError if none."""
     given = os.path.abspath(Path(entry.path).expanduser())
     if os.path.isdir(given):
         base, found = given, [str(path) for path in Path(given).rglob("*.tar")]
@@ -99,12 +100,12 @@ def find_tars(entry) -> list[tuple[str, str]]:
     if packed:
         raise UserError(
             f"sources.tars '{entry.name}': {len(packed)} compressed archive(s) in {entry.path}, such as "
-            f"{printable(str(packed[0]))}, which cannot be read in place. "
-            "Decompress them, or name the others by a pattern."
+            f"{printable(str(packed[0]))}. Archives are read in place: "
+            "Decompress them, or select the others with a pattern."
         )
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
-        problem = f"{missing[0]} is no file" if missing else "no .tar found"
+        problem = f"{missing[0]} is not a file" if missing else "no .tar found"
         raise UserError(f"sources.tars '{entry.name}': {entry.path}: {problem}. Give a folder, a pattern or one file.")
     unreadable = [path for path in found if not _is_utf8(path)]
     if unreadable:
@@ -121,7 +122,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _parallel(work, jobs, num_processes: int):
-    """`work` of every job in their order; at most one archive per process at a time."""
+    """Yield work(job) of every job, in order; each process handles one archive at a time."""
     if min(num_processes, len(jobs)) <= 1:
         yield from map(work, jobs)
         return
@@ -130,7 +131,7 @@ def _parallel(work, jobs, num_processes: int):
         yield from pool.map(work, jobs)
     except BrokenProcessPool:
         raise UserError(
-            "a process that reads archives was killed, probably for lack of memory. Run "
+            "a process that reads archives was killed, probably for lack of memory. Rerun with fewer processes: "
             "`python -m pipeline_steps.sources --num-processes 1`."
         ) from None
     finally:
@@ -138,7 +139,7 @@ def _parallel(work, jobs, num_processes: int):
 
 
 def _work(entry, job: tuple[str, str, Path]) -> Report:
-    """Writes the archive's samples as lines, so that neither process has to hold them all."""
+    """Scan one archive into a file of lines, so that no process holds all samples. Returns the Report."""
     tar, name, rows = job
     report = Report()
     with open(rows, "w", encoding="utf-8") as lines:
@@ -148,14 +149,14 @@ def _work(entry, job: tuple[str, str, Path]) -> Report:
 
 
 def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
-    """The samples of one archive; `report` gets the rest. `name`: of the archive in keys."""
+    """Yield the samples of one archive and fill `report` with the rest. `name`: the archive's name in keys."""
     layout, chat_decoder = Layout(MAX_LISTED), decoder(entry.tokenizer) if entry.tokenizer is not None else None
 
     def quarantine(key: str, reason: str) -> None:
         report.quarantined.append(Quarantined(key=key, source=entry.name, path=tar, reason=reason))
 
     try:
-        file = open(tar, "rb")  # noqa: SIM115 (closed below; other errors than of opening it are not meant here)
+        file = open(tar, "rb")  # noqa: SIM115 (closed below; catches errors of opening only)
     except OSError as error:
         report.damage = f"cannot be opened ({error.strerror})"
         quarantine(make_key(entry.name, name, ""), report.damage)
@@ -166,35 +167,35 @@ def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
             key = make_key(entry.name, name, group.key)
             try:
                 yield make_sample(group, file, tar, key, entry, chat_decoder)
-            except Refused as error:
+            except UnusableSample as error:
                 quarantine(key, str(error))
             except OSError as error:
                 quarantine(key, f"cannot be read ({error.strerror})")
         size = os.fstat(file.fileno()).st_size
     if damage is not None:
-        rest = f"the rest of the archive, {max(size - damage.offset, 0)} bytes, is lost"
+        rest = f"the remaining {max(size - damage.offset, 0)} bytes are unreadable"
         report.damage = f"at byte {damage.offset}: {damage.reason}; {rest}"
         quarantine(make_key(entry.name, name, ""), report.damage)
-    report.num_others, report.others = layout.num_others, layout.others
+    report.num_unreferenced, report.unreferenced = layout.num_unreferenced, layout.unreferenced
 
 
-def _list_members(file, layout: Layout) -> Damaged | None:
-    """Fills `layout`; returns where the archive breaks off, if it does."""
+def _list_members(file, layout: Layout) -> DamagedArchive | None:
+    """Fill `layout`. Returns the damage of the archive, or None."""
     try:
         for member in members(file):
             layout.add(member)
         return None
-    except Damaged as error:
+    except DamagedArchive as error:
         damage = error
     except OSError as error:
-        damage = Damaged(file.tell(), f"cannot be read ({error.strerror})")
-    if layout.last is not None:  # members of this sample may be among what is lost
-        layout.last.complain("the archive breaks off after this sample or within it")
+        damage = DamagedArchive(file.tell(), f"cannot be read ({error.strerror})")
+    if layout.last is not None:  # it may have more members in the unreadable rest
+        layout.last.complain("the archive is damaged within or right after this sample")
     return damage
 
 
 def make_key(source: str, tar: str, key: str) -> str:
-    """`{source}-{archive}-{key}`: the same in every run. Names that a key cannot hold get a piece of their hash."""
+    """Return the stable key `{source}-{archive}-{key}`. A name that `slug` changes gets a part of its hash."""
     name = f"{tar}/{key}" if key else tar
     plain = slug(f"{tar}-{key}" if key else tar)
     exact = plain == (f"{tar}-{key}" if key else tar)

@@ -1,11 +1,11 @@
-"""What the training stages would serve, before any of them runs.
+"""Print and write what the training stages will serve, without running them.
 
     python -m pipeline_steps.streaming --stats                     each stage's own number of samples
     python -m pipeline_steps.streaming --stats --num-samples 100000
 
-Prints a table per stage: samples, share, epochs, frames and tokens of every source and task, what was truncated, and
-items that no entry of the mixture takes. Writes outputs/metrics/streaming.json (docs/metrics.md), but not for another
-number of samples. Reads the sidecars' columns of lengths only: seconds, whatever the size of the data.
+Prints a table per stage: samples, share, epochs, frames and tokens of every source and task, truncated chats, and
+items that no mixture entry matches. Writes outputs/metrics/streaming.json (docs/metrics.md) unless --num-samples is
+given. Reads only the sidecars' columns of lengths, so it takes seconds for any amount of data.
 """
 
 import argparse
@@ -51,15 +51,15 @@ def main() -> None:
         check_outputs(files=[arguments.metrics / "streaming.json"])
     dataset = TokenizedShards(arguments.shards, arguments.tokens, "train", with_frames=False)
     result = metrics.StreamingResult(
-        stages={stage: served(dataset, parameters, stage, arguments.num_samples) for stage in STAGES}
+        stages={stage: count_stage(dataset, parameters, stage, arguments.num_samples) for stage in STAGES}
     )
     print("\n\n".join(table(stage, counts) for stage, counts in result.stages.items()))
     if arguments.num_samples is None:
         metrics.write_json(arguments.metrics / "streaming.json", result)
 
 
-def served(dataset: TokenizedShards, parameters, stage: str, num_samples: int | None) -> metrics.StageServed:
-    """The counts of one stage. UserError where the data lack what its mixture asks for."""
+def count_stage(dataset: TokenizedShards, parameters, stage: str, num_samples: int | None) -> metrics.StageServed:
+    """Count what one stage serves. Raises UserError if the data lack items that its mixture asks for."""
     settings = getattr(parameters.training, stage)
     options = {name: getattr(settings, name) for name in ("mixture", "text_share", "text_source")}
     sizes = {"tokens_per_frame": FoveatedVLMConfig(**parameters.model.as_dict()).tokens_per_frame}
@@ -77,8 +77,10 @@ def served(dataset: TokenizedShards, parameters, stage: str, num_samples: int | 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count what the training stages would serve.")
-    parser.add_argument("--stats", action="store_true", required=True, help="count (the only thing that it does)")
-    parser.add_argument("--num-samples", type=positive, help="of every stage (default: as in the parameters)")
+    parser.add_argument(
+        "--stats", action="store_true", required=True, help="count what each stage serves (the only mode)"
+    )
+    parser.add_argument("--num-samples", type=positive, help="samples per stage (default: as in the parameters)")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
@@ -89,7 +91,7 @@ def read_arguments() -> argparse.Namespace:
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number of samples")
+        raise argparse.ArgumentTypeError(f"is {number}, expected a positive number of samples")
     return number
 
 

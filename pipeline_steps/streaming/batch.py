@@ -1,4 +1,4 @@
-"""One batch, from the collator to the network: training, validation, evaluation and inference use the same type.
+"""The batch passed from the collator to the network in training, validation, evaluation and inference.
 
 Shapes: B samples, S sequence, F frames of the whole batch (sample by sample, never padded), N patches.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.constants import IGNORE_INDEX
 
-PER_FRAME = {"axis": "frame"}  # metadata of fields whose first axis is F; that of all others is B
+PER_FRAME = {"axis": "frame"}  # metadata of fields whose first axis is F; all others have B
 
 
 @dataclass(kw_only=True)
@@ -20,11 +20,11 @@ class Text:
 
     input_ids: Tensor  # int64 [B, S]
     attention_mask: Tensor  # int64 [B, S], 1 = real token
-    labels: Tensor  # int64 [B, S], IGNORE_INDEX where nothing is predicted
+    labels: Tensor  # int64 [B, S], IGNORE_INDEX at positions without loss
     score_mask: Tensor  # bool [B, S]
 
     def to(self, device):
-        """The same on another device."""
+        """Return a copy on another device."""
         moved = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -35,31 +35,31 @@ class Text:
         return replace(self, **moved)
 
     def text_rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """{field: rows start to stop}, without the padding on the right that these rows do not need."""
+        """Return {field: rows start to stop - 1}, without right padding common to these rows."""
         length = int(self.attention_mask[start:stop].sum(1).max())
         return {entry.name: getattr(self, entry.name)[start:stop, :length] for entry in fields(Text)}
 
     def answer(self) -> dict[str, Tensor]:
-        """Arguments that the network's `preference_log_probs` takes of each answer."""
+        """Return the arguments of the network's `preference_log_probs` for one answer."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
 
 @dataclass(kw_only=True)
 class Batch(Text):
-    """B samples with their frames; `rejected`: the same chats with the rejected answers, in preference training."""
+    """B samples with their frames. `rejected`: the same chats with the rejected answers, for preference training."""
 
     keys: list[str]
     num_frames: Tensor  # int64 [B]
     pixel_values: Tensor = field(metadata=PER_FRAME)  # float32 [F, 3, height, width]
     frame_times: Tensor = field(metadata=PER_FRAME)  # float32 [F], seconds from the start of the clip
-    target_patches: Tensor | None = field(default=None, metadata=PER_FRAME)  # bool [F, N]; None: not known
+    target_patches: Tensor | None = field(default=None, metadata=PER_FRAME)  # bool [F, N]; None: unknown
     rejected: Text | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def inputs(self) -> dict[str, Tensor]:
-        """The network's arguments: text without labels, and frames."""
+        """Return the network's arguments: text without labels, and frames."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -69,8 +69,8 @@ class Batch(Text):
         }
 
     def counts(self) -> dict[str, int]:
-        """What losses are means over: labelled tokens, frames and samples; and the positions that are no padding."""
-        # the first token of a sequence has no state before it that would predict it
+        """Return the denominators of losses (labelled tokens, frames, samples) and the non-padding positions."""
+        # the first token of a sequence is never predicted
         return {
             "tokens": int((self.labels[:, 1:] != IGNORE_INDEX).sum()),
             "frames": int(self.num_frames.sum()),
@@ -79,7 +79,7 @@ class Batch(Text):
         }
 
     def split(self, micro_batch_size: int | None) -> Iterator["Batch"]:
-        """Pieces of at most `micro_batch_size` samples (None: one piece), each without the padding of others."""
+        """Yield micro-batches of at most `micro_batch_size` samples (None: one), each with its own padding."""
         if micro_batch_size is None or micro_batch_size >= len(self):
             yield self
             return
@@ -99,12 +99,12 @@ class Batch(Text):
             yield Batch(**piece)
 
     def reorder_frames(self, index: Tensor) -> "Batch":
-        """The frames `index` [F] in place of 0, 1, 2 ...; the times stay, and show other frames."""
+        """Return a batch whose frame i is frame `index[i]` (int64 [F]). Frame times keep their order."""
         targets = None if self.target_patches is None else self.target_patches[index]
         return replace(self, pixel_values=self.pixel_values[index], target_patches=targets)
 
     def tensors(self) -> dict[str, Tensor]:
-        """{name: tensor} of all fields, those of the rejected answers as rejected_<name>."""
+        """Return {name: tensor} of all fields; those of the rejected answers are named rejected_<name>."""
         own = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         found = {name: value for name, value in own.items() if torch.is_tensor(value)}
         if self.rejected is not None:

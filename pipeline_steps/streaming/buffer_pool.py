@@ -1,4 +1,4 @@
-"""Large arrays whose memory is used again: clean pages from the system cost about as much time as filling them."""
+"""A pool of reusable memory for large arrays: new pages from the system cost about as much time as filling them."""
 
 import math
 import threading
@@ -6,20 +6,20 @@ import threading
 import numpy as np
 
 
-class Pool:
-    """Gives arrays whose memory comes back when neither the array nor a view or tensor of it is left.
+class BufferPool:
+    """Allocates arrays whose memory returns to the pool once the array and all its views and tensors are deleted.
 
-    At most `limit` bytes that nobody uses are kept.
+    Keeps at most `limit` bytes of unused memory.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self._idle: dict[int, list[np.ndarray]] = {}  # by size
         self._bytes = 0  # in _idle
-        self._lock = threading.RLock()  # an array may end in the same thread while another one is taken
+        self._lock = threading.RLock()  # an array may be deleted in the thread that allocates another one
 
     def empty(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array with any content, as of `np.empty`."""
+        """Return an uninitialised array, like `np.empty`."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         if num_bytes == 0:
             return np.empty(shape, dtype)
@@ -35,8 +35,9 @@ class Pool:
         return np.empty(size, np.uint8)
 
     def give_back(self, buffer: np.ndarray) -> None:
+        """Return the memory of a deleted array to the pool."""
         with self._lock:
-            if self._bytes + len(buffer) > self.limit:  # most likely of sizes that are not asked for any more
+            if self._bytes + len(buffer) > self.limit:  # most likely sizes that are no longer used
                 self._idle, self._bytes = {}, 0
             if len(buffer) <= self.limit:
                 self._idle.setdefault(len(buffer), []).append(buffer)
@@ -44,9 +45,9 @@ class Pool:
 
 
 class _Loan:
-    """Owner of an array's memory in NumPy's eyes: it ends with the last array, view or tensor that uses it."""
+    """The `base` of an array: deleted together with the last array, view or tensor that uses its memory."""
 
-    def __init__(self, pool: Pool, buffer: np.ndarray, array: np.ndarray):
+    def __init__(self, pool: BufferPool, buffer: np.ndarray, array: np.ndarray):
         self.pool, self.buffer, self.__array_interface__ = pool, buffer, array.__array_interface__
 
     def __del__(self):
@@ -54,6 +55,6 @@ class _Loan:
 
 
 def _rounded(num_bytes: int) -> int:
-    """Up to an eighth more, so that few sizes occur."""
+    """Round up by at most an eighth, so that few distinct sizes occur."""
     step = 1 << max(num_bytes.bit_length() - 4, 0)
     return -(-num_bytes // step) * step

@@ -1,7 +1,7 @@
-"""Items -> one batch of tensors, for training, evaluation and questions asked by hand.
+"""Collate items into one batch of tensors, for training, evaluation and interactive questions.
 
-Shapes: B batch, S sequence, F frames of the whole batch. Visual placeholders are put into the text here, so the layout
-is decided where the batch is made; frames are concatenated, never padded.
+Shapes: B batch, S sequence, F frames of the whole batch. The collator inserts the visual placeholders into the text, so
+it determines the layout. Frames are concatenated, never padded.
 """
 
 import numpy as np
@@ -11,16 +11,16 @@ from model.constants import IGNORE_INDEX
 from model.processing_foveated_vlm import normalise, visual_places
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.batch import Batch, Text
-from pipeline_steps.streaming.buffer_pool import Pool
+from pipeline_steps.streaming.buffer_pool import BufferPool
 
-IDLE = 256 * 2**20  # bytes that are kept for the next batches' pixels
+MAX_IDLE_BYTES = 256 * 2**20  # unused memory kept for the pixels of later batches
 
 
 class Collator:
-    """Turns items of `TokenizedShards` into a batch.
+    """Collates items of `TokenizedShards` into a `Batch`.
 
-    `loss`: `all_text` labels every text token but the first, `answer_only` the answers with their end-of-turn tokens,
-    `preference` the answer that is compared, beside the same chat with the rejected answer in its place.
+    `loss`: `all_text` labels every text token except the first, `answer_only` the answers with their end-of-turn
+    tokens, and `preference` the last answer, both in the chosen and in the rejected chat.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Collator:
     ):
         self.layout, self.loss, self.image_replication = layout, loss, image_replication
         self.tokens_per_frame, self.visual_id, self.bos_id, self.pad_id = tokens_per_frame, visual_id, bos_id, pad_id
-        self._pool = Pool(IDLE)
+        self._pool = BufferPool(MAX_IDLE_BYTES)
 
     @classmethod
     def for_model(cls, config, *, loss: str, image_replication: int) -> "Collator":
-        """The collator that fits a FoveatedVLMConfig."""
+        """Return the collator for a FoveatedVLMConfig."""
         text = config.text_config
         return cls(
             layout=config.layout,
@@ -53,8 +53,10 @@ class Collator:
         )
 
     def __call__(self, items: list[dict], padding_side: str = "right") -> Batch:
-        """The batch of some items. padding_side: `right`, or `left` for generation. UserError for an item without a
-        rejected answer, with the loss `preference`."""
+        """Collate a non-empty list of items. padding_side: `right`, or `left` for generation.
+
+        Raises UserError if the loss is `preference` and an item has no rejected answer.
+        """
         num_frames = [self._repeats(item) * len(item["frames"]) for item in items]
         text = self._padded(items, num_frames, padding_side)
         rejected = None
@@ -73,16 +75,16 @@ class Collator:
         )
 
     def _per_frame(self, items: list[dict], name: str, nothing: np.ndarray) -> np.ndarray:
-        """A field of the items' frames, repeated as the frames are; `nothing`: of a batch without frames."""
+        """Concatenate a per-frame field, repeated like the frames. `nothing`: its value for a batch without frames."""
         rows = [np.repeat(np.asarray(item[name], nothing.dtype), self._repeats(item), axis=0) for item in items]
         return np.concatenate([own for own in rows if len(own)] or [nothing])
 
     def _repeats(self, item: dict) -> int:
-        """How often each of the item's frames is shown: a still several times."""
+        """Return how often each of the item's frames occurs in the batch (stills are replicated)."""
         return self.image_replication if item["kind"] == "image" else 1
 
     def _pixels(self, items: list[dict], num_frames: int) -> np.ndarray:
-        """float32 [num_frames, 3, height, width]: item by item, so that the work stays in the processor's cache."""
+        """Normalise the frames item by item, to stay in the CPU cache: float32 [num_frames, 3, height, width]."""
         shown = [item for item in items if len(item["frames"])]
         height, width = shown[0]["frames"].shape[1:3] if shown else (1, 1)
         pixels = self._pool.empty((num_frames, 3, height, width), np.float32)
@@ -96,7 +98,7 @@ class Collator:
         return pixels
 
     def _padded(self, items: list[dict], num_frames: list[int], side: str) -> dict[str, torch.Tensor]:
-        """The fields of `Text`, of sequences of several lengths."""
+        """Pad the sequences and return the fields of `Text`."""
         rows = [self._insert(item, count) for item, count in zip(items, num_frames, strict=True)]
         shape = (len(rows), max(len(row["ids"]) for row in rows))
         batch = {
@@ -115,7 +117,7 @@ class Collator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _insert(self, item: dict, num_frames: int) -> dict:
-        """The text's ids with the placeholders in place, and which of them are labels and which are scored."""
+        """Insert the visual placeholders. Returns the ids, the labels and the score mask, each [sequence]."""
         ids = np.asarray(item["input_ids"], np.int64)
         answer, scored = np.asarray(item["answer_mask"], bool), np.asarray(item["score_mask"], bool)
         if self.loss == "all_text":
@@ -132,11 +134,11 @@ class Collator:
 
 
 def _rejected(item: dict) -> dict:
-    """The item with the rejected answer in place of the chosen one."""
+    """Return the item with the rejected instead of the chosen answer. Raises UserError if it has none."""
     if item["rejected_ids"] is None:
         raise UserError(
-            f"sample '{item['key']}' has no rejected answer, which the loss preference compares with the chosen one: "
-            "take it out of the stage's mixture."
+            f"sample '{item['key']}' has no rejected answer, which the loss `preference` needs. "
+            "Remove its source or task from the stage's mixture."
         )
     mask = item["rejected_mask"]
     return item | {"input_ids": item["rejected_ids"], "answer_mask": mask, "score_mask": mask}

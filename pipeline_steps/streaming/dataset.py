@@ -1,7 +1,7 @@
 """Random access to packed shards and their token sidecars.
 
-An item is one question with its answer; several items may share the frames of one clip, which are stored once. Frames
-are read from the tar by the byte offsets that the sidecar holds: opening a data set reads no tar at all.
+An item is one question with its answer. Items about the same clip share its frames, which are stored once. Frames are
+read from the tar at the byte offsets in the sidecar, so opening a data set reads no tar.
 """
 
 import io
@@ -20,17 +20,17 @@ from pipeline_steps.common.files import parse, read_record
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import PackedSample, ShardEntry, ShardsManifest, TokensEntry, TokensManifest
 from pipeline_steps.streaming import index
-from pipeline_steps.streaming.buffer_pool import Pool
+from pipeline_steps.streaming.buffer_pool import BufferPool
 from pipeline_steps.streaming.compatibility import check_compatibility
-from pipeline_steps.streaming.file_cache import OpenFiles
+from pipeline_steps.streaming.file_cache import FileCache
 from pipeline_steps.streaming.targets import ground_truth
 
-IDLE = 64 * 2**20  # bytes that are kept for the next items' frames
-DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damaged bytes
+MAX_IDLE_BYTES = 64 * 2**20  # unused memory kept for the frames of later items
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow for damaged bytes
 
 
 class UnreadableSample(UserError):
-    """A sample whose frames cannot be read or decoded. `key` names it, `reason` says why."""
+    """The frames of the sample `key` cannot be read or decoded. `reason` says why."""
 
     def __init__(self, where: object, key: str, reason: str):
         super().__init__(f"{where}: {key}: {reason}. Rebuild the shards (`dvc repro shards`).")
@@ -38,21 +38,21 @@ class UnreadableSample(UserError):
 
 
 @dataclass(frozen=True)
-class Raw:
-    """An item as it is stored."""
+class RawItem:
+    """An item whose frames are not decoded yet."""
 
-    row: dict  # of the sidecar
+    row: dict  # its row of the sidecar
     jpegs: list[bytes]  # one per frame
-    sample: bytes | None  # {key}.json, where it is needed
+    sample: bytes | None  # {key}.json, if targets are needed
 
 
 class TokenizedShards:
     """The items of one split, in the order of the shards.
 
-    `target_patch_size` (px): items say where their target is, as the query source `oracle` needs it. `with_frames`:
-    False for a split whose tars lie elsewhere, of which only the rows are read here. Opening it compares the manifests
-    with each other and with the sizes of all files; the content of the files is not hashed again. Raises UserError
-    when a stage's output is missing, or when files do not belong together.
+    target_patch_size (px): if given, items contain `target_patches`, which the query source `oracle` needs.
+    with_frames: False if the tars are remote and only rows are read. The constructor compares the manifests with each
+    other and with the sizes of all files, but does not hash the files again. Raises UserError if a stage's output is
+    missing or files do not match.
     """
 
     sequential = False  # items can be read in any order
@@ -73,13 +73,13 @@ class TokenizedShards:
         tokens = read_record(TokensManifest, self.tokens_dir / "manifest.json", "tokens").splits.get(split)
         if shards is None or tokens is None or tokens.num_items == 0:
             raise UserError(
-                f"{self.tokens_dir}: split '{split}' has no items. Give it samples (sources, shards sections)."
+                f"{self.tokens_dir}: split '{split}' has no items. Add samples to it (sections sources and shards)."
             )
         self.shards, self._sidecars = shards.shards, tokens.shards
         if len(self.shards) != len(self._sidecars):
             raise UserError(
-                f"{self.tokens_dir}: {len(self._sidecars)} sidecars of split '{split}' for {len(self.shards)} shards "
-                f"in {self.shards_dir}: rerun `python -m pipeline_steps.tokens`."
+                f"{self.tokens_dir}: found {len(self._sidecars)} sidecars of split '{split}' for "
+                f"{len(self.shards)} shards in {self.shards_dir}. Rerun `python -m pipeline_steps.tokens`."
             )
         batches, self._shard_of = [], []  # record batches of all sidecars, and the shard of each
         for number, (shard, entry) in enumerate(zip(self.shards, self._sidecars, strict=True)):
@@ -87,28 +87,29 @@ class TokenizedShards:
             batches += own
             self._shard_of += [number] * len(own)
         self.rows, self.index = index.Rows(batches), index.build(batches)
-        self._pool = Pool(IDLE)
-        self._files, self._tars = OpenFiles(), [str(self.shards_dir / split / shard.name) for shard in self.shards]
+        self._pool = BufferPool(MAX_IDLE_BYTES)
+        self._files, self._tars = FileCache(), [str(self.shards_dir / split / shard.name) for shard in self.shards]
 
     def _open(self, shard: ShardEntry, entry: TokensEntry, with_frames: bool) -> list:
-        """The record batches of one sidecar, after it has been compared with its manifest and its shard."""
+        """Return the record batches of one sidecar, after comparing it with its manifest and its shard."""
         path, tar = self.tokens_dir / self.split / entry.name, self.shards_dir / self.split / shard.name
         if entry.shard_sha256 != shard.sha256:
             raise UserError(
                 f"{path} was made for a shard with sha256 {entry.shard_sha256[:12]}..., but {tar} has "
-                f"{shard.sha256[:12]}...: rerun `python -m pipeline_steps.tokens`."
+                f"{shard.sha256[:12]}.... Rerun `python -m pipeline_steps.tokens`."
             )
         if with_frames and (not tar.exists() or tar.stat().st_size != shard.bytes):
             found = f"has {tar.stat().st_size:,} bytes" if tar.exists() else "is missing"
             raise UserError(
-                f"{tar} {found}, the manifest says {shard.bytes:,} bytes: rerun `python -m pipeline_steps.shards`."
+                f"{tar} {found}, expected {shard.bytes:,} bytes (manifest.json). "
+                "Rerun `python -m pipeline_steps.shards`."
             )
         table = sidecar.read(path)
         num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
         if (len(table), num_tokens) != (entry.num_items, entry.num_tokens):
             raise UserError(
-                f"{path} has {len(table):,} items with {num_tokens:,} tokens, the manifest says {entry.num_items:,} "
-                f"with {entry.num_tokens:,}: rerun `python -m pipeline_steps.tokens`."
+                f"{path} has {len(table):,} items with {num_tokens:,} tokens, expected {entry.num_items:,} with "
+                f"{entry.num_tokens:,} (manifest.json). Rerun `python -m pipeline_steps.tokens`."
             )
         return table.to_batches()
 
@@ -116,7 +117,7 @@ class TokenizedShards:
     def for_model(
         cls, config, shards_dir: str | Path, tokens_dir: str | Path, split: str, image_replication: int, **options
     ) -> "TokenizedShards":
-        """With targets where the FoveatedVLMConfig asks for them. UserError when a sample does not fit the network."""
+        """Open a split for a FoveatedVLMConfig. Raises UserError if a sample does not fit the network."""
         oracle = config.query_source == "oracle"
         dataset = cls(shards_dir, tokens_dir, split, config.vision_config.patch_size if oracle else None, **options)
         check_compatibility(config, dataset, image_replication)
@@ -127,57 +128,61 @@ class TokenizedShards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the items, their tokens and their frames."""
+        """16 hex digits that identify the items, their tokens and their frames."""
         return fingerprint(self.split, [(entry.shard_sha256, entry.sha256) for entry in self._sidecars])
 
     def tasks(self) -> dict[str, np.ndarray]:
-        """Item numbers (int64, ascending) of every task."""
+        """Return {task: item numbers, int64, ascending}."""
         return self.index.numbers_by(self.index.task, self.index.tasks)
 
     @cached_property
     def scored(self) -> np.ndarray:
-        """bool [n]: items with a scored token. Reads the masks of all sidecars."""
+        """bool [n]: whether an item has a scored token. Reads the masks of all sidecars."""
         return np.concatenate([index.has_true(batch.column("score_mask")) for batch in self.rows.batches])
 
     def scored_tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of all scored tokens, some thousands at a time: item number, place in the answers (from 1), token id."""
+        """Yield arrays (item number, position in answers from 1, token id) of each record batch's scored tokens."""
         for start, batch in zip(self.rows.starts, self.rows.batches, strict=False):
             rows, places, ids = index.scored_tokens(batch)
             yield rows + start, places, ids
 
     def shard_number(self, number: int) -> int:
-        """Place of an item's shard in `shards`."""
+        """Return the index of an item's shard in `shards`."""
         return self._shard_of[self.rows.place(number)[0]]
 
     def batch_bytes(self, numbers: np.ndarray, image_replication: int, tokens_per_frame: int) -> int:
-        """Memory of a collated batch of these items: float32 pixels and times, 25 bytes a place of its sequences."""
+        """Return the bytes of a collated batch: float32 pixels and times, and 25 bytes per sequence position."""
         columns = self.index.take(numbers)
         frames = columns.shown_frames(image_replication)
         longest = int((columns.num_tokens + frames * tokens_per_frame).max(initial=0))
         return int(frames.sum()) * (self.image_size**2 * 3 + 1) * 4 + len(numbers) * longest * 25
 
-    def read(self, number: int) -> Raw:
-        """An item as it is stored. UnreadableSample when the shard cannot be read there."""
+    def read(self, number: int) -> RawItem:
+        """Read an item without decoding it. Raises UnreadableSample if the shard is unreadable."""
         row, tar = self.rows[number], self._tar(number)
         try:
             jpegs = self._files.read(tar, list(zip(row["frame_offsets"], row["frame_sizes"], strict=True)))
             sample = self._record(row, tar) if self.target_patch_size is not None else None
         except OSError as error:
             raise UnreadableSample(tar, row["key"], str(error)) from None
-        return Raw(row, jpegs, sample)
+        return RawItem(row, jpegs, sample)
 
-    def make(self, raw: Raw) -> dict:
-        """The row's fields, with `frames` uint8 [T, height, width, 3] (T = 0 for a text-only sample) and, where asked
-        for, `target_patches` bool [T, N], all False in frames of no known target. UnreadableSample for damaged frames.
+    def decode_item(self, raw: RawItem) -> dict:
+        """Decode an item: the row's fields, and `frames` uint8 [T, height, width, 3] (T = 0 for a text-only sample).
+
+        With `target_patch_size` it also has `target_patches` bool [T, N], all False in frames without a known target.
+        Raises UnreadableSample for damaged frames.
         """
         key, size = raw.row["key"], self.image_size
         frames = self._pool.empty((len(raw.jpegs), size, size, 3) if raw.jpegs else (0, 0, 0, 3), np.uint8)
         for number, content in enumerate(raw.jpegs):
             try:
                 frames[number] = decode(content, size)
-            except DAMAGE as error:
+            except DECODE_ERRORS as error:
                 where = f"{self.shards_dir}/{self.split}"
-                why = "not a picture" if isinstance(error, UnidentifiedImageError) else error  # without an address
+                why = (
+                    "not an image" if isinstance(error, UnidentifiedImageError) else error
+                )  # omit the object's address
                 raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({why})") from None
         item = {**raw.row, "frames": frames}
         if self.target_patch_size is not None:
@@ -190,13 +195,13 @@ class TokenizedShards:
         return item
 
     def __getitem__(self, number: int) -> dict:
-        """`make` of what `read` gives."""
-        return self.make(self.read(number))
+        """Read and decode an item. Raises UnreadableSample."""
+        return self.decode_item(self.read(number))
 
     def sample(self, number: int) -> PackedSample:
-        """The item's packed sample with its ground truth."""
+        """Read the item's packed sample with its ground truth."""
         row = self.rows[number]
-        return _parse(Raw(row, [], self._record(row, self._tar(number))))
+        return _parse(RawItem(row, [], self._record(row, self._tar(number))))
 
     def _record(self, row: dict, tar: str) -> bytes:
         return self._files.read(tar, [(row["sample_offset"], row["sample_size"])])[0]
@@ -206,13 +211,12 @@ class TokenizedShards:
 
 
 def decode(content: bytes, size: int) -> np.ndarray:
-    """The pixels of a JPEG: uint8 [size, size, 3]. One of DAMAGE for anything else, before its pixels are read where
-    its size is another one."""
+    """Decode a JPEG to uint8 [size, size, 3]. Raises one of DECODE_ERRORS for damaged data or another image size."""
     with Image.open(io.BytesIO(content)) as picture:
         if picture.size != (size, size):
             raise ValueError(f"{picture.width} x {picture.height} px instead of {size} x {size}")
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
-def _parse(raw: Raw) -> PackedSample:
+def _parse(raw: RawItem) -> PackedSample:
     return parse(PackedSample, raw.sample.decode(), f"{raw.row['key']}.json")

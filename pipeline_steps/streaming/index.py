@@ -1,7 +1,7 @@
-"""What is known of every item of a split without reading it: 22 bytes an item, and its row on demand.
+"""An in-memory index of the items of a split: 22 bytes per item; rows are read on demand.
 
-Millions of items stay in memory as columns of numbers; the sidecars are mapped, and a row becomes a dict only when it
-is asked for. The number of an item is its place in the order of the shards.
+Numeric columns of millions of items fit into memory; the sidecars are memory-mapped, and a row becomes a dict only on
+access. The number of an item is its position in the order of the shards.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,33 +20,33 @@ class Index:
 
     tasks: tuple[str, ...]  # names, in order of first appearance
     sources: tuple[str, ...]
-    task: np.ndarray  # int32 [n], place in `tasks`
-    source: np.ndarray  # int32 [n], place in `sources`
-    kind: np.ndarray  # int8 [n], place in KINDS
+    task: np.ndarray  # int32 [n], index into `tasks`
+    source: np.ndarray  # int32 [n], index into `sources`
+    kind: np.ndarray  # int8 [n], index into KINDS
     num_frames: np.ndarray  # int32 [n], packed frames of the item's sample
-    num_tokens: np.ndarray  # int32 [n], of the chat, visual tokens not counted
-    num_rejected: np.ndarray  # int32 [n], tokens of the chat with the rejected answer, 0 where there is none
-    truncated: np.ndarray  # bool [n], whether later turns were left out
+    num_tokens: np.ndarray  # int32 [n], tokens of the chat, without visual tokens
+    num_rejected: np.ndarray  # int32 [n], tokens of the chat with the rejected answer, 0 if there is none
+    truncated: np.ndarray  # bool [n], whether turns were dropped
 
     def __len__(self) -> int:
         return len(self.task)
 
     @property
     def is_text(self) -> np.ndarray:
-        """bool [n]: items of samples without frames."""
+        """bool [n]: whether the item's sample is text-only."""
         return self.kind == KINDS.index("text")
 
     def shown_frames(self, image_replication: int) -> np.ndarray:
-        """int64 [n]: frames that the network sees, a still as often as it is shown."""
+        """int64 [n]: number of frames that the network sees, with stills replicated."""
         return self.num_frames.astype(np.int64) * np.where(self.kind == KINDS.index("image"), image_replication, 1)
 
     def take(self, numbers: np.ndarray) -> "Index":
-        """The columns of these items only."""
+        """Return the columns of these items."""
         columns = (self.task, self.source, self.kind, self.num_frames, self.num_tokens, self.num_rejected)
         return Index(self.tasks, self.sources, *(column[numbers] for column in (*columns, self.truncated)))
 
     def numbers_by(self, codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Item numbers (int64, ascending) of every name that occurs in `codes` [n]."""
+        """Return {name: item numbers, int64, ascending} for the names in `codes` [n], indices into `names`."""
         order = np.argsort(codes, kind="stable")
         bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
         groups = {name: order[bounds[code] : bounds[code + 1]] for code, name in enumerate(names)}
@@ -54,7 +54,7 @@ class Index:
 
 
 def build(batches: Iterable[pa.RecordBatch]) -> Index:
-    """The index of all rows of sidecars (sidecar.SCHEMA), in this order."""
+    """Build the Index of the rows (sidecar.SCHEMA) of all record batches, in order."""
     tasks, sources = {}, {}
     parts = [_columns(batch, tasks, sources) for batch in batches]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -62,7 +62,7 @@ def build(batches: Iterable[pa.RecordBatch]) -> Index:
 
 
 def _columns(batch: pa.RecordBatch, tasks: dict[str, int], sources: dict[str, int]) -> tuple[np.ndarray, ...]:
-    """The index's columns of one record batch; new names get the next codes of `tasks` and `sources`."""
+    """Return the index's columns of one record batch; new names are appended to `tasks` and `sources`."""
     return (
         _codes(batch.column("task"), tasks),
         _codes(batch.column("source"), sources),
@@ -81,8 +81,7 @@ def _codes(column: pa.Array, known: dict[str, int]) -> np.ndarray:
 
 
 class Rows(Sequence):
-    """The rows of all sidecars as dicts, each made when it is asked for. For single items: loops over many belong to
-    `Index`."""
+    """The rows of all sidecars, converted to dicts on access. For loops over many items use `Index`."""
 
     def __init__(self, batches: list[pa.RecordBatch]):
         self.batches = batches
@@ -92,7 +91,7 @@ class Rows(Sequence):
         return int(self.starts[-1])
 
     def place(self, number: int) -> tuple[int, int]:
-        """(record batch, row in it) of an item. IndexError beyond the last one."""
+        """Return (record batch, row in it) of an item. Raises IndexError."""
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
         batch = int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -105,14 +104,14 @@ class Rows(Sequence):
 
 
 def has_true(column: pa.ListArray) -> np.ndarray:
-    """bool [n]: whether each list of bools holds a True."""
+    """Return whether each list of bools contains True: bool [n]."""
     sums = np.concatenate([[0], np.cumsum(column.flatten().to_numpy(zero_copy_only=False))])
     ends = np.cumsum(pc.list_value_length(column).to_numpy())
     return sums[ends] > np.concatenate([sums[:1], sums[ends[:-1]]])
 
 
 def scored_tokens(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every scored token of a record batch: its row, its place in the answers (from 1) and its id."""
+    """Return (row, position in the answers from 1, id) of every scored token of a record batch, as three arrays."""
     lengths = pc.list_value_length(batch.column("input_ids")).to_numpy()
     row_of = np.repeat(np.arange(batch.num_rows), lengths)
     ids, answer, scored = (
@@ -120,6 +119,6 @@ def scored_tokens(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.nda
         for name in ("input_ids", "answer_mask", "score_mask")
     )
     total = np.cumsum(answer)
-    before = np.concatenate([[0], total])[np.cumsum(lengths) - lengths]  # answer tokens of the rows before
+    before = np.concatenate([[0], total])[np.cumsum(lengths) - lengths]  # answer tokens in earlier rows
     at = np.flatnonzero(scored)
     return row_of[at], total[at] - before[row_of[at]], ids[at]

@@ -1,4 +1,4 @@
-"""The batches of a run, in order, prepared in the background: a state of a few numbers, and nothing lost silently."""
+"""The data loader: prefetches the batches of a run in order, resumes exactly, and counts unreadable samples."""
 
 import sys
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ import numpy as np
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
-from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
+from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order_seed
 from pipeline_steps.streaming.plan import Plan, make_plan
-from pipeline_steps.streaming.prefetch import ordered
-from pipeline_steps.streaming.remote import copy_index
+from pipeline_steps.streaming.prefetch import map_ordered
+from pipeline_steps.streaming.remote import download_index
 from pipeline_steps.streaming.webdataset_reader import Stream, StreamedMixture, StreamedShards
 
 MEGABYTE = 2**20
-MAX_NAMED = 10  # samples in an error message
+MAX_LISTED = 10  # samples in an error message
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a training stage serves, and in which batches."""
+    """The batches of a training stage, and the mixture they are drawn from."""
 
     plan: Plan
     mixture: Mixture
@@ -32,30 +32,30 @@ class StagePlan:
 
 
 class Loader:
-    """Iterates over the batches of a `StagePlan`: those of one of `world_size` ranks, from the state's step to the end.
+    """Iterates over the batches of a `StagePlan` for one of `world_size` ranks, from `step` to the end.
 
-    A sample whose frames cannot be read or decoded is left out of its batch, told once on stderr, and counted in
-    `quarantined`; UserError when these are more than the share `streaming.max_quarantined` of this rank's samples, or
-    when a batch has no other ones.
+    A sample whose frames cannot be read or decoded is skipped, reported once on stderr and counted in `quarantined`.
+    Raises UserError if their share of this rank's samples exceeds `streaming.max_quarantined`, or if a batch has no
+    readable sample.
     """
 
     def __init__(
         self, dataset, served: StagePlan, collate: Collator, streaming, runtime, *, rank: int = 0, world_size: int = 1
     ):
-        """`streaming`, `runtime`: these sections of the parameters."""
+        """Raises UserError if a step has fewer samples than ranks. streaming, runtime: sections of the parameters."""
         served.plan.check_ranks(world_size)
         self.dataset, self.plan, self.mixture = dataset, served.plan, served.mixture
         self.collate, self.streaming, self.runtime = collate, streaming, runtime
         self.rank, self.world_size = rank, world_size
-        self.step = 0  # the next one
-        self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was left out)
+        self.step = 0  # the next step
+        self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was skipped)
 
     @property
     def num_steps(self) -> int:
         return self.plan.num_steps
 
     def samples_seen(self, num_steps: int) -> int:
-        """Samples of all ranks in the first `num_steps` steps."""
+        """Return the number of samples of all ranks in the first `num_steps` steps."""
         return self.plan.samples_seen(num_steps)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -65,7 +65,7 @@ class Loader:
                 place = sum(len(self._items(step)) for step in range(self.step))
                 stream = stack.enter_context(closing(Stream(self.dataset, self.mixture, self.rank, place)))
                 fetch = partial(self._fetch, stream)
-            batches = ordered(
+            batches = map_ordered(
                 self._make,
                 range(self.step, self.num_steps),
                 num_workers=self.runtime.num_workers,
@@ -76,8 +76,8 @@ class Loader:
             for batch, unreadable in stack.enter_context(closing(batches)):
                 self._quarantine(unreadable)
                 if batch is None:
-                    keys = ", ".join(error.key for error in unreadable[:MAX_NAMED])
-                    raise UserError(f"step {self.step + 1}: no sample of the batch can be read ({keys}). {REPAIR}")
+                    keys = ", ".join(error.key for error in unreadable[:MAX_LISTED])
+                    raise UserError(f"step {self.step + 1}: no sample of the batch is readable ({keys}). {REPAIR}")
                 self.step += 1
                 yield batch
 
@@ -93,7 +93,7 @@ class Loader:
         return [stream.read(number) for number in self._items(step).tolist()]
 
     def _make(self, job: int | list) -> tuple[Batch | None, list[UnreadableSample]]:
-        """The batch of a step, or of what `_fetch` gave for it, and the errors of the samples that it lacks."""
+        """Make the batch of a step or of the items that `_fetch` read. Returns (batch, errors of skipped samples)."""
         items, unreadable = [], []
         for entry in job if isinstance(job, list) else self._items(job).tolist():
             try:
@@ -102,38 +102,38 @@ class Loader:
                 unreadable.append(error)
         return (self.collate(items) if items else None), unreadable
 
-    def _item(self, entry: int | Raw | UnreadableSample) -> dict:
-        """An item by its number, or of what a stream has read."""
+    def _item(self, entry: int | RawItem | UnreadableSample) -> dict:
+        """Return an item, given its number or what a stream read."""
         if isinstance(entry, UnreadableSample):
             raise entry
-        return self.dataset.make(entry) if isinstance(entry, Raw) else self.dataset[entry]
+        return self.dataset.decode_item(entry) if isinstance(entry, RawItem) else self.dataset[entry]
 
     def _quarantine(self, unreadable: list[UnreadableSample]) -> None:
         for error in unreadable:
             if error.key not in self.quarantined:
-                print(f"left out: sample '{error.key}': {error.reason}", file=sys.stderr)
+                print(f"skipped sample '{error.key}': {error.reason}", file=sys.stderr)
             entry = self.quarantined.setdefault(error.key, {"reason": error.reason, "times": 0})
             entry["times"] += 1
         served = self.plan.num_samples / self.world_size
         if unreadable and self.num_quarantined > self.streaming.max_quarantined * served:
             listing = "\n".join(
-                f"  {key}: {entry['reason']}" for key, entry in list(self.quarantined.items())[:MAX_NAMED]
+                f"  {key}: {entry['reason']}" for key, entry in list(self.quarantined.items())[:MAX_LISTED]
             )
-            more = len(self.quarantined) - MAX_NAMED
+            more = len(self.quarantined) - MAX_LISTED
             raise UserError(
-                f"step {self.step + 1}: {self.num_quarantined} sample(s) could not be read, more than "
-                f"streaming.max_quarantined allows of {served:,.0f} ({self.streaming.max_quarantined:.3%}):\n{listing}"
+                f"step {self.step + 1}: {self.num_quarantined} of {served:,.0f} sample(s) are unreadable, more than "
+                f"streaming.max_quarantined allows ({self.streaming.max_quarantined:.3%}):\n{listing}"
                 + (f"\n  ... and {more} more" if more > 0 else "")
                 + f"\n{REPAIR}"
             )
 
     @property
     def num_quarantined(self) -> int:
-        """How often a sample was left out."""
+        """How often samples were skipped."""
         return sum(entry["times"] for entry in self.quarantined.values())
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on after the last batch that was handed out: plain numbers and texts."""
+        """Return the state to resume after the last yielded batch: plain numbers and strings."""
         return {
             "step": self.step,
             "samples": self.samples_seen(self.step),
@@ -143,13 +143,13 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """UserError when the state belongs to another order of samples, or to other data."""
+        """Resume from a state. Raises UserError if it belongs to another order of samples or to other data."""
         for name, own in (("plan", self.plan.fingerprint), ("data", self.dataset.fingerprint)):
             if state[name] != own:
                 raise UserError(
-                    f"the saved state has read {state['samples']:,} samples of another {name} ({state[name]}, now "
+                    f"the checkpoint has read {state['samples']:,} samples of another {name} ({state[name]}, now "
                     f"{own}): the data, the mixture, the batching, the seed or the number of samples has changed. "
-                    "Go back to those, or remove the state to begin anew."
+                    "Restore them, or delete the checkpoint to start over."
                 )
         self.step = state["step"]
         self.quarantined = {key: dict(entry) for key, entry in state["quarantined"].items()}
@@ -161,9 +161,11 @@ REPAIR = "Rebuild the shards (`dvc repro shards`), or raise streaming.max_quaran
 def plan_stage(
     dataset, settings, streaming, *, stage: str, seed: int, batch_size: int, tokens_per_frame: int, world_size: int = 1
 ) -> StagePlan:
-    """The plan of a training stage (`settings`: training.<stage>) on a `TokenizedShards`. It is the same for any
-    number of ranks, but not for streamed shards. UserError where the data lack what the mixture asks for, or a sample
-    is larger than a batch may be."""
+    """Plan the batches of a training stage on a `TokenizedShards`. settings: section training.<stage>.
+
+    The plan does not depend on `world_size`, except for streamed shards. Raises UserError if the data lack items that
+    the mixture asks for, or if a sample exceeds the budget of a batch.
+    """
     groups, seed = make_groups(dataset, settings), order_seed(seed, stage)
     if dataset.sequential:
         _check_streamed(streaming.batching, world_size)
@@ -183,24 +185,24 @@ def plan_stage(
 
 
 def _check_streamed(batching, world_size: int) -> None:
-    """UserError for batches that need another order than that of the streams."""
+    """Raise UserError for batching options that sequential reading does not support."""
     if batching.bucket_samples:
         raise UserError(
-            f"streaming.batching.bucket_samples is {batching.bucket_samples}, but the reader webdataset reads in one "
-            "order only: set it to 0, or read local shards (streaming.reader: local)."
+            f"streaming.batching.bucket_samples is {batching.bucket_samples}, but the reader webdataset reads "
+            "sequentially. Set it to 0, or read local shards (streaming.reader: local)."
         )
     if batching.by != "samples" and world_size > 1:
         raise UserError(
-            f"streaming.batching.by is {batching.by}, but with the reader webdataset {world_size} ranks can share "
-            "batches by samples only: set it to samples, or read local shards (streaming.reader: local)."
+            f"streaming.batching.by is {batching.by}, but with the reader webdataset {world_size} ranks need "
+            "batches of samples. Set it to samples, or read local shards (streaming.reader: local)."
         )
 
 
 def open_training_split(config, streaming, runtime, shards_dir, tokens_dir) -> TokenizedShards:
-    """The split `train` that section `streaming` names. UserError when it does not fit the FoveatedVLMConfig."""
+    """Open the split `train`, local or remote (section `streaming`). Raises UserError if it does not fit the config."""
     if streaming.reader == "local":
         return TokenizedShards.for_model(config, shards_dir, tokens_dir, "train", streaming.image_replication)
-    copy = copy_index(streaming.url, "train", runtime.retries)
+    copy = download_index(streaming.url, "train", runtime.retries)
     return StreamedShards.for_model(
         config,
         copy / "shards",

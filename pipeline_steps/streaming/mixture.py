@@ -1,8 +1,8 @@
-"""The order in which a run reads items: a function of the seed, the weights and the data.
+"""The order in which a run reads items, determined by the seed, the weights and the data.
 
-Items are divided into groups (a source's task each, and all text-only ones). Every group has its own permutation per
-epoch of the group; groups are interleaved in exact proportion to their weights. The order does not depend on workers,
-ranks or restarts, so the state of a reader is one number, the position.
+Items are divided into groups (one per task or source/task, and one for text-only items). Every group is shuffled anew
+in each of its epochs; groups are interleaved in exact proportion to their weights. The order does not depend on
+workers, ranks or restarts, so the state of a reader is one number, its position.
 """
 
 from collections import Counter
@@ -19,26 +19,24 @@ TEXT = "text"  # name of the group of text-only items
 
 @dataclass(frozen=True)
 class Groups:
-    """What a training stage draws from."""
+    """The groups of items that a training stage samples from."""
 
     items: dict[str, np.ndarray]  # item numbers (int64, ascending) of every group
-    weights: dict[str, float]  # share of the samples read
-    unmatched: dict[str, int]  # items that no group has, by 'source/task'
+    weights: dict[str, float]  # share of the samples
+    unmatched: dict[str, int]  # number of items in no group, by 'source/task'
 
 
 def make_groups(dataset, settings) -> Groups:
-    """The groups of a `TokenizedShards` by `mixture`, `text_share` and `text_source` of a training stage.
+    """Divide the items of a `TokenizedShards` by `mixture`, `text_share` and `text_source` of a training stage.
 
-    Each item with frames goes to the most specific matching entry: source and task, then source, then task,
-    then neither. Raises UserError when an entry has no item, or text for the share is missing.
+    Each item with frames goes to the most specific matching entry: source and task, then source, then task, then
+    neither. Raises UserError for a duplicate entry, an entry without items, or a text share without text-only items.
     """
     index, where = dataset.index, f"{dataset.tokens_dir}/{dataset.split}"
     named = [(entry.source, entry.task) for entry in settings.mixture]
     repeated = [_entry(*name) for name, count in Counter(named).items() if count > 1]
     if repeated:
-        raise UserError(
-            f"training mixture: {', '.join(repeated)} is listed more than once. Give it one entry with one weight."
-        )
+        raise UserError(f"training mixture: {', '.join(repeated)} is listed more than once. Keep one entry.")
     owner = _owners(index, named)
     absent = [_entry(*name) for number, name in enumerate(named) if not (owner == number).any()]
     if absent:
@@ -58,19 +56,19 @@ def make_groups(dataset, settings) -> Groups:
             named = "" if settings.text_source == ANY else f" of the source '{settings.text_source}'"
             raise UserError(
                 f"text_share is {settings.text_share} but {where} has 0 text-only samples{named}: "
-                "collect some (sources.collect: [..., chat]), name another text_source, or set text_share to 0."
+                "collect some (sources.collect: [..., chat]), set another text_source, or set text_share to 0."
             )
         weights[TEXT], items[TEXT] = settings.text_share, text
     return Groups(items, weights, _unmatched(index, items))
 
 
 def _entry(source: str, task: str) -> str:
-    """How messages and statistics name an entry."""
+    """Return the name of an entry in messages and statistics."""
     return task if source == ANY else f"{source}/{task}"
 
 
 def _owners(index, named: list[tuple[str, str]]) -> np.ndarray:
-    """int64 [n]: place of each item's entry, -1 for text-only items and those that no entry matches."""
+    """Return the index of each item's entry, -1 for text-only and unmatched items: int64 [n]."""
     owner = np.full(len(index), -1)
     for number in sorted(range(len(named)), key=lambda n: (named[n][0] != ANY, named[n][1] != ANY)):
         source, task = named[number]
@@ -88,8 +86,8 @@ def _place(names: tuple[str, ...], name: str) -> int:
 
 
 def _visual_groups(index, owner: np.ndarray, mixture) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Items and weights (not normalised): first the entries that name a task; then the tasks of each other entry
-    by name, in proportion to their items."""
+    """Return items and unnormalised weights: entries with a task first, then the tasks of each `*` entry by name,
+    weighted by their numbers of items. Raises UserError for a task named `text`."""
     items, weights = {}, {}
     for number, entry in sorted(enumerate(mixture), key=lambda pair: pair[1].task == ANY):
         own = np.flatnonzero(owner == number)
@@ -100,7 +98,9 @@ def _visual_groups(index, owner: np.ndarray, mixture) -> tuple[dict[str, np.ndar
             name = _entry(entry.source, task)
             items[name], weights[name] = own[places], entry.weight * len(places) / len(own)
     if TEXT in items:
-        raise UserError(f"training mixture: a task with frames is called '{TEXT}', the name of the text-only share.")
+        raise UserError(
+            f"training mixture: a task with frames is named '{TEXT}', which is reserved for text-only items. Rename it."
+        )
     return items, weights
 
 
@@ -119,21 +119,21 @@ def _unmatched(index, items: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def order_seed(seed: int, stage: str) -> int:
-    """The seed of a stage's order."""
+    """Return the seed of a stage's order."""
     return int(np.random.default_rng([seed, int(stage.removeprefix("stage"))]).integers(2**32))
 
 
 class Mixture:
-    """Positions 0..num_samples-1 of a run.
+    """The item at every position 0..num_samples-1 of a run.
 
-    groups: name -> item numbers; weights: name -> positive weight (normalised here). No item of a group is served
-    twice before all of them were served once. Raises ValueError for an empty group.
+    groups: name -> item numbers; weights: name -> positive weight (normalised here). Every item of a group is served
+    once before any is served again. Raises ValueError for an empty group.
     """
 
     def __init__(self, groups: dict[str, np.ndarray], weights: dict[str, float], num_samples: int, seed: int):
         empty = [name for name in weights if not len(groups.get(name, ()))]
         if empty:
-            raise ValueError(f"no items of {', '.join(empty)}; there are {', '.join(sorted(groups))}")
+            raise ValueError(f"no items of {', '.join(empty)}; the groups are {', '.join(sorted(groups))}")
         self.groups = {name: np.asarray(groups[name]) for name in weights}
         self.names, self.seed, self.num_samples = list(weights), seed, num_samples
         self.group_of = interleave(np.array([weights[name] for name in self.names], float), num_samples)[0]
@@ -143,7 +143,7 @@ class Mixture:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int64 [num_samples]: the number of the item at every position."""
+        """int64 [num_samples]: item number at every position."""
         order = np.empty(self.num_samples, np.int64)
         for group, name in enumerate(self.names):
             places = np.flatnonzero(self.group_of == group)
@@ -153,12 +153,12 @@ class Mixture:
         return order
 
     def epoch(self, group: int, epoch: int) -> np.ndarray:
-        """All items of a group in the order of one of its epochs."""
+        """Return all items of a group in the order of one of its epochs."""
         items = self.groups[self.names[group]]
         return items[np.random.default_rng([self.seed, group, epoch]).permutation(len(items))]
 
     def statistics(self) -> dict[str, dict[str, float]]:
-        """What the run reads of every group: samples, share and epochs."""
+        """Return the samples, share and epochs that the run reads of every group."""
         counts = np.bincount(self.group_of, minlength=len(self.names))
         return {
             name: {
@@ -171,11 +171,10 @@ class Mixture:
 
 
 def interleave(weights: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group and rank within its group of every position: int64 [length] each.
+    """Return the group of every position and the sample's rank within its group: int64 [length] each.
 
-    The k-th sample of a group with share w is due at (k + 1/2) / w; positions are filled in order of that time. So the
-    count of a group over any window differs from its share of the window by a few samples at most, whatever the number
-    of groups.
+    The k-th sample of a group with share w is due at (k + 1/2) / w, and positions are filled in that order. In any
+    window, the count of a group therefore deviates from its share by a few samples at most.
     """
     shares = weights / weights.sum()
     counts = np.ceil(shares * length).astype(int) + 1

@@ -1,6 +1,6 @@
-"""All batches of a run, computed before it starts, so the number of steps and the samples seen at each are exact.
+"""All batches of a run, computed in advance, so that the number of steps and the samples seen at each step are exact.
 
-Each optimizer step has one global batch, which the ranks share. The plan is the same for any number of ranks.
+Each optimizer step has one global batch, divided among the ranks. The plan does not depend on the number of ranks.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline_steps.common.errors import UserError
 
-BUCKETS = 3  # separates the random stream of bucketing from those of other orders
+BUCKETS = 3  # separates the random stream of bucketing from other random streams
 
 
 @dataclass(frozen=True)
@@ -30,38 +30,38 @@ class Plan:
         return len(self.order)
 
     def items(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """int64: the items of a step, or one rank's share of them: every world_size-th, from `rank` on."""
+        """Return the item numbers of a step for one rank, int64: every world_size-th, starting at `rank`."""
         return self.order[self.starts[step] : self.starts[step + 1]][rank::world_size]
 
     def samples_seen(self, num_steps: int) -> int:
-        """Samples read in the first `num_steps` steps: the clock of the learning rate."""
+        """Return the samples read in the first `num_steps` steps; the learning rate schedule depends on it."""
         return int(self.starts[num_steps])
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the order and of the batches."""
+        """16 hex digits that identify the order and the batches."""
         digest = hashlib.sha256(self.order.astype("<i8").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
     def check_ranks(self, world_size: int) -> None:
-        """UserError if a step has fewer samples than there are ranks."""
+        """Raise UserError if a step has fewer samples than ranks."""
         sizes = np.diff(self.starts)
         short = np.flatnonzero(sizes < world_size)
         if len(short):
             raise UserError(
                 f"step {short[0] + 1} of {self.num_steps} has {sizes[short[0]]} sample(s) for {world_size} ranks "
-                f"({len(short)} such step(s)). Take fewer ranks, larger batches (training.common.batch_size, "
+                f"({len(short)} such step(s)). Use fewer ranks, larger batches (training.common.batch_size, "
                 "streaming.batching), or a num_samples that leaves no short batch."
             )
 
 
 def make_plan(order: np.ndarray, dataset, streaming, *, batch_size: int, tokens_per_frame: int, seed: int) -> Plan:
-    """The batches of the items `order` of a `TokenizedShards`, by section `streaming`.
+    """Divide the items `order` of a `TokenizedShards` into batches according to section `streaming`.
 
-    Batches have `batch_size` samples, or as many as fit into `batching.budget` frames or tokens, in this order. With
-    `bucket_samples` they are made of as many samples at a time, sorted by length, and shuffled: within such a window
-    every sample is still read exactly once. UserError when one sample alone exceeds the budget.
+    Batches have `batch_size` samples, or as many as fit into `batching.budget` frames or tokens. With
+    `bucket_samples`, each window of that many samples is sorted by length, divided into batches, and the batches are
+    shuffled; every sample of a window is still read exactly once. Raises UserError if one sample exceeds the budget.
     """
     batching = streaming.batching
     columns = dataset.index.take(order)
@@ -69,11 +69,11 @@ def make_plan(order: np.ndarray, dataset, streaming, *, batch_size: int, tokens_
     tokens = columns.num_tokens + frames * tokens_per_frame
     if batching.by == "samples":
         costs, budget = np.ones(len(order), np.int64), batch_size
-    else:  # a text-only sample counts as one frame, so that no batch is endless
+    else:  # a text-only sample counts as one frame, to bound the size of batches
         costs, budget = np.maximum(frames, 1) if batching.by == "frames" else tokens, batching.budget
     _check_costs(costs, budget, batching.by, order, dataset)
     if not batching.bucket_samples:
-        return Plan(order, cut(costs, budget))
+        return Plan(order, batch_bounds(costs, budget))
     places, starts = _buckets(tokens, costs, budget, batching.bucket_samples, seed)
     return Plan(order[places], starts)
 
@@ -88,9 +88,9 @@ def _check_costs(costs: np.ndarray, budget: int, unit: str, order: np.ndarray, d
         )
 
 
-def cut(costs: np.ndarray, budget: int) -> np.ndarray:
-    """Bounds of batches that each take as many samples as fit into `budget`, in order: int64 [batches + 1]."""
-    if len(costs) and costs.min() == costs.max():  # such as samples: no need to go one by one
+def batch_bounds(costs: np.ndarray, budget: int) -> np.ndarray:
+    """Fill batches greedily, in order, up to `budget`. Returns their bounds, int64 [batches + 1]."""
+    if len(costs) and costs.min() == costs.max():  # equal costs, as of samples: no search needed
         return np.append(np.arange(0, len(costs), budget // int(costs[0])), len(costs)).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(costs, dtype=np.int64)])
     starts = [0]
@@ -102,11 +102,11 @@ def cut(costs: np.ndarray, budget: int) -> np.ndarray:
 def _buckets(
     lengths: np.ndarray, costs: np.ndarray, budget: int, window: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the order [n] and the bounds of batches: window by window sorted by length, cut, and shuffled."""
+    """Bucket each window by length. Returns positions in the order, int64 [n], and the bounds of batches."""
     places, sizes = [], []
     for number, start in enumerate(range(0, len(lengths), window)):
         by_length = start + np.argsort(lengths[start : start + window], kind="stable")
-        bounds = cut(costs[by_length], budget)
+        bounds = batch_bounds(costs[by_length], budget)
         for batch in np.random.default_rng([seed, 0, number, BUCKETS]).permutation(len(bounds) - 1):
             places.append(by_length[bounds[batch] : bounds[batch + 1]])
             sizes.append(len(places[-1]))

@@ -1,4 +1,4 @@
-"""Work in the background whose results come in order, with a bound on the memory that finished results hold."""
+"""An ordered parallel map with a limit on the memory of prefetched results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 END = object()
 
 
-def ordered(
+def map_ordered(
     make: Callable,
     jobs: Iterable,
     *,
@@ -17,12 +17,11 @@ def ordered(
     limit: int,
     fetch: Callable | None = None,
 ) -> Iterator:
-    """make(job) for every job, in order, made by `num_workers` threads ahead of the one who asks.
+    """Yield make(job) for every job, in order, computed ahead by `num_workers` threads.
 
-    Results that are made or being made and not handed out yet have `limit` bytes at most, by `size_of(job)`; one is
-    always allowed. `fetch`: what must happen in the order of the jobs, in one thread of its own; `make` gets its
-    result in place of the job. An error is raised where its result is due. No workers: each result is made when it is
-    asked for. Closing the iterator ends the threads.
+    Pending results take at most `limit` bytes according to `size_of(job)`, but one is always allowed. fetch: runs in
+    its own thread, in the order of the jobs; `make` receives its result instead of the job. An error is raised in place
+    of its result. With 0 workers, results are computed on demand. Closing the iterator stops the threads.
     """
     if num_workers == 0:
         for job in jobs:
@@ -45,11 +44,11 @@ def ordered(
 
 
 def _in_order(submit: Callable, jobs: Iterator, size_of: Callable, limit: int) -> Iterator:
-    """The results of all jobs, of which as many are submitted ahead as fit into `limit` bytes."""
+    """Yield the results of all jobs; jobs are submitted ahead as long as they fit into `limit` bytes."""
     waiting: deque = deque()  # (future, bytes)
     held, job = 0, next(jobs, END)
     while True:
-        for due in (True, False):  # fill up, take the first result, and fill up before it is used
+        for due in (True, False):  # submit, take the first result, and submit again before yielding it
             while job is not END and (not waiting or held + size_of(job) <= limit):
                 waiting.append((submit(job), size_of(job)))
                 held, job = held + waiting[-1][1], next(jobs, END)

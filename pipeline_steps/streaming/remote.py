@@ -1,8 +1,8 @@
-"""A published data set at a remote address: its URL, its small files, and sequential reading of its tars.
+"""Access to a remote data set: download its small files and read its tars sequentially.
 
-The folder at `streaming.url` holds what the stages publish: shards/manifest.json, shards/{split}/NNNNNN.tar,
-tokens/manifest.json and tokens/{split}/NNNNNN.arrow. Addresses become commands whose output is read: curl, the AWS
-command line, or the user's own.
+The folder at `streaming.url` holds the output of the stages: shards/manifest.json, shards/{split}/NNNNNN.tar,
+tokens/manifest.json and tokens/{split}/NNNNNN.arrow. URLs become shell commands whose output is read: curl, the AWS
+CLI, or a user-defined command.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, scratch_folder, write_bytes
 from pipeline_steps.common.schemas import TokensManifest
 
-CURL = "curl -fsSL --connect-timeout 30 --speed-time 60 --speed-limit 1"  # an end after a minute without a byte
-DELAY = 1.0  # seconds before a broken connection is tried again, twice as long every time
-BROKEN = (OSError, EOFError, ValueError, tarfile.TarError)  # what a tar that ends early or is no tar gives
+CURL = "curl -fsSL --connect-timeout 30 --speed-time 60 --speed-limit 1"  # aborts after a minute without data
+DELAY = 1.0  # seconds before the first retry, doubled for each further one
+TRANSFER_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # raised for a tar that is truncated or invalid
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def command(url: str, path: str) -> str:
-    """The shell command that prints the file `path` of the data set at `url`. UserError for an unknown kind of url."""
+    """Return the shell command that prints the file `path` below `url`. Raises UserError."""
     if not all(NAME.fullmatch(part) and part.strip(".") for part in path.split("/")):
-        raise UserError(f"{url}: its manifest names a file {path!r}, which no stage would write. Check what is there.")
+        raise UserError(f"{url}: its manifest names a file {path!r}, which no stage writes. Check the manifest.")
     if url.startswith("pipe:") and "{path}" in url:
         return url.removeprefix("pipe:").replace("{path}", shlex.quote(path))
     address = shlex.quote(f"{url.rstrip('/')}/{path}")
@@ -36,12 +36,12 @@ def command(url: str, path: str) -> str:
     if url.startswith(("http://", "https://")):
         return f"{CURL} {address}"
     raise UserError(
-        f"streaming.url is {url!r}: begin it with http://, https://, s3:// or pipe: (a command with {{path}} in it)."
+        f"streaming.url is {url!r}, expected http://, https://, s3:// or pipe: (a command that contains {{path}})."
     )
 
 
 def download(url: str, path: str, retries: int) -> bytes:
-    """A whole file. UserError that names it when it cannot be read."""
+    """Download a whole file. Raises UserError after `retries` retries."""
     for attempt in range(retries + 1):
         time.sleep(DELAY * (2**attempt - 1) / 2 if attempt else 0)
         done = subprocess.run(command(url, path), shell=True, capture_output=True, check=False)
@@ -51,15 +51,18 @@ def download(url: str, path: str, retries: int) -> bytes:
 
 
 def unreachable(url: str, path: str, reason: object, retries: int) -> UserError:
+    """Return the error for a remote file that cannot be read."""
     return UserError(
-        f"{url}: cannot read {path} ({reason}), tried {retries + 1} time(s). Check the address, the network and what "
-        "is published there, or raise runtime.retries. Rerun the stage: training resumes from its last checkpoint."
+        f"{url}: cannot read {path} ({reason}), tried {retries + 1} time(s). Check the URL, the network and the "
+        "published files, or raise runtime.retries. Rerun the stage: training resumes from its last checkpoint."
     )
 
 
-def copy_index(url: str, split: str, retries: int) -> Path:
-    """A folder with the manifests and the sidecars of a split of the data set at `url`, each checked against its
-    sha256. Files of an earlier call are not downloaded again."""
+def download_index(url: str, split: str, retries: int) -> Path:
+    """Download the manifests and the sidecars of a split of the data set at `url`. Returns their local folder.
+
+    Sidecars are verified by sha256. Files of an earlier call are not downloaded again. Raises UserError.
+    """
     manifests = {name: download(url, f"{name}/manifest.json", retries) for name in ("shards", "tokens")}
     digest = hashlib.sha256(b"".join(manifests.values())).hexdigest()[:16]
     folder = scratch_folder("streaming", digest)
@@ -71,7 +74,10 @@ def copy_index(url: str, split: str, retries: int) -> Path:
             continue
         content = download(url, f"tokens/{split}/{entry.name}", retries)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise UserError(f"{url}: tokens/{split}/{entry.name} is not the file that its manifest describes (sha256).")
+            raise UserError(
+                f"{url}: tokens/{split}/{entry.name} does not match the sha256 in its manifest. "
+                "Publish the data set again."
+            )
         write_bytes(path, content)
     for name, content in manifests.items():
         write_bytes(folder / name / "manifest.json", content)
@@ -79,10 +85,12 @@ def copy_index(url: str, split: str, retries: int) -> Path:
 
 
 def read_shard(url: str, path: str, keys: set[str], retries: int) -> Iterator[dict]:
-    """The samples of a tar with these keys, in its order: {"__key__": key, member: bytes}. A broken connection is
-    tried again from the start, without giving a sample twice. UserError that names the file when it stays broken, or
-    does not hold all the keys."""
-    import webdataset  # here, so that machines that read local shards do without it
+    """Yield the samples of a tar with these keys, in tar order: {"__key__": key, member: bytes}.
+
+    After a broken connection the tar is read again from its start, without repeating samples. Raises UserError if all
+    retries fail, or if keys are missing.
+    """
+    import webdataset  # imported here: not needed for local shards
 
     missing, source = set(keys), f"pipe:{command(url, path)}"
     for attempt in range(retries + 1):
@@ -97,7 +105,7 @@ def read_shard(url: str, path: str, keys: set[str], retries: int) -> Iterator[di
                     yield sample
                 if not missing:
                     return
-            problem = f"it has no sample '{min(missing)}' ({len(missing)} of {len(keys)} are missing)"
-        except BROKEN as error:
+            problem = f"it has no sample '{min(missing)}', {len(missing)} of {len(keys)} are missing"
+        except TRANSFER_ERRORS as error:
             problem = error.args[0] if error.args else type(error).__name__
     raise unreachable(url, path, problem, retries)

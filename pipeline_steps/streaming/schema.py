@@ -9,36 +9,35 @@ from pipeline_steps.common.params import StrictModel
 
 class Batching(StrictModel):
     by: Literal["samples", "frames", "tokens"]
-    """Unit of a batch: `samples` (`training.common.batch_size` of them), or a `budget` of `frames` or `tokens`."""
+    """Unit of a batch: `training.common.batch_size` samples, or `budget` frames or tokens."""
     budget: PositiveInt | None
-    """Frames (stills count replicated) or text and visual tokens (without padding) per batch."""
+    """Frames (replicated stills) or tokens (text and visual, unpadded) per batch."""
     bucket_samples: NonNegativeInt
-    """Window of samples sorted by length into batches; 0 disables bucketing."""
+    """Window of samples sorted by length; 0: no bucketing."""
 
     @model_validator(mode="after")
     def _a_budget_belongs_to_a_unit(self):
         if (self.by == "samples") != (self.budget is None):
-            raise ValueError("'budget' is null for samples, and a number for frames and tokens")
+            raise ValueError("set 'budget' to null for samples, and to a number for frames and tokens")
         return self
 
 
 class Section(StrictModel):
     image_replication: PositiveInt
-    """Frames a still becomes, in training and evaluation."""
+    """Frames a still becomes."""
     batching: Batching
     """How optimizer steps are batched."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Share of a stage's samples that may be unreadable before it fails."""
+    """Unreadable share of samples above which a stage fails."""
     reader: Literal["local", "webdataset"]
-    """Reader of the training split: `local` (data/shards, random access) or `webdataset` (tars from `url`,
-    sequential)."""
+    """Training split from data/shards, or streamed from `url`."""
     url: str | None
-    """Location of a folder with shards/ and tokens/ ([data.md](data.md#remote-shards))."""
+    """Folder with shards/ and tokens/ ([data.md](data.md#remote-shards))."""
     shuffle_samples: PositiveInt
-    """Reader `webdataset`: size of each group's shuffle buffer."""
+    """Shuffle buffer per group (reader `webdataset`)."""
 
     @model_validator(mode="after")
     def _a_url_belongs_to_the_web(self):
         if (self.reader == "local") != (self.url is None):
-            raise ValueError("'url' is null for the reader local, and needed for webdataset")
+            raise ValueError("set 'url' to null for the reader local, and to a URL for webdataset")
         return self

@@ -1,4 +1,4 @@
-"""What a run serves, counted from its plan: nothing is read but the index."""
+"""Count what a run serves, from its plan and the index alone."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from pipeline_steps.streaming.loader import StagePlan
 
 
 def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_frame: int) -> StageServed:
-    """Counts of a stage's plan on a `TokenizedShards`, by source and task."""
+    """Count a stage's plan on a `TokenizedShards` by source and task."""
     index, order = dataset.index, served.plan.order
-    group = index.source.astype(np.int64) * len(index.tasks) + index.task  # of every item
+    group = index.source.astype(np.int64) * len(index.tasks) + index.task  # source and task of every item
     frames = index.shown_frames(image_replication)
     num_groups = len(index.sources) * len(index.tasks)
     columns = {
@@ -40,7 +40,7 @@ def _served(counts: dict[str, int], num_samples: int) -> Served:
     )
 
 
-COLUMNS = {  # of the printed table: title, and text of a `Served`
+COLUMNS = {  # title -> cell of a `Served`, in the printed table
     "items": lambda row: f"{row.num_items:,}",
     "samples": lambda row: f"{row.num_samples:,}",
     "share": lambda row: f"{row.share:.2%}",
@@ -53,7 +53,7 @@ COLUMNS = {  # of the printed table: title, and text of a `Served`
 
 
 def table(stage: str, served: StageServed) -> str:
-    """The counts of a stage as text."""
+    """Format the counts of a stage as a text table."""
     names = [(f"{source}/{task}", row) for source, rows in served.sources.items() for task, row in rows.items()]
     rows = [[name, *(text(row) for text in COLUMNS.values())] for name, row in [*sorted(names), ("all", served.total)]]
     rows.insert(0, [f"{stage}, {served.num_steps:,} steps", *COLUMNS])
@@ -65,4 +65,4 @@ def table(stage: str, served: StageServed) -> str:
         for row in rows
     ]
     left = ", ".join(f"{name} {number:,}" for name, number in served.unserved.items())
-    return "\n".join([*lines, f"not served: {left}" if left else "every item is in the mixture"])
+    return "\n".join([*lines, f"not in the mixture: {left}" if left else "all items are in the mixture"])

@@ -1,6 +1,7 @@
-"""Where the objects of an item are, frame by frame, on the patch grid: the ground truth of gaze, where data has it.
+"""Ground truth for gaze: the patches that an item's objects cover in each frame, if the data have boxes.
 
-Boxes are [x0, y0, x1, y1], each 0..1 of the picture's width or height. T frames, N patches in row-major order.
+Boxes are [x0, y0, x1, y1], relative to the width and height of the frame (0 to 1). Shapes: T frames, N patches in
+row-major order.
 """
 
 from dataclasses import dataclass
@@ -10,17 +11,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Where the objects of one item are, frame by frame."""
+    """Positions of the objects of one item in each frame."""
 
-    target: np.ndarray  # bool [T, N], patches that show the target; all False: out of the picture
-    any_object: np.ndarray  # bool [T, N]
-    boxes: np.ndarray  # [T, 4], the target's box in the square picture
+    target: np.ndarray  # bool [T, N], patches that show the target; all False: outside of the frame
+    any_object: np.ndarray  # bool [T, N], patches that show any object
+    boxes: np.ndarray  # [T, 4], the target's box in the square frame
 
 
 def ground_truth(sample, item, num_frames, grid, resize_mode):
-    """The `GroundTruth` of one item of a PackedSample on a grid x grid picture. None without a target or boxes.
+    """Return the `GroundTruth` of item number `item` of a PackedSample, or None without a target or boxes.
 
-    resize_mode: how the shards' frames were made square (`frames.resize_mode` of their manifest)."""
+    grid: patches along a side of the frame. resize_mode: `frames.resize_mode` of the shards' manifest.
+    """
     target = sample.items[item].target
     if target is None or not sample.objects:
         return None
@@ -32,19 +34,21 @@ def ground_truth(sample, item, num_frames, grid, resize_mode):
 
 
 def object_boxes(sample, entry, num_frames, resize_mode):
-    """The boxes of one object in the `num_frames` frames that were packed: [num_frames, 4]."""
+    """Return the boxes of one object in the packed frames: [num_frames, 4]."""
     sources = [source_frame(index, num_frames, len(entry.boxes)) for index in range(num_frames)]
     return np.stack([square_box(entry.boxes[source], sample.width, sample.height, resize_mode) for source in sources])
 
 
 def source_frame(index, num_frames, num_source_frames):
-    """The source frame that frame `index` of `num_frames`, sampled uniformly over the whole clip, was taken from."""
+    """Return the source frame of frame `index` of `num_frames` frames sampled uniformly over the clip."""
     return min(num_source_frames - 1, int((index + 0.5) * num_source_frames / num_frames))
 
 
 def square_box(box, width, height, resize_mode):
-    """A box of the source picture (width x height pixels) in the square that is made of it: the centre of the picture
-    ("crop"; what sticks out is cut off) or all of it between black bars ("letterbox")."""
+    """Convert a box of the source frame (width x height pixels) to the square frame, clipped to it: [4].
+
+    resize_mode: `crop` (the centre of the frame) or `letterbox` (the whole frame between black bars).
+    """
     side = min(width, height) if resize_mode == "crop" else max(width, height)
     scale = np.array([width, height] * 2) / side
     shift = np.array([(width - side) / 2, (height - side) / 2] * 2) / side
@@ -52,10 +56,10 @@ def square_box(box, width, height, resize_mode):
 
 
 def box_patches(box, grid):
-    """Which patches of a grid x grid picture show the box: bool [grid * grid].
+    """Return the patches of a grid x grid frame that show the box: bool [grid * grid].
 
-    A patch counts when the overlap is at least half of the patch or half of the box, whichever is smaller; when no
-    patch reaches that (a box on a corner of four patches), the ones with the largest overlap do. A box without area
+    A patch counts if its overlap is at least half of the patch or half of the box, whichever is smaller. If no patch
+    reaches that (a box on a corner of four patches), the ones with the largest overlap count. A box without area
     (outside of the crop) has no patch.
     """
     x0, y0, x1, y1 = box

@@ -1,8 +1,8 @@
-"""Sequential reading of local or remote shards, behind the interface of `TokenizedShards`.
+"""Sequential reading of remote shards, with the interface of `TokenizedShards`.
 
-Every group of the mixture reads its own sequence of shards, which are shared out among the ranks, and draws its next
-item among those of the next `shuffle_samples`. The order is computed from the sidecars before anything is read, so
-batches, counts and states are the same as for local shards; unlike there, it depends on the number of ranks.
+Every group of the mixture reads its own sequence of shards, which are divided among the ranks, through a shuffle buffer
+of `shuffle_samples`. The order is computed from the sidecars in advance, so batches, counts and states work as for
+local shards, but the order depends on the number of ranks.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import numpy as np
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import remote
-from pipeline_steps.streaming.dataset import Raw, TokenizedShards, UnreadableSample
+from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, interleave
 
-SHARDS, ITEMS = 1, 2  # separate the random streams of this reader from those of other orders
+SHARDS, ITEMS = 1, 2  # separate the random streams of this reader from other random streams
 
 
 class StreamedShards(TokenizedShards):
-    """The items of one split of the data set at `url`. Training reads their frames by a `Stream`, in its order."""
+    """The items of one split of the data set at `url`. Training reads frames sequentially, through a `Stream`."""
 
     sequential = True
 
@@ -29,39 +29,39 @@ class StreamedShards(TokenizedShards):
 
     @cached_property
     def shard_of(self) -> np.ndarray:
-        """int32 [n]: place of every item's shard in `shards`."""
+        """int32 [n]: index of every item's shard in `shards`."""
         return np.repeat(np.array(self._shard_of, np.int32), [batch.num_rows for batch in self.rows.batches])
 
     def numbers_of(self, shard: int) -> dict[str, list[int]]:
-        """Item numbers of every sample of a shard, by key."""
+        """Return {key: item numbers} of the samples of a shard."""
         numbers: dict[str, list[int]] = {}
         for own, start, batch in zip(self._shard_of, self.rows.starts, self.rows.batches, strict=False):
             for row, key in enumerate(batch.column("key").to_pylist() if own == shard else ()):
                 numbers.setdefault(key, []).append(int(start) + row)
         return numbers
 
-    def raw(self, number: int, members: dict[str, bytes]) -> Raw:
-        """An item out of the members of its sample. UnreadableSample when one of its frames is not among them."""
+    def raw(self, number: int, members: dict[str, bytes]) -> RawItem:
+        """Make an item from the members of its sample. Raises UnreadableSample if a frame is missing."""
         row = self.rows[number]
         count, single = row["num_frames"], row["kind"] == "image" and row["num_frames"] == 1
         names = ["jpg"] if single else [f"{frame:03d}.jpg" for frame in range(count)]
         absent = [name for name in names if name not in members]
         if absent:
             raise UnreadableSample(self.url, row["key"], f"{absent[0]} is not in its shard")
-        return Raw(row, [members[name] for name in names], members.get("json"))
+        return RawItem(row, [members[name] for name in names], members.get("json"))
 
-    def read(self, number: int) -> Raw:
-        """One item by random access. Its shard is read from the start up to it, so use this for a few items only."""
+    def read(self, number: int) -> RawItem:
+        """Read one item. This reads its shard from the start up to the item, so use it for a few items only."""
         path = f"shards/{self.split}/{self.shards[self.shard_number(number)].name}"
         samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries)
         return self.raw(number, next(samples))
 
 
 class StreamedMixture(Mixture):
-    """The order in which `world_size` ranks read streams: each rank interleaves the groups in the same shares.
+    """A mixture for sequential reading: each of `world_size` ranks interleaves its own streams of all groups.
 
-    Batches have `batch_size` samples of which rank r gets every world_size-th, from r on. UserError when a group has
-    fewer shards than there are ranks.
+    Rank r gets every world_size-th sample of a batch of `batch_size`, starting at r. Raises UserError if a group has
+    fewer shards than ranks.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StreamedMixture(Mixture):
     ):
         super().__init__(groups.items, groups.weights, num_samples, seed)
         self.shard_of, self.shuffle_samples, self.world_size = shard_of, shuffle_samples, world_size
-        self.rank_of = np.arange(num_samples) % batch_size % world_size  # of every position
+        self.rank_of = np.arange(num_samples) % batch_size % world_size  # rank of every position
         weights = np.array([groups.weights[name] for name in self.names], float)
         for rank in range(world_size):
             mine = self.rank_of == rank
@@ -97,15 +97,17 @@ class StreamedMixture(Mixture):
         return order
 
     def stream_epoch(self, group: int, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """A rank's items of a group in the order of one epoch, and the shards in the order in which they are read.
-        An item is moved by less than `shuffle_samples` places from where it is read."""
+        """Return (items of a group in the order of one epoch, shards in reading order) of one rank.
+
+        Shuffling moves an item by fewer than `shuffle_samples` positions.
+        """
         items = self.groups[self.names[group]]
         shards = np.unique(self.shard_of[items])
         if len(shards) < self.world_size:
             raise UserError(
-                f"'{self.names[group]}' lies in {len(shards)} shard(s), fewer than {self.world_size} ranks, and the "
-                "reader webdataset shares out whole shards. Pack smaller shards (shards.samples_per_shard), take fewer "
-                "ranks, or read local shards (streaming.reader: local)."
+                f"'{self.names[group]}' is in {len(shards)} shard(s), fewer than {self.world_size} ranks, but the "
+                "reader webdataset divides whole shards among ranks. Pack smaller shards (shards.samples_per_shard), "
+                "use fewer ranks, or read local shards (streaming.reader: local)."
             )
         mine = np.random.default_rng([self.seed, group, epoch, SHARDS]).permutation(shards)[rank :: self.world_size]
         place = np.full(int(shards[-1]) + 1, -1)
@@ -117,21 +119,21 @@ class StreamedMixture(Mixture):
 
 
 class Stream:
-    """Reads the items of a rank in the order of a `StreamedMixture`, from the rank's `place`-th on."""
+    """Reads the items of a rank in the order of a `StreamedMixture`, starting at the rank's position `place`."""
 
     def __init__(self, dataset: StreamedShards, mixture: StreamedMixture, rank: int, place: int):
         self.place, self.group_of = place, mixture.group_of[mixture.rank_of == rank]
         served = np.bincount(self.group_of[:place], minlength=len(mixture.names))
         self.readers = [_Reader(dataset, mixture, group, rank, int(count)) for group, count in enumerate(served)]
 
-    def read(self, number: int) -> Raw | UnreadableSample:
-        """The next item, which is `number`; or the error of its sample, which does not end the stream."""
+    def read(self, number: int) -> RawItem | UnreadableSample:
+        """Return the next item, which must be `number`, or the error of its sample; the stream continues."""
         reader = self.readers[self.group_of[self.place]]
         self.place += 1
         return reader.read(number)
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
         for reader in self.readers:
             reader.samples.close()
 
@@ -141,12 +143,12 @@ class _Reader:
 
     def __init__(self, dataset: StreamedShards, mixture: StreamedMixture, group: int, rank: int, served: int):
         self.dataset, self.mixture, self.group, self.rank = dataset, mixture, group, rank
-        self.epoch, self.skipped = 0, served  # items to pass over in this epoch
+        self.epoch, self.skipped = 0, served  # items to skip in this epoch
         self.pending: dict[int, dict] = {}  # members of samples that were read but not requested yet
-        self.left = 0  # items of this epoch
+        self.left = 0  # items left in this epoch
         self.samples: Iterator[dict] = _nothing()
 
-    def read(self, number: int) -> Raw | UnreadableSample:
+    def read(self, number: int) -> RawItem | UnreadableSample:
         while not self.left:
             self._begin()
         while number not in self.pending:
@@ -168,7 +170,7 @@ class _Reader:
             self.samples = self._samples(set(wanted.tolist()), shards)
 
     def _samples(self, wanted: set[int], shards: np.ndarray) -> Iterator[dict]:
-        """The samples of the wanted items, each with the `numbers` of these."""
+        """Yield the samples of the wanted items, each with its items' `numbers`."""
         for shard in shards.tolist():
             numbers = {
                 key: own

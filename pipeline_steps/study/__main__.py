@@ -4,10 +4,10 @@
     make study name=NAME
 
 What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
-(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Finished runs are collected into
-reports/study/NAME/ as they end. A failed job does not stop the others. Interrupted or killed, the same command
-continues. Jobs live in ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one
-core per run.
+(workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into
+reports/study/NAME/ as they end: runs.csv, items.parquet, and in the end README.md with comparisons and runs.svg.
+A failed job does not stop the others. Interrupted or killed, the same command continues. Jobs live in
+${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one core per run.
 """
 
 import argparse
@@ -19,17 +19,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.live import Live
 
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import LOG, cancel_left_over, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.plan import RESULTS, make_plan
+from pipeline_steps.study.summary import write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
 
@@ -38,19 +40,13 @@ def main():
     arguments = read_arguments()
     console = Console(soft_wrap=True)
     study = read_study(arguments.name)
-    plan = make_plan(arguments.name, study)
-    todo = only_arms(plan, study, arguments.arms)
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
+    results = ROOT / RESULTS / arguments.name
+    plan = make_plan(arguments.name, study, finished_flops(results))
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
-        found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
-        console.print(study.question)
-        console.print(progress.run_table(todo, found, costs))
-        seconds = progress.total_seconds(todo, found, costs)
-        share = progress.format_time(seconds / cores)
-        console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+        show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
         return 0
-    results = ROOT / RESULTS / plan.study
     folder = studies / plan.study
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -58,11 +54,38 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
-        write_json(folder / "plan.json", todo.as_dict())
-        for job in todo.jobs.values():
-            (studies / job.folder / "failed.json").unlink(missing_ok=True)
-        code = run_jobs(plan, todo, studies, results, arguments, cores, console)
-    return report_end(plan, todo, studies, results, code, console)
+        while True:
+            todo = only_arms(plan, study, arguments.arms)
+            write_json(folder / "plan.json", todo.as_dict())
+            for job in todo.jobs.values():
+                (studies / job.folder / "failed.json").unlink(missing_ok=True)
+            code = run_jobs(plan, todo, studies, results, arguments, cores, console)
+            following = make_plan(arguments.name, study, finished_flops(results)) if plan.waiting else plan
+            if len(following.runs) == len(plan.runs):
+                break
+            plan = following  # budgets of equal FLOPs are known now
+    return report_end(study, plan, todo, studies, results, code, console)
+
+
+def finished_flops(results):
+    """{run: training FLOPs} of the runs that are collected in the folder `results`."""
+    path = results / "runs.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path)
+    return dict(zip(table["run"], table["training_flops"], strict=True))
+
+
+def show_plan(study, plan, todo, studies, cores, console):
+    """Prints the runs and the expected time."""
+    found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
+    console.print(study.question)
+    console.print(progress.run_table(todo, found, costs))
+    seconds = progress.total_seconds(todo, found, costs)
+    share = progress.format_time(seconds / cores)
+    console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+    if plan.waiting:
+        console.print(f"{len(plan.waiting)} more run(s), of equal FLOPs, are planned when those they follow are done.")
 
 
 def read_arguments():
@@ -93,7 +116,7 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
     log = studies / plan.study / LOG
     command = snakemake_command(studies, plan.study, cores, arguments.gpus)
     console.print(f"log: {log}")
-    cancel_left_over(log.parent)
+    cancel_leftover_jobs(log.parent)
     with open(log, "w") as output:
         process = subprocess.Popen(
             command,
@@ -107,7 +130,7 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
         finally:
             if process.poll() is None:
                 stop(process)
-                cancel_left_over(log.parent)
+                cancel_leftover_jobs(log.parent)
     return process.returncode
 
 
@@ -136,8 +159,9 @@ def show_until_end(process, plan, todo, studies, results, cores, console):
             if found != shown or console.is_terminal:
                 shown = found
                 table = progress.stage_table(todo, found, progress.measure_costs(plan, studies), cores)
-                live.update(table, refresh=console.is_terminal)
-                if not console.is_terminal:
+                if console.is_terminal:
+                    live.update(table, refresh=True)
+                else:
                     console.print(one_line(todo, found, table.caption))
             if running:
                 time.sleep(INTERVAL)
@@ -151,13 +175,14 @@ def one_line(plan, found, caption):
     return f"{time.strftime('%H:%M:%S')} {done}; jobs: {counts}; {caption}"
 
 
-def report_end(plan, todo, studies, results, code, console):
+def report_end(study, plan, todo, studies, results, code, console):
     """Prints the results and every failure; returns the exit code: 1 if something is missing."""
     table = collect(plan, studies, results)
     if table is not None:
         columns = ["run", "mean_token_accuracy", "exact_match_accuracy", "mean_loss", "converged"]
         console.print(table[columns].to_string(index=False, float_format="%.3f"))
-        console.print(f"{len(table)} of {len(plan.runs)} runs: {results / 'runs.csv'}")
+        summary = write_summary(plan.study, study)
+        console.print(f"{len(table)} of {len(plan.runs) + len(plan.waiting)} runs: {results / 'runs.csv'}, {summary}")
     failed = progress.failures(todo, studies)
     for text in failed:
         console.print(text, markup=False)

@@ -100,15 +100,13 @@ def items_of(run, studies):
 
 
 def convergence(curve):
-    """(relative fall of the mean validation loss over the last quarter of the stage, whether that is below CONVERGED or
-    the loss has passed its minimum), of a stage's csv; (None, None) with fewer than two validations."""
+    """(relative fall of the mean validation loss, fine mode, over the last quarter of the stage, whether that is below
+    CONVERGED or the loss rose), of a stage's csv; (None, None) with fewer than two validations."""
     table = pd.read_csv(curve)
-    rows = table[(table["event"] == "validation") & table["task"].notna()]
-    losses = rows.groupby(["step", "mode", "task"])["loss"].mean().groupby(["step", "mode"]).mean().unstack()
-    if len(losses) < 2:
+    rows = table[(table["event"] == "validation") & (table["mode"] == "fine")]
+    loss = rows.groupby(["step", "task"])["loss"].mean().groupby("step").mean()
+    if len(loss) < 2:
         return None, None
-    loss = losses[MODE] if MODE in losses else losses["fine"]
-    end = loss.index[-1]
-    before = float(np.interp(0.75 * end, loss.index, loss))
+    before = float(np.interp(0.75 * loss.index[-1], loss.index, loss))
     change = (before - float(loss.iloc[-1])) / before
     return change, bool(change < CONVERGED)

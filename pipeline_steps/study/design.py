@@ -4,8 +4,9 @@ A cell is one training run: an arm with one seed each for training, backbones an
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
@@ -23,12 +24,15 @@ SEED_KEYS = {  # which parameters each kind of seed sets
 TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 
+Seed = Annotated[int, Field(ge=0)]
+
+
 class Seeds(StrictModel):
     """The seeds of one replicate; arms with equal seeds share backbones and data, and are compared in pairs."""
 
-    training: int = Field(ge=0)
-    backbones: int = Field(ge=0)
-    data: int = Field(ge=0)
+    training: Seed
+    backbones: Seed
+    data: Seed
 
 
 class Arm(StrictModel):
@@ -36,10 +40,17 @@ class Arm(StrictModel):
 
     overrides: tuple[str, ...] = ()
     """Hydra overrides on top of the study's `base`, such as ablation=A6."""
-    seeds: tuple[int | Seeds, ...] | None = None
+    seeds: tuple[Seed | Seeds, ...] | None = None
     """Seeds of this arm only; null: those of the study."""
     budgets: tuple[str, ...] | None = None
     """Names of the budgets of this arm; null: all."""
+
+
+class EqualFlops(StrictModel):
+    """A budget with as many training FLOPs as the study's first arm has at another budget, seed by seed."""
+
+    flops_of: str
+    """Name of that other budget, whose runs of both arms have to be finished first."""
 
 
 class Study(StrictModel):
@@ -51,10 +62,19 @@ class Study(StrictModel):
     """Hydra overrides of every run."""
     arms: dict[str, Arm] = Field(min_length=1)
     """{name: arm}; the first is the baseline of comparisons."""
-    seeds: tuple[int | Seeds, ...] = Field(min_length=1)
+    seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
     """Replicates; a number stands for the seed of training, backbones and data alike."""
-    budgets: dict[str, float] = {"x1": 1.0}
-    """{name: factor on the training samples of the three stages}."""
+    budgets: dict[str, float | EqualFlops] = {"x1": 1.0}
+    """{name: factor on the training samples of the three stages, or `flops_of: NAME`}."""
+    groups: dict[str, tuple[str, ...]] = {
+        "gaze": ("card", "follow", "ask_colour", "ask_place"),
+        "reading": ("caption", "image", "gist"),
+    }
+    """{name: tasks} that arms are compared on; default: the digit world's tasks that need a gaze, and the others."""
+    margin: float = Field(default=0.03, gt=0)
+    """Differences of token accuracy below it count as none."""
+    plateau: float = Field(default=0.75, gt=0, lt=1)
+    """Mean token accuracy from which a run counts as having left the plateau."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +85,17 @@ class Cell:
     budget: str
     seeds: Seeds
     overrides: tuple[str, ...]  # Hydra overrides without those of the budget
-    factor: float  # on the training samples
+    factor: float | None  # on the training samples; None: follows from the runs of `flops_of`
+    flops_of: str | None = None
 
     @property
     def name(self):
         """Unique within the study, fit for a file name."""
-        numbers = (self.seeds.training, self.seeds.backbones, self.seeds.data)
-        return f"{self.arm}-{self.budget}-seed{'.'.join(map(str, numbers))}"
+        return run_name(self.arm, self.budget, self.seeds)
+
+
+def run_name(arm, budget, seeds):
+    return f"{arm}-{budget}-seed{seeds.training}.{seeds.backbones}.{seeds.data}"
 
 
 def read_study(name):
@@ -96,9 +120,13 @@ def check(study, path):
         for name in names:
             if not NAME.fullmatch(name):
                 raise UserError(f"{path}: {kind} {name!r}: use letters, digits, '_', '.' and '-' only")
-    for name, factor in study.budgets.items():
-        if not factor > 0:
-            raise UserError(f"{path}: budget {name} is {factor}: expected a factor above 0")
+    for name, budget in study.budgets.items():
+        if isinstance(budget, EqualFlops):
+            if not isinstance(study.budgets.get(budget.flops_of), float):
+                known = ", ".join(other for other, value in study.budgets.items() if isinstance(value, float)) or "none"
+                raise UserError(f"{path}: budget {name}: flops_of is {budget.flops_of!r}, expected one of: {known}")
+        elif not budget > 0:
+            raise UserError(f"{path}: budget {name} is {budget}: expected a factor above 0")
     for name, arm in study.arms.items():
         for budget in arm.budgets or ():
             if budget not in study.budgets:
@@ -107,17 +135,39 @@ def check(study, path):
 
 
 def cells_of(study):
-    """Every `Cell` of the study, arm by arm. UserError for a cell that occurs twice."""
-    cells = []
+    """Every `Cell` of the study, arm by arm; the first has none of equal FLOPs, as it would repeat itself. UserError
+    for a cell that occurs twice."""
+    cells, baseline = [], next(iter(study.arms))
     for name, arm in study.arms.items():
         budgets = arm.budgets or tuple(study.budgets)
         seeds = [as_seeds(entry) for entry in (arm.seeds or study.seeds)]
         for budget, entry in product(budgets, seeds):
-            cells.append(Cell(name, budget, entry, (*study.base, *arm.overrides), study.budgets[budget]))
+            value, overrides = study.budgets[budget], (*study.base, *arm.overrides)
+            if not isinstance(value, EqualFlops):
+                cells.append(Cell(name, budget, entry, overrides, value))
+            elif name != baseline:
+                cells.append(Cell(name, budget, entry, overrides, None, value.flops_of))
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the study has {len(twice)} run(s) twice: {', '.join(twice)}")
     return cells
+
+
+def with_factors(cells, baseline, flops):
+    """(cells with a factor, cells that wait), given {run name: training FLOPs} of finished runs: a cell of equal FLOPs
+    gets the baseline's FLOPs divided by its own arm's, of the runs with its seeds at the budget `flops_of`."""
+    ready, waiting = [], []
+    for cell in cells:
+        if cell.flops_of is None:
+            ready.append(cell)
+            continue
+        base, own = (flops.get(run_name(arm, cell.flops_of, cell.seeds)) for arm in (baseline, cell.arm))
+        if base is None or own is None:
+            waiting.append(cell)
+        else:
+            before = next(c.factor for c in cells if (c.arm, c.budget) == (cell.arm, cell.flops_of))
+            ready.append(replace(cell, factor=before * base / own))
+    return ready, waiting
 
 
 def as_seeds(entry):

@@ -15,7 +15,7 @@ import yaml
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.study.design import cells_of, parameters_of
+from pipeline_steps.study.design import cells_of, parameters_of, with_factors
 
 TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
 NOT_RUN = "parameters"  # checks params.yaml; a plan checks the parameters of every cell itself
@@ -69,6 +69,7 @@ class Plan:
     study: str
     commit: str
     runs: list[Run] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)  # runs whose samples follow from others that are not finished
     jobs: dict[tuple[str, str], Job] = field(default_factory=dict)  # in an order in which they can run
 
     def as_dict(self):
@@ -81,15 +82,17 @@ def folder_of(stage, key):
     return f"jobs/{stage}/{key}"
 
 
-def make_plan(name, study):
-    """`Plan` of a `Study`. UserError for uncommitted changes and for a cell whose parameters are wrong or equal
-    another's."""
+def make_plan(name, study, flops=None):
+    """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs. UserError for
+    uncommitted changes and for a cell whose parameters are wrong or equal another's."""
     commit = clean_commit()
     stages = read_stages()
     code = code_of_commit()
     plan = Plan(name, commit)
     seen = {}
-    for cell in cells_of(study):
+    cells, waiting = with_factors(cells_of(study), next(iter(study.arms)), flops or {})
+    plan.waiting = [cell.name for cell in waiting]
+    for cell in cells:
         parameters = parameters_of(cell)
         jobs = jobs_of(stages, parameters, code)
         plan.jobs |= {(job.stage, job.key): job for job in jobs.values() if (job.stage, job.key) not in plan.jobs}
@@ -165,7 +168,7 @@ def paths_of(entry, kind):
 
 def clean_commit():
     """The commit that is checked out. UserError if tracked or new files differ from it."""
-    changed = [line[3:] for line in git("status", "--porcelain").splitlines()]
+    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all").splitlines()]
     changed = [path for path in changed if not is_within(path.rstrip("/"), [RESULTS])]
     if changed:
         listed = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")

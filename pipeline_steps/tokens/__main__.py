@@ -5,10 +5,10 @@
                                     [--num-processes N]
 
 Writes one sidecar (common/sidecar.py) per shard with one row per item, in the shard's order. input_ids contain no
-visual tokens; `visual_position` says where to insert them. Answers are never cut: a chat longer than `max_tokens` loses
-whole turns at its end. An item whose first turn is too long is dropped. Both cases are counted and listed.
-Each process holds one shard at a time; the output does not depend on the number of processes. 15,220 short chats take
-3.3 s on one core and 2.4 s on two, including 0.9 s of start-up (data: sources.collect=[chat]
+visual tokens; `visual_position` is the index at which to insert them. Answers are never cut: a chat longer than
+`max_tokens` loses whole turns at its end. An item whose first turn is too long is dropped. Both cases are counted and
+listed. Each process holds one shard at a time; the output does not depend on the number of processes. 15,220 short
+chats take 3.3 s on one core and 2.4 s on two, including 0.9 s of start-up (data: sources.collect=[chat]
 sources.chat.num_train=15000).
 """
 
@@ -47,7 +47,7 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         jobs = plan(section, shards, Path(shards_dir), folder)
         reports = []
         with (
-            progress_bar("tokens", total=shards.packed, unit="sample") as bar,
+            progress_bar("tokenising", total=shards.packed, unit="sample") as bar,
             closing(run_jobs(jobs, renderer, tokenizer_dir, num_processes)) as found,
         ):
             for job, report in zip(jobs, found, strict=True):
@@ -90,7 +90,7 @@ def run_jobs(jobs, renderer, tokenizer_dir, num_processes):
             ) from None
 
 
-_worker = {}  # the renderer of this process
+_worker = {}  # the renderer of this worker process
 
 
 def _start_worker(tokenizer_dir, section, parent):
@@ -99,7 +99,7 @@ def _start_worker(tokenizer_dir, section, parent):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other workers use the remaining cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the remaining cores
     _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
 
 
@@ -152,7 +152,9 @@ def check_dropped(manifest, max_dropped):
                 "the texts."
             )
     if manifest.splits["train"].num_items == 0:
-        raise UserError(f"none of the {manifest.seen} items is left for training.\n{listing}")
+        raise UserError(
+            f"no training item is left of {manifest.seen} items. Raise tokens.max_tokens, or add samples.\n{listing}"
+        )
 
 
 def print_warnings(manifest, reports):
@@ -194,7 +196,7 @@ def main():
     parser.add_argument("--num-processes", type=int, default=min(len(os.sched_getaffinity(0)), 16))
     arguments = parser.parse_args()
     if arguments.num_processes < 1:
-        parser.error(f"--num-processes: {arguments.num_processes} is less than 1")
+        parser.error(f"--num-processes is {arguments.num_processes}, expected at least 1")
     section = params.read(arguments.params, *PARAMS).tokens
     manifest = build(section, arguments.shards, arguments.tokenizer, arguments.output, arguments.num_processes)
     counts = ", ".join(f"{split} {entry.num_items}" for split, entry in manifest.splits.items())

@@ -63,7 +63,7 @@ class ChatRenderer:
         self._frames = {}  # (first message?, role) -> (text before the content, text after it)
 
     def messages(self, sample, item):
-        """The item's (role, content) pairs, system first, contents stripped. Raises UserError for blank text."""
+        """Return the item's stripped (role, content) pairs, system first. Raises UserError for blank text."""
         if sample.source not in self._prompts:
             self._prompts[sample.source] = self.section.prompt(sample.source)
         prompt, where = self._prompts[sample.source], f"sample '{sample.key}'"
@@ -136,7 +136,8 @@ class ChatRenderer:
             if role == "assistant" and self.tokenizer.eos_token not in after:
                 raise UserError(
                     f"the tokenizer's chat template ends an answer with {after!r}, without the end-of-turn token "
-                    f"{self.tokenizer.eos_token!r} (eos_token), so the model would not learn to stop."
+                    f"{self.tokenizer.eos_token!r} (eos_token), so the model would not learn to stop. "
+                    "Correct the template."
                 )
             self._frames[first, role] = before, after
         return self._frames[first, role]
@@ -150,9 +151,10 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(named, tokenize=False)
         except TemplateError as error:
             if len(chats) > 1:
-                return [self._template(messages) for messages in chats]  # one by one, so that the error names the chat
+                return [self._template(messages) for messages in chats]  # one by one, to find the failing chat
             raise UserError(
-                f"the tokenizer's chat template rejects the roles {[role for role, _ in chats[0]]}: {error}"
+                f"the tokenizer's chat template rejects the roles {[role for role, _ in chats[0]]}: {error}. "
+                "Use another tokenizer, or correct the chats."
             ) from None
 
 
@@ -160,7 +162,7 @@ def _user_line(sample, item, prompt):
     if item.user is not None:
         return item.user
     if sample.kind == "text":
-        raise UserError(f"sample '{sample.key}': a text-only item needs 'user' or 'messages'")
+        raise UserError(f"sample '{sample.key}': a text-only item needs 'user' or 'messages'. Add one.")
     return prompt.image if sample.kind == "image" else prompt.video
 
 
@@ -182,17 +184,17 @@ def load_tokenizer(folder):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{folder}: the tokenizer has no chat template (in tokenizer_config.json or chat_template.jinja)"
+            f"{folder}: the tokenizer has no chat template (in tokenizer_config.json or chat_template.jinja). Add one."
         )
     if tokenizer.eos_token is None:
         raise UserError(
-            f"{folder}: the tokenizer has no eos_token (in tokenizer_config.json), the token that ends answers"
+            f"{folder}: the tokenizer has no eos_token (in tokenizer_config.json), the token that ends answers. Set it."
         )
     return tokenizer
 
 
 def tokenize(tokenizer, chats):
-    """One Encoded per Chat."""
+    """Tokenise the chats. Returns one Encoded per Chat."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # tokenizer.json may enable either
     backend.no_padding()

@@ -1,4 +1,4 @@
-"""Turn packed samples into sidecar rows. Too long chats are truncated or dropped, with the reason."""
+"""Turn packed samples into sidecar rows. Chats that are too long are truncated or dropped, with a reason."""
 
 from dataclasses import dataclass, field
 
@@ -9,16 +9,16 @@ from pipeline_steps.tokens.chat import Encoded, tokenize
 
 @dataclass
 class Outcome:
-    """Rows, dropped items and truncated items of some samples."""
+    """Rows, dropped items and truncated items of a list of samples."""
 
     rows: list[dict] = field(default_factory=list)  # of sidecar.SCHEMA, without the offsets in the tar
     dropped: list[Dropped] = field(default_factory=list)
-    truncated: list[Dropped] = field(default_factory=list)  # kept without their last turns
+    truncated: list[Dropped] = field(default_factory=list)  # kept, but without their last turns
 
 
 @dataclass
 class Draft:
-    """One item while it is being turned into a row."""
+    """An item in progress: its messages, tokens, and why it is dropped or truncated."""
 
     sample: PackedSample
     number: int  # of the item within the sample
@@ -29,9 +29,10 @@ class Draft:
     encoded: Encoded | None = None
     rejected_encoded: Encoded | None = None
     truncated_turns: int = 0
-    cut: str | None = None  # the numbers of tokens and turns, if truncated
+    truncation: str | None = None  # numbers of tokens and turns, if truncated
 
     def check_texts(self, control_token):
+        """Set `reason` if a text contains a control token or both answers are equal."""
         contents = [content for _, content in self.messages + (self.rejected or [])[-1:]]
         if any(map(control_token.search, contents)):
             self.reason = "control token in the text"
@@ -39,18 +40,19 @@ class Draft:
             self.reason = "the chosen and the rejected answer are the same"
 
     def shorten(self, max_tokens):
-        """Drop as few whole turns at the end as possible. Returns whether the chat must be encoded again."""
+        """Drop as few turns at the end as possible to fit max_tokens. Returns whether to encode the chat again."""
         length, ends = len(self.encoded.input_ids), [stop for _, stop in self.encoded.answers]
         num_kept = sum(stop <= max_tokens for stop in ends)
         if length <= max_tokens or self.rejected is not None or num_kept == 0:
             return False
         self.truncated_turns = len(ends) - num_kept
-        self.cut = f"{length} tokens in {len(ends)} turns, max_tokens is {max_tokens}: {num_kept} turns kept"
+        self.truncation = f"{length} tokens in {len(ends)} turns, max_tokens is {max_tokens}: {num_kept} turns kept"
         places = [place for place, (role, _) in enumerate(self.messages) if role == "assistant"]
         self.messages = self.messages[: places[num_kept - 1] + 1]
         return True
 
     def check_length(self, max_tokens):
+        """Set `reason` if the chat is still longer than max_tokens."""
         length, where = max(len(side.input_ids) for side in (self.encoded, self.rejected_encoded) if side), ""
         first_turn = self.encoded.answers[0][1]
         if len(self.encoded.answers) > 1 and first_turn > max_tokens:
@@ -59,9 +61,11 @@ class Draft:
             self.reason = f"{length} tokens{where}, max_tokens is {max_tokens}"
 
     def entry(self, reason):
+        """Return the item's entry for the lists of dropped and truncated items."""
         return Dropped(key=self.sample.key, item=self.number, reason=reason)
 
     def row(self):
+        """Return the row of sidecar.SCHEMA without tar offsets. Raises UserError for an answer without tokens."""
         sample, encoded = self.sample, self.encoded
         for side, text in ((encoded, self.messages), (self.rejected_encoded, self.rejected)):
             if side and any(stop - start < 2 for start, stop in side.answers):  # only the end-of-turn token
@@ -108,14 +112,14 @@ def tokenize_samples(samples, renderer, max_tokens):
             continue
         outcome.rows.append(draft.row())
         if draft.truncated_turns:
-            outcome.truncated.append(draft.entry(draft.cut))
+            outcome.truncated.append(draft.entry(draft.truncation))
     return outcome
 
 
 def _encode(drafts, renderer):
     """Render and tokenise the drafts, both sides of preferences.
 
-    Both sides train on the last answer only, or earlier turns would count on the chosen side alone.
+    Both sides train on the last answer only; otherwise earlier turns would count for the chosen side alone.
     """
     jobs = [(draft.messages, draft.item.cue, draft.rejected is not None) for draft in drafts]
     for draft, encoded in zip(drafts, tokenize(renderer.tokenizer, renderer.render_all(jobs)), strict=True):

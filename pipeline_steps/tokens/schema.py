@@ -15,22 +15,22 @@ class Prompt(StrictModel):
     """The lines that a source's items do not bring themselves. null: as in the entry of source "*"."""
 
     source: Line
-    """Source name, or `*` for all others. A source this run does not collect is allowed."""
+    """Source, collected or not; `*`: all others."""
     system: str | None
-    """System line of chats that bring none; `""` leaves it to the chat template. Checkpoints use the one of `*`."""
+    """Default system line; `""`: the chat template's. Checkpoints use that of `*`."""
     video: Line | None
-    """User line of a video without one."""
+    """Default user line."""
     image: Line | None
-    """User line of a still without one."""
+    """Default user line."""
     choice: str | None
-    """Line after the lettered options; `""`: none."""
+    """Line after the lettered options."""
 
 
 class Section(StrictModel):
     max_tokens: PositiveInt
-    """Longest chat in tokens, visual tokens excluded. Answers are never cut; whole turns are dropped."""
+    """Longest chat, visual tokens excluded; whole turns are dropped."""
     max_dropped: float = Field(ge=0, le=1)
-    """Share of a source's items that may be dropped before the stage fails."""
+    """Dropped share of a source above which the stage fails."""
     prompts: tuple[Prompt, ...]
     """Prompts per source; null takes the value of `*`."""
 
@@ -41,10 +41,10 @@ class Section(StrictModel):
             raise ValueError(f"prompts has two entries for source '{twice[0]}'")
         common = next((entry for entry in self.prompts if entry.source == ALL), None)
         if common is None:
-            raise ValueError(f"prompts has no entry for source '{ALL}', which holds what the others leave out")
+            raise ValueError(f"prompts has no entry for source '{ALL}', which the other entries fall back to; add one")
         empty = [name for name, value in common.model_dump().items() if value is None]
         if empty:
-            raise ValueError(f"prompts: the entry of source '{ALL}' leaves out {', '.join(empty)}")
+            raise ValueError(f"prompts: the entry of source '{ALL}' must not leave out {', '.join(empty)}")
         return self
 
     def prompt(self, source: str) -> Prompt:

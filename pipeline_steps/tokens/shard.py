@@ -79,9 +79,9 @@ def _count(samples, outcome):
 
 
 def read_shard(path, entry):
-    """Return (the PackedSamples of one tar in order, {key: offsets and sizes of its members}).
+    """Read one tar. Returns (its PackedSamples in order, {key: offsets and sizes of its members}).
 
-    Raises UserError if the tar does not match the manifest, or if its pictures do not match its records.
+    Raises UserError if the tar contradicts the manifest, or its frames contradict its records.
     """
     try:
         found = sha256_file(path)
@@ -104,7 +104,7 @@ def read_shard(path, entry):
         raise UserError(f"{path}: damaged after {len(samples)} samples ({error}). {RERUN}") from None
     if frames:
         raise UserError(
-            f"{path}: {frames[0].name} and {len(frames) - 1} more pictures have no record after them. {RERUN}"
+            f"{path}: {frames[0].name} and {len(frames) - 1} more frames have no record after them. {RERUN}"
         )
     if len(samples) != entry.num_samples:
         raise UserError(f"{path}: found {len(samples)} samples, expected {entry.num_samples} (manifest.json). {RERUN}")
@@ -115,16 +115,16 @@ def _place(path, sample, frames, member, known):
     """Return the offsets and sizes of a sample. Raises UserError if its members have wrong names or a wrong number."""
     where = f"{path}: {member.name}"
     if member.name != f"{sample.key}.json":
-        raise UserError(f"{where}: holds the key '{sample.key}'. {RERUN}")
+        raise UserError(f"{where}: the record has another key, '{sample.key}'. {RERUN}")
     if known:
         raise UserError(f"{where}: the key '{sample.key}' occurs twice. {RERUN}")
     if len(frames) != sample.frame_count:
-        raise UserError(f"{where}: frame_count is {sample.frame_count}, but {len(frames)} pictures precede it. {RERUN}")
+        raise UserError(f"{where}: frame_count is {sample.frame_count}, but {len(frames)} frames precede it. {RERUN}")
     one = sample.kind == "image" and sample.frame_count == 1
     names = [f"{sample.key}.jpg" if one else f"{sample.key}.{number:03d}.jpg" for number in range(len(frames))]
     for frame, name in zip(frames, names, strict=True):
         if frame.name != name or not frame.isfile():
-            raise UserError(f"{where}: the picture before it is {frame.name}, expected the file {name}. {RERUN}")
+            raise UserError(f"{where}: the frame before it is {frame.name}, expected the file {name}. {RERUN}")
     return {
         "frame_offsets": [frame.offset_data for frame in frames],
         "frame_sizes": [frame.size for frame in frames],

@@ -2,11 +2,12 @@
 
     python -m pipeline_steps.training --stage stage1
 
-Reads params.yaml, data/shards and data/tokens; stage1 starts from data/backbones, the others from the stage before.
-Writes the model with its processor and code as a Hugging Face folder, outputs/<stage>, and its curves to
-outputs/metrics/<stage>.{csv,json}.
-Interrupted, it goes on from its last state. Cost at the embedded scale: one to four minutes a stage on two cores,
-below 1 GB of memory. Needs only torch, transformers, pyarrow, pydantic and PyYAML. On several devices or machines:
+Reads params.yaml, data/shards and data/tokens. stage1 starts from data/backbones, every other stage from the checkpoint
+of the previous one. Writes the model with its processor and code as a Hugging Face folder to outputs/<stage>, and the
+learning curves to outputs/metrics/<stage>.{csv,json}. An interrupted run resumes from its last checkpoint.
+
+Cost at the embedded scale: one to four minutes per stage on two cores, below 1 GB of memory. Requires only torch,
+transformers, pyarrow, pydantic and PyYAML. On several devices or machines:
 
     torchrun --nproc-per-node 4 -m pipeline_steps.training --stage stage1
 """
@@ -22,9 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault(
-    "MKL_DYNAMIC", "FALSE"
-)  # the same number of threads, so the same sums, whatever else the machine does
+# A fixed number of threads, and so the same order of additions, on a busy machine too.
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run_stage(arguments: argparse.Namespace, parameters, group: DistributedContext) -> None:
-    """Everything that one process does for a stage."""
+    """Runs a stage in this process: load, train, publish."""
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
     check(arguments.stage, settings, parameters.model)
     live = arguments.outputs / "live" / arguments.stage
@@ -97,8 +97,8 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     transformers_logging.disable_progress_bar()
     torch.manual_seed(parameters.seed)
     started = time.time()
-    mark = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments, settings))
-    with shared_scratch(group, arguments.stage, mark) as folder:
+    fingerprint = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments, settings))
+    with shared_scratch(group, arguments.stage, fingerprint) as folder:
         model = load_model(arguments, parameters).to(group.device)
         train_split, validation_split = open_splits(arguments, parameters, model.config)
         run = TrainContext(
@@ -126,7 +126,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             [
                 f"{arguments.stage}: {settings.num_samples:,} samples, {run.num_steps:,} steps on {devices}",
                 f"  objectives: {', '.join(objective.name for objective in run.training_model.objectives)}",
-                *format_unserved(run.served.groups.unmatched),
+                *format_unmatched(run.stage_plan.groups.unmatched),
                 format_table(table),
             ],
         )
@@ -141,12 +141,13 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
 
 
 @contextmanager
-def shared_scratch(group: DistributedContext, stage: str, mark: str) -> Iterator[Path]:
-    """The scratch folder of this work, locked by the main process. Several machines need it on a shared disk."""
+def shared_scratch(group: DistributedContext, stage: str, fingerprint: str) -> Iterator[Path]:
+    """Yields the scratch folder of the run, locked by the main process. With several machines it must be on a shared
+    disk."""
     if not group.is_main:
         yield group.broadcast(None)
         return
-    with locked_scratch(stage, mark) as (folder, _):
+    with locked_scratch(stage, fingerprint) as (folder, _):
         yield group.broadcast(folder)
 
 
@@ -163,13 +164,13 @@ def read_arguments() -> argparse.Namespace:
 
 
 def previous(arguments: argparse.Namespace) -> Path | None:
-    """The folder of the stage before, None for the first."""
+    """Checkpoint folder of the previous stage; None for the first stage."""
     number = STAGES.index(arguments.stage)
     return arguments.outputs / STAGES[number - 1] if number else None
 
 
 def input_files(arguments: argparse.Namespace, settings) -> list[Path]:
-    """The files whose content determines the run: manifests hold the hashes of all shards."""
+    """The files whose content determines the result. The manifests contain the hashes of all shards."""
     before = previous(arguments)
     folders = [before] if before else [arguments.backbones / name for name in ("vision_encoder", "language_model")]
     models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
@@ -178,14 +179,17 @@ def input_files(arguments: argparse.Namespace, settings) -> list[Path]:
     for path in files:
         if not path.exists():
             raise UserError(
-                f"{path}: missing. {arguments.stage} starts from it: run the stages before "
-                f"(`dvc repro {arguments.stage}`)."
+                f"{path}: missing, but {arguments.stage} starts from it. Run the previous stages with "
+                f"`dvc repro {arguments.stage}`."
             )
     return files
 
 
 def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForConditionalGeneration:
-    """The model to train: new around the backbones, or the previous stage's, whose network options must be the same."""
+    """The model to train: built from the backbones in stage1, else loaded from the previous stage.
+
+    UserError if the previous checkpoint was made with other network options.
+    """
     options = parameters.model.model_dump()
     before = previous(arguments)
     if before is None:
@@ -193,47 +197,50 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
         try:
             return FoveatedVLMForConditionalGeneration.from_backbones(*folders, **options)
         except ValueError as error:
-            raise UserError(f"{arguments.stage} cannot build the network of section model: {error}") from None
+            raise UserError(f"{arguments.stage}: cannot build the network from section `model`: {error}") from None
     model = checkpoint.load_model(before)
     wrong = [
-        f"{name} is {getattr(model.config, name)!r}, the parameters say {value!r}"
+        f"{name} is {getattr(model.config, name)!r}, but params.yaml has {value!r}"
         for name, value in options.items()
         if value != "auto" and getattr(model.config, name) != value
     ]
     if wrong:
         raise UserError(
-            f"{before}: not the model that {arguments.stage} goes on from ({'; '.join(wrong)}). Rerun the stage before."
+            f"{before}: the checkpoint does not match the parameters of {arguments.stage} ({'; '.join(wrong)}). Rerun "
+            "the previous stage."
         )
     return model
 
 
 def heads_of(folder: Path) -> Path:
-    """The file of the objectives' own modules beside a stage's model."""
+    """The file with the weights of the objectives' own modules, in a stage's checkpoint folder."""
     return folder / "objective.safetensors"
 
 
 def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
-    """Weights of the stage before for the objectives' own modules, where initial_modules asks for them. UserError where
-    they are not those of this stage."""
+    """Loads the previous stage's weights into the objectives' own modules if `initial_modules` is `previous`.
+
+    UserError if there is no previous stage, no such module, or a module of another name or shape.
+    """
     heads, before = run.training_model.objective, previous(arguments)
     key = f"training.{run.stage}.objective.initial_modules"
     if run.settings.objective.initial_modules == "new":
         return
     if not len(heads) or before is None:
-        reason = "no stage is before it" if before is None else "no objective of this stage has modules"
+        reason = "there is no previous stage" if before is None else "no objective of this stage has modules"
         raise UserError(f"{key} is previous, but {reason}. Set it to new.")
     found, own = load_file(heads_of(before)), heads.state_dict()
     shapes = {name: list(value.shape) for name, value in own.items()}
     if shapes != {name: list(value.shape) for name, value in found.items()}:
         raise UserError(
-            f"{heads_of(before)}: holds {', '.join(sorted(found))}, but {run.stage} needs {', '.join(sorted(own))} "
-            f"in the shapes {shapes}. Set {key} to new, or give both stages the same objectives."
+            f"{heads_of(before)}: contains {', '.join(sorted(found))}, but {run.stage} needs {', '.join(sorted(own))} "
+            f"with the shapes {shapes}. Set {key} to new, or give both stages the same objectives."
         )
     heads.load_state_dict(found)
 
 
 def open_splits(arguments: argparse.Namespace, parameters, config) -> tuple[TokenizedShards, TokenizedShards]:
-    """What is trained on, wherever it lies, and the local shards to validate on. UserError where they do not fit."""
+    """(training split, local or remote; local validation split). UserError if their frames were packed differently."""
     streaming = parameters.streaming
     train_split = open_training_split(config, streaming, parameters.runtime, arguments.shards, arguments.tokens)
     validation_split = TokenizedShards.for_model(
@@ -241,20 +248,23 @@ def open_splits(arguments: argparse.Namespace, parameters, config) -> tuple[Toke
     )
     if train_split.frame_policy != validation_split.frame_policy:
         raise UserError(
-            f"{streaming.url}: its frames were made by {train_split.frame_policy}, those in {arguments.shards} by "
-            f"{validation_split.frame_policy}. Make both with the same section shards."
+            f"{streaming.url}: frames packed with {train_split.frame_policy}, but those in {arguments.shards} with "
+            f"{validation_split.frame_policy}. Pack both with the same section `shards`."
         )
     return train_split, validation_split
 
 
-def format_unserved(unserved: dict[str, int]) -> list[str]:
-    """A line on the items that no entry of the mixture takes, if there are any."""
-    listing = ", ".join(f"{name} {count:,}" for name, count in unserved.items())
-    return [f"  items not served by the mixture: {listing}"] if unserved else []
+def format_unmatched(unmatched: dict[str, int]) -> list[str]:
+    """[one line] about items that match no mixture entry, or []. unmatched: {source/task: number of items}."""
+    listing = ", ".join(f"{name} {count:,}" for name, count in unmatched.items())
+    return [f"  items that match no mixture entry: {listing}"] if unmatched else []
 
 
 def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seconds: float) -> None:
-    """The finished model and its curves, each whole or not at all. Wall time goes beside them: it is no result."""
+    """Writes the finished checkpoint, its curves and its timing, each file or folder atomically.
+
+    The timing has a file of its own because it differs between runs of the same work.
+    """
     with replaced_folder(arguments.outputs / arguments.stage) as folder:
         shards = read_record(ShardsManifest, arguments.shards / "manifest.json", "shards")
         tokens = read_record(TokensManifest, arguments.tokens / "manifest.json", "tokens")
@@ -291,14 +301,14 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
     write_json(arguments.metrics / f"{arguments.stage}.json", summary)
     timing = {
         "seconds": round(seconds, 1),
-        "samples_per_second": round(run.logger.samples / seconds, 1),  # of this process, which may have gone on
+        "samples_per_second": round(run.logger.samples / seconds, 1),  # since this process started or resumed
         "device": run.device,
     }
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
 
 
 def by_task(rows: list[dict]) -> dict[str, dict]:
-    """{task: {mode: {"loss", "accuracy"}}} of the rows of a validation, over all its sources, token-weighted."""
+    """{task: {mode: {"loss", "accuracy"}}} from validation rows: token-weighted means over the sources."""
     tasks: dict[str, dict] = {}
     for row in rows:
         if row["event"] == "validation":

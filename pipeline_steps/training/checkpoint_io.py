@@ -1,9 +1,8 @@
-"""Unfinished training: where its states live, and how they are written so that a kill at any moment, a full disk or a
-second run loses nothing but time.
+"""Reads and writes the training states that an interrupted run resumes from.
 
-A state is a folder `step-00000200` with model.safetensors, optimizer.safetensors and state.json (the step, the curves
-so far, the best validation; version FORMAT). It appears by one rename when all of it is on the disk; reading it runs no
-pickled code.
+A state is a folder `step-00000200` with model.safetensors, optimizer.safetensors and state.json (step, learning curves,
+best validation; version FORMAT). It is written under another name, synced and then renamed, so a kill or a full disk
+leaves the previous states intact. Loading a state unpickles nothing.
 """
 
 import json
@@ -24,7 +23,7 @@ from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 FORMAT = 1
 BEST = "best"
-CODE = (  # that dvc.yaml lists for the training stages
+CODE = (  # the code dependencies of the training stages in dvc.yaml
     "model",
     "pipeline_steps/streaming",
     "pipeline_steps/training",
@@ -37,8 +36,7 @@ CODE = (  # that dvc.yaml lists for the training stages
 
 
 def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
-    """16 hex digits of everything that determines the run: parameters (`Parameters.as_dict`), input files, code,
-    libraries."""
+    """16 hex digits that identify the run: parameters (`Parameters.as_dict`), input files, code, library versions."""
     root = Path(__file__).resolve().parents[2]
     code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
     libraries = [version(name) for name in ("torch", "transformers")]
@@ -46,10 +44,10 @@ def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:
-    """Write the state of a step beside the older ones and remove all but the last `keep` of them.
+    """Writes the state of a step, then deletes all but the last `keep` states.
 
-    tensors: {"model": {name: tensor}, "optimizer": {...}, ...}, a file each; values: JSON-able. UserError when the
-    disk refuses; the older states are then as they were.
+    tensors: {"model": {name: tensor}, "optimizer": {...}, ...}, one file each. values: JSON-serialisable. UserError if
+    writing fails; the older states then remain.
     """
     _write_whole(folder / f"step-{step:08d}", tensors, values | {"step": step, "format": FORMAT})
     for old in _states(folder)[:-keep]:
@@ -57,13 +55,13 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, 
 
 
 def load_state(folder: Path) -> tuple[dict[str, dict], dict] | None:
-    """(tensors, values) of the last complete state, or None at the beginning of a run."""
+    """(tensors, values) of the last complete state, or None if there is none."""
     states = _states(folder)
     return _read(states[-1]) if states else None
 
 
 def save_best(folder: Path, tensors: dict[str, dict], values: dict) -> None:
-    """Replace the best weights so far. tensors: as of `save_state`."""
+    """Replaces the best weights so far. tensors: as in `save_state`."""
     _write_whole(folder / BEST, tensors, values | {"format": FORMAT})
 
 
@@ -103,7 +101,7 @@ def _write_whole(target: Path, tensors: dict[str, dict], values: dict) -> None:
 
 
 def _save_tensors(tensors: dict, path: Path) -> None:
-    """Tied tensors are written as one and its other names, which safetensors does not do by itself."""
+    """Writes tied tensors once and their other names as metadata, because safetensors rejects shared memory."""
     first, names = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu()
@@ -116,7 +114,7 @@ def _save_tensors(tensors: dict, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in first.values()}, path, metadata=names or None)
     except SafetensorError as error:
         raise UserError(
-            f"{path}: cannot be written ({error}). Check that the disk has space; the states before are whole."
+            f"{path}: cannot be written ({error}). Free disk space and run again; the older states are intact."
         ) from None
 
 
@@ -126,13 +124,13 @@ def _read(folder: Path) -> tuple[dict[str, dict], dict]:
         tensors = {file.stem: _load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: cannot be read ({error}). Remove this folder to go on from the state before, or, where there "
-            "is none (runtime.keep_checkpoints), to begin again."
+            f"{folder}: cannot be read ({error}). Delete this folder to resume from the previous state, or to start "
+            "over if it is the only one (runtime.keep_checkpoints)."
         ) from None
     if values.get("format") != FORMAT:
         raise UserError(
-            f"{folder}: a state of format {values.get('format')}, this version reads {FORMAT}. Remove the folder "
-            f"{folder.parent} to begin again."
+            f"{folder}: state format {values.get('format')}, but this version reads {FORMAT}. Delete {folder.parent} "
+            "to start over."
         )
     return tensors, values
 
@@ -152,17 +150,17 @@ def _sync(path: Path) -> None:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all of one that is divided among processes (each of which has to call this)."""
+    """The tensor, gathered from all ranks if it is sharded. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state_dict with whole tensors."""
+    """The model's state_dict with full (unsharded) tensors."""
     return {name: full_tensor(value) for name, value in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
-    """{"<parameter name>/<what>": tensor} of an optimizer's state. names: {id(parameter): name}."""
+    """{"<parameter name>/<state name>": full tensor} of an optimizer's state. names: {id(parameter): name}."""
     return {
         f"{names[id(parameter)]}/{what}": full_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -171,7 +169,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, names: dict[int, str]) -> None:
-    """Puts what `optimizer_tensors` gave back, by parameter name."""
+    """Loads tensors from `optimizer_tensors` into the optimizer, by parameter name."""
     of_parameter: dict[str, dict] = {}
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
@@ -186,7 +184,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, names: di
 
 
 def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`value` divided among the processes as the parameter is."""
+    """`value`, sharded like the parameter."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

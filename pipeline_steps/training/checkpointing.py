@@ -1,16 +1,16 @@
-"""What a run keeps: its state after a step, its best weights, and the model that it publishes."""
+"""Saving during a run: the state to resume from, the best weights, and the weights to publish."""
 
 from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps.training import checkpoint_io
 from pipeline_steps.training.context import TrainContext, TrainState, averaged
 
 
-def save(run: TrainContext, trainer: TrainState, step: int) -> None:
-    """The state after a step, written by the main process; all of them take part in putting it together."""
+def save_state(run: TrainContext, state: TrainState, step: int) -> None:
+    """Saves the state after a step. The main process writes it; every rank must call this to gather the tensors."""
     loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
-    tensors = stage_weights(run) | {"optimizer": trainer.optimizer.tensors(trainer.names)}
-    if trainer.ema is not None:
-        tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in trainer.ema.values.items()}
+    tensors = stage_weights(run) | {"optimizer": state.optimizer.tensors(state.names)}
+    if state.ema is not None:
+        tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in state.ema.values.items()}
     if run.distributed.is_main:
         values = {"history": run.history, "best": run.best, "loader": loader}
         checkpoint_io.save_state(run.folder, step, tensors, values, run.runtime.keep_checkpoints)
@@ -18,20 +18,20 @@ def save(run: TrainContext, trainer: TrainState, step: int) -> None:
 
 
 def stage_weights(run: TrainContext) -> dict[str, dict]:
-    """{"model": the network's weights, "objective": those of the objectives' own modules, if there are any}."""
+    """{"model": weights of the network, "objective": weights of the objectives' own modules, if there are any}."""
     found = {"model": checkpoint_io.weights(run.model)}
     heads = checkpoint_io.weights(run.training_model.objective)
     return found | {"objective": heads} if heads else found
 
 
 def load_weights(run: TrainContext, tensors: dict[str, dict]) -> None:
-    """Puts what `stage_weights` gave back."""
+    """Loads weights from `stage_weights`."""
     run.model.load_state_dict(tensors["model"])
     run.training_model.objective.load_state_dict(tensors.get("objective", {}))
 
 
 def all_quarantined(run: TrainContext) -> dict[str, dict]:
-    """{key: reason, times} of the samples that any process could not read."""
+    """{key: {reason, times}} of the samples that any rank could not read."""
     together: dict[str, dict] = {}
     for own in run.distributed.gather(run.loader.quarantined):
         for key, entry in own.items():
@@ -40,8 +40,8 @@ def all_quarantined(run: TrainContext) -> dict[str, dict]:
     return together
 
 
-def keep_best(run: TrainContext, trainer: TrainState, rows: list[dict]) -> None:
-    """Keeps the weights of the validation with the lowest mean loss (over tasks, mode fine)."""
+def save_if_best(run: TrainContext, state: TrainState, rows: list[dict]) -> None:
+    """Saves the weights if this validation has the lowest mean loss so far (mode fine, mean over the rows)."""
     losses = [row["loss"] for row in rows if row["event"] == "validation" and row["mode"] == "fine"]
     if not losses or run.common.publish != "best":
         return
@@ -49,20 +49,20 @@ def keep_best(run: TrainContext, trainer: TrainState, rows: list[dict]) -> None:
     if run.best is not None and loss >= run.best["loss"]:
         return
     run.best = {"step": rows[0]["step"], "loss": loss}
-    with averaged(trainer):
+    with averaged(state):
         weights = stage_weights(run)
         if run.distributed.is_main:
             checkpoint_io.save_best(run.folder, weights, run.best)
     run.distributed.wait()
 
 
-def publish_weights(run: TrainContext, trainer: TrainState) -> None:
-    """`run.published` and `run.published_heads` of the main process: the network, and the tensors of the objectives'
-    own modules, with the weights of the last step, their average or the best."""
-    if run.common.publish == "last" and trainer.ema is None and not run.is_sharded:
+def publish_weights(run: TrainContext, state: TrainState) -> None:
+    """Sets `run.published` (network) and `run.published_heads` (tensors of the objectives' own modules) in the main
+    process, from the last, the averaged or the best weights as `publish` and `ema_decay` say."""
+    if run.common.publish == "last" and state.ema is None and not run.is_sharded:
         run.published, run.published_heads = run.model, stage_weights(run).get("objective", {})
         return
-    with averaged(trainer):
+    with averaged(state):
         weights = {
             part: {name: value.detach().clone() for name, value in tensors.items()}
             for part, tensors in stage_weights(run).items()

@@ -1,4 +1,4 @@
-"""What stops a run or warns of one that cannot end well, with the name of what is wrong.
+"""Checks that stop a run or warn about it: non-finite losses, plateaus, repeated data, GPU memory.
 
 F frames, P visual tokens per frame, N patches.
 """
@@ -16,13 +16,13 @@ from pipeline_steps.common.files import writable, write_json
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.training.objectives.entropy import attention_entropy
 
-UNIFORM = 0.98  # of the entropy of attention to everything alike
-SAME = 0.98  # cosine similarity of two looks that see the same
-BOUND = 0.9  # accuracy above which things are bound to their objects
+UNIFORM_ATTENTION = 0.98  # entropy / maximum entropy above which attention counts as uniform
+SAME_TOKEN = 0.98  # cosine similarity above which two visual tokens count as equal
+BOUND_ACCURACY = 0.9  # accuracy above which attributes count as bound to their objects
 
 
-def refuse_non_finite(stage: str, step: int, loss: float, norm: float, batch: Batch, folder: Path) -> None:
-    """UserError when the loss or the gradient of a step is no number: names the samples and keeps the batch."""
+def check_finite(stage: str, step: int, loss: float, norm: float, batch: Batch, folder: Path) -> None:
+    """UserError if the loss or gradient norm of a step is NaN or infinite. Saves the batch and names its samples."""
     if np.isfinite(loss) and np.isfinite(norm):
         return
     path = folder / f"non_finite-{step:08d}.safetensors"
@@ -31,18 +31,18 @@ def refuse_non_finite(stage: str, step: int, loss: float, norm: float, batch: Ba
         save_file(tensors, path)
     write_json(path.with_suffix(".json"), {"keys": batch.keys, "loss": str(loss), "grad_norm": str(norm), "step": step})
     raise UserError(
-        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch.keys)}. Lower "
-        f"training.{stage}.learning_rate or look at these samples: the batch is {path}, and the last "
-        "state, if there is one, is beside it."
+        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch.keys)}. The weights were "
+        f"not updated. Lower training.{stage}.learning_rate or inspect the batch, {path}; the last state is in the "
+        "same folder."
     )
 
 
 def attention_diagnostics(fine, coarse, num_frames: torch.Tensor) -> dict[str, float]:
-    """Numbers that tell a run that looks from one that does not, from a fine and a coarse output with attention.
+    """Diagnostics of whether the queries select anything, from a fine and a coarse output with attention weights.
 
-    attention_entropy: nats, last layer, mean over frames and heads; attention_uniformity: the same as a share of
-    log(N + 1). token_similarity: mean cosine of the visual tokens of different frames of a sample;
-    coarse_similarity: mean cosine of a frame's fine and coarse token. num_frames [B].
+    attention_entropy: nats, last layer, mean over frames and heads. attention_uniformity: the same divided by
+    log(N + 1). token_similarity: mean cosine similarity of the visual tokens of different frames of a sample.
+    coarse_similarity: mean cosine similarity of a frame's fine and coarse token. num_frames: [B].
     """
     weights = fine.attention_weights[-1].float()  # [F, H, K, N + 1]
     entropy = attention_entropy(weights).mean()
@@ -61,10 +61,10 @@ def attention_diagnostics(fine, coarse, num_frames: torch.Tensor) -> dict[str, f
 def plateau(
     losses: list[float], accuracies: list[float], diagnostics: dict, validations: int, progress: float
 ) -> str | None:
-    """Why a run that has stopped learning has stopped, in words, or None while it learns, or where nothing is known.
+    """The likely cause of a plateau with advice, or None if the run still improves or no known cause fits.
 
-    losses, accuracies: means of every validation so far. A plateau: over the last `validations` of them the best loss
-    is not lower by the share `progress` than the best one before.
+    losses, accuracies: means of every validation so far. A plateau: the best loss of the last `validations` is not at
+    least the share `progress` below the best earlier one.
     """
     if len(losses) <= validations:
         return None
@@ -73,38 +73,41 @@ def plateau(
         return None
     found = f"validation loss {since:.3f} in the last {validations} validations, {before:.3f} before"
     uniformity, same = diagnostics.get("attention_uniformity", 0), diagnostics.get("coarse_similarity", 0)
-    if uniformity > UNIFORM:
+    if uniformity > UNIFORM_ATTENTION:
         return (
-            f"{found}: uniform attention ({uniformity:.0%} of its greatest entropy), the queries choose nothing. Raise "
-            "the connector's learning rate, or warm up queries with the vision encoder first."
+            f"{found}: uniform attention ({uniformity:.0%} of the maximum entropy), so the queries select nothing. "
+            "Raise the connector's learning rate, or warm up the queries with the vision encoder first."
         )
-    if same > SAME:
+    if same > SAME_TOKEN:
         return (
-            f"{found}: coarse = fine (cosine {same:.2f}), planned queries find what the static one finds. Raise "
-            "objective.second_pass_probability or the connector's learning rate."
+            f"{found}: coarse = fine (cosine {same:.2f}), so planned queries return the same as the static query. "
+            "Raise objective.second_pass_probability or the connector's learning rate."
         )
-    if accuracies[-1] < BOUND:
+    if accuracies[-1] < BOUND_ACCURACY:
         return (
-            f"{found}, accuracy {accuracies[-1]:.0%}, though attention chooses: the multiset plateau, if answers hold "
-            "the right things of the wrong object (tokens list what there is without binding it). Train longer, or "
-            "begin with clips of one object."
+            f"{found}, accuracy {accuracies[-1]:.0%}, although attention is selective. Check the answers: if "
+            "attributes are right but bound to the wrong object, this is the multiset plateau (tokens list the "
+            "attributes of a frame without binding them). Train longer, or start with clips of one object."
         )
     return None
 
 
-def warn_of_repeats(stage: str, mixture: dict[str, dict], warn_above_epochs: float) -> list[str]:
-    """A line for every group of the mixture that the run would serve more than `warn_above_epochs` times."""
+def repeat_warnings(stage: str, mixture: dict[str, dict], warn_above_epochs: float) -> list[str]:
+    """One line for every mixture entry whose items the run repeats more than `warn_above_epochs` times."""
     return [
-        f"{stage}: '{name}' is served {row['epochs']:.1f} times, more than runtime.warn_above_epochs "
-        f"({warn_above_epochs:g}): collect more of it, or lower its weight or num_samples"
+        f"{stage}: {row['epochs']:.1f} epochs of '{name}', more than runtime.warn_above_epochs "
+        f"({warn_above_epochs:g}). Add data, or lower its weight or num_samples."
         for name, row in mixture.items()
         if row["epochs"] > warn_above_epochs
     ]
 
 
 def find_micro_batch_size(batch_size: int, try_size: Callable[[int], None]) -> int:
-    """The largest of batch_size, its half, its quarter ... with which `try_size`, a forward and a backward pass of that
-    many of the largest samples, does not run out of memory. UserError when a single one does."""
+    """The largest of batch_size, batch_size / 2, batch_size / 4 ... that fits into GPU memory.
+
+    try_size: runs forward and backward with that many of the largest samples. UserError if a single sample does not
+    fit.
+    """
     size = batch_size
     while True:
         try:
@@ -112,11 +115,12 @@ def find_micro_batch_size(batch_size: int, try_size: Callable[[int], None]) -> i
             return size
         except torch.OutOfMemoryError:
             pass
-        if torch.cuda.is_available():  # outside of the handler, whose error still holds what the attempt made
+        if torch.cuda.is_available():  # outside the handler: the exception still references the tensors of the attempt
             torch.cuda.empty_cache()
         if size == 1:
             raise UserError(
-                "a single sample is too large for the GPU's memory. Set training.common.activation_checkpointing: true "
-                "or training.common.precision: bf16, or lower shards.max_frames or tokens.max_tokens."
+                "a single sample does not fit into GPU memory (micro-batch size 1). Set "
+                "training.common.activation_checkpointing: true or training.common.precision: bf16, or lower "
+                "shards.max_frames or tokens.max_tokens."
             )
         size = (size + 1) // 2

@@ -1,4 +1,5 @@
-"""What one stage's training consists of, and how far it is."""
+"""The two dataclasses of the train loop: `TrainContext` (a stage and its data) and `TrainState` (what a step
+updates)."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from pipeline_steps.training.training_model import TrainingModel
 
 @dataclass
 class TrainContext:
-    """One stage: what is trained, on what, and how far it is."""
+    """One stage: model, data, settings and results so far."""
 
     stage: str
     model: nn.Module  # the network
@@ -35,15 +36,17 @@ class TrainContext:
     settings: object  # training.<stage>
     streaming: object
     runtime: object
-    folder: Path  # scratch, for the states
+    folder: Path  # scratch folder for the states
     distributed: DistributedContext = SINGLE_PROCESS
     history: list[dict] = field(default_factory=list)  # rows of the metrics table
     best: dict | None = None  # {"step", "loss"} of the best validation so far
     micro_batch_size: int | None = None
-    reference: nn.Module | None = None  # frozen copy of the initial network, where an objective needs it
+    reference: nn.Module | None = None  # frozen copy of the initial network, if an objective needs it
     logger: MetricsLogger | None = None
-    published: nn.Module | None = None  # the main process's network at the end of the stage
-    published_heads: dict[str, torch.Tensor] = field(default_factory=dict)  # of the objectives' own modules, likewise
+    published: nn.Module | None = None  # network to publish; set at the end of the stage, main process only
+    published_heads: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # tensors of the objectives' own modules, likewise
     stop_requested: bool = False
 
     @property
@@ -52,15 +55,15 @@ class TrainContext:
 
     @cached_property
     def training_model(self) -> TrainingModel:
-        """The network with the stage's objectives, whose own modules are drawn with the seed."""
+        """The network with the stage's objectives. Their own modules are initialised from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             objectives = build(self.stage, self.settings, self.model.config)
         return TrainingModel(self.model, objectives).to(self.device)
 
     @cached_property
-    def served(self) -> StagePlan:
-        """Which items, in which batches. UserError where the data lack them."""
+    def stage_plan(self) -> StagePlan:
+        """The plan of all batches of the stage. UserError if the data lack the items of the mixture."""
         return plan_stage(
             self.train,
             self.settings,
@@ -74,17 +77,18 @@ class TrainContext:
 
     @cached_property
     def loader(self) -> Loader:
-        """This process's batches."""
+        """Data loader of this rank's batches."""
         collate = Collator.for_model(
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
         group = self.distributed
         place = {"rank": group.rank, "world_size": group.world_size}
-        return Loader(self.train, self.served, collate, self.streaming, self.runtime, **place)
+        return Loader(self.train, self.stage_plan, collate, self.streaming, self.runtime, **place)
 
     @cached_property
     def step_flops(self) -> StepFlops:
-        """Of the training steps, once it is settled what is trained."""
+        """FLOP counter of the training steps. Use it only after `trainable_parameters` has frozen the frozen
+        weights."""
         names = self.training_model.term_names
         return StepFlops(self.model, self.train.image_size, coarse_loss="loss_coarse" in names)
 
@@ -94,39 +98,41 @@ class TrainContext:
 
     @property
     def is_sharded(self) -> bool:
-        """Weights and optimizer are in parts, one per process, which then have to run side by side (FSDP2)."""
+        """Whether weights and optimizer state are sharded among the ranks (FSDP2), which then run in lockstep."""
         return self.distributed.world_size > 1 and self.common.sharding == "fsdp"
 
     def is_recorded(self, step: int) -> bool:
-        """Whether a step, counted from 0, has a row in the metrics table."""
+        """Whether a step (from 0) gets a row in the metrics table."""
         return step % self.common.record_every == 0 or step == self.num_steps - 1
 
     def is_logged(self, step: int) -> bool:
-        """Whether the progress bar and the live curves get a step, counted from 0."""
+        """Whether a step (from 0) is sent to the progress bar and the live curves."""
         return step % self.runtime.log_every == 0 or step == self.num_steps - 1
 
     def generator(self, *names: int) -> np.random.Generator:
+        """Random generator seeded by (seed, stage, *names)."""
         return np.random.default_rng([self.seed, int(self.stage[-1]), *names])
 
 
 @dataclass
 class TrainState:
-    """What a step works with and a state holds."""
+    """What a training step updates and a saved state contains."""
 
-    wrapped: nn.Module  # the training model, or what shares its gradients with other processes
+    wrapped: nn.Module  # the training model, in DDP or FSDP2 where there are several ranks
     optimizer: Optimizer
     ema: EMA | None
     names: dict[int, str]  # {id(parameter): name}
 
 
 @contextmanager
-def averaged(trainer: TrainState):
-    """The model has the averaged weights inside the block, if they are kept."""
-    with trainer.ema.in_place() if trainer.ema is not None else nullcontext():
+def averaged(state: TrainState):
+    """Inside the block the model has the EMA weights, if there is an EMA."""
+    with state.ema.in_place() if state.ema is not None else nullcontext():
         yield
 
 
 def announce(run: TrainContext, lines: list[str]) -> None:
+    """Prints lines above the progress bar, in the main process only."""
     if run.distributed.is_main:
         for line in lines:
             write_line(line)

@@ -1,7 +1,7 @@
-"""One training in several processes, one device each, started by `torchrun`; without it, one process.
+"""Distributed training: one process per device, started by `torchrun`; a single process without it.
 
-Every process makes its own share of each step's batch. Sums over the processes (labelled tokens, losses, scores) go
-through `DistributedContext.sum`, gradients through DistributedDataParallel or FSDP2.
+Every rank computes its share of each step's batch. Counts, losses and scores are reduced by `DistributedContext.sum`,
+gradients by DistributedDataParallel or FSDP2.
 """
 
 import os
@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.training.training_model import TrainingModel
 
-TIMEOUT = timedelta(minutes=10)  # after which waiting for another process is an error
+TIMEOUT = timedelta(minutes=10)  # for collectives
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among the others. `device`: cpu, or the process's own GPU."""
+    """Rank, world size and device (cpu, or this rank's GPU), with collectives that also work in a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,11 +30,11 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Only the main process writes, prints and validates paths."""
+        """Whether this is rank 0, the only one that writes, prints and validates paths."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sums of every process's numbers, in double precision, the same in every process."""
+        """All-reduced sums in float64."""
         if self.world_size == 1:
             return [float(number) for number in numbers]
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -42,7 +42,7 @@ class DistributedContext:
         return values.tolist()
 
     def smallest(self, number: int) -> int:
-        """The smallest of every process's numbers, in every process."""
+        """All-reduced minimum."""
         if self.world_size == 1:
             return number
         value = torch.tensor(number, device=self.device)
@@ -50,7 +50,7 @@ class DistributedContext:
         return int(value)
 
     def gather(self, value) -> list:
-        """Every process's value (anything that can be pickled), in every process."""
+        """The values of all ranks (any picklable object), on every rank."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -58,7 +58,7 @@ class DistributedContext:
         return values
 
     def broadcast(self, value):
-        """The main process's value (anything that can be pickled), in every process."""
+        """The main process's value (any picklable object), on every rank."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -66,7 +66,7 @@ class DistributedContext:
         return values[0]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Barrier."""
         if self.world_size > 1:
             distributed.barrier()
 
@@ -76,9 +76,9 @@ SINGLE_PROCESS = DistributedContext()
 
 @contextmanager
 def distributed_context(device: str):
-    """Yields the DistributedContext of this run and closes their group at the end. `device`: cpu or cuda.
+    """Yields the DistributedContext of this run and destroys the process group at the end. device: cpu or cuda.
 
-    UserError for more processes on a machine than it has GPUs.
+    UserError if a machine has fewer GPUs than processes.
     """
     world_size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if world_size == 1:
@@ -87,8 +87,8 @@ def distributed_context(device: str):
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started process {local} on this machine, which has {torch.cuda.device_count()} GPUs. Start "
-                "one process per GPU (--nproc-per-node)."
+                f"torchrun started process {local} (counted from 0) on a machine with {torch.cuda.device_count()} "
+                "GPUs. Start one process per GPU (--nproc-per-node)."
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
@@ -100,10 +100,10 @@ def distributed_context(device: str):
 
 
 def wrap(model: TrainingModel, group: DistributedContext, sharded: bool) -> nn.Module:
-    """What is called in a training step: the model itself, or one that shares gradients with the other processes.
+    """The module to call in a training step: the model itself (one process), in DDP, or sharded in place.
 
-    `sharded`: every layer's weights, gradients and optimizer state are divided among the processes (Zhao et al. 2023,
-    "PyTorch FSDP"; torch's `fully_shard`) and put together while the layer runs. The model is changed in place.
+    sharded: shard weights, gradients and optimizer state of every layer among the ranks and gather a layer's weights
+    while it runs (Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`).
     """
     if group.world_size == 1:
         return model
@@ -117,14 +117,14 @@ def wrap(model: TrainingModel, group: DistributedContext, sharded: bool) -> nn.M
         register_fsdp_forward_method(model, "infer")
         return model
     device_ids = None if group.device == "cpu" else [group.device]
-    # a text-only share of a batch uses no vision weights, a coarse step no planner
+    # unused: vision weights in a text-only micro-batch, the planner in coarse mode
     return DistributedDataParallel(
         model, device_ids=device_ids, find_unused_parameters=True, gradient_as_bucket_view=True
     )
 
 
 def without_sync(wrapped: nn.Module, last: bool):
-    """Around a micro-batch: gradients are shared among the processes once a step, with its `last` one."""
+    """Context of one micro-batch: DDP reduces gradients only in the `last` one of a step."""
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
     return nullcontext()

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights (Polyak averaging), validated and published in their place."""
+"""Exponential moving average (EMA) of the trained weights. If enabled, it is what is validated and published."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,7 @@ from pipeline_steps.training.checkpoint_io import shard_like
 
 
 class EMA:
-    """Averages of a model's trainable parameters: after n updates, decay * average + (1 - decay) * weights each."""
+    """EMA of a model's trainable parameters: each update sets average = decay * average + (1 - decay) * weights."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -19,17 +19,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After every optimizer step."""
+        """Call after every optimizer step."""
         self._update(list(self.values.values()), [p.detach() for p in self.parameters.values()], 0)
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Averages of an earlier run of the same stage."""
+        """Loads the averages of a saved state."""
         for name, value in values.items():
             self.values[name].copy_(shard_like(value, self.parameters[name]))
 
     @contextmanager
     def in_place(self):
-        """The model has the averaged weights inside the block, its own again after it."""
+        """Inside the block the model has the averaged weights; afterwards it has its own again."""
         self._swap()
         try:
             yield

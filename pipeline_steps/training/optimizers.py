@@ -1,9 +1,10 @@
 """The optimizer of a training stage: AdamW alone, or Muon for the weight matrices and AdamW for the rest.
 
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") replaces the momentum of a weight
-matrix by the nearest semi-orthogonal matrix, so every direction of its input changes its output alike. The update of a
-matrix [m, n] is scaled by 0.2 sqrt(max(m, n)) to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable
-for LLM Training", `match_rms_adamw`): both optimizers take the same learning rates and weight decay.
+matrix by the nearest semi-orthogonal matrix, so that all singular values of the update are equal. The update of a
+matrix [m, n] is scaled by 0.2 sqrt(max(m, n)), which matches the root mean square of AdamW's updates (Liu et al. 2025,
+"Muon is Scalable for LLM Training", `match_rms_adamw`). Both optimizers can therefore share learning rates and weight
+decay.
 """
 
 import torch
@@ -12,18 +13,18 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from pipeline_steps.training import checkpoint_io
 
-STATE_COPIES = {"adamw": 2, "muon": 1}  # numbers kept of every trained weight
-MOMENTUM = 0.95  # of Muon, with Nesterov's step
+STATE_COPIES = {"adamw": 2, "muon": 1}  # state numbers per trained weight
+MOMENTUM = 0.95  # of Muon, with Nesterov momentum
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, also for matrices that are divided among processes (FSDP2).
+    """torch's Muon, extended to sharded matrices (FSDP2).
 
-    The momentum of a divided matrix stays divided. A step puts together one matrix at a time, which every process then
-    orthogonalizes, and of which it applies its own part: the update is that of one process. Cost per step and process:
-    one all-gather of every matrix in fp32, the whole orthogonalization (about 20 m^2 n floating-point operations for
-    m <= n) where DDP does the same, and the memory of the largest matrix three times. (torch's own step runs on divided
-    matrices too, but exchanges and adds bfloat16 products in every iteration, which moves the curve.)
+    The momentum stays sharded. A step gathers one matrix at a time; every rank orthogonalizes the whole matrix and
+    applies its own shard, so the update equals that of a single process. Cost per step and rank: one fp32 all-gather
+    of every matrix, the full orthogonalization (about 20 m^2 n floating-point operations for m <= n; the same as with
+    DDP), and three times the memory of the largest matrix. torch's own step also accepts sharded matrices, but it
+    reduces bfloat16 products in every iteration, which changes the learning curve.
     """
 
     def __init__(self, groups: list[dict]):
@@ -31,21 +32,21 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        shard_like = [
+        sharded = [
             (parameter, group)
             for group in self.param_groups
             for parameter in group["params"]
             if isinstance(parameter, DTensor) and parameter.grad is not None
         ]
-        if not shard_like:
+        if not sharded:
             return super().step(closure)
         if closure is not None:
-            raise NotImplementedError("Muon takes no closure for matrices that are divided among processes")
-        for parameter, group in shard_like:
-            self._step_divided(parameter, group)
+            raise NotImplementedError("Muon does not support a closure for sharded matrices")
+        for parameter, group in sharded:
+            self._step_sharded(parameter, group)
         return None
 
-    def _step_divided(self, parameter: DTensor, group: dict) -> None:
+    def _step_sharded(self, parameter: DTensor, group: dict) -> None:
         gradient, momentum = parameter.grad, self.state[parameter].get("momentum_buffer")
         if momentum is None:
             momentum = self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
@@ -55,16 +56,16 @@ class Muon(torch.optim.Muon):
         options = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
         torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, **options).step()
         mesh, placements = parameter.device_mesh, parameter.placements
-        full_tensor = DTensor.from_local(change.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        replicated = DTensor.from_local(change.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(full_tensor.redistribute(placements=placements))
+        parameter.add_(replicated.redistribute(placements=placements))
 
 
 class Optimizer:
-    """The optimizers of all parameter groups as one: each group goes to the one that its key `optimizer` names."""
+    """All optimizers as one. The key `optimizer` of a parameter group names the optimizer that updates it."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float]):
-        """groups: of `trainable_parameters`. betas: AdamW's. The learning rates are 0 until they are set."""
+        """groups: from `trainable_parameters`. betas: of AdamW. Learning rates are 0 until the loop sets them."""
         of = {name: [group for group in groups if group["optimizer"] == name] for name in ("adamw", "muon")}
         self.parts: list[torch.optim.Optimizer] = []
         if of["muon"]:
@@ -74,7 +75,7 @@ class Optimizer:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups themselves: a learning rate set in one holds for the next step."""
+        """The groups of all optimizers; set `lr` in them before a step."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self) -> None:
@@ -86,13 +87,13 @@ class Optimizer:
             part.step()
 
     def tensors(self, names: dict[int, str]) -> dict[str, torch.Tensor]:
-        """{"<parameter name>/<what>": whole tensor} of the state. names: {id(parameter): name}. Every process of a
-        divided network has to call it."""
+        """{"<parameter name>/<state name>": full tensor} of the state. names: {id(parameter): name}. With FSDP2 every
+        rank must call it."""
         return {
             key: value for part in self.parts for key, value in checkpoint_io.optimizer_tensors(part, names).items()
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], names: dict[int, str]) -> None:
-        """Puts what `tensors` gave back, by parameter name."""
+        """Loads a state from `tensors`, by parameter name."""
         for part in self.parts:
             checkpoint_io.restore_optimizer(part, tensors, names)

@@ -1,4 +1,4 @@
-"""The one place that says what is trainable, with which learning rate and by which optimizer."""
+"""Which parameters are trained, with which learning rate and by which optimizer."""
 
 from torch import nn
 
@@ -6,17 +6,17 @@ GROUPS = ("connector", "vision", "language")
 
 
 def group_of(name: str) -> str:
-    """Learning-rate group of a parameter: pretrained backbone weights have their own, everything else is connector."""
+    """Learning-rate group of a parameter: vision or language for the backbones, connector for everything else."""
     if name.startswith("vision_encoder."):
         return "vision"
     return "language" if name.startswith("language_model.") else "connector"
 
 
 def weight_matrices(model: nn.Module, heads: nn.Module | None = None) -> set[int]:
-    """ids of the two-dimensional weights of the linear maps of network and heads, which Muon is made for.
+    """ids of the weights that Muon trains: the matrices of linear layers in network and heads.
 
-    Not among them: embeddings of tokens (also where they are the output layer), embeddings of positions, the class
-    token and learned queries, whose rows are looked up or added one by one; convolutions; maps to a single number.
+    Excluded are token embeddings (also when tied to the output layer) and the output layer, position embeddings, the
+    class token, learned queries, convolutions and linear layers with a single output or input.
     """
     linear = {
         id(module.weight)
@@ -30,14 +30,13 @@ def weight_matrices(model: nn.Module, heads: nn.Module | None = None) -> set[int
 def trainable_parameters(
     model: nn.Module, settings, weight_decay: float, optimizer: str, heads: nn.Module | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """Optimizer groups and the table that is printed and saved.
+    """(optimizer groups, table for printing and saving). Sets `requires_grad` of every parameter.
 
-    model: the network. heads: the objectives' own modules, which belong to the connector.
-
-    `settings`: the stage's learning_rate (peaks of GROUPS), freeze_vision and freeze_language. A group that is frozen
-    or has the rate 0 no longer requires gradients, unless its rate rises later (converging). Weight decay applies to
-    matrices only. `optimizer`: `adamw` for everything, or `muon` for `weight_matrices` and AdamW for the rest. Raises
-    ValueError when nothing is left to train.
+    model: the network. settings: training.<stage> (learning_rate with the peaks of GROUPS, freeze_vision,
+    freeze_language). A group is frozen if settings freeze it or its rate is 0 throughout; with the schedule
+    `converging` a rate of 0 may rise later. Weight decay applies to matrices only. optimizer: `adamw` for all
+    parameters, or `muon` for `weight_matrices` and AdamW for the rest. heads: the objectives' own modules, which belong
+    to the connector. ValueError if nothing is trained.
     """
     frozen = {"vision": settings.freeze_vision, "language": settings.freeze_language}
     for_muon = weight_matrices(model, heads) if optimizer == "muon" else set()
@@ -66,12 +65,14 @@ def trainable_parameters(
         row |= {"muon": by_muon, "adamw": count - by_muon} if trained else {"muon": 0, "adamw": 0}
         table.append(row | {"learning_rate": peak if trained else 0.0})
     if not optimizer_groups:
-        raise ValueError("all learning rates are 0 or their groups frozen: nothing is trained")
+        raise ValueError(
+            "nothing to train: every parameter group is frozen or has learning rate 0. Raise one in learning_rate."
+        )
     return [group for group in optimizer_groups if group["params"]], table
 
 
 def format_table(table: list[dict]) -> str:
-    """One line per group: its parameters, how many are trained, how many by each optimizer, the peak learning rate."""
+    """One line per group: parameters, trainable ones, those of each optimizer, and the peak learning rate."""
     counts = ("parameters", "trainable", "muon", "adamw")
     lines = [f"  {'group':<10}{''.join(f'{name:>15}' for name in counts)}{'learning rate':>15}"]
     for row in table:

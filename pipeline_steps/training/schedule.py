@@ -1,18 +1,18 @@
-"""Learning rates over a stage: one function of the step, for every schedule."""
+"""Learning-rate schedules."""
 
 import math
 
 
 def learning_rate(step: int, num_steps: int, peak: float, group: str, settings) -> float:
-    """The rate of a parameter group at a step (counted from 0) out of `num_steps`.
+    """The learning rate of a parameter group at a step (counted from 0) out of `num_steps`.
 
-    Linear warm-up to `peak` over `warmup_ratio` of the steps, then, by `settings.schedule`:
-    constant     stays there
-    cosine       half a cosine that ends at min_lr_ratio * peak on the last step
-    wsd          stays there, and falls in a straight line to min_lr_ratio * peak over the last decay_share of
-                 all steps (warmup-stable-decay)
-    converging   half a cosine that ends at the group's own converged_learning_rate, which may be above or below
-                 `peak`: groups that start at 100:1 may end at 1:1
+    Linear warm-up to `peak` over `warmup_ratio` of the steps, then by `settings.schedule`:
+    constant     stays at `peak`
+    cosine       half-cosine decay to min_lr_ratio * peak at the last step
+    wsd          warmup-stable-decay: stays at `peak`, then decays linearly to min_lr_ratio * peak over the last
+                 decay_share of all steps
+    converging   half-cosine to the group's converged_learning_rate, which may be above or below `peak`, so that
+                 groups that start at a ratio of 100:1 may end at 1:1
     """
     warmup = round(settings.warmup_ratio * num_steps)
     if step < warmup:

@@ -12,43 +12,41 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 class Common(StrictModel):
     batch_size: PositiveInt
-    """Samples per optimizer step over all devices."""
+    """Samples per optimizer step, all devices."""
     micro_batch_size: PositiveInt | Literal["auto"] | None
-    """Samples per forward pass of one device; null: its whole share; `auto`: the largest of the share, its half, its
-    quarter ... that fits the GPU's memory, found before the first step."""
+    """Samples per forward pass of one device; null: its share of the batch; `auto`: halved until it fits memory."""
     optimizer: Literal["adamw", "muon"]
-    """`muon`: orthogonalized momentum for weight matrices of linear layers, AdamW for the rest; updates are scaled
-    to AdamW's size, so learning rates keep their meaning."""
+    """`muon`: orthogonalized momentum for linear layers, at AdamW's update size; AdamW for the rest."""
     weight_decay: NonNegativeFloat
     """Applied to matrices only."""
     betas: tuple[Momentum, Momentum]
     """AdamW betas."""
     clip_norm: PositiveFloat
-    """Gradient norm limit, all groups together."""
+    """Limit of the global gradient norm."""
     ema_decay: Momentum | None
-    """Decay per step of an EMA that is validated and published instead; null: none."""
+    """Per-step decay of the EMA that is validated and published; null: none."""
     device: Literal["auto", "cpu", "cuda"]
-    """`auto` uses a GPU if there is one."""
+    """`auto` prefers a GPU."""
     precision: Literal["fp32", "bf16"]
-    """Autocast precision; weights, optimizer and validation stay fp32."""
+    """Autocast precision of training; all else is fp32."""
     num_threads: PositiveInt
-    """CPU threads of torch; results are exact for a given number."""
+    """CPU threads; changes the last bits of results."""
     activation_checkpointing: bool
-    """Recompute layers in the backward pass: less memory, about a fifth more time."""
+    """Recompute layers: less memory, a fifth more time."""
     compile: bool
-    """Torch.compile of every layer of both backbones."""
+    """Torch.compile of all backbone layers."""
     sharding: Literal["ddp", "fsdp"]
-    """Several processes: `ddp` (full replicas) or `fsdp` (sharded, FSDP2)."""
+    """Full replicas, or sharded weights (FSDP2)."""
     record_every: PositiveInt
-    """Steps between training rows of the curve (outputs/metrics/<stage>.csv)."""
+    """Steps between training rows of the curve."""
     validate_every: PositiveInt
     """Steps between validations."""
     max_validation_items: PositiveInt
     """Validation items per source and task."""
     publish: Literal["last", "best"]
-    """Weights to publish: of the last step, or of the validation with the lowest mean loss."""
+    """Publish the last weights, or those of the lowest validation loss."""
     plateau_validations: PositiveInt
-    """Validations without progress that count as a plateau; the curve then gets a row `warning`."""
+    """Validations without progress that count as a plateau."""
     plateau_progress: PositiveFloat
     """Relative drop of the best loss that counts as progress."""
 
@@ -57,11 +55,11 @@ class LearningRate(StrictModel):
     """Learning rates of the three groups."""
 
     connector: NonNegativeFloat
-    """Everything that is not a pretrained backbone weight."""
+    """Peak rate of all other weights."""
     vision: NonNegativeFloat
-    """Vision encoder."""
+    """Peak rate of the backbone."""
     language: NonNegativeFloat
-    """Language model."""
+    """Peak rate of the backbone."""
 
 
 class MixtureEntry(StrictModel):
@@ -69,44 +67,42 @@ class MixtureEntry(StrictModel):
     source, else the task, else neither."""
 
     source: str
-    """Source, or `*`."""
+    """Source and task; `*`: any."""
     task: str
-    """Task, or `*`: its tasks in proportion to their items."""
+    """Source and task; `*`: any."""
     weight: PositiveFloat
     """Relative share of samples."""
 
 
 class Stage(StrictModel):
     num_samples: PositiveInt
-    """Training budget in samples, served exactly."""
+    """Training budget in samples."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    """Sources and tasks of items with frames; each item goes to the most specific matching entry."""
+    """Items with frames; each goes to the most specific matching entry."""
     text_share: float = Field(ge=0, lt=1)
     """Share of text-only samples."""
     text_source: str
-    """Source of the text-only samples, or `*`."""
+    """Their source, or `*`."""
     loss: Literal["all_text", "answer_only", "preference"]
-    """`all_text`: every token of the chat; `answer_only`: answers with end-of-turn tokens; `preference`: DPO against
-    the initial weights."""
+    """Every token, answers with end-of-turn tokens, or DPO against the initial weights."""
     objective: objectives.section()
     """Parameters of the objectives."""
     freeze_vision: bool
-    """Freeze the vision encoder."""
+    """Freeze the backbone."""
     freeze_language: bool
-    """Freeze the language model."""
+    """Freeze the backbone."""
     learning_rate: LearningRate
     """Peak learning rates; 0 freezes a group."""
     schedule: Literal["cosine", "constant", "wsd", "converging"]
-    """After the warm-up: `cosine` to the floor, `constant`, `wsd` (constant, then linear to the floor), `converging`
-    (half a cosine to each group's own end)."""
+    """After warm-up; `wsd`: constant, then linear to the floor; `converging`: cosine to each group's end."""
     warmup_ratio: float = Field(ge=0, lt=1)
     """Share of steps with linear warm-up."""
     min_lr_ratio: float = Field(ge=0, le=1)
-    """Floor of `cosine` and `wsd` as a share of the peak."""
+    """Floor of `cosine` and `wsd`, share of the peak."""
     decay_share: float = Field(ge=0, le=1)
     """Share of steps in which `wsd` decays."""
     converged_learning_rate: LearningRate | None
-    """End points of `converging`, else null."""
+    """End rates of `converging` (as `learning_rate`), else null."""
 
     @model_validator(mode="after")
     def _something_is_trained(self):

@@ -1,7 +1,7 @@
-"""The network and the objectives' own modules as one module, whose forward pass is a micro-batch's part of the loss.
+"""Network and objectives as one module whose forward pass returns the loss of a micro-batch.
 
-Everything that is trained is in it, so that sharing gradients among processes (DDP, FSDP2), averages and states see all
-of it. The terms of all objectives are summed here and nowhere else.
+It contains everything that is trained, so DDP, FSDP2, the EMA and saved states cover all of it. The terms of the
+objectives are summed here only.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class TrainingModel(nn.Module):
         return tuple(name for objective in self.objectives for name in objective.term_names)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """The batch's counts and those of the objectives: what terms are means over."""
+        """{name: count} that terms are means over, from the batch and from the objectives."""
         counts = batch.counts()
         for objective in self.objectives:
             counts |= objective.counts(batch)
@@ -35,17 +35,20 @@ class TrainingModel(nn.Module):
     def forward(
         self, batch: Batch, num_plans: int, totals: Mapping[str, float], reference: nn.Module | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part of the step's loss, and of every term by name (unweighted, without gradient).
+        """(share of the step's loss, {name: share of the term, unweighted and detached}) of a micro-batch.
 
-        totals: `counts` of the whole step, over all micro-batches and processes. The parts add up to the loss and the
-        terms of the undivided batch. reference: the frozen copy of the network, where an objective needs it.
+        totals: `counts` of the whole step, over all micro-batches and ranks. The shares add up to the loss and terms
+        of the whole batch. reference: frozen copy of the network, if an objective needs it.
         """
         outputs = self._outputs(batch, num_plans, reference)
         terms: dict[str, Term] = {}
         for objective in self.objectives:
             found = objective.terms(outputs, batch)
             if unknown := set(found) - set(objective.term_names):
-                raise ValueError(f"objective {objective.name}: {', '.join(unknown)} not among its term_names")
+                raise ValueError(
+                    f"objective {objective.name}: terms() returned {', '.join(sorted(unknown))}, which term_names "
+                    "lacks. Add it."
+                )
             terms |= found
         return sum_terms(terms, self.counts(batch), totals)
 
@@ -65,14 +68,14 @@ class TrainingModel(nn.Module):
         return outputs
 
     def infer(self, **inputs) -> FoveatedVLMOutput:
-        """The network's own forward pass: with FSDP2 the network cannot be called by itself."""
+        """The network's own forward pass. With FSDP2 the network must be called through this module."""
         return self.network(**inputs)
 
 
 def sum_terms(
     terms: Mapping[str, Term], counts: Mapping[str, int], totals: Mapping[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, {name: value}) of one micro-batch, each term times its share of the step's count."""
+    """(loss, {name: value}) of one micro-batch: each term is scaled by the micro-batch's share of the step's count."""
     loss, values = 0.0, {}
     for name, term in terms.items():
         share = counts[term.count] / max(totals[term.count], 1)

@@ -1,4 +1,4 @@
-"""Scores of the validation split while a stage goes on: per source and task, and whether the model looks at all."""
+"""Validation during training: loss and accuracy by source and task, attention diagnostics and attention maps."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from pipeline_steps.training.checks import attention_diagnostics
 
 
 def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
-    """Rows of the metrics table: loss per scored token and accuracy of every source, task and mode, token-weighted,
-    and one row of attention diagnostics.
+    """Rows of the metrics table: token-weighted loss and accuracy of every source, task and mode, and one row of
+    attention diagnostics.
 
-    A task without any scored token (answers of punctuation only) has no row. Several processes share the items and
-    add up their sums; with fsdp, whose processes have to run side by side, each does all of them.
+    A task without a scored token (answers of punctuation only) has no row. With DDP the ranks split the items and sum
+    their scores; with FSDP, whose ranks run in lockstep, every rank scores all items.
     """
     collate = Collator.for_model(
         run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
@@ -31,7 +31,7 @@ def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
 
 
 def chosen_items(run) -> dict[tuple[str, str], list[int]]:
-    """{(source, task): the first max_validation_items numbers of items that have a scored token}."""
+    """{(source, task): indices of the first max_validation_items items with a scored token}."""
     chosen: dict[tuple[str, str], list[int]] = {}
     index = run.validation.index
     for task, numbers in run.validation.tasks().items():
@@ -49,7 +49,7 @@ def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
 
 @torch.no_grad()
 def _sums(run, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
-    """Sum of the losses, number of correct tokens and number of tokens, over the scored tokens of the items."""
+    """(sum of losses, correct tokens, tokens) over the scored tokens of the items."""
     group, size = run.distributed, run.micro_batch_size or run.common.batch_size
     own = numbers if run.is_sharded else numbers[group.rank :: group.world_size]
     loss = correct = tokens = 0
@@ -62,8 +62,8 @@ def _sums(run, numbers: list[int], collate: Collator, mode: str) -> tuple[float,
     return (loss, correct, tokens) if run.is_sharded else tuple(group.sum(loss, correct, tokens))
 
 
-def watched_items(run) -> list[dict]:
-    """The fixed validation items with frames whose attention is watched: of every task as many, in turn."""
+def monitored_items(run) -> list[dict]:
+    """The fixed validation items of diagnostics and attention maps: items with frames, equally many of every task."""
     shown = ~run.validation.index.is_text
     tasks = [numbers[shown[numbers]] for _, numbers in sorted(run.validation.tasks().items())]
     turns = [number for turn in zip(*(own for own in tasks if len(own)), strict=False) for number in turn]
@@ -72,8 +72,8 @@ def watched_items(run) -> list[dict]:
 
 @torch.no_grad()
 def diagnose(run, collate: Collator) -> dict[str, float]:
-    """`attention_diagnostics` of the watched items; {} for a network without queries, or without clips."""
-    items = watched_items(run)
+    """`attention_diagnostics` of the monitored items; {} for a network without queries or a split without frames."""
+    items = monitored_items(run)
     if run.model.config.architecture != "foveated" or not items:
         return {}
     batch = collate(items).to(run.device)
@@ -83,9 +83,9 @@ def diagnose(run, collate: Collator) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw_looks(run, step: int) -> None:
-    """Pictures of where the first watched items are looked at in the fine mode (mean over heads, last layer)."""
-    items = watched_items(run)[: run.runtime.num_heatmap_clips]
+def log_attention_maps(run, step: int) -> None:
+    """Logs attention overlays of the first monitored items: fine mode, last layer, mean over heads and queries."""
+    items = monitored_items(run)[: run.runtime.num_heatmap_clips]
     if run.model.config.architecture != "foveated" or not items:
         return
     run.training_model.eval()

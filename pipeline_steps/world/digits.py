@@ -2,10 +2,10 @@
 
 Shapes: T frames, O objects, N patches (4 x 4 of 14 px on a 56 px frame), H = W = size in px.
 
-The frame is a 56 x 56 grid of `units` (1 unit = 1 px at the model's 56 px, 2 px of a 112 px clip), cut into four lanes
-(quadrants) of 2 x 2 patches. An object has one colour and stays in one lane. In every frame it shows one handwritten
-digit (scikit-learn's `load_digits`), 12 units high, inside ONE patch. Everything is aligned to whole units, so a 112 px
-frame averaged over 2 x 2 px equals the 56 px frame (up to clipping and rounding).
+The frame is a 56 x 56 grid of `units` (1 unit is 1 px of a 56 px frame, 2 px of a 112 px frame), divided into four
+lanes (quadrants) of 2 x 2 patches. An object has one colour and stays in one lane. In every frame it shows one
+handwritten digit (scikit-learn's `load_digits`), 12 units high, inside ONE patch. Everything is aligned to whole units,
+so a 112 px frame averaged over 2 x 2 px equals the 56 px frame (up to clipping and rounding).
 
     digits = Digits()
     scene = sample_scene(np.random.default_rng(0), "card", "train", digits)
@@ -65,7 +65,7 @@ class Digits:
         self._glyphs = {}
 
     def glyphs(self, scale: int) -> np.ndarray:
-        """Opacity of all digits at `scale` px per unit (1, 2 or 4): float32 [1797, 12 * scale, 12 * scale, 1]."""
+        """Opacity (0..1) of all digits at `scale` px per unit (1, 2, 4): float32 [1797, 12 * scale, 12 * scale, 1]."""
         if scale not in SCALES:
             raise ValueError(f"scale is {scale} px per unit, expected one of {SCALES}")
         if scale not in self._glyphs:
@@ -83,6 +83,8 @@ class Digits:
 
 @dataclass(frozen=True)
 class SceneObject:
+    """A coloured digit of a scene, in every frame."""
+
     colour: str
     place: str
     digits: tuple[int, ...]  # value shown in each frame
@@ -110,7 +112,9 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    kind: str  # one of KINDS: the task of its first question
+    """Everything that `render` draws."""
+
+    kind: str  # one of KINDS, the task of its first question
     split: str
     background: str
     objects: tuple[SceneObject, ...]  # in reading order of their places
@@ -144,7 +148,8 @@ def sample_scene(
 ) -> Scene:
     """Sample a scene. `colour` and `place` (of the target) and `background` are sampled if None.
 
-    `num_objects` defaults to four; for kind `gist` it is sampled from 1 to 4.
+    `num_objects` defaults to four; for kind `gist` it is sampled from 1 to 4. Raises ValueError for an unknown kind or
+    split.
     """
     if kind not in KINDS or split not in SPLITS:
         raise ValueError(f"kind is {kind!r} and split {split!r}, expected one of {KINDS} and one of {SPLITS}")
@@ -203,10 +208,11 @@ def _ramp(size: int) -> np.ndarray:
 def render(scene: Scene, digits: Digits, size: int = 112, noise: float = 0.06) -> np.ndarray:
     """Render a scene as uint8 [T, size, size, 3].
 
-    size: 56, 112 or 224 px. noise: standard deviation of the pixel noise, for intensities in 0..1.
+    size: 56, 112 or 224 px. noise: standard deviation of the pixel noise, for intensities in 0..1. Raises ValueError
+    for another size.
     """
     if size % UNITS:
-        raise ValueError(f"frame size {size} is not a multiple of {UNITS}")
+        raise ValueError(f"the frame size is {size} px, expected a multiple of {UNITS}")
     s = size // UNITS  # px per unit
     glyphs, tint = digits.glyphs(s), np.array(BACKGROUNDS[scene.background], np.float32)
     shade = 1 + scene.slope[0] * _ramp(size)[None, :] + scene.slope[1] * _ramp(size)[:, None]

@@ -18,13 +18,13 @@ def call(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_both_sides_decode_the_same_pixels(tmp_path):
+def test_both_loaders_decode_the_same_pixels(tmp_path):
     loader.write_clips(tmp_path, 3, 2)
     dataset = TokenizedShards(tmp_path / "shards", tmp_path / "tokens", "train")
     assert len(dataset.shards) == 2
     for number in range(3):
         raw = dataset.read(number)
-        assert np.array_equal(loader.decode_clip(raw.jpegs), dataset.make(raw)["frames"])
+        assert np.array_equal(loader.decode_clip(raw.jpegs), dataset.decode_item(raw)["frames"])
     assert loader.ours(dataset, 2, loader.PixelsOnly()) == loader.raw([dataset.read(n).jpegs for n in range(3)], 2) == 3
 
 

@@ -7,7 +7,7 @@ from model import video
 from pipeline_steps.common.errors import UserError
 
 
-def test_both_ways_are_timed_and_compared(tmp_path, monkeypatch):
+def test_both_methods_are_timed_and_their_frames_compared(tmp_path, monkeypatch):
     long_video.write_clip(tmp_path / "a.mp4", 9.0, 32, "libx264")
     found = long_video.measure(tmp_path / "a.mp4", 2, repeats=1)
     assert found.keys() == {"keys", "everything"}

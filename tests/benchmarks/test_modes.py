@@ -49,7 +49,7 @@ def test_exponents_of_known_growth():
     assert modes.exponent((1, 2, 8), [1.0, 2.0, 3.0]) is None
 
 
-def test_peak_is_the_most_at_once_and_not_the_sum():
+def test_peak_memory_is_the_maximum_not_the_sum():
     def run():
         for _ in range(5):
             torch.zeros(1000, 1000).add_(1)
@@ -64,7 +64,7 @@ def call(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_command_prints_a_table_and_writes_only_where_it_is_told(monkeypatch, tmp_path, capsys):
+def test_command_prints_a_table_and_writes_only_to_output(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     make_model().config.save_pretrained(tmp_path / "model")
     options = ("--config", "model", "--image-size", 56, "--frames", 2, 1, "--repeats", 1)
@@ -87,6 +87,6 @@ def test_command_prints_a_table_and_writes_only_where_it_is_told(monkeypatch, tm
         (("--image-size", 100), "--image-size is 100, expected a multiple of the patch size 14"),
     ],
 )
-def test_wrong_arguments_are_named(monkeypatch, capsys, arguments, message):
+def test_invalid_arguments_are_named(monkeypatch, capsys, arguments, message):
     assert call(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err

@@ -13,7 +13,7 @@ from tests.pipeline_steps.test_report import write_root
 
 
 @pytest.mark.slow  # a page of 31 runs, in a process of its own
-def test_runs_differ_in_their_losses_and_are_all_reported(tmp_path):
+def test_synthetic_runs_have_different_losses_and_are_all_reported(tmp_path):
     write_root(tmp_path / "run")
     shutil.copy(ROOT / "params.yaml", tmp_path / "run/params.yaml")
     num_bytes = benchmark.write_runs(tmp_path / "run", tmp_path / "runs", 31)
@@ -39,7 +39,7 @@ def test_runs_differ_in_their_losses_and_are_all_reported(tmp_path):
     ]
 
 
-def test_without_a_finished_run_there_is_nothing_to_time(tmp_path, monkeypatch):
+def test_a_missing_finished_run_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", "--root", str(tmp_path)])
     with pytest.raises(UserError, match="run `dvc repro evaluation` first"):
         benchmark.main()

@@ -16,7 +16,7 @@ def options(cls):
 def test_every_processor_option_stands_there_with_its_default():
     text = (ROOT / "docs/model.md").read_text()
     section = re.search(r"^## Processor$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
-    rows = re.findall(r"^\| `(\w+)` \| (?:`(.+?)`|(required)) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\|`(\w+)`\|(?:`(.+?)`|(required))\|", section, re.MULTILINE)
     written = {name: inspect.Parameter.empty if required else ast.literal_eval(value) for name, value, required in rows}
     assert written == {name: value for name, value in options(FoveatedVLMProcessor).items() if name != "tokenizer"}
 

@@ -95,7 +95,7 @@ def test_vision_weights_have_the_published_dinov2_names(trained):
     assert names == layer | {f"embeddings.{name}" for name in embeddings} | {"layernorm.weight", "layernorm.bias"}
 
 
-def test_library_dinov2_gives_the_features_of_our_walk(trained):
+def test_transformers_dinov2_gives_the_features_of_our_encoder(trained):
     folder = trained[0] / "vision_encoder"
     library, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -129,7 +129,7 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_random_bytes_of_unicode_round_trip(tokenizer):
+def test_random_unicode_round_trips(tokenizer):
     rng = np.random.default_rng(0)
     codes = rng.integers(1, 0x110000, 3000)
     text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
@@ -157,7 +157,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
         assert tokenizer.convert_ids_to_tokens(tokenizer.encode(text)) == [word for word, _ in split(text)]
 
 
-def test_special_tokens(tokenizer):
+def test_special_tokens_have_the_ids_and_roles_of_smollm2(tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (2, 0)
@@ -178,7 +178,7 @@ def test_chat_template_is_smollm2s(tokenizer):
     assert asked.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_vocabulary_size_is_kept():
+def test_vocabulary_size_is_not_exceeded():
     assert len(train_tokenizer(300, 64)) == 300
 
 
@@ -189,7 +189,7 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_two_runs_are_equal_byte_for_byte_and_another_seed_is_not(trained, tmp_path):
+def test_backbones_are_deterministic_and_depend_on_the_seed(trained, tmp_path):
     folder, metrics = trained
     assert stage.train_backbones(TINY, tmp_path / "again", 1) == metrics
     assert contents(tmp_path / "again") == contents(folder)
@@ -206,11 +206,11 @@ def test_vision_warm_up_learns():
     assert metrics["patch_colour_accuracy"] > 0.6  # a sixth by chance
 
 
-def test_queries_are_trained_through_the_walk():
+def test_query_loss_trains_the_encoder():
     options = TINY.model_copy(update={"vision_steps": 1})
     encoder, heads = vision_encoder.build_vision_encoder(options), vision_encoder.Heads(options.vision_width)
     vision_encoder.batch_loss(encoder, heads, Frames("train", 1, 4, seed=0)[0]).backward()
-    assert heads.table.grad.abs().sum(1).gt(0).all()
+    assert heads.queries.grad.abs().sum(1).gt(0).all()
     missing = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
     assert missing == []
 
@@ -225,7 +225,7 @@ def test_language_warm_up_learns(tokenizer):
     assert metrics["copy_accuracy"] > 0.15  # 0.002 by chance
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage(tokenizer):
+def test_non_finite_loss_fails_the_stage(tokenizer):
     options = TINY.model_copy(update={"language_steps": 30, "language_learning_rate": 1e30})
     with pytest.raises(UserError, match=r"the loss is nan at step \d+ of 30.*1e\+30"):
         language_model.warm_up_language_model(
@@ -241,14 +241,14 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tokenizer):
         (56, 28, r"expected a patch_size that divides 14"),
     ],
 )
-def test_a_patch_grid_that_does_not_divide_the_worlds_is_refused(image_size, patch_size, message):
+def test_patch_grid_that_does_not_subdivide_the_worlds_is_rejected(image_size, patch_size, message):
     with pytest.raises(UserError, match=message):
         vision_encoder.build_vision_encoder(
             TINY.model_copy(update={"image_size": image_size, "patch_size": patch_size})
         )
 
 
-def test_an_encoder_of_larger_frames_and_finer_patches_is_warmed_up():
+def test_warm_up_supports_larger_frames_and_finer_patches():
     options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_steps": 3})
     encoder = vision_encoder.build_vision_encoder(options)
     assert encoder.embeddings.position_embeddings.shape == (1, 257, 32)
@@ -335,9 +335,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("breaking", "message"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_local_folder_that_does_not_fit_is_named_and_nothing_is_written(
-    monkeypatch, tmp_path, trained, breaking, message
-):
+def test_unusable_local_folder_is_named_and_nothing_is_written(monkeypatch, tmp_path, trained, breaking, message):
     pair = tmp_path / "pair"
     shutil.copytree(trained[0], pair)
     (pair / "vision_encoder").rename(pair / "vision")
@@ -353,7 +351,7 @@ def test_a_local_folder_that_does_not_fit_is_named_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("key", ["vision_path", "language_path"])
-def test_a_local_path_that_is_not_given(monkeypatch, tmp_path, trained, key):
+def test_missing_local_path_is_rejected(monkeypatch, tmp_path, trained, key):
     folder = trained[0]
     local = {"vision_path": str(folder / "vision_encoder"), "language_path": str(folder / "language_model"), key: None}
     with pytest.raises(UserError, match=f"backbones.local.{key} is null"):
@@ -366,7 +364,7 @@ HUB = {
 }
 
 
-def test_hub_repositories_are_downloaded_at_their_revisions_checked_and_copied(monkeypatch, tmp_path, trained):
+def test_hub_repositories_are_downloaded_at_pinned_revisions(monkeypatch, tmp_path, trained):
     asked = []
 
     def fake(repository, revision, allow_patterns):
@@ -386,14 +384,14 @@ def test_hub_repositories_are_downloaded_at_their_revisions_checked_and_copied(m
     assert len(metrics["language_model"]["model.safetensors"]["sha256"]) == 64
 
 
-def test_a_downloaded_model_that_does_not_fit_is_named(monkeypatch, tmp_path, trained):
+def test_unusable_downloaded_model_is_named(monkeypatch, tmp_path, trained):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(trained[0] / "language_model"))
     with pytest.raises(UserError, match="model_type is 'llama', expected 'dinov2'"):
         run_stage(monkeypatch, tmp_path, kind="hub", hub=HUB)
     assert not (tmp_path / "out").exists()
 
 
-def test_without_network_the_message_says_how_to_go_on(tmp_path):
+def test_offline_error_says_how_to_use_local_backbones(tmp_path):
     """The library itself, which finds nothing in an empty cache."""
     params_file, environment = tmp_path / "params.yaml", os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     params_file.write_text(params.compose(["backbones.kind=hub"]))
@@ -411,13 +409,13 @@ def test_without_network_the_message_says_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"), [("revision", "main"), ("revision", "A" * 40), ("revision", "a" * 39), ("repository", "dinov2")]
 )
-def test_a_revision_is_a_whole_commit(monkeypatch, tmp_path, key, value):
+def test_backbone_revision_must_be_a_full_commit_hash(monkeypatch, tmp_path, key, value):
     wrong = {**HUB, "vision": {**HUB["vision"], key: value}}
     with pytest.raises(UserError, match=rf"backbones\.hub\.vision\.{key}: String should match pattern"):
         run_stage(monkeypatch, tmp_path, kind="hub", hub=wrong)
 
 
-def test_an_output_path_that_cannot_be_written_is_one_paragraph(monkeypatch, tmp_path, capsys):
+def test_unwritable_output_gives_a_one_paragraph_error(monkeypatch, tmp_path, capsys):
     (tmp_path / "metrics").mkdir()
     monkeypatch.setattr(
         "sys.argv", ["backbones", "--out", "/dev/null/backbones", "--metrics", str(tmp_path / "m.json")]

@@ -81,12 +81,12 @@ def test_golden_card_item(chatml):
     assert (row["rejected_ids"], row["rejected_mask"], row["truncated_turns"]) == (None, None, 0)
 
 
-def test_a_cue_after_whitespace(chatml):
+def test_cue_after_whitespace_is_not_scored(chatml):
     item = {"user": "Which?", "assistant": " red: 3", "task": "card", "cue": " red:"}
     assert masked(chatml, row_of(chatml, item), "score_mask") == ["3"]
 
 
-def test_scores_without_cue_are_all_words_and_no_punctuation(chatml):
+def test_without_a_cue_all_words_but_no_punctuation_are_scored(chatml):
     row = row_of(chatml, {"user": "What?", "assistant": "grey, 3: é!", "task": "gist"})
     scored = masked(chatml, row, "score_mask")
     assert "".join(scored).replace(" ", "").startswith("grey3")
@@ -112,7 +112,7 @@ CHATS = {
 
 @pytest.mark.parametrize("system", ["Watch.", ""])
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_ids_and_spans_are_those_of_the_chat_template(tokenizer, messages, system):
+def test_ids_and_spans_match_the_chat_template(tokenizer, messages, system):
     row = row_of(tokenizer, {"task": "f", "messages": messages}, section=make_section(system=system))
     expected = [message | {"content": message["content"].strip()} for message in messages]
     if system and messages[0]["role"] != "system":
@@ -127,7 +127,7 @@ def test_ids_and_spans_are_those_of_the_chat_template(tokenizer, messages, syste
     assert row["answer"] == expected[-1]["content"]
 
 
-def test_without_a_system_line_the_template_decides(folders):
+def test_empty_system_prompt_leaves_it_to_the_chat_template(folders):
     item = {"user": " What? \n", "assistant": "\tgrey ", "task": "gist"}
     lines = {
         "chatml": "Default line",
@@ -141,7 +141,7 @@ def test_without_a_system_line_the_template_decides(folders):
         assert "".join(masked(tokenizer, row, "answer_mask")) == "grey<|im_end|>"
 
 
-def test_an_answer_that_shares_a_token_with_the_words_before(folders):
+def test_token_shared_by_prompt_and_answer_belongs_to_the_answer(folders):
     tokenizer = load_tokenizer(folders["zephyr"])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
@@ -153,7 +153,7 @@ def test_an_answer_that_shares_a_token_with_the_words_before(folders):
     assert masked(tokenizer, row, "score_mask") == [" red", " grey", " digits"]
 
 
-def test_a_tokenizer_that_asks_for_truncation_and_padding_is_not_obeyed(folders, tmp_path):
+def test_truncation_and_padding_of_the_tokenizer_are_disabled(folders, tmp_path):
     tokenizer = load_tokenizer(folders["chatml"])
     item = {"user": "Which digits?", "assistant": "1 2 3", "task": "f"}
     expected = row_of(tokenizer, item)
@@ -186,12 +186,12 @@ def test_a_tokenizer_that_asks_for_truncation_and_padding_is_not_obeyed(folders,
         ({"messages": turns("a", " ", "c", "d"), "task": "f"}, "sample 'k': the assistant message is empty"),
     ],
 )
-def test_items_that_cannot_be_learnt(chatml, item, message):
+def test_items_without_usable_text_are_rejected(chatml, item, message):
     with pytest.raises(UserError, match=message):
         outcome_of(chatml, item)
 
 
-def test_unusable_tokenizers(folders, tmp_path):
+def test_unusable_tokenizers_are_rejected(folders, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: missing.*pipeline_steps\.backbones"):
         load_tokenizer(tmp_path)
     tokenizer = load_tokenizer(folders["chatml"])
@@ -217,7 +217,7 @@ def test_unusable_tokenizers(folders, tmp_path):
 # ---------------------------------------------------------------- the table of prompts
 
 
-def test_lines_by_source_and_kind(chatml):
+def test_prompts_depend_on_source_and_kind(chatml):
     section = make_section(
         {"source": "webvid", "video": "What happens?"},
         {"source": "vript", "system": "", "image": "What is it?"},
@@ -251,20 +251,20 @@ def test_lines_by_source_and_kind(chatml):
         ([{"source": "a", "video": ""}], "at least 1 character"),
     ],
 )
-def test_a_wrong_table(entries, message):
+def test_invalid_prompt_tables_are_rejected(entries, message):
     with pytest.raises(ValueError, match=message):
         make_section(*entries)
 
 
-def test_the_entry_for_all_sources_is_whole():
+def test_default_prompt_entry_must_be_complete():
     entry = {"source": "a", "system": "s", "video": "v", "image": None, "choice": None}
     with pytest.raises(ValueError, match=r"prompts has no entry for source '\*'"):
         make_section(prompts=(entry,))
-    with pytest.raises(ValueError, match=r"the entry of source '\*' leaves out image, choice"):
+    with pytest.raises(ValueError, match=r"the entry of source '\*' must not leave out image, choice"):
         make_section(prompts=(entry | {"source": "*"},))
 
 
-def test_the_table_in_the_documentation_is_valid():
+def test_prompt_table_in_the_documentation_is_valid():
     text = (params.ROOT / "docs/data.md").read_text()
     (table,) = re.findall(r"^    tokens:\n((?:    .+\n)+)", text, re.MULTILINE)
     prompts = yaml.safe_load(table)["prompts"]
@@ -276,7 +276,7 @@ def test_the_table_in_the_documentation_is_valid():
 # ---------------------------------------------------------------- multiple choice
 
 
-def test_options_are_lettered_lines_and_the_answer_is_a_letter(tokenizer):
+def test_options_become_lettered_lines_and_the_answer_a_letter(tokenizer):
     item = {"user": " Which? ", "options": [" red", "1\n2", "é "], "correct_option": 1, "task": "f"}
     row = row_of(tokenizer, item)
     question = "Which?\nA. red\nB. 1\n2\nC. é\nAnswer with the letter."
@@ -288,7 +288,7 @@ def test_options_are_lettered_lines_and_the_answer_is_a_letter(tokenizer):
     assert question == choices.question("Which?", item["options"], "Answer with the letter.", "k")
 
 
-def test_the_line_after_the_options_is_the_sources(chatml):
+def test_choice_prompt_depends_on_the_source(chatml):
     item = {"user": "Which?", "options": ["red", "blue"], "correct_option": 0, "task": "f"}
     section = make_section({"source": "a", "choice": "Only the letter."}, {"source": "b", "choice": ""})
     for source, end in [
@@ -300,7 +300,7 @@ def test_the_line_after_the_options_is_the_sources(chatml):
         assert chatml.decode(row["input_ids"]).endswith(f"{end}<|im_end|>\n<|im_start|>assistant\nA<|im_end|>")
 
 
-def test_as_many_options_as_letters(chatml):
+def test_at_most_26_options_are_allowed(chatml):
     item = {"user": "q", "options": list(string.digits + string.ascii_lowercase)[:26], "correct_option": 25}
     assert row_of(chatml, item | {"task": "f"})["answer"] == "Z"
     item["options"].append("one more")
@@ -314,7 +314,7 @@ def test_as_many_options_as_letters(chatml):
 @pytest.mark.parametrize(
     "lead", [turns("q"), turns("Say 1", "1", "Say 2"), turns("Say 1", "1", "q", system="Be brief.")]
 )
-def test_both_sides_of_a_preference(tokenizer, lead):
+def test_both_sides_of_a_preference_are_tokenised(tokenizer, lead):
     """The compared answer alone is learned: earlier ones are in both chats and would count on one side only."""
     item = {"task": "f", "messages": [*lead, *turns("", "red: 3 14")[1:]], "rejected": " no, é \n"}
     row = row_of(tokenizer, item, section=make_section(system=""))
@@ -329,13 +329,13 @@ def test_both_sides_of_a_preference(tokenizer, lead):
     assert row["answer"] == "red: 3 14"
 
 
-def test_a_preference_of_one_question_is_a_chat(chatml):
+def test_single_turn_preference_is_tokenised_like_a_chat(chatml):
     item = {"user": "q", "assistant": "a 1", "rejected": "b 2", "task": "f"}
     as_chat = {"messages": turns("q", "a 1"), "rejected": "b 2", "task": "f"}
     assert row_of(chatml, item) == row_of(chatml, as_chat)
 
 
-def test_the_same_answer_twice_is_no_preference(chatml):
+def test_preference_with_equal_answers_is_dropped(chatml):
     same = {"user": "q", "assistant": "grey", "rejected": " grey\n", "task": "f"}
     other = same | {"rejected": "Grey"}
     outcome = outcome_of(chatml, same, other)
@@ -344,7 +344,7 @@ def test_the_same_answer_twice_is_no_preference(chatml):
 
 
 @pytest.mark.parametrize("longer", ["assistant", "rejected"])
-def test_nothing_of_a_preference_is_cut(chatml, longer):
+def test_preferences_are_never_truncated(chatml, longer):
     """Not even earlier turns: dropped when one side does not fit, kept when both just do."""
     answers = {"assistant": "a", "rejected": "b"} | {longer: "1 2 3 4 5"}
     item = {"messages": turns("p", "1", "q", answers["assistant"]), "rejected": answers["rejected"], "task": "f"}
@@ -359,7 +359,7 @@ def test_nothing_of_a_preference_is_cut(chatml, longer):
 # ---------------------------------------------------------------- what does not fit
 
 
-def test_a_chat_loses_whole_turns_at_its_end(tokenizer):
+def test_long_chat_loses_whole_turns_at_its_end(tokenizer):
     """For every limit: as many turns as fit, each answer whole; without the first turn, nothing is left."""
     messages = [{"role": "system", "content": "Watch."}, *turns("Say 1", "1 2 3", "é?", "red", "And?", "grey top left")]
     whole = template_ids(tokenizer, messages)
@@ -384,7 +384,7 @@ def test_a_chat_loses_whole_turns_at_its_end(tokenizer):
         assert [(d.key, d.item, d.reason) for d in outcome.truncated] == expected
 
 
-def test_one_question_is_kept_whole_or_not_at_all(chatml):
+def test_single_turn_is_kept_completely_or_dropped(chatml):
     item = {"user": "Which?", "assistant": "red 1 2", "task": "f"}
     length = len(row_of(chatml, item)["input_ids"])
     assert row_of(chatml, item, max_tokens=length)
@@ -393,7 +393,7 @@ def test_one_question_is_kept_whole_or_not_at_all(chatml):
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm2"])
-def test_control_tokens_in_a_text_are_dropped_not_obeyed(folders, name):
+def test_items_with_control_tokens_in_the_text_are_dropped(folders, name):
     tokenizer = load_tokenizer(folders[name])
     tokens = {"chatml": CHATML_TOKENS, "smollm2": SMOLLM2_TOKENS}[name]
     plain = {"user": "q", "assistant": "a", "task": "f"}

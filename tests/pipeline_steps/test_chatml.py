@@ -40,7 +40,7 @@ def test_messages_are_recovered_exactly_from_token_ids(tokenizer_dir, messages):
     assert decoder.messages([*ids[:-1], *[decoder.end] * 5]) == messages  # padded, without the last line break
 
 
-def test_token_ids_that_are_no_whole_chat(tokenizer_dir):
+def test_incomplete_chats_are_rejected(tokenizer_dir):
     decoder, ids = ChatMLDecoder(tokenizer_dir), ids_of(tokenizer_dir, CHATS[0])
     start, end = decoder.start, decoder.end
     for wrong, message in (
@@ -50,15 +50,15 @@ def test_token_ids_that_are_no_whole_chat(tokenizer_dir):
         (ids[1:], "token 0 is not <|im_start|>"),
         ([5000], "5000 is not in the tokenizer's vocabulary"),
         ([-1], "-1 is not in"),
-        ([start, end], "not with a role"),
+        ([start, end], "expected a role"),
         ([*ids, *ids[5:8], *ids], "is text between two turns"),
-        ([start, *(decoder.tokenizer.token_to_id(c) for c in "userĊHi"), end], "its text gives other token ids"),
+        ([start, *(decoder.tokenizer.token_to_id(c) for c in "userĊHi"), end], "its text encodes to other ids"),
     ):
         with pytest.raises(NotChatML, match=message.replace("|", r"\|")):
             decoder.messages(wrong)
 
 
-def test_wrong_tokenizers(tmp_path):
+def test_tokenizers_without_chatml_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
         ChatMLDecoder(tmp_path)
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))

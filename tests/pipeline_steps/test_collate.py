@@ -47,7 +47,7 @@ def rows_of(batch: Batch, name: str) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(getattr(batch, name), lengths, strict=True)]
 
 
-def test_question_first_puts_the_frames_after_the_question():
+def test_question_first_inserts_the_frames_after_the_question():
     batch = make_collator()(ITEMS)
     assert rows_of(batch, "input_ids") == [
         [1, 10, 11, VISUAL, VISUAL, VISUAL, 20, 30, 31, 2],
@@ -62,7 +62,7 @@ def test_question_first_puts_the_frames_after_the_question():
     assert (batch.labels[1, 6:] == IGNORE_INDEX).all()
 
 
-def test_vision_first_puts_a_bos_and_the_frames_in_front():
+def test_vision_first_inserts_bos_and_frames_at_the_start():
     batch = make_collator("vision_first")(ITEMS)
     assert rows_of(batch, "input_ids")[0] == [BOS, VISUAL, VISUAL, VISUAL, 1, 10, 11, 20, 30, 31, 2]
     assert rows_of(batch, "input_ids")[1] == [1, 10, 11, 20, 32, 2]  # text only: as in the other layout
@@ -78,7 +78,7 @@ def test_the_same_tokens_are_labelled_in_every_layout(layout):
         assert all(VISUAL not in row for row in labels)
 
 
-def test_targets_follow_the_frames():
+def test_target_patches_are_repeated_like_the_frames():
     items = [item | {"target_patches": np.eye(len(item["frames"]), 4, dtype=bool)} for item in ITEMS]
     batch = make_collator()(items)
     assert batch.target_patches.dtype == torch.bool
@@ -86,21 +86,21 @@ def test_targets_follow_the_frames():
     assert len(make_collator()([items[1]]).target_patches) == 0
 
 
-def test_times_follow_the_frames():
+def test_frame_times_are_repeated_like_the_frames():
     batch = make_collator()(ITEMS)
     assert batch.frame_times.dtype == torch.float32
     assert batch.frame_times.tolist() == [0, 0.5, 1, 0, 0, 0, 0]  # seconds; the still's four times
     assert make_collator()([ITEMS[1]]).frame_times.shape == (0,)
 
 
-def test_padding_on_the_left_is_for_generation():
+def test_left_padding_is_available_for_generation():
     left, right = make_collator()(ITEMS, padding_side="left"), make_collator()(ITEMS)
     assert left.attention_mask[1].tolist() == [0] * 4 + [1] * 6
     assert left.input_ids[1].tolist() == [PAD] * 4 + right.input_ids[1, :6].tolist()
     assert torch.equal(left.pixel_values, right.pixel_values)
 
 
-def test_a_batch_moves_and_splits_with_all_that_it_holds():
+def test_to_and_split_cover_every_field_of_a_batch():
     items = [item | {"target_patches": np.eye(len(item["frames"]), 4, dtype=bool)} for item in ITEMS]
     items = [
         item | {"rejected_ids": [1, 10, 11, 20, 40, 2], "rejected_mask": [False] * 4 + [True] * 2} for item in items
@@ -117,19 +117,19 @@ def test_a_batch_moves_and_splits_with_all_that_it_holds():
     assert list(batch.split(None)) == [batch]
 
 
-def test_several_tokens_per_frame():
+def test_several_tokens_per_frame_are_inserted():
     batch = make_collator(tokens_per_frame=2)(ITEMS)
     assert (batch.input_ids == VISUAL).sum(1).tolist() == [6, 0, 8]
     assert batch.num_frames.tolist() == [3, 0, 4]
 
 
-def test_a_batch_without_frames():
+def test_batch_without_frames_is_supported():
     batch = make_collator()([ITEMS[1]])
     assert len(batch.pixel_values) == 0
     assert batch.num_frames.tolist() == [0]
 
 
-def test_normalisation_is_imagenets():
+def test_pixels_are_normalised_with_imagenet_statistics():
     frames = np.zeros((1, 2, 2, 3), np.uint8)
     frames[..., 0] = 255
     pixels = torch.from_numpy(normalise(frames))

@@ -19,7 +19,7 @@ def data(*rows, image_size=56):
     return found
 
 
-def test_data_that_fit_are_taken():
+def test_compatible_data_are_accepted():
     check_compatibility(make_model(max_num_frames=6).config, data(row("full", "video", 6, 122)), 4)  # 128 positions
 
 
@@ -32,7 +32,7 @@ def test_data_that_fit_are_taken():
         ({"layout": "vision_first"}, (row("long", "video", 6, 122),), 56, "'long' has 129 tokens"),
         ({}, (row("chat-b", "text", 0, 129),), 56, r"'chat-b' has 129 tokens \(0 of them visual\)"),
         ({"num_visual_tokens_per_frame": 16}, (row("wide", "video", 6, 33),), 56, "'wide' has 129 tokens"),
-        ({}, (), 50, "frames of 50 px, no multiple.*14 px. Set shards.image_size to 42"),
+        ({}, (), 50, "frames have 50 px, not a multiple.*14 px. Set shards.image_size to 42"),
         (
             {"architecture": "multi_token", "num_visual_tokens_per_frame": 25},
             (),
@@ -41,11 +41,11 @@ def test_data_that_fit_are_taken():
         ),
     ],
 )
-def test_data_that_do_not_fit_are_named(options, rows, image_size, message):
+def test_incompatible_data_are_rejected_with_the_sample(options, rows, image_size, message):
     with pytest.raises(UserError, match=message):
         check_compatibility(make_model(**options).config, data(*rows, image_size=image_size), 4)
 
 
-def test_a_still_counts_as_often_as_it_is_shown():
+def test_replicated_stills_count_as_several_frames():
     with pytest.raises(UserError, match=r"'still-a' has 8 frames.*at most 6.*streaming.image_replication"):
         check_compatibility(make_model(max_num_frames=6).config, data(), 8)

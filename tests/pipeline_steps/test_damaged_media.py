@@ -40,7 +40,7 @@ def read_all(folder):
     return list(zip(lines[::2], lines[1::2], strict=True))
 
 
-def test_damaged_media(tmp_path):
+def test_damaged_media_give_frames_or_a_short_reason(tmp_path):
     results = read_all(tmp_path / "media")
     damaged = [result for done, result in results if ", " in done["done"]]
     assert len(damaged) == COUNT

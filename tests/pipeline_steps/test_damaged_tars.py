@@ -1,4 +1,4 @@
-"""Damaged and hostile archives: no traceback, no hang, bounded memory, and seen = taken + quarantined."""
+"""DamagedArchive and hostile archives: no traceback, no hang, bounded memory, and seen = taken + quarantined."""
 
 import gzip
 import io
@@ -35,27 +35,27 @@ def special(kind, size=0, linkname=""):
 def json_cases():
     deep = b'{"user": "A?", "assistant": "B.", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     return {
-        "deep": (deep, "no valid JSON: maximum recursion depth"),
-        "deep objects": (b'{"a":' * 100_000, "no valid JSON: maximum recursion depth"),
-        "large": (b'{"user": "' + b"x" * 100_000_000 + b'"}', f"has 100000012 bytes, at most {MAX_JSON} are read"),
-        "huge number": (b'{"frame_count": ' + b"9" * 5000 + b"}", "no valid JSON: Exceeds the limit (4300 digits)"),
+        "deep": (deep, "not valid JSON: maximum recursion depth"),
+        "deep objects": (b'{"a":' * 100_000, "not valid JSON: maximum recursion depth"),
+        "large": (b'{"user": "' + b"x" * 100_000_000 + b'"}', f"has 100000012 bytes, at most {MAX_JSON} are allowed"),
+        "huge number": (b'{"frame_count": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit (4300 digits)"),
         "large number": (b'{"frame_count": 1e400, "user": "A?", "assistant": "B."}', "frame_count"),
-        "NaN": (b'{"user": "A?", "assistant": "B.", "x": NaN}', "NaN is no number of JSON"),
-        "Infinity": (b'{"user": "A?", "assistant": "B.", "x": -Infinity}', "-Infinity is no number of JSON"),
-        "field twice": (b'{"user": "A?", "user": "C?", "assistant": "B."}', "the field 'user' is given twice"),
-        "not UTF-8": (b'{"user": "\xff", "assistant": "B."}', "no valid JSON: 'utf-8' codec"),
-        "UTF-16": ('{"user": "A?"}'.encode("utf-16"), "no valid JSON"),
-        "half a character": (b'{"user": "A\\ud800?", "assistant": "B."}', "no valid JSON: 'utf-8' codec can't encode"),
-        "cut": (b'{"user": "A?", "assist', "no valid JSON: Unterminated string"),
-        "empty": (b"", "no valid JSON: Expecting value"),
-        "zeros": (b"\0" * 100, "no valid JSON"),
-        "a list": (b"[1]", "it holds no object"),
-        "a word": (b"null", "it holds no object"),
+        "NaN": (b'{"user": "A?", "assistant": "B.", "x": NaN}', "NaN is not a JSON number"),
+        "Infinity": (b'{"user": "A?", "assistant": "B.", "x": -Infinity}', "-Infinity is not a JSON number"),
+        "field twice": (b'{"user": "A?", "user": "C?", "assistant": "B."}', "the field 'user' occurs twice"),
+        "not UTF-8": (b'{"user": "\xff", "assistant": "B."}', "not valid JSON: 'utf-8' codec"),
+        "UTF-16": ('{"user": "A?"}'.encode("utf-16"), "not valid JSON"),
+        "half a character": (b'{"user": "A\\ud800?", "assistant": "B."}', "not valid JSON: 'utf-8' codec can't encode"),
+        "cut": (b'{"user": "A?", "assist', "not valid JSON: Unterminated string"),
+        "empty": (b"", "not valid JSON: Expecting value"),
+        "zeros": (b"\0" * 100, "not valid JSON"),
+        "a list": (b"[1]", "expected an object"),
+        "a word": (b"null", "expected an object"),
     }
 
 
 @pytest.mark.parametrize(("content", "expected"), json_cases().values(), ids=json_cases().keys())
-def test_damaged_json(tmp_path, content, expected):
+def test_invalid_json_is_quarantined(tmp_path, content, expected):
     samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", [*GOOD, ("bad.jpg", b"x"), ("bad.json", content)]))
     assert list(samples) == ["old-0-good"]
     assert list(reasons) == ["old-0-bad"]
@@ -77,7 +77,7 @@ VALUES = (0, -1, 2.5, True, "x", "", [], [1], ["x"], [[]], {}, {"role": "user"},
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_wrong_types_of_every_field(tmp_path, field):
+def test_wrong_types_in_every_field_are_quarantined(tmp_path, field):
     members = [(f"k{i}.json", QUESTION | {field: value}) for i, value in enumerate(VALUES)]
     samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
     assert len(samples) + len(reasons) == len(VALUES)
@@ -88,16 +88,16 @@ def test_wrong_types_of_every_field(tmp_path, field):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("../../k.jpg", b"x", "leads out of the archive"),
-        ("a/../../k.jpg", b"x", "leads out of the archive"),
-        ("/etc/k.jpg", b"x", "leads out of the archive"),
+        ("../../k.jpg", b"x", "points outside of the archive"),
+        ("a/../../k.jpg", b"x", "points outside of the archive"),
+        ("/etc/k.jpg", b"x", "points outside of the archive"),
         ("k.jpg", special(tarfile.SYMTYPE, linkname="/etc/passwd"), "'k.jpg': a symbolic link"),
         ("k.jpg", special(tarfile.LNKTYPE, linkname="good.jpg"), "'k.jpg': a hard link"),
         ("k.jpg", special(tarfile.CHRTYPE), "'k.jpg': a device"),
         ("k.json", special(tarfile.FIFOTYPE), "'k.json': a pipe"),
     ],
 )
-def test_hostile_members(tmp_path, name, content, expected):
+def test_hostile_members_are_quarantined(tmp_path, name, content, expected):
     members = [*GOOD, (name, content)]
     members += [(name.replace(".jpg", ".json"), QUESTION)] if name.endswith(".jpg") else []
     samples, reasons, _ = read_tars(write_tar(tmp_path / "0.tar", members))
@@ -106,7 +106,7 @@ def test_hostile_members(tmp_path, name, content, expected):
     assert expected in found
 
 
-def test_names_that_are_not_utf8(tmp_path):
+def test_unusual_member_names_are_accepted(tmp_path):
     names = ["\udcff\udcfe", "new\nline", "tab\t", "x" * 3000, "y" * 5000]
     members = [member for name in names for member in ((f"{name}.jpg", b"picture"), (f"{name}.json", QUESTION))]
     samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
@@ -127,14 +127,14 @@ def damaged(tmp_path, content):
     return samples, reasons
 
 
-def test_a_truncated_archive_loses_its_end_only(tmp_path):
+def test_truncated_archive_loses_only_its_end(tmp_path):
     content = archive(tmp_path).read_bytes()
     whole, _, _ = read_tars(tmp_path / "0.tar")
     for size in range(512, 6 * 7168, 1024):
         samples, reasons = damaged(tmp_path, content[:size])
         rest = reasons.pop("old-0")
         assert rest.startswith("at byte ")
-        assert rest.endswith("bytes, is lost")
+        assert rest.endswith("bytes are unreadable")
         assert samples.items() <= whole.items()
         assert len(samples) + len(reasons) == -(-size // 7168)  # 14 blocks each
         assert len(reasons) <= 1
@@ -144,17 +144,17 @@ def test_a_truncated_archive_loses_its_end_only(tmp_path):
     ("change", "expected"),
     [
         (lambda content: b"", "at byte 0: an empty file"),
-        (lambda content: content[:100], "at byte 0: no tar archive"),
-        (lambda content: b"not a tar" * 1000, "at byte 0: no tar archive"),
-        (lambda content: gzip.compress(content), "compressed with gzip, unpack it"),
+        (lambda content: content[:100], "at byte 0: not a tar archive"),
+        (lambda content: b"not a tar" * 1000, "at byte 0: not a tar archive"),
+        (lambda content: gzip.compress(content), "compressed with gzip, decompress it"),
         (lambda content: content[:14336] + b"garbage!" * 64 + content[14336:], "at byte 14336: damaged header"),
-        (lambda content: content + b"garbage", "bytes after its end mark"),
-        (lambda content: content + content, "bytes after its end mark"),
+        (lambda content: content + b"garbage", "bytes follow the end mark"),
+        (lambda content: content + content, "bytes follow the end mark"),
         (lambda content: content[:14336] + bytes(1024) + content[14336:], "at byte 14336: "),
         (lambda content: content.rstrip(b"\0"), "cut off|without an end mark"),
     ],
 )
-def test_where_an_archive_breaks_off(tmp_path, change, expected):
+def test_damage_is_reported_with_its_offset_and_reason(tmp_path, change, expected):
     content = archive(tmp_path).read_bytes()
     samples, reasons = damaged(tmp_path, change(content))
     assert any(part in reasons["old-0"] for part in expected.split("|"))
@@ -162,13 +162,13 @@ def test_where_an_archive_breaks_off(tmp_path, change, expected):
     assert all(len(sample.parts) == 3 for sample in samples.values())
 
 
-def test_archives_that_break_off_are_named(tmp_path, capsys):
+def test_damaged_archives_are_listed_on_stderr(tmp_path, capsys):
     content = archive(tmp_path).read_bytes()
     for number in range(12):
         (tmp_path / f"{number:02d}.tar").write_bytes(content[:20000] if number else content)
     read_tars(tmp_path)
     printed = capsys.readouterr().err
-    assert "old: 11 of 13 archives cannot be read to their end" in printed
+    assert "old: 11 of 13 archives are damaged" in printed
     assert f"  {tmp_path / '10.tar'}: at byte 18432: cut off after" in printed
     assert "  ... and 1 more" in printed
 
@@ -177,7 +177,7 @@ def _dies(entry, job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_stops_the_stage(tmp_path, monkeypatch):
+def test_killed_worker_process_fails_the_stage(tmp_path, monkeypatch):
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", GOOD)
     monkeypatch.setattr(tars, "_work", _dies)
@@ -185,7 +185,7 @@ def test_a_killed_process_stops_the_stage(tmp_path, monkeypatch):
         read_tars(tmp_path, num_processes=2)
 
 
-def test_a_huge_extended_header_is_not_read(tmp_path):
+def test_huge_extended_header_is_not_read_into_memory(tmp_path):
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**40
     good = io.BytesIO((write_tar(tmp_path / "0.tar", GOOD)).read_bytes()[:2048]).getvalue()
@@ -193,7 +193,7 @@ def test_a_huge_extended_header_is_not_read(tmp_path):
     assert f"an extended header of {2**40} bytes" in reasons["old-0"]
 
 
-def test_a_pax_header_decides_name_and_size(tmp_path):
+def test_pax_header_sets_name_and_size(tmp_path):
     long = "k" * 150
     path = write_tar(tmp_path / "0.tar", [(f"{long}.jpg", b"x"), (f"{long}.json", QUESTION)], tarfile.PAX_FORMAT)
     content = path.read_bytes()
@@ -203,7 +203,7 @@ def test_a_pax_header_decides_name_and_size(tmp_path):
         assert samples == {} or reasons == {}
 
 
-def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+def test_unreadable_archive_is_quarantined(tmp_path, monkeypatch):
     archive(tmp_path)
     monkeypatch.setattr(tars, "open", _failing(open), raising=False)
     _, reasons, _ = read_tars(tmp_path / "0.tar")
@@ -235,7 +235,7 @@ class Unreadable(io.FileIO):
 @pytest.mark.parametrize(
     ("first", "expected"), [(14336, {"old-0": "at byte 14336: "}), (14336 + 512, {"old-0-k2": ""})]
 )
-def test_a_place_that_cannot_be_read(tmp_path, monkeypatch, first, expected):
+def test_disk_read_errors_are_quarantined(tmp_path, monkeypatch, first, expected):
     archive(tmp_path)
     plain = open
 
@@ -352,11 +352,11 @@ def run_child(function, folder):
     return json.loads(done.stdout)
 
 
-def test_costly_json(tmp_path):
+def test_pathological_json_takes_bounded_time_and_memory(tmp_path):
     assert len(run_child(run_costly_json, tmp_path)) == len(list(costly_json()))
 
 
-def test_random_damage(tmp_path):
+def test_random_damage_never_crashes_the_reader(tmp_path):
     counts = run_child(run_mutations, tmp_path)
     assert counts["mutations"] == NUM_MUTATIONS
     assert counts["taken"] > NUM_MUTATIONS

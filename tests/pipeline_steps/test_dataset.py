@@ -12,7 +12,7 @@ from pipeline_steps.common import sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.dataset import UnreadableSample
-from pipeline_steps.streaming.file_cache import OpenFiles
+from pipeline_steps.streaming.file_cache import FileCache
 from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import SIZE, Clip, clips, open_split, write
 
@@ -56,7 +56,7 @@ def test_items_have_the_frames_of_their_sample(root):
     assert dataset[24]["task"] == "gist"
 
 
-def test_tasks_and_scored_items_are_found_without_rows(root):
+def test_tasks_and_scored_items_are_found_without_reading_rows(root):
     dataset = open_split(root)
     expected = {}
     for number, row in enumerate(dataset.rows):
@@ -71,14 +71,14 @@ def test_tasks_and_scored_items_are_found_without_rows(root):
     assert found == wanted
 
 
-def test_masks_without_and_with_a_true_and_empty_lists():
+def test_has_true_handles_empty_lists():
     column = sidecar.pa.array([[False, True], [], [False], [True]], sidecar.pa.list_(sidecar.pa.bool_()))
     assert index.has_true(column).tolist() == [True, False, False, True]
     assert index.has_true(column.slice(1, 2)).tolist() == [False, False]
     assert index.has_true(column.slice(0, 0)).tolist() == []
 
 
-def test_the_bytes_of_a_batch_are_known_before_it_is_made(root):
+def test_batch_bytes_predicts_the_size_of_the_batch(root):
     dataset = open_split(root)
     collate = packed.collator(image_replication=2)
     for numbers in ([0], [1, 2, 3], [3, 10, 24], list(range(25))):
@@ -88,7 +88,7 @@ def test_the_bytes_of_a_batch_are_known_before_it_is_made(root):
         assert dataset.batch_bytes(np.array(numbers), 2, 1) == made
 
 
-def test_an_item_costs_a_few_bytes_and_not_a_dict():
+def test_index_takes_a_few_bytes_per_item():
     columns = packed.columns_only(clips(50)).index
     arrays = [value for value in vars(columns).values() if isinstance(value, np.ndarray)]
     assert sum(array.itemsize for array in arrays) <= 40
@@ -97,7 +97,7 @@ def test_an_item_costs_a_few_bytes_and_not_a_dict():
 def test_reading_keeps_a_bounded_number_of_files_open(tmp_path):
     for number in range(10):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
-    files, before = OpenFiles(limit=3), len(os.listdir("/proc/self/fd"))
+    files, before = FileCache(limit=3), len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:
         jobs = [(number % 10, number % 90) for number in range(2_000)]
         read = list(pool.map(lambda job: files.read(str(tmp_path / str(job[0])), [(job[1], 7)])[0], jobs))
@@ -107,19 +107,19 @@ def test_reading_keeps_a_bounded_number_of_files_open(tmp_path):
         files.read(str(tmp_path / "0"), [(95, 8)])
 
 
-def test_neighbours_are_read_at_once_and_others_apart(tmp_path, monkeypatch):
+def test_adjacent_pieces_are_read_together(tmp_path, monkeypatch):
     content = np.random.default_rng(0).bytes(100_000)
     (tmp_path / "file").write_bytes(content)
     places = [(0, 10), (600, 3_000), (4_000, 5), (50_000, 7), (50_007, 7), (30_000, 9), (30_000, 9), (30_020, 0)]
     calls = []
     monkeypatch.setattr(os, "pread", lambda *words, original=os.pread: calls.append(words) or original(*words))
-    pieces = OpenFiles().read(str(tmp_path / "file"), places)
+    pieces = FileCache().read(str(tmp_path / "file"), places)
     assert pieces == [content[offset : offset + size] for offset, size in places]
     assert [(size, offset) for _, size, offset in calls] == [(4_005, 0), (14, 50_000), (9, 30_000), (20, 30_000)]
-    assert OpenFiles().read(str(tmp_path / "file"), []) == []
+    assert FileCache().read(str(tmp_path / "file"), []) == []
 
 
-def test_damaged_frames_are_one_error_that_names_the_sample(tmp_path):
+def test_damaged_frames_raise_one_error_that_names_the_sample(tmp_path):
     root = write(tmp_path, SAMPLES[:6], 6)
     dataset, tar = open_split(root), root / "shards/train/000000.tar"
     content = bytearray(tar.read_bytes())
@@ -148,17 +148,17 @@ def test_damaged_frames_are_one_error_that_names_the_sample(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("tar is shorter", r"000001.tar has 2,048 bytes, the manifest says [\d,]+ bytes"),
-        ("tar is missing", r"000001.tar is missing, the manifest says"),
+        ("tar is shorter", r"000001.tar has 2,048 bytes, expected [\d,]+ bytes"),
+        ("tar is missing", r"000001.tar is missing, expected"),
         ("sidecar of another shard", r"was made for a shard with sha256"),
         ("sidecar is missing", r"000001.arrow: missing"),
         ("sidecar is cut", r"000001.arrow: not a token sidecar"),
-        ("sidecar has other rows", r"000001.arrow has 5 items with \d+ tokens, the manifest says 6 with"),
+        ("sidecar has other rows", r"000001.arrow has 5 items with \d+ tokens, expected 6 with"),
         ("sidecar has other columns", r"000001.arrow: other columns"),
         ("manifest lacks a sidecar", r"3 sidecars of split 'train' for 4 shards"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path, damage, message):
+def test_mismatched_files_are_rejected(tmp_path, damage, message):
     root = write(tmp_path, SAMPLES[:22], 6)
     tar, arrow = root / "shards/train/000001.tar", root / "tokens/train/000001.arrow"
     manifest = json.loads((root / "tokens/manifest.json").read_text())
@@ -190,6 +190,6 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, damage, message
         open_split(root)
 
 
-def test_a_split_without_items_is_named(root):
+def test_split_without_items_is_rejected(root):
     with pytest.raises(UserError, match="split 'test' has no items"):
         packed.TokenizedShards(root / "shards", root / "tokens", "test")

@@ -59,7 +59,7 @@ def assert_same_run(found, expected):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_curve_does_not_depend_on_micro_batches(alone, finished_run, tmp_path, size):
+def test_the_learning_curve_does_not_depend_on_micro_batches(alone, finished_run, tmp_path, size):
     checkpointed = f"training.common.activation_checkpointing={'true' if size == 4 else 'false'}"
     folder = folder_for(finished_run, tmp_path, f"training.common.micro_batch_size={size}", checkpointed)
     pipeline.train(folder, "stage1")
@@ -76,21 +76,25 @@ def test_the_curve_does_not_depend_on_micro_batches(alone, finished_run, tmp_pat
     ],
     ids=["2", "2, one by one", "4, one by one", "fsdp"],
 )
-def test_the_curve_does_not_depend_on_processes(alone, finished_run, tmp_path, num_processes, overrides):
+def test_the_learning_curve_does_not_depend_on_the_number_of_processes(
+    alone, finished_run, tmp_path, num_processes, overrides
+):
     folder = folder_for(finished_run, tmp_path, *overrides)
     pipeline.train(folder, "stage1", num_processes)
     assert_same_run(folder, alone)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_the_curve_with_muon_does_not_depend_on_processes(alone_with_muon, finished_run, tmp_path, sharding):
+def test_the_muon_learning_curve_does_not_depend_on_the_number_of_processes(
+    alone_with_muon, finished_run, tmp_path, sharding
+):
     """FSDP2 divides the matrices by rows, which Muon orthogonalizes whole."""
     folder = folder_for(finished_run, tmp_path, MUON, f"training.common.sharding={sharding}")
     pipeline.train(folder, "stage1", 2)
     assert_same_run(folder, alone_with_muon)
 
 
-def test_torchrun_starts_it(alone, finished_run, tmp_path):
+def test_torchrun_starts_training(alone, finished_run, tmp_path):
     folder = folder_for(finished_run, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += pipeline.command("stage1")[1:]
@@ -103,7 +107,7 @@ def test_torchrun_starts_it(alone, finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("ddp", "muon"), ("fsdp", "muon")]
 )
-def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, sharding, optimizer):
+def test_two_processes_resume_after_a_kill(finished_run, tmp_path, sharding, optimizer):
     options = (f"training.common.sharding={sharding}", f"training.common.optimizer={optimizer}")
     options += ("runtime.checkpoint_every=2",)
     expected, folder = tmp_path / "expected", tmp_path / "killed"
@@ -120,12 +124,12 @@ def test_two_processes_go_on_where_they_were_killed(finished_run, tmp_path, shar
         process.join()
     assert not (folder / "outputs/stage1").exists()
     pipeline.train(folder, "stage1", 2)
-    assert "going on from step" in (folder / "log-0.txt").read_text()
+    assert "resuming from step" in (folder / "log-0.txt").read_text()
     for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def test_a_failing_process_stops_all_with_its_error(finished_run, tmp_path):
+def test_a_failing_process_stops_all_processes_with_its_error(finished_run, tmp_path):
     folder = folder_for(finished_run, tmp_path, "streaming.max_quarantined=0.0")
     (folder / "data").unlink()
     shutil.copytree(finished_run / "data", folder / "data")
@@ -140,12 +144,12 @@ def test_a_failing_process_stops_all_with_its_error(finished_run, tmp_path):
         process.join(120)
     assert all(process.exitcode not in (0, None) for process in processes)
     logs = "".join((folder / f"log-{rank}.txt").read_text() for rank in range(2))
-    assert "could not be read, more than streaming.max_quarantined allows" in logs
+    assert "unreadable, more than streaming.max_quarantined allows" in logs
     assert not (folder / "outputs/stage1").exists()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_sigterm_saves_a_state_from_which_the_run_goes_on(finished_run, tmp_path, num_processes):
+def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_path, num_processes):
     options = ("runtime.checkpoint_every=1000", "training.stage1.num_samples=160")
     expected, folder = tmp_path / "expected", tmp_path / "stopped"
     for place in (expected, folder):
@@ -160,7 +164,7 @@ def test_sigterm_saves_a_state_from_which_the_run_goes_on(finished_run, tmp_path
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [143] * num_processes
-    assert "ended by SIGTERM after step" in log.read_text()
+    assert "stopped by SIGTERM after step" in log.read_text()
     assert len(list(folder.glob(".scratch/stage1/*/step-*"))) == 1
     pipeline.train(folder, "stage1", num_processes)
     for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):

@@ -98,7 +98,7 @@ def test_forward_agrees_with_the_counter(mode, options):
     assert formulas.forward(config, SAMPLE, mode).total == pytest.approx(expected, rel=1e-6)
 
 
-def test_second_plan_agrees_with_the_counter():
+def test_second_planning_pass_agrees_with_the_counter():
     config = make_config()
     assert formulas.forward(config, SAMPLE, "fine", 2).total == pytest.approx(
         counted(config, SAMPLE, mode="fine", num_plans=2), rel=1e-6
@@ -190,7 +190,7 @@ def test_vision_encoder_flops_by_hand():
     assert formulas.vision_encoder_flops(make_config().vision_config, need_last_layer=False) == expected
 
 
-def test_mean_of_several():
+def test_mean_of_several_counts():
     results = [formulas.forward(make_config(), Sample(frames, 23, 9, 7), "fine") for frames in (1, 3)]
     found = formulas.mean(results)
     assert found.total == sum(result.total for result in results) / 2

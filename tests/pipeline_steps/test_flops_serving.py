@@ -20,7 +20,7 @@ ARMS = [
 
 @pytest.mark.parametrize("num_tokens", [1, 6])
 @pytest.mark.parametrize("options", ARMS, ids=["deep", "shallow", "coarse_only", "multi_token"])
-def test_an_answer_costs_what_generate_runs(options, num_tokens):
+def test_answer_flops_agree_with_generate(options, num_tokens):
     config = make_config(**options)
     network = FoveatedVLMForConditionalGeneration(config).eval().requires_grad_(False)  # for the counter's hooks
     prompt = Sample(SAMPLE.num_frames, SAMPLE.num_text_tokens - SAMPLE.num_labels, SAMPLE.num_tokens_before, 0)
@@ -45,7 +45,7 @@ def test_cache_of_the_pretrained_sizes_by_hand():
     assert sizes == [2 * 11520, 2 * 20480, 2 * 98304]
 
 
-def test_queries_need_the_frames_and_ordinary_tokens_do_not():
+def test_only_foveated_networks_cache_keys_and_values_of_the_frames():
     """64 frames of 257 rows: 2 x 12 layers x 384 numbers a row, in bf16 303 MB; one layer where they look at one."""
     scaled = {
         name: scales.scaled("135M", {**options, "visual_scale": 0.1})
@@ -74,7 +74,7 @@ def kept_bytes(config, sample):
 
 
 @pytest.mark.parametrize("options", [*ARMS, {"num_visual_tokens_per_frame": 4}, {"num_passes": 2}], ids=str)
-def test_activations_are_within_ten_per_cent_of_what_is_kept(options):
+def test_activation_memory_is_within_ten_per_cent_of_saved_tensors(options):
     config = make_config(**options)
     found = serving.training_memory(config, SAMPLE, bytes_per_number=4)
     assert sum(found.model_dump().values()) == pytest.approx(kept_bytes(config, SAMPLE), rel=0.1)

@@ -56,11 +56,11 @@ def choice(correct):
         ),
     ],
 )
-def test_forms_of_items(tmp_path, row, expected):
+def test_every_form_of_row_makes_its_items(tmp_path, row, expected):
     assert items(tmp_path, row) == expected
 
 
-def test_rows_of_one_file_may_differ_in_form(tmp_path):
+def test_rows_of_one_file_may_have_different_forms(tmp_path):
     found = items(tmp_path, {"caption": "C."}, {"messages": CHAT}, CHOICE, {"question": "A?", "answer": "B."})
     assert [item["task"] for item in found] == ["caption", "question", "choice", "question"]
 
@@ -97,7 +97,7 @@ def test_csv_and_parquet_read_like_jsonl(tmp_path):
     assert read_with_container(tmp_path) == expected
 
 
-def test_images_that_belong_together(tmp_path, monkeypatch):
+def test_list_of_images_forms_one_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "CONTAINER_SIZE", 10)
     names = ["x/a.jpg", "x/b.jpg", "c.png"]
     media(tmp_path / "pictures", *names)
@@ -133,44 +133,44 @@ A = {"file_name": "a.mp4"}
 ERRORS = {
     "chat is text": ({**A, "messages": "hello"}, "messages is 'hello', expected"),
     "empty chat": ({**A, "messages": []}, "found no message"),
-    "chat of one": ({**A, "messages": CHAT[:1]}, "from user to assistant, found user"),
+    "chat of one": ({**A, "messages": CHAT[:1]}, "start with user and end with assistant, found user"),
     "late system": (
         {**A, "messages": [*CHAT, MORE[0], *CHAT]},
-        "from user to assistant, found user, assistant, system",
+        "start with user and end with assistant, found user, assistant, system",
     ),
     "unknown role": ({**A, "messages": [{"role": "bot", "content": "x"}]}, "messages.0.role"),
     "no content": ({**A, "messages": [{"role": "user"}]}, "messages.0.content"),
     "blank turn": ({**A, "messages": [*CHAT, {"role": "user", "content": " "}]}, "message 2 is blank"),
     "chat and question": ({**A, "messages": CHAT, "question": "A?", "answer": "B."}, "in two rows"),
-    "cue of a chat": ({**A, "messages": CHAT, "cue": "B"}, "options and messages have none"),
+    "cue of a chat": ({**A, "messages": CHAT, "cue": "B"}, "not options or messages"),
     "one option": ({**A, **CHOICE, "options": ["a cat"]}, "expected a list of 2 to 26 texts"),
     "many options": ({**A, **CHOICE, "options": [str(i) for i in range(27)]}, "expected a list of 2 to 26 texts"),
-    "an option with spaces twice": ({**A, **CHOICE, "options": ["a cat", " a cat "]}, "'a cat' is there twice"),
+    "an option with spaces twice": ({**A, **CHOICE, "options": ["a cat", " a cat "]}, "'a cat' occurs twice"),
     "options are text": ({**A, **CHOICE, "options": "a cat"}, "expected a list of 2 to 26 texts"),
     "an option is a number": ({**A, **CHOICE, "options": ["a cat", 1]}, "an option is 1, expected text"),
-    "an option twice": ({**A, **CHOICE, "options": ["a cat", "a cat"]}, "'a cat' is there twice"),
-    "no such option": ({**A, **CHOICE, "answer": "a bird"}, "'a bird' is none of the options"),
-    "a letter": ({**A, **CHOICE, "answer": "B"}, "'B' is none of the options"),
-    "a number too large": ({**A, **CHOICE, "answer": 3}, "no number from 0 to 2"),
-    "a negative number": ({**A, **CHOICE, "answer": -1}, "no number from 0 to 2"),
-    "true": ({**A, **CHOICE, "answer": True}, "True is none of the options"),
-    "options only": ({**A, "options": ["a", "b"]}, "found options only"),
-    "options without answer": ({**A, "question": "A?", "options": ["a", "b"]}, "found question and options only"),
-    "options and rejected": ({**A, **CHOICE, "rejected": "a dog"}, "has no rejected one"),
-    "rejected only": ({**A, "rejected": "a dog"}, "found rejected only"),
+    "an option twice": ({**A, **CHOICE, "options": ["a cat", "a cat"]}, "'a cat' occurs twice"),
+    "no such option": ({**A, **CHOICE, "answer": "a bird"}, "the answer is 'a bird', expected one of the options"),
+    "a letter": ({**A, **CHOICE, "answer": "B"}, "the answer is 'B', expected one of the options"),
+    "a number too large": ({**A, **CHOICE, "answer": 3}, "or a number from 0 to 2"),
+    "a negative number": ({**A, **CHOICE, "answer": -1}, "or a number from 0 to 2"),
+    "true": ({**A, **CHOICE, "answer": True}, "the answer is True, expected one of the options"),
+    "options only": ({**A, "options": ["a", "b"]}, "found only options"),
+    "options without answer": ({**A, "question": "A?", "options": ["a", "b"]}, "found only question and options"),
+    "options and rejected": ({**A, **CHOICE, "rejected": "a dog"}, "has no rejected answer"),
+    "rejected only": ({**A, "rejected": "a dog"}, "found only rejected"),
     "rejected is blank": ({**A, "caption": "x", "rejected": " "}, "rejected is blank"),
-    "both names": ({**A, "file_names": ["b.jpg"], "caption": "x"}, "found file_name and file_names"),
+    "both names": ({**A, "file_names": ["b.jpg"], "caption": "x"}, "found both file_name and file_names"),
     "names are text": ({"file_names": "b.jpg", "caption": "x"}, "file_names is 'b.jpg', expected a list of images"),
     "no names": ({"file_names": [], "caption": "x"}, "expected a list of images"),
     "a name is a number": ({"file_names": ["b.jpg", 3], "caption": "x"}, "file_name is 3"),
-    "a name leads out": ({"file_names": ["b.jpg", "../c.jpg"], "caption": "x"}, "'../c.jpg' leads out"),
+    "a name leads out": ({"file_names": ["b.jpg", "../c.jpg"], "caption": "x"}, "'../c.jpg' is outside"),
     "a missing image": ({"file_names": ["b.jpg", "gone.jpg"], "caption": "x"}, "'gone.jpg' does not exist"),
     "a video among images": ({"file_names": ["b.jpg", "a.mp4"], "caption": "x"}, "'a.mp4' is a video"),
 }
 
 
 @pytest.mark.parametrize(("row", "message"), ERRORS.values(), ids=ERRORS.keys())
-def test_wrong_rows(tmp_path, row, message):
+def test_invalid_rows_are_rejected(tmp_path, row, message):
     media(tmp_path / "in", "a.mp4", "b.jpg")
     jsonl(tmp_path / "in", {"file_name": "b.jpg", "caption": "x", "question": "A?", "answer": "B."}, row)
     with pytest.raises(UserError) as error:
@@ -181,7 +181,7 @@ def test_wrong_rows(tmp_path, row, message):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_wrong_cells_and_files(tmp_path):
+def test_invalid_cells_and_metadata_files_are_rejected(tmp_path):
     media(tmp_path, "a.mp4")
     (tmp_path / "metadata.csv").write_text("file_name,messages\na.mp4,hello\n")
     with pytest.raises(UserError, match=r"metadata.csv line 2: messages is 'hello', expected a list as JSON text"):
@@ -195,7 +195,7 @@ def test_wrong_cells_and_files(tmp_path):
         folder.read(tmp_path, "mine")
 
 
-def test_names_of_sources_differ(tmp_path):
+def test_source_names_must_be_unique(tmp_path):
     with pytest.raises(ValueError, match="two sources have the name 'chat'"):
         section(["folder"], tmp_path).model_validate(
             section(["folder"], tmp_path).model_dump() | {"folder": {"path": None, "name": "chat"}}

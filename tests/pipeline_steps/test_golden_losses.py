@@ -19,7 +19,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.plan import Plan
 from pipeline_steps.training.context import TrainContext
 from pipeline_steps.training.distributed import DistributedContext
-from pipeline_steps.training.train_loop import check_side_by_side, prepare, train_step
+from pipeline_steps.training.train_loop import check_lockstep, prepare, train_step
 from tests.model.tiny import VISUAL, as_batch, make_batch, make_model, preference_batch, rows_of
 from tests.objectives import section
 
@@ -59,7 +59,7 @@ def make_run(
     run = TrainContext(stage, model, None, None, SEED, common, settings, None, SimpleNamespace(log_every=1), folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4))
-    run.__dict__["served"] = SimpleNamespace(plan=every)
+    run.__dict__["stage_plan"] = SimpleNamespace(plan=every)
     run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
     run.logger = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
     return run
@@ -83,11 +83,11 @@ def losses(name: str, layout: str, folder) -> list[float]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_are_those_that_they_were(name, layout, tmp_path):
+def test_losses_match_the_recorded_ones(name, layout, tmp_path):
     assert losses(name, layout, tmp_path) == pytest.approx(GOLDEN[name, layout], abs=1e-4)
 
 
-def test_a_step_with_sampled_queries_is_a_function_of_its_number(tmp_path):
+def test_sampled_queries_are_a_function_of_the_step_number(tmp_path):
     """Whatever was drawn before: so a resumed run draws the same."""
     found = {}
     for step in (0, 1, 0):
@@ -110,7 +110,7 @@ class Noted(DistributedContext):
         return super().sum(*numbers)
 
 
-def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
+def test_a_text_only_rank_reduces_as_many_values_as_the_others(tmp_path):
     weights = {name: {"weight": 0.1} for name in ("coarse", "entropy", "contrastive")}
     sent, rows = {}, {}
     for name, samples in (("frames", [0, 2]), ("text", [1, 1])):
@@ -127,16 +127,16 @@ def test_a_process_of_text_only_sends_as_many_values_as_the_others(tmp_path):
     ("num_frames", "size", "wrong"),
     [([3, 3, 0, 0], 1, None), ([3, 0, 0, 3], None, None), ([3, 0, 3, 0], 1, r"\[\[True, True\], \[False, False\]\]")],
 )
-def test_a_divided_network_needs_frames_in_the_same_micro_batches(tmp_path, num_frames, size, wrong):
+def test_fsdp_ranks_need_frames_in_the_same_micro_batches(tmp_path, num_frames, size, wrong):
     run = make_run("stage2", "question_first", tmp_path)
     run.distributed, run.micro_batch_size = DistributedContext(world_size=2), size
     run.train.index.num_frames = np.array(num_frames)
-    run.served.plan = Plan(np.arange(4), np.array([0, 4]))
+    run.stage_plan.plan = Plan(np.arange(4), np.array([0, 4]))
     if wrong is None:
-        check_side_by_side(run)
+        check_lockstep(run)
         return
-    with pytest.raises(UserError, match=rf"step 1 of stage2: .* all 2 processes need frames .* {wrong}"):
-        check_side_by_side(run)
+    with pytest.raises(UserError, match=rf"step 1 of stage2: .* all 2 ranks need frames .* {wrong}"):
+        check_lockstep(run)
 
 
 if __name__ == "__main__":

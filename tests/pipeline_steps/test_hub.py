@@ -60,7 +60,7 @@ def test_webvid(tmp_path):
 def test_cauldron_keeps_all_pictures_and_all_turns(tmp_path):
     samples, quarantined = collected(tmp_path, "cauldron")
     assert quarantined == [
-        ("ai2d row 2", "the same as an earlier row"),
+        ("ai2d row 2", "duplicate of an earlier row"),
         ("nlvr2 row 3", "assistant: empty"),
         ("nlvr2 row 4", "images: expected a list of objects, found list []"),
     ]
@@ -77,9 +77,11 @@ def test_cauldron_keeps_all_pictures_and_all_turns(tmp_path):
     assert len(set(same)) == 1  # one picture in two subsets stays in one split
 
 
-def test_smoltalk_is_three_disjoint_parts(tmp_path):
+def test_smoltalk_has_three_disjoint_parts(tmp_path):
     samples, quarantined = collected(tmp_path, "smoltalk")
-    assert [reason for _, reason in quarantined] == ["messages: the roles are user, not user and assistant in turn"]
+    assert [reason for _, reason in quarantined] == [
+        "messages: the roles are user, expected user and assistant alternating"
+    ]
     assert {sample.kind for sample in samples} == {"text"}
     assert {item.task for sample in samples for item in sample.items} == {"text"}
     counts = Counter(sample.source for sample in samples)
@@ -93,7 +95,7 @@ def test_smoltalk_is_three_disjoint_parts(tmp_path):
     assert {sample.key for sample in only} == {s.key for s in samples if s.source == "smoltalk_stage2"}
 
 
-def test_parts_of_smoltalk_are_4_to_2_to_1():
+def test_smoltalk_parts_have_the_ratio_4_to_2_to_1():
     parts = Counter(smoltalk.part_of([{"role": "user", "content": str(i)}]) for i in range(14_000))
     assert [round(parts[stage] / 2000, 1) for stage in ("stage1", "stage2", "stage3")] == [4.0, 2.0, 1.0]
 
@@ -101,7 +103,7 @@ def test_parts_of_smoltalk_are_4_to_2_to_1():
 def test_llava_video(tmp_path):
     samples, quarantined = collected(tmp_path, "llava_video")
     assert sorted(quarantined) == [
-        ("0_30_s_academic_v0_1 row 2", "messages: the roles are user, not user and assistant in turn"),
+        ("0_30_s_academic_v0_1 row 2", "messages: the roles are user, expected user and assistant alternating"),
         ("0_30_s_academic_v0_1/academic_source/activitynet/v_y1IjkACdnfs.mp4", NOTHING),
     ]
     assert {sample.video_id for sample in samples} == {"charades-RW587"}
@@ -148,7 +150,7 @@ def test_rlaif_v_is_a_preference(tmp_path):
 def test_mvbench(tmp_path):
     samples, quarantined = collected(tmp_path, "mvbench")
     assert sorted(quarantined) == [
-        ("object_shuffle row 2", "answer: 'Flew.' is 0 of the 3 options"),
+        ("object_shuffle row 2", "answer: 'Flew.' occurs 0 times among the 3 options"),
         ("star/Charades_v1_480/GONE1.mp4", NOTHING),
     ]
     by_task = {sample.items[0].task: sample for sample in samples}
@@ -167,7 +169,7 @@ def test_mvbench(tmp_path):
 def test_video_mme_strips_each_options_own_letter_only(tmp_path):
     samples, quarantined = collected(tmp_path, "video_mme")
     assert quarantined == [
-        ("test row 2", "options[1]: 'C. Two' does not begin with 'B.'"),
+        ("test row 2", "options[1]: 'C. Two' does not start with 'B.'"),
         ("N1cdUjctpG8.mp4", NOTHING),
     ]
     (sample,) = samples
@@ -179,7 +181,7 @@ def test_video_mme_strips_each_options_own_letter_only(tmp_path):
 def test_mlvu(tmp_path):
     samples, quarantined = collected(tmp_path, "mlvu")
     assert quarantined == [
-        ("1_plotQA row 2", "answer: 'Pink' is 0 of the 4 options"),
+        ("1_plotQA row 2", "answer: 'Pink' occurs 0 times among the 4 options"),
         ("1_plotQA/gone.mp4", NOTHING),
     ]
     (sample,) = samples
@@ -189,8 +191,8 @@ def test_mlvu(tmp_path):
 def test_scienceqa_takes_the_questions_with_a_picture(tmp_path):
     samples, quarantined = collected(tmp_path, "scienceqa")
     assert quarantined == [
-        ("test row 2", "no picture: not in ScienceQA-IMG"),
-        ("test row 3", "answer: option 2 of 2"),
+        ("test row 2", "no image: not part of ScienceQA-IMG"),
+        ("test row 3", "answer: option number 2 (from 0) of 2 options"),
     ]
     (sample,) = samples
     (item,) = sample.items
@@ -200,7 +202,7 @@ def test_scienceqa_takes_the_questions_with_a_picture(tmp_path):
 
 def test_pope(tmp_path):
     samples, quarantined = collected(tmp_path, "pope")
-    assert quarantined == [("test row 3", "answer: 'maybe' is 0 of the 2 options")]
+    assert quarantined == [("test row 3", "answer: 'maybe' occurs 0 times among the 2 options")]
     assert [(s.items[0].options, s.items[0].correct_option) for s in samples] == [
         (("yes", "no"), 0),
         (("yes", "no"), 1),
@@ -232,14 +234,14 @@ def greys(members, key):
     return [round(float(np.asarray(Image.open(io.BytesIO(members[name]))).mean())) for name in names]
 
 
-def test_videos_in_a_shard(tmp_path):
+def test_hub_videos_are_packed_into_a_shard(tmp_path):
     members, samples = packed(tmp_path, "openvid")
     for key, sample in samples.items():
         assert (sample.frame_count, sample.duration) == (4, 2.0)
         assert [index_of(grey, 4) for grey in greys(members, key)] == [0, 1, 2, 3]
 
 
-def test_embedded_pictures_in_a_shard(tmp_path):
+def test_hub_embedded_pictures_are_packed_into_a_shard(tmp_path):
     members, samples = packed(tmp_path, "cauldron")
     shown = {key: greys(members, key) for key in samples}
     assert sorted(shown.values()) == [[10, 20, 30], [40], [40]]
@@ -248,13 +250,13 @@ def test_embedded_pictures_in_a_shard(tmp_path):
         assert (f"{key}.jpg" in members) == (len(shown[key]) == 1)
 
 
-def test_preferences_in_a_shard(tmp_path):
+def test_hub_preferences_are_packed_into_a_shard(tmp_path):
     members, samples = packed(tmp_path, "rlaif_v")
     assert sorted(item.rejected for sample in samples.values() for item in sample.items) == ["A cat.", "No."]
     assert [greys(members, key) for key in samples] == [[50], [50]]
 
 
-def test_multiple_choice_and_segments_in_a_shard(tmp_path):
+def test_hub_multiple_choice_and_segments_are_packed_into_a_shard(tmp_path):
     members, samples = packed(tmp_path, "mvbench")
     shown = {sample.items[0].task: greys(members, key) for key, sample in samples.items()}
     assert [index_of(grey, 4) for grey in shown["mvbench_action_sequence"]] == [1, 2]  # from .5 s to 1.5 s

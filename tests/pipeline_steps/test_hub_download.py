@@ -11,7 +11,7 @@ import pytest
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.hub import reader
-from pipeline_steps.sources.hub.download import Failed, download, fetch
+from pipeline_steps.sources.hub.download import DownloadError, download, fetch
 from tests.pipeline_steps.clips import grey_frames, write_clip
 
 CONTENT = bytes(range(256)) * 2000
@@ -58,14 +58,14 @@ def server(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["whole", "broken", "busy", "closed", "plain"])
-def test_a_file_arrives_whole(tmp_path, server, name):
+def test_file_is_downloaded_completely(tmp_path, server, name):
     fetch(f"{server.url}/{name}", tmp_path / "a.mp4", pause=0.01)
     assert (tmp_path / "a.mp4").read_bytes() == CONTENT
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_file_that_broke_off_goes_on_in_the_next_run(tmp_path, server):
-    with pytest.raises(Failed, match="connection closed early"):
+def test_interrupted_download_resumes_in_the_next_run(tmp_path, server):
+    with pytest.raises(DownloadError, match="connection closed early"):
         fetch(f"{server.url}/broken", tmp_path / "a.mp4", num_tries=1)
     assert not (tmp_path / "a.mp4").exists()
     fetch(f"{server.url}/broken", tmp_path / "a.mp4", pause=0.01)
@@ -74,31 +74,31 @@ def test_a_file_that_broke_off_goes_on_in_the_next_run(tmp_path, server):
     assert [asked for _, asked in server.asked] == [None, f"bytes={half}-", f"bytes={half + half // 2}-"]
 
 
-def test_a_beginning_of_another_file_is_thrown_away(tmp_path, server):
+def test_partial_file_of_another_download_is_discarded(tmp_path, server):
     (tmp_path / ".a.mp4.partial").write_bytes(CONTENT + b"more")
     fetch(f"{server.url}/whole", tmp_path / "a.mp4", pause=0.01)
     assert (tmp_path / "a.mp4").read_bytes() == CONTENT
 
 
-def test_what_cannot_be_had(tmp_path, server):
-    with pytest.raises(Failed, match="HTTP 404"):
+def test_failed_downloads_report_the_reason(tmp_path, server):
+    with pytest.raises(DownloadError, match="HTTP 404"):
         fetch(f"{server.url}/gone", tmp_path / "a.mp4", pause=0.01)
     assert len(server.asked) == 1  # another try would not help
-    with pytest.raises(Failed, match="no web address: file:///etc/passwd"):
+    with pytest.raises(DownloadError, match="not an http\\(s\\) URL: file:///etc/passwd"):
         fetch("file:///etc/passwd", tmp_path / "a.mp4")
     server.shutdown()
     server.server_close()
-    with pytest.raises(Failed, match="refused"):
+    with pytest.raises(DownloadError, match="refused"):
         fetch(f"{server.url}/whole", tmp_path / "a.mp4", num_tries=2, pause=0.01)
 
 
-def test_a_full_disk_stops_the_download(tmp_path, server):
+def test_unwritable_target_stops_the_download(tmp_path, server):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
         fetch(f"{server.url}/whole", tmp_path / "file" / "a.mp4")
 
 
-def test_all_missing_videos_of_a_data_set(tmp_path, server):
+def test_all_missing_videos_are_downloaded(tmp_path, server):
     server.content = write_clip(tmp_path / "clip.mp4", grey_frames(4)).read_bytes()
     names = ("whole", "broken", "gone", "busy", "whole", "closed")
     with open(tmp_path / "list.csv", "w", newline="") as file:
@@ -113,22 +113,22 @@ def test_all_missing_videos_of_a_data_set(tmp_path, server):
     values = {"dataset": "webvid", "path": str(tmp_path / "list.csv"), "revision": None, "subsets": None}
     values |= {"media_dir": str(media), "max_samples": None, "max_missing": 0.2}
     entry = schema.HubEntry.model_validate_json(json.dumps(values))
-    assert download(entry, num_connections=2, pause=0.01) == Counter(there=1, fetched=4, failed=1)
+    assert download(entry, num_connections=2, pause=0.01) == Counter(present=1, downloaded=4, failed=1)
     (failed,) = [json.loads(line) for line in (media / "failed.jsonl").read_text().splitlines()]
     assert failed == {"path": "000001_000050/2.mp4", "url": f"{server.url}/gone/2", "reason": "HTTP 404"}
     quarantined = []
     samples = list(reader.read(entry, tmp_path / "raw", quarantined))
     assert sorted(sample.video_id for sample in samples) == [f"webvid-{number}" for number in (0, 1, 3, 4, 5)]
     assert [row.path for row in quarantined] == ["000001_000050/2.mp4"]
-    assert download(entry, num_connections=2, pause=0.01) == Counter(there=5, failed=1)
+    assert download(entry, num_connections=2, pause=0.01) == Counter(present=5, failed=1)
 
 
-def test_only_the_chosen_samples_are_fetched(tmp_path, server):
+def test_only_selected_samples_are_downloaded(tmp_path, server):
     rows = [f"{number},{server.url}/whole/{number},,p,Footage {number}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(["videoid,contentUrl,duration,page_dir,name", *rows]))
     (tmp_path / "media").mkdir()
     values = {"dataset": "webvid", "path": str(tmp_path / "list.csv"), "revision": None, "subsets": None}
     values |= {"media_dir": str(tmp_path / "media"), "max_samples": 3, "max_missing": 0.0}
     entry = schema.HubEntry.model_validate_json(json.dumps(values))
-    assert download(entry, num_connections=2) == Counter(fetched=3)
+    assert download(entry, num_connections=2) == Counter(downloaded=3)
     assert len(list(reader.read(entry, tmp_path / "raw", []))) == 3

@@ -36,7 +36,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", hub_files.WRITERS)
-def test_every_row_is_accounted_for_and_told(tmp_path, capsys, name):
+def test_every_row_is_counted_and_the_counts_are_printed(tmp_path, capsys, name):
     samples, quarantined = collected(tmp_path, name)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name}: "))
     counts = [int(word) for word in line.replace(",", "").split() if word.isdigit()]
@@ -58,7 +58,7 @@ def test_keys_do_not_depend_on_the_order_of_rows(tmp_path):
     assert [sample.key for sample in after] == [sample.key for sample in reversed(before)]
 
 
-def test_max_samples_grows_by_more_of_the_same(tmp_path, capsys):
+def test_larger_max_samples_keeps_the_smaller_selection(tmp_path, capsys):
     values = hub_files.write("smoltalk", tmp_path / "smoltalk")
     keys = {}
     for number in (5, 20, 71, 500):
@@ -66,10 +66,10 @@ def test_max_samples_grows_by_more_of_the_same(tmp_path, capsys):
         keys[number] = {sample.key for sample in samples}
     assert [len(taken) for taken in keys.values()] == [5, 20, 71, 71]
     assert keys[5] < keys[20] < keys[71] == keys[500]
-    assert "72 rows: 5 taken, 0 without their media, 1 unusable, 66 beyond max_samples" in capsys.readouterr().out
+    assert "72 rows: 5 taken, 0 without media, 1 unusable, 66 skipped by max_samples" in capsys.readouterr().out
 
 
-def test_max_samples_chooses_the_same_whatever_was_downloaded(tmp_path):
+def test_max_samples_selection_does_not_depend_on_downloaded_media(tmp_path):
     values = hub_files.write("openvid", tmp_path / "a")
     samples, quarantined = all_of(values, tmp_path, max_samples=3, max_missing=1.0)
     chosen = {sample.key for sample in samples} | {row.key for row in quarantined if row.reason == NOTHING}
@@ -92,7 +92,7 @@ def test_missing_media_fail_the_stage_until_they_are_added(tmp_path):
     assert len(read_samples(tmp_path / "raw/index.jsonl")) == 4
 
 
-def test_a_data_set_is_a_stream(tmp_path, monkeypatch):
+def test_data_set_is_streamed_in_constant_memory(tmp_path, monkeypatch):
     """The first samples come before the last row was read, of however many."""
     asked = []
 
@@ -110,20 +110,20 @@ def test_a_data_set_is_a_stream(tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
-def test_a_damaged_line_is_one_row(tmp_path):
+def test_invalid_json_line_quarantines_one_row(tmp_path):
     values = hub_files.write("sharegpt4video", tmp_path / "a")
     path = tmp_path / "a/sharegpt4video_40k.jsonl"
     path.write_text(path.read_text() + '{"video_id": \n\n[1]\n' + "[" * 5000 + "\n")
     samples, quarantined = all_of(values, tmp_path)
     assert len(samples) == 1
     assert [row.reason for row in quarantined[2:]] == [
-        "no JSON: Expecting value: line 1 column 14 (char 13)",
-        "no JSON object",
-        "no JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        "not valid JSON: Expecting value: line 1 column 14 (char 13)",
+        "not a JSON object",
+        "not valid JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
     ]
 
 
-def test_ids_and_answers_of_digits_stay_texts(tmp_path):
+def test_numeric_ids_and_answers_stay_strings(tmp_path):
     values = hub_files.write("mlvu", tmp_path / "a")
     row = {"video": "movie101_66.mp4", "question": "How many?", "candidates": ["02", "2"], "answer": "02"}
     hub_files.write_json(tmp_path / "a/MLVU/json/1_plotQA.json", [{**row, "question_type": "count"}])
@@ -165,7 +165,7 @@ def damaged(value):
 
 
 @pytest.mark.parametrize("name", hub_files.WRITERS)
-def test_any_field_may_be_anything(tmp_path, monkeypatch, name):
+def test_wrong_types_in_any_field_are_quarantined(tmp_path, monkeypatch, name):
     """Hundreds of rows with one damaged field each: every one is a sample that can be written, or has a reason."""
     values = hub_files.write(name, tmp_path / "a")
     value, read_rows = ADAPTERS[name], reader.read_rows
@@ -182,7 +182,7 @@ def test_any_field_may_be_anything(tmp_path, monkeypatch, name):
         assert len(samples) + len(quarantined) == passes * len(rows)
 
 
-def test_texts_that_no_file_can_hold_or_nobody_can_see(tmp_path):
+def test_invalid_unicode_and_invisible_texts_are_quarantined(tmp_path):
     values = hub_files.write("mlvu", tmp_path / "a")
     row = {"video": "movie101_66.mp4", "candidates": ["a", "b"], "answer": "a", "question_type": "count"}
     rows = [{**row, "question": question} for question in ("half \ud800", "\u200b\n ", "whole")]
@@ -192,7 +192,7 @@ def test_texts_that_no_file_can_hold_or_nobody_can_see(tmp_path):
     assert [row.reason for row in quarantined] == ["question: not valid Unicode", "question: empty"]
 
 
-def test_llava_hound_is_frames_at_two_a_second(tmp_path):
+def test_llava_hound_frame_folders_have_two_frames_per_second(tmp_path):
     turns = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
     row = {"id": "1", "video": "shareVideoGPTV/t8XgCHY2XMs-Scene-033", "conversations": turns}
     hub_files.write_json(tmp_path / "llava_hound/sharegptvideo_qa_255k_processed.json", [row])
@@ -205,7 +205,7 @@ def test_llava_hound_is_frames_at_two_a_second(tmp_path):
     assert (sample.items[0].user, sample.items[0].assistant) == ("What?", "That.")
 
 
-def test_a_segment_that_goes_backwards_and_a_path_out_of_the_folder(tmp_path):
+def test_reversed_segments_and_paths_outside_the_folder_are_quarantined(tmp_path):
     values = hub_files.write("mvbench", tmp_path / "a")
     row = {"question": "?", "candidates": ["a", "b"], "answer": "a", "start": 2, "end": 1}
     rows = [{**row, "video": "RW587.mp4"}, {**row, "video": "../../secret.mp4"}, {**row, "video": "/etc/passwd"}]
@@ -215,7 +215,7 @@ def test_a_segment_that_goes_backwards_and_a_path_out_of_the_folder(tmp_path):
     assert len(samples) == 2
     reasons = [row.reason for row in quarantined]
     assert "the segment (2.0, 1.0) does not go from an earlier to a later second" in reasons[0]
-    outside = "path: 'star/Charades_v1_480/../../secret.mp4' is no name inside media_dir"
+    outside = "path: 'star/Charades_v1_480/../../secret.mp4' is not a valid path inside media_dir"
     assert reasons[1:] == [outside, NOTHING]
 
 
@@ -239,7 +239,7 @@ def test_containers_roll_over_and_keep_a_samples_pictures_together(tmp_path, mon
     assert [sha256 for *_, sha256 in stored] == [media_sha256(tmp_path / path, parts) for path, parts, _ in stored]
 
 
-def test_two_entries_of_one_source_have_containers_of_their_own(tmp_path):
+def test_two_entries_of_one_source_write_separate_containers(tmp_path):
     values = hub_files.write("pope", tmp_path / "a")
     first, _ = all_of(values, tmp_path)
     second, _ = all_of(values, tmp_path)
@@ -247,7 +247,7 @@ def test_two_entries_of_one_source_have_containers_of_their_own(tmp_path):
     assert {sample.path for sample in second} == {"hub/pope/00001.bin"}
 
 
-def test_a_full_disk_is_named(tmp_path):
+def test_full_disk_error_names_the_path(tmp_path):
     (tmp_path / "hub").touch()
     values = hub_files.write("pope", tmp_path / "a")
     with pytest.raises(UserError, match=r"hub/pope: cannot be written \(Not a directory\)"):
@@ -257,17 +257,17 @@ def test_a_full_disk_is_named(tmp_path):
 # ---------------------------------------------------------------- what the user may get wrong
 
 
-def test_without_a_network_the_message_says_what_to_do(tmp_path):
+def test_offline_error_says_how_to_use_a_local_copy(tmp_path):
     values = hub_files.write("cauldron", tmp_path / "a") | {"path": None}
     message = (
         r"HuggingFaceM4/the_cauldron \(ai2d/train-\*\.parquet\) at revision 847a98a.* cannot be read "
-        r"\(OfflineModeIsEnabled: .*copy the data set's files to a local folder and name it with `path`"
+        r"\(OfflineModeIsEnabled: .*copy the data set's files to a local folder and set `path` to it"
     )
     with pytest.raises(UserError, match=message):
         collect(section(values), tmp_path / "raw")
 
 
-def test_a_hub_id_is_read_at_its_pinned_revision(tmp_path, monkeypatch):
+def test_hub_data_set_is_read_at_the_pinned_revision(tmp_path, monkeypatch):
     calls = []
 
     def load_dataset(builder, **options):
@@ -289,18 +289,18 @@ def test_a_hub_id_is_read_at_its_pinned_revision(tmp_path, monkeypatch):
     ("name", "changes", "message"),
     [
         ("cauldron", {"subsets": ["ai2"]}, "cauldron has no subset 'ai2'. Its subsets: ai2d, aokvqa"),
-        ("cauldron", {"subsets": None}, r"no file aokvqa/train-\*\.parquet in .*It has the subsets: ai2d, nlvr2; list"),
-        ("cauldron", {"media_dir": "/tmp"}, "takes no media_dir: the pictures are in the rows"),
-        ("openvid", {"media_dir": None}, r"media_dir is not set. It is the folder with the clips of OpenVid_part"),
+        ("cauldron", {"subsets": None}, r"no file aokvqa/train-\*\.parquet in .*It has the subsets ai2d, nlvr2: list"),
+        ("cauldron", {"media_dir": "/tmp"}, "media_dir is /tmp, but the pictures are in the rows"),
+        ("openvid", {"media_dir": None}, r"media_dir is not set. Set it to the folder with the clips of OpenVid_part"),
         ("openvid", {"media_dir": "/nowhere"}, "media_dir /nowhere does not exist"),
         ("openvid", {"path": "/nowhere/x"}, "path /nowhere/x does not exist"),
-        ("openvid", {"revision": "a" * 40}, "a local path has no revision"),
+        ("openvid", {"revision": "a" * 40}, "revision is set, but path is local"),
         ("openvid", {"path": "someone/copy"}, "no revision of someone/copy is pinned"),
-        ("vript", {"path": None}, "no revision of Mutonix/Vript is pinned. Give the commit"),
+        ("vript", {"path": None}, "no revision of Mutonix/Vript is pinned. Set `revision` to a commit"),
         ("webvid", {"path": "{}/media/1002.mp4"}, r"no file data/train/\*\*/\*\.csv"),
     ],
 )
-def test_wrong_entries(tmp_path, name, changes, message):
+def test_invalid_hub_entries_are_rejected(tmp_path, name, changes, message):
     values = hub_files.write(name, tmp_path / name)
     changes = {
         key: value.format(tmp_path / name) if key == "path" and value else value for key, value in changes.items()
@@ -309,11 +309,13 @@ def test_wrong_entries(tmp_path, name, changes, message):
         collect(section(values | changes), tmp_path / "raw")
 
 
-def test_wrong_files(tmp_path):
+def test_invalid_local_files_are_rejected(tmp_path):
     values = hub_files.write("video_mme", tmp_path / "a")
     path = tmp_path / "a/videomme/test-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path).drop_columns("options"), path)
-    with pytest.raises(UserError, match=r"no column options; its columns are .*Is this a file of lmms-lab/Video-MME\?"):
+    with pytest.raises(
+        UserError, match=r"no column options; its columns are .*Check that this is a file of lmms-lab/Video-MME\."
+    ):
         all_of(values, tmp_path)
     path.write_bytes(b"no")
     with pytest.raises(
@@ -323,23 +325,23 @@ def test_wrong_files(tmp_path):
     values = hub_files.write("mlvu", tmp_path / "b")
     path = tmp_path / "b/MLVU/json/1_plotQA.json"
     for content, message in [
-        ('{"a": 1}', "is no list of objects"),
-        ('{"a": 1}\n{"a": 2}', "is no JSON .*name it .jsonl"),
-        ("[]", "none of 0 rows can be taken"),
-        ("[3]", "none of 1 rows can be taken. 1_plotQA row 1: no JSON object"),
+        ('{"a": 1}', "is not a list of objects"),
+        ('{"a": 1}\n{"a": 2}', "is not valid JSON .*rename it to .jsonl"),
+        ("[]", "none of 0 rows is usable"),
+        ("[3]", "none of 1 rows is usable. 1_plotQA row 1: not a JSON object"),
     ]:
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             all_of(values, tmp_path)
 
 
-def test_an_empty_list_of_data_sets(tmp_path):
+def test_empty_list_of_hub_entries_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"collect lists hub, but sources\.hub is empty"):
         collect(section(), tmp_path / "raw")
 
 
 @pytest.mark.parametrize("revision", ["main", "abc1234"])
-def test_a_revision_is_a_commit(tmp_path, revision):
+def test_revision_must_be_a_commit_hash(tmp_path, revision):
     with pytest.raises(ValueError, match="revision"):
         entry(hub_files.write("openvid", tmp_path), revision=revision)
 
@@ -366,7 +368,7 @@ def test_a_revision_is_a_commit(tmp_path, revision):
         ("any name (1).mp4", "any name (1)"),
     ],
 )
-def test_clips_name_their_video(path, original):
+def test_clip_names_map_to_the_original_video(path, original):
     assert adapter.original_video(path) == original
 
 
@@ -376,7 +378,7 @@ def test_the_schema_and_the_documentation_list_every_adapter():
     text = (ROOT / "docs/data.md").read_text()
     for name, value in ADAPTERS.items():
         revision = f"`{value.revision}`" if value.revision else "give one"
-        row = f"| `{name}` | `{value.repo}` | {revision} | {value.licence} | {value.download} | "
+        row = f"|`{name}`|`{value.repo}`|{revision}|{value.licence}|{value.download}|"
         assert row in text, row
         assert all(len(table.source) <= 40 for table in value.tables)
 
@@ -410,7 +412,7 @@ print([sample.items[0].assistant for sample in reader.read(entry, Path("raw"), [
 """
 
 
-def test_a_new_adapter_is_one_file(tmp_path):
+def test_one_new_file_adds_an_adapter(tmp_path):
     shutil.copytree(ROOT / "pipeline_steps", tmp_path / "pipeline_steps", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pipeline_steps/sources/hub/adapters/trivia.py").write_text(NEW_ADAPTER)
     (tmp_path / "rows.jsonl").write_text('{"question": "Which is larger?", "answer": "Jupiter."}\n')
@@ -419,19 +421,19 @@ def test_a_new_adapter_is_one_file(tmp_path):
     assert "['Jupiter.']" in done.stdout
 
 
-def test_an_unknown_data_set_is_refused_with_a_suggestion():
+def test_unknown_data_set_error_suggests_a_similar_name():
     values = hub_files.values_of("opnvid")
     with pytest.raises(ValueError, match=r"did you mean 'openvid'[?] Data sets: cauldron, llava_video"):
         entry(values)
 
 
-def test_the_names_are_known_without_importing_an_adapter():
+def test_adapter_names_are_listed_without_importing_adapters():
     code = "import sys; import pipeline_steps.sources.schema; print([m for m in sys.modules if '.hub.adapter' in m])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['pipeline_steps.sources.hub.adapters']"
 
 
-def test_tables_of_an_adapter_differ():
+def test_tables_of_an_adapter_are_distinct():
     for value in ADAPTERS.values():
         assert len({(table.files, table.source) for table in value.tables}) == len(value.tables)
         assert all(tables.PurePosixPath(table.files).suffix in tables.LOADERS for table in value.tables)

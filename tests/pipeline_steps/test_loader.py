@@ -54,7 +54,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("batching", [{}, {"bucket_samples": 45}, {"by": "frames", "budget": 25}])
-def test_workers_and_ranks_serve_the_data_set_once_in_the_same_order(dataset, batching):
+def test_batches_do_not_depend_on_workers_or_ranks(dataset, batching):
     """0, 1, 2 and 4 workers, 1, 2 and 4 ranks."""
     reference = keys(loader(dataset, num_workers=0, batching=batching))
     assert sorted(flat(reference)) == sorted(clip.key for clip in SAMPLES)
@@ -90,7 +90,7 @@ def test_resuming_at_twenty_random_positions_gives_the_same_batches(dataset, bat
             same(one, other)
 
 
-def test_the_state_is_small_and_belongs_to_its_plan(root, dataset, tmp_path):
+def test_state_is_small_and_rejected_by_another_plan(root, dataset, tmp_path):
     one = loader(dataset)
     next(iter(one))
     state = one.state_dict()
@@ -103,7 +103,7 @@ def test_the_state_is_small_and_belongs_to_its_plan(root, dataset, tmp_path):
         loader(changed).load_state_dict(state)
 
 
-def test_one_shard_and_more_workers_than_batches(tmp_path):
+def test_one_shard_with_more_workers_than_batches_is_served(tmp_path):
     dataset = open_split(write(tmp_path, SAMPLES[:12], 100))
     served = keys(loader(dataset, num_samples=12, batch_size=6, num_workers=8, text_share=2 / 12))
     assert [len(batch) for batch in served] == [6, 6]
@@ -114,14 +114,14 @@ def test_one_shard_and_more_workers_than_batches(tmp_path):
     assert sorted(flat(flat(ranks))) == sorted(clip.key for clip in SAMPLES[:12])
 
 
-def test_every_sample_once_per_epoch_of_its_group(dataset):
+def test_every_sample_is_served_once_per_epoch_of_its_group(dataset):
     served = flat(keys(loader(dataset, num_samples=270, num_workers=2)))
     counts = np.unique(served, return_counts=True)[1]
     assert len(counts) == 90
     assert set(counts) <= {2, 3, 4}
 
 
-def test_steps_and_the_clock_are_exact_for_budgets(dataset):
+def test_steps_and_samples_seen_are_exact_for_budgets(dataset):
     one = loader(dataset, num_samples=500, batching={"by": "frames", "budget": 20})
     seen = 0
     for step, batch in enumerate(one, 1):
@@ -132,7 +132,7 @@ def test_steps_and_the_clock_are_exact_for_budgets(dataset):
     assert seen == 500
 
 
-def test_ranks_that_would_get_nothing_are_refused(dataset):
+def test_more_ranks_than_samples_in_a_batch_are_rejected(dataset):
     with pytest.raises(UserError, match=r"step 1 of 30 has 3 sample\(s\) for 4 ranks"):
         loader(dataset, batch_size=3, world_size=4)
 
@@ -164,7 +164,7 @@ def damaged(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_damaged_sample_is_left_out_counted_and_told_once(damaged, capsys, num_workers):
+def test_damaged_sample_is_skipped_counted_and_reported_once(damaged, capsys, num_workers):
     dataset = damaged(1, 50)
     bad = {SAMPLES[1].key, SAMPLES[50].key}
     one = loader(dataset, num_samples=180, num_workers=num_workers, max_quarantined=0.05)
@@ -173,11 +173,11 @@ def test_a_damaged_sample_is_left_out_counted_and_told_once(damaged, capsys, num
     assert not bad & set(served)
     assert {key: entry["times"] for key, entry in one.quarantined.items()} == dict.fromkeys(bad, 2)
     assert all("frame 0 cannot be decoded" in entry["reason"] for entry in one.quarantined.values())
-    assert capsys.readouterr().err.count("left out: sample") == 2
+    assert capsys.readouterr().err.count("skipped sample") == 2
     assert one.state_dict()["samples"] == 180  # the clock runs on
 
 
-def test_the_counts_survive_a_restart(damaged):
+def test_quarantine_counts_survive_a_restart(damaged):
     dataset = damaged(1, 50, 77)
     whole = loader(dataset, num_samples=180, max_quarantined=0.1, num_workers=0)
     batches, states = [], []
@@ -192,29 +192,29 @@ def test_the_counts_survive_a_restart(damaged):
         assert second.state_dict() == whole.state_dict()
 
 
-def test_too_many_damaged_samples_stop_the_run(damaged):
+def test_too_many_damaged_samples_fail_the_run(damaged):
     dataset = damaged(1, 2, 3)
-    with pytest.raises(UserError, match=r"(?s)3 sample\(s\) could not be read, more than .* of 90 \(3.000%\):\n.*-000"):
+    with pytest.raises(UserError, match=r"(?s)3 of 90 sample\(s\) are unreadable, more than .* \(3.000%\):\n.*-000"):
         list(loader(dataset, max_quarantined=0.03))
     assert len(list(loader(dataset, max_quarantined=0.04))) == 10
 
 
-def test_a_batch_without_any_sample_left_stops_the_run(damaged):
+def test_batch_without_readable_samples_fails_the_run(damaged):
     dataset = damaged(*(number for number in range(90) if number % 6))
-    with pytest.raises(UserError, match=r"step \d+: no sample of the batch can be read \(.*-00\d\d.*Rebuild"):
+    with pytest.raises(UserError, match=r"step \d+: no sample of the batch is readable \(.*-00\d\d.*Rebuild"):
         list(loader(dataset, batch_size=1, max_quarantined=1.0))
 
 
-def test_other_errors_are_raised_where_they_are_due(dataset, monkeypatch):
+def test_other_errors_are_raised_at_their_batch(dataset, monkeypatch):
     target = loader(dataset).plan.items(3)[0]
-    original = type(dataset).make
+    original = type(dataset).decode_item
 
     def broken(self, raw):
         if raw.row["key"] == self.rows[int(target)]["key"]:
             raise RuntimeError("a mistake in the code")
         return original(self, raw)
 
-    monkeypatch.setattr(type(dataset), "make", broken)
+    monkeypatch.setattr(type(dataset), "decode_item", broken)
     batches = iter(loader(dataset, num_workers=4))
     for _ in range(3):
         next(batches)

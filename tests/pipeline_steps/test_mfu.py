@@ -56,7 +56,7 @@ def counted(model, arguments, num_plans, coarse=0.0):
 
 @pytest.mark.parametrize("groups", [g for n in (1, 2, 3) for g in itertools.combinations(GROUPS, n)], ids=" ".join)
 @pytest.mark.parametrize("options", [{}, {"coarse": 0.5}, {"num_visual_tokens_per_frame": 3}], ids=str)
-def test_steps_agree_with_the_counter_whatever_is_trained(groups, options):
+def test_step_flops_agree_with_the_counter_for_every_set_of_frozen_weights(groups, options):
     """Samples of 3, 0, 1 and 2 frames, each by itself, so that nothing is padding."""
     coarse, options = options.get("coarse", 0.0), {name: options[name] for name in options if name != "coarse"}
     model = make_trained(groups, **options)
@@ -82,7 +82,7 @@ def test_steps_agree_with_the_counter_whatever_is_trained(groups, options):
     ],
     ids=str,
 )
-def test_steps_of_every_kind_of_network_agree_with_the_counter(options, groups):
+def test_step_flops_agree_with_the_counter_for_every_architecture(options, groups):
     coarse, options = options.get("coarse", 0.0), {name: options[name] for name in options if name != "coarse"}
     model = make_trained(groups, **options)
     sample = one_sample(make_batch(model.config.tokens_per_frame), 0)
@@ -106,7 +106,7 @@ def test_a_preference_counts_both_answers_and_the_reference(layout, groups):
         assert flops_of(model, pair, 1) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frames_count_at_the_size_that_they_have():
+def test_frames_count_at_their_actual_size():
     model = make_trained()
     sample = one_sample(make_batch(), 0)
     sample["pixel_values"] = torch.randn(3, 3, 84, 84)
@@ -156,7 +156,7 @@ def make_watch(tmp_path, device="cpu", precision="fp32", **options):
     return MetricsLogger(settings, "stage1", 4, tmp_path, DistributedContext(device=device), precision)
 
 
-def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch):
+def test_mfu_is_total_flops_over_time_and_peak(tmp_path, monkeypatch):
     watch = make_watch(tmp_path, peak_tflops=2.0)
     for flops in (1e12, 5e12, 6e12):
         watch.step({}, False, num_samples=4, num_positions=80, flops=flops)
@@ -164,7 +164,7 @@ def test_mfu_is_the_flops_of_all_steps_over_time_and_peak(tmp_path, monkeypatch)
     assert watch.speed()["speed/mfu"] == pytest.approx(12 / 30 / 2)
 
 
-def test_no_figure_where_the_peak_is_unknown(tmp_path, monkeypatch):
+def test_no_mfu_if_the_peak_is_unknown(tmp_path, monkeypatch):
     assert "speed/mfu" not in make_watch(tmp_path).speed()
     for name, precision, expected in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),

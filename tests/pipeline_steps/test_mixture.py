@@ -30,7 +30,7 @@ def data(*named):
     )
 
 
-def test_shares_hold_over_any_long_window():
+def test_group_shares_hold_in_every_long_window():
     group, _ = interleave(np.array([0.36, 0.3, 0.2, 0.14]), 50_000)
     for start in range(0, 40_000, 997):
         share = (group[start : start + 10_000] == 3).mean()
@@ -40,7 +40,7 @@ def test_shares_hold_over_any_long_window():
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
-def test_any_ten_thousand_samples_of_every_stage_have_their_share_of_text(name):
+def test_text_share_holds_in_every_ten_thousand_samples(name):
     world = data(*[("world", TASKS[n % 8]) for n in range(400)])
     groups = make_groups(world, stage(name))
     order = Mixture(groups.items, groups.weights, 60_000, seed=5).order
@@ -49,7 +49,7 @@ def test_any_ten_thousand_samples_of_every_stage_have_their_share_of_text(name):
     assert 0.135 < shares.min() <= shares.max() < 0.145
 
 
-def test_no_item_twice_in_an_epoch_of_its_task_and_every_item_once():
+def test_every_item_occurs_once_per_epoch_of_its_task():
     order = Mixture(GROUPS, WEIGHTS, 2_000, seed=3).order.tolist()
     for items in GROUPS.values():
         mine = [number for number in order if number in items]
@@ -57,7 +57,7 @@ def test_no_item_twice_in_an_epoch_of_its_task_and_every_item_once():
             assert sorted(mine[epoch * len(items) : (epoch + 1) * len(items)]) == items
 
 
-def test_order_is_a_function_of_seed_and_weights():
+def test_order_depends_only_on_seed_and_weights():
     order = Mixture(GROUPS, WEIGHTS, 500, seed=3).order.tolist()
     assert Mixture(GROUPS, WEIGHTS, 500, seed=3).order.tolist() == order
     assert Mixture(GROUPS, WEIGHTS, 500, seed=4).order.tolist() != order
@@ -88,7 +88,7 @@ def test_golden_orders(name, mixture, seed, first, sha256):
     assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == sha256
 
 
-def test_every_item_belongs_to_the_entry_that_names_it_best():
+def test_every_item_goes_to_the_most_specific_matching_entry():
     world = data(("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "z"), ("a", "text"), ("b", "text"))
     mixture = entries(("*", "*", 1.0), ("a", "*", 2.0), ("*", "x", 3.0), ("a", "x", 4.0))
     groups = make_groups(world, stage(mixture=mixture, text_source="b"))
@@ -100,7 +100,7 @@ def test_every_item_belongs_to_the_entry_that_names_it_best():
     assert groups.unmatched == {"a/text": 1}
 
 
-def test_items_that_no_entry_names_are_reported():
+def test_items_without_a_matching_entry_are_reported():
     world = data(("a", "x"), ("a", "y"), ("a", "y"), ("b", "x"), ("a", "text"))
     groups = make_groups(world, stage(mixture=entries(("a", "x", 1.0)), text_share=0.0))
     assert groups.unmatched == {"a/text": 1, "a/y": 2, "b/x": 1}
@@ -120,18 +120,18 @@ def test_items_that_no_entry_names_are_reported():
         ({"text_source": "smoltalk"}, r"text_share is 0.14 but .* has 0 text-only samples of the source 'smoltalk'"),
     ],
 )
-def test_mixtures_that_do_not_fit_the_data_are_refused(changes, message):
+def test_mixtures_that_do_not_match_the_data_are_rejected(changes, message):
     world = data(("a", "card"), ("a", "gist"), ("b", "gist"), ("a", "text"))
     with pytest.raises(UserError, match=message):
         make_groups(world, stage(**{"mixture": entries(("*", "*", 1.0)), **changes}))
 
 
-def test_statistics_count_what_is_served():
+def test_mixture_statistics_count_the_served_samples():
     statistics = Mixture(GROUPS, WEIGHTS, 1_000, seed=0).statistics()
     assert {name: row["num_samples"] for name, row in statistics.items()} == {"a": 600, "b": 260, "text": 140}
     assert statistics["text"]["epochs"] == 2.0
 
 
-def test_an_empty_task_is_an_error():
-    with pytest.raises(ValueError, match="no items of c; there are a, b, text"):
+def test_empty_group_is_an_error():
+    with pytest.raises(ValueError, match="no items of c; the groups are a, b, text"):
         Mixture(GROUPS, {"c": 1.0}, 10, seed=0)

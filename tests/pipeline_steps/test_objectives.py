@@ -76,7 +76,7 @@ def test_every_parameter_changes_the_loss(name, change, besides):
     assert before != pytest.approx(after, abs=1e-5)
 
 
-def test_preference_and_further_terms_share_one_encoding_of_the_frames():
+def test_preference_and_other_terms_share_one_encoding_of_the_frames():
     """Not left out without a word: the entropy of the attention is trained on with preferences as well."""
     model, batch = make_model(), as_batch(preference_batch())
     training, encoded = training_model(model, "preference", entropy={"weight": 0.5}), []
@@ -97,9 +97,9 @@ def test_preference_and_further_terms_share_one_encoding_of_the_frames():
     ],
 )
 @pytest.mark.parametrize("name", ["coarse", "entropy", "contrastive"])
-def test_objectives_of_two_passes_are_refused_for_a_network_with_one(network, reason, name):
+def test_two_pass_objectives_are_rejected_for_single_pass_networks(network, reason, name):
     config = make_model(**network).config
-    with pytest.raises(UserError, match=rf"training\.stage2\.objective\.{name}\.weight is 0\.5, but {reason}: .*to 0"):
+    with pytest.raises(UserError, match=rf"training\.stage2\.objective\.{name}\.weight is 0\.5, but {reason}\. .*to 0"):
         objectives.check("stage2", made.settings(**{name: {"weight": 0.5}}), config)
     objectives.check("stage2", made.settings(), config)
 
@@ -107,7 +107,7 @@ def test_objectives_of_two_passes_are_refused_for_a_network_with_one(network, re
 # ---------------------------------------------------------------- the one sum
 
 
-def test_a_term_weighs_as_its_share_of_the_steps_count():
+def test_a_term_is_weighted_by_its_share_of_the_steps_count():
     value = torch.tensor(3.0, requires_grad=True)
     terms = {
         "loss_a": objectives.Term(value, 0.5, "tokens"),
@@ -122,14 +122,14 @@ def test_a_term_weighs_as_its_share_of_the_steps_count():
 def test_a_term_with_an_undeclared_name_is_an_error():
     training = training_model(make_model())
     training.objectives[0].term_names = ()
-    with pytest.raises(ValueError, match="objective text: loss_text not among its term_names"):
+    with pytest.raises(ValueError, match=r"objective text: terms\(\) returned loss_text, which term_names lacks"):
         step(training, as_batch(make_batch()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["question_first", "vision_first"])
 @pytest.mark.parametrize("changes", [{}, ALL], ids=["text", "all losses"])
-def test_micro_batches_add_up_to_one_batch(size, layout, changes):
+def test_micro_batches_add_up_to_the_whole_batch(size, layout, changes):
     """Four samples of 3, 0, 1 and 2 frames: tokens and frames are divided unevenly."""
     training = training_model(make_model(layout=layout, tie_first_query=False), **changes)
     arguments = make_batch(layout=layout)
@@ -140,13 +140,13 @@ def test_micro_batches_add_up_to_one_batch(size, layout, changes):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_preferences_in_micro_batches(size):
+def test_preference_micro_batches_add_up_to_the_whole_batch(size):
     model, batch = make_model(tie_first_query=False), as_batch(preference_batch())
     reference, training = frozen(make_model(visual_scale=0.3)), training_model(model, "preference")
     assert_same(step(training, batch, size, reference=reference), step(training, batch, reference=reference))
 
 
-def test_a_micro_batch_has_no_padding_of_others():
+def test_a_micro_batch_is_padded_to_its_own_length():
     batch = as_batch(preference_batch())
     lengths, rejected = batch.attention_mask.sum(1), batch.rejected.attention_mask.sum(1)
     pieces = list(batch.split(1))
@@ -161,7 +161,7 @@ def test_a_micro_batch_has_no_padding_of_others():
 
 
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"nothing in front"}))
-def test_logits_in_pieces_give_the_same_losses_and_gradients(monkeypatch, layout):
+def test_chunked_logits_give_the_same_losses_and_gradients(monkeypatch, layout):
     model = make_model(layout=layout)
     training, arguments = training_model(model), make_batch(layout=layout)
     whole, expected, sizes = step(training, as_batch(arguments)), model(**arguments), []
@@ -229,7 +229,7 @@ def toy(tmp_path, monkeypatch):
     sys.modules.pop("pipeline_steps.training.objectives.frame_time")
 
 
-def test_one_file_and_one_parameter_are_a_new_objective(toy, tmp_path):
+def test_a_new_objective_takes_one_file_and_one_parameter(toy, tmp_path):
     """It is found, in the row, in the gradient with its head, and the same in any micro-batches."""
     assert {"frame_time"} == set(objectives.registry()) - {"coarse", "contrastive", "entropy", "preference", "text"}
     assert "loss_frame_time" in objectives.term_names()
@@ -252,7 +252,7 @@ def test_one_file_and_one_parameter_are_a_new_objective(toy, tmp_path):
     assert not torch.equal(gradients["network.connector.weight"], without["network.connector.weight"])
 
 
-def test_a_head_belongs_to_the_connector_and_to_averages_and_states(toy, tmp_path):
+def test_a_head_is_in_the_connector_group_the_ema_and_the_states(toy, tmp_path):
     run = make_run("stage2", "question_first", tmp_path, objective=toy)
     run.common.ema_decay, run.runtime.keep_checkpoints = 0.9, 1
     trainer = train_loop.prepare(run)
@@ -263,7 +263,7 @@ def test_a_head_belongs_to_the_connector_and_to_averages_and_states(toy, tmp_pat
     assert {"objective.frame_time.weight", "objective.frame_time.bias"} <= trainer.ema.values.keys()
     train_loop.train_step(run, trainer, as_batch(make_batch()), 0)
     run.loader.state_dict, run.loader.quarantined = dict, {}
-    checkpointing.save(run, trainer, 1)
+    checkpointing.save_state(run, trainer, 1)
     tensors, _ = load_state(tmp_path)
     assert torch.equal(tensors["objective"]["frame_time.weight"], head.weight)
     assert "objective.frame_time.weight/exp_avg" in tensors["optimizer"]
@@ -273,7 +273,7 @@ def test_a_head_belongs_to_the_connector_and_to_averages_and_states(toy, tmp_pat
     assert isinstance(trainer.ema, EMA)
 
 
-def test_a_head_is_published_beside_the_model_and_the_next_stage_may_begin_with_it(toy, tmp_path):
+def test_a_head_is_published_and_the_next_stage_can_load_it(toy, tmp_path):
     run = make_run("stage2", "question_first", tmp_path, objective=toy)
     run.common.publish = "last"
     trainer = train_loop.prepare(run)
@@ -296,20 +296,20 @@ def test_a_head_is_published_beside_the_model_and_the_next_stage_may_begin_with_
         training_stage.load_heads(arguments, other)
 
 
-def test_a_head_also_trains_on_preferences(toy, tmp_path):
+def test_a_head_can_be_trained_with_preferences(toy, tmp_path):
     run = make_run("stage3", "question_first", tmp_path, objective=toy)
     row = train_loop.train_step(run, train_loop.prepare(run), as_batch(preference_batch()), 0)
     assert row["loss"] == pytest.approx(row["loss_preference"] + 0.5 * row["loss_frame_time"], abs=1e-5)
 
 
-def test_two_objectives_of_one_name_are_refused(toy, tmp_path):
+def test_two_objectives_with_one_name_are_rejected(toy, tmp_path):
     (tmp_path / "package/other.py").write_text(TOY.replace("FrameTime", "Other"))
     with pytest.raises(ValueError, match="two objectives are named 'frame_time'"):
         objectives.registry()
     sys.modules.pop("pipeline_steps.training.objectives.other")
 
 
-def test_a_micro_batch_of_text_only_lacks_the_terms_of_frames_only():
+def test_a_text_only_micro_batch_lacks_only_the_terms_of_frames():
     training = training_model(make_model(), **ALL)
     values, _ = step(training, as_batch(rows_of(make_batch(), [1, 1])))
     assert values.keys() == {"loss", "loss_text", "loss_coarse"}

@@ -73,7 +73,7 @@ def train_in_one_of_two_processes(rank: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
-def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
+def test_two_processes_get_the_gradients_of_one_process_with_the_joined_batch(tmp_path):
     batch = preference_batch()
     torch.save(batch, tmp_path / "batch.pt")
     multiprocessing.spawn(train_in_one_of_two_processes, (str(tmp_path),), nprocs=2)

@@ -55,7 +55,7 @@ def packed(members, key, num_frames):
     return PackedSample.model_validate_json(members[f"{key}.json"]), shown, names
 
 
-def test_every_form_of_a_medium(raw):
+def test_every_kind_of_media_is_packed(raw):
     pictures = parts_of(raw, *(f"pictures/{i:02d}.png" for i in range(20)))
     clip = parts_of(raw, "clip.mp4")
     _, members = pack(
@@ -80,7 +80,7 @@ def test_every_form_of_a_medium(raw):
     assert (shown, found.timestamps, found.duration) == ([22, 27, 32, 37], (2.2, 2.7, 3.2, 3.7), 2.0)
 
 
-def test_what_cannot_be_read_is_quarantined_with_both_numbers(raw):
+def test_unreadable_media_are_quarantined_with_both_numbers(raw):
     pictures = parts_of(raw, *(f"pictures/{i:02d}.png" for i in range(5)))
     late = sample(raw, "late", "media.tar", "video", parts_of(raw, "clip.mp4"), segment=(7.0, 9.0))
     report, _ = pack(raw, sample(raw, "many", "media.tar", "image", pictures), late)
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_quarantined_with_both_numbers(raw):
 
 
 @pytest.mark.parametrize("name", ["media.tar", "pictures/03.png"])
-def test_media_that_changed_are_named(raw, name):
+def test_media_changed_after_indexing_are_named(raw, name):
     path = "media.tar" if name == "media.tar" else "pictures"
     parts = parts_of(raw, "pictures/03.png") if path == "media.tar" else ()
     old = sample(raw, "old", path, "video", parts)

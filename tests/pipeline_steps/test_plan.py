@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.streaming.plan import cut, make_plan
+from pipeline_steps.streaming.plan import batch_bounds, make_plan
 from tests.pipeline_steps.packed import Clip, clips, columns_only, streaming
 
 WORLD = columns_only(clips(400, text_every=7))
@@ -32,7 +32,7 @@ def flat(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
-def test_batches_of_samples_keep_the_order_and_the_last_is_short():
+def test_sample_batches_keep_the_order_and_the_last_may_be_short():
     made = plan(order(100))
     assert (made.num_steps, made.num_samples) == (4, 100)
     assert [len(batch) for batch in batches(made)] == [32, 32, 32, 4]
@@ -42,7 +42,7 @@ def test_batches_of_samples_keep_the_order_and_the_last_is_short():
 
 @pytest.mark.parametrize(("by", "costs", "budget"), [("frames", np.maximum(FRAMES, 1), 40), ("tokens", TOKENS, 300)])
 @pytest.mark.parametrize("window", [0, 128])
-def test_budgets_are_never_exceeded_and_used_as_far_as_they_go(by, costs, budget, window):
+def test_batches_fill_but_never_exceed_the_budget(by, costs, budget, window):
     made = plan(order(), by=by, budget=budget, bucket_samples=window)
     sums = [costs[batch].sum() for batch in batches(made)]
     assert max(sums) <= budget
@@ -54,7 +54,7 @@ def test_budgets_are_never_exceeded_and_used_as_far_as_they_go(by, costs, budget
         assert flat(batches(made)) == order().tolist()
 
 
-def test_cutting_is_what_counting_one_by_one_gives():
+def test_batch_bounds_equal_a_greedy_reference():
     costs = np.random.default_rng(1).integers(1, 10, 500)
     starts, total = [0], 0
     for place, cost in enumerate(costs):
@@ -62,14 +62,14 @@ def test_cutting_is_what_counting_one_by_one_gives():
             starts.append(place)
             total = 0
         total += cost
-    assert cut(costs, 17).tolist() == [*starts, 500]
-    assert cut(costs[:0], 17).tolist() == [0]
-    assert cut(np.full(10, 3), 7).tolist() == [0, 2, 4, 6, 8, 10]
-    assert cut(np.full(9, 3), 7).tolist() == [0, 2, 4, 6, 8, 9]
+    assert batch_bounds(costs, 17).tolist() == [*starts, 500]
+    assert batch_bounds(costs[:0], 17).tolist() == [0]
+    assert batch_bounds(np.full(10, 3), 7).tolist() == [0, 2, 4, 6, 8, 10]
+    assert batch_bounds(np.full(9, 3), 7).tolist() == [0, 2, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(("by", "unit"), [("frames", "8 frames"), ("tokens", "40 tokens")])
-def test_a_sample_above_the_budget_is_named_before_the_run(by, unit):
+def test_sample_above_the_budget_is_rejected_by_name(by, unit):
     world = columns_only([Clip("small", num_frames=1, num_tokens=8), Clip("large", num_frames=8, num_tokens=16)])
     settings = streaming(batching={"by": by, "budget": 7})
     options = {"batch_size": 1, "tokens_per_frame": 3, "seed": 0}
@@ -77,7 +77,7 @@ def test_a_sample_above_the_budget_is_named_before_the_run(by, unit):
         make_plan(np.array([0, 1, 0]), world, settings, **options)
 
 
-def test_buckets_serve_every_window_exactly_once_with_batches_of_like_lengths():
+def test_bucketing_serves_every_window_once_in_batches_of_similar_lengths():
     items, window = order(), 256
     made = plan(items, bucket_samples=window)
     assert made.order.tolist() != items.tolist()
@@ -87,7 +87,7 @@ def test_buckets_serve_every_window_exactly_once_with_batches_of_like_lengths():
     assert np.mean(spread) < 0.3 * np.mean([np.ptp(TOKENS[batch]) for batch in batches(plan(items))])
 
 
-def test_buckets_serve_the_true_distribution_of_lengths():
+def test_bucketing_preserves_the_distribution_of_lengths():
     """Any number of windows exactly; within a window no length comes early or late."""
     items = order(20_000, seed=1)
     made = plan(items, bucket_samples=500, batch_size=20, seed=3)
@@ -102,7 +102,7 @@ def test_buckets_serve_the_true_distribution_of_lengths():
     assert abs(firsts.mean() - lengths.mean()) < 3 * lengths.std() / np.sqrt(len(firsts))
 
 
-def test_ranks_share_every_step_and_the_order_is_the_same_for_any_number():
+def test_order_does_not_depend_on_the_number_of_ranks():
     made = plan(order(), bucket_samples=128)
     for world_size in (1, 2, 4):
         made.check_ranks(world_size)
@@ -115,12 +115,12 @@ def test_ranks_share_every_step_and_the_order_is_the_same_for_any_number():
             assert together.tolist() == made.items(step).tolist()
 
 
-def test_a_batch_smaller_than_the_ranks_is_refused():
+def test_batch_with_fewer_samples_than_ranks_is_rejected():
     with pytest.raises(UserError, match=r"step 4 of 4 has 3 sample\(s\) for 4 ranks \(1 such"):
         plan(order(99)).check_ranks(4)
 
 
-def test_the_fingerprint_knows_order_and_batches():
+def test_fingerprint_covers_order_and_batch_bounds():
     marks = {plan(order()).fingerprint, plan(order(), batch_size=16).fingerprint, plan(order(seed=1)).fingerprint}
     assert len(marks) == 3
     assert plan(order()).fingerprint in marks

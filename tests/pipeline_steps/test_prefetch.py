@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline_steps.streaming.prefetch import ordered
+from pipeline_steps.streaming.prefetch import map_ordered
 
 
 def settings(num_workers, limit=10**9, size=1):
@@ -13,14 +13,14 @@ def settings(num_workers, limit=10**9, size=1):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4, 50])
-def test_results_keep_the_order_and_errors_their_place(num_workers):
+def test_results_and_errors_keep_the_order_of_jobs(num_workers):
     def square(number):
         time.sleep(0.001 * (number % 3))
         return number * number
 
-    assert list(ordered(square, range(20), **settings(num_workers))) == [n * n for n in range(20)]
-    assert list(ordered(square, [], **settings(num_workers))) == []
-    served = ordered(lambda n: 12 // (3 - n), range(10), **settings(num_workers))
+    assert list(map_ordered(square, range(20), **settings(num_workers))) == [n * n for n in range(20)]
+    assert list(map_ordered(square, [], **settings(num_workers))) == []
+    served = map_ordered(lambda n: 12 // (3 - n), range(10), **settings(num_workers))
     assert [next(served) for _ in range(3)] == [4, 6, 12]
     with pytest.raises(ZeroDivisionError):
         next(served)
@@ -45,9 +45,9 @@ class Counting:
 
 
 @pytest.mark.parametrize("limit", [1, 40, 100, 1_000])
-def test_memory_in_flight_stays_within_the_bound(limit):
+def test_prefetched_memory_stays_within_the_limit(limit):
     sizes, counting = [5, 30, 10, 40, 100, 1, 1, 1, 25] * 20, Counting()
-    served = ordered(counting.make, sizes, num_workers=4, limit=limit, size_of=lambda size: size)
+    served = map_ordered(counting.make, sizes, num_workers=4, limit=limit, size_of=lambda size: size)
     for size in served:
         time.sleep(0.001)  # the workers make what they may meanwhile
         counting.used(size)
@@ -58,9 +58,9 @@ def test_memory_in_flight_stays_within_the_bound(limit):
         assert counting.most > 500  # it does work ahead
 
 
-def test_a_result_that_is_larger_than_the_bound_is_made_alone():
+def test_result_larger_than_the_limit_is_made_alone():
     counting = Counting()
-    served = ordered(counting.make, [50] * 6, num_workers=4, limit=10, size_of=lambda size: size)
+    served = map_ordered(counting.make, [50] * 6, num_workers=4, limit=10, size_of=lambda size: size)
     for size in served:
         time.sleep(0.02)
         assert counting.held <= 2 * size  # the one in use and the next
@@ -70,7 +70,7 @@ def test_a_result_that_is_larger_than_the_bound_is_made_alone():
 @pytest.mark.parametrize("fetch", [None, lambda job: job])
 def test_closing_early_leaves_no_threads(fetch):
     before = threading.active_count()
-    served = ordered(lambda n: time.sleep(0.002) or n, range(10_000), fetch=fetch, **settings(3))
+    served = map_ordered(lambda n: time.sleep(0.002) or n, range(10_000), fetch=fetch, **settings(3))
     assert [next(served) for _ in range(3)] == [0, 1, 2]
     assert threading.active_count() > before
     served.close()
@@ -78,7 +78,7 @@ def test_closing_early_leaves_no_threads(fetch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
-def test_fetching_happens_in_order_in_one_thread(num_workers):
+def test_fetch_runs_in_order_in_one_thread(num_workers):
     fetched, threads = [], set()
 
     def fetch(job):
@@ -88,7 +88,7 @@ def test_fetching_happens_in_order_in_one_thread(num_workers):
             raise OSError("gone")
         return job * 2
 
-    served = ordered(lambda value: value + 1, range(40), fetch=fetch, **settings(num_workers))
+    served = map_ordered(lambda value: value + 1, range(40), fetch=fetch, **settings(num_workers))
     assert [next(served) for _ in range(30)] == [2 * n + 1 for n in range(30)]
     with pytest.raises(OSError, match="gone"):
         next(served)

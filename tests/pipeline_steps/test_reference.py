@@ -2,8 +2,10 @@
 
 import itertools
 import re
+from typing import Annotated
 
 import pytest
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline_steps.common import metrics, params, reference
 from pipeline_steps.common.errors import UserError
@@ -40,3 +42,40 @@ def test_a_field_without_a_description_is_refused():
 
     with pytest.raises(UserError, match=r"Undescribed\.number has no description"):
         reference._meaning(Undescribed, "number")
+
+
+class Sizes(params.StrictModel):
+    width: PositiveInt
+    """Size."""
+    height: PositiveInt
+    """Size."""
+    depth: PositiveFloat
+    """Size."""
+    count: NonNegativeInt | None
+    """Size."""
+    share: float = Field(ge=0, lt=1)
+    """Part."""
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...]
+    """Parts."""
+
+
+class Pair(params.StrictModel):
+    first: Sizes
+    second: Sizes
+
+
+def test_fields_of_one_type_and_description_share_a_row():
+    values = {"width": 1, "height": 2, "depth": 3, "count": None, "share": 0.5, "shares": [1.0]}
+    assert list(reference._rows(Sizes, values)) == [
+        "|`width/height`|>0|`1`, `2`|Size.|",
+        "|`depth`|float >0|`3`|Size.|",  # an integer does not show that other numbers are allowed
+        "|`count`|int >=0, null|`null`|Size.|",
+        "|`share`|[0,1)|`0.5`|Part.|",
+        "|`shares`|list of float (0,1]|`[1.0]`|Parts.|",
+    ]
+
+
+def test_sections_of_one_class_share_rows():
+    values = {"width": 1, "height": 1, "depth": 3.0, "count": None, "share": 0.5, "shares": [1.0]}
+    rows = list(reference._rows(Pair, {"first": values, "second": values | {"depth": 4.0}}))
+    assert rows[:2] == ["|`first/second.width/height`|>0|`1`|Size.|", "|`first/second.depth`|>0|`3.0`, `4.0`|Size.|"]

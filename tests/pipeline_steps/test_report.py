@@ -2,16 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
-from pipeline_steps.common import metrics
+from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, keep, verdicts
@@ -266,18 +270,18 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert "warm-up pre-trains the selection of named objects" in text.words[2]
     assert text.words[3] == "Verdict"
     assert text.words[4] == "undecided"
-    assert "Does looking where you choose help?" in text.words[:7]
+    assert "Do planned queries help?" in text.words[:7]
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
     assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(TASKS)
 
 
-def test_the_sheet_of_many_clips_and_the_attention_over_the_frames_are_on_the_page(built):
+def test_the_page_has_the_contact_sheet_and_the_attention_over_the_frames(built):
     root, page = built
-    assert "5 clips chosen by rule: by &lt;loss&gt;. Over the frames: attention in the autoregressive mode" in page
+    assert "5 clips. Selection rule: by &lt;loss&gt;. Overlay: attention in the autoregressive mode" in page
     assert "Entropy and largest weight of the attention over the frames" in page
-    assert "](heatmaps/contact_sheet.png): 5 clips chosen by rule" in (root / "reports/report.md").read_text()
+    assert "](heatmaps/contact_sheet.png): 5 clips. Selection rule" in (root / "reports/report.md").read_text()
 
 
 def test_an_index_of_another_version_is_a_user_error():
@@ -295,13 +299,13 @@ def test_missing_runs_are_undecided_and_name_their_command(built):
 
 
 @pytest.mark.parametrize(("peaks", "legend"), [(None, "Ring: the patch"), ({"fine": 0.9}, "White box: the target")])
-def test_the_legend_names_a_box_where_there_is_one(tmp_path, monkeypatch, peaks, legend):
+def test_the_legend_mentions_a_target_box_only_if_there_is_one(tmp_path, monkeypatch, peaks, legend):
     write_root(tmp_path, heatmaps=False)
     write_heatmaps(tmp_path / "reports/heatmaps", peaks)
     assert f"the first. {legend}" in build(tmp_path, monkeypatch)
 
 
-def test_missing_optional_inputs_are_said(tmp_path, monkeypatch):
+def test_missing_optional_inputs_are_listed(tmp_path, monkeypatch):
     write_root(tmp_path, curves=False, heatmaps=False)
     page = build(tmp_path, monkeypatch)
     assert "No learning curves" in page
@@ -367,7 +371,7 @@ def test_a_kept_run_gives_the_same_comparison_as_its_full_results(tmp_path):
     assert found.accuracy_difference.interval == pytest.approx(expected.accuracy_difference.interval, abs=1e-6)
 
 
-def test_keeping_names_what_is_missing_or_does_not_belong_together(tmp_path):
+def test_keeping_rejects_missing_or_inconsistent_results(tmp_path):
     write_root(tmp_path, curves=False)
     with pytest.raises(UserError, match=r"stage1.json, outputs/metrics/stage2.json, outputs/metrics/stage3.json"):
         keep_run(tmp_path)
@@ -378,14 +382,61 @@ def test_keeping_names_what_is_missing_or_does_not_belong_together(tmp_path):
         keep_run(tmp_path / "b")
     write_root(tmp_path / "c")
     kept = keep.kept_run(read_inputs(tmp_path / "c", "none", 1), {"seed": 1})
-    with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, the evaluation was of d1"):
+    with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, but the evaluation used d1"):
         keep.check_origin(kept, tmp_path / "c")
     keep.refuse_changed(["heatmaps", "report"])
     with pytest.raises(UserError, match=r"2 stage\(s\) changed \(evaluation, stage3\)"):
         keep.refuse_changed(["evaluation", "report", "stage3"])
 
 
-def test_summary_and_plots_hold_the_numbers_of_the_results(built):
+COPY = """
+import shutil, yaml
+for name in ("outputs", "data"):
+    shutil.copytree("made/" + name, name, dirs_exist_ok=True)
+"""
+
+
+@pytest.mark.slow
+def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypatch):
+    """Two experiments of a small project, kept from DVC's cache; a second one of the same ablation and seed is not."""
+    write_root(tmp_path / "made")
+    hashes = {name: sha256_file(tmp_path / f"made/data/{name}/manifest.json") for name in ("shards", "tokens")}
+    path = tmp_path / "made/outputs/metrics/evaluation.json"
+    content = json.loads(path.read_text())
+    content["provenance"] |= {f"{name}_sha256": value for name, value in hashes.items()}
+    path.write_text(json.dumps(content))
+    (tmp_path / "make_run.py").write_text(COPY)
+    (tmp_path / "params.yaml").write_text(params.compose())
+    stage = {"cmd": f"{sys.executable} make_run.py", "params": ["seed"], "outs": ["outputs", "data"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"run": stage}}))
+    identity = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for name, value in identity.items():
+        monkeypatch.setenv(name, value)
+
+    def run(command):
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    dvc = f"{sys.executable} -m dvc"
+    run(f"git init -q && {dvc} init -q && git add -A && git commit -qm start")
+    with pytest.raises(UserError, match="this commit has no experiments"):
+        keep.keep_experiments(tmp_path, [])
+    for name, seed in (("two", 2), ("three", 3)):
+        run(f"{dvc} exp run -q --temp --name {name} --set-param seed={seed}")
+    with pytest.raises(UserError, match=r"no experiment four of this commit \(there are: three, two\)"):
+        keep.keep_experiments(tmp_path, ["four"])
+    found = keep.keep_experiments(tmp_path, [])
+    assert sorted(path.name for path in found) == ["none-seed2.json", "none-seed3.json"]
+    assert not (tmp_path / "outputs").exists()
+    runs = read_inputs(tmp_path / "made", "A6", 1).runs
+    assert runs == []
+    assert json.loads(found[0].read_text())["provenance"]["seeds"]["training"] in (2, 3)
+    run(f"{dvc} exp run -q --temp --name again --set-param seed=2 --set-param report.title=x")
+    with pytest.raises(UserError, match="experiments again and two both are ablation none with seed 2"):
+        keep.keep_experiments(tmp_path, [])
+
+
+def test_summary_and_plots_contain_the_results(built):
     root = built[0]
     found = json.loads((root / "reports/metrics/summary.json").read_text())
     result = result_of(item_table())
@@ -413,22 +464,22 @@ def test_clear_difference_on_three_seeds_is_validated():
     assert verdict.comparison.interval[0] < 3.0 < verdict.comparison.interval[1]
 
 
-def test_no_difference_is_not_validated_help_but_one_token_equal():
+def test_equal_losses_do_not_validate_help_but_validate_equality():
     assert verdicts.verdicts(three_seeds("A6", 1.0), SETTINGS)[0].status == verdicts.NOT_VALIDATED
     assert verdicts.verdicts(three_seeds("B1", 1.0), SETTINGS)[1].status == verdicts.VALIDATED
 
 
-def test_better_sixteen_tokens_are_not_validated():
+def test_better_sixteen_tokens_do_not_validate_equality():
     assert verdicts.verdicts(three_seeds("B1", 0.6), SETTINGS)[1].status == verdicts.NOT_VALIDATED
 
 
-def test_interval_over_the_border_is_undecided():
+def test_an_interval_that_includes_the_threshold_is_undecided():
     verdict = verdicts.verdicts(three_seeds("A6", 1.05), SETTINGS)[0]
     assert verdict.status == verdicts.UNDECIDED
-    assert "border" in verdict.reasons[0]
+    assert "threshold" in verdict.reasons[0]
 
 
-def test_one_seed_or_no_items_is_undecided():
+def test_one_seed_or_missing_items_is_undecided():
     one = Found(make_run("none", "none", 1), [make_run("A6", "A6", 1, 3.0)])
     verdict = verdicts.verdicts(one, SETTINGS)[0]
     assert verdict.status == verdicts.UNDECIDED
@@ -439,14 +490,14 @@ def test_one_seed_or_no_items_is_undecided():
     assert blind.comparison.interval is None
 
 
-def test_other_data_is_not_compared():
+def test_runs_on_different_data_are_not_compared():
     verdict = verdicts.verdicts(three_seeds("A6", 3.0, data="d2"), SETTINGS)[0]
     assert verdict.status == verdicts.UNDECIDED
     assert verdict.comparison is None
     assert "shards_sha256 differs" in verdict.reasons[0]
 
 
-def test_other_items_are_not_compared():
+def test_runs_on_different_items_are_not_compared():
     found = three_seeds("A6", 3.0)
     found.runs[-1].items["key"] = "other-" + found.runs[-1].items["key"]
     verdict = verdicts.verdicts(found, SETTINGS)[0]
@@ -455,7 +506,7 @@ def test_other_items_are_not_compared():
     assert "different items" in verdict.reasons[0]
 
 
-def test_a_kept_run_that_is_not_the_run_of_this_page_is_not_compared():
+def test_an_outdated_kept_run_is_not_compared():
     found = three_seeds("A6", 3.0)
     found.runs.append(make_run("none-seed1", "none", 1))
     assert verdicts.verdicts(found, SETTINGS)[0].status == verdicts.VALIDATED
@@ -476,7 +527,7 @@ def test_targets_are_judged_on_the_embedded_world_only():
     assert report.tables.targets(bad, SETTINGS.targets).rows == []
 
 
-def test_one_item_has_no_interval_and_decides_nothing():
+def test_a_single_item_has_no_interval_and_decides_nothing():
     several, one = (result_of(item_table(num_items=count)) for count in (40, 1))
     for build_table in (report.tables.accuracies, report.tables.losses):
         assert " [" in build_table(several).markdown()

@@ -110,7 +110,7 @@ def column(browser, table, name):
     return heads[number], lambda: browser.execute_script(script, f"#{table}-rows", number)
 
 
-def test_nothing_is_logged_nothing_is_fetched_and_every_image_loads(browser, page):
+def test_the_page_logs_nothing_fetches_nothing_and_loads_every_image(browser, page):
     script = "return [...document.images].map((i) => [i.alt, i.complete, i.naturalWidth])"
     wait_for(lambda: all(complete for _, complete, _ in browser.execute_script(script)))
     images = browser.execute_script(script)
@@ -122,7 +122,7 @@ def test_nothing_is_logged_nothing_is_fetched_and_every_image_loads(browser, pag
     assert browser.get_log("browser") == []
 
 
-def test_a_click_sorts_numbers_as_numbers_and_again_turns_around(browser):
+def test_a_click_sorts_numerically_and_a_second_click_reverses(browser):
     head, cells = column(browser, "reading", "frames")
     assert cells() == ["84", "516", "600"]
     head.click()
@@ -157,7 +157,7 @@ def test_the_slider_steps_through_the_frames(browser):
     assert shown_frame(browser) == 160
 
 
-def test_play_moves_on_and_pause_stays(browser):
+def test_play_advances_the_frames_and_pause_stops(browser):
     button = browser.find_element(By.CSS_SELECTOR, ".clip button")
     wait_for(button.is_displayed)
     button.click()

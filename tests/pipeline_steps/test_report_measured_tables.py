@@ -70,13 +70,13 @@ def a_check(verdict, value=0.5, low=None, high=None):
     return metrics.Check(verdict=verdict, value=value, low=low, high=high, meaning="a cosine", reason="it collapsed")
 
 
-def test_what_was_not_measured_has_no_rows_and_says_so(plain):
+def test_an_unmeasured_table_has_no_rows_and_a_note(plain):
     for table in report.measured_tables(plain):
         assert table.rows == []
         assert table.note.startswith("Not measured"), table.name
 
 
-def test_options_stand_against_chance_and_blind_with_the_sum_last(plain):
+def test_multiple_choice_is_compared_with_chance_and_blind_with_the_total_last(plain):
     groups = {"all": group(), "chat/puzzle": group(1)}
     table = report.multiple_choice(plain.model_copy(update={"multiple_choice": groups}))
     assert [row[:2] for row in table.rows] == [
@@ -93,7 +93,7 @@ def test_options_stand_against_chance_and_blind_with_the_sum_last(plain):
     assert texts(table)[0][3] == "50.0%"  # one item has no interval
 
 
-def test_captions_name_what_is_known_and_keep_columns_where_it_is_not(plain):
+def test_captions_keep_attribute_columns_for_tasks_without_attributes(plain):
     missed = metrics.Missed(complete_miss=0.1, interval=(0.0, 0.2), named=0.7, num_items=60)
     modes = {"blind": caption_score({}), "autoregressive": caption_score({"colour": missed})}
     captions = metrics.Captions(
@@ -106,14 +106,14 @@ def test_captions_name_what_is_known_and_keep_columns_where_it_is_not(plain):
     )
     result = plain.model_copy(update={"captions": {"caption": captions}})
     likeness = report.captions(result)
-    assert likeness.columns[-2:] == ["colour named", "colour all missed"]
+    assert likeness.columns[-2:] == ["colour named", "colour none named"]
     assert texts(likeness) == [
         ["caption", "autoregressive", "60", "–", "0.200", "0.500 [0.400–0.600]", "70.0%", "10.0% [0–20]"],
         ["caption", "blind", "60", "–", "0.200", "0.500 [0.400–0.600]", "–", "–"],
     ]
     style = texts(report.caption_style(result))
     assert [row[:3] for row in style] == [
-        ["caption", "true answers", "9.0"],
+        ["caption", "references", "9.0"],
         ["caption", "autoregressive", "8.0"],
         ["caption", "blind", "8.0"],
     ]
@@ -121,19 +121,19 @@ def test_captions_name_what_is_known_and_keep_columns_where_it_is_not(plain):
     assert texts(report.caption_overlap(result)) == [["caption", "60", "20.0% [10–30]", "5.0%"]]
 
 
-def test_parts_of_clips_stand_beside_all_frames(plain):
+def test_parts_of_clips_are_shown_with_all_frames(plain):
     views = {"second_half": a_view(-0.0001, num_items=1), "frames_4": a_view()}
     table = report.temporal(plain.model_copy(update={"temporal": {"card": views}}))
     assert texts(table) == [
         [
-            *("card", "4 frames of all", "40", "30.0%", "90.0%", "2.500", "0.500", "+2.000 [+1.000 to +3.000]"),
+            *("card", "4 frames of the clip", "40", "30.0%", "90.0%", "2.500", "0.500", "+2.000 [+1.000 to +3.000]"),
             *("80.0% [70–90]", "60.0%"),
         ],
         ["card", "second half", "1", "30.0%", "90.0%", "2.500", "0.500", "0.000", "80.0%", "60.0%"],
     ]
 
 
-def test_frames_that_nothing_is_asked_of_are_left_out(plain):
+def test_frames_without_an_answer_token_are_omitted(plain):
     long = metrics.PerFrame(loss=[None, 1.0, 2.0], accuracy=[None, 0.5, 0.25], num_items=[0, 4, 4])
     short = metrics.PerFrame(loss=[None, 3.0], accuracy=[None, 1.0], num_items=[0, 4])
     frames = {"card": {"fine": long, "blind": long, "autoregressive": long}, "follow": {"autoregressive": short}}
@@ -149,7 +149,7 @@ def test_frames_that_nothing_is_asked_of_are_left_out(plain):
     assert texts(report.per_frame(result, "loss"))[2] == ["follow", "autoregressive", "3.000", "–"]
 
 
-def test_gaze_is_compared_with_the_references_that_there_are(plain):
+def test_gaze_is_compared_with_the_available_references(plain):
     entry = metrics.GazeDifference(peak_on_target=0.5, interval=(0.4, 0.6), num_frames=600)
     below = metrics.GazeDifference(peak_on_target=-0.01, interval=(-0.03, 0.0), num_frames=300)
     differences = {"card": {"oracle": below, "chance": entry}, "follow": {"chance": entry}}
@@ -172,7 +172,7 @@ def diagnosed(plain):
     return plain.model_copy(update={"diagnostics": diagnostics})
 
 
-def test_suspicious_checks_stand_first_with_their_bounds(plain):
+def test_suspicious_checks_come_first_with_their_bounds(plain):
     table = report.checks(diagnosed(plain))
     assert texts(table) == [
         ["bad check", "suspicious", "−0.5", "≥ 3", "a cosine", "it collapsed"],
@@ -190,9 +190,9 @@ def test_attention_is_shown_by_mode_and_layer(plain):
     ]
 
 
-def test_sources_are_told_apart_where_there_are_several(plain):
+def test_scores_are_split_by_source_if_there_are_several(plain):
     alone = report.by_source(plain.model_copy(update={"sources": {"procedural": plain.tasks}}))
-    assert (alone.rows, alone.note) == ([], "All items are of one source: procedural.")
+    assert (alone.rows, alone.note) == ([], "All items have the same source: procedural.")
     score = plain.tasks["card"]["autoregressive"].model_copy(update={"num_items": 1})
     sources = {"chat": {"text": {"text": score}}, "procedural": {"card": plain.tasks["card"]}}
     table = report.by_source(plain.model_copy(update={"sources": sources}))
@@ -201,7 +201,7 @@ def test_sources_are_told_apart_where_there_are_several(plain):
     assert table.rows[1][3][1] == plain.tasks["card"]["autoregressive"].accuracy
 
 
-def test_page_and_markdown_show_all_of_it(plain, tmp_path, monkeypatch):
+def test_page_and_markdown_show_all_tables(plain, tmp_path, monkeypatch):
     write_root(tmp_path)
     full = diagnosed(plain).model_copy(
         update={"multiple_choice": {"all": group()}, "temporal": {"card": {"frames_4": a_view()}}}

@@ -21,7 +21,7 @@ from tests.pipeline_steps.test_report import (
 )
 
 
-def test_what_the_stages_read_is_counted_and_the_rest_named(built):
+def test_read_samples_are_counted_and_unmatched_items_listed(built):
     table = reading.reading(streaming_result())
     assert [row[:3] for row in table.rows] == [
         ["stage1", "chat", "text"],
@@ -35,7 +35,7 @@ def test_what_the_stages_read_is_counted_and_the_rest_named(built):
     assert "| stage1 | procedural | card | 40 | 86 | 86.0% | 2.15 | 516 | 2 580 | 516 | 3 |" in text
 
 
-def test_sources_are_accounted_for(tmp_path):
+def test_samples_and_items_of_every_source_are_counted(tmp_path):
     write_root(tmp_path)
     inputs = read_inputs(tmp_path, "none", 1)
     assert [text_of(cell) for cell in reading.sources(inputs.shards, inputs.tokens).rows[0]] == [
@@ -52,20 +52,20 @@ def test_curves_are_per_task_and_per_source_where_a_task_has_several():
     assert two["chat/card"][0][1]["step"].tolist() == [20, 40, 59]
 
 
-def test_positions_of_validations_follow_the_samples():
+def test_validations_are_drawn_at_their_cumulative_samples():
     timeline = curves.Timeline({"stage1": curve_table(), "stage2": curve_table()})
     assert timeline.position("stage1", [20]).tolist() == [640]
     assert timeline.position("stage2", [40]).tolist() == [59 * 32 + 1280]
 
 
-def test_attention_is_drawn_for_networks_that_look_and_warnings_are_said(built):
+def test_attention_is_drawn_for_networks_with_queries_and_warnings_are_listed(built):
     assert curves.attention({"stage1": curve_table()}) is not None
     table = curve_table()
     assert curves.attention({"stage1": table[table["event"] != "diagnostics"]}) is None
     assert "stage2, step 59: uniform attention: &lt;nothing&gt; is chosen" in built[1]
 
 
-def test_a_table_of_another_version_names_the_column(tmp_path):
+def test_a_metrics_table_without_a_column_is_an_error_that_names_it(tmp_path):
     write_root(tmp_path)
     table = curve_table(columns=[name for name in CURVE_COLUMNS if name != "source"])
     table.to_csv(tmp_path / "outputs/metrics/stage2.csv", index=False)
@@ -97,7 +97,7 @@ def test_markdown_has_the_content_of_the_page_and_its_links_exist(built):
     assert "Which \\<b\\>?" in text
 
 
-def test_everything_is_the_same_in_another_folder_commit_and_year(built, tmp_path, monkeypatch):
+def test_the_report_does_not_depend_on_folder_commit_or_date(built, tmp_path, monkeypatch):
     write_root(tmp_path)
     for command in (
         ["init", "-q"],
@@ -117,11 +117,11 @@ def test_everything_is_the_same_in_another_folder_commit_and_year(built, tmp_pat
     assert first == second
 
 
-def test_markdown_escapes_what_it_would_read_as_markup():
+def test_markdown_escapes_markup_in_data():
     assert markdown.escaped("a|b\n<c>_d") == "a\\|b \\<c\\>\\_d"
 
 
-def test_paired_controls_come_with_their_intervals():
+def test_paired_controls_have_intervals():
     control = metrics.Control(
         loss_difference=1.0,
         loss_interval=(0.9, 1.1),

@@ -93,7 +93,7 @@ def others():
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_copies_are_found(tmp_path, others, copy):
+def test_reencoded_copies_are_found(tmp_path, others, copy):
     change, options, ending = COPIES[copy]
     original = write(tmp_path / "a.mp4", scene(1))
     again = write(tmp_path / f"b.{ending}", change(scene(1)), **options)
@@ -104,18 +104,18 @@ def test_copies_are_found(tmp_path, others, copy):
 
 
 @pytest.mark.parametrize("copy", NOT_FOUND)
-def test_what_the_hash_does_not_find(tmp_path, copy):
+def test_copies_beyond_the_perceptual_hash_are_not_found(tmp_path, copy):
     """Documented limits: docs/data.md."""
     original = write(tmp_path / "a.mp4", scene(1))
     again = write(tmp_path / "b.mp4", NOT_FOUND[copy](scene(1)))
     assert near_duplicates(hashes_of(again)[None], hashes_of(original)[None], DISTANCE)[0].tolist() == [-1]
 
 
-def test_other_clips_are_not_found(others):
+def test_different_clips_are_not_reported(others):
     assert (near_duplicates(others[:20], others[20:], MAX_DISTANCE)[0] == -1).all()
 
 
-def test_frames_without_contrast_say_nothing(others):
+def test_frames_without_contrast_are_ignored(others):
     black = hash_frames([Image.new("RGB", (SIZE, SIZE), (9, 9, 9))] * 3)
     assert not black.any()
     assert near_duplicates(black[None], black[None], DISTANCE)[0].tolist() == [-1]
@@ -135,7 +135,7 @@ def flip(hashes, num_bits, rng):
 
 
 @pytest.mark.parametrize("distance", [0, 7, 15, 16, 24, MAX_DISTANCE])
-def test_search_equals_comparing_all_pairs(distance):
+def test_search_equals_brute_force_comparison(distance):
     rng = np.random.default_rng(distance)
     references = rng.integers(0, 2**64, (400, NUM_FRAMES, WORDS), dtype=np.uint64)
     copies = [flip(references[i], min(i % (distance + 3), 256), rng) for i in range(200)]
@@ -151,23 +151,23 @@ def test_search_equals_comparing_all_pairs(distance):
     assert nearest.tolist() == expected.tolist()
     assert (expected >= 0).sum() > 50
     assert distances[expected >= 0].tolist() == totals.min(1)[expected >= 0].tolist()
-    with pytest.raises(ValueError, match="is more than"):
+    with pytest.raises(ValueError, match="max_distance is 32, expected at most 31"):
         near_duplicates(queries, references, MAX_DISTANCE + 1)
 
 
-def test_the_limit_of_the_parameter_is_the_limit_of_the_search():
+def test_max_hash_distance_is_limited_to_what_the_search_supports():
     with pytest.raises(ValueError, match="less than or equal to 31"):
         Section(**{**SECTION.model_dump(), "max_hash_distance": MAX_DISTANCE + 1})
     assert Section(**{**SECTION.model_dump(), "max_hash_distance": MAX_DISTANCE}).max_hash_distance == 31
 
 
-def test_many_pairs_are_listed_in_a_file(tmp_path):
+def test_all_leaks_are_written_to_a_file(tmp_path):
     found = [Leak(("test", f"a{i}"), ("train", f"b{i}"), "near-duplicate frames") for i in range(30)]
     with pytest.raises(UserError, match="30 held-out samples") as error:
         check(found, tmp_path / "leaks.jsonl")
     assert str(error.value).count("near-duplicate frames") == leaks.MAX_LISTED
     assert "... and 10 more" in str(error.value)
-    assert f"All of them: {tmp_path / 'leaks.jsonl'}" in str(error.value)
+    assert f"Full list: {tmp_path / 'leaks.jsonl'}" in str(error.value)
     lines = (tmp_path / "leaks.jsonl").read_text().splitlines()
     assert len(lines) == 30
     assert '"key": "a29"' in lines[29]
@@ -196,9 +196,9 @@ def rows_of(raw, copy_split):
     return rows
 
 
-def test_a_copy_in_another_split_fails_the_stage(raw, tmp_path):
+def test_copy_in_another_split_fails_the_stage(raw, tmp_path):
     write_index(raw, rows_of(raw, "test"))
-    with pytest.raises(UserError, match=r"1 held-out samples are also in another split") as error:
+    with pytest.raises(UserError, match=r"1 held-out samples also occur in another split") as error:
         build(SECTION, raw, tmp_path / "shards")
     message = str(error.value)
     assert "'test-copy-avi' (test) and 'test-train1-mp4' (train): near-duplicate frames: " in message
@@ -213,14 +213,14 @@ def test_a_copy_in_another_split_fails_the_stage(raw, tmp_path):
     assert not listed.exists()
 
 
-def test_a_copy_in_validation_and_test_fails_the_stage(raw, tmp_path):
+def test_copy_in_validation_and_test_fails_the_stage(raw, tmp_path):
     rows = [index_row(raw, "train0.mp4", split="train"), index_row(raw, "train1.mp4", split="validation")]
     write_index(raw, [*rows, index_row(raw, "copy.avi", split="test")])
     with pytest.raises(UserError, match=r"'test-copy-avi' \(test\) and 'test-train1-mp4' \(validation\)"):
         build(SECTION, raw, tmp_path / "shards")
 
 
-def test_equal_chats_in_two_splits_fail_before_anything_is_packed(raw, tmp_path):
+def test_equal_chats_in_two_splits_fail_before_packing(raw, tmp_path):
     chats = [text_row("chat-1", "Say 1", "1", split="train"), text_row("chat-2", "say  1", "1", split="test")]
     write_index(raw, [*chats, text_row("chat-3", "Say 2", "2", split="test")])
     with pytest.raises(UserError, match=r"'chat-2' \(test\) and 'chat-1' \(train\): the same question and answer"):

@@ -51,7 +51,7 @@ def assign(index_of):
 # ---------------------------------------------------------------- splits
 
 
-def test_splits_go_by_video_and_share(assign):
+def test_splits_follow_videos_and_shares(assign):
     samples = [raw_sample(f"k{i}-{j}", video_id=f"v{i}") for i in range(1000) for j in range(2)]
     splits = assign(samples, 0.1, 0.2)
     assert all(splits[f"k{i}-0"] == splits[f"k{i}-1"] for i in range(1000))
@@ -67,7 +67,7 @@ def test_splits_go_by_video_and_share(assign):
 
 
 @pytest.mark.parametrize(("num_videos", "expected"), [(1, {"train"}), (2, {"train", "test"}), (3, set(SPLITS))])
-def test_small_sets_fill_every_split_they_can(assign, num_videos, expected):
+def test_small_sets_fill_as_many_splits_as_possible(assign, num_videos, expected):
     for seed in range(20):
         samples = [raw_sample(f"k{i}") for i in range(num_videos)]
         assert set(assign(samples, 0.1, 0.1, seed).values()) == expected
@@ -87,10 +87,10 @@ def test_copies_of_a_file_stay_together(assign):
     assert assign(given, 0.1, 0.1) == {"a": "test", "b": "test"}
 
 
-def test_leaks_between_given_splits_are_refused(assign):
+def test_same_media_in_two_given_splits_are_rejected(assign):
     with pytest.raises(UserError, match=r"'a' \(split train\) and 'b' \(split test\) hold the same content"):
         assign([raw_sample("a", "train", sha256="x"), raw_sample("b", "test", sha256="x")], 0.1, 0.1)
-    with pytest.raises(UserError, match="one and the same video"):
+    with pytest.raises(UserError, match="hold the same video"):
         assign([raw_sample("a", "train", "v"), raw_sample("b", "validation", "v")], 0.1, 0.1)
 
 
@@ -112,7 +112,7 @@ def test_equal_chats_stay_together_and_are_reported_where_splits_were_given(tmp_
 # ---------------------------------------------------------------- shards
 
 
-def test_plan_holds_every_sample_once_in_hashed_order(index_of):
+def test_plan_has_every_sample_once_in_hashed_order(index_of):
     samples = [raw_sample(f"k{i:03d}", split="train") for i in range(100)]
     index = index_of(samples)
     plan = plan_shards(index, assign_splits(index, 0.1, 0.1), samples_per_shard=30)
@@ -143,7 +143,7 @@ def test_one_more_sample_changes_one_shard(index_of):
     assert 0 < halved < 40
 
 
-def test_buckets_end_where_hashes_are_equal():
+def test_bucketing_stops_at_equal_hashes():
     order = np.array([0, 0, 0, 5, 2**47, 2**48 - 1], np.uint64)
     found = list(buckets(order, 2))
     assert found == [
@@ -157,7 +157,7 @@ def test_buckets_end_where_hashes_are_equal():
 # ---------------------------------------------------------------- the index
 
 
-def test_index_reads_rows_again_and_counts_media(tmp_path):
+def test_index_rereads_rows_and_counts_media(tmp_path):
     rows = [text_row("a", "q", "a"), text_row("b-é", "ü", "a")]
     rows[1]["key"] = "b"
     write_index(tmp_path, rows)
@@ -168,12 +168,12 @@ def test_index_reads_rows_again_and_counts_media(tmp_path):
     assert index.num_media() == {"test": 0}
 
 
-def test_bad_rows_are_named_with_their_line(tmp_path):
+def test_invalid_index_rows_are_reported_with_their_line(tmp_path):
     with pytest.raises(UserError, match=r"index\.jsonl: missing.*pipeline_steps\.sources"):
         read_index(tmp_path / "index.jsonl", 1)
     row = text_row("a", "q", "a")
     for rows, message in [
-        ([row, text_row("b", "q", "a"), row], "key 'a' is in line 1 and in line 3"),
+        ([row, text_row("b", "q", "a"), row], "key 'a' occurs in lines 1 and 3"),
         ([{**row, "key": "a.b"}], "line 1: key: String should match"),
         ([{**row, "kind": "video"}], "has path None"),
         ([row, text_row("b", "q", "red: 1", cue="blue:")], "line 2: .*does not start with the cue"),

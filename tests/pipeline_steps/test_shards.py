@@ -85,7 +85,7 @@ def read_tar(path):
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-def test_members_bytes_and_quarantine(raw, tmp_path):
+def test_shard_has_expected_members_stable_bytes_and_quarantine(raw, tmp_path):
     samples = [s.model_copy(update={"split": "train"}) for s in read_samples(raw / "index.jsonl")]
     report = pack_shard(samples, settings_for(raw), tmp_path / "one" / "000000")
     members = read_tar(tmp_path / "one" / "000000.tar")
@@ -125,7 +125,7 @@ def test_webdataset_reads_the_shard(raw, tmp_path):
     assert read[3]["json"]["items"][0]["assistant"] == "1"
 
 
-def test_a_changed_file_is_an_error_not_a_quarantine(raw, tmp_path):
+def test_file_changed_after_indexing_is_an_error(raw, tmp_path):
     samples = [s.model_copy(update={"split": "train"}) for s in read_samples(raw / "index.jsonl")]
     write_clip(raw / "v/a.mp4", grey_frames(5))
     with pytest.raises(UserError, match=r"v/a\.mp4 \(sample 'test-v-a-mp4'\) changed after the index was written"):
@@ -189,7 +189,7 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".scratch", "raw", "shards"]
 
 
-def test_stage_fails_whole_on_too_much_damage_and_keeps_the_old_output(raw, tmp_path):
+def test_too_many_damaged_media_fail_the_stage_and_keep_the_old_output(raw, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "old").touch()
     process = run_stage(raw, tmp_path / "shards", tmp_path, max_quarantined=0.4)
@@ -201,7 +201,7 @@ def test_stage_fails_whole_on_too_much_damage_and_keeps_the_old_output(raw, tmp_
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["old"]
 
 
-def test_a_jobs_own_message_reaches_the_user(raw, tmp_path):
+def test_job_error_message_reaches_the_user(raw, tmp_path):
     write_clip(raw / "v/a.mp4", grey_frames(5))
     process = run_stage(raw, tmp_path / "shards", tmp_path)
     _, errors = process.communicate(timeout=120)
@@ -243,7 +243,7 @@ def wait_until_quiet(folder):
         time.sleep(0.02)
 
 
-def test_killed_run_stops_and_goes_on(tmp_path):
+def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
     raw = tmp_path / "raw"
     write_stills(raw, range(16))
     process = run_stage(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
@@ -260,7 +260,7 @@ def test_killed_run_stops_and_goes_on(tmp_path):
     assert 0 < len(finished) < 16
     assert not (tmp_path / "shards").exists()
     errors = run_to_its_end(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
-    assert f"{16 - len(finished)} shards packed, {len(finished)} kept" in errors
+    assert f"{16 - len(finished)} shards packed, {len(finished)} reused" in errors
     assert len(inodes(tmp_path / "shards")) == 16
     assert finished < inodes(tmp_path / "shards")  # not packed a second time
     colours = [
@@ -273,7 +273,7 @@ def test_killed_run_stops_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_gives_the_same_bytes(tmp_path):
+def test_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     raw = tmp_path / "raw"
     write_stills(raw, range(12))
     started = time.monotonic()
@@ -294,7 +294,7 @@ def test_killed_at_any_moment_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_more_sample_packs_one_shard(tmp_path):
+def test_one_more_sample_repacks_one_shard(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(40))
     run_to_its_end(raw, output, tmp_path, samples_per_shard=6)
@@ -319,7 +319,7 @@ def test_one_more_sample_packs_one_shard(tmp_path):
     assert {p.name.split(".")[0] for p in tmp_path.glob(".scratch/shards/*/packed/train/*")} == planned
 
 
-def test_nothing_is_packed_for_other_splits_of_the_same_shards_or_media_written_again(tmp_path):
+def test_split_parameters_and_rewritten_media_repack_nothing(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(10))
     run_to_its_end(raw, output, tmp_path)
@@ -330,7 +330,7 @@ def test_nothing_is_packed_for_other_splits_of_the_same_shards_or_media_written_
     assert inodes(output) == before
 
 
-def test_a_published_tar_that_was_written_into_is_packed_again(tmp_path):
+def test_modified_published_tar_is_packed_again(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(10))
     run_to_its_end(raw, output, tmp_path)
@@ -344,7 +344,7 @@ def test_a_published_tar_that_was_written_into_is_packed_again(tmp_path):
     assert content(output) == before
 
 
-def test_older_scratch_folders_of_the_same_media_go(tmp_path):
+def test_older_scratch_folders_of_the_same_media_are_removed(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(4))
     run_to_its_end(raw, output, tmp_path)
@@ -354,7 +354,7 @@ def test_older_scratch_folders_of_the_same_media_go(tmp_path):
     assert first != second
 
 
-def test_a_job_of_an_earlier_plan_does_not_count(tmp_path):
+def test_shard_of_an_earlier_plan_is_rejected(tmp_path):
     """On a cluster a job may outlive its stage, and end after a later one has written another plan."""
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(5))
@@ -364,12 +364,12 @@ def test_a_job_of_an_earlier_plan_does_not_count(tmp_path):
     report = json.loads(report_path.read_text())
     report_path.write_text(json.dumps({**report, "plan_sha256": "0" * 64}))
     place = ("test", report_path.stem)
-    with pytest.raises(UserError, match=r"written from another plan \(sha256 000000000000\) than the present one"):
+    with pytest.raises(UserError, match=r"an earlier job packed another plan \(sha256 000000000000, expected"):
         read_reports(scratch, {place: report["plan_sha256"]})
     assert "1 shards packed" in run_to_its_end(raw, output, tmp_path)
 
 
-def test_unwritable_output(raw, tmp_path, monkeypatch):
+def test_unwritable_output_is_rejected(raw, tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/shards: cannot be written \(Not a directory\)"):
@@ -380,12 +380,12 @@ def test_unwritable_output(raw, tmp_path, monkeypatch):
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_full_disk_error_names_the_path(tmp_path, monkeypatch):
     monkeypatch.setattr(fan_out.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert "no space left on the disk" in fan_out._explain(tmp_path, 1, tmp_path / "snakemake.log")
 
 
-def test_nothing_left_to_train_on():
+def test_no_training_sample_left_fails_the_stage():
     empty = SplitEntry(shards=(), num_samples=0, num_frames=0, seconds=0.0, bytes=0)
     shard = ShardEntry(name="000000.tar", num_samples=1, num_frames=1, seconds=0.0, bytes=1, sha256="x")
     full = SplitEntry(shards=(shard,), num_samples=1, num_frames=1, seconds=0.0, bytes=1)
@@ -403,7 +403,7 @@ def test_nothing_left_to_train_on():
         ShardsManifest(**{**dict(manifest), "seen": 3})
 
 
-def test_code_of_the_fingerprint_exists():
+def test_files_in_the_code_fingerprint_exist():
     from pipeline_steps.shards.__main__ import CODE
 
     assert all((ROOT / path).is_file() for path in CODE)

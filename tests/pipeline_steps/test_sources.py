@@ -73,25 +73,25 @@ def samples(raw):
 # ---------------------------------------------------------------- the procedural world as files
 
 
-def test_bytes_do_not_depend_on_run_or_processes(raw, tmp_path):
+def test_output_bytes_do_not_depend_on_run_or_number_of_processes(raw, tmp_path):
     collect(section(), tmp_path / "raw", num_processes=2)
     assert content(tmp_path / "raw") == content(raw)
 
 
-def test_bytes_depend_on_the_seed(raw, tmp_path):
+def test_output_bytes_depend_on_the_seed(raw, tmp_path):
     collect(section(["procedural"], seed=2), tmp_path / "raw")
     name = "procedural/train/card-000000.mp4"
     assert content(tmp_path / "raw")[name] != content(raw)[name]
 
 
-def test_more_clips_leave_the_others_as_they_are(raw, tmp_path):
+def test_more_clips_do_not_change_existing_clips(raw, tmp_path):
     collect(section(["procedural"], num_train_clips=20), tmp_path / "raw")
     more, media = content(tmp_path / "raw"), {k: v for k, v in content(raw).items() if k.endswith((".mp4", ".jpg"))}
     assert media.items() <= more.items()
     assert len(media) == 18 + 7 * 3
 
 
-def test_index_counts(samples, raw):
+def test_index_has_the_configured_counts_and_ground_truth(samples, raw):
     assert [sample.key for sample in samples] == sorted({sample.key for sample in samples})
     visual = [sample for sample in samples if sample.kind != "text"]
     assert Counter(sample.split for sample in visual) == {"train": 18, "validation": 7, "test": 14}
@@ -125,7 +125,7 @@ def bad(count):
     return [Quarantined(key=f"bad-{i}", source="s", path=f"{i}.mp4", reason="missing") for i in range(count)]
 
 
-def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
+def test_every_sample_is_indexed_or_quarantined(tmp_path, capsys):
     quarantined = []
 
     def source():
@@ -133,9 +133,9 @@ def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
         quarantined.extend(bad(12))
 
     with open_index(tmp_path) as index:
-        index.take("one", source(), quarantined, 0.9)
-        index.take("two", text_samples("t", "r-1"), [], 0.0)
-        index.leave("s", ["x.txt"], count=3)
+        index.add_source("one", source(), quarantined, 0.9)
+        index.add_source("two", text_samples("t", "r-1"), [], 0.0)
+        index.add_unreferenced("s", ["x.txt"], count=3)
         summary = index.finish()
     assert [sample.key for sample in read_samples(tmp_path / "index.jsonl")] == ["r-1", "s-0", "s-2"]
     rows = (tmp_path / "quarantined.jsonl").read_text().splitlines()
@@ -152,23 +152,23 @@ def test_everything_that_is_seen_is_taken_or_quarantined(tmp_path, capsys):
     assert "bad-10" not in printed
 
 
-def test_too_many_quarantined_samples_stop_the_stage(tmp_path):
+def test_too_many_quarantined_samples_fail_the_stage(tmp_path):
     with open_index(tmp_path) as index:
-        index.take("one", text_samples("s", "s-0", "s-1", "s-2"), bad(1), 0.25)
+        index.add_source("one", text_samples("s", "s-0", "s-1", "s-2"), bad(1), 0.25)
         with pytest.raises(UserError, match=r"2 of 3 samples of the source 'two'.*\(66.7%\).*\(25.0%\)"):
-            index.take("two", text_samples("s", "s-3"), bad(2), 0.25)
-        with pytest.raises(UserError, match="'three' gives no sample"):
-            index.take("three", text_samples("s"), bad(1), 1.0)
+            index.add_source("two", text_samples("s", "s-3"), bad(2), 0.25)
+        with pytest.raises(UserError, match="'three' has no usable sample"):
+            index.add_source("three", text_samples("s"), bad(1), 1.0)
 
 
-def test_a_repeated_key_names_both_sources(tmp_path):
+def test_duplicate_key_error_names_both_sources(tmp_path):
     with open_index(tmp_path) as index:
-        index.take("one", text_samples("s", "a", "b"), [], 0.0)
-        index.take("two", text_samples("s", "c"), [], 0.0)
-        with pytest.raises(UserError, match="the key b is given by the sources 'one' and 'three'"):
-            index.take("three", text_samples("s", "d", "b"), [], 0.0)
-        with pytest.raises(UserError, match="the key e is given twice by the source 'four'"):
-            index.take("four", text_samples("s", "e", "e"), [], 0.0)
+        index.add_source("one", text_samples("s", "a", "b"), [], 0.0)
+        index.add_source("two", text_samples("s", "c"), [], 0.0)
+        with pytest.raises(UserError, match="the key b is used by the sources 'one' and 'three'"):
+            index.add_source("three", text_samples("s", "d", "b"), [], 0.0)
+        with pytest.raises(UserError, match="the key e is used twice by the source 'four'"):
+            index.add_source("four", text_samples("s", "e", "e"), [], 0.0)
 
 
 def test_held_out_digit_images_are_never_trained_on(raw):
@@ -183,7 +183,7 @@ def test_held_out_digit_images_are_never_trained_on(raw):
     assert not seen["validation"] & seen["test"]
 
 
-def test_boxes_are_where_the_colours_are_in_decoded_clips(raw, samples):
+def test_boxes_match_the_colours_in_decoded_clips(raw, samples):
     clips = [s for s in samples if s.kind == "video" and s.items[0].task in ("ask_colour", "ask_place", "gist")]
     assert len(clips) > 8
     for sample in clips:
@@ -205,7 +205,7 @@ def test_boxes_are_where_the_colours_are_in_decoded_clips(raw, samples):
                 assert near[t, inside[i, t]].sum() > 0.95 * near[t].sum(), (sample.key, t, thing)
 
 
-def test_clips_are_ordinary_h264(raw):
+def test_clips_are_standard_h264(raw):
     with av.open(str(raw / "procedural/train/card-000000.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec.canonical_name, stream.pix_fmt) == ("h264", "yuv420p")
@@ -213,7 +213,7 @@ def test_clips_are_ordinary_h264(raw):
         assert container.duration == 3_000_000  # microseconds
 
 
-def test_train_mix_and_balance_of_held_out_items():
+def test_training_mix_follows_weights_and_held_out_answers_are_balanced():
     settings = section(num_train_clips=100, num_test_clips=120).procedural
     clips = procedural.plan(settings)
     train = Counter(kind for split, kind, _ in clips if split == "train")
@@ -231,7 +231,7 @@ def test_train_mix_and_balance_of_held_out_items():
             assert all(len(s.objects) == 4 for s in scenes)
 
 
-def test_chat_answers_are_right_and_no_question_occurs_twice():
+def test_chat_answers_are_correct_and_questions_unique():
     samples = list(chat.collect(section().chat))
     assert Counter(sample.split for sample in samples) == {"train": 40, "validation": 8, "test": 8}
     items = [item for sample in samples for item in sample.items]
@@ -288,7 +288,7 @@ def test_folder_rows_become_items(tmp_path):
     assert [(i.user, i.assistant, i.task) for i in b.items] == [(None, "A cat.", "caption")]
 
 
-def test_known_endings_are_those_that_can_be_decoded():
+def test_known_suffixes_are_those_that_can_be_decoded():
     assert set(frames.VIDEO_SUFFIXES) == folder.VIDEO_SUFFIXES
     assert set(frames.IMAGE_SUFFIXES) == folder.IMAGE_SUFFIXES
 
@@ -321,8 +321,8 @@ def test_keys_are_unique_and_stable(tmp_path):
 OK = '{"file_name": "a.mp4", "caption": "x"}\n'
 ERRORS = {
     "no metadata": (None, None, r"no metadata among its 1 files \(a.mp4\)"),
-    "metadata too deep": ("sub/metadata.jsonl", OK, "There is sub/metadata.jsonl"),
-    "no rows": ("metadata.jsonl", "\n", "has no rows"),
+    "metadata too deep": ("sub/metadata.jsonl", OK, r"Found sub/metadata\.jsonl: use that folder"),
+    "no rows": ("metadata.jsonl", "\n", r"jsonl: no rows\."),
     "missing file": ("metadata.jsonl", OK + OK.replace("a.mp4", "gone.mp4"), "line 2.*gone.mp4.*does not exist"),
     "name of two lines": ("metadata.jsonl", OK.replace("a.mp4", "a\\n.mp4"), r"'a\\n.mp4' does not exist"),
     "a folder": ("metadata.jsonl", OK.replace("a.mp4", "sub.mp4"), "'sub.mp4' is a folder"),
@@ -330,7 +330,7 @@ ERRORS = {
     "no file_name": ("metadata.jsonl", '{"file": "a.mp4", "caption": "x"}', "columns are caption, file"),
     "question only": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x"}', "columns are file_name, question"),
     "row without text": ("metadata.jsonl", OK + '{"file_name": "a.mp4"}', "line 2.*found no text"),
-    "row without answer": ("metadata.jsonl", OK + '{"file_name": "a.mp4", "question": "x"}', "found question only"),
+    "row without answer": ("metadata.jsonl", OK + '{"file_name": "a.mp4", "question": "x"}', "found only question"),
     "blank caption": ("metadata.jsonl", OK.replace('"x"', '" "'), r"line 1 \(a.mp4\): caption is blank"),
     "blank answer": ("metadata.jsonl", '{"file_name": "a.mp4", "question": "x", "answer": ""}', "answer is blank"),
     "invisible caption": ("metadata.jsonl", OK.replace("x", "\\u200b\\u0000"), "caption is blank"),
@@ -341,15 +341,15 @@ ERRORS = {
     "deeply nested": ("metadata.jsonl", "[" * 100_000, "line 1: cannot be read.*recursion"),
     "not an object": ("metadata.jsonl", "[1]", r"line 1: expected an object.*\[1\]"),
     "not UTF-8": ("metadata.jsonl", OK.encode() + b'{"caption": "\xff"}', "line 2: not UTF-8"),
-    "escapes": ("metadata.jsonl", OK.replace("a.mp4", "../a.mp4"), "'../a.mp4' leads out of"),
-    "absolute": ("metadata.jsonl", OK.replace("a.mp4", "/a.mp4"), "'/a.mp4' leads out of"),
-    "long name": ("metadata.jsonl", OK.replace("a.mp4", "a" * 300 + ".mp4"), "longer than a file's name can be"),
-    "task of all": ("metadata.jsonl", OK.replace("}", ', "task": "*"}'), r"task '\*' stands for all"),
+    "escapes": ("metadata.jsonl", OK.replace("a.mp4", "../a.mp4"), "'../a.mp4' is outside of"),
+    "absolute": ("metadata.jsonl", OK.replace("a.mp4", "/a.mp4"), "'/a.mp4' is outside of"),
+    "long name": ("metadata.jsonl", OK.replace("a.mp4", "a" * 300 + ".mp4"), "is too long: .*255 bytes"),
+    "task of all": ("metadata.jsonl", OK.replace("}", ', "task": "*"}'), r"task '\*' means all tasks"),
     "blank task": ("metadata.jsonl", OK.replace("}", ', "task": " "}'), "task is blank"),
     "source of no letters": ("metadata.jsonl", OK.replace("}", ', "source": ""}'), "line 1.*source is ''"),
     "source is a number": ("metadata.jsonl", OK.replace("}", ', "source": 3}'), "line 1.*source is 3"),
     "source is a list": ("metadata.jsonl", OK.replace("}", ', "source": ["x"]}'), "line 1.*source is"),
-    "unknown ending": ("metadata.jsonl", OK.replace("a.mp4", "a.txt"), "neither a video nor an image"),
+    "unknown ending": ("metadata.jsonl", OK.replace("a.mp4", "a.txt"), "has no known video or image suffix"),
     "unknown split": ("metadata.jsonl", OK.replace("}", ', "split": "dev"}'), "line 1.*split.*'dev'"),
     "two splits": (
         "metadata.jsonl",
@@ -358,20 +358,20 @@ ERRORS = {
     ),
     "wrong cue": ("metadata.jsonl", OK.replace("}", ', "cue": "red"}'), "does not start with the cue 'red'"),
     "csv: blank": ("metadata.csv", "file_name,caption\na.mp4,\n", "line 2.*found no text"),
-    "csv: comma": ("metadata.csv", "file_name,caption\na.mp4,x,y\n", "line 2: 3 cells, the header has 2"),
-    "csv: short": ("metadata.csv", "file_name,question,answer\na.mp4,x\n", "line 2: 2 cells, the header has 3"),
-    "csv: twice": ("metadata.csv", "file_name,caption,caption\na.mp4,x,y\n", "column 'caption' is there twice"),
+    "csv: comma": ("metadata.csv", "file_name,caption\na.mp4,x,y\n", "line 2: 3 cells, but the header has 2"),
+    "csv: short": ("metadata.csv", "file_name,question,answer\na.mp4,x\n", "line 2: 2 cells, but the header has 3"),
+    "csv: twice": ("metadata.csv", "file_name,caption,caption\na.mp4,x,y\n", "column 'caption' occurs twice"),
     "csv: target": ("metadata.csv", "file_name,caption,target\na.mp4,x,²\n", "target.*valid integer"),
     "csv: columns": (
         "metadata.csv",
         "file_name;caption\na.mp4;x\n",
-        "columns are file_name;caption.*separated by commas",
+        "columns are file_name;caption.*separate cells with commas",
     ),
 }
 
 
 @pytest.mark.parametrize(("name", "text", "message"), ERRORS.values(), ids=ERRORS.keys())
-def test_wrong_folders(tmp_path, name, text, message):
+def test_invalid_metadata_is_rejected(tmp_path, name, text, message):
     root, output = tmp_path / "videos", tmp_path / "out" / "raw"
     media(root, "a.mp4")
     if name:
@@ -384,7 +384,7 @@ def test_wrong_folders(tmp_path, name, text, message):
     assert list((tmp_path / "out").iterdir()) == []  # nothing half-written
 
 
-def test_other_wrong_folders(tmp_path):
+def test_invalid_folder_paths_are_rejected(tmp_path):
     for path, message in (
         (None, "sources.folder.path is not set"),
         (tmp_path / "no", "does not exist"),
@@ -398,14 +398,14 @@ def test_other_wrong_folders(tmp_path):
         folder.read(tmp_path, "mine")
 
 
-def test_a_file_name_that_is_not_utf8_is_listed(tmp_path):
+def test_file_name_that_is_not_utf8_is_listed_as_unreferenced(tmp_path):
     media(tmp_path, "a.mp4")
     jsonl(tmp_path, {"file_name": "a.mp4", "caption": "x"})
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))).touch()
     assert folder.read(tmp_path, "mine").unreferenced == ["\\udcff.txt"]
 
 
-def test_a_failure_leaves_the_old_output(tmp_path):
+def test_failed_run_keeps_the_old_output(tmp_path):
     collect(section(["chat"]), tmp_path / "raw")
     before = content(tmp_path)
     with pytest.raises(UserError):
@@ -415,7 +415,7 @@ def test_a_failure_leaves_the_old_output(tmp_path):
     assert content(tmp_path) == before
 
 
-def test_output_that_cannot_be_written(tmp_path):
+def test_unwritable_output_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/raw"):
         collect(section(["chat"]), tmp_path / "file" / "raw")

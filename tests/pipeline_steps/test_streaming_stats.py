@@ -28,7 +28,7 @@ def root(tmp_path_factory):
     return write(tmp_path_factory.mktemp("packed"), clips(90, text_every=6), 20)
 
 
-def test_counts_are_what_the_loader_serves(root):
+def test_statistics_match_what_the_loader_serves(root):
     dataset, section = open_split(root), streaming()
     settings = packed.stage(mixture=MIXTURE, num_samples=200)
     sizes = {"tokens_per_frame": 1}
@@ -52,10 +52,10 @@ def test_counts_are_what_the_loader_serves(root):
     assert counts.total.num_items == 90
     assert counts.num_steps == 13
     assert counts.unserved == {"world/image": counts.sources["world"]["image"].num_items}
-    assert "not served: world/" in table("stage2", counts)
+    assert "not in the mixture: world/" in table("stage2", counts)
 
 
-def test_truncated_chats_are_counted_as_often_as_they_are_served(root):
+def test_truncated_chats_are_counted_each_time_they_are_served(root):
     dataset = open_split(root)
     dataset.index.truncated.setflags(write=True)
     dataset.index.truncated[[1, 2]] = True
@@ -78,7 +78,7 @@ def run(monkeypatch, root, *arguments):
     return stop.value.code or 0
 
 
-def test_the_command_writes_the_same_bytes_again(monkeypatch, root, capsys):
+def test_command_output_is_deterministic(monkeypatch, root, capsys):
     assert run(monkeypatch, root) == 0
     content = (root / "metrics/streaming.json").read_bytes()
     assert run(monkeypatch, root) == 0
@@ -90,14 +90,14 @@ def test_the_command_writes_the_same_bytes_again(monkeypatch, root, capsys):
     assert json.loads(content)["stages"]["stage3"]["total"]["num_items"] == 90
 
 
-def test_another_number_of_samples_is_printed_and_not_written(monkeypatch, root, capsys):
+def test_num_samples_option_prints_without_writing(monkeypatch, root, capsys):
     (root / "metrics/streaming.json").unlink(missing_ok=True)
     assert run(monkeypatch, root, "--num-samples", "1000") == 0
     assert "stage1, 32 steps" in capsys.readouterr().out
     assert not (root / "metrics/streaming.json").exists()
 
 
-def test_data_that_lack_a_source_are_named(monkeypatch, root, capsys):
+def test_missing_source_is_named(monkeypatch, root, capsys):
     monkeypatch.setattr(sys.modules[__name__], "MIXTURE", (SimpleNamespace(model_dump=lambda: ENTRY),))
     assert run(monkeypatch, root) == 1
     assert "no items of nowhere/card" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def media_of(sample):
     ["k.{:03d}.jpg", "k_{:03d}.jpg", "k.frame_{:03d}.jpg", "k_frame_{:03d}.jpg", "k/{:03d}.jpg", "k/frame_{:03d}.png"],
 )
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_frames_of_a_video(tmp_path, pattern, shuffled):
+def test_numbered_frames_form_a_video(tmp_path, pattern, shuffled):
     members = [*frames(pattern, 12), ("k.json", QUESTION | {"frame_count": 12, "video_id": "v7"})]
     members = members[::-1] if shuffled else members
     sample = only(tmp_path, members, picture_fps=0.5)
@@ -74,13 +74,13 @@ def test_frames_of_a_video(tmp_path, pattern, shuffled):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
-def test_a_still(tmp_path, suffix):
+def test_single_picture_forms_an_image_sample(tmp_path, suffix):
     sample = only(tmp_path, [(f"k.{suffix}", b"picture"), ("k.json", QUESTION)])
     assert (sample.kind, sample.picture_fps, media_of(sample)) == ("image", None, [b"picture"])
     assert sample.sha256 == media_sha256(sample.path, sample.parts)
 
 
-def test_a_video_file_with_its_text(tmp_path):
+def test_video_file_and_txt_form_a_sample(tmp_path):
     sample = only(tmp_path, [("k.mp4", b"movie"), ("k.txt", b"A dog."), ("k.json", {"frame_count": 90, "url": "x"})])
     assert (sample.kind, sample.picture_fps, media_of(sample)) == ("video", None, [b"movie"])
     assert [(i.user, i.assistant, i.task) for i in sample.items] == [(None, "A dog.", "caption")]
@@ -88,7 +88,7 @@ def test_a_video_file_with_its_text(tmp_path):
     assert sample.items[0].assistant == "Ein Bär."
 
 
-def test_members_of_samples_may_be_mixed(tmp_path):
+def test_interleaved_members_are_grouped_by_key(tmp_path):
     names = [f"a/b/{key}" for key in ("x", "y", "z")]
     members = [member for i in range(4) for key in names for member in frames(key + ".{:03d}.jpg", 1, i)]
     members += [(f"{key}.json", QUESTION) for key in reversed(names)]
@@ -106,14 +106,14 @@ def test_numbered_pictures_with_a_json_each_are_stills(tmp_path):
     assert reasons == {}
 
 
-def test_other_members_are_counted(tmp_path):
+def test_members_that_belong_to_no_sample_are_counted(tmp_path):
     members = [("k.json", QUESTION), ("k.cls", b"3"), ("README", b""), (".x.jpg", b""), ("index.tsv", b"")]
     samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
     assert (len(samples), reasons) == (1, {})
     assert others == {"count": 4, "first": ["k.cls", "README", ".x.jpg", "index.tsv"]}
 
 
-def test_long_names_and_pax_headers(tmp_path):
+def test_long_names_and_pax_headers_are_read(tmp_path):
     name = "d" * 90 + "/" + "k" * 140
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_tar(tmp_path / "0.tar", [(f"{name}.jpg", b"picture"), (f"{name}.json", QUESTION)], format)
@@ -191,7 +191,7 @@ PREFERENCE = {"user": "A?", "chosen_assistant": "B.", "rejected_assistant": "No.
         ),
     ],
 )
-def test_texts_become_an_item(tmp_path, contents, expected):
+def test_text_fields_become_one_item(tmp_path, contents, expected):
     assert item_of(tmp_path, contents) == expected
 
 
@@ -206,11 +206,17 @@ def test_source_split_and_video_id(tmp_path):
 OWN = {"kind": "text", "split": "test", "duration": 0.0}
 MANY_OPTIONS = {"user": "A?", "options": [f"o{i}" for i in range(27)], "correct_option": 0, "task": "x"}
 REFUSED = {
-    "frame count": ([*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})], "frame_count is 8, 3 frames"),
-    "frames are gone": ([("k.json", QUESTION | {"frame_count": 8})], "frame_count 8, 0 frames found"),
-    "frames are promised": ([("k.json", QUESTION | {"has_frames": True})], "says frames, 0 frames found"),
-    "no text only": ([("k.json", QUESTION | {"is_text_only": False})], "says frames, 0 frames found"),
-    "frames are denied": ([("k.jpg", b"x"), ("k.json", QUESTION | {"is_text_only": True})], "no frames, 1 found"),
+    "frame count": (
+        [*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})],
+        "frame_count is 8, found 3 frames",
+    ),
+    "frames are gone": ([("k.json", QUESTION | {"frame_count": 8})], "frame_count 8, found 0 frames"),
+    "frames are promised": ([("k.json", QUESTION | {"has_frames": True})], "claims frames, found 0 frames"),
+    "no text only": ([("k.json", QUESTION | {"is_text_only": False})], "claims frames, found 0 frames"),
+    "frames are denied": (
+        [("k.jpg", b"x"), ("k.json", QUESTION | {"is_text_only": True})],
+        "claims no frames, found 1",
+    ),
     "a hole": ([*frames("k.{:03d}.jpg"), *frames("k.{:03d}.jpg", 1, 4), ("k.json", QUESTION)], "frame 3 is missing"),
     "a late start": ([*frames("k.{:03d}.jpg", 3, 2), ("k.json", QUESTION)], "frame 0 is missing"),
     "a frame twice": ([*frames("k.{:03d}.jpg"), ("k.001.png", b"x"), ("k.json", QUESTION)], "frame 1 occurs twice"),
@@ -220,13 +226,13 @@ REFUSED = {
     "still and video": ([("k.jpg", b"x"), ("k.mp4", b"x"), ("k.json", QUESTION)], "a picture and a video file"),
     "no json": ([("k.jpg", b"x")], "no .json"),
     "frames without json": (frames("k_{:03d}.jpg"), "no .json"),
-    "dots in the key": ([("v1.2.jpg", b"x"), ("v1.2.json", QUESTION)], "up to its first dot: 'v1'"),
+    "dots in the key": ([("v1.2.jpg", b"x"), ("v1.2.json", QUESTION)], "up to the first dot: 'v1'"),
     "empty picture": ([("k.jpg", b""), ("k.json", QUESTION)], "'k.jpg' is empty"),
-    "no texts": ([("k.jpg", b"x"), ("k.json", {})], "none of user and assistant"),
+    "no texts": ([("k.jpg", b"x"), ("k.json", {})], "found no user and assistant"),
     "user only": ([("k.json", {"user": "A?"})], "user without assistant"),
     "caption without frames": ([("k.json", {"caption": "A dog."})], "without frames and without a question"),
     "blank answer": ([("k.json", {"user": "A?", "assistant": " \u200b"})], "assistant is blank"),
-    "chat of one": ([("k.json", {"messages": CHAT[:1]})], "from user to assistant, found user"),
+    "chat of one": ([("k.json", {"messages": CHAT[:1]})], "start with user and end with assistant, found user"),
     "empty chat": ([("k.json", {"messages": []})], "found no message"),
     "blank turn": ([("k.json", {"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]})], "assistant is blank"),
     "unknown role": ([("k.json", {"messages": [{"role": "tool", "content": "x"}]})], "messages.0.role"),
@@ -235,7 +241,7 @@ REFUSED = {
     "wrong type": ([("k.json", QUESTION | {"user": 3})], "user: Input should be a valid string, found 3"),
     "task of text": ([("k.jpg", b"x"), ("k.json", QUESTION | {"task": "text"})], "the task 'text'"),
     "blank source": ([("k.json", QUESTION | {"source": "?"})], "source is '?'"),
-    "token ids": ([("k.json", {"token_ids": [1, 2]})], "give this entry the tokenizer"),
+    "token ids": ([("k.json", {"token_ids": [1, 2]})], "set `tokenizer` of this entry"),
     "bad items": (
         [("k.json", {"kind": "text", "split": "test", "duration": 0.0, "items": [{"user": "A?"}]})],
         "task: Field required",
@@ -244,7 +250,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("members", "expected"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_contradicts_itself_is_quarantined(tmp_path, members, expected):
+def test_contradictory_samples_are_quarantined(tmp_path, members, expected):
     assert expected in reason(tmp_path, members)
 
 
@@ -266,7 +272,7 @@ def test_keys_are_unique_and_stable(tmp_path):
     assert hashed.startswith("old-0-x-k-")
 
 
-def test_paths_of_an_entry(tmp_path):
+def test_entry_path_may_be_a_folder_a_pattern_or_a_file(tmp_path):
     for name in ("train-0.tar", "train-1.tar", "test-0.tar", "sub/train-2.tar"):
         write_tar(tmp_path / name, [("k.json", QUESTION)])
     (tmp_path / "notes.txt").touch()
@@ -288,7 +294,7 @@ def tokenizer_dir(tmp_path_factory):
     return save_tokenizer(tmp_path_factory.mktemp("language_model"), "smollm2")
 
 
-def test_token_ids_become_text(tmp_path, tokenizer_dir):
+def test_token_ids_are_decoded_to_text(tmp_path, tokenizer_dir):
     ids = ids_of(tokenizer_dir, CHATS[0])
     contents = {"token_ids": ids, "loss_mask": [0] * len(ids), "source": "cauldron", "frame_count": 1}
     item = item_of(tmp_path, contents, tokenizer=str(tokenizer_dir))
@@ -304,13 +310,13 @@ def test_token_ids_become_text(tmp_path, tokenizer_dir):
     assert chat["task"] == "text"
 
 
-def test_token_ids_that_do_not_fit(tmp_path, tokenizer_dir):
+def test_invalid_token_ids_are_quarantined(tmp_path, tokenizer_dir):
     ids = ids_of(tokenizer_dir, CHATS[0])
     contents = {"token_ids": ids, "loss_mask": [1]}
     assert "loss_mask has 1 entries" in reason(tmp_path, [("k.json", contents)], tokenizer=str(tokenizer_dir))
 
 
-def test_wrong_tokenizers_stop_the_stage(tmp_path):
+def test_unusable_tokenizers_fail_the_stage(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
         read_tars(write_tar(tmp_path / "0.tar", [("k.json", QUESTION)]), tokenizer=str(tmp_path))
 
@@ -328,7 +334,7 @@ def tars_entry(path, **changes):
     return vars(entry(path, **changes))
 
 
-def test_text_reaches_the_tokens(tmp_path, tokenizer_dir):
+def test_text_of_archives_reaches_the_tokens_stage(tmp_path, tokenizer_dir):
     """JSON alone is a sample: the original project read such archives and delivered nothing of them."""
     ids = ids_of(tokenizer_dir, CHATS[0])
     members = [(f"t{i}.json", {"user": f"Question {i}?", "assistant": f"Answer {i}."}) for i in range(20)]
@@ -353,7 +359,7 @@ def test_text_reaches_the_tokens(tmp_path, tokenizer_dir):
     assert {"Answer 7.", "red: 31415", "D.", "A dog."} <= {row["answer"] for row in rows}
 
 
-def test_pictures_and_videos_reach_the_shards(tmp_path):
+def test_pictures_and_videos_of_archives_reach_the_shards(tmp_path):
     """Frame i of a video that is stored as pictures is grey in its own shade: the right ones arrive, in their order."""
 
     def jpeg(pixels):
@@ -379,7 +385,7 @@ def test_pictures_and_videos_reach_the_shards(tmp_path):
     assert frames == {"old-0-clip": [1, 3, 5, 7], "old-0-movie": [1, 3, 5, 7], "old-0-still": [5]}
 
 
-def test_the_stage_counts_and_limits(tmp_path):
+def test_stage_counts_quarantined_samples_and_enforces_the_limit(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.json", QUESTION), ("b.json", {}), ("c.json", QUESTION), ("d.json", QUESTION)])
     summary = collect(section(tars_entry(tmp_path, max_quarantined=0.25)), tmp_path / "out" / "raw")
     found = summary["sources"]["old"]
@@ -398,7 +404,7 @@ def test_the_stage_counts_and_limits(tmp_path):
         collect(section(), tmp_path / "out" / "raw")
 
 
-def test_the_example_group_shows_valid_entries():
+def test_example_config_group_is_valid():
     content = params.parse("conf/", params.compose(["data=tars"]))
     entries = params.check("conf/", content).sources.tars
     assert [entry.name for entry in entries] == ["openvid", "smoltalk", "benchmark"]
@@ -408,7 +414,7 @@ def test_the_example_group_shows_valid_entries():
         params.check("conf/", content)
 
 
-def test_compressed_archives_are_refused_and_not_passed_over(tmp_path):
+def test_compressed_archives_are_rejected_not_skipped(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(b"")
     (tmp_path / "train-1.TAR.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 compressed archive.s. in .*train-1\.TAR\.gz.*Decompress them"):

@@ -107,7 +107,7 @@ def test_stage_is_aligned_with_the_shards(tokenizer_dir, shards_dir, tmp_path, c
     assert all(any(mask) for mask in table["score_mask"].to_pylist())
 
 
-def test_counts_of_every_source(tokenizer_dir, shards_dir, tmp_path):
+def test_manifest_counts_items_by_source(tokenizer_dir, shards_dir, tmp_path):
     manifest = build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
     rows = [row for path in (tmp_path / "tokens").rglob("*.arrow") for row in sidecar.read(path).to_pylist()]
     tokens = Counter()
@@ -125,12 +125,12 @@ def test_counts_of_every_source(tokenizer_dir, shards_dir, tmp_path):
             TokensManifest.model_validate(wrong)
 
 
-def test_too_many_dropped_or_none_left(tokenizer_dir, shards_dir, tmp_path):
+def test_too_many_dropped_items_or_none_left_fail_the_stage(tokenizer_dir, shards_dir, tmp_path):
     with pytest.raises(
         UserError, match=r"1 of 7 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
     ):
         build(make_section(max_dropped=0.1), shards_dir, tokenizer_dir, tmp_path / "tokens")
-    with pytest.raises(UserError, match="none of the 8 items is left for training"):
+    with pytest.raises(UserError, match="no training item is left of 8 items"):
         build(make_section(max_dropped=1.0, max_tokens=5), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
@@ -144,7 +144,7 @@ def test_dropped_items_are_counted_by_source(tokenizer_dir, tmp_path):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
 
-def test_answer_that_the_tokenizer_swallows(tokenizer_dir, tmp_path, shards_dir):
+def test_answer_without_tokens_is_rejected(tokenizer_dir, tmp_path, shards_dir):
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("grey", "")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -156,7 +156,7 @@ def test_answer_that_the_tokenizer_swallows(tokenizer_dir, tmp_path, shards_dir)
 # ---------------------------------------------------------------- places in the tar
 
 
-def test_offsets_lead_to_the_members_of_the_tar(tokenizer_dir, shards_dir, tmp_path):
+def test_offsets_point_to_the_members_of_the_tar(tokenizer_dir, shards_dir, tmp_path):
     build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
     num_frames = 0
     for path in sorted((tmp_path / "tokens").rglob("*.arrow")):
@@ -187,14 +187,14 @@ def as_record(members, **changes):
 
 
 DAMAGE = {
-    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, but 2 pictures precede it"),
-    "no frame": (lambda m: m[1:], "frame_count is 1, but 0 pictures precede it"),
-    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, but 1 pictures precede it"),
-    "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: holds the key 'd'"),
+    "a frame too many": (lambda m: [m[0], *m], "frame_count is 1, but 2 frames precede it"),
+    "no frame": (lambda m: m[1:], "frame_count is 1, but 0 frames precede it"),
+    "another count": (lambda m: as_record(m, frame_count=2), "frame_count is 2, but 1 frames precede it"),
+    "another key": (lambda m: as_record(m, key="d"), r"test-c-jpg\.json: the record has another key, 'd'"),
     "another name": (lambda m: [("d.jpg", m[0][1]), *m[1:]], r"before it is d\.jpg, expected the file test-c-jpg\.jpg"),
     "a number": (lambda m: [("test-c-jpg.000.jpg", m[0][1]), *m[1:]], r"is test-c-jpg\.000\.jpg, expected"),
     "twice": (lambda m: [*m, *m], "the key 'test-c-jpg' occurs twice"),
-    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more pictures have no record"),
+    "left over": (lambda m: [*m, ("x.jpg", b""), ("y.jpg", b"")], r"x\.jpg and 1 more frames have no record"),
     "no sample": (lambda m: [], r"000001\.tar: found 0 samples, expected 1 \(manifest\.json\)"),
     "no JSON": (lambda m: edited(m, "test-c-jpg.json", b"{"), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
     "empty": (lambda m: edited(m, "test-c-jpg.json", b""), r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"),
@@ -224,14 +224,14 @@ def accept(shards_dir, path):
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_shards_that_are_not_what_their_records_say(tokenizer_dir, shards_dir, tmp_path, change, message):
+def test_shards_that_contradict_their_records_are_rejected(tokenizer_dir, shards_dir, tmp_path, change, message):
     rewrite(shards_dir, change)
     with pytest.raises(UserError, match=message):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_shard_that_ends_too_early(tokenizer_dir, shards_dir, tmp_path):
+def test_truncated_shard_is_rejected(tokenizer_dir, shards_dir, tmp_path):
     path = shards_dir / "train" / "000001.tar"
     content = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -240,12 +240,12 @@ def test_a_shard_that_ends_too_early(tokenizer_dir, shards_dir, tmp_path):
         path.write_bytes(content[:length])
         accept(shards_dir, path)
         with pytest.raises(
-            UserError, match=r"000001\.tar: (damaged after|found 0 samples|test-c-jpg\.jpg and 0 more pictures have)"
+            UserError, match=r"000001\.tar: (damaged after|found 0 samples|test-c-jpg\.jpg and 0 more frames have)"
         ):
             build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens")
 
 
-def test_foreign_or_missing_shards(tokenizer_dir, shards_dir, tmp_path):
+def test_foreign_or_missing_shards_are_rejected(tokenizer_dir, shards_dir, tmp_path):
     section = make_section()
     with pytest.raises(UserError, match=r"manifest\.json: missing.*pipeline_steps\.shards"):
         build(section, tmp_path / "none", tokenizer_dir, tmp_path / "tokens")
@@ -265,14 +265,14 @@ def test_foreign_or_missing_shards(tokenizer_dir, shards_dir, tmp_path):
 # ---------------------------------------------------------------- processes
 
 
-def test_bytes_do_not_depend_on_the_number_of_processes(tokenizer_dir, shards_dir, tmp_path):
+def test_output_bytes_do_not_depend_on_the_number_of_processes(tokenizer_dir, shards_dir, tmp_path):
     for number in (1, 2, 3):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / f"tokens-{number}", number)
     assert files_of(tmp_path / "tokens-1") == files_of(tmp_path / "tokens-2") == files_of(tmp_path / "tokens-3")
     assert len(files_of(tmp_path / "tokens-1")) == 4
 
 
-def test_what_goes_wrong_in_a_process(tokenizer_dir, shards_dir, tmp_path, monkeypatch):
+def test_errors_in_worker_processes_reach_the_user(tokenizer_dir, shards_dir, tmp_path, monkeypatch):
     rewrite(shards_dir, lambda members: edited(members, "test-c-jpg.json", b"{"))
     with pytest.raises(UserError, match=r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
@@ -297,7 +297,7 @@ stage.build(make_section(), *sys.argv[1:], 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent death signal")
-def test_a_killed_stage_leaves_no_process(tokenizer_dir, shards_dir, tmp_path):
+def test_killed_stage_leaves_no_worker_process(tokenizer_dir, shards_dir, tmp_path):
     command = [sys.executable, "-c", WAITING, shards_dir, tokenizer_dir, tmp_path / "tokens"]
     environment = os.environ | {"PYTHONPATH": str(params.ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

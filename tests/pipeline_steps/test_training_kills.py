@@ -49,7 +49,7 @@ def kill_at(moment, folder, rng):
     return alive
 
 
-def test_twenty_kills_change_nothing(finished_run, tmp_path):
+def test_twenty_kills_do_not_change_the_result(finished_run, tmp_path):
     expected = folder_for(finished_run, tmp_path / "expected")
     pipeline.train(expected, "stage2")
     folder, rng, kills = folder_for(finished_run, tmp_path / "killed"), random.Random(1), {}
@@ -70,7 +70,7 @@ def test_twenty_kills_change_nothing(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path, optimizer):
+def test_a_run_resumes_with_other_workers_and_loggers(finished_run, tmp_path, optimizer):
     chosen = f"training.common.optimizer={optimizer}"
     expected = folder_for(finished_run, tmp_path / "expected", chosen)
     pipeline.train(expected, "stage2")
@@ -82,6 +82,6 @@ def test_a_run_goes_on_with_other_workers_and_watchers(finished_run, tmp_path, o
     other = ("runtime.num_workers=0", "runtime.checkpoint_every=3", "runtime.dvclive=false", "runtime.log_every=3")
     pipeline.write_params(folder, *OPTIONS, chosen, *other)
     pipeline.train(folder, "stage2")
-    assert "going on from step" in (folder / "log-0.txt").read_text()
+    assert "resuming from step" in (folder / "log-0.txt").read_text()
     for name in RESULTS:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name

@@ -35,7 +35,7 @@ def rates_of(schedule, group="connector", peak=1.0, **options):
     return [learning_rate(step, 100, peak, group, settings(schedule=schedule, **options)) for step in range(100)]
 
 
-def test_cosine_warms_up_and_ends_at_the_floor():
+def test_cosine_warms_up_and_decays_to_min_lr():
     rates = rates_of("cosine")
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
@@ -44,11 +44,11 @@ def test_cosine_warms_up_and_ends_at_the_floor():
     assert learning_rate(0, 1, 2.0, "vision", settings(warmup_ratio=0.0)) == 2.0
 
 
-def test_constant_stays_after_the_warm_up():
+def test_constant_schedule_stays_at_peak_after_warm_up():
     assert set(rates_of("constant")[9:]) == {1.0}
 
 
-def test_wsd_is_stable_and_then_falls_in_a_straight_line():
+def test_wsd_is_constant_and_then_decays_linearly():
     rates = rates_of("wsd")
     assert set(rates[9:75]) == {1.0}
     steps = [before - after for before, after in itertools.pairwise(rates[74:])]
@@ -56,7 +56,7 @@ def test_wsd_is_stable_and_then_falls_in_a_straight_line():
     assert rates[99] == pytest.approx(0.2)
 
 
-def test_converging_groups_meet_from_above_and_below():
+def test_converging_groups_reach_their_final_rate_from_above_and_below():
     end = SimpleNamespace(connector=3e-5, vision=3e-5, language=3e-5)
     options = {"converged_learning_rate": end, "warmup_ratio": 0.0}
     connector = rates_of("converging", "connector", 1e-3, **options)
@@ -97,7 +97,7 @@ def test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_conn
         ({"freeze_vision": True, "freeze_language": True}, {"vision", "language"}),
     ],
 )
-def test_a_frozen_group_is_not_trained(options, frozen):
+def test_frozen_groups_are_not_trained(options, frozen):
     model = make_model()
     groups, table = trainable_parameters(model, settings(**options), 0.01, "muon")
     assert {group["name"] for group in groups} == set(GROUPS) - frozen
@@ -113,7 +113,7 @@ def muon_names(model):
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def test_muon_trains_the_matrices_of_linear_maps_only():
+def test_muon_trains_matrices_of_linear_layers_only():
     """Table of the parts: what is left to AdamW has no two dimensions or no rows that are summed over."""
     model = make_model(num_visual_tokens_per_frame=2, token_aggregation="weighted", tie_first_query=False)
     names = muon_names(model)
@@ -130,7 +130,7 @@ def test_muon_trains_the_matrices_of_linear_maps_only():
     assert all(model.get_parameter(name).ndim == 2 for name in names)
 
 
-def test_an_output_layer_of_its_own_is_no_matrix_for_muon():
+def test_muon_excludes_an_untied_output_layer():
     model = make_model()
     head = model.language_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -138,7 +138,7 @@ def test_an_output_layer_of_its_own_is_no_matrix_for_muon():
     assert "language_model.lm_head.weight" not in muon_names(model)
 
 
-def test_a_rate_that_rises_from_zero_is_no_freezing():
+def test_a_rate_that_rises_from_zero_does_not_freeze_the_group():
     rising = settings(
         schedule="converging",
         rates={"vision": 0.0},
@@ -149,14 +149,14 @@ def test_a_rate_that_rises_from_zero_is_no_freezing():
 
 
 def test_nothing_to_train_is_an_error():
-    with pytest.raises(ValueError, match="all learning rates are 0"):
+    with pytest.raises(ValueError, match="nothing to train: every parameter group is frozen or has learning rate 0"):
         trainable_parameters(make_model(), settings(rates=dict.fromkeys(GROUPS, 0.0)), 0.0, "adamw")
 
 
 # ---------------------------------------------------------------- states
 
 
-def test_states_replace_each_other_and_the_last_ones_are_kept(tmp_path):
+def test_only_the_last_states_are_kept(tmp_path):
     assert checkpoint_io.load_state(tmp_path) is None
     for step in (2, 4, 6):
         tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w/step": torch.tensor(float(step))}}
@@ -169,7 +169,7 @@ def test_states_replace_each_other_and_the_last_ones_are_kept(tmp_path):
     assert tensors["optimizer"]["w/step"].item() == 6.0
 
 
-def test_tied_weights_are_written_once_and_come_back(tmp_path):
+def test_tied_weights_are_written_once_and_restored(tmp_path):
     model = make_model()
     checkpoint_io.save_state(tmp_path, 1, {"model": model.state_dict()}, {}, keep=1)
     stored = load_file(tmp_path / "step-00000001" / "model.safetensors")
@@ -179,22 +179,22 @@ def test_tied_weights_are_written_once_and_come_back(tmp_path):
     make_model().load_state_dict(tensors["model"])
 
 
-def test_a_state_of_another_format_is_refused(tmp_path):
+def test_a_state_of_another_format_is_rejected(tmp_path):
     checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
     path = tmp_path / "step-00000001" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match=r"a state of format 99, this version reads 1\. Remove"):
+    with pytest.raises(UserError, match=r"state format 99, but this version reads 1\. Delete"):
         checkpoint_io.load_state(tmp_path)
 
 
-def test_a_damaged_state_is_named(tmp_path):
+def test_a_damaged_state_is_named_in_the_error(tmp_path):
     checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
     (tmp_path / "step-00000001" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"step-00000001: cannot be read .* go on from the state before"):
+    with pytest.raises(UserError, match=r"step-00000001: cannot be read .* resume from the previous state"):
         checkpoint_io.load_state(tmp_path)
 
 
-def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_state(tmp_path, monkeypatch):
     checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
 
     def full(*_, **__):
@@ -216,7 +216,7 @@ def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
+def test_an_optimizer_resumes_from_its_state(tmp_path, name):
     def trained(steps, saved=None):
         model = make_model().train()
         groups, _ = trainable_parameters(model, settings(), 0.01, name)
@@ -243,7 +243,7 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
         assert torch.equal(one, other), name
 
 
-def test_muon_moves_a_matrix_by_an_orthogonal_one_of_adamws_size():
+def test_muon_updates_are_orthogonal_and_as_large_as_adamws():
     """All singular values of an update are alike, at the root mean square 0.2 of the learning rate."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.nn.Parameter(torch.zeros(64, 16))
@@ -262,7 +262,7 @@ def test_muon_moves_a_matrix_by_an_orthogonal_one_of_adamws_size():
 # ---------------------------------------------------------------- averages and guards
 
 
-def test_average_is_exponential_and_swaps_back():
+def test_ema_is_exponential_and_swaps_back():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
     ema = EMA(model, decay=0.9)
@@ -275,37 +275,37 @@ def test_average_is_exponential_and_swaps_back():
     assert model.weight.item() == 2.0
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_saves_the_batch(tmp_path):
     batch = as_batch(make_batch())
-    checks.refuse_non_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
+    checks.check_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
     with pytest.raises(UserError, match=r"stage2 step 7: loss nan, gradient norm 1\.0 on samples a, b, c, d"):
-        checks.refuse_non_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
+        checks.check_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
     kept = load_file(tmp_path / "non_finite-00000007.safetensors")
     assert torch.equal(kept["pixel_values"], batch.pixel_values)
     assert json.loads((tmp_path / "non_finite-00000007.json").read_text())["keys"] == list("abcd")
 
 
 LEARNING, STUCK = [3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.7, 1.7, 1.69, 1.7]
-LOOKS = {"attention_uniformity": 0.6, "coarse_similarity": 0.3}
+SELECTIVE = {"attention_uniformity": 0.6, "coarse_similarity": 0.3}
 
 
 @pytest.mark.parametrize(
     ("losses", "accuracy", "diagnostics", "named"),
     [
-        (LEARNING, 0.5, LOOKS, None),
-        (STUCK, 0.35, LOOKS | {"attention_uniformity": 0.99}, "uniform attention"),
-        (STUCK, 0.35, LOOKS | {"coarse_similarity": 0.99}, "coarse = fine"),
-        (STUCK, 0.35, LOOKS, "multiset plateau"),
-        (STUCK, 0.97, LOOKS, None),  # learned: a flat end is no failure
-        (STUCK[:3], 0.35, LOOKS, None),  # too early to say
+        (LEARNING, 0.5, SELECTIVE, None),
+        (STUCK, 0.35, SELECTIVE | {"attention_uniformity": 0.99}, "uniform attention"),
+        (STUCK, 0.35, SELECTIVE | {"coarse_similarity": 0.99}, "coarse = fine"),
+        (STUCK, 0.35, SELECTIVE, "multiset plateau"),
+        (STUCK, 0.97, SELECTIVE, None),  # learned: a flat end is no failure
+        (STUCK[:3], 0.35, SELECTIVE, None),  # too early to say
     ],
 )
-def test_a_plateau_has_the_name_of_its_cause(losses, accuracy, diagnostics, named):
+def test_a_plateau_warning_names_its_cause(losses, accuracy, diagnostics, named):
     found = checks.plateau(losses, [accuracy] * len(losses), diagnostics, validations=3, progress=0.02)
     assert (found is None) if named is None else (named in found)
 
 
-def test_attention_that_chooses_nothing_is_measured_as_uniform():
+def test_unselective_attention_is_measured_as_uniform():
     batch = make_batch()
     inputs = {name: batch[name] for name in batch if name != "labels"}
     found = {}
@@ -321,11 +321,11 @@ def test_attention_that_chooses_nothing_is_measured_as_uniform():
     assert -1 <= found["as built"]["token_similarity"] <= 1
 
 
-def test_repeats_are_warned_of():
+def test_repeated_items_cause_a_warning():
     mixture = {"card": {"epochs": 3.0}, "gist": {"epochs": 12.5}}
-    assert checks.warn_of_repeats("stage1", mixture, 20.0) == []
-    (line,) = checks.warn_of_repeats("stage1", mixture, 10.0)
-    assert "'gist' is served 12.5 times" in line
+    assert checks.repeat_warnings("stage1", mixture, 20.0) == []
+    (line,) = checks.repeat_warnings("stage1", mixture, 10.0)
+    assert "12.5 epochs of 'gist'" in line
 
 
 @pytest.mark.parametrize(("fits", "found"), [(32, 32), (31, 16), (5, 4), (1, 1)])
@@ -345,7 +345,7 @@ def test_a_sample_that_never_fits_is_an_error():
     def try_size(size):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(UserError, match="a single sample is too large"):
+    with pytest.raises(UserError, match="a single sample does not fit into GPU memory"):
         checks.find_micro_batch_size(8, try_size)
 
 
@@ -363,9 +363,9 @@ def auto_run(optimizer="adamw", **options):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
+def test_reserved_memory_equals_optimizer_state_and_ema(decay, name):
     run, groups = auto_run(name, common={"ema_decay": decay})
-    reserved = sum(tensor.nbytes for tensor in train_loop.state_to_come(run))
+    reserved = sum(tensor.nbytes for tensor in train_loop.reserve_state(run))
     optimizer = Optimizer(groups, (0.9, 0.98))
     run.model(**make_batch()).loss.backward()
     optimizer.step()
@@ -377,7 +377,7 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
     parts, _ = auto_run(
         name, common={"ema_decay": decay}, is_sharded=True, distributed=DistributedContext(world_size=2)
     )
-    assert sum(tensor.nbytes for tensor in train_loop.state_to_come(parts)) == pytest.approx(reserved / 2, rel=1e-3)
+    assert sum(tensor.nbytes for tensor in train_loop.reserve_state(parts)) == pytest.approx(reserved / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -389,18 +389,18 @@ def test_what_is_reserved_is_what_optimizer_and_average_hold(decay, name):
         (False, {"distributed": DistributedContext(world_size=2), "is_sharded": True}, False),
     ],
 )
-def test_a_micro_batch_is_tried_beside_the_gradients_that_there_will_be(accumulates, options, there, monkeypatch):
+def test_a_micro_batch_is_tried_with_gradient_memory_allocated(accumulates, options, there, monkeypatch):
     run, _ = auto_run(**options)
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     seen = []
     run.model.register_forward_pre_hook(lambda *_: seen.append({p.grad is not None for p in trained}))
-    monkeypatch.setattr(train_loop, "state_to_come", lambda run: seen.append("state") or [])
+    monkeypatch.setattr(train_loop, "reserve_state", lambda run: seen.append("state") or [])
     train_loop.try_micro_batch(run, as_batch(make_batch()), accumulates)
     assert seen == ["state", {there}]
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_scores_of_a_task_are_weighted_by_tokens_over_its_sources():
+def test_scores_of_a_task_are_token_weighted_over_its_sources():
     row = {"event": "validation", "task": "caption", "mode": "fine"}
     rows = [
         row | {"source": "a", "tokens": 1, "loss": 1.0, "accuracy": 0.0},
@@ -411,7 +411,7 @@ def test_scores_of_a_task_are_weighted_by_tokens_over_its_sources():
 
 
 @pytest.mark.parametrize("left", ["", '{"loss": 2.0, "ste'])
-def test_curves_go_on_where_a_kill_cut_dvclives_file_off(tmp_path, left):
+def test_live_curves_resume_after_dvclives_file_was_truncated(tmp_path, left):
     chosen = SimpleNamespace(tensorboard=False, dvclive=True, wandb_project=None)
     (tmp_path / "dvclive").mkdir()
     (tmp_path / "dvclive/metrics.json").write_text(left)
@@ -421,7 +421,7 @@ def test_curves_go_on_where_a_kill_cut_dvclives_file_off(tmp_path, left):
     assert json.loads((tmp_path / "dvclive/metrics.json").read_text()) == {"loss": 1.5, "step": 7}
 
 
-def test_curves_go_on_with_the_values_that_a_kill_left_whole(tmp_path):
+def test_live_curves_resume_from_intact_values(tmp_path):
     chosen = SimpleNamespace(tensorboard=False, dvclive=True, wandb_project=None)
     (tmp_path / "dvclive").mkdir()
     (tmp_path / "dvclive/metrics.json").write_text('{"validation_loss": 2.0, "step": 6}')

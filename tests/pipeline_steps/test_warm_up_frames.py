@@ -9,7 +9,7 @@ from pipeline_steps.world import digits as world
 
 
 @pytest.mark.parametrize("num_crowded", [0, 1])
-def test_larger_frames_show_the_same_with_labels_for_every_patch(num_crowded):
+def test_larger_frames_show_the_same_scene_with_labels_per_patch(num_crowded):
     small = Frames("train", 1, 8, seed=0, num_crowded=num_crowded)[0]
     large = Frames("train", 1, 8, seed=0, num_crowded=num_crowded, size=112, grid=16)[0]
     shrunk = large["frames"].unflatten(2, (56, 2)).unflatten(1, (56, 2)).float().mean((2, 4))
@@ -31,7 +31,7 @@ def test_training_frames_show_training_digits_only(monkeypatch, num_crowded):
 
 
 @pytest.mark.parametrize("num_crowded", [0, 1])
-def test_patch_labels_are_where_the_pixels_are(num_crowded):
+def test_patch_labels_match_the_pixels(num_crowded):
     batch = Frames("train", 1, 32, seed=0, num_crowded=num_crowded)[0]
     side = world.PATCH
     patches = batch["frames"].unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2)
@@ -45,7 +45,7 @@ def test_patch_labels_are_where_the_pixels_are(num_crowded):
     assert labelled.float().mean() > 0.7 if num_crowded else labelled.float().mean() < 0.3
 
 
-def test_a_process_that_draws_ahead_gives_the_same_frames():
+def test_data_loader_workers_give_the_same_frames():
     frames = Frames("train", 4, 2, seed=1, num_crowded=2)
     for drawn, batch in zip(
         DataLoader(frames, batch_size=None, num_workers=1), map(frames.__getitem__, range(4)), strict=True

@@ -107,7 +107,7 @@ def pipe(root):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["http", "pipe"])
-def test_an_epoch_is_the_data_set_with_the_frames_of_local_shards(root, server, kind, num_workers):
+def test_streamed_epoch_equals_local_shards(root, server, kind, num_workers):
     settings = section(server.url if kind == "http" else pipe(root))
     batches = list(loader(dataset(settings), settings, num_workers=num_workers))
     local = packed.open_split(root)
@@ -122,7 +122,7 @@ def test_an_epoch_is_the_data_set_with_the_frames_of_local_shards(root, server, 
         assert max(server.asked[path] for path in server.asked if path.endswith(".arrow")) == 1
 
 
-def test_single_items_are_read_out_of_turn(root, server):
+def test_single_items_can_be_read_by_random_access(root, server):
     data, local = dataset(section(server.url)), packed.open_split(root)
     for number in (0, 3, 50, 93):
         one, other = data[number], local[number]
@@ -131,7 +131,7 @@ def test_single_items_are_read_out_of_turn(root, server):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_read_different_shards_and_no_sample_twice(root, world_size):
+def test_ranks_read_disjoint_shards_and_samples(root, world_size):
     settings = section(pipe(root))
     data, served, shards = dataset(settings), [], []
     for rank in range(world_size):
@@ -165,7 +165,7 @@ def test_resuming_anywhere_gives_the_same_batches(root):
             same(one, other)
 
 
-def test_shares_are_exact_and_shuffled_within_a_buffer(root):
+def test_streamed_shares_are_exact_and_shuffled_within_a_buffer(root):
     settings = section(pipe(root), shuffle_samples=5)
     data = dataset(settings)
     one = loader(data, settings, num_samples=40_000, text_share=0.14)
@@ -180,7 +180,7 @@ def test_shares_are_exact_and_shuffled_within_a_buffer(root):
         assert one.mixture.stream_epoch(group, 1, 0)[0].tolist() != items.tolist()
 
 
-def test_budgets_hold_for_one_rank(root):
+def test_streaming_respects_budgets_on_one_rank(root):
     settings = section(pipe(root), batching={"by": "frames", "budget": 15})
     one = loader(dataset(settings), settings)
     batches = list(one)
@@ -189,7 +189,7 @@ def test_budgets_hold_for_one_rank(root):
     assert sum(len(batch.keys) for batch in batches) == 94
 
 
-def test_closing_early_leaves_neither_threads_nor_processes(root, server):
+def test_closing_early_leaves_no_threads_or_processes(root, server):
     import psutil
 
     settings = section(server.url)
@@ -202,7 +202,7 @@ def test_closing_early_leaves_neither_threads_nor_processes(root, server):
     assert threading.active_count() <= threads
 
 
-def test_a_broken_connection_is_tried_again_without_giving_a_sample_twice(root, server):
+def test_broken_connection_is_retried_without_duplicate_samples(root, server):
     settings = section(server.url)
     data = dataset(settings)
     expected = flat(loader(data, settings))
@@ -222,7 +222,7 @@ def test_a_broken_connection_is_tried_again_without_giving_a_sample_twice(root, 
     ],
 )
 @pytest.mark.parametrize("kind", ["http", "pipe"])
-def test_what_cannot_be_read_is_named(tmp_path, kind, path, damage):
+def test_unreadable_remote_files_are_named(tmp_path, kind, path, damage):
     root = write(tmp_path / "data", SAMPLES, 12)
     (root / path).write_bytes((root / path.replace("3", "2")).read_bytes()) if damage == "other" else (
         root / path
@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_named(tmp_path, kind, path, damage):
         server.shutdown()
 
 
-def test_a_damaged_frame_is_left_out_as_for_local_shards(tmp_path):
+def test_damaged_frame_is_skipped_as_with_local_shards(tmp_path):
     root = write(tmp_path / "data", SAMPLES, 12)
     local = packed.open_split(root)
     with open(root / "shards/train/000000.tar", "r+b") as tar:
@@ -251,18 +251,18 @@ def test_a_damaged_frame_is_left_out_as_for_local_shards(tmp_path):
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"world_size": 16, "batch_size": 16, "num_samples": 64}, {}, r"lies in 8 shard\(s\), fewer than 16 ranks"),
+        ({"world_size": 16, "batch_size": 16, "num_samples": 64}, {}, r"is in 8 shard\(s\), fewer than 16 ranks"),
         ({}, {"batching": {"bucket_samples": 50}}, "bucket_samples is 50, but the reader webdataset"),
-        ({"world_size": 2}, {"batching": {"by": "frames", "budget": 20}}, "2 ranks can share batches by samples only"),
+        ({"world_size": 2}, {"batching": {"by": "frames", "budget": 20}}, "2 ranks need batches of samples"),
     ],
 )
-def test_what_streams_cannot_do_is_refused(root, options, changes, message):
+def test_unsupported_streaming_settings_are_rejected(root, options, changes, message):
     settings = section(pipe(root), **changes)
     with pytest.raises(UserError, match=message):
         loader(dataset(settings), settings, **options)
 
 
-def test_addresses_become_commands():
+def test_urls_become_shell_commands():
     assert remote.command("pipe:ssh host cat /data/{path}", "shards/a.tar") == "ssh host cat /data/shards/a.tar"
     assert (
         remote.command("s3://bucket/it's/", "a.tar")
@@ -270,14 +270,14 @@ def test_addresses_become_commands():
     )
     assert remote.command("https://host/x", "a.tar").endswith(" https://host/x/a.tar")
     for url in ("ftp://host", "/data", "pipe:cat /data"):
-        with pytest.raises(UserError, match=r"streaming.url is .*: begin it with http"):
+        with pytest.raises(UserError, match=r"streaming.url is .*, expected http"):
             remote.command(url, "a.tar")
     for path in ("../a.tar", "a b.tar", "a;rm.tar", "x/./a.tar", ""):
         with pytest.raises(UserError, match="names a file"):
             remote.command("https://host", path)
 
 
-def test_reading_local_shards_needs_neither_webdataset_nor_an_address(root):
+def test_local_shards_need_neither_webdataset_nor_a_url(root):
     """A machine that trains on local shards may lack the package: it is imported where a tar is streamed only."""
     for file in (params.ROOT / "pipeline_steps").rglob("*.py"):
         for node in ast.parse(file.read_text()).body:

@@ -28,7 +28,7 @@ def test_digit_splits_are_disjoint_and_complete(digits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scene_rules(digits, kind):
+def test_scenes_follow_the_rules_of_the_world(digits, kind):
     for scene in scenes(digits, kind, split="test"):
         places = [PLACES.index(thing.place) for thing in scene.objects]
         assert places == sorted(set(places))
@@ -48,7 +48,7 @@ def test_scene_rules(digits, kind):
             assert all(values_change) if kind in world.HOPPING_KINDS else not any(values_change)
 
 
-def test_chosen_answers_and_numbers_of_objects(digits):
+def test_requested_answers_and_numbers_of_objects_are_sampled(digits):
     for scene in scenes(digits, "card", colour=3, place=2):
         target = scene.objects[scene.target]
         assert (target.colour, target.place) == (COLOUR_NAMES[3], PLACES[2])
@@ -57,7 +57,7 @@ def test_chosen_answers_and_numbers_of_objects(digits):
     assert {len(scene.objects) for kind in KINDS if kind != "gist" for scene in scenes(digits, kind)} == {4}
 
 
-def test_texts(digits):
+def test_questions_and_answers_of_every_kind(digits):
     corners = ((0, 0), (14, 0), (0, 14))
     red = world.SceneObject("red", "top left", (3, 1, 4), (0, 0, 0), corners)
     cyan = world.SceneObject("cyan", "bottom right", (2, 7, 1), (0, 0, 0), corners)
@@ -87,7 +87,7 @@ def test_texts(digits):
         assert (item["target"] is None) == (item["cue"] == "") == (kind in ("caption", "image", "gist"))
 
 
-def test_further_items_are_different_questions(digits):
+def test_additional_items_ask_different_questions(digits):
     for kind in KINDS:
         for scene in scenes(digits, kind):
             items = scene_items(scene, np.random.default_rng(0), num_ask_items=5)
@@ -97,7 +97,7 @@ def test_further_items_are_different_questions(digits):
     assert len(scene_items(lone, np.random.default_rng(0), num_ask_items=5)) == 3  # one object: two other questions
 
 
-def test_small_frames_are_averaged_large_frames(digits):
+def test_small_frames_equal_averaged_large_frames(digits):
     for scene in scenes(digits, "card", 5):
         large, small = (render(scene, digits, size, noise=0).astype(float) for size in (112, 56))
         assert np.abs(large.reshape(6, 56, 2, 56, 2, 3).mean((2, 4)) - small).max() <= 1
@@ -116,7 +116,7 @@ def test_every_object_is_drawn_in_its_box_and_nowhere_else(digits):
                 assert colour_pixels[t].sum() == inside
 
 
-def test_cues_are_in_the_first_frame_only(digits):
+def test_cue_is_drawn_in_the_first_frame_only(digits):
     for scene in scenes(digits, "card", 3):
         border = render(scene, digits, 112, noise=0)[:, 0].astype(int)  # top row of pixels, [T, W, 3]
         colour = np.array(COLOURS[scene.objects[scene.target].colour])
@@ -131,7 +131,7 @@ def test_cues_are_in_the_first_frame_only(digits):
         assert not white[1:].any()
 
 
-def test_rendering_repeats_and_has_the_given_noise(digits):
+def test_rendering_is_deterministic_with_the_given_noise(digits):
     scene = scenes(digits, "caption", 1)[0]
     assert (render(scene, digits) == render(scene, digits)).all()
     grain = render(scene, digits, 56, noise=0.06).astype(float) - render(scene, digits, 56, noise=0)
@@ -140,7 +140,7 @@ def test_rendering_repeats_and_has_the_given_noise(digits):
         render(scene, digits, 100)
 
 
-def test_batch_truth_matches_its_pixels(digits):
+def test_batch_labels_match_the_pixels(digits):
     batch = world.render_batch(np.random.default_rng(0), digits, 40, noise=0)
     assert batch.frames.shape == (40, 56, 56, 3)
     palette = np.array(list(COLOURS.values()), float)

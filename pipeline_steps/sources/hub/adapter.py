@@ -1,7 +1,7 @@
-"""What a data set has to say about itself, and the functions that read fields of its rows.
+"""The interface of a data set adapter, and helpers that read and validate the fields of a row.
 
-An adapter turns one row into a `Draft`: items and the media they are about. A row that it cannot use raises `Unusable`
-with a reason of a few words; the reader quarantines it. Media are never opened here.
+An adapter converts one row into a `Draft`: items and references to their media. For an unusable row it raises
+`UnusableRow` with a short reason, and the reader quarantines the row. Adapters never open media.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 YOUTUBE_CLIP = re.compile(r"(?:celebv_|ytb_|v_)?([A-Za-z0-9_-]{11})(?:(?:_\d+){0,2}(?:to\d+)?|-Scene-\d+)")
-ORIGINS = {  # folders of collections that several data sets take videos from, and one name for each
+ORIGINS = {  # folder -> name of the collection, for collections whose videos occur in several data sets
     "charades": "charades",
     "charades_v1_480": "charades",
     "sta_video": "charades",
@@ -25,48 +25,48 @@ ORIGINS = {  # folders of collections that several data sets take videos from, a
 }
 
 
-class Unusable(Exception):
-    """A row of which no sample can be made. The message is the reason for the quarantine list."""
+class UnusableRow(Exception):
+    """A row that cannot become a sample. The message is the reason for the quarantine list."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Files with equal rows: a part of a data set, or the whole of it."""
+    """Files with the same columns: a data set or one of its subsets."""
 
-    subset: str  # what `subsets` of an entry chooses by
+    subset: str  # name for `subsets` of an entry
     files: str  # glob of the published files, within the repository
-    source: str  # the name of its samples' source
-    task: str = ""  # of its items, where the file decides it
+    source: str  # source of its samples
+    task: str = ""  # task of its items, if the file determines it
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One row as a sample, its media not looked up yet. Without video and images it is a text-only sample."""
+    """One row as a sample whose media are not resolved yet. Without videos and images it is a text-only sample."""
 
-    name: str  # readable part of the key; the reader adds a hash of all that the row says
+    name: str  # readable part of the key; the reader appends a hash of the row's contents
     items: tuple[dict, ...]  # fields of schemas.Item
-    video_id: str | None = None  # the ORIGINAL video or picture; None: the pictures' own hash, or the key of a text
-    videos: tuple[str, ...] = ()  # names below media_dir of ONE video file, or folder of its frames: the first found
-    images: tuple[bytes, ...] = ()  # all pictures of a still, embedded in the row
-    picture_fps: float | None = None  # of a video that is a folder of frames
-    segment: tuple[float, float] | None = None  # seconds
-    url: str | None = None  # where the video is published, if the row says it
+    video_id: str | None = None  # the ORIGINAL video or picture; None: hash of the images, else the sample's key
+    videos: tuple[str, ...] = ()  # candidate paths below media_dir of ONE video (file or folder of frames)
+    images: tuple[bytes, ...] = ()  # all images of the sample, embedded in the row
+    picture_fps: float | None = None  # if the video is a folder of frames
+    segment: tuple[float, float] | None = None  # start and end, seconds
+    url: str | None = None  # download URL of the video, if the row has one
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the reader has to know about one data set. Its name is that of its module in `adapters/`."""
+    """Everything the reader needs to know about one data set. Its module in `adapters/` gives it its name."""
 
     repo: str  # id on the Hub
-    revision: str | None  # commit that the schema was taken from; None: the user names one
+    revision: str | None  # pinned commit, whose columns the adapter reads; None: the user sets one
     licence: str
-    download: str  # what the user downloads besides the rows, for messages
-    columns: tuple[str, ...]  # that every row needs
+    download: str  # media that the user downloads, for messages
+    columns: tuple[str, ...]  # required in every row
     tables: tuple[Table, ...]
-    sample: Callable[[dict, Table], Draft | None]  # None: the row belongs to another table with the same files
-    places: tuple[str, ...] = ()  # folders below media_dir to look in, "*": its subfolders. (): media are in the rows
-    held_out: bool = False  # an evaluation set: everything goes to the split `test`
-    addresses: bool = False  # its rows say where the videos are published
+    sample: Callable[[dict, Table], Draft | None]  # returns None if the row belongs to another table of the same files
+    media_subfolders: tuple[str, ...] = ()  # subfolders of media_dir to search, "*": all. (): embedded media
+    held_out: bool = False  # evaluation set: all samples go to split `test`
+    has_urls: bool = False  # its rows contain download URLs
 
     @property
     def subsets(self) -> list[str]:
@@ -77,21 +77,21 @@ class Adapter:
 
 
 def text(row: dict, name: str) -> str:
-    """A text that is not blank, without space around it."""
+    """Return a text, stripped. Raises UnusableRow if it is blank."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise Unusable(f"{name}: expected text, found {_short(value)}")
+        raise UnusableRow(f"{name}: expected text, found {_short(value)}")
     if not any(character.isprintable() and not character.isspace() for character in value):
-        raise Unusable(f"{name}: empty")
+        raise UnusableRow(f"{name}: empty")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a character, such as "\ud800", which no file can hold
-        raise Unusable(f"{name}: not valid Unicode") from None
+    except UnicodeEncodeError:  # lone surrogates such as "\ud800"
+        raise UnusableRow(f"{name}: not valid Unicode") from None
     return value.strip()
 
 
 def optional_text(row: dict, name: str) -> str | None:
-    """The text, or None where it is null or blank."""
+    """Return the text, or None if it is null or blank."""
     value = row.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -99,39 +99,40 @@ def optional_text(row: dict, name: str) -> str | None:
 
 
 def identifier(row: dict, name: str) -> str:
-    """An id, which is text or a whole number."""
+    """Return an id (text or integer) as text."""
     value = row.get(name)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text(row, name)
 
 
 def number(row: dict, name: str) -> float:
+    """Return a finite number."""
     value = row.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise Unusable(f"{name}: expected a number, found {_short(value)}")
+        raise UnusableRow(f"{name}: expected a number, found {_short(value)}")
     return float(value)
 
 
 def texts(row: dict, name: str) -> list[str]:
-    """A list of texts that are not blank."""
+    """Return a non-empty list of texts, none of them blank."""
     values = row.get(name)
     if not isinstance(values, list) or not values:
-        raise Unusable(f"{name}: expected a list of texts, found {_short(values)}")
+        raise UnusableRow(f"{name}: expected a list of texts, found {_short(values)}")
     return [text({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values)]
 
 
 def entries(row: dict, name: str) -> list[dict]:
-    """A list of objects, at least one."""
+    """Return a non-empty list of objects."""
     values = row.get(name)
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-        raise Unusable(f"{name}: expected a list of objects, found {_short(values)}")
+        raise UnusableRow(f"{name}: expected a list of objects, found {_short(values)}")
     return values
 
 
 def image_bytes(value: dict | None, name: str) -> bytes:
-    """The file's bytes of an image that was not decoded: {"bytes": ..., "path": ...}."""
+    """Return the encoded bytes of an undecoded image, {"bytes": ..., "path": ...}."""
     content = value.get("bytes") if isinstance(value, dict) else None
     if not isinstance(content, bytes) or not content:
-        raise Unusable(f"{name}: no image bytes")
+        raise UnusableRow(f"{name}: no image bytes")
     return content
 
 
@@ -143,11 +144,11 @@ def _short(value) -> str:
 
 
 def chat(turns: list[tuple[str, str]], task: str) -> dict:
-    """One item of all [(role, text)]: roles user and assistant in turn, answered last, a system line perhaps first."""
+    """Return one item of [(role, text)]: an optional system message, then user and assistant alternating."""
     roles = [role for role, _ in turns]
     body = roles[1:] if roles[:1] == ["system"] else roles
     if not body or body != ["user", "assistant"] * (len(body) // 2):
-        raise Unusable(f"messages: the roles are {', '.join(roles)[:80]}, not user and assistant in turn")
+        raise UnusableRow(f"messages: the roles are {', '.join(roles)[:80]}, expected user and assistant alternating")
     if len(turns) == 2:
         return {"user": turns[0][1], "assistant": turns[1][1], "task": task}
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -155,21 +156,23 @@ def chat(turns: list[tuple[str, str]], task: str) -> dict:
 
 
 def multiple_choice(question: str, options: list[str], answer: str, task: str) -> dict:
-    """An item whose answer is one of `options`, word for word."""
+    """Return a multiple-choice item. `answer` must equal exactly one of `options`."""
     if options.count(answer) != 1:
-        raise Unusable(f"answer: {answer[:40]!r} is {options.count(answer)} of the {len(options)} options")
+        raise UnusableRow(
+            f"answer: {answer[:40]!r} occurs {options.count(answer)} times among the {len(options)} options"
+        )
     return lettered_choice(question, options, options.index(answer), task)
 
 
 def lettered_choice(question: str, options: list[str], correct: int, task: str) -> dict:
-    """An item whose answer is options[correct]."""
+    """Return a multiple-choice item whose answer is options[correct]."""
     if len(options) < 2 or not 0 <= correct < len(options):
-        raise Unusable(f"answer: option {correct} of {len(options)}")
+        raise UnusableRow(f"answer: option number {correct} (from 0) of {len(options)} options")
     return {"user": question, "options": options, "correct_option": correct, "task": task}
 
 
 def task_name(dataset: str, task: str) -> str:
-    """`<dataset>_<task>` in small letters, digits and underscores."""
+    """Return `<dataset>_<task>` in lower-case letters, digits and underscores."""
     return f"{dataset}_{re.sub('[^a-z0-9]+', '_', task.lower()).strip('_')}"
 
 
@@ -177,19 +180,19 @@ def task_name(dataset: str, task: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A relative path below media_dir as it is; Unusable if it leads out of the folder."""
+    """Return a relative path below media_dir. Raises UnusableRow if it points outside."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or any(len(p.encode()) > 255 for p in path.parts):
-        raise Unusable(f"path: {name[:60]!r} is no name inside media_dir")
+        raise UnusableRow(f"path: {name[:60]!r} is not a valid path inside media_dir")
     return str(path)
 
 
 def original_video(path: str) -> str:
-    """The video that a clip was cut from, by the naming of the known collections.
+    """Return the id of the video that a clip was cut from, derived from the clip's path.
 
-    A YouTube id where the name holds one (`v_ID`, `ytb_ID`, `ID_3`, `ID_12_0to143`, `ID_000010_000020`,
-    `ID-Scene-033`), so that equal videos of different data sets meet; `<collection>-<name>` for known collections;
-    else the name of the file.
+    The id is the YouTube id if the name contains one (`v_ID`, `ytb_ID`, `ID_3`, `ID_12_0to143`, `ID_000010_000020`,
+    `ID-Scene-033`), `<collection>-<name>` for known collections, else the file name without its suffix. The same video
+    thus gets the same id in every data set.
     """
     path = PurePosixPath(path)
     stem = path.parent.name if re.fullmatch(r"split_\d+", path.stem) else path.stem

@@ -1,7 +1,7 @@
-"""Media of hub samples: files found below media_dir, and embedded pictures stored in container files.
+"""Media of hub samples: find files below media_dir, and store embedded pictures in container files.
 
-A container is one plain file of pictures, one after the other; samples name their pictures by offset and size. So a
-million small pictures are a handful of files.
+A container is a plain file of concatenated pictures; samples refer to their pictures by offset and size. A million
+small pictures thus take a handful of files.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import media_sha256
 
 MAX_CONTAINER_BYTES = 10**9  # a new container is started before one exceeds this size
-NUM_REMEMBERED = 16384  # recent media, so that rows about the same picture or video store or hash it once
+CACHE_SIZE = 16384  # recent media, so that several rows about one picture or video store or hash it only once
 
 
 class MediaFolder:
-    """Finds the files that rows name. `places`: folders below `folder` to look in, in this order."""
+    """Resolves file names below `folder`. `places`: its subfolders to search, in this order ("*": all)."""
 
     def __init__(self, folder: str, places: tuple[str, ...], where: str):
         root = Path(os.path.abspath(Path(folder).expanduser()))
         if not root.is_dir():
             problem = "is a file, not a folder" if root.exists() else "does not exist"
-            raise UserError(f"{where}: media_dir {root} {problem}. Give the folder with the extracted media.")
+            raise UserError(f"{where}: media_dir {root} {problem}. Set it to the folder with the extracted media.")
         self._places = [place for pattern in places for place in self._expand(root, pattern)]
-        self.describe = lru_cache(NUM_REMEMBERED)(_describe)
+        self.describe = lru_cache(CACHE_SIZE)(_describe)
 
     @staticmethod
     def _expand(root: Path, pattern: str) -> list[Path]:
@@ -36,13 +36,13 @@ class MediaFolder:
         return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
     def find(self, names: tuple[str, ...], folders: bool) -> Path | None:
-        """The first of `names` that is a file, or with `folders` a folder of frames, in any of the places."""
+        """Return the first existing path of `names` in the places. `folders`: folders of frames count as well."""
         paths = (place / name for name in names for place in self._places)
         return next((path for path in paths if path.is_file() or (folders and path.is_dir())), None)
 
 
 def _describe(path: Path) -> tuple[str, int]:
-    """(sha256, bytes) of a file or of a folder of pictures."""
+    """Return (sha256, size in bytes) of a file or of a folder of pictures."""
     files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
     return media_sha256(path), sum(file.stat().st_size for file in files)
 
@@ -56,7 +56,7 @@ class Container:
         self._known: OrderedDict[tuple, tuple] = OrderedDict()
 
     def add(self, pictures: tuple[bytes, ...]) -> tuple[str, tuple[tuple[int, int], ...], str]:
-        """(path, parts, sha256) of the pictures of one sample, as `hashing.media_sha256` defines it."""
+        """Store the pictures of one sample. Returns (path, parts as (offset, size), hashing.media_sha256)."""
         digest = hashlib.sha256()
         for picture in pictures:
             digest.update(picture)
@@ -65,7 +65,7 @@ class Container:
             self._known.move_to_end(identity)
         else:
             self._known[identity] = self._write(pictures)
-            if len(self._known) > NUM_REMEMBERED:
+            if len(self._known) > CACHE_SIZE:
                 self._known.popitem(last=False)
         return *self._known[identity], digest.hexdigest()
 
@@ -83,7 +83,7 @@ class Container:
     def _open_next(self):
         self.close()
         self._folder.mkdir(parents=True, exist_ok=True)
-        while (path := self._folder / f"{self._number:05d}.bin").exists():  # of another entry with this source
+        while (path := self._folder / f"{self._number:05d}.bin").exists():  # written by another entry with this source
             self._number += 1
         self._file, self._end = open(path, "xb"), 0  # noqa: SIM115 - closed by close()
 

@@ -1,6 +1,7 @@
-"""Raw samples of one entry of `sources.hub`, as a stream: memory does not grow with the data set but for the keys.
+"""Stream the raw samples of one entry of `sources.hub`; only hashes of the keys stay in memory.
 
-Every row is taken, or quarantined with its reason, or beyond `max_samples`; the counts are printed at the end.
+Every row becomes a sample, is quarantined with a reason, or is skipped because of `max_samples`. The counts are printed
+at the end.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import Item, Quarantined, RawSample, slug
 from pipeline_steps.monitoring.progress import progress_bar
-from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, UnusableRow
 from pipeline_steps.sources.hub.media import Container, MediaFolder
 from pipeline_steps.sources.hub.registry import ADAPTERS
 from pipeline_steps.sources.hub.tables import check_entry, chosen_tables, read_rows, where
@@ -25,13 +26,15 @@ MAX_LISTED = 5  # names of missing media, or reasons, in a message
 
 @dataclass
 class Counts:
+    """Counts of the rows of one entry, with examples for messages."""
+
     rows: int = 0
     taken: int = 0
     missing: list[str] = field(default_factory=list)  # names of the first missing media
-    reasons: list[str] = field(default_factory=list)  # of the first unusable rows
+    reasons: list[str] = field(default_factory=list)  # reasons of the first unusable rows
     num_missing: int = 0
     num_unusable: int = 0
-    num_beyond: int = 0  # beyond max_samples
+    num_beyond: int = 0  # skipped because of max_samples
 
     def reject(self, place: str, reason: str) -> None:
         self.num_unusable += 1
@@ -44,10 +47,10 @@ class Counts:
             self.missing.append(name)
 
     def check(self, entry) -> None:
-        """Prints the counts. UserError if too much is missing, or nothing is left."""
+        """Print the counts. Raises UserError if too many media are missing or no sample is left."""
         print(
-            f"{entry.dataset}: {self.rows} rows: {self.taken} taken, {self.num_missing} without their media, "
-            f"{self.num_unusable} unusable, {self.num_beyond} beyond max_samples"
+            f"{entry.dataset}: {self.rows} rows: {self.taken} taken, {self.num_missing} without media, "
+            f"{self.num_unusable} unusable, {self.num_beyond} skipped by max_samples"
         )
         wanted = self.taken + self.num_missing
         if self.num_missing > entry.max_missing * wanted:
@@ -58,16 +61,16 @@ class Counts:
                 "Add the files and rerun the stage (`dvc repro --force sources`), or raise max_missing."
             )
         if not self.taken:
-            problem = f"none of {self.rows} rows can be taken. {'; '.join([*self.reasons, *self.missing])}"
+            problem = f"none of {self.rows} rows is usable. {'; '.join([*self.reasons, *self.missing])}"
             raise UserError(f"{where(entry)}: {problem}".rstrip())
 
 
 def entries(section) -> list:
-    """The entries (schema.HubEntry) that the section collects. UserError for what shows before rows are read."""
+    """Return the entries (schema.HubEntry) to collect. Raises UserError for invalid entries, before reading rows."""
     if "hub" not in section.collect:
         return []
     if not section.hub:
-        raise UserError("sources.collect lists hub, but sources.hub is empty. conf/data/research.yaml is an example.")
+        raise UserError("sources.collect lists hub, but sources.hub is empty. conf/data/research.yaml shows entries.")
     problems = []
     for entry in section.hub:
         try:
@@ -81,10 +84,10 @@ def entries(section) -> list:
 
 
 def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[RawSample]:
-    """All samples of one entry (schema.HubEntry), in the order of its rows; `quarantined` gets the rest.
+    """Yield the samples of one entry (schema.HubEntry) in the order of its rows, and fill `quarantined`.
 
-    Embedded pictures are stored below `output_dir`/hub. UserError if rows cannot be read, if more than the share
-    `max_missing` of the samples lacks its media, or if there is no sample.
+    Embedded pictures are stored below `output_dir`/hub. Raises UserError if rows are unreadable, if more than the share
+    `max_missing` of the samples lacks media, or if there is no sample.
     """
     adapter = ADAPTERS[entry.dataset]
     check_entry(entry, adapter)
@@ -99,7 +102,7 @@ def read(entry, output_dir: Path, quarantined: list[Quarantined]) -> Iterator[Ra
 
 
 class _Reading:
-    """What is kept over the tables of one entry."""
+    """State shared by the tables of one entry."""
 
     def __init__(self, entry, adapter: Adapter, quarantined: list[Quarantined]):
         self.entry, self.adapter, self.quarantined = entry, adapter, quarantined
@@ -115,7 +118,7 @@ class _Reading:
                 self.counts.num_beyond += 1
                 continue
             if draft is not None and _key_hash(key) in self.keys:
-                draft, reason = None, "the same as an earlier row"
+                draft, reason = None, "duplicate of an earlier row"
             if draft is None:
                 self._reject(table, key, f"{table.subset} row {number}", reason)
                 continue
@@ -126,10 +129,10 @@ class _Reading:
                 yield sample
 
     def _sample(self, table, key, draft, container) -> RawSample | None:
-        """The raw sample, or None when its media are missing or it is no valid record."""
+        """Return the raw sample, or None if its media are missing or the record is invalid."""
         try:
             found = _media(draft, self.media, container)
-        except OSError as error:  # of reading the user's file: a container that cannot be written is a UserError
+        except OSError as error:  # from reading media; failing to write a container raises UserError
             return self._miss(table, key, draft, f"cannot be read ({error.strerror})")
         if found is None:
             return self._miss(table, key, draft, "missing media")
@@ -158,29 +161,29 @@ class _Reading:
 
 
 def drafts(entry, adapter: Adapter, table: Table) -> Iterator[tuple[int, str, Draft | None, str]]:
-    """(row number from 1, key, draft, "") of the table's rows, or (number, key, None, reason)."""
+    """Yield (row number from 1, key, draft, "") per row, or (number, key, None, reason) if it is unusable."""
     rows = progress_bar(f"reading {table.source}", read_rows(entry, adapter, table), unit="row")
     for number, row in enumerate(rows, 1):
         try:
-            if isinstance(row, Unusable):
+            if isinstance(row, UnusableRow):
                 raise row
             draft = adapter.sample(row, table)
             if draft is not None:
                 for item in draft.items:
                     Item(**item)
                 yield number, _key(table, draft), draft, ""
-        except Unusable as problem:
+        except UnusableRow as problem:
             yield number, f"{table.source}-{slug(table.subset)}-row-{number}", None, str(problem)
         except ValidationError as error:
             yield number, f"{table.source}-{slug(table.subset)}-row-{number}", None, _first(error)
 
 
 def _media_folder(entry, adapter: Adapter) -> MediaFolder | None:
-    return MediaFolder(entry.media_dir, adapter.places, where(entry)) if adapter.places else None
+    return MediaFolder(entry.media_dir, adapter.media_subfolders, where(entry)) if adapter.media_subfolders else None
 
 
 def _media(draft: Draft, media: MediaFolder | None, container: Container) -> dict | None:
-    """The media fields of schemas.RawSample; None if the file is missing."""
+    """Return the media fields of schemas.RawSample, or None if the file is missing."""
     if draft.images:
         path, parts, sha256 = container.add(draft.images)
         size = sum(length for _, length in parts)
@@ -195,7 +198,7 @@ def _media(draft: Draft, media: MediaFolder | None, container: Container) -> dic
 
 
 def _key(table: Table, draft: Draft) -> str:
-    """Of all that the row says, so that it does not depend on the order of rows."""
+    """Hash the contents of the row, so that keys do not depend on the order of rows."""
     said = [draft.name, draft.video_id, draft.videos, draft.items, draft.picture_fps, draft.segment]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for picture in draft.images:
@@ -208,15 +211,15 @@ def _key_hash(key: str) -> int:
 
 
 def rank(key: str) -> int:
-    """The place of a sample in the order in which `max_samples` takes them: random, and the same for ever."""
+    """Return a sample's position in the pseudo-random, stable order in which `max_samples` selects samples."""
     return int.from_bytes(hashlib.sha256(f"max_samples {key}".encode()).digest()[:8])
 
 
 def last_rank(entry, adapter: Adapter) -> int | None:
-    """The rank of the last one of the `max_samples` first, by a pass over all rows; None: all are taken."""
+    """Return the largest rank among the `max_samples` selected samples, in one pass over all rows; None: take all."""
     if entry.max_samples is None:
         return None
-    first: list[int] = []  # the smallest ranks, negative, as a heap with the largest of them on top
+    first: list[int] = []  # negated smallest ranks: a max-heap
     known = set()
     for table in chosen_tables(entry, adapter):
         for _, key, draft, _ in drafts(entry, adapter, table):

@@ -1,4 +1,4 @@
-"""ADAPTERS: the `Adapter` of every module in `adapters/`, by the module's name."""
+"""ADAPTERS: {module name: its `Adapter`} for all modules in `adapters/`."""
 
 from importlib import import_module
 

@@ -1,7 +1,7 @@
-"""Rows of a data set: from the Hub at a pinned revision, or from a local copy of its files.
+"""Read the rows of a data set from the Hub at a pinned revision, or from a local copy of its files.
 
-Both go through `datasets.load_dataset(..., streaming=True)`, with pictures left as the bytes that they are. JSON is
-taken as text and parsed here, so that ids and answers such as "007" stay what they are and one bad line is one row.
+Both use `datasets.load_dataset(..., streaming=True)` without decoding images. JSON files are loaded as text and parsed
+here, so that ids and answers such as "007" stay strings and an invalid line affects one row only.
 """
 
 import glob
@@ -14,19 +14,19 @@ from pyarrow import ArrowException
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.sources.hub.adapter import Adapter, Table, Unusable
+from pipeline_steps.sources.hub.adapter import Adapter, Table, UnusableRow
 
-ROW_GROUPS = ParquetFragmentScanOptions(pre_buffer=False)  # else all that was read of a file stays in memory with it
-LOADERS = {  # by the ending of the files: builder and options of load_dataset
-    ".parquet": ("parquet", {"batch_size": 100, "fragment_scan_options": ROW_GROUPS}),  # 16 batches are read ahead
-    ".csv": ("csv", {"keep_default_na": False}),  # "NA" is a text
+ROW_GROUPS = ParquetFragmentScanOptions(pre_buffer=False)  # True keeps everything read from a file in memory
+LOADERS = {  # file suffix -> (builder, options) of load_dataset
+    ".parquet": ("parquet", {"batch_size": 100, "fragment_scan_options": ROW_GROUPS}),  # 16 batches are prefetched
+    ".csv": ("csv", {"keep_default_na": False}),  # "NA" is text
     ".jsonl": ("text", {}),
     ".json": ("text", {"sample_by": "document"}),
 }
 
 
 def chosen_tables(entry, adapter: Adapter) -> list[Table]:
-    """The tables of the entry's subsets. UserError for a subset that the data set does not have."""
+    """Return the tables of the entry's subsets. Raises UserError for an unknown subset."""
     unknown = sorted(set(entry.subsets or ()) - set(adapter.subsets))
     if unknown:
         known = ", ".join(adapter.subsets)
@@ -35,30 +35,31 @@ def chosen_tables(entry, adapter: Adapter) -> list[Table]:
 
 
 def where(entry) -> str:
+    """Name the entry in messages."""
     return f"sources.hub (dataset: {entry.dataset})"
 
 
 def check_entry(entry, adapter: Adapter) -> None:
-    """UserError for what can be seen before any row is read: path, revision, media_dir and local files."""
-    if adapter.places and entry.media_dir is None:
-        raise UserError(f"{where(entry)}: media_dir is not set. It is the folder with {adapter.download}.")
-    if not adapter.places and entry.media_dir is not None:
-        raise UserError(f"{where(entry)}: takes no media_dir: {adapter.download}. Set it to null.")
+    """Check path, revision, media_dir and local files, before reading rows. Raises UserError."""
+    if adapter.media_subfolders and entry.media_dir is None:
+        raise UserError(f"{where(entry)}: media_dir is not set. Set it to the folder with {adapter.download}.")
+    if not adapter.media_subfolders and entry.media_dir is not None:
+        raise UserError(f"{where(entry)}: media_dir is {entry.media_dir}, but {adapter.download}. Set it to null.")
     if _local(entry) is None:
         _revision(entry, adapter)
         return
     if entry.revision is not None:
         raise UserError(
-            f"{where(entry)}: a local path has no revision. Set it to null, or path to null to read the Hub."
+            f"{where(entry)}: revision is set, but path is local. Set revision to null, or path to null for the Hub."
         )
     for table in chosen_tables(entry, adapter):
         _local_files(entry, adapter, table)
 
 
-def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict | Unusable]:
-    """All rows of a table, a line that is no JSON object as the reason why.
+def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict | UnusableRow]:
+    """Yield all rows of a table. A line that is not a JSON object yields an UnusableRow with the reason.
 
-    UserError if files cannot be read, or rows do not have the adapter's columns.
+    Raises UserError if files are unreadable or lack the adapter's columns.
     """
     if _local(entry) is None:
         repo, revision = entry.path or adapter.repo, _revision(entry, adapter)
@@ -80,15 +81,15 @@ def read_rows(entry, adapter: Adapter, table: Table) -> Iterator[dict | Unusable
 
 
 def _load(suffix, files) -> Iterator[dict]:
-    from datasets import load_dataset  # half a second to import, and most runs of the stage do not need it
+    from datasets import load_dataset  # takes half a second to import, rarely needed
 
     builder, options = LOADERS[suffix]
     rows = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-    return iter(rows if rows.features is None else rows.decode(False))  # without features nothing is decoded
+    return iter(rows if rows.features is None else rows.decode(False))  # without features, nothing is decoded
 
 
-def _parsed(rows, place, suffix) -> Iterator[dict | Unusable]:
-    """The objects in rows of text: of a line each, or of a list that is a whole file."""
+def _parsed(rows, place, suffix) -> Iterator[dict | UnusableRow]:
+    """Parse rows of text: one object per line (.jsonl), or a list of objects per file (.json)."""
     for number, row in enumerate(rows, 1):
         if not row["text"].strip():
             continue
@@ -96,18 +97,18 @@ def _parsed(rows, place, suffix) -> Iterator[dict | Unusable]:
             content = json.loads(row["text"])
         except (ValueError, RecursionError) as error:
             if suffix == ".json":
-                hint = "Repair it, or name it .jsonl if it has one object per line."
-                raise UserError(f"{place}: file {number} is no JSON ({str(error)[:100]}). {hint}") from None
-            yield Unusable(f"no JSON: {str(error)[:100]}")
+                hint = "Repair it, or rename it to .jsonl if it has one object per line."
+                raise UserError(f"{place}: file {number} is not valid JSON ({str(error)[:100]}). {hint}") from None
+            yield UnusableRow(f"not valid JSON: {str(error)[:100]}")
             continue
         if suffix == ".json" and not isinstance(content, list):
-            raise UserError(f"{place}: file {number} is no list of objects. Is this a file of annotations?")
+            raise UserError(f"{place}: file {number} is not a list of objects. Check that it is an annotation file.")
         for value in content if suffix == ".json" else [content]:
-            yield value if isinstance(value, dict) else Unusable("no JSON object")
+            yield value if isinstance(value, dict) else UnusableRow("not a JSON object")
 
 
 def _guarded(load, place, entry) -> Iterator[dict]:
-    """The rows of load(); what `datasets` and the libraries below it raise for bad files becomes a UserError."""
+    """Yield the rows of load(). Errors of `datasets` and its libraries for bad files become UserErrors."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
@@ -123,7 +124,7 @@ def _guarded(load, place, entry) -> Iterator[dict]:
             hint = "Repair the file, or download it again."
             if _local(entry) is None:
                 hint = (
-                    "Without a connection, copy the data set's files to a local folder and name it with `path` "
+                    "Without network, copy the data set's files to a local folder and set `path` to it "
                     "(docs/data.md, Data sets from the Hub)."
                 )
             problem = f"{place} cannot be read ({type(error).__name__}: {reason})"
@@ -136,12 +137,12 @@ def _check_columns(row, entry, adapter, place):
     if missing:
         raise UserError(
             f"{place}: no column {', '.join(missing)}; its columns are {', '.join(row)}. {entry.dataset} needs "
-            f"{', '.join(adapter.columns)}. Is this a file of {adapter.repo}?"
+            f"{', '.join(adapter.columns)}. Check that this is a file of {adapter.repo}."
         )
 
 
 def _local(entry) -> Path | None:
-    """The existing local file or folder, or None for a data set on the Hub."""
+    """Return the existing local file or folder, or None for a data set on the Hub. Raises UserError."""
     if entry.path is None:
         return None
     path = Path(entry.path).expanduser()
@@ -149,7 +150,9 @@ def _local(entry) -> Path | None:
         return path.absolute()
     if entry.path.count("/") == 1 and entry.path[0] not in "/.~":
         return None
-    raise UserError(f"{where(entry)}: path {entry.path} does not exist. Give a file, a folder or a data set's id.")
+    raise UserError(
+        f"{where(entry)}: path {entry.path} does not exist. Set it to a file, a folder or a Hub id (owner/name)."
+    )
 
 
 def _revision(entry, adapter: Adapter) -> str:
@@ -158,14 +161,14 @@ def _revision(entry, adapter: Adapter) -> str:
     repo = entry.path or adapter.repo
     if repo != adapter.repo or adapter.revision is None:
         raise UserError(
-            f"{where(entry)}: no revision of {repo} is pinned. Give the commit that you want (40 characters, from the "
-            "data set's page, 'Files and versions', 'History') as `revision`, or a local copy as `path`."
+            f"{where(entry)}: no revision of {repo} is pinned. Set `revision` to a commit (40 hex digits, from the "
+            "data set's page, 'Files and versions', 'History'), or `path` to a local copy."
         )
     return adapter.revision
 
 
 def _local_files(entry, adapter: Adapter, table: Table) -> list[Path]:
-    """The table's files in the local copy, sorted. UserError if there are none, or of several formats."""
+    """Return the table's files in the local copy, sorted. Raises UserError for no file or several formats."""
     path = _local(entry)
     one_table = len({table.files for table in adapter.tables}) == 1
     pattern = table.files.removeprefix("**/")
@@ -174,16 +177,17 @@ def _local_files(entry, adapter: Adapter, table: Table) -> list[Path]:
         files = [path] if fits and path.suffix in LOADERS else []
     else:
         files = sorted(path.glob(f"**/{pattern}"))
-        if not files and one_table:  # a copy under other names, such as csv made parquet
+        if not files and one_table:  # a copy with other names, such as csv converted to parquet
             files = sorted(file for file in path.glob("**/*") if file.suffix in LOADERS)
     formats = {file.suffix for file in files}
     if len(formats) > 1:
         raise UserError(
-            f"{where(entry)}: {path} holds files of several formats ({', '.join(sorted(formats))}). Name one."
+            f"{where(entry)}: {path} holds files of several formats ({', '.join(sorted(formats))}). "
+            "Set `path` to one file."
         )
     if not files:
         found = sorted({t.subset for t in adapter.tables if path.is_dir() and any(path.glob(f"**/{t.files}"))})
-        hint = f"It has the subsets: {', '.join(found)}; list those in `subsets`." if found else ""
+        hint = f"It has the subsets {', '.join(found)}: list these in `subsets`." if found else ""
         raise UserError(
             f"{where(entry)}: no file {table.files} in {path}, for subset '{table.subset}'. {hint}".rstrip()
         )

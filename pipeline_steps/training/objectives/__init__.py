@@ -1,7 +1,7 @@
-"""Objectives: what the training stages minimise. One file each; a new file is found by its being here.
+"""Training objectives, one file each. Every module of this package is registered automatically.
 
-`section()` is training.<stage>.objective, made of the parameters of all objectives. `build` makes those that a stage
-uses. Their terms are summed in one place, `TrainingModel` (pipeline_steps/training/training_model.py).
+`section()` is the schema of training.<stage>.objective, made of the parameters of all objectives. `build` creates the
+objectives of a stage. `TrainingModel` (pipeline_steps/training/training_model.py) sums their terms.
 """
 
 import importlib
@@ -26,7 +26,7 @@ class Shared(StrictModel):
 
 
 def registry() -> dict[str, type[Objective]]:
-    """{name: class} of all files of this package."""
+    """{name: class} of all objectives in this package."""
     found: dict[str, type[Objective]] = {}
     for entry in sorted(pkgutil.iter_modules(__path__), key=lambda entry: entry.name):
         module = importlib.import_module(f"{__name__}.{entry.name}")
@@ -35,7 +35,9 @@ def registry() -> dict[str, type[Objective]]:
             if not own or value is Objective:
                 continue
             if found.setdefault(value.name, value) is not value:
-                raise ValueError(f"two objectives are named {value.name!r}: {found[value.name]} and {value}")
+                raise ValueError(
+                    f"two objectives are named {value.name!r}: {found[value.name]} and {value}. Rename one."
+                )
     return found
 
 
@@ -50,18 +52,18 @@ def section() -> type[StrictModel]:
 
 
 def term_names() -> tuple[str, ...]:
-    """Names of the terms of all objectives: columns of the metrics table."""
+    """Names of the terms of all objectives. They are columns of the metrics table."""
     return tuple(name for objective in registry().values() for name in objective.term_names)
 
 
 def active(settings) -> dict[str, type[Objective]]:
-    """The objectives that a stage (`settings`: training.<stage>) uses."""
+    """{name: class} of the objectives that a stage uses. settings: training.<stage>."""
     return {name: objective for name, objective in registry().items() if objective.is_active(settings)}
 
 
 def check(stage: str, settings, network) -> None:
-    """UserError where a stage's objectives need what the network does not have. network: section `model`, or a
-    FoveatedVLMConfig."""
+    """UserError if an objective of the stage needs a planned pass and the network has none. network: section `model`,
+    or a FoveatedVLMConfig."""
     if network.architecture == "multi_token":
         reason = "model.architecture is multi_token"
     elif network.coarse_only:
@@ -72,11 +74,11 @@ def check(stage: str, settings, network) -> None:
         if objective.needs.planned:
             raise UserError(
                 f"training.{stage}.objective.{name}.weight is {getattr(settings.objective, name).weight:g}, but "
-                f"{reason}: this network has a single pass, and the objective compares two. Set the weight to 0."
+                f"{reason}. This network has a single pass, but the objective compares two. Set the weight to 0."
             )
 
 
 def build(stage: str, settings, config) -> list[Objective]:
-    """The objectives that a stage uses, for a network of this FoveatedVLMConfig. UserError as `check`."""
+    """The objectives of a stage, for a network with this FoveatedVLMConfig. UserError as in `check`."""
     check(stage, settings, config)
     return [objective(getattr(settings.objective, name, None), config) for name, objective in active(settings).items()]

@@ -1,4 +1,4 @@
-"""What an objective is. Parameters are read where torch is missing, so files of this package import it in functions.
+"""Base class of objectives. Reading params.yaml must not require torch, so this package imports it inside functions.
 
 Shapes: F frames of the micro-batch, B samples.
 """
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 class Term(NamedTuple):
-    """One term of the loss, of one micro-batch."""
+    """One term of the loss for one micro-batch."""
 
-    value: Tensor  # scalar: the mean over what `count` counts in the micro-batch
-    weight: float  # in the loss; 0: reported only
-    count: str  # tokens, frames or samples (`Batch.counts`), or a name of the objective's own `counts`
+    value: Tensor  # scalar: mean over the units that `count` counts in the micro-batch
+    weight: float  # in the loss; 0: logged only
+    count: str  # tokens, frames or samples (`Batch.counts`), or a key of the objective's `counts`
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of the forward pass."""
+    """What an objective needs from the forward pass."""
 
-    text: bool = False  # the text loss of the labelled tokens (preference training skips it otherwise)
-    planned: bool = False  # a coarse and a planned pass: refused for networks that have one pass
+    text: bool = False  # text loss of the labelled tokens; not computed unless an objective needs it
+    planned: bool = False  # a coarse and a planned pass; an error for networks with a single pass
     attention_weights: bool = False  # of every pass
-    reference: bool = False  # a frozen copy of the network that the stage began with
+    reference: bool = False  # frozen copy of the stage's initial network
 
 
 @dataclass
 class Outputs:
-    """The forward pass of a micro-batch."""
+    """Outputs of the forward pass of a micro-batch."""
 
     network: FoveatedVLMForConditionalGeneration
     mode: str
     options: FoveationOptions
     passes: list[FrameTokens] = field(default_factory=list)  # fine mode: coarse first; empty without frames
-    text: FoveatedVLMOutput | None = None  # of the last pass; None where no objective needs it
+    text: FoveatedVLMOutput | None = None  # of the last pass; None if no objective needs it
     reference: FoveatedVLMForConditionalGeneration | None = None
 
     @property
@@ -55,10 +55,10 @@ class Outputs:
 
 
 class Objective:
-    """A part of what a stage trains on: one file of this package, found by itself.
+    """Base of all objectives. Subclasses in this package are registered automatically.
 
-    `name`: its key in training.<stage>.objective. `term_names`: all names that `terms` may return, which are columns of
-    the metrics table. `Parameters`: its section; None: it has none.
+    name: its key in training.<stage>.objective. term_names: all names that `terms` may return; they become columns of
+    the metrics table. Parameters: schema of its section; None: no parameters.
     """
 
     name: ClassVar[str]
@@ -72,17 +72,17 @@ class Objective:
 
     @classmethod
     def is_active(cls, settings) -> bool:
-        """Whether a stage (`settings`: training.<stage>) uses it: its weight is above 0."""
+        """Whether a stage uses it (weight above 0). settings: training.<stage>."""
         return getattr(settings.objective, cls.name).weight > 0
 
     def make_module(self) -> nn.Module | None:
-        """A new head of the objective's own, or None. It is trained and saved with the network, as `self.module`."""
+        """A new module of the objective, such as a head, or None. It is trained and saved together with the network."""
         return None
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Further counts that its terms are means over. They must follow from the batch alone."""
+        """Additional {name: count} that terms are means over. They may depend on the batch only."""
         return {}
 
     def terms(self, outputs: Outputs, batch: Batch) -> Mapping[str, Term]:
-        """{name: Term} of a micro-batch; without what a micro-batch does not hold, such as frames."""
+        """{name: Term} of a micro-batch. Omit terms that do not apply, such as those of frames in a text-only one."""
         raise NotImplementedError

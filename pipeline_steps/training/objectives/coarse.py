@@ -18,7 +18,8 @@ class CoarseText(Objective):
         """Weight of the coarse pass's text loss; 0: none."""
 
     def terms(self, outputs, batch):
-        # without frames both passes read the same text, so that a text-only sample weighs the same in any micro-batch
+        # Without frames both passes are equal. Counting the loss there too keeps the weight of a text-only sample
+        # independent of the micro-batch.
         loss = outputs.text.loss
         if outputs.passes:
             tokens = outputs.passes[0].visual_tokens

@@ -1,4 +1,4 @@
-"""Contrastive: planned queries find something else than the static one.
+"""Contrastive loss: visual tokens of planned queries should differ from those of the static query.
 
 Shapes: F frames, P visual tokens per frame, E language width.
 """
@@ -33,8 +33,7 @@ class Contrastive(Objective):
 
 
 def contrastive_loss(fine, coarse, margin):
-    """Mean of relu(cos(fine, coarse) - margin) over a frame's fine and coarse tokens [F, P, E]. The coarse ones get no
-    gradient."""
+    """Mean of relu(cos(fine, coarse) - margin) over the tokens [F, P, E] of each frame. Coarse tokens are detached."""
     from torch.nn.functional import cosine_similarity
 
     return (cosine_similarity(fine, coarse.detach(), dim=-1) - margin).relu().mean()

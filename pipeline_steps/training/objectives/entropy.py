@@ -1,4 +1,4 @@
-"""Entropy margin: planned attention is sharper than coarse attention.
+"""Entropy margin loss: planned attention should be sharper than coarse attention.
 
 Shapes: F frames, K queries per frame, L layers, H heads, N patches.
 """
@@ -36,6 +36,8 @@ def attention_entropy(weights):
 
 
 def entropy_margin_loss(fine, coarse, margin):
-    """Mean over all heads of relu(H(fine) - H(coarse) + margin), of the last layer. Attention weights
-    [L, F, H, K, N + 1]; the coarse ones are a reference and get no gradient."""
+    """Mean of relu(H(fine) - H(coarse) + margin) over frames, heads and queries of the last layer.
+
+    fine, coarse: attention weights [L, F, H, K, N + 1]. The coarse entropy is detached.
+    """
     return (attention_entropy(fine[-1]) - attention_entropy(coarse[-1]).detach() + margin).relu().mean()

@@ -1,4 +1,4 @@
-"""Direct preference optimisation against the weights that the stage began with.
+"""Direct preference optimisation (DPO). The reference model has the stage's initial weights.
 
 Shapes: B samples.
 """

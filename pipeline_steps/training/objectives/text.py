@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled text tokens: the objective of every stage but preference training."""
+"""Cross-entropy of the labelled text tokens: the objective of every stage except preference training."""
 
 from pipeline_steps.training.objectives.base import Needs, Objective, Term
 

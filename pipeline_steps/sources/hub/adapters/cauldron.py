@@ -1,4 +1,4 @@
-"""The Cauldron: 50 sets of questions about pictures. ALL pictures and ALL turns of a row are one sample."""
+"""The Cauldron: 50 data sets of questions about images. All images and all turns of a row form one sample."""
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, chat, entries, image_bytes, text
 

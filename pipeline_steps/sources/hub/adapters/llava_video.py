@@ -1,10 +1,10 @@
-"""LLaVA-Video-178K: captions, open questions and multiple choice about videos, as conversations of several turns."""
+"""LLaVA-Video-178K: multi-turn conversations about videos: captions, open questions and multiple choice."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    Unusable,
+    UnusableRow,
     chat,
     entries,
     file_name,
@@ -14,7 +14,7 @@ from pipeline_steps.sources.hub.adapter import (
 )
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-FILES = {"caption": "cap", "open_ended": "oe", "multi_choice": "mc"}  # task: a part of the file's name
+FILES = {"caption": "cap", "open_ended": "oe", "multi_choice": "mc"}  # task -> part of the file name
 KINDS = {
     "academic_v0_1": ("caption", "open_ended", "multi_choice"),
     "youtube_v0_1": ("caption", "open_ended", "multi_choice"),
@@ -23,7 +23,7 @@ KINDS = {
     "perceptiontest": ("multi_choice",),
 }
 DURATIONS = ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
-FRAMES_PER_SECOND = {"llava_hound": 2.0}  # of its videos, which are folders of frames
+FRAMES_PER_SECOND = {"llava_hound": 2.0}  # of the subset whose videos are folders of frames
 
 
 def sample(row, table):
@@ -31,7 +31,7 @@ def sample(row, table):
     for turn in entries(row, "conversations"):
         role = text(turn, "from")
         if role not in ROLES:
-            raise Unusable(f"conversations: unknown speaker {role[:40]!r}")
+            raise UnusableRow(f"conversations: unknown speaker {role[:40]!r}")
         turns.append((ROLES[role], _without_placeholder(text(turn, "value"))))
     video = file_name(text(row, "video"))
     return Draft(
@@ -44,10 +44,10 @@ def sample(row, table):
 
 
 def _without_placeholder(value):
-    """The text without the `<image>` or `<video>` that stands for the clip."""
+    """Remove the placeholder `<image>` or `<video>`."""
     rest = value.replace("<image>", "").replace("<video>", "").strip()
     if not rest:
-        raise Unusable("conversations: a turn without text")
+        raise UnusableRow("conversations: a turn without text")
     return rest
 
 
@@ -55,7 +55,7 @@ def _tables():
     for duration in DURATIONS:
         for collection, tasks in KINDS.items():
             if collection == "perceptiontest" and duration in ("1_2_m", "2_3_m"):
-                continue  # there are none that long
+                continue  # the collection has no videos this long
             for task in tasks:
                 subset = f"{duration}_{collection}"
                 yield Table(subset, f"{subset}/*{FILES[task]}*.json", "llava_video", task)
@@ -70,5 +70,5 @@ ADAPTER = Adapter(
     columns=("id", "conversations", "video"),
     tables=tuple(_tables()),
     sample=sample,
-    places=("",),
+    media_subfolders=("",),
 )

@@ -1,6 +1,6 @@
-"""MLVU: multiple choice about videos of minutes to hours; an evaluation set.
+"""MLVU: multiple choice about videos of minutes to hours (evaluation set).
 
-The seven tasks with options. The two others of the benchmark (sub-scene captions, summaries) ask for prose.
+Covers the seven multiple-choice tasks; the two generation tasks (sub-scene captions, summaries) are left out.
 """
 
 from pathlib import PurePosixPath
@@ -38,6 +38,6 @@ ADAPTER = Adapter(
     columns=("video", "question", "candidates", "answer", "question_type"),
     tables=tuple(Table(task, f"MLVU/json/{task}.json", "mlvu") for task in TASKS),
     sample=sample,
-    places=("", "video", "MLVU/video"),
+    media_subfolders=("", "video", "MLVU/video"),
     held_out=True,
 )

@@ -1,6 +1,6 @@
-"""MVBench: 20 tasks of multiple choice about videos of eleven collections; an evaluation set.
+"""MVBench: 20 multiple-choice tasks about videos of eleven collections (evaluation set).
 
-Folders and the tasks with a segment are those of the benchmark's own evaluation. TVQA is given as folders of frames.
+Folders and segments follow the benchmark's official evaluation. TVQA videos are folders of frames.
 """
 
 from pathlib import PurePosixPath
@@ -65,6 +65,6 @@ ADAPTER = Adapter(
     columns=("video", "question", "candidates", "answer"),
     tables=tuple(Table(task, f"json/{task}.json", "mvbench", f"mvbench_{task}") for task in FOLDERS),
     sample=sample,
-    places=("", "video"),
+    media_subfolders=("", "video"),
     held_out=True,
 )

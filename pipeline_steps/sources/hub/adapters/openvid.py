@@ -1,4 +1,4 @@
-"""OpenVid-1M: a million captioned clips. OpenVid-1M.csv has the captions, OpenVid_part*.zip the clips."""
+"""OpenVid-1M: a million captioned clips (captions: OpenVid-1M.csv, clips: OpenVid_part*.zip)."""
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, file_name, original_video, text
 
@@ -21,5 +21,5 @@ ADAPTER = Adapter(
     columns=("video", "caption"),
     tables=(Table("train", "data/train/OpenVid-1M.csv", "openvid"),),
     sample=sample,
-    places=("", "video", "*"),
+    media_subfolders=("", "video", "*"),
 )

@@ -1,4 +1,4 @@
-"""POPE: is there such an object in the picture, yes or no; an evaluation set for hallucinated objects."""
+"""POPE: yes-or-no questions whether an object is in the image (evaluation set for object hallucination)."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,

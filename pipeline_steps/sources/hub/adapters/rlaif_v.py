@@ -1,12 +1,12 @@
-"""RLAIF-V: pairs of a better and a worse answer about a picture."""
+"""RLAIF-V: preference pairs (chosen and rejected answer) about an image."""
 
-from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, Unusable, image_bytes, optional_text, text
+from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, UnusableRow, image_bytes, optional_text, text
 
 
 def sample(row, table):
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     if chosen == rejected:
-        raise Unusable("rejected: the same as chosen")
+        raise UnusableRow("rejected: the same as chosen")
     item = {"user": text(row, "question"), "assistant": chosen, "rejected": rejected, "task": "preference"}
     return Draft(
         name=optional_text(row, "origin_dataset") or "",

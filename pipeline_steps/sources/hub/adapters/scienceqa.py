@@ -1,13 +1,13 @@
-"""ScienceQA-IMG: the questions of ScienceQA's test split that have a picture; an evaluation set.
+"""ScienceQA-IMG: the questions of ScienceQA's test split that have an image (evaluation set).
 
-The question follows its hint, where there is one. Lectures and solutions are no part of what is asked.
+A hint, if there is one, precedes the question. Lectures and solutions are not used.
 """
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    Unusable,
+    UnusableRow,
     image_bytes,
     lettered_choice,
     number,
@@ -20,10 +20,10 @@ from pipeline_steps.sources.hub.adapter import (
 
 def sample(row, table):
     if row.get("image") is None:
-        raise Unusable("no picture: not in ScienceQA-IMG")
+        raise UnusableRow("no image: not part of ScienceQA-IMG")
     hint, question, correct = optional_text(row, "hint"), text(row, "question"), number(row, "answer")
     if correct != int(correct):
-        raise Unusable(f"answer: {correct} is no whole number")
+        raise UnusableRow(f"answer: {correct} is not an integer")
     task = task_name("scienceqa", text(row, "subject"))
     asked = f"{hint}\n{question}" if hint else question
     return Draft(

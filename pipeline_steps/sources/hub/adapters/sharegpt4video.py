@@ -1,10 +1,10 @@
-"""ShareGPT4Video: 40,000 videos with a caption of the whole and one for each of the key frames."""
+"""ShareGPT4Video: 40,000 videos, each with a caption of the whole video and one per key frame."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    Unusable,
+    UnusableRow,
     entries,
     file_name,
     identifier,
@@ -20,13 +20,13 @@ def sample(row, table):
     rows = entries(row, "captions")
     captions = {identifier(entry, "idx"): text(entry, "content") for entry in rows}
     if len(captions) < len(rows):
-        raise Unusable("captions: an idx is there twice")
+        raise UnusableRow("captions: an idx occurs twice")
     if WHOLE not in captions:
-        raise Unusable(f"captions: none with idx {WHOLE}, the caption of the whole video")
+        raise UnusableRow(f"captions: none with idx {WHOLE}, the caption of the whole video")
     items = [{"user": None, "assistant": captions.pop(WHOLE), "task": "caption"}]
     if captions:
         if not all(idx.isdecimal() for idx in captions):
-            raise Unusable("captions: an idx is no number")
+            raise UnusableRow("captions: an idx is not a number")
         parts = [captions[idx] for idx in sorted(captions, key=int)]
         items.append({"user": KEY_FRAMES, "assistant": "\n".join(parts), "task": "key_frames"})
     video, path = text(row, "video_id"), file_name(text(row, "video_path"))
@@ -41,5 +41,5 @@ ADAPTER = Adapter(
     columns=("video_id", "video_path", "captions"),
     tables=(Table("train", "sharegpt4video_40k.jsonl", "sharegpt4video"),),
     sample=sample,
-    places=("", "*"),
+    media_subfolders=("", "*"),
 )

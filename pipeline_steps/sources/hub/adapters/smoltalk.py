@@ -1,6 +1,6 @@
-"""SmolTalk: text-only chats, in three disjoint parts for the three training stages.
+"""SmolTalk: text-only chats, split into three disjoint parts for the three training stages.
 
-A chat belongs to stage1, stage2 or stage3 in the proportion 4 : 2 : 1, by a hash of its text.
+A hash of its text assigns each chat to stage1, stage2 or stage3, in the ratio 4 : 2 : 1.
 """
 
 import hashlib
@@ -8,10 +8,11 @@ import json
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, chat, entries, text
 
-PARTS = ("stage1",) * 4 + ("stage2",) * 2 + ("stage3",)  # the part of a chat is PARTS[hash modulo 7]
+PARTS = ("stage1",) * 4 + ("stage2",) * 2 + ("stage3",)  # the part of a chat is PARTS[hash % 7]
 
 
 def part_of(messages):
+    """Return the part of a chat: stage1, stage2 or stage3."""
     content = json.dumps(messages, sort_keys=True, default=repr)
     return PARTS[int.from_bytes(hashlib.sha256(f"smoltalk {content}".encode()).digest()[:8]) % len(PARTS)]
 

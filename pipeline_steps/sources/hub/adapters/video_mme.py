@@ -1,10 +1,10 @@
-"""Video-MME: 2,700 questions with four lettered options about 900 YouTube videos; an evaluation set."""
+"""Video-MME: 2,700 multiple-choice questions (A to D) about 900 YouTube videos (evaluation set)."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    Unusable,
+    UnusableRow,
     file_name,
     lettered_choice,
     task_name,
@@ -19,7 +19,7 @@ def sample(row, table):
     options = [_without_letter(option, i) for i, option in enumerate(texts(row, "options"))]
     answer = text(row, "answer")
     if len(answer) != 1 or answer not in LETTERS[: len(options)]:
-        raise Unusable(f"answer: {answer[:40]!r} is no letter of the {len(options)} options")
+        raise UnusableRow(f"answer: {answer[:40]!r} is not the letter of one of the {len(options)} options")
     video, task = text(row, "videoID"), task_name("video_mme", text(row, "task_type"))
     return Draft(
         name=text(row, "question_id"),
@@ -30,10 +30,10 @@ def sample(row, table):
 
 
 def _without_letter(option, number):
-    """ "B. Two" -> "Two", for the second option; Unusable if it does not begin with its own letter."""
+    """Strip the option's letter: "B. Two" -> "Two". Raises UnusableRow if option `number` lacks its letter."""
     letter = f"{LETTERS[number : number + 1]}."
     if number >= len(LETTERS) or not option.startswith(letter) or not option[2:].strip():
-        raise Unusable(f"options[{number}]: {option[:40]!r} does not begin with '{letter}'")
+        raise UnusableRow(f"options[{number}]: {option[:40]!r} does not start with '{letter}'")
     return option[2:].strip()
 
 
@@ -45,6 +45,6 @@ ADAPTER = Adapter(
     columns=("videoID", "question_id", "task_type", "question", "options", "answer"),
     tables=(Table("test", "videomme/test-*.parquet", "video_mme"),),
     sample=sample,
-    places=("", "data", "video"),
+    media_subfolders=("", "data", "video"),
     held_out=True,
 )

@@ -4,7 +4,7 @@ from pipeline_steps.sources.hub.adapter import (
     Adapter,
     Draft,
     Table,
-    Unusable,
+    UnusableRow,
     file_name,
     optional_text,
     original_video,
@@ -21,7 +21,7 @@ QUESTIONS = {
 def sample(row, table):
     clip, caption = text(row, "clip_id"), row.get("caption")
     if not isinstance(caption, dict):
-        raise Unusable("caption: expected an object with 'content'")
+        raise UnusableRow("caption: expected an object with 'content'")
     items = [{"user": None, "assistant": text(caption, "content"), "task": "caption"}]
     for field, question in QUESTIONS.items():
         answer = optional_text(caption, field)
@@ -38,13 +38,13 @@ def sample(row, table):
 
 
 def _video(row, clip):
-    """The video of a clip, from the row's meta, or from the clip's name VIDEO-Scene-NUMBER."""
+    """Return the id of the clip's video: from the row's meta, or from the clip id VIDEO-Scene-NUMBER."""
     meta = row.get("meta")
     if isinstance(meta, dict) and optional_text(meta, "video_id"):
         return text(meta, "video_id")
     video, separator, _ = clip.rpartition("-Scene-")
     if not separator:
-        raise Unusable(f"clip_id: {clip[:60]!r} does not name its video")
+        raise UnusableRow(f"clip_id: {clip[:60]!r} does not name its video")
     return video
 
 
@@ -59,5 +59,5 @@ ADAPTER = Adapter(
         Table("short", "vript_captions/vript_short_videos_captions.jsonl", "vript"),
     ),
     sample=sample,
-    places=("", "*"),
+    media_subfolders=("", "*"),
 )

@@ -1,4 +1,4 @@
-"""WebVid and lists of captioned videos in its columns: videoid, contentUrl, duration, page_dir, name (the caption)."""
+"""WebVid, and other data with its columns: videoid, contentUrl, duration, page_dir, name (the caption)."""
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, file_name, identifier, optional_text, text
 
@@ -25,6 +25,6 @@ ADAPTER = Adapter(
     columns=("videoid", "contentUrl", "page_dir", "name"),
     tables=(Table("train", "data/train/**/*.csv", "webvid"),),
     sample=sample,
-    places=("", "videos"),
-    addresses=True,
+    media_subfolders=("", "videos"),
+    has_urls=True,
 )

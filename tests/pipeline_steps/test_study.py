@@ -1,0 +1,492 @@
+"""Studies: their design, the plan of shared jobs, running it through Snakemake, and what is collected."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.study import __main__ as study_main
+from pipeline_steps.study import collect, design, plan, progress, summary
+from pipeline_steps.study.design import Seeds, Study
+from pipeline_steps.study.plan import Job, Plan, Run
+
+ALL = {"question": "Does it?", "arms": {"none": {}, "A6": {"overrides": ["ablation=A6"]}}, "seeds": [1, 2]}
+
+
+def make(**changes):
+    return Study.model_validate(ALL | changes, strict=False)
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """A folder for conf/study."""
+    monkeypatch.setattr(design, "STUDIES", tmp_path)
+    monkeypatch.setattr(design, "ROOT", tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------- design
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid(path):
+    study = design.read_study(path.stem)
+    for arm in study.arms:
+        design.parameters_of(next(cell for cell in design.cells_of(study) if cell.arm == arm))
+
+
+def test_every_arm_meets_every_seed_and_budget():
+    cells = design.cells_of(make(budgets={"x1": 1, "x2": 2}))
+    assert [cell.name for cell in cells][:4] == [
+        "none-x1-seed1.1.1",
+        "none-x1-seed2.2.2",
+        "none-x2-seed1.1.1",
+        "none-x2-seed2.2.2",
+    ]
+    assert len(cells) == 8
+
+
+def test_an_arm_may_have_its_own_seeds_and_budgets():
+    arms = {"none": {}, "A6": {"overrides": ["ablation=A6"], "seeds": [7], "budgets": ["x2"]}}
+    cells = design.cells_of(make(arms=arms, budgets={"x1": 1, "x2": 2}))
+    assert [cell.name for cell in cells if cell.arm == "A6"] == ["A6-x2-seed7.7.7"]
+
+
+def test_seeds_set_training_backbones_and_data():
+    cell = design.cells_of(make(seeds=[{"training": 5, "backbones": 6, "data": 7}]))[0]
+    found = design.parameters_of(cell)
+    assert found["seed"] == 5
+    assert found["backbones"]["embedded"]["seed"] == 6
+    assert found["sources"]["procedural"]["seed"] == found["sources"]["chat"]["seed"] == found["shards"]["seed"] == 7
+
+
+def test_a_budget_scales_the_samples_of_every_stage():
+    found = [
+        design.parameters_of(cell)["training"] for cell in design.cells_of(make(budgets={"x1": 1, "half": 0.5}))[::2]
+    ]
+    for stage in design.TRAINING_STAGES:
+        assert found[1][stage]["num_samples"] == found[0][stage]["num_samples"] / 2
+
+
+def test_equal_flops_follow_from_the_runs_at_another_budget():
+    study = make(budgets={"x2": 2, "same": {"flops_of": "x2"}}, seeds=[1, 2])
+    cells = design.cells_of(study)
+    assert [cell.name for cell in cells if cell.budget == "same"] == ["A6-same-seed1.1.1", "A6-same-seed2.2.2"]
+    ready, waiting = design.with_factors(cells, "none", {"none-x2-seed1.1.1": 3e14, "A6-x2-seed1.1.1": 2e14})
+    assert [cell.name for cell in waiting] == ["A6-same-seed2.2.2"]
+    (cell,) = (cell for cell in ready if cell.budget == "same")
+    assert cell.factor == 3.0
+    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * 24000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": {"x1": 1, "same": {"flops_of": "x3"}}}, "budget same: flops_of is 'x3', expected one of: x1"),
+        ({"arms": {"A 6": {}}}, "arm 'A 6': use letters"),
+        ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
+        ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
+        ({"armz": {}}, "armz: Extra inputs"),
+        ({"seeds": []}, "seeds: "),
+        ({"seeds": [-1]}, "seeds"),
+    ],
+)
+def test_a_wrong_design_is_refused_with_the_file(studies, changes, message):
+    (studies / "mine.yaml").write_text(yaml.safe_dump(ALL | changes))
+    with pytest.raises(UserError, match=message) as error:
+        design.cells_of(design.read_study("mine"))
+    assert "mine.yaml" in str(error.value)
+
+
+def test_an_unknown_study_lists_those_that_exist(studies):
+    (studies / "mine.yaml").write_text(yaml.safe_dump(ALL))
+    with pytest.raises(UserError, match=r"other.yaml: there is no such study \(there are: mine\)"):
+        design.read_study("other")
+
+
+@pytest.mark.parametrize("override", ["ablation=A66", "model.query_dims=3", "ablation=A6 "])
+def test_a_misspelt_arm_is_refused_by_name(override):
+    study = make(arms={"none": {}, "mine": {"overrides": [override.strip(), "ablation=A6x"]}})
+    with pytest.raises(UserError, match="arm mine: "):
+        design.parameters_of(design.cells_of(study)[-1])
+
+
+def test_an_ablation_that_changes_nothing_is_refused():
+    study = make(base=["model.coarse_only=true"])
+    with pytest.raises(UserError, match=r"arm A6: .*changes no parameter"):
+        design.parameters_of(design.cells_of(study)[-1])
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(UserError, match=r"1 run.s. twice: none-x1-seed1.1.1"):
+        design.cells_of(make(arms={"none": {"seeds": [1, {"training": 1, "backbones": 1, "data": 1}]}}))
+
+
+# ---------------------------------------------------------------- plan
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    monkeypatch.setattr(plan, "clean_commit", lambda: "c0ffee")
+
+
+def test_runs_share_the_stages_whose_parameters_are_equal(clean):
+    made = plan.make_plan("mine", make())
+    one, two, other, _ = made.runs
+    shared = ("backbones", "sources", "shards", "tokens")
+    assert all(one.jobs[stage] == other.jobs[stage] for stage in shared)  # another arm
+    assert all(one.jobs[stage] != two.jobs[stage] for stage in shared)  # other seeds of backbones and data
+    assert all(one.jobs[stage] != other.jobs[stage] for stage in ("stage1", "stage2", "stage3", "evaluation"))
+    assert len(made.jobs) == 2 * len(shared) + 4 * 5
+
+
+def test_a_change_of_the_last_stage_shares_all_before(clean):
+    arms = {"none": {}, "long": {"overrides": ["training.stage3.num_samples=48000"]}}
+    one, _, other, _ = plan.make_plan("mine", make(arms=arms)).runs
+    assert {stage for stage in one.jobs if one.jobs[stage] != other.jobs[stage]} == {"stage3", "evaluation", "flops"}
+
+
+def test_runtime_settings_share_everything(clean):
+    arms = {"none": {}, "logs": {"overrides": ["runtime.log_every=5"]}}
+    with pytest.raises(UserError, match=r"logs-x1-seed1.1.1 and none-x1-seed1.1.1 have the same effective parameters"):
+        plan.make_plan("mine", make(arms=arms))
+
+
+def test_a_change_of_code_changes_the_stages_that_use_it():
+    stages, parameters = plan.read_stages(), design.parameters_of(design.cells_of(make())[0])
+    code = plan.code_of_commit()
+    before = plan.jobs_of(stages, parameters, code)
+    after = plan.jobs_of(stages, parameters, code | {"pipeline_steps/evaluation/__main__.py": "0"})
+    assert [stage for stage in before if before[stage].key != after[stage].key] == ["evaluation"]
+
+
+def test_jobs_come_after_those_that_they_need(clean):
+    seen = set()
+    for name, job in plan.make_plan("mine", make()).jobs.items():
+        assert set(job.inputs.values()) <= seen
+        seen.add(name)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    for words in (["init", "-q"], ["config", "user.email", "a@b.c"], ["config", "user.name", "n"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "code.py").write_text("1")
+    subprocess.run("git add -A && git commit -qm one", cwd=tmp_path, shell=True, check=True)
+    return tmp_path
+
+
+def test_uncommitted_changes_are_refused_but_results_are_not(repository):
+    (repository / "reports/study/mine").mkdir(parents=True)
+    (repository / "reports/study/mine/runs.csv").write_text("run\n")
+    assert len(plan.clean_commit()) == 40
+    (repository / "code.py").write_text("2")
+    with pytest.raises(UserError, match=r"1 file.s. differ from the last commit \(code.py\)"):
+        plan.clean_commit()
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def small_plan(*commands, commit="c0ffee"):
+    """A plan of one run per command; all need one shared job, which takes a moment."""
+    first = Job("first", "k", "python -c \"open('out', 'w').write('x'); print('made')\"", {"a": 1}, {}, ("out",))
+    jobs, runs = {("first", "k"): first}, []
+    for number, command in enumerate(commands):
+        job = Job("second", f"k{number}", command, {"a": 1}, {"out": ("first", "k")}, ("result",))
+        jobs["second", job.key] = job
+        seeds = {"training": number, "backbones": 1, "data": 1}
+        runs.append(Run(f"run{number}", "none", "x1", seeds, {"a": 1}, {"first": "k", "second": job.key}))
+    return Plan("mine", commit, runs=runs, jobs=jobs)
+
+
+COPY = "python -c \"open('result', 'w').write(open('out').read())\""
+FAIL = "python -c \"print('reading'); raise SystemExit('no digits found')\""
+SLOW = "python -c \"import time; open('begun', 'a').write('.'); time.sleep(60); open('result', 'w')\""
+
+
+def write_plan(made, folder):
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine/plan.json").write_text(json.dumps(made.as_dict()))
+
+
+def run_snakemake(made, folder, cores=2):
+    write_plan(made, folder)
+    command = study_main.snakemake_command(folder, "mine", cores, 0)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_failed_job_does_not_stop_the_others_and_is_reported(tmp_path):
+    made = small_plan(FAIL, COPY, COPY)
+    done = run_snakemake(made, tmp_path)
+    assert done.returncode != 0
+    found = progress.states(made, tmp_path)
+    assert [found["second", f"k{number}"] for number in range(3)] == ["failed", "done", "done"]
+    (text,) = progress.failures(made, tmp_path)
+    assert "second of run0 failed (exit code 1)" in text
+    assert "reading" in text
+    assert "no digits found" in text
+    assert (tmp_path / "jobs/second/k1/result").read_text() == "x"
+    assert not (tmp_path / "jobs/second/k0/done.json").exists()
+
+
+def test_only_what_is_missing_runs_again(tmp_path):
+    run_snakemake(small_plan(FAIL, COPY), tmp_path)
+    made = small_plan(COPY, COPY)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("jobs/*/*/done.json")}
+    assert len(times) == 2
+    assert run_snakemake(made, tmp_path).returncode == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    assert set(progress.states(made, tmp_path).values()) == {"done"}
+    assert not progress.failures(made, tmp_path)
+    record = json.loads((tmp_path / "jobs/second/k0/done.json").read_text())
+    assert record["commit"] == "c0ffee"
+    assert record["attempts"] == 2
+
+
+def test_an_output_that_was_not_written_fails_the_job(tmp_path):
+    run_snakemake(small_plan('python -c "pass"'), tmp_path)
+    assert json.loads((tmp_path / "jobs/second/k0/failed.json").read_text())["reason"] == "not written: result"
+
+
+def test_a_killed_study_leaves_nothing_running_and_continues(tmp_path):
+    write_plan(small_plan(SLOW), tmp_path)
+    process = subprocess.Popen(study_main.snakemake_command(tmp_path, "mine", 1, 0), stderr=subprocess.DEVNULL)
+    folder = tmp_path / "jobs/second/k0"
+    wait_for(lambda: (folder / "begun").exists())
+    assert progress.state_of(folder) == "running"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: progress.state_of(folder) == "waiting")
+    assert not progress.failures(small_plan(SLOW), tmp_path)
+    assert run_snakemake(small_plan(COPY), tmp_path).returncode == 0
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_jobs_take_a_gpu_each_and_wait_for_one(tmp_path):
+    from pipeline_steps.study.job import free_slot
+
+    with free_slot(tmp_path, 2) as first, free_slot(tmp_path, 2) as second:
+        assert {first, second} == {0, 1}
+        code = (
+            "from pathlib import Path\nfrom pipeline_steps.study.job import free_slot\n"
+            f"with free_slot(Path({str(tmp_path)!r}), 2) as number: print(number)"
+        )
+        third = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        time.sleep(1.5)
+        assert third.poll() is None
+    assert third.communicate(timeout=30)[0].strip() in ("0", "1")
+
+
+def test_missing_inputs_name_the_job_that_makes_them(tmp_path):
+    from pipeline_steps.study import job
+
+    made = small_plan(COPY).as_dict()["jobs"][1]
+    folder = tmp_path / "jobs/second/k0"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"jobs/first/k/out: missing; it is an output of first \(k\)"):
+        job.prepare(made, folder, tmp_path)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
+    made = plan.make_plan("mine", make())
+    long, short = (job for job in list(made.jobs.values()) if job.stage == "stage2" and job.key in [
+        run.jobs["stage2"] for run in made.runs[:2]
+    ])  # fmt: skip
+    guess = progress.measure_costs(made, tmp_path)
+    assert guess.seconds(short) == progress.FIRST_GUESS_PER_SAMPLE * 30400
+    folder = tmp_path / long.folder
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": 304.0}))
+    costs = progress.measure_costs(made, tmp_path)
+    assert costs.seconds(short) == pytest.approx(304.0)
+    found = progress.states(made, tmp_path)
+    assert found["stage2", long.key] == "done"
+    everything = sum(costs.seconds(job) for job in made.jobs.values())
+    assert progress.total_seconds(made, found, costs) == pytest.approx(everything - 304.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])
+def test_times_are_readable(seconds, text):
+    assert progress.format_time(seconds) == text
+
+
+def test_only_some_arms(clean):
+    study = make()
+    made = plan.make_plan("mine", study)
+    part = study_main.only_arms(made, study, ["A6"])
+    assert [run.arm for run in part.runs] == ["A6", "A6"]
+    assert {job.stage for job in part.jobs.values()} == {job.stage for job in made.jobs.values()}
+    assert len(part.jobs) == 18
+    with pytest.raises(UserError, match=r"--arms: there is no arm A7 \(there are: none, A6\)"):
+        study_main.only_arms(made, study, ["A7"])
+
+
+def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(clean, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["study", "confirm", "--dry-run", "--cores", "4"])
+    assert study_main.main() == 0
+    text = capsys.readouterr().out
+    assert "none-x1-seed21.21.21" in text
+    assert "on one core, about" in text
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- results
+
+
+def curve(path, losses):
+    """A stage's csv; the autoregressive mode is validated at the end only."""
+    rows = [
+        {"event": "validation", "step": step, "task": task, "mode": mode, "loss": loss}
+        for step, loss in losses.items()
+        for task in ("card", "gist")
+        for mode in (("fine", "autoregressive") if step == max(losses) else ("fine",))
+    ]
+    pd.DataFrame([{"event": "train", "step": 1, "loss": 9.0}, *rows]).to_csv(path, index=False)
+    return path
+
+
+def test_convergence_is_the_fall_over_the_last_quarter(tmp_path):
+    change, converged = collect.convergence(curve(tmp_path / "a.csv", {250: 1.0, 500: 0.9, 750: 0.8, 1000: 0.6}))
+    assert change == pytest.approx(0.25)
+    assert not converged
+    change, converged = collect.convergence(curve(tmp_path / "b.csv", {500: 0.6, 750: 0.6, 1000: 0.597}))
+    assert converged
+    assert collect.convergence(curve(tmp_path / "c.csv", {500: 0.5, 1000: 0.7}))[1]  # has passed its minimum
+    assert collect.convergence(curve(tmp_path / "d.csv", {500: 0.5})) == (None, None)
+
+
+def runs_table(seeds=8, flops=None):
+    rng = np.random.default_rng(0)
+    means = {"none": (0.93, 0.9), "A6": (0.36, 0.9), "B1": (0.4, 0.97)}
+    rows = []
+    for arm, (gaze, reading) in means.items():
+        for seed in range(seeds):
+            tasks = dict.fromkeys(("card", "follow"), gaze + rng.normal(0, 0.005)) | dict.fromkeys(
+                ("caption", "gist"), reading + rng.normal(0, 0.005)
+            )
+            rows.append(
+                {
+                    "run": f"{arm}-{seed}",
+                    "arm": arm,
+                    "budget": "x1",
+                    **dict.fromkeys(summary.SEEDS, seed),
+                    "training_samples": 60000,
+                    "training_flops": (flops or {}).get(arm, 1e14),
+                    "training_seconds": 300.0,
+                    "mean_token_accuracy": np.mean(list(tasks.values())),
+                    "exact_match_accuracy": 0.6,
+                    "mean_loss": 0.2,
+                    **{f"accuracy_{task}": value for task, value in tasks.items()},
+                    "converged": arm != "B1",
+                    "commit": "c0ffee",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+STUDY = make(
+    arms={"none": {}, "A6": {"overrides": ["ablation=A6"]}, "B1": {"overrides": ["ablation=B1"]}},
+    seeds=list(range(8)),
+    groups={"gaze": ["card", "follow"], "reading": ["caption", "gist"]},
+)
+
+
+def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
+    table = runs_table(flops={"B1": 2e14})
+    (tmp_path / "mine").mkdir()
+    table.to_csv(tmp_path / "mine/runs.csv", index=False)
+    text = summary.write_summary("mine", STUDY, tmp_path).read_text()
+    assert "24 of 24 runs" in text
+    assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
+    assert "**equal** at equal samples and FLOPs |" in text
+    assert (
+        "**worse** at equal samples; 8 of 8 runs of the arm not converged" in text
+    )  # B1 reads more, at twice the FLOPs
+    assert text.count("| none | x1 | ") == 9  # the arm and its runs
+    assert "8 of 8 [63, 100 %]" in text
+    assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
+
+
+def test_summary_is_the_same_bytes_again(tmp_path):
+    table = runs_table(seeds=2)
+    assert summary.page("mine", table, STUDY) == summary.page("mine", table, STUDY)
+    assert summary.figure(table, STUDY) == summary.figure(table, STUDY)
+
+
+def test_arms_with_other_seeds_or_budgets_get_no_verdict():
+    table = runs_table()
+    table.loc[table["arm"] == "A6", list(summary.SEEDS)] += 100
+    table.loc[table["arm"] == "B1", ["training_samples", "training_flops"]] *= 2
+    found, budgets = summary.comparisons(table, STUDY)
+    assert {entry.arm for entry in found} == {"B1"}
+    assert {entry.verdict for entry in found} == {"unmatched budgets"}
+    assert budgets == {"B1": None}
+
+
+def test_equal_flops_are_compared_with_the_budget_that_they_follow():
+    study = STUDY.model_copy(update={"budgets": {"x1": 1.0, "same": design.EqualFlops(flops_of="x1")}})
+    table = runs_table(flops={"B1": 2e14})
+    same = table[table["arm"] == "B1"].assign(budget="same", training_samples=30000, training_flops=1e14)
+    found, budgets = summary.comparisons(pd.concat([table, same]), study)
+    assert budgets == {"A6, x1": "samples and FLOPs", "B1, x1": "samples", "B1, same": "FLOPs"}
+    assert len(found) == 6
+
+
+def test_a_summary_without_runs_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"runs.csv: missing; run `make study name=mine` first"):
+        summary.write_summary("mine", STUDY, tmp_path)
+
+
+def test_seeds_are_non_negative():
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Seeds(training=-1, backbones=0, data=0)
+
+
+@pytest.mark.slow
+def test_a_study_end_to_end(tmp_path, monkeypatch, clean):
+    """Two arms of seconds through the real stages; then nothing is left to do."""
+    monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(study_main, "RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(
+        study_main, "write_summary", lambda name, study: summary.write_summary(name, study, tmp_path / "results")
+    )
+    study = design.read_study("smoke")
+    monkeypatch.setattr(study_main, "read_study", lambda name: study.model_copy(update={"seeds": (1,)}))
+    monkeypatch.setattr(
+        study_main, "read_arguments", lambda: SimpleNamespace(name="smoke", cores=2, gpus=0, dry_run=False, arms=None)
+    )
+    assert study_main.main() == 0
+    table = pd.read_csv(tmp_path / "results/smoke/runs.csv")
+    assert list(table["arm"]) == ["none", "A6"]
+    assert (table["training_samples"] == 100).all()
+    assert table["training_flops"].iloc[0] > table["training_flops"].iloc[1]  # planning costs
+    items = pd.read_parquet(tmp_path / "results/smoke/items.parquet")
+    for run, rows in items.groupby("run"):
+        tasks = rows.groupby("task")[["num_correct", "num_tokens"]].sum()
+        found = table.set_index("run").loc[run, [f"accuracy_{task}" for task in tasks.index]]
+        assert list(found) == pytest.approx(list(tasks["num_correct"] / tasks["num_tokens"]), abs=1e-5)
+    started = time.monotonic()
+    assert study_main.main() == 0
+    assert time.monotonic() - started < 30
