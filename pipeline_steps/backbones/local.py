@@ -1,4 +1,4 @@
-"""Check and copy existing backbones: two folders in Hugging Face format.
+"""Check and copy existing backbones: two folders in Hugging Face format, or a GGUF file of the language model.
 
 Supported are any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`HuggingFaceTB/SmolLM2-*-Instruct`).
 """
@@ -6,12 +6,14 @@ Supported are any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`Hu
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from pipeline_steps.common.errors import UserError
 
+from .convert import language_model_from_gguf
 from .schema import Local
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -24,7 +26,8 @@ LANGUAGE = ("llama", ("config.json", "tokenizer.json", "tokenizer_config.json"),
 def copy_backbones(local: Local, folder: Path) -> dict:
     """Check both folders and copy them below `folder`. Returns the size and sha256 of every file.
 
-    Raises UserError if a folder is not a usable backbone.
+    A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`). Raises
+    UserError if a folder is not a usable backbone.
     """
     paths = {"vision_encoder": local.vision_path, "language_model": local.language_path}
     for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
@@ -33,6 +36,10 @@ def copy_backbones(local: Local, folder: Path) -> dict:
                 f"backbones.local.{key} is null, expected the folder of the {role}. Set it or use kind embedded."
             )
     check_folder(Path(paths["vision_encoder"]), *VISION)
+    if Path(paths["language_model"]).suffix == ".gguf":
+        with tempfile.TemporaryDirectory(dir=folder) as converted:
+            language_model_from_gguf(Path(paths["language_model"]), Path(converted))
+            return copy_backbones(local.model_copy(update={"language_path": converted}), folder)
     check_folder(Path(paths["language_model"]), *LANGUAGE)
     check_chat_format(Path(paths["language_model"]))
     metrics = {"kind": "local"}

@@ -13,7 +13,7 @@ class Local(StrictModel):
     vision_path: str | None
     """Folder of the vision encoder."""
     language_path: str | None
-    """Folder of the language model with its tokenizer."""
+    """Folder of the language model with its tokenizer, or a `.gguf` file (extra `pretrained`)."""
 
 
 class Repository(StrictModel):

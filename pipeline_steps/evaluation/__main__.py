@@ -199,7 +199,12 @@ def summarise(table, answers, chance_accuracy, settings, origin, *, views=None, 
     text = tasks.pop(TEXT, {}).get(TEXT)
     for task in tasks:
         sums = table[table["task"] == task].pivot(index=["key", "item"], columns="mode", values="loss_sum")
-        gaps[task] = statistics.gap(sums["autoregressive"].to_numpy(), sums["fine"].to_numpy(), **options)
+        gaps[task] = statistics.gap(
+            sums["autoregressive"].to_numpy(),
+            sums["fine"].to_numpy(),
+            clips=sums.index.get_level_values("key"),
+            **options,
+        )
     in_all = [mode for mode in modes.subset_controls() if all(mode in scores for scores in tasks.values())]
     mean = {
         mode: metrics.MeanScore(
@@ -243,7 +248,7 @@ def mean_exact_match(generation, tasks):
 def score_rows(rows, options):
     """`Score` of rows of the item table. options: keyword arguments of `statistics.score`."""
     columns = (rows[name].to_numpy() for name in ("loss_sum", "num_correct", "num_tokens"))
-    return statistics.score(*columns, **options)
+    return statistics.score(*columns, clips=rows["key"], **options)
 
 
 def provenance(arguments, parameters, device):

@@ -85,7 +85,7 @@ def target_patches(batch, truths):
 
 
 def effects(table, interval):
-    """{task: {control: `Control`}}; interval: function of (numerators, denominators) per item."""
+    """{task: {control: `Control`}}; interval: function of (numerators, denominators, clips) per item."""
     indexed = table.set_index(["task", "mode", "key", "item"]).sort_index()[list(SUMS)]
     found, compared = {}, modes.all_controls()
     for task, mode in table[["task", "mode"]].drop_duplicates().sort_values(["task", "mode"]).itertuples(False):
@@ -107,8 +107,8 @@ def effect(control, base, interval):
     tokens = base["num_tokens"].to_numpy()
     return Control(
         loss_difference=float(loss.sum() / tokens.sum()),
-        loss_interval=interval(loss, tokens),
+        loss_interval=interval(loss, tokens, clips=base.index.get_level_values("key")),
         accuracy_difference=float(correct.sum() / tokens.sum()),
-        accuracy_interval=interval(correct, tokens),
+        accuracy_interval=interval(correct, tokens, clips=base.index.get_level_values("key")),
         num_items=len(base),
     )

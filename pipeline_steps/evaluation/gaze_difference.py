@@ -11,7 +11,7 @@ OWN = "autoregressive"
 
 
 def differences(table, interval):
-    """{task: {reference: `GazeDifference`}}; interval: function of (numerators, denominators) per item."""
+    """{task: {reference: `GazeDifference`}}; interval: function of (numerators, denominators, clips) per item."""
     if "gaze_frames" not in table:
         return {}
     rows = table[table["gaze_frames"] > 0].set_index(["task", "mode", "key", "item"]).sort_index()
@@ -35,6 +35,6 @@ def difference(own, reference, interval):
     frames = own["gaze_frames"].to_numpy()
     return GazeDifference(
         peak_on_target=float(change.sum() / frames.sum()),
-        interval=interval(change, frames),
+        interval=interval(change, frames, clips=own.index.get_level_values("key")),
         num_frames=int(frames.sum()),
     )

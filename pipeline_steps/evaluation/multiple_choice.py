@@ -204,14 +204,14 @@ def _summary(rows, num_samples, seed):
 def _choice_score(rows, name, num_samples, seed):
     correct = rows["correct"].to_numpy()
     hits, blind = ((rows[f"{which}chosen_{name}"].to_numpy() == correct).astype(float) for which in ("", "blind_"))
-    ones = np.ones(len(rows))
+    ones, clips = np.ones(len(rows)), rows["source"] + "/" + rows["key"]
     return ChoiceScore(
         accuracy=float(hits.mean()),
-        interval=statistics.ratio_interval(hits, ones, num_samples, seed),
+        interval=statistics.ratio_interval(hits, ones, num_samples, seed, clips),
         blind=float(blind.mean()),
-        blind_interval=statistics.ratio_interval(blind, ones, num_samples, seed),
+        blind_interval=statistics.ratio_interval(blind, ones, num_samples, seed, clips),
         gain=float((hits - blind).mean()),
-        gain_interval=statistics.ratio_interval(hits - blind, ones, num_samples, seed),
+        gain_interval=statistics.ratio_interval(hits - blind, ones, num_samples, seed, clips),
     )
 
 

@@ -18,6 +18,8 @@ def is_per_frame(sample, item, num_frames):
         return False
     tokens = np.asarray(item["input_ids"])[np.asarray(item["score_mask"], bool)]
     shown = sample.objects[target].digits
+    if not shown:
+        return False
     digits = np.array([shown[source_frame(t, num_frames, len(shown))] for t in range(1, num_frames)])
     if len(tokens) == 0 or len(tokens) != len(digits):
         return False

@@ -5,6 +5,7 @@ num_tokens [n].
 """
 
 import numpy as np
+import pandas as pd
 
 from pipeline_steps.common.metrics import Gap, Score
 
@@ -25,16 +26,24 @@ def bootstrap_sums(values, num_samples, seed):
     return np.concatenate(sums)
 
 
-def ratio_interval(numerator, denominator, num_samples, seed):
-    """95 % percentile interval of sum(numerator) / sum(denominator), bootstrap over items. Resamples with
-    denominator 0 are discarded."""
-    sums = bootstrap_sums(np.stack([numerator, denominator], axis=1), num_samples, seed)
+def ratio_interval(numerator, denominator, num_samples, seed, clips=None):
+    """95 % percentile interval of sum(numerator) / sum(denominator), bootstrap over clips: a clip's items are drawn
+    together. clips: the clip of every item, None if each has its own. Resamples with denominator 0 are discarded."""
+    sums = bootstrap_sums(by_clip(np.stack([numerator, denominator], axis=1), clips), num_samples, seed)
     sums = sums[sums[:, 1] > 0]
     low, high = np.percentile(sums[:, 0] / sums[:, 1], INTERVAL)
     return float(low), float(high)
 
 
-def score(loss_sum, num_correct, num_tokens, num_samples, seed):
+def by_clip(values, clips):
+    """Sums of values [n, c] over the items of each clip, clips in the order of their first item: [clips, c]."""
+    if clips is None:
+        return values
+    numbers, _ = pd.factorize(pd.Index(clips))
+    return np.stack([np.bincount(numbers, weights=column) for column in values.T.astype(np.float64)], axis=1)
+
+
+def score(loss_sum, num_correct, num_tokens, num_samples, seed, clips=None):
     """`Score` of a group of items; every scored token has equal weight, so an item's weight is its number of scored
     tokens."""
     total = float(np.sum(num_tokens))
@@ -43,16 +52,16 @@ def score(loss_sum, num_correct, num_tokens, num_samples, seed):
         accuracy=float(np.sum(num_correct)) / total,
         num_items=len(num_tokens),
         num_tokens=int(total),
-        loss_interval=ratio_interval(loss_sum, num_tokens, num_samples, seed),
-        accuracy_interval=ratio_interval(num_correct, num_tokens, num_samples, seed),
+        loss_interval=ratio_interval(loss_sum, num_tokens, num_samples, seed, clips),
+        accuracy_interval=ratio_interval(num_correct, num_tokens, num_samples, seed, clips),
     )
 
 
-def gap(autoregressive_loss_sum, fine_loss_sum, num_samples, seed):
+def gap(autoregressive_loss_sum, fine_loss_sum, num_samples, seed, clips=None):
     """`Gap`: both arrays hold the same items in the same order."""
     return Gap(
         loss_ratio=float(np.sum(autoregressive_loss_sum) / np.sum(fine_loss_sum)),
-        interval=ratio_interval(autoregressive_loss_sum, fine_loss_sum, num_samples, seed),
+        interval=ratio_interval(autoregressive_loss_sum, fine_loss_sum, num_samples, seed, clips),
     )
 
 

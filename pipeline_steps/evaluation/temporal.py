@@ -107,9 +107,9 @@ def compare(part, everything, interval):
         all_frames_loss=float(full_loss.sum() / tokens.sum()),
         all_frames_accuracy=float(full_correct.sum() / tokens.sum()),
         loss_difference=float((loss - full_loss).sum() / tokens.sum()),
-        loss_interval=interval(loss - full_loss, tokens),
+        loss_interval=interval(loss - full_loss, tokens, clips=part.index.get_level_values("key")),
         answers_changed=float(changed.mean()),
-        answers_changed_interval=interval(changed, np.ones(len(changed))),
+        answers_changed_interval=interval(changed, np.ones(len(changed)), clips=part.index.get_level_values("key")),
         tokens_changed=float(others.sum() / tokens.sum()),
         num_items=len(part),
     )

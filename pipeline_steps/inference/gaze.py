@@ -74,7 +74,7 @@ def head_summary(maps, truth):
 def aggregate(rows, interval):
     """`Gaze` of the items in a DataFrame of `summary` columns, or None if no frame shows a target.
 
-    interval: function of (numerators, denominators) per item.
+    interval: function of (numerators, denominators, clips) per item.
     """
     rows = rows[rows["gaze_frames"] > 0]
     if rows.empty:
@@ -90,7 +90,9 @@ def aggregate(rows, interval):
     return Gaze(
         **{name: (np.array(rows[name].tolist()).sum(0) / frames).reshape(layers, -1).tolist() for name in heads},
         **{name: float(rows[name].sum()) / frames for name in SHARES},
-        peak_on_target_interval=interval(rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy()),
+        peak_on_target_interval=interval(
+            rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy(), clips=rows["key"]
+        ),
         num_frames=frames,
         per_layer=(np.array(rows["per_layer"].tolist()).sum(0) / frames).tolist(),
         per_frame=[

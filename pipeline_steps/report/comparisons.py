@@ -131,11 +131,12 @@ def resamples_of(task_sizes, num_samples, seed):
 
 @lru_cache(maxsize=64)
 def item_sums(run, tasks):
-    """`Sums` of a run's items in the mode of the comparison, sorted by task, key and item."""
+    """`Sums` of a run's clips in the mode of the comparison, sorted by task and key: a clip's items are one unit."""
     rows = run.items[(run.items["mode"] == MODE) & run.items["task"].isin(tasks)]
-    rows = rows.sort_values(["task", "key", "item"], kind="stable")
+    columns = ["num_tokens", "loss_sum", "num_correct"]
+    rows = rows.groupby(["task", "key"], sort=True)[columns].sum().reset_index()
     sizes = rows["task"].value_counts()
     return Sums(
         tuple(int(sizes[task]) for task in tasks),
-        *(rows[name].to_numpy(dtype=float) for name in ("num_tokens", "loss_sum", "num_correct")),
+        *(rows[name].to_numpy(dtype=float) for name in columns),
     )

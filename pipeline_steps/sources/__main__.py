@@ -18,7 +18,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import replaced_folder
 from pipeline_steps.common.schemas import RawSample
-from pipeline_steps.sources import chat, folder, procedural, tars
+from pipeline_steps.sources import chat, folder, object_clips, procedural, tars
 from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
@@ -70,7 +70,8 @@ def _take_tars(entries, partial: Path, index: IndexWriter, num_processes: int) -
 
 def _render(section, partial: Path, num_processes: int) -> Iterator[RawSample]:
     (partial / "procedural").mkdir()
-    procedural.write(partial / "procedural", section, num_processes)
+    writer = {"digits": procedural, "objects": object_clips}[section.world]
+    writer.write(partial / "procedural", section, num_processes)
     yield from folder.read(partial / "procedural", "procedural", relative_to=Path(os.path.abspath(partial))).samples
 
 

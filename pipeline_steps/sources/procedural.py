@@ -48,16 +48,22 @@ def write(folder: Path, section, num_processes: int) -> None:
 
 def plan(section) -> list[tuple[str, str, int]]:
     """Return all clips as (split, task, number). Counts per task follow train_mix, rounded by largest remainder."""
-    weights = np.array([getattr(section.train_mix, kind) for kind in world.KINDS])
-    shares = section.num_train_clips * weights / weights.sum()
-    counts = np.floor(shares).astype(int)
-    counts[np.argsort(counts - shares, kind="stable")[: section.num_train_clips - counts.sum()]] += 1
+    counts = largest_remainder(section.num_train_clips, [getattr(section.train_mix, kind) for kind in world.KINDS])
     numbers = {
-        "train": dict(zip(world.KINDS, counts.tolist(), strict=True)),
+        "train": dict(zip(world.KINDS, counts, strict=True)),
         "validation": dict.fromkeys(world.KINDS, section.num_validation_clips),
         "test": dict.fromkeys(world.KINDS, section.num_test_clips),
     }
     return [(split, kind, i) for split in numbers for kind in world.KINDS for i in range(numbers[split][kind])]
+
+
+def largest_remainder(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers in the proportions of `weights` that add up to `total`."""
+    weights = np.array(weights)
+    shares = total * weights / weights.sum()
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
+    return counts.tolist()
 
 
 def sample_clip(section, split: str, kind: str, number: int) -> tuple[world.Scene, list[dict]]:

@@ -17,7 +17,19 @@ from pipeline_steps.common.params import StrictModel
 from pipeline_steps.sources.hub.adapters import NAMES as ADAPTER_NAMES
 
 
-class TrainMix(StrictModel):
+class Mix(StrictModel):
+    """Relative numbers of training clips by task."""
+
+    @model_validator(mode="after")
+    def _something_is_rendered(self):
+        if not any(getattr(self, task) for task in type(self).model_fields):
+            raise ValueError(
+                "all tasks have weight 0, so no training clip would be rendered; give one a positive weight"
+            )
+        return self
+
+
+class TrainMix(Mix):
     """Relative numbers of training clips whose first question is of this task."""
 
     card: NonNegativeFloat
@@ -35,18 +47,65 @@ class TrainMix(StrictModel):
     image: NonNegativeFloat
     """Relative number of clips by task."""
 
+
+class ObjectsMix(Mix):
+    """Relative numbers of training clips whose first question is of this task."""
+
+    become: NonNegativeFloat
+    """Relative number of clips by task."""
+    place: NonNegativeFloat
+    """Relative number of clips by task."""
+    meet: NonNegativeFloat
+    """Relative number of clips by task."""
+    small: NonNegativeFloat
+    """Relative number of clips by task."""
+    caption: NonNegativeFloat
+    """Relative number of clips by task."""
+    background: NonNegativeFloat
+    """Relative number of clips by task."""
+    still: NonNegativeFloat
+    """Relative number of clips by task."""
+
+
+class Objects(StrictModel):
+    """The world of objects; read only when world is objects."""
+
+    cutouts: str | None
+    """Folder of transparent pictures with `metadata.jsonl` (`file_name`, `name`)."""
+    backgrounds: str | None
+    """Folder of named photographs; null: textures."""
+    held_out_share: float = Field(ge=0, lt=0.5)
+    """Share of names held out for validation, and for test."""
+    num_train_clips: PositiveInt
+    """Training clips, stills included."""
+    train_mix: ObjectsMix
+    """Relative numbers of training clips by the task of their first question."""
+    num_validation_clips: PositiveInt
+    """Validation clips per task, of known names."""
+    num_test_clips: PositiveInt
+    """Test clips per task, of known names."""
+    num_new_clips: NonNegativeInt
+    """Held-out clips per `*_new` task, of held-out names."""
+    num_extra_items: NonNegativeInt
+    """Most extra questions per training clip."""
+    frame_size: int = Field(ge=56, le=512, multiple_of=2)
+    """Side of rendered frames in pixels."""
+    num_frames: tuple[int, int]
+    """Fewest and most frames per clip (at least 6)."""
+
     @model_validator(mode="after")
-    def _something_is_rendered(self):
-        if not any(getattr(self, task) for task in type(self).model_fields):
-            raise ValueError(
-                "all tasks have weight 0, so no training clip would be rendered; give one a positive weight"
-            )
+    def _frames_are_a_range(self):
+        fewest, most = self.num_frames
+        if not 6 <= fewest <= most:
+            raise ValueError(f"num_frames is [{fewest}, {most}], expected 6 <= fewest <= most")
         return self
 
 
 class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
+    world: Literal["digits", "objects"]
+    """Hopping digits, or moving cut-outs (`objects.*` in place of all but `seed` and `fps`)."""
     seed: NonNegativeInt
     """Seed of the clips."""
     num_train_clips: PositiveInt
@@ -69,6 +128,8 @@ class Procedural(StrictModel):
     """Standard deviation of brightness grain (brightness 0 to 1)."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
     """Relative numbers of hopping training clips with 1 to 4 objects."""
+    objects: Objects
+    """The world of objects."""
 
 
 class Chat(StrictModel):

@@ -45,6 +45,17 @@ def test_interval_of_a_mean_is_that_of_the_normal_law():
     assert statistics.ratio_interval(hits, np.ones(2000), 2000, 1) == (low, high)
 
 
+def test_questions_of_one_clip_are_resampled_together():
+    """Four equal questions per clip are no more evidence than one: the interval stays as wide."""
+    hits = np.random.default_rng(0).integers(0, 2, 100).astype(float)
+    one = statistics.ratio_interval(hits, np.ones(100), 500, 1)
+    clips = np.repeat([f"clip{n}" for n in range(100)], 4)
+    four = statistics.ratio_interval(hits.repeat(4), np.ones(400), 500, 1, clips=clips)
+    assert four == pytest.approx(one)
+    alone = statistics.ratio_interval(hits.repeat(4), np.ones(400), 500, 1)
+    assert alone[1] - alone[0] < 0.6 * (one[1] - one[0])
+
+
 def test_gap_is_paired():
     fine = np.random.default_rng(0).uniform(0.1, 5, 200)
     gap = statistics.gap(1.1 * fine, fine, 500, 1)

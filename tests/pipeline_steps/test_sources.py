@@ -24,10 +24,14 @@ from pipeline_steps.world import digits as world
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
 
+OBJECTS = params.load(params.ROOT / "params.yaml")["sources"]["procedural"]["objects"] | {"num_frames": (8, 16)}
+
+
 def section(collect=("procedural", "chat"), path=None, **changes):
     values = {
         "collect": list(collect),
         "procedural": {
+            "world": "digits",
             "seed": 1,
             "num_train_clips": 18,
             "train_mix": MIX,
@@ -39,6 +43,7 @@ def section(collect=("procedural", "chat"), path=None, **changes):
             "num_frames": 6,
             "noise": 0.06,
             "num_objects_weights": (2, 1, 1, 1),
+            "objects": OBJECTS,
             **changes,
         },
         "chat": {"seed": 1, "num_train": 40, "num_validation": 8, "num_test": 8},

@@ -1,0 +1,406 @@
+"""The world of objects: what is drawn is what the ground truth says, held-out things are held out, files are rows."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline_steps.common import params
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.schemas import read_samples
+from pipeline_steps.sources import schema
+from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.world import objects as world
+from pipeline_steps.world import tuxpaint
+from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
+from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
+from tests import drawings
+
+T = 12  # frames
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cutouts")
+    drawings.write(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def cutouts(folder):
+    return Cutouts(folder, 0.2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def backgrounds():
+    return Backgrounds(None, 0.2, seed=1)
+
+
+def scenes(cutouts, backgrounds, kind, count=12, split="train", num_frames=T, is_new=False):
+    rngs = (np.random.default_rng((seed, KINDS.index(kind))) for seed in range(count))
+    return [world.sample_scene(rng, kind, split, cutouts, backgrounds, num_frames, is_new) for rng in rngs]
+
+
+def names(cutouts, track):
+    return [cutouts.pictures[picture].name for picture in track.pictures]
+
+
+# ---------------------------------------------------------------- scenes and questions
+
+
+def test_the_marked_object_becomes_the_answer(cutouts, backgrounds):
+    for scene in scenes(cutouts, backgrounds, "become"):
+        item = world.scene_items(scene, cutouts)[0]
+        shown = [names(cutouts, track) for track in scene.tracks]
+        assert item["task"] == "become"
+        assert item["assistant"] == shown[item["target"]][-1] != shown[item["target"]][0]
+        assert len({own[-1] for own in shown}) == len({own[0] for own in shown}) == 4  # four candidates
+        assert all(len(set(own)) == 2 for own in shown)  # the others change as well
+        frames, _ = world.render(scene, cutouts, backgrounds, 112)
+        white = (frames > 250).all(-1).sum((1, 2))
+        plain = world.render(replace(scene, kind="small"), cutouts, backgrounds, 112)[0]
+        assert white[0] > (plain[0] > 250).all(-1).sum() + 50  # the mark, in the first frame only
+        assert (frames[1:] == plain[1:]).all()
+
+
+def test_what_is_at_a_place_over_time(cutouts, backgrounds):
+    for scene in scenes(cutouts, backgrounds, "place"):
+        items = world.scene_items(scene, cutouts, np.random.default_rng(0), 3)
+        assert len({item["user"] for item in items}) == 4
+        for item in items:
+            track = scene.tracks[item["target"]]
+            assert item["user"] == f"What is at the {track.place} over time?"
+            told = item["assistant"].split(", ")
+            shown = names(cutouts, track)
+            assert told == [name for t, name in enumerate(shown) if t == 0 or name != shown[t - 1]]
+            assert 2 <= len(told) <= 3
+            x, y = np.array(track.centres).T
+            vertical, horizontal = track.place.split()
+            assert ((y < 0.5) == (vertical == "top")).all()
+            assert ((x < 0.5) == (horizontal == "left")).all()
+
+
+def test_what_the_named_object_meets(cutouts, backgrounds):
+    for scene in scenes(cutouts, backgrounds, "meet"):
+        items = world.scene_items(scene, cutouts, np.random.default_rng(0), 3)
+        assert len(items) == 2
+        shown = [names(cutouts, track)[0] for track in scene.tracks]
+        assert len(set(shown)) == 4
+        paths = np.array([track.centres for track in scene.tracks])  # [4, T, 2]
+        for item in items:
+            me = item["target"]
+            assert item["user"] == f"What does the {shown[me]} meet?"
+            other = shown.index(item["assistant"])
+            distances = np.linalg.norm(paths - paths[me], axis=-1)[:, T // 2]
+            waiting = [index for index, visited in enumerate(scene.others) if visited < 0]
+            assert min(waiting, key=lambda index: distances[index]) == other == scene.others[me]
+
+
+def test_the_small_object_is_the_smallest_and_on_top(cutouts, backgrounds):
+    for scene in scenes(cutouts, backgrounds, "small"):
+        item = world.scene_items(scene, cutouts)[0]
+        sizes = [track.size for track in scene.tracks]
+        assert item["target"] == len(sizes) - 1
+        assert 1.5 * sizes[-1] < min(sizes[:-1])
+        assert item["assistant"] == names(cutouts, scene.tracks[-1])[0]
+        _, boxes = world.render(scene, cutouts, backgrounds, 112)
+        assert (boxes[-1, :, 2] > boxes[-1, :, 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["caption", "background", "still"])
+def test_questions_about_the_whole_frame(cutouts, backgrounds, kind):
+    for scene in scenes(cutouts, backgrounds, kind):
+        assert scene.num_frames == (1 if kind == "still" else T)
+        items = {item["task"]: item for item in world.scene_items(scene, cutouts, np.random.default_rng(0), 3)}
+        assert all(item["target"] is None for item in items.values())
+        assert items["background"]["assistant"] == scene.background.name
+        told = next(item for task, item in items.items() if task != "background")
+        assert (told["user"] is None) == (kind != "still")
+        by_place = sorted(scene.tracks, key=lambda track: np.mean(track.centres, axis=0)[0])
+        assert told["assistant"] == ", ".join(names(cutouts, track)[0] for track in by_place)
+
+
+def test_objects_pass_behind_each_other_enter_and_leave(cutouts, backgrounds):
+    made = [scene for kind in ("become", "caption") for scene in scenes(cutouts, backgrounds, kind, 30)]
+    visible = [world.visibility(scene, cutouts, 56) for scene in made]
+    assert any((values[:, 1:-1] < 0.6).any() for values in visible[:30])  # behind another one
+    assert any((values[:, 0] == 0).any() for values in visible[30:])  # not there yet
+    assert any((values[:, -1] == 0).any() for values in visible[30:])  # gone
+
+
+def test_a_scene_whose_target_is_hidden_is_not_clear(cutouts, backgrounds):
+    scene = scenes(cutouts, backgrounds, "become", 1)[0]
+    assert world._is_clear(scene, cutouts)
+    target = scene.tracks[scene.target]
+    ball = cutouts.of["ball"][0]
+    cover = replace(target, pictures=(ball,) * T, size=0.9)
+    assert not world._is_clear(replace(scene, tracks=(*scene.tracks, cover)), cutouts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_enclose_what_is_seen(cutouts, backgrounds, kind):
+    """Without a track, exactly the pixels in and around its box change."""
+    for scene in scenes(cutouts, backgrounds, kind, 3):
+        scene = replace(scene, kind="small")  # no mark
+        frames, boxes = world.render(scene, cutouts, backgrounds, 112)
+        assert frames.shape == (scene.num_frames, 112, 112, 3)
+        assert boxes.min() >= 0
+        assert boxes.max() <= 1
+        for index, _ in enumerate(scene.tracks):
+            away = replace(scene.tracks[index], centres=((-9.0, -9.0),) * scene.num_frames)
+            others = (*scene.tracks[:index], away, *scene.tracks[index + 1 :])
+            without, _ = world.render(replace(scene, tracks=others), cutouts, backgrounds, 112)
+            for t in range(scene.num_frames):
+                differs = np.abs(frames[t].astype(int) - without[t]).max(-1) > 60  # [H, W]
+                x0, y0, x1, y1 = np.round(112 * boxes[index, t]).astype(int)
+                if x1 == x0:
+                    continue
+                outside = differs.copy()
+                outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False
+                assert not outside.any()
+                assert differs[y0:y1, x0:x1].any()
+
+
+def test_rendering_repeats(cutouts, backgrounds):
+    scene = scenes(cutouts, backgrounds, "meet", 1)[0]
+    for first, second in zip(*(world.render(scene, cutouts, backgrounds, 56) for _ in range(2)), strict=True):
+        assert (first == second).all()
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+def test_names_are_divided_by_their_last_word():
+    given = ["red apple", "green apple", "fox", "red fox", *(f"thing{n}" for n in range(18))]
+    split = divide(given, 0.1, seed=3)
+    assert sorted(name for part in split.values() for name in part) == sorted(given)
+    nouns = [{head_noun(name) for name in part} for part in split.values()]
+    assert sum(map(len, nouns)) == len(set.union(*nouns))
+    assert len(nouns[SPLITS.index("test")]) == len(nouns[SPLITS.index("validation")]) == 2
+    assert divide(given, 0.1, seed=4) != split
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("kind", NEW_KINDS)
+def test_new_tasks_ask_for_held_out_names_and_the_others_never_show_them(cutouts, backgrounds, kind, split):
+    held_out = set(cutouts.names[split])
+    never = set(cutouts.names["test" if split == "validation" else "validation"])
+    for scene in scenes(cutouts, backgrounds, kind, 5, split, is_new=True):
+        item = world.scene_items(scene, cutouts)[0]
+        assert item["task"] == f"{kind}_new"
+        told = item["assistant"].split(", ")
+        assert told[0] in held_out if kind in GAZE_KINDS else len(set(told) & held_out) == 2
+        shown = {name for track in scene.tracks for name in names(cutouts, track)}
+        assert not shown & never
+        assert scene.background in backgrounds.by_split[split]
+    for scene in scenes(cutouts, backgrounds, kind, 5, split):
+        shown = {name for track in scene.tracks for name in names(cutouts, track)}
+        assert shown <= set(cutouts.names["train"])
+        assert scene.background in backgrounds.by_split[split]
+
+
+def test_textures_are_held_out_as_combinations(backgrounds):
+    parts = {split: {own.name for own in backgrounds.by_split[split]} for split in SPLITS}
+    assert sum(map(len, parts.values())) == len(PATTERNS) * len(COLOURS) == len(set.union(*parts.values()))
+    known = {word for name in parts["train"] for word in name.split()}
+    assert known == set(PATTERNS) | set(COLOURS)
+
+
+def test_objects_stand_out_from_the_background(cutouts, backgrounds):
+    for kind in KINDS:
+        for scene in scenes(cutouts, backgrounds, kind, 5):
+            ground = backgrounds.colour(scene.background)
+            for picture in {picture for track in scene.tracks for picture in track.pictures}:
+                assert np.linalg.norm(cutouts.colour(picture) - ground) > 30
+
+
+# ---------------------------------------------------------------- folders of pictures
+
+
+def write_rows(folder, *rows):
+    folder.mkdir(exist_ok=True)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(folder / "a.png")
+    text = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in text))
+    return folder
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    (["{"], r"metadata\.jsonl line 1: expected"),
+    ([{"file_name": "a.png"}], r"metadata\.jsonl line 1: expected .*'name'"),
+    ([{"file_name": "a.png", "name": "x"}, {"file_name": "b.png", "name": "y"}], r"line 2: .*b\.png cannot be read"),
+    ([{"file_name": "a.png", "name": " "}], r"line 1: name is ' '"),
+    ([{"file_name": "a.png", "name": "cat, dog"}], r"line 1: name is 'cat, dog'"),
+    ([{"file_name": "../a.png", "name": "x"}], r"line 1: file_name is '\.\./a\.png'"),
+    ([{"file_name": "a.png", "name": "x"}] * 2, r"a\.png is in line 1 and in line 2"),
+    ([], r"metadata\.jsonl: has no rows"),
+    ([{"file_name": "a.png", "name": "x"}], r"leaves 1 different names to train on, at least 6"),
+])  # fmt: skip
+def test_a_folder_that_does_not_do_is_refused_with_file_and_row(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        Cutouts(write_rows(tmp_path / "cutouts", *rows), 0.0, seed=1)
+
+
+def test_a_picture_that_cannot_be_used_is_named(tmp_path, folder):
+    for content, message in ((None, "has no visible pixel"), (b"no picture", "is no picture")):
+        place = tmp_path / message
+        drawings.write(place)
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(place / "fish.png")
+        if content:
+            (place / "fish.png").write_bytes(content)
+        with pytest.raises(UserError, match=rf"fish\.png \(row 4 of its metadata\.jsonl\) {message}"):
+            Cutouts(place, 0.0, seed=1).check()
+
+
+def test_a_folder_that_is_not_given_or_not_there():
+    with pytest.raises(UserError, match=r"objects\.cutouts is null"):
+        Cutouts(None, 0.1, seed=1)
+    with pytest.raises(UserError, match=r"/none/metadata\.jsonl cannot be read \(No such file"):
+        read_folder("/none", "key")
+
+
+def test_photographs_as_backgrounds(tmp_path, cutouts):
+    rows = []
+    for number in range(6):
+        Image.new("RGB", (300, 200), (40 * number, 90, 30)).save(tmp_path / f"{number}.jpg")
+        rows.append({"file_name": f"{number}.jpg", "name": f"meadow {number}"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    photographs = Backgrounds(tmp_path, 0.2, seed=1)
+    parts = [{own.name for own in photographs.by_split[split]} for split in SPLITS]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 6
+    assert all(parts)
+    scene = scenes(cutouts, photographs, "background", 1, "test")[0]
+    frames, _ = world.render(scene, cutouts, photographs, 56)
+    number = int(scene.background.name.split()[1])
+    corner = np.median(frames[:, :6].reshape(-1, 3), 0)
+    assert np.abs(corner - (40 * number, 90, 30)).max() < 4
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(UserError, match="holds 2 pictures, expected at least 3"):
+        Backgrounds(tmp_path, 0.2, seed=1)
+
+
+@pytest.mark.parametrize(("caption", "name"), [
+    ("A red fox.", "red fox"),
+    ("An albino peahen (a female peafowl, or peacock).", "albino peahen"),
+    ("A pair of closed scissors.", "closed scissors"),
+    ("A \u201cFuji\u201d apple.", "fuji apple"),
+    ("A very small pumpkin.", "small pumpkin"),
+    ("Eat your broccoli!", None),
+    ("A candy cane is a traditional Christmas treat in the United States.", None),
+    ("A chick inside an egg.", None),
+])  # fmt: skip
+def test_names_from_captions(caption, name):
+    assert tuxpaint.name_of(caption) == name
+
+
+def test_drawings_are_told_from_photographs(cutouts):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    photograph = Image.fromarray(np.dstack([noise, np.full((64, 64), 255, np.uint8)]), "RGBA")
+    assert tuxpaint.flatness(photograph) < 0.1
+    for index in range(10):
+        assert tuxpaint.flatness(cutouts.image(index)) > tuxpaint.MAX_FLAT
+
+
+def test_a_package_with_photographs_and_drawings(tmp_path, monkeypatch):
+    """The recipe on a made-up package: what suits becomes a row, the rest is counted by its reason."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 4), dtype=np.uint8)
+    noise[:10, :, 3], noise[10:, :, 3] = 0, 255
+    captions = {
+        "animals/fox.png": "A red fox.\nde.utf8=Ein Fuchs.",
+        "animals/cartoon/cat.png": "A cat.",
+        "food/corn.png": "Eat your corn!",
+        "food/tiny.png": "A nut.",
+        "food/nothing.png": None,
+    }
+
+    def unpack(command, folder=None):
+        assert command[:2] == ["dpkg", "-x"]
+        stamps = Path(command[3]) / tuxpaint.STAMPS
+        for name, caption in captions.items():
+            (stamps / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise[:, :20] if "tiny" in name else noise, "RGBA").resize(
+                (30, 30) if "tiny" in name else (70, 90)
+            ).save(stamps / name)
+            if caption:
+                (stamps / name).with_suffix(".txt").write_text(caption)
+        (Path(command[3]) / tuxpaint.COPYRIGHT).parent.mkdir(parents=True)
+        (Path(command[3]) / tuxpaint.COPYRIGHT).write_text("GPL-2")
+
+    monkeypatch.setattr(tuxpaint, "run", unpack)
+    counts = tuxpaint.build(tmp_path / "out", tmp_path / "package.deb")
+    assert counts == {
+        "taken": 1,
+        "a drawing, symbol, flag or sign": 1,
+        "its caption is not one thing's name": 1,
+        "smaller than 64 px": 1,
+        "no caption": 1,
+    }
+    (picture,) = read_folder(tmp_path / "out", "key")
+    assert (picture.path.name, picture.name) == ("animals-fox.png", "red fox")
+    assert Image.open(picture.path).size == (70, 80)  # cropped to what is visible
+    assert (tmp_path / "out/copyright").read_text() == "GPL-2"
+
+
+def test_a_machine_without_the_packages_tools(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no (dpkg|apt-get) here: run this on Debian"):
+        tuxpaint.build(tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the source
+
+
+def section(folder, **changes):
+    values = params.load(params.ROOT / "params.yaml")["sources"]
+    few = {"num_train_clips": 14, "num_validation_clips": 1, "num_test_clips": 1, "num_new_clips": 1}
+    few |= {"cutouts": str(folder), "held_out_share": 0.2, "frame_size": 56, "num_frames": [6, 8]}
+    values["procedural"] |= {"world": "objects", "objects": values["procedural"]["objects"] | few | changes}
+    return schema.Section.model_validate(values | {"collect": ["procedural"]}, strict=False)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, folder):
+    output = tmp_path_factory.mktemp("raw") / "raw"
+    collect(section(folder), output, num_processes=1)
+    return output
+
+
+def test_the_source_writes_what_the_digits_write(raw):
+    samples = read_samples(raw / "index.jsonl")
+    counts = Counter((sample.split, item.task) for sample in samples for item in sample.items[:1])
+    held_out = [*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)]
+    for split in ("validation", "test"):
+        assert {task: n for (own, task), n in counts.items() if own == split} == dict.fromkeys(held_out, 1)
+    assert sum(n for (split, _), n in counts.items() if split == "train") == 14
+    for sample in samples:
+        assert sample.kind == ("image" if "still" in sample.items[0].task else "video")
+        assert len(sample.items) == 1 or sample.split == "train"
+        for own in sample.objects:
+            assert len(own.boxes) == sample.num_source_frames
+        for item in sample.items:
+            assert (item.target is not None) == (item.task.removesuffix("_new") in GAZE_KINDS)
+    pictures = json.loads((raw / "procedural/pictures.json").read_text())
+    assert len(pictures["sha256"]) == 10
+    assert {split: len(own) for split, own in pictures["names"].items()} == {"train": 6, "validation": 2, "test": 2}
+
+
+def test_bytes_do_not_depend_on_the_processes_nor_on_the_number_of_clips(raw, folder, tmp_path):
+    def content(place):
+        return {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+    collect(section(folder), tmp_path / "two", num_processes=2)
+    assert content(tmp_path / "two") == content(raw)
+    collect(section(folder, num_train_clips=16), tmp_path / "more", num_processes=1)
+    media = {name: data for name, data in content(raw).items() if name.suffix in (".mp4", ".jpg")}
+    assert media.items() <= content(tmp_path / "more").items()
+
+
+def test_too_few_names_for_the_tasks_about_new_ones(folder, tmp_path):
+    with pytest.raises(UserError, match=r"held_out_share 0\.1 leaves 1 names .* set num_new_clips to 0"):
+        collect(section(folder, held_out_share=0.1), tmp_path / "raw")
+    collect(section(folder, held_out_share=0.0, num_new_clips=0), tmp_path / "raw")
