@@ -260,7 +260,7 @@ def provenance(arguments, parameters, device):
         "tokens_sha256": sha256_file(arguments.tokens / "manifest.json"),
         "parameters_sha256": fingerprint(parameters.as_dict()),
         "split": parameters.evaluation.split,
-        "seed": parameters.evaluation.seed,
+        "evaluation_seed": parameters.evaluation.seed,
         "num_threads": parameters.evaluation.num_threads,
         "device": device.type,
         "torch": torch.__version__,
