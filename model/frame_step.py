@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, StaticCache
 from transformers.utils import logging
@@ -78,12 +78,13 @@ def step_obstacle(model) -> str | None:
         return f"rope_type={language.model.rotary_emb.rope_type!r} is not one of {', '.join(ROPE_TYPES)}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on (cast the weights instead: model.to(torch.bfloat16))"
-    if any(hasattr(module, "_hf_hook") for module in language.modules()):
+    inner = [*language.model.modules(), *model.vision_encoder.encoder.modules()]  # the step reads their weights only
+    if any(hasattr(module, "_hf_hook") for module in inner):
         return "the language model is spread over devices (device_map)"
-    skipped = [language.model]  # modules whose own forward the step does not call
-    for layer in language.model.layers:
-        skipped += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
-    return "forward hooks are registered on the language model's layers" if any(map(_has_hooks, skipped)) else None
+    if any(map(_has_hooks, inner)):
+        return "forward hooks are registered on layers, which the step does not call"
+    changed = [module for module in inner if hasattr(module, "in_features") and type(module) is not nn.Linear]
+    return f"a linear layer is a {type(changed[0]).__name__}, not torch's Linear" if changed else None
 
 
 def graph_obstacle(model) -> str | None:
@@ -112,9 +113,14 @@ class LanguageCache:
         weight = language.embed_tokens.weight
         dtype, device = weight.dtype, weight.device
         self.num_places = -(-num_places // PLACES) * PLACES
+        self.layers = [LanguageLayer.of(layer) for layer in language.layers]
+        self.norm, self.epsilon = language.norm.weight, language.norm.variance_epsilon
+        self.activation = language.layers[0].mlp.act_fn
+        self.num_heads, self.num_groups = text.num_attention_heads, text.num_key_value_heads
         head_width = language.layers[0].self_attn.head_dim
         shape = (2, len(language.layers), batch_size, text.num_key_value_heads, self.num_places, head_width)
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)  # each [layers, B, G, S, C]
+        self.per_layer = list(zip(self.layers, self.keys, self.values, strict=True))
         self.lowest = torch.finfo(dtype).min
         self.bias = torch.full((batch_size, 1, 1, self.num_places), self.lowest, dtype=dtype, device=device)
         self.places = torch.arange(self.num_places, device=device)
@@ -130,12 +136,11 @@ class LanguageCache:
         self.next_place.zero_()
         self.num_read.zero_()
 
-    def read(self, model, embeddings: Tensor, present: Tensor, within: int | None = None) -> Tensor:
+    def read(self, embeddings: Tensor, present: Tensor, within: int | None = None) -> Tensor:
         """Reads embeddings [B, P, E] at the next P places, of which `present` [B, P] says which are real: the hidden
         states [B, P, E]. within: attend to so many places only, all that are taken (None: to all)."""
         batch_size, length, width = embeddings.shape
-        language, text = model.language_model.model, model.config.text_config
-        num_heads, groups = text.num_attention_heads, text.num_key_value_heads
+        num_heads, groups = self.num_heads, self.num_groups
         places = self.next_place + self.places[:length]  # [P]
         positions = (self.num_read[:, None] + present.cumsum(1) - 1).clamp(min=0)  # [B, P]
         hidden_places = (~present).to(self.bias.dtype) * self.lowest  # [B, P]
@@ -147,29 +152,113 @@ class LanguageCache:
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]  # [B, P, 1, C]
         half = cos.shape[-1] // 2
         rows = embeddings.reshape(-1, width)  # [B P, E]
-        for layer, keys, values in zip(language.layers, self.keys.unbind(), self.values.unbind(), strict=True):
-            attention = layer.self_attn
-            normed = _rms_norm(layer.input_layernorm, rows)
-            turned = torch.cat([attention.q_proj(normed), attention.k_proj(normed)], dim=1)
-            turned = turned.view(batch_size, length, num_heads + groups, -1)
+        split = (batch_size, groups, num_heads // groups * length, 2 * half)
+        for layer, keys, values in self.per_layer:
+            normed = torch.rms_norm(rows, (width,), layer.norm1, self.epsilon)
+            turned = torch.cat([F.linear(normed, *layer.query), F.linear(normed, *layer.key)], dim=1)
+            turned = turned.view(batch_size, length, num_heads + groups, 2 * half)
             turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
-            own_values = attention.v_proj(normed).view(batch_size, length, groups, -1)
+            own_values = F.linear(normed, *layer.value).view(batch_size, length, groups, 2 * half)
             keys.index_copy_(2, places, turned[:, :, num_heads:].transpose(1, 2))
             values.index_copy_(2, places, own_values.transpose(1, 2))
-            queries = turned[:, :, :num_heads].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, G, R, P, C]
-            mixed = F.scaled_dot_product_attention(  # the heads of a group as rows: keys and values are not repeated
-                queries.flatten(2, 3), keys[:, :, :within], values[:, :, :within], bias, scale=attention.scaling
-            )
-            mixed = mixed.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(len(rows), -1)
-            rows = rows + attention.o_proj(mixed)
-            rows = rows + layer.mlp(_rms_norm(layer.post_attention_layernorm, rows))
+            queries = turned[:, :, :num_heads]  # [B, P, G R, C]
+            if length > 1:  # the heads of a group become rows: keys and values are not repeated
+                queries = queries.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(
+                queries.reshape(split), keys[:, :, :within], values[:, :, :within], bias, scale=layer.scaling
+            )  # [B, G, R P, C]
+            if length > 1:
+                mixed = mixed.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+            rows = _add_linear(rows, mixed.reshape(len(rows), -1), *layer.output)
+            normed = torch.rms_norm(rows, (width,), layer.norm2, self.epsilon)
+            inner = self.activation(F.linear(normed, *layer.gate)) * F.linear(normed, *layer.up)
+            rows = _add_linear(rows, inner, *layer.down)
         self.next_place += length
         self.num_read += present.sum(1)
-        return _rms_norm(language.norm, rows).view(batch_size, length, width)
+        return torch.rms_norm(rows, (width,), self.norm, self.epsilon).view(batch_size, length, width)
 
 
-def _rms_norm(norm, rows: Tensor) -> Tensor:
-    return F.rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
+@dataclass
+class LanguageLayer:
+    """The weights of a layer of the language model, as they lie in the model: calling its modules costs a CPU more than
+    the work of a small one. Linear layers are (weight, bias or None)."""
+
+    norm1: Tensor
+    query: tuple
+    key: tuple
+    value: tuple
+    output: tuple
+    norm2: Tensor
+    gate: tuple
+    up: tuple
+    down: tuple
+    scaling: float
+
+    @classmethod
+    def of(cls, layer) -> "LanguageLayer":
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        inner = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        return cls(norms[0], *map(_weights, linears), norms[1], *map(_weights, inner), attention.scaling)
+
+
+def _weights(module) -> tuple:
+    return module.weight, module.bias
+
+
+def _add_linear(rows: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows + linear(inputs)."""
+    rows = torch.addmm(rows, inputs, weight.t())
+    return rows if bias is None else rows + bias
+
+
+# ---------------------------------------------------------------- the vision encoder's part
+
+
+class QueryWalk:
+    """`FoveatedEncoder.attend` for one frame of every sample, with the weights as they lie in the model."""
+
+    def __init__(self, encoder):
+        self.num_heads = encoder.config.num_attention_heads
+        self.epsilon = encoder.config.layer_norm_eps
+        self.norm = _weights(encoder.layernorm)
+        self.layers = [
+            (
+                _weights(layer.norm1),
+                _weights(layer.attention.attention.query),
+                _weights(layer.attention.output.dense),
+                layer.layer_scale1.lambda1,
+                _weights(layer.norm2),
+                _weights(layer.mlp.fc1),
+                _weights(layer.mlp.fc2),
+                layer.layer_scale2.lambda1,
+            )
+            for layer in encoder.encoder.layer
+        ]
+
+    def __call__(self, rows: Tensor, keys: list[Tensor], values: list[Tensor], attention, output_attentions: bool):
+        """Query rows [B, K, D], keys and values per layer [B, heads, N + 1, C], QueryAttention -> (features [B, K, D],
+        attention weights [layers, B, heads, K, N + 1] or None)."""
+        batch_size, num_queries, width = rows.shape
+        split, seen = (batch_size, num_queries, self.num_heads, -1), []
+        rows = rows.reshape(-1, width)
+        for index, weights in enumerate(self.layers):
+            norm1, query, dense, scale1, norm2, fc1, fc2, scale2 = weights
+            looking = F.linear(torch.layer_norm(rows, (width,), *norm1, self.epsilon), *query)
+            looking = looking.view(split).transpose(1, 2)  # [B, heads, K, C]
+            if output_attentions or not attention.is_plain:
+                seen.append(attention.of_layer(index).weights(looking, keys[index]))
+            if attention.is_plain:
+                mixed = F.scaled_dot_product_attention(looking, keys[index], values[index])
+            else:
+                mixed = seen[-1] @ values[index]
+            mixed = F.linear(mixed.transpose(1, 2).reshape(-1, width), *dense)
+            rows = torch.addcmul(rows, mixed, scale1)
+            normed = torch.layer_norm(rows, (width,), *norm2, self.epsilon)
+            rows = torch.addcmul(rows, F.linear(F.gelu(F.linear(normed, *fc1)), *fc2), scale2)
+        features = torch.layer_norm(rows, (width,), *self.norm, self.epsilon).view(batch_size, num_queries, width)
+        return features, torch.stack(seen) if output_attentions else None
 
 
 # ---------------------------------------------------------------- the step
@@ -208,6 +297,7 @@ class FrameStep:
         """num_places: tokens that the cache must hold. query_source: of QUERY_SOURCES in the configuration."""
         self.query_source, self.output_attentions = query_source, output_attentions
         self.cache = LanguageCache(model, batch_size, num_places)
+        self.walk = QueryWalk(model.vision_encoder) if model.config.attention == "deep" else None
         self.queries = model.static_query.detach().expand(batch_size, -1, -1).clone()  # of the next frame [B, K, Q]
 
     def reset(self, first: Tensor) -> None:
@@ -218,21 +308,27 @@ class FrameStep:
     def read_text(self, model, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the text before the frames [B, S'], right-aligned."""
         if input_ids.shape[1]:
-            self.cache.read(model, model.embed(input_ids, None), attention_mask.bool(), within=input_ids.shape[1])
+            self.cache.read(model.embed(input_ids, None), attention_mask.bool(), within=input_ids.shape[1])
 
     def __call__(self, model, inputs: FrameInputs) -> FrameTokens:
         """The tokens of one frame of every sample (fields as in FrameTokens with F = B)."""
         static = model.static_query.expand_as(self.queries)
         queries = stand_in(self.query_source, self.queries, static, inputs.noise)
         attention = replace(model._query_attention(), allowed=inputs.allowed)
-        encoded = EncodedFrames(inputs.keys, inputs.values)
-        seen = model._attend(queries, encoded, inputs.times, attention, self.output_attentions)
-        embeddings = seen.visual_tokens.to(self.cache.bias.dtype)  # [B, P, E]
+        rows = model._query_rows(queries)  # [B, K, D]
+        if self.walk is None:
+            encoded = EncodedFrames(inputs.keys, inputs.values)
+            found = model.shallow_attention.attend(rows, encoded, self.output_attentions, attention)
+        else:
+            found = self.walk(rows, inputs.keys, inputs.values, attention, self.output_attentions)
+        features, weights = found
+        tokens = model._tokens(features, inputs.times)
+        embeddings = tokens.to(self.cache.bias.dtype)  # [B, P, E]
         present = inputs.active[:, None].expand(embeddings.shape[:2])
-        planned = model._plan(self.cache.read(model, embeddings, present))  # [B, K, Q]
+        planned = model._plan(self.cache.read(embeddings, present))  # [B, K, Q]
         chosen = queries.clone() if queries is self.queries else queries  # the next line overwrites the state
         self.queries.copy_(planned + self.queries if model.config.query_update == "add" else planned)
-        return FrameTokens(seen.visual_tokens, chosen, seen.attention_weights)
+        return FrameTokens(tokens, chosen, weights)
 
 
 class FrameStepGraph(FrameStep):
