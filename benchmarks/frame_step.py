@@ -1,7 +1,7 @@
 """Autoregressive mode by the fixed frame step, compared with the same mode by a growing cache, in one run.
 
     python -m benchmarks.frame_step
-    python -m benchmarks.frame_step --config outputs/stage3 --frames 6 64 --batch-sizes 1 8 --device cuda --dtype bfloat16
+    python -m benchmarks.frame_step --config outputs/stage3 --frames 6 64 --device cuda --dtype bfloat16
 
 Random weights, which change no time. Every figure is the median of `--repeats` rounds in which the ways alternate, so
 that the machine's load falls on all of them: frames per second of the whole encoding (vision encoder included) and

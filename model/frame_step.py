@@ -11,7 +11,6 @@ width, E language width, G key-value heads, R query heads per key-value head, C 
 
 import threading
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from weakref import WeakKeyDictionary
 
@@ -339,7 +338,7 @@ class FrameStepGraph(FrameStep):
         """inputs: an example. arguments: those of FrameStep. capture(function) -> (replay, what function returned):
         `capture_cuda` unless given."""
         super().__init__(model, *arguments)
-        self.inputs = inputs.map(torch.clone)
+        self.inputs, self.key = inputs.map(torch.clone), None
         step = super().__call__
         for _ in range(WARM_UP_STEPS):
             self.cache.reset()
@@ -368,21 +367,27 @@ _lock = threading.Lock()
 _graphs = WeakKeyDictionary()  # model -> OrderedDict of key -> FrameStepGraph: captured steps that nobody uses now
 
 
-@contextmanager
-def borrow_step(model, kind: str, inputs: FrameInputs, *arguments):
-    """A step of this kind for these `arguments` of FrameStep. A captured one is kept for the next use with inputs of
-    the same shapes, unless the model's weights have moved."""
+def take_step(model, kind: str, inputs: FrameInputs, *arguments) -> FrameStep:
+    """A step of this kind for these `arguments` of FrameStep, for one user at a time: a captured one that somebody has
+    given back if there is one for inputs of these shapes, unless the model's weights have moved since."""
     if kind == "static":
-        yield FrameStep(model, *arguments)
-        return
+        return FrameStep(model, *arguments)
     key = step_key(model, inputs, *arguments)
     with _lock:
         step = _graphs.setdefault(model, OrderedDict()).pop(key, None)
-    step = step or FrameStepGraph(model, inputs, *arguments)
-    yield step
+    if step is None:
+        step = FrameStepGraph(model, inputs, *arguments)
+        step.key = key
+    return step
+
+
+def give_back_step(model, step: FrameStep) -> None:
+    """Keeps a captured step for the next `take_step`, MAX_GRAPHS of a model at most."""
+    if not isinstance(step, FrameStepGraph):
+        return
     with _lock:
-        kept = _graphs[model]
-        kept[key] = step
+        kept = _graphs.setdefault(model, OrderedDict())
+        kept[step.key] = step
         while len(kept) > MAX_GRAPHS:
             kept.popitem(last=False)
 
@@ -431,11 +436,12 @@ def step_through_frames(
 
     start = inputs(0)
     num_places = ids.shape[1] + num_steps * model.config.tokens_per_frame
-    with borrow_step(model, kind, start, batch_size, num_places, choose.source, weights) as step:
-        step.reset(first[0])
-        step.read_text(model, ids, mask)
-        seen = [step(model, start if t == 0 else inputs(t)) for t in range(num_steps)]
-        read = FramesRead.of(step.cache, num_places, language.rows, copy=kind == "graph")
+    step = take_step(model, kind, start, batch_size, num_places, choose.source, weights)
+    step.reset(first[0])
+    step.read_text(model, ids, mask)
+    seen = [step(model, start if t == 0 else inputs(t)) for t in range(num_steps)]
+    read = FramesRead.of(step.cache, num_places, language.rows, copy=kind == "graph")
+    give_back_step(model, step)
     where = language.time_of_frame, language.sample_of_frame
     tokens = torch.stack([frame.visual_tokens for frame in seen])[where]  # [F, P, E]
     queries = torch.stack([frame.queries for frame in seen])[where]

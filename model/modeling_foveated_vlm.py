@@ -31,12 +31,13 @@ from .options import FoveationOptions
 from .outputs import FoveatedVLMOutput, FrameTokens
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
+from .streaming_session import StreamingMixin
 from .text_loss import TextLossMixin
 from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
 
 
 class FoveatedVLMForConditionalGeneration(
-    LoadingMixin, TextLossMixin, PreferenceMixin, PreTrainedModel, GenerationMixin
+    LoadingMixin, TextLossMixin, PreferenceMixin, StreamingMixin, PreTrainedModel, GenerationMixin
 ):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
