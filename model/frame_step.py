@@ -9,6 +9,7 @@ Shapes: B samples, T steps, F frames of the whole batch, K queries and P visual 
 width, E language width, G key-value heads, R query heads per key-value head, C head width, S places of the cache.
 """
 
+import itertools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
@@ -77,13 +78,15 @@ def step_obstacle(model) -> str | None:
         return f"rope_type={language.model.rotary_emb.rope_type!r} is not one of {', '.join(ROPE_TYPES)}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on (cast the weights instead: model.to(torch.bfloat16))"
-    inner = [*language.model.modules(), *model.vision_encoder.encoder.modules()]  # the step reads their weights only
-    if any(hasattr(module, "_hf_hook") for module in inner):
-        return "the language model is spread over devices (device_map)"
-    if any(map(_has_hooks, inner)):
-        return "forward hooks are registered on layers, which the step does not call"
-    changed = [module for module in inner if hasattr(module, "in_features") and type(module) is not nn.Linear]
-    return f"a linear layer is a {type(changed[0]).__name__}, not torch's Linear" if changed else None
+    for module in itertools.chain(language.model.modules(), model.vision_encoder.encoder.modules()):
+        own = vars(module)  # of layers the step reads the weights only
+        if "_hf_hook" in own:
+            return "the language model is spread over devices (device_map)"
+        if _has_hooks(module):
+            return "forward hooks are registered on layers, which the step does not call"
+        if "in_features" in own and type(module) is not nn.Linear:
+            return f"a linear layer is a {type(module).__name__}, not torch's Linear"
+    return None
 
 
 def graph_obstacle(model) -> str | None:
@@ -93,7 +96,8 @@ def graph_obstacle(model) -> str | None:
 
 
 def _has_hooks(module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    own = vars(module)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 # ---------------------------------------------------------------- the language model's part
@@ -313,7 +317,9 @@ class FrameStep:
         """The tokens of one frame of every sample (fields as in FrameTokens with F = B)."""
         static = model.static_query.expand_as(self.queries)
         queries = stand_in(self.query_source, self.queries, static, inputs.noise)
-        attention = replace(model._query_attention(), allowed=inputs.allowed)
+        attention = model._query_attention()
+        if inputs.allowed is not None:
+            attention = replace(attention, allowed=inputs.allowed)
         rows = model._query_rows(queries)  # [B, K, D]
         if self.walk is None:
             encoded = EncodedFrames(inputs.keys, inputs.values)

@@ -195,6 +195,34 @@ def test_other_ways_to_generate_read_the_whole_prompt(options):
     assert torch.equal(*found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@torch.no_grad()
+def test_a_cuda_graph_is_the_eager_step(network, dtype):
+    """Captured once and replayed for other frames, for one sample and three; and answers follow."""
+    model = lively(**network).to("cuda", dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for rows in ([0], [0, 3, 2], [3, 2, 0]):
+        part = rows_of(make_batch(model.config.tokens_per_frame), rows)
+        part = {name: value.to("cuda") for name, value in part.items() if name != "labels"}
+        found = []
+        for kind in ("static", "graph", None, "graph"):
+            given = {"output_attentions": True, "frame_step": kind}
+            found.append(model.encode_frames(**part, mode="autoregressive", options=given)[-1])
+        for other in found[1:]:
+            for name in ("visual_tokens", "queries", "attention_weights"):
+                one, two = getattr(found[0], name), getattr(other, name)
+                torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+    assert len(frame_step._graphs[model]) == 2
+    asked = {name: value.to("cuda") for name, value in question().items()}
+    if model.config.tokens_per_frame == 1:
+        settings = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+        answers = [model.generate(**asked, **settings, options={"frame_step": kind}) for kind in ("static", "graph")]
+        assert torch.equal(*answers)
+
+
 # ---------------------------------------------------------------- where the fixed step is not possible
 
 
