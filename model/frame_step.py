@@ -376,6 +376,11 @@ _graphs = WeakKeyDictionary()  # model -> OrderedDict of key -> FrameStepGraph: 
 def take_step(model, kind: str, inputs: FrameInputs, *arguments) -> FrameStep:
     """A step of this kind for these `arguments` of FrameStep, for one user at a time: a captured one that somebody has
     given back if there is one for inputs of these shapes, unless the model's weights have moved since."""
+    with torch.inference_mode(False), torch.no_grad():  # its memory may be used in and outside of inference mode
+        return _take_step(model, kind, inputs, *arguments)
+
+
+def _take_step(model, kind: str, inputs: FrameInputs, *arguments) -> FrameStep:
     if kind == "static":
         return FrameStep(model, *arguments)
     key = step_key(model, inputs, *arguments)

@@ -65,7 +65,8 @@ class StreamingSession:
         self._num_places, self._step = num_places, None
         width = config.text_config.hidden_size
         shape = (self.max_num_frames, config.tokens_per_frame, width)
-        self.visual_tokens = torch.zeros(shape, dtype=model.connector.weight.dtype, device=model.device)
+        with torch.inference_mode(False):  # may be written in and outside of inference mode
+            self.visual_tokens = torch.zeros(shape, dtype=model.connector.weight.dtype, device=model.device)
 
     @torch.no_grad()
     def push(self, frame, time: float | None = None) -> Tensor:

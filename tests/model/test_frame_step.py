@@ -130,6 +130,17 @@ def test_a_captured_step_is_used_again_and_equal(network, captured):
     assert len(captured) == 3
 
 
+def test_a_step_serves_in_and_outside_of_inference_mode(captured):
+    model, batch = make_model(), rows_of(make_batch(), [0])
+    with torch.inference_mode():
+        first = both(model, batch)
+    assert_equal(*first)
+    assert_equal(*both(model, batch))
+    with torch.inference_mode():
+        assert_equal(*both(model, batch))
+    assert len(captured) == 1
+
+
 def test_few_captured_steps_are_kept_and_none_beyond_the_model(captured):
     model, batch = make_model(), make_batch()
     for size in range(1, frame_step.MAX_GRAPHS + 3):

@@ -109,6 +109,19 @@ def test_another_question_is_answered_from_the_tokens_that_were_seen(made, tmp_p
             free.ask()
 
 
+def test_a_session_goes_on_in_and_outside_of_inference_mode(made, tmp_path, frames):
+    model, processor = pair(made, tmp_path)
+    with torch.inference_mode():
+        session = model.stream(processor, QUESTION)
+        session.push(frames[0])
+        session.ask(max_new_tokens=2)
+    session.push(frames[1])
+    answer = session.ask(max_new_tokens=4)
+    with torch.inference_mode():
+        assert session.ask(max_new_tokens=4) == answer
+        session.push(frames[2])
+
+
 def test_sessions_do_not_disturb_each_other(made, tmp_path, frames, monkeypatch):
     captures = []
     monkeypatch.setattr(frame_step, "capture_cuda", lambda function: captures.append(1) or calling_again(function))
