@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
+from .frame_step import choose_step, continues_from_cache, step_through_frames
 from .input_checks import check_cache, check_inputs, check_left_padded, check_room
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
@@ -30,12 +31,13 @@ from .options import FoveationOptions
 from .outputs import FoveatedVLMOutput, FrameTokens
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
+from .streaming_session import StreamingMixin
 from .text_loss import TextLossMixin
 from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
 
 
 class FoveatedVLMForConditionalGeneration(
-    LoadingMixin, TextLossMixin, PreferenceMixin, PreTrainedModel, GenerationMixin
+    LoadingMixin, TextLossMixin, PreferenceMixin, StreamingMixin, PreTrainedModel, GenerationMixin
 ):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
@@ -142,7 +144,11 @@ class FoveatedVLMForConditionalGeneration(
         if mode == "autoregressive":
             check_cache(self)
             encoded, _ = self._encode(pixel_values, times, None, query_attention, output_attentions)
-            return [self._encode_autoregressively(encoded, times, first, language, choose, chosen, output_attentions)]
+            arguments = (encoded, times, first, language, choose, chosen, output_attentions)
+            kind = choose_step(self, options.frame_step)
+            if kind == "dynamic":
+                return [self._encode_autoregressively(*arguments)]
+            return [step_through_frames(self, kind, *arguments)]
         encoded, coarse = self._encode(pixel_values, times, static, query_attention, output_attentions)
         passes = [coarse]
         for _ in range(config.num_passes if options.num_plans is None else options.num_plans):
@@ -346,10 +352,14 @@ class FoveatedVLMForConditionalGeneration(
         others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
-        embeddings = self.embed(input_ids, passes[-1].visual_tokens if passes else None)
-        return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=attention_mask, generation_config=settings, **others
-        )
+        read = passes[-1].read if passes and continues_from_cache(settings, others) else None
+        prompt = read.prompt(self, input_ids, attention_mask, settings.max_new_tokens) if read else None
+        if prompt is None:
+            visual_tokens = passes[-1].visual_tokens if passes else None
+            prompt = {"inputs_embeds": self.embed(input_ids, visual_tokens), "attention_mask": attention_mask}
+        elif "disable_compile" not in generation_options:
+            settings.disable_compile = True  # the library compiles for a static cache: minutes, on request only
+        return self.language_model.generate(**prompt, generation_config=settings, **others)
 
     def compile_hot_paths(self, **options) -> None:
         """torch.compile for every layer of the vision encoder and of the language model, in place (`compiled.py`).

@@ -21,6 +21,7 @@ class FoveationOptions:
     output_attentions: bool = False  # return attention_weights
     output_passes: bool = False  # return every pass over the frames, not only the last one
     return_logits: bool = False  # return logits (of `forward` only)
+    frame_step: str | None = None  # autoregressive: `graph`, `static` or `dynamic`, see frame_step.py; None: the best
 
     @classmethod
     def of(cls, options: "FoveationOptions | Mapping | None") -> "FoveationOptions":

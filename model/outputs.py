@@ -17,6 +17,7 @@ class FrameTokens:
     visual_tokens: Tensor | None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1]
+    read: "FramesRead | None" = None  # noqa: F821 - of frame_step.py: what the language model has read, to answer from
 
 
 @dataclass

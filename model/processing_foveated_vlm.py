@@ -166,6 +166,11 @@ class FoveatedVLMProcessor(ProcessorMixin):
             batch["frame_times"] = np.concatenate(times)
         return BatchFeature(batch, tensor_type=return_tensors)
 
+    def pixel_values(self, video) -> np.ndarray:
+        """Frames of one video, in any form that `videos` of a call may have, as the model sees them: float32
+        [T, 3, image_size, image_size]."""
+        return normalise(self._frames(video, None)[0])
+
     def pictures(self, pixel_values) -> np.ndarray:
         """pixel_values [F, 3, height, width] -> images for drawing: uint8 [F, height, width, 3]."""
         scaled = np.asarray(pixel_values).transpose(0, 2, 3, 1) * IMAGE_STD + IMAGE_MEAN

@@ -74,10 +74,13 @@ class QuerySource:
             self.noise = (noise / noise.norm(dim=-1, keepdim=True)).expand(static.shape)
 
     def __call__(self, queries: Tensor, frames: Tensor | None = None) -> Tensor:
-        """frames: int64 [f], frame index of each query (default: all frames in order)."""
-        if self.source == "static":
-            return self.static[: len(queries)]
-        if self.noise is None:
-            return queries
-        noise = self.noise if frames is None else self.noise[frames]
-        return noise * queries.norm(dim=-1, keepdim=True)
+        """frames: int64 [f], frame index of each query [f, K, Q] (default: all frames in order)."""
+        noise = self.noise if self.noise is None or frames is None else self.noise[frames]
+        return stand_in(self.source, queries, self.static[: len(queries)], noise)
+
+
+def stand_in(source: str, queries: Tensor, static: Tensor, noise: Tensor | None) -> Tensor:
+    """The queries to use in place of `queries` [f, K, Q]; noise: directions of random ones, None for other sources."""
+    if source == "static":
+        return static
+    return queries if noise is None else noise * queries.norm(dim=-1, keepdim=True)

@@ -19,7 +19,7 @@ class VisualSequence:
 
     def __init__(self, model, input_ids: Tensor, attention_mask: Tensor, num_frames: Tensor):
         self.model = model
-        rows = (num_frames > 0).nonzero()[:, 0]  # [B']
+        self.rows = rows = (num_frames > 0).nonzero()[:, 0]  # [B']
         ids = input_ids[rows]
         is_visual = ids == model.config.visual_token_id
         length = int(is_visual.any(0).nonzero()[-1]) + 1
@@ -53,16 +53,20 @@ class VisualSequence:
         return self.sample_of_frame[frames]
 
     def start_cache(self) -> dict:
-        """A cache with the text before the first visual token of every sample, right-aligned."""
-        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual token, with padding
+        """Read the text before the first visual token of every sample into a cache, aligned at its right end."""
+        prefix, mask = self.text_before_frames()
+        cache = {"keys_and_values": DynamicCache(config=self.model.config.text_config), "mask": mask}
+        if prefix.shape[1]:
+            self._run(self.model.embed(prefix, None), position_ids(mask), cache)
+        return cache
+
+    def text_before_frames(self) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask) [B', longest] of the text before the first visual token, right-aligned."""
+        before = self.is_visual.int().argmax(1)  # [B'] tokens before the first visual one, padding included
         longest = int(before.max())
         source = torch.arange(longest, device=before.device) - (longest - before)[:, None]  # [B', longest]
         prefix = self.input_ids.gather(1, source.clamp(min=0))
-        mask = torch.where(source >= 0, self.attention_mask.gather(1, source.clamp(min=0)), 0)
-        cache = {"keys_and_values": DynamicCache(config=self.model.config.text_config), "mask": mask}
-        if longest:
-            self._run(self.model.embed(prefix, None), position_ids(mask), cache)
-        return cache
+        return prefix, torch.where(source >= 0, self.attention_mask.gather(1, source.clamp(min=0)), 0)
 
     def step(self, visual_tokens: Tensor, frames: Tensor, cache: dict) -> Tensor:
         """Reads one frame of every sample that has one left: visual_tokens [f, P, E] -> hidden states [B', P, E].

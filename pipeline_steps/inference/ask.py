@@ -19,6 +19,7 @@ from pathlib import Path
 from model.constants import MODES
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_bytes
+from pipeline_steps.inference import follow
 
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
@@ -51,6 +52,9 @@ def ask(arguments):
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to(choose_device())
+    if arguments.follow:
+        follow.run(arguments, model, processor)
+        return
     try:
         inputs = processor(text=arguments.question, videos=arguments.video)
         answer = stream_answer(model, processor, inputs, arguments.mode, arguments.max_new_tokens)
@@ -73,6 +77,10 @@ def read_arguments():
     parser.add_argument("--mode", choices=MODES, default="autoregressive", help="inference mode")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum length of the answer, in tokens")
     parser.add_argument("--output", type=Path, help="the animation (default: NAME.heatmap.gif in the current folder)")
+    parser.add_argument("--follow", action="store_true", help="--video is still growing: a file, or a folder of frames")
+    parser.add_argument("--every", type=int, help="with --follow: answer after so many frames (default: at the end)")
+    parser.add_argument("--idle", type=float, help="with --follow: end after so many seconds without growth (10)")
+    parser.add_argument("--max-num-frames", type=int, help="with --follow: frames to take (default: as in training)")
     return parser.parse_args()
 
 
@@ -88,6 +96,9 @@ def check(arguments):
         ) from None
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
+    follow.check(arguments)
+    if arguments.follow:
+        return None
     if arguments.video is None:
         if arguments.output is not None:
             raise UserError(

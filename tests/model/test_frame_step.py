@@ -1,0 +1,363 @@
+"""The fixed frame step: equal to autoregressive mode with a growing cache, few launches, no wait for the host."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, LlamaConfig
+
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, frame_step, modeling_foveated_vlm
+from tests.model.test_generate import left_padded, question
+from tests.model.tiny import LAYOUTS, NUM_FRAMES, make_batch, make_model, rows_of
+
+MAX_LAUNCHES = 1_100  # of a frame step at the depths of DINOv2-small and SmolLM2-135M; views launch nothing
+NETWORKS = [
+    {},
+    {"query_update": "add", "tie_first_query": False},
+    {"num_visual_tokens_per_frame": 3},
+    {"num_visual_tokens_per_frame": 3, "query_update": "add"},
+    {"num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"},
+    {"attention": "shallow"},
+    {"attention_temperature": 0.3},
+    {"learnable_temperature": True, "hard_attention": "top_k", "attention_top_k": 3},
+    {"hard_attention": "gumbel", "attention": "shallow"},
+    {"frame_time_embedding": "sinusoidal", "query_bias": True},
+]
+
+
+def lively(**options):
+    """A network whose biases, scales and time projection are not at their neutral start."""
+    model = make_model(**({"visual_scale": 2.0} | options))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or parameter.abs().max() == 0:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def calling_again(function):
+    """What `capture_cuda` does, by calling the function again: its outputs lie where they lay the first time."""
+    outputs = function()
+
+    def replay():
+        again = function()
+        for name in ("visual_tokens", "queries", "attention_weights"):
+            if getattr(outputs, name) is not None:
+                getattr(outputs, name).copy_(getattr(again, name))
+
+    return replay, outputs
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Takes the captured step wherever it is possible, its capture replaced; counts captures."""
+    captures = []
+    monkeypatch.setattr(frame_step, "capture_cuda", lambda function: captures.append(1) or calling_again(function))
+    choose = modeling_foveated_vlm.choose_step
+
+    def chosen(model, wanted=None):
+        kind = choose(model, wanted)
+        return "graph" if kind == "static" and frame_step.graph_obstacle(model) is None else kind
+
+    monkeypatch.setattr(modeling_foveated_vlm, "choose_step", chosen)
+    return captures
+
+
+@torch.no_grad()
+def both(model, batch, **options):
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    found = []
+    for kind in ("dynamic", None):
+        torch.manual_seed(2)  # for random queries
+        given = options | {"output_attentions": True, "frame_step": kind}
+        found.append(model.encode_frames(**batch, mode="autoregressive", options=given)[-1])
+    return found
+
+
+def assert_equal(one, other):
+    for name in ("visual_tokens", "queries", "attention_weights"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_equal_to_the_growing_cache(network, layout):
+    model = lively(**network)
+    batch = make_batch(model.config.tokens_per_frame, layout)
+    assert (model.config.tokens_per_frame > 1) == (network.get("num_visual_tokens_per_frame") == 3)
+    for rows in ([0], [0, 3, 2], [1, 2, 0, 3]):  # frames 3; 3, 2, 1; 0, 1, 3, 2
+        part = rows_of(batch, rows, left=2, right=1)
+        part["frame_times"] = torch.arange(len(part["pixel_values"])) * 0.7
+        dynamic, static = both(model, part)
+        assert len(static.visual_tokens) == sum(NUM_FRAMES[row] for row in rows)
+        assert (static.queries - static.queries[0]).abs().max() > 0.1
+        assert_equal(dynamic, static)
+
+
+@pytest.mark.parametrize("network", [{}, {"num_visual_tokens_per_frame": 3, "query_update": "add"}], ids=str)
+@pytest.mark.parametrize("source", ["static", "random", "fixed", "oracle"])
+def test_equal_for_every_query_source(source, network, captured):
+    model = lively(**network)
+    targets = torch.zeros(6, 16, dtype=torch.bool)
+    targets[range(5), [3, 9, 1, 15, 4]] = True
+    given = {"target_patches": targets} if source == "oracle" else {}
+    batch = make_batch(model.config.tokens_per_frame)
+    assert_equal(*both(model, batch, query_source=source, **given))
+    assert captured
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_a_captured_step_is_used_again_and_equal(network, captured):
+    model = lively(**network)
+    for layout in LAYOUTS:
+        batch = make_batch(model.config.tokens_per_frame, layout)
+        for rows in ([0, 3, 2], [3, 2, 0]):
+            part = rows_of(batch, rows)
+            part["pixel_values"] = part["pixel_values"] + len(captured)
+            assert_equal(*both(model, part))
+    assert len(captured) == 1
+    assert_equal(*both(model, rows_of(batch, [0])))  # another number of samples
+    assert len(captured) == 2
+    with torch.no_grad():
+        model.planner.bias += 1
+        model.language_model.model.layers[0].mlp.up_proj.weight *= 2
+    assert_equal(*both(model, rows_of(batch, [0])))  # changed in place: the same step
+    assert len(captured) == 2
+    model.planner.weight.data = model.planner.weight.data * 2
+    assert_equal(*both(model, rows_of(batch, [0])))  # weights elsewhere: another step
+    assert len(captured) == 3
+
+
+def test_a_step_serves_in_and_outside_of_inference_mode(captured):
+    model, batch = make_model(), rows_of(make_batch(), [0])
+    with torch.inference_mode():
+        first = both(model, batch)
+    assert_equal(*first)
+    assert_equal(*both(model, batch))
+    with torch.inference_mode():
+        assert_equal(*both(model, batch))
+    assert len(captured) == 1
+
+
+def test_few_captured_steps_are_kept_and_none_beyond_the_model(captured):
+    model, batch = make_model(), make_batch()
+    for size in range(1, frame_step.MAX_GRAPHS + 3):
+        both(model, rows_of(batch, [0] * size))
+    assert len(captured) == frame_step.MAX_GRAPHS + 2
+    assert len(frame_step._graphs[model]) == frame_step.MAX_GRAPHS
+    copy.deepcopy(model)  # holds none of them
+    for step in frame_step._graphs[model].values():
+        step._replay = None  # the stand-in for a capture holds the model, a CUDA graph does not
+    kept = len(frame_step._graphs)
+    del model, step
+    gc.collect()
+    assert len(frame_step._graphs) < kept
+
+
+@pytest.mark.parametrize("kind", ["static", "graph"])
+@torch.no_grad()
+def test_answers_go_on_from_the_frames_and_are_those_of_the_whole_prompt(kind, request):
+    if kind == "graph":
+        request.getfixturevalue("captured")
+    model = make_model(visual_scale=3.0)
+    settings = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    read = []
+    model.language_model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(args[0].shape))
+    inputs = [question(layout=layout) for layout in LAYOUTS]
+    inputs.append(left_padded(rows_of(make_batch(), [0, 1, 2, 3], 0, 2)))
+    for asked in inputs:
+        whole = model.generate(**asked, **settings, options={"frame_step": "dynamic"})
+        model.language_model.model.embed_tokens._forward_hooks.clear()
+        going_on = model.generate(**asked, **settings)
+        assert torch.equal(whole.sequences, going_on.sequences)
+        for one, other in zip(whole.logits, going_on.logits, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert "StaticCache" in type(going_on.past_key_values).__name__
+
+
+def test_what_follows_the_frames_is_all_that_an_answer_reads():
+    model, lengths = make_model(), []
+    norm = model.language_model.model.norm
+    norm_forward = norm.forward
+    norm.forward = lambda rows: lengths.append(rows.shape[1]) or norm_forward(rows)
+    model.generate(**question(), max_new_tokens=3, eos_token_id=None, do_sample=False)
+    assert lengths == [20 - 4, 1, 1]  # 20 tokens of text, 4 of them before the frames
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"max_new_tokens": None, "max_length": 30},
+    ],
+)
+def test_other_ways_to_generate_read_the_whole_prompt(options):
+    model = make_model(visual_scale=3.0)
+    found = []
+    for kind in ("dynamic", None):
+        torch.manual_seed(0)
+        settings = {"max_new_tokens": 5, "eos_token_id": None, "do_sample": False} | options
+        found.append(model.generate(**question(), **settings, options={"frame_step": kind}))
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@torch.no_grad()
+def test_a_cuda_graph_is_the_eager_step(network, dtype):
+    """Captured once and replayed for other frames, for one sample and three; and answers follow."""
+    model = lively(**network).to("cuda", dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for rows in ([0], [0, 3, 2], [3, 2, 0]):
+        part = rows_of(make_batch(model.config.tokens_per_frame), rows)
+        part = {name: value.to("cuda") for name, value in part.items() if name != "labels"}
+        found = []
+        for kind in ("static", "graph", None, "graph"):
+            given = {"output_attentions": True, "frame_step": kind}
+            found.append(model.encode_frames(**part, mode="autoregressive", options=given)[-1])
+        for other in found[1:]:
+            for name in ("visual_tokens", "queries", "attention_weights"):
+                one, two = getattr(found[0], name), getattr(other, name)
+                torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+    assert len(frame_step._graphs[model]) == 2
+    asked = {name: value.to("cuda") for name, value in question().items()}
+    if model.config.tokens_per_frame == 1:
+        settings = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+        answers = [model.generate(**asked, **settings, options={"frame_step": kind}) for kind in ("static", "graph")]
+        assert torch.equal(*answers)
+
+
+# ---------------------------------------------------------------- where the fixed step is not possible
+
+
+def with_hook(model):
+    model.language_model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def with_other_angles(model):
+    model.language_model.model.rotary_emb.rope_type = "dynamic"
+
+
+def with_other_linear(model):
+    class Other(torch.nn.Linear):
+        pass
+
+    model.language_model.model.layers[0].self_attn.q_proj.__class__ = Other
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_hook, "forward hooks are registered"),
+        (with_other_angles, "rope_type='dynamic'"),
+        (with_other_linear, "a linear layer is a Other"),
+    ],
+)
+@torch.no_grad()
+def test_where_it_is_not_possible_the_growing_cache_reads_with_a_note(change, reason, monkeypatch):
+    model, said = make_model(), []
+    change(model)
+    monkeypatch.setattr(frame_step.logger, "warning_once", said.append)
+    assert frame_step.choose_step(model) == "dynamic"
+    assert len(said) == 1
+    assert reason in said[0]
+    with pytest.raises(ValueError, match=f"frame_step='static' is not possible: .*{reason}"):
+        frame_step.choose_step(model, "static")
+
+
+def test_autocast_gradients_and_training_take_the_growing_cache(monkeypatch):
+    model, said = make_model(), []
+    monkeypatch.setattr(frame_step.logger, "warning_once", said.append)
+    assert frame_step.choose_step(model) == "dynamic"  # gradients are on: no note
+    with torch.no_grad():
+        assert frame_step.choose_step(model.train()) == "dynamic"
+        model.eval()
+        assert not said
+        with torch.autocast("cpu", torch.bfloat16):
+            assert frame_step.choose_step(model) == "dynamic"
+        assert len(said) == 1
+        assert frame_step.choose_step(model) == "static"
+        assert frame_step.choose_step(model, "dynamic") == "dynamic"
+        with pytest.raises(ValueError, match="a graph needs cuda"):
+            frame_step.choose_step(model, "graph")
+        with pytest.raises(ValueError, match="frame_step='fast' is not one of graph, static, dynamic or None"):
+            frame_step.choose_step(model, "fast")
+
+
+# ---------------------------------------------------------------- launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that start work on a device, and those for which the host waits."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name.startswith(("index", "_index_put")) and any(
+            torch.is_tensor(index) and index.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for index in arg
+        )
+        if name in self.WAITS or by_mask:
+            self.waits.append(name)
+        views = function.is_view or name in ("_unsafe_view", "detach", "lift_fresh")
+        self.count += not views
+        return function(*args, **(kwargs or {}))
+
+
+def true_depths(**options):
+    """12 vision and 30 language layers with the head ratio of SmolLM2-135M, narrow."""
+    vision = Dinov2Config(hidden_size=24, num_hidden_layers=12, num_attention_heads=2, image_size=28, patch_size=14)
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=36,
+        intermediate_size=48,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    config = FoveatedVLMConfig(vision, text, query_dim=24, visual_scale=0.1, visual_token_id=64, **options)
+    return FoveatedVLMForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_visual_tokens_per_frame": 2, "query_update": "add"}], ids=str)
+@torch.no_grad()
+def test_a_frame_step_has_few_launches_and_never_waits(options):
+    """The whole of a frame's work, the choice of its keys and values included, as the difference of 3 and 2 frames."""
+    model, counts = true_depths(**options), {}
+    for frames in (2, 3):
+        ids = torch.tensor([[5] * 4 + [64] * frames * model.config.tokens_per_frame + [7]] * 2)
+        pixels, num_frames = torch.randn(2 * frames, 3, 28, 28), torch.tensor([frames] * 2)
+        with Launches() as launches:
+            model.encode_frames(ids, None, pixels, num_frames, mode="autoregressive")
+        counts[frames] = launches
+    assert 500 < counts[3].count - counts[2].count <= MAX_LAUNCHES
+    assert len(counts[3].waits) == len(counts[2].waits)
+
+
+@torch.no_grad()
+def test_the_count_sees_launches_and_waits_of_the_growing_cache():
+    model, counts = true_depths(), []
+    for frames in (2, 3):
+        ids = torch.tensor([[5] * 4 + [64] * frames + [7]])
+        given = {"pixel_values": torch.randn(frames, 3, 28, 28), "num_frames": torch.tensor([frames])}
+        with Launches() as launches:
+            model.encode_frames(ids, **given, mode="autoregressive", options={"frame_step": "dynamic"})
+        counts.append(launches)
+    assert counts[1].count - counts[0].count > MAX_LAUNCHES
+    assert len(counts[1].waits) - len(counts[0].waits) == 2
