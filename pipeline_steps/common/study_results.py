@@ -5,6 +5,7 @@ from typing import Literal
 from pipeline_steps.common.metrics import Result
 
 BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undecided", "unmatched budgets"
+EXPLORATORY = "exploratory"
 
 
 class ArmResult(Result):
@@ -24,12 +25,14 @@ class ArmResult(Result):
     """Runs whose mean token accuracy is at least the study's `plateau`."""
     num_converged: int
     """Runs whose validation loss had stopped falling."""
+    num_measured: int
+    """Runs for which that could be measured."""
     training_samples: float
     """Mean over runs."""
     training_flops: float
     """Mean over runs."""
-    training_seconds: float
-    """Median over runs."""
+    training_seconds: float | None
+    """Median over runs without interruption; null: there is none."""
 
 
 class ComparisonResult(Result):
@@ -37,6 +40,8 @@ class ComparisonResult(Result):
 
     arm: str
     """Name of the arm, with its budget if the study has several."""
+    baseline: str
+    """The arm that it is compared with."""
     group: str
     """Name of the group of tasks."""
     differences: list[float]
@@ -48,15 +53,15 @@ class ComparisonResult(Result):
     p_value: float
     """Exact sign-flip test, two-sided."""
     p_adjusted: float
-    """The same after Holm's correction for the study."""
-    verdict: Literal["better", "equal", "worse", "undecided", "unmatched budgets"]
-    """Of the baseline."""
+    """The same after Holm's correction for the headline questions."""
+    verdict: Literal["better", "equal", "worse", "undecided", "unmatched budgets", "exploratory"]
+    """Of the baseline; exploratory: not among the study's headline questions."""
     smallest_margin: float | None
     """Margin with which these runs would be called equal."""
     matched: str | None
     """What the budgets have in common: samples, FLOPs or both; null: nothing."""
     num_not_converged: int
-    """Runs of the arm whose validation loss was still falling."""
+    """Runs of both arms whose validation loss was still falling."""
 
 
 class StudySummary(Result):

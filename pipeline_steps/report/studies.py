@@ -3,10 +3,10 @@
 import numpy as np
 
 from pipeline_steps.common.metrics import read_json
-from pipeline_steps.common.study_results import BETTER, EQUAL, UNDECIDED, UNMATCHED, WORSE, StudySummary
-from pipeline_steps.report.tables import Table, number
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE, StudySummary
+from pipeline_steps.report.tables import MISSING, Table, number
 
-GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that need everything read", "all": "all tasks"}
+GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that read the whole frame", "all": "all tasks"}
 ARM_NAMES = {"none": "default recipe", "A6": "static query (A6)", "B1": "sixteen tokens (B1)"}
 PILLS = {BETTER: "better", EQUAL: "equal", WORSE: "worse", UNDECIDED: "undecided", UNMATCHED: "not comparable"}
 COLOURS = ("#2f80ed", "#d97706", "#12a594", "#b05cc6", "#8b95a3")
@@ -25,14 +25,15 @@ def cards(study):
     return [
         {
             "status": PILLS[entry.verdict],
-            "question": f"{arm_name(study.baseline)} against {arm_name(entry.arm)}: {group_name(entry.group)}",
-            "statement": statement(study, entry),
+            "question": f"{arm_name(entry.baseline)} against {arm_name(entry.arm)}: {group_name(entry.group)}",
+            "statement": statement(entry),
         }
         for entry in study.comparisons
+        if entry.verdict != EXPLORATORY
     ]
 
 
-def statement(study, entry):
+def statement(entry):
     """The effect with its interval and what it holds for."""
     count, mean = len(entry.differences), 100 * float(np.mean(entry.differences))
     text = f"{mean:+.1f} points of token accuracy"
@@ -41,7 +42,7 @@ def statement(study, entry):
     text += f" over {count} pair{'s' * (count > 1)} of runs, p = {entry.p_adjusted:.3f} (sign flips, Holm)"
     text += f", at equal training {entry.matched}." if entry.matched else "; the training budgets differ."
     if entry.num_not_converged:
-        text += f" The loss of {entry.num_not_converged} runs of {arm_name(entry.arm)} was still falling."
+        text += f" The validation loss of {entry.num_not_converged} of the {2 * count} runs was still falling."
     return text
 
 
@@ -68,9 +69,9 @@ def arms(study):
                 *values,
                 spread(exact) if exact else ("–", None),
                 (f"{arm.num_above_plateau} of {len(arm.seeds)}", arm.num_above_plateau),
-                (f"{arm.num_converged} of {len(arm.seeds)}", arm.num_converged),
+                (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged),
                 number(arm.training_flops / 1e12, 1),
-                number(arm.training_seconds / 60, 1),
+                MISSING if arm.training_seconds is None else number(arm.training_seconds / 60, 1),
             ]
         )
     plateau = f"above {100 * study.plateau:.0f} %"
@@ -106,15 +107,16 @@ def forest(study):
             )
             offsets = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
             axes.scatter(values, row + offsets, s=16, color=colour, alpha=0.7, linewidths=0)
+            axes.hlines(row, *(100 * value for value in entry.bounded_interval), color=ink, linewidth=0.8)
             if entry.interval:
-                axes.hlines(row, *(100 * value for value in entry.interval), color=ink, linewidth=1.6)
+                axes.hlines(row, *(100 * value for value in entry.interval), color=ink, linewidth=2.4)
             axes.plot([values.mean()], [row], marker="|", color=ink, markersize=14, markeredgewidth=2)
         axes.axvspan(-100 * study.margin, 100 * study.margin, color=ink, alpha=0.1, linewidth=0)
         axes.axvline(0, color=ink, linewidth=0.8)
         labels = [f"{arm_name(entry.arm)}\n{group_name(entry.group)}" for entry in reversed(entries)]
         axes.set_yticks(range(len(entries)), labels)
         axes.set_ylim(-0.6, len(entries) - 0.4)
-        axes.set_xlabel(f"{arm_name(study.baseline)} minus arm, points of token accuracy")
+        axes.set_xlabel("baseline minus arm, points of token accuracy")
         axes.grid(axis="x", linewidth=0.6)
         axes.set_axisbelow(True)
 
@@ -166,7 +168,7 @@ CAPTIONS = {
     ),
     "forest": (
         "Differences between the default recipe and the other arms of the study, pair by pair",
-        "Every pair of runs with equal seeds is a point; tick and line: mean and 95 % t-interval. Grey band: "
-        "differences that count as none.",
+        "Every pair of runs with equal seeds is a point; tick and thick line: mean and 95 % t-interval; "
+        "thin line: 95 % interval for any distribution. Grey band: differences that count as none.",
     ),
 }

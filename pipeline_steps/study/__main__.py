@@ -19,7 +19,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 from rich.live import Live
 
@@ -28,10 +27,10 @@ from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
 from pipeline_steps.study import progress
-from pipeline_steps.study.collect import collect
+from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.plan import RESULTS, make_plan
-from pipeline_steps.study.summary import write_summary
+from pipeline_steps.study.summary import power_warning, write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
 
@@ -42,7 +41,9 @@ def main():
     study = read_study(arguments.name)
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
     results = ROOT / RESULTS / arguments.name
-    plan = make_plan(arguments.name, study, finished_flops(results))
+    plan = make_plan(arguments.name, study)
+    plan = make_plan(arguments.name, study, check_earlier(plan, results), plan) if plan.waiting else plan
+    check_earlier(plan, results)
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
         show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
@@ -60,20 +61,11 @@ def main():
             for job in todo.jobs.values():
                 (studies / job.folder / "failed.json").unlink(missing_ok=True)
             code = run_jobs(plan, todo, studies, results, arguments, cores, console)
-            following = make_plan(arguments.name, study, finished_flops(results)) if plan.waiting else plan
+            following = make_plan(arguments.name, study, check_earlier(plan, results), plan) if plan.waiting else plan
             if len(following.runs) == len(plan.runs):
                 break
             plan = following  # budgets of equal FLOPs are known now
     return report_end(study, plan, todo, studies, results, code, console)
-
-
-def finished_flops(results):
-    """{run: training FLOPs} of the runs that are collected in the folder `results`."""
-    path = results / "runs.csv"
-    if not path.exists():
-        return {}
-    table = pd.read_csv(path)
-    return dict(zip(table["run"], table["training_flops"], strict=True))
 
 
 def show_plan(study, plan, todo, studies, cores, console):
@@ -86,6 +78,8 @@ def show_plan(study, plan, todo, studies, cores, console):
     console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
     if plan.waiting:
         console.print(f"{len(plan.waiting)} more run(s), of equal FLOPs, are planned when those they follow are done.")
+    if (warning := power_warning(study)) is not None:
+        console.print(warning)
 
 
 def read_arguments():
@@ -96,9 +90,9 @@ def read_arguments():
     parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
     arguments = parser.parse_args()
-    for option in ("cores", "gpus"):
-        if (getattr(arguments, option) or 0) < 0:
-            parser.error(f"--{option}: expected a number of at least 0")
+    for option, least in (("cores", 1), ("gpus", 0)):
+        if (value := getattr(arguments, option)) is not None and value < least:
+            parser.error(f"--{option}: expected a number of at least {least}, found {value}")
     return arguments
 
 
@@ -138,11 +132,13 @@ def snakemake_command(studies, name, cores, gpus):
     command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
-    if Path(snakemake_profile()).name == "default":
+    if is_local := Path(snakemake_profile()).name == "default":
         command += ["--cores", cores]
     if gpus:
         command += ["--resources", f"gpu={gpus}"]
-    command += ["--config", f"python={sys.executable}", f"root={ROOT}", f"plan={name}/plan.json", f"gpus={gpus}"]
+    slots = gpus if is_local else 0  # a cluster assigns GPUs itself
+    command += ["--config", f"python={sys.executable}", f"root={ROOT}", f"plan={name}/plan.json"]
+    command += [f"gpus={gpus}", f"slots={slots}"]
     return [str(word) for word in command]
 
 
@@ -155,7 +151,10 @@ def show_until_end(process, plan, todo, studies, results, cores, console):
             found = progress.states(todo, studies)
             if (number := progress.num_finished(todo, found)) != finished:
                 finished = number
-                collect(plan, studies, results)
+                try:
+                    collect(plan, studies, results)
+                except UserError as error:  # the other runs go on; the end reports it again
+                    console.print(f"not collected: {error}", markup=False)
             if found != shown or console.is_terminal:
                 shown = found
                 table = progress.stage_table(todo, found, progress.measure_costs(plan, studies), cores)
@@ -191,7 +190,7 @@ def report_end(study, plan, todo, studies, results, code, console):
         end = " / ".join(line.strip() for line in lines[-5:] if line.strip())
         raise UserError(f"snakemake ended with exit code {code}: {end} (log: {studies / plan.study / LOG})")
     missing = progress.num_finished(todo, progress.states(todo, studies)) < len(todo.runs)
-    return 1 if failed or missing else 0
+    return 1 if failed or missing or (plan.waiting and todo.runs == plan.runs) else 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import write_bytes, write_text
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, read_json
@@ -30,19 +31,57 @@ def finished(run, studies):
 
 def collect(plan, studies, results):
     """Writes runs.csv and items.parquet of the finished runs of a `Plan` into the folder `results`; returns the table,
-    or None if no run is finished."""
+    or None if no run is finished. Rows of an earlier collection stay where their run is not finished here."""
     runs = [run for run in plan.runs if finished(run, studies)]
+    table, items = earlier_results(results)
     if not runs:
-        return None
-    table = pd.DataFrame([row_of(run, studies) for run in runs])
+        return table
+    names = [run.name for run in runs]
+    new = pd.DataFrame([row_of(run, studies) for run in runs])
+    new_items = pd.concat([items_of(run, studies) for run in runs], ignore_index=True)
+    if table is not None:
+        order = {name: number for number, name in enumerate([*(run.name for run in plan.runs), *plan.waiting])}
+        new = pd.concat([table[~table["run"].isin(names)], new], ignore_index=True)
+        new = new.sort_values("run", key=lambda column: column.map(order), ignore_index=True)
+        new_items = pd.concat([items[~items["run"].isin(names)], new_items], ignore_index=True)
+    table, items = new, new_items
     text = io.StringIO()
     table.to_csv(text, index=False, float_format="%.6g", lineterminator="\n")
     write_text(results / "runs.csv", text.getvalue())
-    items = pd.concat([items_of(run, studies) for run in runs], ignore_index=True)
     content = io.BytesIO()
     items.to_parquet(content, index=False, compression="zstd")
     write_bytes(results / "items.parquet", content.getvalue())
     return table
+
+
+def earlier_results(results):
+    """(runs.csv, items.parquet) of an earlier collection, or (None, None)."""
+    if not (results / "runs.csv").exists():
+        return None, None
+    return pd.read_csv(results / "runs.csv"), pd.read_parquet(results / "items.parquet")
+
+
+def check_earlier(plan, results):
+    """{run: training FLOPs} of an earlier collection. UserError if it has runs that the plan does not have, or has with
+    other parameters: they would be mixed with new ones or lost."""
+    table, _ = earlier_results(results)
+    if table is None:
+        return {}
+    planned = {run.name: parameters_hash(run.parameters) for run in plan.runs}
+    foreign = [
+        row.run for row in table.itertuples() if row.run not in plan.waiting and planned.get(row.run) != row.parameters
+    ]
+    if foreign:
+        raise UserError(
+            f"{results / 'runs.csv'} has {len(foreign)} run(s) that are not in the study or have other parameters "
+            f"({', '.join(foreign[:3])}): give the study another name, or move its results away"
+        )
+    return dict(zip(table["run"], table["training_flops"], strict=True))
+
+
+def parameters_hash(parameters):
+    """Identifies what a run's results may depend on."""
+    return fingerprint({name: value for name, value in parameters.items() if name != RUNTIME})
 
 
 def row_of(run, studies):
@@ -75,7 +114,7 @@ def row_of(run, studies):
         "validation_loss_change": change,
         "converged": converged,
         "commit": done["stage3"]["commit"][:12],
-        "parameters": fingerprint({name: value for name, value in run.parameters.items() if name != RUNTIME}),
+        "parameters": parameters_hash(run.parameters),
     }
 
 
@@ -103,4 +142,4 @@ def convergence(curve):
         return None, None
     before = float(np.interp(0.75 * loss.index[-1], loss.index, loss))
     change = (before - float(loss.iloc[-1])) / before
-    return change, bool(change < CONVERGED)
+    return (change, bool(change < CONVERGED)) if np.isfinite(change) else (None, None)

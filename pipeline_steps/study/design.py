@@ -44,6 +44,8 @@ class Arm(StrictModel):
     """Seeds of this arm only; null: those of the study."""
     budgets: tuple[str, ...] | None = None
     """Names of the budgets of this arm; null: all."""
+    baseline: str | None = None
+    """The arm that it is compared with; null: the study's first."""
 
 
 class EqualFlops(StrictModel):
@@ -61,7 +63,7 @@ class Study(StrictModel):
     base: tuple[str, ...] = ()
     """Hydra overrides of every run."""
     arms: dict[str, Arm] = Field(min_length=1)
-    """{name: arm}; the first is the baseline of comparisons."""
+    """{name: arm}; the first is the baseline unless an arm names another."""
     seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
     """Replicates; a number stands for the seed of training, backbones and data alike."""
     budgets: dict[str, float | EqualFlops] = {"x1": 1.0}
@@ -71,6 +73,9 @@ class Study(StrictModel):
         "reading": ("caption", "image", "gist"),
     }
     """{name: tasks} that arms are compared on; default: the digit world's tasks that need a gaze, and the others."""
+    headline: tuple[str, ...] | None = None
+    """Comparisons that get a verdict, as `ARM` or, with several budgets, `ARM, BUDGET`; p-values are corrected for
+    their number, the others are exploratory. null: all."""
     margin: float = Field(default=0.03, gt=0)
     """Differences of token accuracy below it count as none."""
     plateau: float = Field(default=0.75, gt=0, lt=1)
@@ -87,6 +92,7 @@ class Cell:
     overrides: tuple[str, ...]  # Hydra overrides without those of the budget
     factor: float | None  # on the training samples; None: follows from the runs of `flops_of`
     flops_of: str | None = None
+    baseline: str | None = None  # whose FLOPs those are
 
     @property
     def name(self):
@@ -101,9 +107,9 @@ def run_name(arm, budget, seeds):
 def read_study(name):
     """`Study` of conf/study/<name>.yaml. UserError names the file and every problem."""
     path = STUDIES / f"{name}.yaml"
-    if not path.is_file():
+    if not NAME.fullmatch(name) or not path.is_file():
         known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml"))) or "none yet"
-        raise UserError(f"{path.relative_to(ROOT)}: there is no such study (there are: {known})")
+        raise UserError(f"conf/study/{name}.yaml: there is no such study (there are: {known})")
     content = params.load(path)
     try:
         study = Study.model_validate(content, strict=False)
@@ -115,7 +121,8 @@ def read_study(name):
 
 
 def check(study, path):
-    """UserError for names that are no file names, unknown budgets and factors that are not positive."""
+    """UserError for names that are no file names, unknown arms and budgets, factors that are not positive, and
+    overrides of what the study sets itself."""
     for kind, names in (("arm", study.arms), ("budget", study.budgets)):
         for name in names:
             if not NAME.fullmatch(name):
@@ -132,28 +139,71 @@ def check(study, path):
             if budget not in study.budgets:
                 known = ", ".join(study.budgets)
                 raise UserError(f"{path}: arm {name}: there is no budget {budget!r} (there are: {known})")
+        if baseline_of(study, name) not in study.arms:
+            raise UserError(f"{path}: arm {name}: its baseline {arm.baseline!r} is no arm of this study")
+        keys = [key for group in SEED_KEYS.values() for key in group]
+        for override in (*study.base, *arm.overrides):
+            if override.split("=")[0].lstrip("+~") in keys:
+                raise UserError(f"{path}: arm {name}: {override}: seeds come from `seeds`; remove the override")
+    check_equal_flops(study, path)
+    labels = [label_of(study, arm, budget) for arm in study.arms for budget in budgets_of(study, arm)]
+    for label in study.headline or ():
+        if label not in labels:
+            raise UserError(
+                f"{path}: headline {label!r} is no comparison of this study (there are: {', '.join(labels)})"
+            )
+
+
+def check_equal_flops(study, path):
+    """UserError where runs of equal FLOPs would wait for runs that the study does not have."""
+    for name in study.arms:
+        for budget in budgets_of(study, name):
+            if not isinstance(study.budgets[budget], EqualFlops):
+                continue
+            needed = study.budgets[budget].flops_of
+            for other in {name, baseline_of(study, name)}:
+                absent = [seeds for seeds in seeds_of(study, name) if seeds not in seeds_of(study, other)]
+                if needed not in budgets_of(study, other) or absent:
+                    what = f"budget {needed}" if needed not in budgets_of(study, other) else f"seeds {absent[0]}"
+                    raise UserError(f"{path}: arm {name}: budget {budget} needs {what} of arm {other}: add it there")
+
+
+def baseline_of(study, arm):
+    """The arm that `arm` is compared with."""
+    return study.arms[arm].baseline or next(iter(study.arms))
+
+
+def budgets_of(study, arm):
+    return study.arms[arm].budgets or tuple(study.budgets)
+
+
+def seeds_of(study, arm):
+    return [as_seeds(entry) for entry in (study.arms[arm].seeds or study.seeds)]
+
+
+def label_of(study, arm, budget):
+    """How a comparison is named."""
+    return arm if len(study.budgets) == 1 else f"{arm}, {budget}"
 
 
 def cells_of(study):
-    """Every `Cell` of the study, arm by arm; the first has none of equal FLOPs, as it would repeat itself. UserError
+    """Every `Cell` of the study, arm by arm; a baseline has none of equal FLOPs, as it would repeat itself. UserError
     for a cell that occurs twice."""
-    cells, baseline = [], next(iter(study.arms))
+    cells = []
     for name, arm in study.arms.items():
-        budgets = arm.budgets or tuple(study.budgets)
-        seeds = [as_seeds(entry) for entry in (arm.seeds or study.seeds)]
-        for budget, entry in product(budgets, seeds):
+        for budget, entry in product(budgets_of(study, name), seeds_of(study, name)):
             value, overrides = study.budgets[budget], (*study.base, *arm.overrides)
             if not isinstance(value, EqualFlops):
                 cells.append(Cell(name, budget, entry, overrides, value))
-            elif name != baseline:
-                cells.append(Cell(name, budget, entry, overrides, None, value.flops_of))
+            elif (baseline := baseline_of(study, name)) != name:
+                cells.append(Cell(name, budget, entry, overrides, None, value.flops_of, baseline))
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the study has {len(twice)} run(s) twice: {', '.join(twice)}")
     return cells
 
 
-def with_factors(cells, baseline, flops):
+def with_factors(cells, flops):
     """(cells with a factor, cells that wait), given {run name: training FLOPs} of finished runs: a cell of equal FLOPs
     gets the baseline's FLOPs divided by its own arm's, of the runs with its seeds at the budget `flops_of`."""
     ready, waiting = [], []
@@ -161,7 +211,7 @@ def with_factors(cells, baseline, flops):
         if cell.flops_of is None:
             ready.append(cell)
             continue
-        base, own = (flops.get(run_name(arm, cell.flops_of, cell.seeds)) for arm in (baseline, cell.arm))
+        base, own = (flops.get(run_name(arm, cell.flops_of, cell.seeds)) for arm in (cell.baseline, cell.arm))
         if base is None or own is None:
             waiting.append(cell)
         else:

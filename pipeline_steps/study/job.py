@@ -24,7 +24,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json, write_text
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.snakemake import stop_with_parent
-from pipeline_steps.study.plan import folder_of
+from pipeline_steps.study.plan import check_code, folder_of
 
 LAST_LINES = 15  # of the log, kept of a failed job
 
@@ -53,6 +53,7 @@ def read_arguments():
 def run_job(job, folder, studies, commit, gpus):
     """Runs the stage in `folder`; UserError with the log's last lines if it fails."""
     prepare(job, folder, studies)
+    check_code(job["code"])
     started = time.time()
     with ExitStack() as stack:
         variables = environment(folder)
@@ -72,6 +73,7 @@ def run_job(job, folder, studies, commit, gpus):
         tail = [line for line in lines if line.strip()][-LAST_LINES:]
         write_json(folder / "failed.json", {"reason": reason, "last_lines": tail})
         raise UserError(f"{job['stage']} ({job['key']}) failed, {reason}: {' / '.join(tail[-3:])}")
+    check_code(job["code"])  # also for what was imported late
     record = {"commit": commit, "seconds": round(time.time() - started, 1), "machine": platform.machine()}
     write_json(folder / "done.json", record | {"attempts": count_attempt(folder, add=0)})
 

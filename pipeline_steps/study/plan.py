@@ -19,7 +19,15 @@ from pipeline_steps.study.design import cells_of, parameters_of, with_factors
 
 TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
 NOT_RUN = "parameters"  # checks params.yaml; a plan checks the parameters of every cell itself
-LIBRARIES = ("torch", "transformers")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "av",
+    "scikit-learn",
+)  # results may depend on them
 RESULTS = "reports/study"  # may differ from the commit: a study writes there
 
 
@@ -44,6 +52,7 @@ class Job:
     command: str
     parameters: dict
     inputs: dict[str, tuple[str, str]]  # {path: (stage, key) of the job that writes it}
+    code: dict[str, str]  # {path: git's hash of its content}
     outs: tuple[str, ...]
 
     @property
@@ -71,6 +80,7 @@ class Plan:
     runs: list[Run] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)  # runs whose samples follow from others that are not finished
     jobs: dict[tuple[str, str], Job] = field(default_factory=dict)  # in an order in which they can run
+    code: dict[str, str] = field(default_factory=dict)  # of the whole commit
 
     def as_dict(self):
         """Plain data, for the workflow."""
@@ -82,15 +92,15 @@ def folder_of(stage, key):
     return f"jobs/{stage}/{key}"
 
 
-def make_plan(name, study, flops=None):
-    """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs. UserError for
-    uncommitted changes and for a cell whose parameters are wrong or equal another's."""
-    commit = clean_commit()
+def make_plan(name, study, flops=None, before=None):
+    """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs; before: a plan of
+    the same study, whose commit it keeps. UserError for uncommitted changes and for a cell whose parameters are wrong
+    or equal another's."""
     stages = read_stages()
-    code = code_of_commit()
-    plan = Plan(name, commit)
+    plan = Plan(name, before.commit, code=before.code) if before else Plan(name, clean_commit(), code=code_of_commit())
+    code = plan.code
     seen = {}
-    cells, waiting = with_factors(cells_of(study), next(iter(study.arms)), flops or {})
+    cells, waiting = with_factors(cells_of(study), flops or {})
     plan.waiting = [cell.name for cell in waiting]
     for cell in cells:
         parameters = parameters_of(cell)
@@ -114,16 +124,17 @@ def jobs_of(stages, parameters, code):
             return jobs[name]
         stage = stages[name]
         inputs = {path: add(maker) for path, maker in sorted(stage.inputs.items())}
+        own_code = {path: content for path, content in sorted(code.items()) if is_within(path, stage.code)}
         key = fingerprint(
             name,
             stage.command,
             {path: value_of(parameters, path) for path in stage.params},
-            sorted(entry for entry in code.items() if is_within(entry[0], stage.code)),
+            list(own_code.items()),
             {path: job.key for path, job in inputs.items()},
             {library: version(library) for library in LIBRARIES},
         )
         links = {path: (job.stage, job.key) for path, job in inputs.items()}
-        jobs[name] = Job(name, key, stage.command, parameters, links, stage.outs)
+        jobs[name] = Job(name, key, stage.command, parameters, links, own_code, stage.outs)
         return jobs[name]
 
     for target in TARGETS:
@@ -185,8 +196,22 @@ def code_of_commit():
     return {path: info.split()[2] for info, path in entries}
 
 
-def git(*words):
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+def check_code(code):
+    """UserError if files of this checkout differ from {path: git's hash}: what was planned would not be what runs."""
+    paths = list(code)
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    found = [] if missing else git("hash-object", "--stdin-paths", given="\n".join(paths)).split()
+    changed = missing or [path for path, content in zip(paths, found, strict=True) if content != code[path]]
+    if changed:
+        raise UserError(
+            f"{len(changed)} file(s) changed since the study was planned ({', '.join(changed[:5])}). Restore them, or "
+            "start the study again after committing. Long studies are best run from a clone of their own."
+        )
+
+
+def git(*words, given=None):
+    command = ["git", *words]
+    done = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"git {' '.join(words)} failed in {ROOT}: {done.stderr.strip()}")
     return done.stdout

@@ -21,7 +21,7 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, UNDECIDED, UNMATCHED, WORSE
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report.statistics import holm
 
 LEVEL = 0.95
@@ -88,24 +88,36 @@ def _upper_bound(values, high, tail, seed):
     return float(np.quantile(means, 1 - tail, method="higher"))
 
 
+def smallest_p(num_pairs, num_questions):
+    """The smallest p-value that a sign-flip test of this many pairs can reach after Holm's correction."""
+    return min(1.0, num_questions * 2 / 2**num_pairs)
+
+
 def share_interval(count, total, level=LEVEL):
     """Clopper-Pearson interval of a share, (low, high)."""
     found = stats.binomtest(count, total).proportion_ci(confidence_level=level, method="exact")
     return float(found.low), float(found.high)
 
 
-def compare(pairs, margin, matched=lambda arm: True):
+def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
     """`Comparison`s of {(arm, group): differences, baseline minus arm, one per pair}.
 
     margin: differences below it count as none, in units of accuracy. matched: whether an arm's budget equals the
-    baseline's; without, no verdict is given. "Better" is the baseline.
+    baseline's; without, no verdict is given. headline: whether an arm is a headline question; Holm's correction is for
+    these, and others get no verdict. "Better" is the baseline.
     """
-    p_values = [sign_flip_p(values) for values in pairs.values()]
+    p_values = {name: sign_flip_p(values) for name, values in pairs.items()}
+    asked = [name for name in pairs if headline(name[0])]
+    corrected = dict(zip(asked, holm([p_values[name] for name in asked]), strict=True)) if asked else {}
     found = []
-    for ((arm, group), values), p, adjusted in zip(pairs.items(), p_values, holm(p_values), strict=True):
+    for (arm, group), values in pairs.items():
+        p = p_values[arm, group]
+        adjusted = corrected.get((arm, group), p)
         narrow = t_interval(values, EQUIVALENCE_LEVEL)
         smallest = None if narrow is None else max(abs(narrow[0]), abs(narrow[1]))
-        if not matched(arm):
+        if (arm, group) not in corrected:
+            verdict = EXPLORATORY
+        elif not matched(arm):
             verdict = UNMATCHED
         elif smallest is not None and smallest <= margin:
             verdict = EQUAL

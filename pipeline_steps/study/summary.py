@@ -17,10 +17,10 @@ from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.study_results import ArmResult, ComparisonResult, StudySummary
+from pipeline_steps.common.study_results import EXPLORATORY, ArmResult, ComparisonResult, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import EqualFlops, cells_of, read_study
+from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of, read_study
 from pipeline_steps.study.plan import RESULTS
 
 SEEDS = ("training_seed", "backbones_seed", "data_seed")
@@ -43,9 +43,10 @@ def write_summary(name, study, results=ROOT / RESULTS):
         table = pd.read_csv(folder / "runs.csv")
     except FileNotFoundError:
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
+    summary = summarise(name, table, study)
     write_text(folder / "runs.svg", figure(table, study))
-    metrics.write_json(folder / "summary.json", summarise(name, table, study))
-    write_text(folder / "README.md", page(name, table, study))
+    metrics.write_json(folder / "summary.json", summary)
+    write_text(folder / "README.md", page(summary, table, study))
     return folder / "README.md"
 
 
@@ -55,21 +56,27 @@ def group_accuracy(table, tasks):
 
 
 def groups_of(table, study):
-    """{group: tasks} of the study that the runs were scored on, "all" for every task."""
+    """{group: tasks} of the study, and "all" for every scored task. Default groups of another world are left out;
+    UserError for a group of which only a part was scored."""
     tasks = [name.removeprefix(ACCURACY) for name in table.columns if name.startswith(ACCURACY)]
-    found = {name: [task for task in group if task in tasks] for name, group in study.groups.items()}
-    return {"all": tasks} | {name: group for name, group in found.items() if group}
+    groups = {"all": tasks}
+    for name, group in study.groups.items():
+        absent = [task for task in group if task not in tasks]
+        if absent and (len(absent) < len(group) or "groups" in study.model_fields_set):
+            raise UserError(f"group {name}: no run was scored on {', '.join(absent)} (tasks: {', '.join(tasks)})")
+        if not absent:
+            groups[name] = list(group)
+    return groups
 
 
 def comparisons(table, study):
-    """(`statistics.Comparison`s of every arm with the first, in every budget and group that both have; {label of the
-    arm: what its budget has in common with the baseline's, or None}). With several budgets the label names one."""
-    baseline = next(iter(study.arms))
-    groups = {name: tasks for name, tasks in groups_of(table, study).items() if name != "all"} or groups_of(
-        table, study
-    )
-    pairs, budgets = {}, {}
-    for (arm, budget), rows in table[table["arm"] != baseline].groupby(["arm", "budget"], sort=False):
+    """`ComparisonResult`s of every arm with its baseline, in every budget and group that both have."""
+    groups = groups_of(table, study)
+    groups = {name: tasks for name, tasks in groups.items() if name != "all"} or groups
+    pairs, conditions = {}, {}
+    for (arm, budget), rows in table.groupby(["arm", "budget"], sort=False):
+        if (baseline := baseline_of(study, arm)) == arm:
+            continue
         entry = study.budgets.get(budget)
         reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
         base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(list(SEEDS))
@@ -78,16 +85,39 @@ def comparisons(table, study):
         if not len(common):
             continue
         base, own = base.loc[common], own.loc[common]
-        label = arm if len(study.budgets) == 1 else f"{arm}, {budget}"
-        budgets[label] = matched_budget(base, own)
+        label = label_of(study, arm, budget)
+        conditions[label] = {
+            "baseline": baseline,
+            "matched": matched_budget(base, own),
+            "num_not_converged": sum(int((side["converged"] == False).sum()) for side in (base, own)),  # noqa: E712
+        }
         for group, tasks in groups.items():
             pairs[label, group] = (group_accuracy(base, tasks) - group_accuracy(own, tasks)).to_numpy()
-    found = statistics.compare(pairs, study.margin, lambda label: budgets[label] is not None) if pairs else []
-    return found, budgets
+    found = statistics.compare(
+        pairs,
+        study.margin,
+        matched=lambda label: conditions[label]["matched"] is not None,
+        headline=lambda label: study.headline is None or label in study.headline,
+    )
+    return [
+        ComparisonResult(
+            arm=entry.arm,
+            group=entry.group,
+            differences=list(entry.differences),
+            interval=entry.interval,
+            bounded_interval=entry.bounded,
+            p_value=entry.p_value,
+            p_adjusted=entry.p_adjusted,
+            verdict=entry.verdict,
+            smallest_margin=entry.smallest_margin,
+            **conditions[entry.arm],
+        )
+        for entry in found
+    ]
 
 
 def matched_budget(base, own):
-    """ "samples", "FLOPs", "samples and FLOPs", or None: what the budgets of two paired tables have in common."""
+    """What the budgets of two paired tables have in common: "samples", "FLOPs", "samples and FLOPs", or None."""
     equal = [
         name
         for name, column in (("samples", "training_samples"), ("FLOPs", "training_flops"))
@@ -96,25 +126,50 @@ def matched_budget(base, own):
     return " and ".join(equal) or None
 
 
+def power_warning(study):
+    """A sentence if the study's headline questions cannot be decided by its number of pairs, else None."""
+    groups = len(study.groups) or 1
+    labels = [
+        label_of(study, arm, budget)
+        for arm in study.arms
+        if baseline_of(study, arm) != arm
+        for budget in budgets_of(study, arm)
+    ]
+    asked = [label for label in labels if study.headline is None or label in study.headline]
+    if not asked:
+        return None
+    num_pairs = len(study.seeds)
+    smallest = statistics.smallest_p(num_pairs, len(asked) * groups)
+    if smallest < 1 - statistics.LEVEL:
+        return None
+    return (
+        f"With {num_pairs} seed(s) and {len(asked) * groups} questions no difference can be significant (smallest "
+        f"corrected p: {smallest:.2g}). For verdicts, add seeds or name fewer questions in `headline`."
+    )
+
+
 def summarise(name, table, study):
     """`StudySummary` of the table of runs."""
-    found, budgets = comparisons(table, study)
     groups = groups_of(table, study)
-    arms = [
-        ArmResult(
-            arm=arm,
-            budget=budget,
-            seeds=runs[list(SEEDS)].to_numpy().tolist(),
-            groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
-            exact_match=[None if pd.isna(value) else value for value in runs["exact_match_accuracy"]],
-            num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
-            num_converged=int((runs["converged"] == True).sum()),  # noqa: E712 (None where it could not be measured)
-            training_samples=float(runs["training_samples"].mean()),
-            training_flops=float(runs["training_flops"].mean()),
-            training_seconds=float(runs["training_seconds"].median()),
+    arms = []
+    for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False):
+        converged = runs["converged"].dropna().astype(bool)
+        whole = runs[runs["attempts"] == 1]  # of a resumed run, only the last attempt's time is known
+        arms.append(
+            ArmResult(
+                arm=arm,
+                budget=budget,
+                seeds=runs[list(SEEDS)].to_numpy().tolist(),
+                groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
+                exact_match=[None if pd.isna(value) else value for value in runs["exact_match_accuracy"]],
+                num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
+                num_converged=int(converged.sum()),
+                num_measured=len(converged),
+                training_samples=float(runs["training_samples"].mean()),
+                training_flops=float(runs["training_flops"].mean()),
+                training_seconds=float(whole["training_seconds"].median()) if len(whole) else None,
+            )
         )
-        for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False)
-    ]
     return StudySummary(
         name=name,
         question=study.question,
@@ -124,91 +179,71 @@ def summarise(name, table, study):
         margin=study.margin,
         plateau=study.plateau,
         arms=arms,
-        comparisons=[
-            ComparisonResult(
-                arm=entry.arm,
-                group=entry.group,
-                differences=list(entry.differences),
-                interval=entry.interval,
-                bounded_interval=entry.bounded,
-                p_value=entry.p_value,
-                p_adjusted=entry.p_adjusted,
-                verdict=entry.verdict,
-                smallest_margin=entry.smallest_margin,
-                matched=budgets[entry.arm],
-                num_not_converged=not_converged(entry, table),
-            )
-            for entry in found
-        ],
+        comparisons=comparisons(table, study),
     )
 
 
-def not_converged(entry, table):
-    """Runs of the comparison's arm whose validation loss was still falling."""
-    runs = table[table["arm"] == entry.arm.split(", ")[0]]
-    return int((runs["converged"] == False).sum())  # noqa: E712 (None where it could not be measured)
-
-
-def page(name, table, study):
+def page(summary, table, study):
     """The summary as Markdown."""
-    total = len(cells_of(study))
-    found, budgets = comparisons(table, study)
-    parts = [f"# Study {name}", study.question, f"{len(table)} of {total} runs. `make study name={name}`"]
-    parts += ["## Arms", arm_table(table, study)]
-    if found:
-        parts += [
-            f"## {next(iter(study.arms))} against the other arms",
-            *comparison_lines(found, budgets, table, study),
-        ]
+    parts = [f"# Study {summary.name}", summary.question]
+    parts += [f"{summary.num_runs} of {summary.num_planned} runs. `make study name={summary.name}`"]
+    parts += ["## Arms", arm_table(summary)]
+    if summary.comparisons:
+        parts += ["## Baseline against other arms", *comparison_lines(summary)]
     parts += ["![Token accuracy of every run by task](runs.svg)", "## Runs", run_table(table, study)]
     return "\n\n".join(parts) + "\n"
 
 
-def arm_table(table, study):
+def arm_table(summary):
     rows = []
-    groups = groups_of(table, study)
-    for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False):
-        left = int((runs["mean_token_accuracy"] >= study.plateau).sum())
-        low, high = statistics.share_interval(left, len(runs))
-        above = f"{left} of {len(runs)} [{100 * low:.0f}, {100 * high:.0f} %]"
-        converged = runs["converged"].dropna().astype(bool)
+    for arm in summary.arms:
+        count = len(arm.seeds)
+        low, high = statistics.share_interval(arm.num_above_plateau, count)
+        above = f"{arm.num_above_plateau} of {count} [{100 * low:.0f}, {100 * high:.0f} %]"
+        minutes = arm.training_seconds
         rows.append(
             {
-                "arm": arm,
-                "budget": budget,
-                "runs": len(runs),
-                **{f"{group}, %": spread(group_accuracy(runs, tasks)) for group, tasks in groups.items()},
-                "exact match, %": spread(runs["exact_match_accuracy"]),
-                f"runs above {100 * study.plateau:.0f} %": above,
-                "converged": f"{converged.sum()} of {len(converged)}",
-                "training TFLOP": f"{runs['training_flops'].mean() / 1e12:.1f}",
-                "minutes": f"{runs['training_seconds'].median() / 60:.1f}",
+                "arm": arm.arm,
+                "budget": arm.budget,
+                "runs": count,
+                **{f"{group}, %": spread(values) for group, values in arm.groups.items()},
+                "exact match, %": spread([value for value in arm.exact_match if value is not None]),
+                f"runs above {100 * summary.plateau:.0f} %": above,
+                "converged": f"{arm.num_converged} of {arm.num_measured}",
+                "training TFLOP": f"{arm.training_flops / 1e12:.1f}",
+                "minutes": "–" if minutes is None else f"{minutes / 60:.1f}",
             }
         )
     note = (
-        "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Minutes: median of the "
-        "training. Converged: the validation loss fell by less than 1 % over the last quarter of stage 3, or rose."
+        "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
+        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: samples times those of "
+        "a mean training sample with frames, all weights trained. Minutes: median of runs without interruption."
     )
     return f"{markdown(pd.DataFrame(rows))}\n\n{note}"
 
 
 def spread(values):
-    return f"{100 * values.mean():.1f} ({100 * values.min():.1f} to {100 * values.max():.1f})"
+    if not len(values):
+        return "–"
+    low, mean, high = (100 * value for value in (min(values), float(np.mean(values)), max(values)))
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-def comparison_lines(found, budgets, table, study):
+def comparison_lines(summary):
     """A table of the comparisons and how to read it."""
+    found = summary.comparisons
     rows = [
         {
+            "baseline": entry.baseline,
             "arm": entry.arm,
             "tasks": entry.group,
             "pairs": len(entry.differences),
-            "difference, points": f"{100 * entry.mean:+.1f}",
+            "difference, points": f"{100 * float(np.mean(entry.differences)):+.1f}",
             "95 % interval (t)": points(entry.interval),
-            "95 % interval (any distribution)": points(entry.bounded),
+            "95 % interval (any distribution)": points(entry.bounded_interval),
             "p": f"{entry.p_value:.4f}",
-            "p, Holm": f"{entry.p_adjusted:.4f}",
-            "verdict": verdict_text(entry, budgets, table),
+            "p, Holm": "–" if entry.verdict == EXPLORATORY else f"{entry.p_adjusted:.4f}",
+            "verdict on the baseline": verdict_text(entry),
         }
         for entry in found
     ]
@@ -219,20 +254,20 @@ def comparison_lines(found, budgets, table, study):
         else ""
     )
     note = (
-        f"Differences are {next(iter(study.arms))} minus the arm, in points of token accuracy, over pairs of runs with "
-        "equal seeds. p: exact sign-flip test, corrected by Holm for all rows. Equal: the 90 % t-interval lies within "
-        f"{100 * study.margin:.0f} points.{power}"
+        "Differences are baseline minus arm, in points of token accuracy, over pairs of runs with equal seeds. p: "
+        "exact sign-flip test; Holm: corrected for all headline rows. Equal: the 90 % t-interval lies within "
+        f"{100 * summary.margin:.0f} points (not corrected). The t-interval covers less than 95 % where some runs stay "
+        f"on a plateau; the other one holds for any distribution.{power}"
     )
     return [markdown(pd.DataFrame(rows)), note]
 
 
-def verdict_text(entry, budgets, table):
+def verdict_text(entry):
     """The verdict with what it is conditional on."""
-    budget = budgets[entry.arm]
-    if budget is None:
+    if entry.matched is None or entry.verdict == EXPLORATORY:
         return entry.verdict
-    text, pending = f"**{entry.verdict}** at equal {budget}", not_converged(entry, table)
-    return f"{text}; {pending} runs of the arm not converged" if pending else text
+    text = f"**{entry.verdict}** at equal {entry.matched}"
+    return f"{text}; {entry.num_not_converged} runs not converged" if entry.num_not_converged else text
 
 
 def points(interval):
@@ -294,7 +329,7 @@ def figure(table, study):
             axes.axvline(border, color="0.6", linewidth=0.8)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=len(labels), frameon=False)
         text = io.StringIO()
-        canvas.savefig(text, format="svg", metadata={"Date": None})
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(canvas)
     return text.getvalue()
 

@@ -439,9 +439,9 @@ def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypat
 
 def study_summary(**changes):
     arm = {"budget": "x1", "seeds": [[1, 1, 1], [2, 2, 2]], "training_samples": 6e4, "training_flops": 1.5e13}
-    arm |= {"training_seconds": 300.0, "num_converged": 2, "exact_match": [0.6, 0.7]}
+    arm |= {"training_seconds": 300.0, "num_converged": 2, "num_measured": 2, "exact_match": [0.6, 0.7]}
     comparison = {"group": "gaze", "differences": [0.55, 0.6], "interval": (0.4, 0.7), "bounded_interval": (-0.2, 0.9)}
-    comparison |= {"p_value": 0.5, "p_adjusted": 1.0, "smallest_margin": 0.6, "matched": "samples"}
+    comparison |= {"baseline": "none", "p_value": 0.5, "p_adjusted": 1.0, "smallest_margin": 0.6, "matched": "samples"}
     return StudySummary.model_validate(
         {
             "name": "mine",
@@ -471,7 +471,7 @@ def test_studies_lead_the_page_with_their_verdicts_and_every_run(tmp_path, monke
     statement = (
         "+57.5 points of token accuracy [+40.0, +70.0] over 2 pairs of runs, p = 1.000 (sign flips, Holm), at equal "
     )
-    statement += "training samples. The loss of 2 runs of sixteen tokens (B1) was still falling."
+    statement += "training samples. The validation loss of 2 of the 4 runs was still falling."
     assert 0 < page.index(title) < page.index(statement) < page.index('<p class="lead">')
     assert "Which &lt;one&gt;?" in page
     assert "4 of 6 runs" in page

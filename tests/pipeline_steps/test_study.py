@@ -83,7 +83,7 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     study = make(budgets={"x2": 2, "same": {"flops_of": "x2"}}, seeds=[1, 2])
     cells = design.cells_of(study)
     assert [cell.name for cell in cells if cell.budget == "same"] == ["A6-same-seed1.1.1", "A6-same-seed2.2.2"]
-    ready, waiting = design.with_factors(cells, "none", {"none-x2-seed1.1.1": 3e14, "A6-x2-seed1.1.1": 2e14})
+    ready, waiting = design.with_factors(cells, {"none-x2-seed1.1.1": 3e14, "A6-x2-seed1.1.1": 2e14})
     assert [cell.name for cell in waiting] == ["A6-same-seed2.2.2"]
     (cell,) = (cell for cell in ready if cell.budget == "same")
     assert cell.factor == 3.0
@@ -94,6 +94,17 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     ("changes", "message"),
     [
         ({"budgets": {"x1": 1, "same": {"flops_of": "x3"}}}, "budget same: flops_of is 'x3', expected one of: x1"),
+        (
+            {"arms": {"none": {}, "A6": {"budgets": ["same"]}}, "budgets": {"x1": 1, "same": {"flops_of": "x1"}}},
+            "arm A6: budget same needs budget x1 of arm A6",
+        ),
+        (
+            {"arms": {"none": {}, "A6": {"seeds": [9]}}, "budgets": {"x1": 1, "same": {"flops_of": "x1"}}},
+            "arm A6: budget same needs seeds training=9 backbones=9 data=9 of arm none",
+        ),
+        ({"arms": {"none": {"overrides": ["seed=9"]}}}, "arm none: seed=9: seeds come from `seeds`"),
+        ({"arms": {"none": {}, "A6": {"baseline": "A7"}}}, "arm A6: its baseline 'A7' is no arm of this study"),
+        ({"headline": ["B1"]}, r"headline 'B1' is no comparison of this study \(there are: none, A6\)"),
         ({"arms": {"A 6": {}}}, "arm 'A 6': use letters"),
         ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
         ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
@@ -202,10 +213,10 @@ def test_uncommitted_changes_are_refused_but_results_are_not(repository):
 
 def small_plan(*commands, commit="c0ffee"):
     """A plan of one run per command; all need one shared job, which takes a moment."""
-    first = Job("first", "k", "python -c \"open('out', 'w').write('x'); print('made')\"", {"a": 1}, {}, ("out",))
+    first = Job("first", "k", "python -c \"open('out', 'w').write('x'); print('made')\"", {"a": 1}, {}, {}, ("out",))
     jobs, runs = {("first", "k"): first}, []
     for number, command in enumerate(commands):
-        job = Job("second", f"k{number}", command, {"a": 1}, {"out": ("first", "k")}, ("result",))
+        job = Job("second", f"k{number}", command, {"a": 1}, {"out": ("first", "k")}, {}, ("result",))
         jobs["second", job.key] = job
         seeds = {"training": number, "backbones": 1, "data": 1}
         runs.append(Run(f"run{number}", "none", "x1", seeds, {"a": 1}, {"first": "k", "second": job.key}))
@@ -296,6 +307,17 @@ def test_jobs_take_a_gpu_each_and_wait_for_one(tmp_path):
     assert third.communicate(timeout=30)[0].strip() in ("0", "1")
 
 
+def test_code_that_changed_since_the_plan_is_refused(repository):
+    code = {"code.py": plan.git("hash-object", "code.py").strip()}
+    plan.check_code(code)
+    (repository / "code.py").write_text("2")
+    with pytest.raises(UserError, match=r"1 file.s. changed since the study was planned \(code.py\)"):
+        plan.check_code(code)
+    (repository / "code.py").unlink()
+    with pytest.raises(UserError, match=r"changed since the study was planned \(code.py\)"):
+        plan.check_code(code)
+
+
 def test_missing_inputs_name_the_job_that_makes_them(tmp_path):
     from pipeline_steps.study import job
 
@@ -378,6 +400,26 @@ def test_convergence_is_the_fall_over_the_last_quarter(tmp_path):
     assert collect.convergence(curve(tmp_path / "d.csv", {500: 0.5})) == (None, None)
 
 
+def test_earlier_results_stay_and_foreign_ones_are_refused(tmp_path, monkeypatch):
+    """Of two planned runs one was collected elsewhere; the other is finished here."""
+    runs = [Run(f"r{n}", "none", "x1", {"training": n}, {"seed": n}, {"evaluation": f"k{n}"}) for n in (1, 2)]
+    made = Plan("mine", "c0ffee", runs=runs)
+    items = pd.DataFrame({"run": ["r2"], "task": ["card"]})
+    old = {"run": "r2", "training_flops": 7.0, "parameters": collect.parameters_hash({"seed": 2})}
+    pd.DataFrame([old]).to_csv(tmp_path / "runs.csv", index=False)
+    items.to_parquet(tmp_path / "items.parquet")
+    assert collect.check_earlier(made, tmp_path) == {"r2": 7.0}
+    monkeypatch.setattr(collect, "finished", lambda run, studies: run.name == "r1")
+    monkeypatch.setattr(collect, "row_of", lambda run, studies: old | {"run": run.name, "training_flops": 5.0})
+    monkeypatch.setattr(collect, "items_of", lambda run, studies: items.assign(run=run.name))
+    table = collect.collect(made, tmp_path, tmp_path)
+    assert list(zip(table["run"], table["training_flops"], strict=True)) == [("r1", 5.0), ("r2", 7.0)]
+    assert sorted(pd.read_parquet(tmp_path / "items.parquet")["run"]) == ["r1", "r2"]
+    pd.DataFrame([old | {"parameters": "other"}]).to_csv(tmp_path / "runs.csv", index=False)
+    with pytest.raises(UserError, match=r"has 1 run.s. that are not in the study or have other parameters \(r2\)"):
+        collect.check_earlier(made, tmp_path)
+
+
 def runs_table(seeds=8, flops=None):
     rng = np.random.default_rng(0)
     means = {"none": (0.93, 0.9), "A6": (0.36, 0.9), "B1": (0.4, 0.97)}
@@ -396,6 +438,7 @@ def runs_table(seeds=8, flops=None):
                     "training_samples": 60000,
                     "training_flops": (flops or {}).get(arm, 1e14),
                     "training_seconds": 300.0,
+                    "attempts": 1,
                     "mean_token_accuracy": np.mean(list(tasks.values())),
                     "exact_match_accuracy": 0.6,
                     "mean_loss": 0.2,
@@ -422,9 +465,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "24 of 24 runs" in text
     assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
     assert "**equal** at equal samples and FLOPs |" in text
-    assert (
-        "**worse** at equal samples; 8 runs of the arm not converged" in text
-    )  # B1 reads more, at twice the FLOPs
+    assert "**worse** at equal samples; 8 runs of the arm not converged" in text  # B1 reads more, at twice the FLOPs
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
     assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
@@ -440,7 +481,8 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
 
 def test_summary_is_the_same_bytes_again(tmp_path):
     table = runs_table(seeds=2)
-    assert summary.page("mine", table, STUDY) == summary.page("mine", table, STUDY)
+    pages = [summary.page(summary.summarise("mine", table, STUDY), table, STUDY) for _ in range(2)]
+    assert pages[0] == pages[1]
     assert summary.figure(table, STUDY) == summary.figure(table, STUDY)
 
 
@@ -448,19 +490,48 @@ def test_arms_with_other_seeds_or_budgets_get_no_verdict():
     table = runs_table()
     table.loc[table["arm"] == "A6", list(summary.SEEDS)] += 100
     table.loc[table["arm"] == "B1", ["training_samples", "training_flops"]] *= 2
-    found, budgets = summary.comparisons(table, STUDY)
+    found = summary.comparisons(table, STUDY)
     assert {entry.arm for entry in found} == {"B1"}
-    assert {entry.verdict for entry in found} == {"unmatched budgets"}
-    assert budgets == {"B1": None}
+    assert {(entry.verdict, entry.matched) for entry in found} == {("unmatched budgets", None)}
+
+
+def test_only_headline_questions_are_corrected_and_get_a_verdict():
+    study = STUDY.model_copy(update={"headline": ("B1",)})
+    found = summary.comparisons(runs_table(), study)
+    assert [(entry.arm, entry.verdict) for entry in found] == [
+        ("A6", "exploratory"),
+        ("A6", "exploratory"),
+        ("B1", "better"),
+        ("B1", "worse"),
+    ]
+    assert [entry.p_adjusted for entry in found][2:] == [2 * 2 / 256] * 2
+
+
+def test_a_design_that_cannot_decide_says_so():
+    assert "With 3 seed(s) and 4 questions" in summary.power_warning(STUDY.model_copy(update={"seeds": (1, 2, 3)}))
+    assert summary.power_warning(STUDY) is None
+
+
+def test_a_group_of_which_a_task_was_not_scored_is_refused():
+    study = STUDY.model_copy(update={"groups": {"gaze": ("card", "folow")}})
+    with pytest.raises(UserError, match=r"group gaze: no run was scored on folow"):
+        summary.groups_of(runs_table(), study)
 
 
 def test_equal_flops_are_compared_with_the_budget_that_they_follow():
     study = STUDY.model_copy(update={"budgets": {"x1": 1.0, "same": design.EqualFlops(flops_of="x1")}})
     table = runs_table(flops={"B1": 2e14})
     same = table[table["arm"] == "B1"].assign(budget="same", training_samples=30000, training_flops=1e14)
-    found, budgets = summary.comparisons(pd.concat([table, same]), study)
-    assert budgets == {"A6, x1": "samples and FLOPs", "B1, x1": "samples", "B1, same": "FLOPs"}
+    found = summary.comparisons(pd.concat([table, same]), study)
+    matched = {entry.arm: entry.matched for entry in found}
+    assert matched == {"A6, x1": "samples and FLOPs", "B1, x1": "samples", "B1, same": "FLOPs"}
     assert len(found) == 6
+
+
+def test_an_arm_may_have_its_own_baseline():
+    arms = {**STUDY.arms, "B1": STUDY.arms["B1"].model_copy(update={"baseline": "A6"})}
+    found = summary.comparisons(runs_table(), STUDY.model_copy(update={"arms": arms}))
+    assert [(entry.arm, entry.baseline) for entry in found][2:] == [("B1", "A6"), ("B1", "A6")]
 
 
 def test_a_summary_without_runs_says_what_to_run(tmp_path):

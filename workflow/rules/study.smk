@@ -1,11 +1,12 @@
 # Jobs of a study's plan (pipeline_steps/study/plan.py): one job per stage and distinct input; what runs share is made once.
-# --directory: the folder of all studies; --config plan=<plan.json> gpus=<slots, 0: none>.
+# --directory: the folder of all studies; --config plan=<plan.json> gpus=<number, 0: none>.
 import json
 
 PLAN = json.loads(Path(config["plan"]).read_text()) if "plan" in config else {"jobs": []}
 JOBS = {(job["stage"], job["key"]): job for job in PLAN["jobs"]}
 ORDER = list(dict.fromkeys(job["stage"] for job in PLAN["jobs"]))  # a stage after those that it needs
 GPUS = int(config.get("gpus", 0))
+SLOTS = int(config.get("slots", 0))  # GPUs that jobs of this machine share out among themselves
 ON_GPU = {"backbones", "stage1", "stage2", "stage3", "evaluation"}
 
 
@@ -33,7 +34,7 @@ for STAGE in ORDER:
             runtime=24 * 60,
         params:
             stage=STAGE,
-            gpus=GPUS if STAGE in ON_GPU else 0,
+            gpus=SLOTS if STAGE in ON_GPU else 0,
         shell:
             "exec env PYTHONPATH={ROOT:q} {PYTHON:q} -m pipeline_steps.study.job --studies . --plan {config[plan]:q}"
             " --stage {params.stage} --key {wildcards.key} --gpus {params.gpus}"
