@@ -14,8 +14,9 @@ from PIL import ExifTags, Image, ImageOps
 
 RESIZE_MODES = ("crop", "letterbox")
 MAX_PIXELS = 2**26  # of an image: 8192 x 8192; reading takes 4 to 20 bytes per pixel, depending on the format
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+STRIP_PIXELS = 2**20  # converted at a time
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
 DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # Pillow's exceptions for damaged files
 TRUNCATED = "truncated or damaged image"
@@ -67,7 +68,7 @@ def load_image(file):
 
 
 def upright(image):
-    """A PIL image of any common mode as an upright RGB image. Raises MediaError."""
+    """A PIL image of any common mode as an upright RGB image; transparency shows white. Raises MediaError."""
     check_size(image.width, image.height, MAX_PIXELS)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise MediaError(f"unsupported pixel mode {image.mode}")
@@ -75,9 +76,22 @@ def upright(image):
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            return on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
+
+
+def on_white(image):
+    """A PIL image with transparency, composed on white: an RGB image. Converts in strips to save memory."""
+    whole = Image.new("RGB", image.size, "white")
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+        whole.paste(strip, (0, top), strip)
+    return whole
 
 
 def square(image, size, resize_mode, pixel_aspect=1.0):

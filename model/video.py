@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .pictures import MediaError, check_size, square
+from .pictures import MediaError, check_size, on_white, square
 
 try:
     import av
+    from av.sidedata.sidedata import Type as SideDataType
     from av.video.frame import PictureType
     from av.video.reformatter import Interpolation, VideoReformatter
 except ImportError:  # only needed for videos
@@ -33,7 +34,18 @@ FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist for
 # Codecs in which no frame after a key frame, in display order, refers to a frame before it.
 RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores")
 SAME_TIME = 1e-4  # seconds; containers round timestamps
-UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# Signs of a, b, c, d of a display matrix, which shows the pixel at (x, y) at (a x + c y, b x + d y), y downwards.
+UPRIGHT = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+SWAPS_SIDES = tuple(list(UPRIGHT.values())[3:])
+SLANT = 0.02  # a display matrix that is further off the axes, about one degree, is not applied
 BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # mp4 boxes that contain other boxes
 TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # mp4 boxes with a sample count, and its byte offset in their content
 DAMAGED_VIDEO = "truncated or damaged video"
@@ -239,14 +251,37 @@ def _decode(packet, stream, start):
 
 def _upright(to_rgb, frame, aspect):
     """(RGB image, pixel aspect ratio, displayed (width, height)) of a decoded frame."""
-    plane = to_rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).planes[0]
-    image = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
+    image = _rgb(to_rgb, frame)
     size = (max(1, round(frame.width * aspect)), frame.height)
-    rotation = frame.rotation % 360
-    if rotation not in UPRIGHT:
+    transpose = UPRIGHT.get(_display_signs(frame))
+    if transpose is None:
         return image, aspect, size
-    image = image.transpose(UPRIGHT[rotation])
-    return (image, aspect, size) if rotation == 180 else (image, 1 / aspect, size[::-1])
+    image = image.transpose(transpose)
+    return (image, 1 / aspect, size[::-1]) if transpose in SWAPS_SIDES else (image, aspect, size)
+
+
+def _rgb(to_rgb, frame):
+    """A decoded frame as stored, as an RGB image; transparency shows white."""
+    has_alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    mode, name = ("RGBA", "rgba") if has_alpha else ("RGB", "rgb24")
+    plane = to_rgb.reformat(frame, format=name, interpolation=EXACT, threads=1).planes[0]
+    image = Image.frombuffer(mode, (frame.width, frame.height), plane, "raw", mode, plane.line_size, 1)
+    return on_white(image) if has_alpha else image
+
+
+def _display_signs(frame):
+    """Signs of a, b, c, d of the frame's display matrix, as in UPRIGHT; None: no matrix, or one off the axes."""
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return None
+    a, b, _, c, d = struct.unpack("=9i", bytes(data))[:5]
+    if max(abs(b), abs(c)) <= SLANT * min(abs(a), abs(d)):
+        b = c = 0
+    elif max(abs(a), abs(d)) <= SLANT * min(abs(b), abs(c)):
+        a = d = 0
+    else:
+        return None
+    return tuple((value > 0) - (value < 0) for value in (a, b, c, d))
 
 
 def _pixel_aspect(stream):
