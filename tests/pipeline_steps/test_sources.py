@@ -130,7 +130,7 @@ def test_every_sample_is_indexed_or_quarantined(tmp_path, capsys):
     with open_index(tmp_path) as index:
         index.add_source("one", source(), quarantined, 0.9)
         index.add_source("two", text_samples("t", "r-1"), [], 0.0)
-        index.add_unreferenced("s", ["x.txt"], count=3)
+        index.add_unreferenced("s", ["x.txt"], Counter({"hidden": 3}))
         summary = index.finish()
     assert [sample.key for sample in read_samples(tmp_path / "index.jsonl")] == ["r-1", "s-0", "s-2"]
     rows = (tmp_path / "quarantined.jsonl").read_text().splitlines()
@@ -138,7 +138,7 @@ def test_every_sample_is_indexed_or_quarantined(tmp_path, capsys):
     found = summary["sources"]["s"]
     assert (found["seen"], found["taken"], found["quarantined"]["count"]) == (14, 2, 12)
     assert len(found["quarantined"]["first"]) == 10
-    assert found["unreferenced"] == {"count": 3, "first": ["x.txt"]}
+    assert found["unreferenced"] == {"count": 3, "first": ["x.txt"], "reasons": {"hidden": 3}}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     print_summary(tmp_path, summary)
     printed = capsys.readouterr().out
