@@ -50,3 +50,11 @@ def read_tars(path, num_processes=1, **changes):
     reasons = {row.key: row.reason for row in quarantined}
     assert len(reasons) == len(quarantined)
     return samples, reasons, others
+
+
+def only(path, members, **changes):
+    """The one sample of an archive with these members."""
+    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
+    assert reasons == {}
+    (sample,) = samples.values()
+    return sample

@@ -20,6 +20,7 @@ from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.index import open_index, print_summary
 from pipeline_steps.world import digits as world
+from tests.pipeline_steps.folders import jsonl, media
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
@@ -250,17 +251,6 @@ def test_chat_answers_are_correct_and_questions_unique():
 # ---------------------------------------------------------------- the user's folder
 
 
-def media(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-
-
-def jsonl(root, *rows):
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_folder_rows_become_items(tmp_path):
     media(tmp_path, "a.mp4", "deep/er/b.jpg", "c.MKV", "README.md", ".hidden")
     jsonl(
@@ -359,8 +349,8 @@ ERRORS = {
     "csv: target": ("metadata.csv", "file_name,caption,target\na.mp4,x,²\n", "target.*valid integer"),
     "csv: columns": (
         "metadata.csv",
-        "file_name;caption\na.mp4;x\n",
-        "columns are file_name;caption.*separate cells with commas",
+        "file_name|caption\na.mp4|x\n",
+        r"columns are file_name\|caption.*separate cells with commas, semicolons or tabs",
     ),
 }
 

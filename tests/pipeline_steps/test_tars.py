@@ -20,7 +20,7 @@ from pipeline_steps.sources.layout import HIDDEN, NO_DOT, UNKNOWN_TYPE
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from pipeline_steps.tokens.shard import read_shard
-from tests.pipeline_steps.archives import entry, read_tars, write_tar
+from tests.pipeline_steps.archives import entry, only, read_tars, write_tar
 from tests.pipeline_steps.chats import save_tokenizer
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image
 from tests.pipeline_steps.test_chatml import CHATS, ids_of
@@ -33,14 +33,6 @@ MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content
 
 def frames(pattern, count=3, first=0):
     return [(pattern.format(i), b"frame %d" % i) for i in range(first, first + count)]
-
-
-def only(path, members, **changes):
-    """The one sample of an archive with these members."""
-    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
-    assert reasons == {}
-    (sample,) = samples.values()
-    return sample
 
 
 def reason(path, members, **changes):
