@@ -201,7 +201,8 @@ class FileFinder:
                 raise UserError(f"{where}: file_name {given!r} could be {found[0]!a} or {found[1]!a}. Rename one.")
             if found:
                 return found[0]
-        raise UserError(f"{where}: file_name {given!r} {self._problem(place, spellings[-1])}. Add the file or remove the row.")
+        problem = self._problem(place, spellings[-1])
+        raise UserError(f"{where}: file_name {given!r} {problem}. Add the file or remove the row.")
 
     def _problem(self, place: Path, path: PurePosixPath) -> str:
         if (self.folder / place / path).is_dir():
