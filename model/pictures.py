@@ -1,8 +1,9 @@
 """Images: reading, upright rotation, square resizing and rejection of unusable files. The basis of frames.py.
 
-Checkpoints contain this file, like frames.py. It requires Pillow and does not import torch.
+Checkpoints contain this file, like frames.py. It requires Pillow and numpy, and does not import torch.
 """
 
+import contextlib
 import io
 import os
 import struct
@@ -10,13 +11,19 @@ import warnings
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 RESIZE_MODES = ("crop", "letterbox")
 MAX_PIXELS = 2**26  # of an image: 8192 x 8192; reading takes 4 to 20 bytes per pixel, depending on the format
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
+STRIP_PIXELS = 2**20  # converted at a time
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif")
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG
+MAX_CHUNKS = 2**20  # of a PNG
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+SIGNATURES = (b"\xff\xd8\xff", PNG, b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
 DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # Pillow's exceptions for damaged files
 TRUNCATED = "truncated or damaged image"
 
@@ -54,30 +61,114 @@ class Piece:
 def load_image(file):
     """An image, from a path or binary file object, as an upright PIL RGB image. Raises MediaError."""
     try:
+        return _load_image(file)
+    except MediaError as error:
+        without = _without_texts(file) if error.reason == TRUNCATED else None
+        if without is None:
+            raise
+    return _load_image(without)
+
+
+def _load_image(file):
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about flaws of files that Pillow can read
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 return upright(image)
     except Image.UnidentifiedImageError:
-        raise MediaError("not an image file") from None
+        raise MediaError(_unknown_format(file)) from None
     except Image.DecompressionBombError:  # Pillow's limit is above MAX_PIXELS
         raise MediaError("unsupported size of the image") from None
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
 
 
+def _opened(file):
+    """A context manager of the path or binary file object, at its start."""
+    if isinstance(file, str | os.PathLike):
+        return open(file, "rb")
+    file.seek(0)
+    return contextlib.nullcontext(file)
+
+
+def _without_texts(file):
+    """A PNG without its texts and colour profile, in memory: Pillow refuses more than 1 MB of them. None: no such file.
+
+    The colour profile is not used in any case.
+    """
+    with _opened(file) as source:
+        if source.read(len(PNG)) != PNG:
+            return None
+        chunks = _png_chunks(source)
+        if not any(name in TEXTS for name, _, _ in chunks):
+            return None
+        kept = [PNG]
+        for name, length, start in chunks:
+            if name not in TEXTS:
+                source.seek(start)
+                kept.append(source.read(length + 12))
+        return io.BytesIO(b"".join(kept))
+
+
+def _png_chunks(source):
+    """[(name, bytes of data, offset)] of the chunks of a PNG opened behind its signature, up to the first damage."""
+    chunks, at = [], len(PNG)
+    while len(head := source.read(8)) == 8 and len(chunks) < MAX_CHUNKS:
+        length, name = struct.unpack(">I4s", head)
+        chunks.append((name, length, at))
+        at += length + 12
+        source.seek(at)
+    return chunks
+
+
+def _unknown_format(file):
+    """The reason why Pillow does not know the format of a file."""
+    with _opened(file) as source:
+        head = source.read(64)
+    brands = {head[place : place + 4] for place in range(8, len(head), 4)} if head[4:8] == b"ftyp" else set()
+    if brands & {b"avif", b"avis"}:
+        return "unsupported format AVIF"
+    return "unsupported format HEIC" if brands & HEIC_BRANDS else "not an image file"
+
+
 def upright(image):
-    """A PIL image of any common mode as an upright RGB image. Raises MediaError."""
+    """A PIL image of any common mode as an upright RGB image; transparency shows white. Raises MediaError."""
     check_size(image.width, image.height, MAX_PIXELS)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales a PPM to 16 bits
         raise MediaError(f"unsupported pixel mode {image.mode}")
     try:
         image.load()
+        if image.mode.startswith("I"):
+            image = _from_16_bits(image)
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            return on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
+
+
+def _from_16_bits(image):
+    """A grey image of 16 bits per pixel with 8 bits, the orientation kept."""
+    values = np.asarray(image)
+    scaled = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    scaled.getexif().update(image.getexif())
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return scaled
+
+
+def on_white(image):
+    """A PIL image with transparency, composed on white: an RGB image. Converts in strips to save memory."""
+    whole = Image.new("RGB", image.size, "white")
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+        whole.paste(strip, (0, top), strip)
+    return whole
 
 
 def square(image, size, resize_mode, pixel_aspect=1.0):
@@ -113,7 +204,7 @@ def jpeg(image, quality):
 
 def is_picture(head):
     """Whether a file whose first bytes (12 or more) are `head` is an image of IMAGE_FORMATS other than GIF."""
-    return head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
 
 
 def file_size(path):

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .pictures import MediaError, check_size, square
+from .pictures import MediaError, check_size, on_white, square
 
 try:
     import av
+    from av.sidedata.sidedata import Type as SideDataType
     from av.video.frame import PictureType
-    from av.video.reformatter import Interpolation, VideoReformatter
+    from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 except ImportError:  # only needed for videos
     av = None
 else:
@@ -33,9 +34,27 @@ FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist for
 # Codecs in which no frame after a key frame, in display order, refers to a frame before it.
 RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores")
 SAME_TIME = 1e-4  # seconds; containers round timestamps
-UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# Signs of a, b, c, d of a display matrix, which shows the pixel at (x, y) at (a x + c y, b x + d y), y downwards.
+UPRIGHT = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+SWAPS_SIDES = tuple(list(UPRIGHT.values())[3:])
+SLANT = 0.02  # a display matrix that is further off the axes, about one degree, is not applied
 BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # mp4 boxes that contain other boxes
 TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # mp4 boxes with a sample count, and its byte offset in their content
+WITHOUT_HEADER = ("mpegts", "mpeg", "ogg", "gif")  # formats whose duration FFmpeg takes from the packets
+JOINABLE = ("mpegts", "mpeg")  # formats that are joined by appending files
+MAX_GAP, MAX_BACK = 10.0, 0.1  # seconds between packets of a joinable format; beyond, another clock begins
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions, by FFmpeg's numbers
+HD_WIDTH, SD_HEIGHT = 1280, 576  # px; a video without a colour space is BT.709 from HD_WIDTH or above SD_HEIGHT, as
+# in players, otherwise BT.601
+UNSPECIFIED = 2  # FFmpeg's number of a colour space that is not given
 DAMAGED_VIDEO = "truncated or damaged video"
 
 
@@ -47,6 +66,8 @@ class Index:
     start: float  # seconds, container timestamp of the first frame
     duration: float  # seconds
     keys: list  # (seconds, packet number) of the key frames after the first, ascending in both; [] if not seekable
+    stream: int  # number of the video stream in the container
+    numbered: bool  # whether frames are in display order and their own timestamps are wrong: frame i is at times[i]
 
 
 def check_duration(seconds):
@@ -80,7 +101,7 @@ def _take(piece, index, wanted, image_size, resize_mode, frames_of):
     tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further away than one sampling step is a gap
     taken, before = [], -math.inf
     with _open(piece) as container:
-        stream = _video_stream(container)
+        stream = _prepared(container, index.stream)
         aspect = _pixel_aspect(stream)
         to_rgb = VideoReformatter()  # reused: its set-up costs more than converting a small frame
         for time, frame in frames_of(container, stream, index, wanted):
@@ -106,55 +127,125 @@ def read_index(piece):
         )
     _check_boxes(piece)
     with _open(piece) as container:
-        stream = _video_stream(container)
-        check_size(stream.codec_context.width, stream.codec_context.height, MAX_VIDEO_PIXELS)
-        if any(entry.pos + entry.size > piece.size for entry in stream.index_entries):
-            raise MediaError("truncated video")
+        candidates = {stream.index: _Track() for stream in _video_streams(container)}
         bases = {other.index: float(other.time_base or 0) for other in container.streams}
-        times, spans, keys, end, number = [], [], [], 0.0, -1
+        end, count = 0.0, 0
         for packet in _packets(container):
             stamp = packet.dts if packet.pts is None else packet.pts
-            own, base = packet.stream.index == stream.index, bases.get(packet.stream.index, 0.0)
-            number += own
+            track, base = candidates.get(packet.stream.index), bases.get(packet.stream.index, 0.0)
+            if track is not None:
+                track.num_packets += 1
             if not packet.size or stamp is None or packet.is_discard:
                 continue
             end = max(end, (stamp + (packet.duration or 0)) * base)
-            if own:
-                times.append(stamp * base)
-                spans.append((packet.duration or 0) * base)
-                if packet.is_keyframe:
-                    keys.append((times[-1], number))
-            if len(times) > MAX_FRAMES:
+            if track is not None:
+                track.add(stamp * base, (packet.duration or 0) * base, packet.is_keyframe)
+                count += 1
+            if count > MAX_FRAMES:
                 raise MediaError(f"more than {MAX_FRAMES} frames")
-        announced = (container.duration or 0) / av.time_base
-        container_start = max(0, container.start_time or 0) / av.time_base
-        seekable = stream.codec_context.codec.canonical_name in RANDOM_ACCESS
-    if not times:
-        raise MediaError("no frames")
-    if end - container_start < 0.9 * announced - 1.0:  # the header announces more than the file contains
-        raise MediaError("truncated video")
-    order = sorted(range(len(times)), key=times.__getitem__)
-    first, last = times[order[0]], times[order[-1]]
-    gaps = [times[b] - times[a] for a, b in itertools.pairwise(order)]
-    last_span = spans[order[-1]] or (statistics.median(gaps) if gaps else 0.0)
-    keys = [(time - first, number) for time, number in keys[1:]] if seekable and keys == sorted(keys) else []
-    return Index([times[i] - first for i in order], first, check_duration(last - first + last_span), keys)
+        number = _shown_stream(container, candidates)
+        stream, track = container.streams[number], candidates[number]
+        context = stream.codec_context
+        check_size(context.width, context.height, MAX_VIDEO_PIXELS)
+        if any(entry.pos + entry.size > piece.size for entry in stream.index_entries):
+            raise MediaError("truncated video")
+        if not track.times:
+            raise MediaError("no frames")
+        if _is_cut_off(container, end):
+            raise MediaError("truncated video")
+        # An AVI has no display times: FFmpeg numbers the frames of H.264 in the order of decoding
+        numbered = container.format.name == "avi" and bool(context.has_b_frames) and track.times == sorted(track.times)
+        seekable = context.codec.canonical_name in RANDOM_ACCESS and not numbered
+    return track.index(number, seekable, numbered)
+
+
+class _Track:
+    """The timestamps of one video stream, collected from its packets."""
+
+    def __init__(self):
+        self.times, self.spans, self.keys, self.num_packets = [], [], [], 0
+
+    def add(self, time, span, is_key):
+        self.times.append(time)
+        self.spans.append(span)
+        if is_key:
+            self.keys.append((time, self.num_packets - 1))
+
+    def index(self, stream, seekable, numbered):
+        times = self.times
+        order = sorted(range(len(times)), key=times.__getitem__)
+        first, last = times[order[0]], times[order[-1]]
+        gaps = [times[b] - times[a] for a, b in itertools.pairwise(order)]
+        last_span = self.spans[order[-1]] or (statistics.median(gaps) if gaps else 0.0)
+        keys = [(time - first, n) for time, n in self.keys[1:]] if seekable and self.keys == sorted(self.keys) else []
+        duration = check_duration(last - first + last_span)
+        return Index([times[i] - first for i in order], first, duration, keys, stream, numbered)
+
+
+def _shown_stream(container, tracks):
+    """The number of the stream that players show: one that moves, then the default one, then the largest picture."""
+
+    def rank(number):
+        stream = container.streams[number]
+        is_default = bool(stream.disposition & av.stream.Disposition.default)
+        area = stream.codec_context.width * stream.codec_context.height
+        return len(tracks[number].times) > 1, is_default, area, -number
+
+    return max(tracks, key=rank)
+
+
+def _is_cut_off(container, end):
+    """Whether the header announces more than the file contains. end: of the last packet, in seconds."""
+    if container.format.name in WITHOUT_HEADER:
+        return False
+    # The duration of a Matroska file counts from zero, also if it starts late, such as a piece of a segmenter
+    start = 0 if "matroska" in container.format.name else max(0, container.start_time or 0) / av.time_base
+    return end - start < 0.9 * (container.duration or 0) / av.time_base - 1.0
 
 
 def _packets(container):
-    """All packets up to the end of the file or to the first damage. Missing packets show in the timestamps."""
-    packets = container.demux()
+    """All packets up to the end of the file or to the first damage. Missing packets show in the timestamps.
+
+    Video timestamps of a transport or program stream are made continuous, as players do: its clock may wrap, and parts
+    with clocks of their own may be joined.
+    """
+    packets, clocks = container.demux(), {}
     while True:
         try:
-            yield next(packets)
+            packet = next(packets)
         except (StopIteration, av.FFmpegError):
             return
+        if container.format.name in JOINABLE and packet.stream.type == "video":
+            clocks.setdefault(packet.stream.index, _Clock()).adjust(packet)
+        yield packet
+
+
+class _Clock:
+    """Makes the timestamps of a stream's packets continuous where they go back or jump."""
+
+    def __init__(self):
+        self.offset, self.last, self.span = 0, None, 0  # ticks of the stream
+
+    def adjust(self, packet):
+        stamp = packet.pts if packet.dts is None else packet.dts
+        if stamp is None:
+            return
+        if self.last is not None:
+            gap = stamp + self.offset - self.last
+            if not -MAX_BACK <= gap * float(packet.time_base) <= MAX_GAP:
+                self.offset += self.span - gap
+            elif gap > 0:
+                self.span = gap
+        self.last = stamp + self.offset
+        if self.offset:
+            packet.pts = None if packet.pts is None else packet.pts + self.offset
+            packet.dts = None if packet.dts is None else packet.dts + self.offset
 
 
 def _frames_from_start(container, stream, index, wanted):
     """For every wanted time, in order, the nearest (seconds, frame) among the frames that can be decoded."""
     before, queue = None, list(reversed(wanted))
-    for now in _decoded(container, stream, index.start):
+    for now in _decoded(container, stream, index):
         while queue and now[0] >= queue[-1] - SAME_TIME:
             use_before = before is not None and queue[-1] - before[0] < abs(now[0] - queue[-1])
             yield before if use_before else now
@@ -167,11 +258,13 @@ def _frames_from_start(container, stream, index, wanted):
         queue.pop()
 
 
-def _decoded(container, stream, start):
-    """(seconds after `start`, frame) of every frame that can be decoded, in display order."""
+def _decoded(container, stream, index):
+    """(seconds after the first frame, frame) of every frame that can be decoded, in display order."""
+    numbers = itertools.count()
     for packet in _own_packets(container, stream):
         try:
-            yield from _decode(packet, stream, start)
+            for time, frame in _decode(packet, stream, index.start):
+                yield (index.times[min(next(numbers), len(index.times) - 1)] if index.numbered else time), frame
         except av.FFmpegError:
             continue
 
@@ -239,14 +332,41 @@ def _decode(packet, stream, start):
 
 def _upright(to_rgb, frame, aspect):
     """(RGB image, pixel aspect ratio, displayed (width, height)) of a decoded frame."""
-    plane = to_rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).planes[0]
-    image = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
+    image = _rgb(to_rgb, frame)
     size = (max(1, round(frame.width * aspect)), frame.height)
-    rotation = frame.rotation % 360
-    if rotation not in UPRIGHT:
+    transpose = UPRIGHT.get(_display_signs(frame))
+    if transpose is None:
         return image, aspect, size
-    image = image.transpose(UPRIGHT[rotation])
-    return (image, aspect, size) if rotation == 180 else (image, 1 / aspect, size[::-1])
+    image = image.transpose(transpose)
+    return (image, 1 / aspect, size[::-1]) if transpose in SWAPS_SIDES else (image, aspect, size)
+
+
+def _rgb(to_rgb, frame):
+    """A decoded frame as stored, as an RGB image; transparency shows white."""
+    if frame.color_trc in HDR:
+        raise MediaError(f"HDR video ({HDR[frame.color_trc]}), convert it to SDR")
+    has_alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    mode, name = ("RGBA", "rgba") if has_alpha else ("RGB", "rgb24")
+    is_hd = frame.width >= HD_WIDTH or frame.height > SD_HEIGHT
+    space = Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
+    plane = to_rgb.reformat(frame, format=name, src_colorspace=space, interpolation=EXACT, threads=1).planes[0]
+    image = Image.frombuffer(mode, (frame.width, frame.height), plane, "raw", mode, plane.line_size, 1)
+    return on_white(image) if has_alpha else image
+
+
+def _display_signs(frame):
+    """Signs of a, b, c, d of the frame's display matrix, as in UPRIGHT; None: no matrix, or one off the axes."""
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return None
+    a, b, _, c, d = struct.unpack("=9i", bytes(data))[:5]
+    if max(abs(b), abs(c)) <= SLANT * min(abs(a), abs(d)):
+        b = c = 0
+    elif max(abs(a), abs(d)) <= SLANT * min(abs(b), abs(c)):
+        a = d = 0
+    else:
+        return None
+    return tuple((value > 0) - (value < 0) for value in (a, b, c, d))
 
 
 def _pixel_aspect(stream):
@@ -266,18 +386,23 @@ def _open(piece):
         raise MediaError(DAMAGED_VIDEO if known else "not a video file") from None
 
 
-def _video_stream(container):
-    """The first video stream that is not a cover image, set up for decoding."""
+def _video_streams(container):
+    """The video streams that are not cover images or thumbnails."""
     if not container.streams:
         raise MediaError(DAMAGED_VIDEO)
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
+    extra = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & extra and s.codec_context is not None]
     if not streams:
         raise MediaError("no video stream")
-    context = streams[0].codec_context
-    context.thread_count = 1  # many clips at a time, one core each
-    context.options = {"max_pixels": str(MAX_VIDEO_PIXELS)}
-    return streams[0]
+    return streams
+
+
+def _prepared(container, number):
+    """The stream of this number, set up for decoding."""
+    stream = container.streams[number]
+    stream.codec_context.thread_count = 1  # many clips at a time, one core each
+    stream.codec_context.options = {"max_pixels": str(MAX_VIDEO_PIXELS)}
+    return stream
 
 
 def _check_boxes(piece):

@@ -55,7 +55,7 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
 
 def _read_folder(section, partial: Path, index: IndexWriter) -> Iterator[RawSample]:
     content = folder.read(section.path, section.name, output=partial)
-    index.add_unreferenced(section.name, content.unreferenced)
+    index.add_unreferenced(section.name, content.unreferenced, Counter({"named in no row": len(content.unreferenced)}))
     yield from content.samples
 
 

@@ -1,7 +1,8 @@
 """Source `folder`: videos and images described by a Hugging Face VideoFolder / ImageFolder metadata file.
 
-The folder holds media (subfolders allowed) and ONE metadata.jsonl, .csv or .parquet with a row per question or caption:
-    file_name              path of the media file inside the folder; several rows may name the same file
+The folder holds media (subfolders allowed) and ONE metadata.jsonl, .json, .csv, .tsv or .parquet, or one in each of its
+folders train/, validation/ and test/, with a row per question or caption:
+    file_name              path of the media file, from the folder of the metadata; several rows may name the same file
     file_names             alternative: a list of images that form one sample (images_file_names is a synonym)
     caption                and / or
     question, answer       a row with a caption and a question makes two items; with `options` the answer is one of them
@@ -9,11 +10,14 @@ The folder holds media (subfolders allowed) and ONE metadata.jsonl, .csv or .par
     rejected               optional, the worse answer of a preference pair
     task, cue, target      optional, of the row's question (of its caption if it has no question)
     split, video_id, source, objects, num_source_frames   optional, of the file; one of its rows has to set them
-Other columns are ignored. Only the images of a list are copied; of other files, size and sha256 are recorded.
+LLaVA's columns image, video and conversations are taken for file_name(s) and messages; other columns are ignored.
+Files in train/, validation/ (val, valid) or test/ are of that split. Only the images of a list are copied; of other
+files, size and sha256 are recorded.
 """
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,7 +32,7 @@ from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources import metadata as rows_of
 from pipeline_steps.sources.folder_items import row_items
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
 VIDEO_SUFFIXES = {
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif"
 }  # fmt: skip
@@ -54,16 +58,21 @@ def read(
     line number, for invalid metadata or files.
     """
     folder = _existing_folder(folder)
-    metadata, present = rows_of.find(folder)
-    files: dict[tuple[str, ...], list[tuple[int, dict]]] = {}
-    for line, row in rows_of.read(metadata):
-        files.setdefault(_file_names(folder, metadata, line, row), []).append((line, row))
-    keys = _keys({names: _file_values(metadata, names, rows).get("source") or name for names, rows in files.items()})
+    metadata_files, present = rows_of.find(folder)
+    finder = FileFinder(folder, present)
+    files: dict[tuple[str, ...], tuple[Path, list[tuple[int, dict]]]] = {}
+    for metadata in metadata_files:
+        place = metadata.parent.relative_to(folder)
+        for line, row in rows_of.read(metadata):
+            names = _file_names(finder, place, f"{metadata} line {line}", row)
+            files.setdefault(names, (metadata, []))[1].append((line, row))
+    values_of = {names: _file_values(metadata, names, rows) for names, (metadata, rows) in files.items()}
+    keys = _keys({names: values.get("source") or name for names, values in values_of.items()})
     container = Container(output, name)
     samples = []
-    for names, rows in progress_bar(f"reading {name}", files.items(), unit="file"):
+    for names, (metadata, rows) in progress_bar(f"reading {name}", files.items(), unit="file"):
         where = f"{metadata} line {rows[0][0]} ({_shown(names)})"
-        values = {"source": name, "video_id": names[0], **_file_values(metadata, names, rows)}
+        values = {"source": name, "video_id": names[0], **values_of[names]}
         values["items"] = [item for line, row in rows for item in row_items(metadata, line, row, _shown(names))]
         try:
             media = _media(folder, names, relative_to) if len(names) == 1 else container.add(folder, names)
@@ -139,18 +148,17 @@ def _shown(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _file_names(folder: Path, metadata: Path, line: int, row: dict) -> tuple[str, ...]:
-    """Return the files of a row: one file, or several images."""
-    where = f"{metadata} line {line}"
+def _file_names(finder: "FileFinder", place: Path, where: str, row: dict) -> tuple[str, ...]:
+    """Return the files of a row in metadata of the subfolder `place`: one file, or several images."""
     given = [column for column in rows_of.NAME_COLUMNS if row.get(column) is not None]
     if len(given) > 1:
         raise UserError(f"{where}: found both {given[0]} and {given[1]}. Keep one of them.")
     if not given or given == ["file_name"]:
-        return (_file_name(folder, where, row.get("file_name")),)
+        return (finder.find(place, where, row.get("file_name")),)
     listed = row[given[0]]
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{where}: {given[0]} is {str(listed)[:50]!r}, expected a list of images.")
-    names = tuple(_file_name(folder, where, name) for name in listed)
+    names = tuple(finder.find(place, where, name) for name in listed)
     videos = [name for name in names if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES]
     if videos and len(names) > 1:
         raise UserError(
@@ -159,24 +167,50 @@ def _file_names(folder: Path, metadata: Path, line: int, row: dict) -> tuple[str
     return names
 
 
-def _file_name(folder: Path, where: str, name) -> str:
-    """Return the normalised name of an existing file inside the folder. Raises UserError."""
-    if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: file_name is {name!r}, expected the name of a file.")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{where}: file_name {name!r} is outside of {folder}. Use names inside the folder.")
-    if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-        known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-        raise UserError(f"{where}: {name!r} has no known video or image suffix. Known: {known}")
-    if any(len(part.encode("utf-8")) > 255 for part in path.parts):
-        raise UserError(
-            f"{where}: file_name {name[:50]!r}... is too long: a part of it exceeds 255 bytes. Rename the file."
-        )
-    if not (folder / path).is_file():
-        problem = "is a folder" if (folder / path).is_dir() else "does not exist"
-        raise UserError(f"{where}: file_name {name!r} {problem} in {folder}. Add the file or remove the row.")
-    return str(path)
+class FileFinder:
+    """Finds the files that rows name, also by Windows paths and by names in another Unicode form (NFC, NFD)."""
+
+    def __init__(self, folder: Path, present: set[str]):
+        self.folder = folder
+        self._by_form: dict[str, list[str]] = {}
+        for name in sorted(present):
+            self._by_form.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+
+    def find(self, place: Path, where: str, given) -> str:
+        """Return the name, from `folder`, of the file that a row calls `given`, from `folder`/`place`. UserError."""
+        if not isinstance(given, str) or not given.strip():
+            raise UserError(f"{where}: file_name is {given!r}, expected the name of a file.")
+        spellings = [PurePosixPath(name) for name in dict.fromkeys((given, given.replace("\\", "/")))]
+        if any(path.is_absolute() or ".." in path.parts for path in spellings):
+            raise UserError(f"{where}: file_name {given!r} is outside of {self.folder}. Use names inside the folder.")
+        path = spellings[0]
+        if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+            known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+            raise UserError(f"{where}: {given!r} has no known video or image suffix. Known: {known}")
+        if any(len(part.encode("utf-8")) > 255 for part in path.parts):
+            raise UserError(
+                f"{where}: file_name {given[:50]!r}... is too long: a part of it exceeds 255 bytes. Rename the file."
+            )
+        for spelling in spellings:
+            if (self.folder / place / spelling).is_file():
+                return (PurePosixPath(place) / spelling).as_posix()
+        for spelling in spellings:
+            form = unicodedata.normalize("NFC", (PurePosixPath(place) / spelling).as_posix())
+            found = self._by_form.get(form, [])
+            if len(found) > 1:
+                raise UserError(f"{where}: file_name {given!r} could be {found[0]!a} or {found[1]!a}. Rename one.")
+            if found:
+                return found[0]
+        problem = self._problem(place, spellings[-1])
+        raise UserError(f"{where}: file_name {given!r} {problem}. Add the file or remove the row.")
+
+    def _problem(self, place: Path, path: PurePosixPath) -> str:
+        if (self.folder / place / path).is_dir():
+            return f"is a folder in {self.folder / place}"
+        form = unicodedata.normalize("NFC", (PurePosixPath(place) / path).as_posix()).casefold()
+        similar = next((name for name in self._by_form if name.casefold() == form), None)
+        hint = f", which has {similar!r} (upper and lower case count)" if similar else ""
+        return f"does not exist in {self.folder / place}{hint}"
 
 
 def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, dict]]) -> dict:
@@ -195,6 +229,18 @@ def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, d
                 both = f"{values[name]!r} in line {given_in[name]} and {row[name]!r} in line {line}"
                 raise UserError(f"{metadata}: {_shown(names)} has {name} {both[:300]}. Use one {name} per file.")
             values[name], given_in[name] = row[name], line
+    splits = {rows_of.split_of(name) for name in names}
+    if len(splits) > 1:
+        raise UserError(
+            f"{metadata} line {rows[0][0]} ({_shown(names)}): its images are in the folders of several splits "
+            f"({', '.join(sorted(map(str, splits)))}). Move them into one."
+        )
+    (split,) = splits
+    if split is not None and values.setdefault("split", split) != split:
+        raise UserError(
+            f"{metadata} line {given_in['split']} ({_shown(names)}): split is {values['split']!r}, but the folder is "
+            f"{names[0].split('/')[0]}/. Move the file, or remove the column."
+        )
     return values
 
 

@@ -1,6 +1,7 @@
 """Make the items of one metadata row: caption, question and answer, chat, multiple choice, preference."""
 
 import json
+import math
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -8,7 +9,9 @@ from pydantic import ValidationError
 from pipeline_steps.common.choices import LETTERS
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import Message
+from pipeline_steps.sources.texts import answer_text, chat_item, standard_message, without_placeholders
 
+BOOLEANS = {True: ("yes", "true"), False: ("no", "false")}
 TEXTS = ("caption", "question", "answer", "rejected")
 
 
@@ -36,7 +39,7 @@ def row_items(metadata: Path, line: int, row: dict, shown: str) -> list[dict]:
         item = {"user": texts["question"], "assistant": texts["answer"], "task": "question"}
         items.append(item | _preferred(rejected) | extra)
     if row.get("messages") is not None:
-        item = {"messages": _messages(where, row["messages"]), "task": "question"}
+        item = _chat(where, row["messages"])
         items.append(item | _preferred(rejected) | extra)
     return items
 
@@ -52,8 +55,14 @@ def _preferred(rejected: dict) -> dict:
 
 
 def _text(where: str, name: str, text) -> str:
+    if name in ("answer", "rejected"):
+        try:
+            text = answer_text(text)
+        except ValueError as error:
+            raise UserError(f"{where}: {name} is {str(text)[:100]}, {error}.") from None
     if not isinstance(text, str):
         raise UserError(f"{where}: {name} is {text!r}, expected text.")
+    text = without_placeholders(text) if name == "question" else text
     if not any(character.isprintable() and not character.isspace() for character in text):
         raise UserError(f"{where}: {name} is blank. Fill it in, or remove the row.")
     return text
@@ -90,6 +99,8 @@ def _options(where: str, row: dict) -> tuple[str, ...]:
     options = row["options"]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"{where}: options are {str(options)[:100]}, expected a list of 2 to {len(LETTERS)} texts.")
+    if all(_is_number(option) for option in options):
+        options = [answer_text(option) for option in options]
     options = tuple(_text(where, "an option", option).strip() for option in options)
     repeated = next((option for option in options if options.count(option) > 1), None)
     if repeated is not None:
@@ -98,17 +109,52 @@ def _options(where: str, row: dict) -> tuple[str, ...]:
 
 
 def _correct(where: str, answer, options: tuple[str, ...]) -> int:
-    """Return the index of the correct option. `answer` is its text, else its number from 0."""
-    if isinstance(answer, str) and answer.strip() in options:
-        return options.index(answer.strip())
-    number = int(answer) if isinstance(answer, str) and answer.isascii() and answer.isdigit() else answer
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(options):
+    """Return the index of the correct option. `answer` is its text, else its number from 0.
+
+    A number that could be both is ambiguous, unless all options are numbers: then it is the option's text.
+    """
+    text = answer.strip() if isinstance(answer, str) else answer_text(answer) if _is_number(answer) else None
+    named = options.index(text) if text in options else None
+    if isinstance(answer, bool):  # true or false, as the text of an option
+        found = [i for i, option in enumerate(options) if option.casefold() in BOOLEANS[answer]]
+        named = found[0] if len(found) == 1 else None
+    number = int(text) if text is not None and text.isascii() and text.isdigit() else None
+    is_index = number is not None and number < len(options)
+    all_numbers = all(_is_numeral(option) for option in options)
+    if is_index and not isinstance(answer, str) and named not in (None, number) and not all_numbers:
+        raise UserError(
+            f"{where}: the answer {answer!r} is ambiguous: option {number} is {options[number]!r}, but option {named} "
+            f"is {options[named]!r}. Write the answer as text."
+        )
+    if named is not None:
+        return named
+    if is_index and not all_numbers:
         return number
     known = json.dumps(options, ensure_ascii=False)[:200]
-    raise UserError(
-        f"{where}: the answer is {answer!r}, expected one of the options {known} or a number from 0 to "
-        f"{len(options) - 1}."
-    )
+    or_number = "" if all_numbers else f" or a number from 0 to {len(options) - 1}"
+    raise UserError(f"{where}: the answer is {answer!r}, expected one of the options {known}{or_number}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numeral(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _chat(where: str, messages) -> dict:
+    """The fields of an item: a chat, or a caption if nothing but a placeholder of the media is asked."""
+    chat = _messages(where, messages)
+    asked = chat_item([(message.role, message.content) for message in chat])
+    if asked is None:
+        return {"user": None, "assistant": chat[-1].content, "task": "caption"}
+    for number, (_, text) in enumerate(asked):
+        _text(where, f"message {number}", text)
+    return {"messages": tuple(Message(role=role, content=text) for role, text in asked), "task": "question"}
 
 
 def _messages(where: str, messages) -> tuple[Message, ...]:
@@ -120,11 +166,13 @@ def _messages(where: str, messages) -> tuple[Message, ...]:
     chat = []
     for number, message in enumerate(messages):
         try:
-            chat.append(Message.model_validate(message))
+            chat.append(Message.model_validate(standard_message(message)))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, ("messages", number, *first["loc"])))
             raise UserError(f"{where}: {place}: {first['msg']}, found {str(first['input'])[:100]!r}.") from None
+        except ValueError as error:
+            raise UserError(f"{where}: messages.{number}: {error}.") from None
         _text(where, f"message {number}", chat[-1].content)
     roles = [message.role for message in chat]
     turns = roles[1:] if roles[:1] == ["system"] else roles

@@ -39,7 +39,7 @@ class IndexWriter:
         self._end = 0
         self._sources: dict[str, dict[str, Counter]] = {}
         self._listed: dict[str, list[Quarantined]] = {}
-        self._unreferenced: dict[str, tuple[int, list[str]]] = {}
+        self._unreferenced: dict[str, tuple[Counter, list[str]]] = {}  # numbers by reason, and the first names
 
     def add_source(
         self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float
@@ -63,11 +63,10 @@ class IndexWriter:
             self._write(self._quarantined, row)
         _check(entry, taken, quarantined, limit)
 
-    def add_unreferenced(self, source: str, names: list[str], count: int | None = None) -> None:
-        """Record files of `source` that belong to no sample. `count` defaults to the number of `names`."""
-        before, listed = self._unreferenced.get(source, (0, []))
-        count = len(names) if count is None else count
-        self._unreferenced[source] = before + count, (listed + names)[:MAX_LISTED]
+    def add_unreferenced(self, source: str, names: list[str], reasons: Counter) -> None:
+        """Record files of `source` that belong to no sample: names of them, and the number of all by reason."""
+        before, listed = self._unreferenced.get(source, (Counter(), []))
+        self._unreferenced[source] = before + reasons, (listed + names)[:MAX_LISTED]
 
     def finish(self) -> dict:
         """Write index.jsonl, sorted by key, and summary.json. Returns the content of summary.json."""
@@ -107,7 +106,7 @@ class IndexWriter:
             counts = self._sources.get(source, {})
             taken = counts.get("samples", Counter()).total()
             bad = counts.get("quarantined", Counter()).total()
-            left, names = self._unreferenced.get(source, (0, []))
+            reasons, names = self._unreferenced.get(source, (Counter(), []))
             first = [row.model_dump(mode="json", exclude={"source"}) for row in self._listed.get(source, ())]
             sources[source] = {
                 "seen": taken + bad,
@@ -115,7 +114,7 @@ class IndexWriter:
                 "quarantined": {"count": bad, "first": first},
                 **{name: dict(sorted(counts.get(name, Counter()).items())) for name in ("samples", "kinds", "items")},
                 "bytes": counts.get("bytes", Counter()).total(),
-                "unreferenced": {"count": left, "first": names},
+                "unreferenced": {"count": reasons.total(), "first": names, "reasons": dict(sorted(reasons.items()))},
             }
         num_items = sum(sum(source["items"].values()) for source in sources.values())
         return {"num_samples": len(self._places), "num_items": num_items, "sources": sources}
@@ -142,7 +141,8 @@ def print_summary(output: Path, summary: dict) -> None:
         print(f"{name}: samples {source['samples']}, items {source['items']}, {source['bytes'] / 1e6:.1f} MB")
         left, bad = source["unreferenced"], source["quarantined"]
         if left["count"]:
-            print(f"{name}: {left['count']} files belong to no sample: {', '.join(left['first'])}")
+            why = ", ".join(f"{count} {reason}" for reason, count in left["reasons"].items())
+            print(f"{name}: {left['count']} files belong to no sample ({why}): {', '.join(left['first'])}")
         if bad["count"]:
             print(
                 f"{name}: {bad['count']} of {source['seen']} quarantined (full list: {output / 'quarantined.jsonl'}):"

@@ -1,4 +1,4 @@
-"""Read the rows of a folder's metadata.jsonl, .csv or .parquet, with line numbers for messages."""
+"""Read the rows of a folder's metadata.jsonl, .json, .csv, .tsv or .parquet, with line numbers for messages."""
 
 import csv
 import io
@@ -12,18 +12,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.sources.texts import decoded
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv", "metadata.parquet")
 NAME_COLUMNS = ("file_name", "file_names", "images_file_names")
+MEDIA_COLUMNS = ("image", "video", "images", "videos")  # of LLaVA's rows; read if no column of NAME_COLUMNS is set
 EXPECTED = (
     "a metadata.jsonl, .csv or .parquet with the columns file_name (or file_names) and caption, or question and "
     "answer, or messages"
 )
-JSON_COLUMNS = ("file_names", "images_file_names", "messages", "options")  # JSON text in the cells of a csv
+JSON_COLUMNS = ("file_names", "images_file_names", "images", "videos", "messages", "conversations", "options")  # JSON
+# text in the cells of a csv
+SEPARATOR_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SPLIT_FOLDERS = {  # names of the folders of a Hugging Face VideoFolder's splits
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
-def find(folder: Path) -> tuple[Path, set[str]]:
-    """Return the metadata file and the names of all other files, except hidden ones. Raises UserError."""
+def find(folder: Path) -> tuple[list[Path], set[str]]:
+    """Return the metadata files and the names of all other files, except hidden ones. Raises UserError.
+
+    There is one metadata file at the top of the folder, or one in each of several folders of SPLIT_FOLDERS.
+    """
     files = set()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -31,32 +43,74 @@ def find(folder: Path) -> tuple[Path, set[str]]:
         files |= {(relative / name).as_posix() for name in names if not name.startswith(".")}
     if not files:
         raise UserError(f"{folder}: the folder is empty. Expected videos or images and {EXPECTED}.")
-    found = [name for name in METADATA_NAMES if name in files]
-    if len(found) > 1:
-        raise UserError(f"{folder}: holds both {found[0]} and {found[1]}. Keep one of them.")
-    if not found:
+    places = sorted({name.split("/")[0] for name in files if "/" in name and split_of(name)})
+    by_place = {}
+    for place in ("", *(f"{place}/" for place in places)):
+        found = [place + name for name in METADATA_NAMES if place + name in files]
+        if len(found) > 1:
+            raise UserError(f"{folder}: holds both {found[0]} and {found[1]}. Keep one of them.")
+        by_place |= dict.fromkeys(found, place)
+    if not by_place:
         some = ", ".join(sorted(files)[:5])
         deeper = sorted(file for file in files if PurePosixPath(file).name in METADATA_NAMES)
         hint = f" Found {deeper[0]}: use that folder, or move the file up." if deeper else ""
         raise UserError(f"{folder}: no metadata among its {len(files)} files ({some}). Expected {EXPECTED}.{hint}")
-    return folder / found[0], files - set(found)
+    if len(by_place) > 1 and "" in by_place.values():
+        top, below = list(by_place)[:2]
+        raise UserError(
+            f"{folder}: holds both {top} and {below}. Describe all files in {top}, or each folder's files in its own."
+        )
+    return [folder / name for name in by_place], files - set(by_place)
+
+
+def split_of(name: str) -> str | None:
+    """The split of a file by the first folder of its name, as in a Hugging Face VideoFolder; None: not given."""
+    first, slash, _ = name.partition("/")
+    return SPLIT_FOLDERS.get(first.casefold()) if slash else None
 
 
 def read(metadata: Path) -> list[tuple[int, dict]]:
     """Return [(line number, row)], at least one; rows lack the columns that they do not set. Raises UserError."""
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[metadata.suffix]
-    lines = reader(metadata)
+    reader = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    lines = reader[metadata.suffix](metadata)
     if not lines:
         raise UserError(f"{metadata}: no rows. Write one row per caption or question.")
     _check_columns(metadata, lines)
-    return lines
+    return [(line, _standard_row(metadata, line, row)) for line, row in lines]
+
+
+def _standard_row(metadata: Path, line: int, row: dict) -> dict:
+    """The row with `conversations` and MEDIA_COLUMNS, as in LLaVA's rows, under this pipeline's names."""
+    if row.get("conversations") is not None:
+        if row.get("messages") is not None:
+            raise UserError(f"{metadata} line {line}: found both messages and conversations. Keep one of them.")
+        row = {**row, "messages": row["conversations"]}
+    given = [name for name in MEDIA_COLUMNS if row.get(name) is not None]
+    if not given or any(row.get(name) is not None for name in NAME_COLUMNS):
+        return row
+    if len(given) > 1:
+        raise UserError(f"{metadata} line {line}: found both {given[0]} and {given[1]}. Keep one of them.")
+    media = row[given[0]]
+    media = media[0] if isinstance(media, list) and len(media) == 1 else media
+    return {**row, "file_names" if isinstance(media, list) else "file_name": media}
 
 
 def _read_text(metadata: Path) -> str:
     try:
-        return metadata.read_bytes().decode("utf-8-sig")
+        content = metadata.read_bytes()
+        return decoded(content)
     except UnicodeDecodeError as error:
-        line = metadata.read_bytes()[: error.start].count(b"\n") + 1
+        if error.encoding != "utf-8":
+            raise UserError(
+                f"{metadata}: not {error.encoding.upper()} (byte {error.start}). Save it as UTF-8."
+            ) from None
+        line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{metadata} line {line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
     except OSError as error:
         raise UserError(f"{metadata}: cannot be read ({error.strerror}).") from None
@@ -66,26 +120,44 @@ def _read_jsonl(metadata: Path) -> list[tuple[int, dict]]:
     """Return [(line number, row)]; nulls are dropped."""
     rows = []
     for line, text in enumerate(_read_text(metadata).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-            json.dumps(row, ensure_ascii=False).encode()  # rejects lone surrogates such as "\\ud800"
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{metadata} line {line}: not valid JSON ({error.msg}, column {error.colno}). Write an object per line."
-            ) from None
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of nested brackets
-            raise UserError(f"{metadata} line {line}: cannot be read ({str(error).split(';')[0]}).") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{metadata} line {line}: expected an object {{"file_name": ...}}, found {text[:50]}')
-        rows.append((line, {name: value for name, value in row.items() if value is not None}))
+        if text.strip():
+            row = _parse_json(f"{metadata} line {line}", text, "Write an object per line.")
+            rows.append((line, _json_row(f"{metadata} line {line}", row)))
     return rows
+
+
+def _read_json(metadata: Path) -> list[tuple[int, dict]]:
+    """Return [(number in the list, row)]; nulls are dropped."""
+    rows = _parse_json(f"{metadata}", _read_text(metadata), "Write a list of objects.")
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{metadata}: expected a list of objects, found {str(rows)[:50]}. A .jsonl has an object per line."
+        )
+    return [(number, _json_row(f"{metadata} line {number}", row)) for number, row in enumerate(rows, 1)]
+
+
+def _parse_json(where: str, text: str, hint: str):
+    try:
+        parsed = json.loads(text)
+        json.dumps(parsed, ensure_ascii=False).encode()  # rejects lone surrogates such as "\\ud800"
+        return parsed
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}). {hint}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of nested brackets
+        raise UserError(f"{where}: cannot be read ({str(error).split(';')[0]}).") from None
+
+
+def _json_row(where: str, row) -> dict:
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: expected an object {{"file_name": ...}}, found {str(row)[:50]}')
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _read_csv(metadata: Path) -> list[tuple[int, dict]]:
     """Return [(line number, row)]; empty cells are dropped."""
-    reader = csv.DictReader(io.StringIO(_read_text(metadata), newline=""), strict=True)
+    text = _read_text(metadata)
+    separator = _separator(text)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = []
     try:
         repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
@@ -95,7 +167,10 @@ def _read_csv(metadata: Path) -> list[tuple[int, dict]]:
             if None in row or None in row.values():
                 count = sum(value is not None for value in row.values()) - (None in row) + len(row.get(None, ()))
                 found = f"{count} cells, but the header has {len(reader.fieldnames)}"
-                raise UserError(f"{metadata} line {reader.line_num}: {found}. Quote texts that contain commas.")
+                raise UserError(
+                    f"{metadata} line {reader.line_num}: {found}. "
+                    f"Quote texts that contain {SEPARATOR_NAMES[separator]}."
+                )
             row = {name: value for name, value in row.items() if value != ""}
             for name in ("target", "num_source_frames"):
                 if re.fullmatch("[0-9]{1,9}", row.get(name, "")):
@@ -106,6 +181,15 @@ def _read_csv(metadata: Path) -> list[tuple[int, dict]]:
     if rows:
         rows[0] = (rows[0][0], {**dict.fromkeys(reader.fieldnames), **rows[0][1]})  # for _check_columns
     return rows
+
+
+def _separator(text: str) -> str:
+    """The separator with which the first line has a column of files: a comma, a semicolon or a tab."""
+    head = text.split("\n", 1)[0].rstrip("\r")
+    for separator in SEPARATOR_NAMES:
+        if {name.strip('"') for name in head.split(separator)} & {*NAME_COLUMNS, *MEDIA_COLUMNS}:
+            return separator
+    return ","
 
 
 def _json_cells(metadata: Path, line: int, row: dict) -> dict:
@@ -132,11 +216,14 @@ def _read_parquet(metadata: Path) -> list[tuple[int, dict]]:
 def _check_columns(metadata: Path, lines: list[tuple[int, dict]]) -> None:
     """Check that the columns of all rows suffice to make items. Raises UserError."""
     columns = {name for _, row in lines for name in row}
-    has_text = {"caption", "messages"} & columns or {"question", "answer"} <= columns
-    if not (columns & set(NAME_COLUMNS) and has_text):
+    has_text = {"caption", "messages", "conversations"} & columns or {"question", "answer"} <= columns
+    if not (columns & {*NAME_COLUMNS, *MEDIA_COLUMNS} and has_text):
         found = ", ".join(sorted(columns)) or "none"
-        hint = " In a csv, separate cells with commas and write column names in lower case without spaces."
-        hint = hint if metadata.suffix == ".csv" else ""
+        hint = (
+            " In a csv, separate cells with commas, semicolons or tabs, and write column names in lower case without "
+            "spaces."
+        )
+        hint = hint if metadata.suffix in (".csv", ".tsv") else ""
         raise UserError(
             f"{metadata}: the columns are {found}. Expected file_name and caption, or question and answer, or "
             f"messages.{hint}"

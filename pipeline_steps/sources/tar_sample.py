@@ -9,19 +9,21 @@ import re
 from collections import Counter
 from typing import Annotated, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline_steps.common.choices import LETTERS
 from pipeline_steps.common.schemas import Count, Item, Kind, Message, RawSample, SceneObject, Split, slug
 from pipeline_steps.sources.archive import Member
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from pipeline_steps.sources.layout import Group, quoted
+from pipeline_steps.sources.texts import answer_text, chat_item, decoded, standard_message, without_placeholders
 
 MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
 MAX_TEXT = 2**20
 MAX_ENTRIES = 20_000  # of a list in `items` and `objects`: pydantic keeps one error per invalid entry
 CHUNK = 2**20
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+Answer = Annotated[str, BeforeValidator(answer_text)]
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -36,6 +38,11 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _standard(cls, message):
+        return standard_message(message)
 
 
 class PackedFields(BaseModel):
@@ -57,11 +64,12 @@ class Contents(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
     user: str | None = None
-    assistant: str | None = None
-    chosen_assistant: str | None = None
-    rejected_assistant: str | None = None
+    assistant: Answer | None = None
+    chosen_assistant: Answer | None = None
+    rejected_assistant: Answer | None = None
     caption: str | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+    conversations: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None  # LLaVA's name of `messages`
     token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     loss_mask: Annotated[list[float], Field(fail_fast=True)] | None = None  # only its length is used
     source: Name | None = None
@@ -141,7 +149,7 @@ def _parse(content: bytes) -> dict:
             raise ValueError(f"the field {repeated[:50]!r} occurs twice")
         return fields
 
-    parsed = json.loads(content.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
+    parsed = json.loads(decoded(content), parse_constant=refuse, object_pairs_hook=unique)
     if HALF_CHARACTER.search(content):
         json.dumps(parsed, ensure_ascii=False).encode()  # rejects lone surrogates
     if not isinstance(parsed, dict):
@@ -158,9 +166,9 @@ def _read(file: BinaryIO, member: Member, limit: int) -> bytes:
 
 def _read_text(file: BinaryIO, member: Member) -> str:
     try:
-        return _read(file, member, MAX_TEXT).decode("utf-8-sig")
+        return decoded(_read(file, member, MAX_TEXT))
     except UnicodeDecodeError as error:
-        raise UnusableSample(f"{quoted(member.name)} is not UTF-8 (byte {error.start})") from None
+        raise UnusableSample(f"{quoted(member.name)} is not {error.encoding.upper()} (byte {error.start})") from None
 
 
 def _sha256(file: BinaryIO, parts) -> str:
@@ -270,14 +278,18 @@ def _own_items(own: PackedFields, count: int) -> dict:
 def _item(contents: Contents, text: str | None, kind: str, decoder: ChatMLDecoder | None) -> Item:
     """Make the item from the texts in the JSON, else from its token ids, else from the caption or the .txt."""
     chosen = _agreed("assistant", contents.assistant, "chosen_assistant", contents.chosen_assistant)
-    messages = contents.messages and [(message.role, message.content) for message in contents.messages]
+    if contents.messages is not None and contents.conversations is not None:
+        raise UnusableSample("found both messages and conversations")
+    given = contents.messages if contents.conversations is None else contents.conversations
+    messages = given and [(message.role, message.content) for message in given]
     is_text = messages is not None or chosen is not None or contents.user is not None
     if not is_text and contents.token_ids is not None:
         messages = _decode(contents, decoder)
     user = contents.user if contents.user is not None and contents.user.strip() else None
+    user = (without_placeholders(user) or None) if user is not None and kind != "text" else user
     caption = next((words for words in (contents.caption, text) if words is not None), None)
     if messages is not None:
-        item = _chat(messages, chosen, contents)
+        item = _chat(messages, chosen, contents, kind)
     elif is_text:
         if chosen is None:
             raise UnusableSample("user without assistant")
@@ -327,7 +339,7 @@ def _decode(contents: Contents, decoder: ChatMLDecoder | None) -> list[tuple[str
         raise UnusableSample(f"token_ids: {error}") from None
 
 
-def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Contents) -> dict:
+def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Contents, kind: str) -> dict:
     """Return the item fields of one question and answer, or of a whole chat."""
     if chosen is not None and messages and messages[-1][0] == "user":
         messages = [*messages, ("assistant", chosen)]
@@ -336,6 +348,12 @@ def _chat(messages: list[tuple[str, str]], chosen: str | None, contents: Content
     if contents.user is not None and ("user", contents.user) not in messages:
         raise UnusableSample("user is not in messages")
     _check_turns(messages)
+    if kind != "text":
+        asked = chat_item(messages)
+        if asked is None:
+            return {"assistant": messages[1][1], "task": "caption"}
+        messages = asked
+        _check_turns(messages)
     if [role for role, _ in messages] != ["user", "assistant"]:
         chat = tuple(Message(role=role, content=content) for role, content in messages)
         return {"messages": chat, "task": "question"}

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,8 +38,8 @@ class Report:
     """What `scan` found in one archive besides usable samples."""
 
     quarantined: list[Quarantined] = field(default_factory=list)
-    num_unreferenced: int = 0  # members that belong to no sample
-    unreferenced: list[str] = field(default_factory=list)  # the first names of them
+    unreferenced: list[str] = field(default_factory=list)  # the first names of members that belong to no sample
+    reasons: Counter = field(default_factory=Counter)  # number of these members by reason
     damage: str | None = None  # from which byte and why the archive is unreadable
 
 
@@ -46,14 +47,14 @@ def read(
     entry,
     folder: Path,
     quarantined: list[Quarantined],
-    add_unreferenced: Callable[[str, list[str], int], None],
+    add_unreferenced: Callable[[str, list[str], Counter], None],
     num_processes: int,
 ) -> Iterator[RawSample]:
     """Yield the samples of all archives of `entry` (schema.Tars), archive by archive.
 
     folder: for temporary files. quarantined: receives the unusable samples. add_unreferenced: called for every archive
-    with the source, the first names and the number of members that belong to no sample. Raises UserError for a wrong
-    path or tokenizer.
+    with the source, the first names and the number by reason of members that belong to no sample. Raises UserError for
+    a wrong path or tokenizer.
     """
     tars = find_tars(entry)
     if entry.tokenizer is not None:
@@ -66,7 +67,7 @@ def read(
         for (tar, _, rows), report in zip(jobs, progress, strict=True):
             damaged += [f"  {tar}: {report.damage}"] if report.damage else []
             quarantined += report.quarantined
-            add_unreferenced(entry.name, report.unreferenced, report.num_unreferenced)
+            add_unreferenced(entry.name, report.unreferenced, report.reasons)
             with open(rows, encoding="utf-8") as lines:
                 for line in lines:
                     yield parse(RawSample, line, rows)
@@ -176,7 +177,7 @@ def scan(entry, tar: str, name: str, report: Report) -> Iterator[RawSample]:
         rest = f"the remaining {max(size - damage.offset, 0)} bytes are unreadable"
         report.damage = f"at byte {damage.offset}: {damage.reason}; {rest}"
         quarantine(make_key(entry.name, name, ""), report.damage)
-    report.num_unreferenced, report.unreferenced = layout.num_unreferenced, layout.unreferenced
+    report.unreferenced, report.reasons = layout.unreferenced, layout.reasons
 
 
 def _list_members(file, layout: Layout) -> DamagedArchive | None:

@@ -187,7 +187,7 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
         ("a", np.zeros((8, 8, 3), np.uint8), r"shape \[8, 8, 3\] and type uint8, expected"),
         ("a", np.zeros((2, 8, 8, 3), np.float32), r"shape \[2, 8, 8, 3\] and type float32, expected"),
         ("a", [np.zeros((8, 8, 3), np.float32)], r"shape \[8, 8, 3\] and type float32, expected"),
-        ("a", Image.new("I;16", (8, 8)), "unsupported pixel mode I;16"),
+        ("a", Image.new("I", (8, 8)), "unsupported pixel mode I"),
         ("a", [Image.new("F", (8, 8))], "unsupported pixel mode F"),
         ("a", "/", "/ is a folder. Pass a file"),
         (5, None, "expected a question or a list of questions, found int 5"),

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from types import SimpleNamespace
 
 from pipeline_steps.sources import tars
@@ -31,12 +32,14 @@ def write_tar(path, members, format=tarfile.GNU_FORMAT):
 
 
 def read_tars(path, num_processes=1, **changes):
-    """(samples by key, {key: reason} of the quarantined, {"count", "first"} of the members that belong to no sample)"""
-    quarantined, others = [], {"count": 0, "first": []}
+    """(samples by key, {key: reason} of the quarantined, {"count", "first", "reasons"} of the members that belong to no
+    sample)"""
+    quarantined, others = [], {"count": 0, "first": [], "reasons": Counter()}
 
-    def leave(source, names, count):
+    def leave(source, names, reasons):
         assert source == changes.get("name", "old")
-        others["count"] += count
+        others["count"] += reasons.total()
+        others["reasons"] += reasons
         others["first"] += names
 
     folder = path.parent if path.suffix else path
@@ -47,3 +50,11 @@ def read_tars(path, num_processes=1, **changes):
     reasons = {row.key: row.reason for row in quarantined}
     assert len(reasons) == len(quarantined)
     return samples, reasons, others
+
+
+def only(path, members, **changes):
+    """The one sample of an archive with these members."""
+    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
+    assert reasons == {}
+    (sample,) = samples.values()
+    return sample

@@ -14,7 +14,8 @@ MAX_SECONDS = 30  # for one file, on a busy machine; most take some milliseconds
 MAX_BYTES = 800 * 2**20  # peak of the process: a picture of 8192 x 8192 px, and the libraries
 REASONS = (
     "empty file|not an image file|truncated or damaged image|unsupported size of the image|unsupported size \\d+x\\d+|"
-    "unsupported pixel mode .+|not a video file|truncated or damaged video|truncated video|no video stream|no frames|"
+    "unsupported pixel mode .+|unsupported format (AVIF|HEIC)|"
+    "not a video file|truncated or damaged video|truncated video|no video stream|no frames|"
     r"no frame can be decoded|undecodable at \d+\.\d s|frames out of order|unsupported proportions of a pixel|"
     r"unsupported duration (\d+|inf) s|unsupported frame rate (nan|-?inf|0|-1)|5 pictures, at most 4 are taken|"
     r"unsupported segment from \S+ to \S+ s|the segment begins at \S+ s of \S+ s"

@@ -12,18 +12,12 @@ from pipeline_steps.common.hashing import media_sha256
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import folder
 from pipeline_steps.sources.__main__ import collect
-from tests.pipeline_steps.test_sources import jsonl, media, section
+from tests.pipeline_steps.folders import items, jsonl, media
+from tests.pipeline_steps.test_sources import section
 
 CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 MORE = [{"role": "system", "content": "Be brief."}, *CHAT, *CHAT]
 CHOICE = {"question": "Which?", "options": ["a dog", "a cat", "2"], "answer": "a cat"}
-
-
-def items(tmp_path, *rows):
-    media(tmp_path, "a.mp4")
-    jsonl(tmp_path, *({"file_name": "a.mp4", **row} for row in rows))
-    (sample,) = folder.read(tmp_path, "mine").samples
-    return [item.model_dump(exclude_defaults=True) for item in sample.items]
 
 
 def choice(correct):

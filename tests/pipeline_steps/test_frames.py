@@ -412,9 +412,8 @@ def test_damaged_images(tmp_path):
     assert reason(bad, "image") == "truncated or damaged image"
     bad.write_text("no picture")
     assert reason(bad, "image") == "not an image file"
-    deep = Image.fromarray(np.full((8, 8), 40000, np.uint16))
-    deep.save(tmp_path / "deep.png")
-    assert reason(tmp_path / "deep.png", "image") == "unsupported pixel mode I;16"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    assert reason(tmp_path / "float.tif", "image") == "unsupported pixel mode F"
 
 
 def test_packing_imports_neither_torch_nor_the_network():

@@ -20,6 +20,7 @@ from pipeline_steps.sources import chat, folder, procedural, schema
 from pipeline_steps.sources.__main__ import collect
 from pipeline_steps.sources.index import open_index, print_summary
 from pipeline_steps.world import digits as world
+from tests.pipeline_steps.folders import jsonl, media
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
@@ -135,7 +136,7 @@ def test_every_sample_is_indexed_or_quarantined(tmp_path, capsys):
     with open_index(tmp_path) as index:
         index.add_source("one", source(), quarantined, 0.9)
         index.add_source("two", text_samples("t", "r-1"), [], 0.0)
-        index.add_unreferenced("s", ["x.txt"], count=3)
+        index.add_unreferenced("s", ["x.txt"], Counter({"hidden": 3}))
         summary = index.finish()
     assert [sample.key for sample in read_samples(tmp_path / "index.jsonl")] == ["r-1", "s-0", "s-2"]
     rows = (tmp_path / "quarantined.jsonl").read_text().splitlines()
@@ -143,7 +144,7 @@ def test_every_sample_is_indexed_or_quarantined(tmp_path, capsys):
     found = summary["sources"]["s"]
     assert (found["seen"], found["taken"], found["quarantined"]["count"]) == (14, 2, 12)
     assert len(found["quarantined"]["first"]) == 10
-    assert found["unreferenced"] == {"count": 3, "first": ["x.txt"]}
+    assert found["unreferenced"] == {"count": 3, "first": ["x.txt"], "reasons": {"hidden": 3}}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     print_summary(tmp_path, summary)
     printed = capsys.readouterr().out
@@ -255,17 +256,6 @@ def test_chat_answers_are_correct_and_questions_unique():
 # ---------------------------------------------------------------- the user's folder
 
 
-def media(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-
-
-def jsonl(root, *rows):
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_folder_rows_become_items(tmp_path):
     media(tmp_path, "a.mp4", "deep/er/b.jpg", "c.MKV", "README.md", ".hidden")
     jsonl(
@@ -364,8 +354,8 @@ ERRORS = {
     "csv: target": ("metadata.csv", "file_name,caption,target\na.mp4,x,²\n", "target.*valid integer"),
     "csv: columns": (
         "metadata.csv",
-        "file_name;caption\na.mp4;x\n",
-        "columns are file_name;caption.*separate cells with commas",
+        "file_name|caption\na.mp4|x\n",
+        r"columns are file_name\|caption.*separate cells with commas, semicolons or tabs",
     ),
 }
 

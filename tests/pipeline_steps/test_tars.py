@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 from PIL import Image
 
 from pipeline_steps.common import params
@@ -15,10 +16,11 @@ from pipeline_steps.common.schemas import FramePolicy, RawSample, read_samples
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources.layout import HIDDEN, NO_DOT, UNKNOWN_TYPE
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from pipeline_steps.tokens.shard import read_shard
-from tests.pipeline_steps.archives import entry, read_tars, write_tar
+from tests.pipeline_steps.archives import entry, only, read_tars, write_tar
 from tests.pipeline_steps.chats import save_tokenizer
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image
 from tests.pipeline_steps.test_chatml import CHATS, ids_of
@@ -31,14 +33,6 @@ MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content
 
 def frames(pattern, count=3, first=0):
     return [(pattern.format(i), b"frame %d" % i) for i in range(first, first + count)]
-
-
-def only(path, members, **changes):
-    """The one sample of an archive with these members."""
-    samples, reasons, _ = read_tars(write_tar(path / "000000.tar", members), **changes)
-    assert reasons == {}
-    (sample,) = samples.values()
-    return sample
 
 
 def reason(path, members, **changes):
@@ -110,7 +104,39 @@ def test_members_that_belong_to_no_sample_are_counted(tmp_path):
     members = [("k.json", QUESTION), ("k.cls", b"3"), ("README", b""), (".x.jpg", b""), ("index.tsv", b"")]
     samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
     assert (len(samples), reasons) == (1, {})
-    assert others == {"count": 4, "first": ["k.cls", "README", ".x.jpg", "index.tsv"]}
+    reasons = {NO_DOT: 1, HIDDEN: 1, UNKNOWN_TYPE: 2}
+    assert others == {"count": 4, "first": ["k.cls", "README", ".x.jpg", "index.tsv"], "reasons": reasons}
+
+
+DOTTED = {  # members -> keys of samples, keys of quarantined samples, unreferenced members
+    "a video": (["v1.5_clip.mp4", "v1.5_clip.json"], [], ["v1"], []),
+    "two videos": (["v1.5_a.mp4", "v1.5_a.json", "v1.6_b.mp4", "v1.6_b.json"], [], ["v1"], []),
+    "a number": (["22.05.png", "22.05.json"], [], ["22"], []),
+    "a number with a text": (["22.05.png", "22.json"], [], ["22"], []),
+    "a mask beside a picture": (["k.jpg", "k.seg.png", "k.json"], ["k"], [], ["k.seg.png"]),
+    "a second text": (["k.mp4", "k.json", "k.meta.json"], ["k"], [], ["k.meta.json"]),
+    "a picture of a text": (["k.json", "k.seg.png"], [], ["k"], []),
+    "a folder with a dot": (["v1.5/k.jpg", "v1.5/k.json"], ["v1.5/k"], [], []),
+    "an unknown type": (["k.jpg", "k.json", "k.pth.tar"], ["k"], [], ["k.pth.tar"]),
+}
+
+
+@pytest.mark.parametrize(("names", "taken", "quarantined", "left"), DOTTED.values(), ids=DOTTED)
+def test_names_with_dots_never_vanish(tmp_path, names, taken, quarantined, left):
+    members = [(name, QUESTION if name.endswith(".json") else b"x") for name in names]
+    samples, reasons, others = read_tars(write_tar(tmp_path / "0.tar", members))
+    assert list(samples) == [tars.make_key("old", "0", key) for key in taken]
+    assert list(reasons) == [tars.make_key("old", "0", key) for key in quarantined]
+    assert others["first"] == left
+    assert others["count"] == sum(others["reasons"].values()) == len(left)
+    keys = webdataset_keys(tmp_path / "0.tar")
+    assert set(taken) | set(quarantined) == keys
+
+
+def webdataset_keys(path):
+    """The keys of the samples that WebDataset makes of the archive."""
+    samples = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    return {sample["__key__"] for sample in samples}
 
 
 def test_long_names_and_pax_headers_are_read(tmp_path):
