@@ -22,6 +22,8 @@ from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 FORMAT = 1
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("torch", "transformers")  # whose version a result depends on
 BEST = "best"
 CODE = (  # the code dependencies of the training stages in dvc.yaml
     "model",
@@ -37,10 +39,13 @@ CODE = (  # the code dependencies of the training stages in dvc.yaml
 
 def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
     """16 hex digits that identify the run: parameters (`Parameters.as_dict`), input files, code, library versions."""
-    root = Path(__file__).resolve().parents[2]
-    code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
-    libraries = [version(name) for name in ("torch", "transformers")]
-    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *sorted(code))
+    libraries = [version(name) for name in LIBRARIES]
+    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *code_files())
+
+
+def code_files() -> list[Path]:
+    """The files of CODE, sorted."""
+    return sorted({file for place in CODE for file in [ROOT / place, *(ROOT / place).rglob("*.py")] if file.is_file()})
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:

@@ -5,6 +5,7 @@ gradients by DistributedDataParallel or FSDP2.
 """
 
 import os
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,11 +93,29 @@ def distributed_context(device: str):
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    distributed.init_process_group("nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
+    store, rank, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    check_devices(store, device.split(":")[0], rank, world_size)
+    backend = "nccl" if device != "cpu" else "gloo"
+    distributed.init_process_group(
+        backend, timeout=TIMEOUT, store=distributed.PrefixStore("ranks", store), rank=rank, world_size=world_size
+    )
     try:
-        yield DistributedContext(int(os.environ["RANK"]), world_size, device)
+        yield DistributedContext(rank, world_size, device)
     finally:
         distributed.destroy_process_group()
+
+
+def check_devices(store: distributed.Store, device: str, rank: int, world_size: int) -> None:
+    """UserError if another rank runs on another kind of device: their collectives would wait for each other."""
+    store.set(f"device/{rank}", device)
+    found = [store.get(f"device/{other}").decode() for other in range(world_size)]
+    if len(set(found)) > 1:
+        num_read, deadline = store.add("device/read", 1), time.monotonic() + 10
+        while rank == 0 and num_read < world_size and time.monotonic() < deadline:
+            time.sleep(0.01)  # without torchrun rank 0 serves the store, so the others must have read it
+            num_read = store.add("device/read", 0)
+        listing = ", ".join(f"rank {number}: {name}" for number, name in enumerate(found))
+        raise UserError(f"training.common.device: the ranks run on different devices ({listing}). Set the same one.")
 
 
 def wrap(model: TrainingModel, group: DistributedContext, sharded: bool) -> nn.Module:
