@@ -92,7 +92,9 @@ def start_training(
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         variables = (environment() | address | place) if num_processes > 1 else environment()
-        processes.append(FORKS.Process(target=_train, args=(str((folders or {}).get(rank, folder)), stage, variables, rank)))
+        processes.append(
+            FORKS.Process(target=_train, args=(str((folders or {}).get(rank, folder)), stage, variables, rank))
+        )
         processes[-1].start()
     return processes
 

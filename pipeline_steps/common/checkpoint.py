@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.integrity import CHECKSUMS, verify_folder
 
 
 def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None:
@@ -24,8 +25,10 @@ def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None
 
 
 def load_model(folder: Path) -> FoveatedVLMForConditionalGeneration:
-    """The model of a checkpoint in fp32 and evaluation mode. UserError if the checkpoint is missing or incomplete."""
+    """The model of a checkpoint in fp32 and evaluation mode. UserError if the checkpoint is missing, incomplete or
+    damaged."""
     _check_type(folder)
+    verify_folder(folder, f"Copy or train the checkpoint again, or delete {CHECKSUMS} if you changed it on purpose.")
     try:
         return FoveatedVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

@@ -42,6 +42,7 @@ from pipeline_steps.common.files import (
     write_json,
     write_text,
 )
+from pipeline_steps.common.integrity import write_checksums
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -127,9 +128,7 @@ def live_folder(arguments: argparse.Namespace) -> Path:
     return arguments.outputs / "live" / arguments.stage
 
 
-def check_inputs(
-    arguments: argparse.Namespace, parameters, is_main: bool
-) -> tuple[list[Path], dict[str, object]]:
+def check_inputs(arguments: argparse.Namespace, parameters, is_main: bool) -> tuple[list[Path], dict[str, object]]:
     """(input files, description of the work for the comparison of the ranks). UserError for parameters that do not fit
     together, missing input files and, in the main process, outputs that cannot be written."""
     settings = getattr(parameters.training, arguments.stage)
@@ -306,6 +305,7 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )
+        write_checksums(folder)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -61,7 +61,7 @@ def compare(descriptions: list[dict[str, object]]) -> None:
 
 
 def describe(parameters, inputs: list[Path]) -> dict[str, object]:
-    """{key: value} of parameters, input files, code and library versions. inputs: the files that the run starts from."""
+    """{key: value} of parameters, input files (those that the run starts from), code and library versions."""
     values = flat(parameters.as_dict())
     values |= {f"runtime.{name}": getattr(parameters.runtime, name) for name in COLLECTIVE}
     values |= {f"file {path}": short_hash(path) for path in inputs}

@@ -70,7 +70,7 @@ def prepare(run: TrainContext) -> TrainState:
         run.reference = copy.deepcopy(run.model).requires_grad_(False).eval()
     if run.common.activation_checkpointing:
         run.model.gradient_checkpointing_enable()
-    saved = checkpoint_io.load_state(run.folder)
+    saved = load_saved(run)
     if saved is not None:
         load_weights(run, saved[0])
     options = (run.settings, run.common.weight_decay, run.common.optimizer, model.objective)
@@ -97,6 +97,13 @@ def prepare(run: TrainContext) -> TrainState:
     run.loader.load_state_dict(own)
     announce(run, [f"{run.stage}: resuming from step {run.loader.step} of {run.num_steps} ({run.folder})"])
     return state
+
+
+def load_saved(run: TrainContext) -> tuple[dict[str, dict], dict] | None:
+    """The last intact state, the same one on every rank: the main process chooses it."""
+    saved = checkpoint_io.load_state(run.folder) if run.distributed.is_main else None
+    step = run.distributed.broadcast(saved[1]["step"] if saved is not None else None)
+    return saved if run.distributed.is_main or step is None else checkpoint_io.load_state(run.folder, step)
 
 
 def check_preferences(run: TrainContext) -> None:
