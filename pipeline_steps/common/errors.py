@@ -14,6 +14,14 @@ class UserError(Exception):
     """An error that the user can fix. `run_main` prints it without a traceback and exits with code 1."""
 
 
+def printable(text):
+    """`text` with control, formatting and other unprintable characters escaped, except line breaks and tabs, so that a
+    terminal shows them and does not obey them."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 def _safetensors_errors():
     return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
 
@@ -35,13 +43,13 @@ def run_main(main):
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 1
     except (OSError, RuntimeError, *_safetensors_errors()) as error:
         problem = _unwritable(error)
         if problem is None:
             raise
-        print(f"error: {problem}. Check its permissions and the free disk space.", file=sys.stderr)
+        print(f"error: {printable(problem)}. Check its permissions and the free disk space.", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
@@ -111,7 +111,7 @@ class Loader:
     def _quarantine(self, unreadable: list[UnreadableSample]) -> None:
         for error in unreadable:
             if error.key not in self.quarantined:
-                print(f"skipped sample '{error.key}': {error.reason}", file=sys.stderr)
+                print(printable(f"skipped sample '{error.key}': {error.reason}"), file=sys.stderr)
             entry = self.quarantined.setdefault(error.key, {"reason": error.reason, "times": 0})
             entry["times"] += 1
         served = self.plan.num_samples / self.world_size

@@ -50,7 +50,7 @@ from pipeline_steps.streaming.loader import open_training_split
 from pipeline_steps.training import rank_agreement
 from pipeline_steps.training.checkpoint_io import run_fingerprint
 from pipeline_steps.training.context import TrainContext, announce
-from pipeline_steps.training.distributed import DistributedContext, distributed_context
+from pipeline_steps.training.distributed import DistributedContext, distributed_context, failure_announced
 from pipeline_steps.training.objectives import check, term_names
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
 from pipeline_steps.training.train_loop import train
@@ -80,8 +80,10 @@ COLUMNS = (
 
 def main() -> None:
     arguments = read_arguments()
-    parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
-    with distributed_context(choose_device(parameters.training.common.device, "training.common.device")) as group:
+    with failure_announced():
+        parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
+        device = choose_device(parameters.training.common.device, "training.common.device")
+    with distributed_context(device) as group:
         run_stage(arguments, parameters, group)
 
 

@@ -10,7 +10,7 @@ from torch import distributed
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.training import rank_agreement
-from pipeline_steps.training.distributed import DistributedContext, check_devices
+from pipeline_steps.training.distributed import DistributedContext, compare_start
 from tests import pipeline
 
 
@@ -69,34 +69,42 @@ def test_a_rank_tells_the_others_before_it_raises():
     assert told == [({}, "'lost'")]
 
 
-def test_ranks_on_different_devices_are_refused():
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"device": "cuda"}, "rank 0: cpu, rank 1: cuda"),
+        ({"error": "params.yaml: cannot be read"}, "rank 1: params.yaml: cannot be read"),
+    ],
+)
+def test_ranks_on_different_devices_or_failed_ones_stop_all(second, message):
     store, errors = distributed.HashStore(), []
 
-    def join(rank, device):
+    def join(rank, own):
         try:
-            check_devices(store, device, rank, 2)
+            compare_start(store, rank, 2, own)
         except UserError as error:
             errors.append(str(error))
 
-    threads = [Thread(target=join, args=pair) for pair in enumerate(("cpu", "cuda"))]
+    threads = [Thread(target=join, args=pair) for pair in enumerate(({"device": "cpu"}, second))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
     assert len(errors) == 2
-    assert "rank 0: cpu, rank 1: cuda" in errors[0]
+    assert all(message in error for error in errors)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "damage", "message"),
     [
-        (("training.stage1.learning_rate=0.5",), None, "training.stage1.learning_rate: rank 0 has"),
+        (("training.stage1.learning_rate.connector=0.5",), None, "training.stage1.learning_rate.connector: rank 0 has"),
+        (("+training.stage1.nonsense=1",), None, "nonsense: unknown key"),
         (("training.common.batch_size=4",), None, "training.common.batch_size: rank 0 has 8, rank 1 has 4"),
         ((), "data/tokens/manifest.json", "file data/tokens/manifest.json: rank 0 has"),
         ((), "missing", "data/tokens/manifest.json: missing"),
     ],
-    ids=["rate", "batch size", "data", "missing data"],
+    ids=["rate", "unknown key", "batch size", "data", "missing data"],
 )
 def test_ranks_that_differ_stop_before_the_first_step(finished_run, tmp_path, overrides, damage, message):
     one, other = tmp_path / "one", tmp_path / "other"
