@@ -31,6 +31,7 @@ CODE = (  # the code dependencies of the training stages in dvc.yaml
     "pipeline_steps/streaming",
     "pipeline_steps/training",
     "pipeline_steps/common/checkpoint.py",
+    "pipeline_steps/common/code_keys.py",
     "pipeline_steps/common/device.py",
     "pipeline_steps/common/hashing.py",
     "pipeline_steps/common/schemas.py",
