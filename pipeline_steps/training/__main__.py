@@ -331,6 +331,8 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         "samples_per_second": round(run.logger.samples / seconds, 1),  # since this process started or resumed
         "device": run.device,
     }
+    if run.train.sequential:
+        timing["remote"] = run.train.transfers.summary()  # of this rank
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
 
 
