@@ -31,6 +31,8 @@ def _unwritable(error):
     cause = error if isinstance(error, OSError) else error.__context__
     hidden = re.search(r"\(os error (\d+)\)", str(error))
     number = cause.errno if isinstance(cause, OSError) else int(hidden[1]) if hidden else None
+    if "No usable temporary directory" in str(error):
+        return "TMPDIR: no folder for temporary files is writable"
     if number not in UNWRITABLE:
         return None
     return f"{getattr(cause, 'filename', None) or 'an output'}: {os.strerror(number)}"
@@ -49,7 +51,10 @@ def run_main(main):
         problem = _unwritable(error)
         if problem is None:
             raise
-        print(f"error: {printable(problem)}. Check its permissions and the free disk space.", file=sys.stderr)
+        print(
+            f"error: {printable(problem)}. Check its permissions, the free disk space and the free inodes.",
+            file=sys.stderr,
+        )
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
