@@ -54,7 +54,7 @@ def test_a_truncated_dvc_lock_is_explained(folder, share):
     path = folder / "dvc.lock"
     text = path.read_text()
     path.write_text(text[: int(len(text) * share)].rsplit(":", 1)[0] + ": {" if share else "")
-    with pytest.raises(UserError, match=r"dvc.lock: not a complete lock file .* git checkout dvc.lock"):
+    with pytest.raises(UserError, match=r"dvc.lock: not a complete lock file .*`git checkout dvc.lock`"):
         workspace.check(folder)
 
 
@@ -93,5 +93,5 @@ def test_a_full_folder_for_temporary_files_is_explained(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(UserError, match="no temporary file can be written .No space left on device.*set TMPDIR"):
+    with pytest.raises(UserError, match=r"no temporary file can be written .No space left on device.*set TMPDIR"):
         workspace.check(folder)

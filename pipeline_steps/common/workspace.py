@@ -38,8 +38,8 @@ def check_path(root: Path) -> None:
     wrong = sorted({character for character in str(root) if character in PATTERNS})
     if wrong:
         raise UserError(
-            f"{root}: the path of the repository contains {' '.join(wrong)}, which DVC and Snakemake read as a pattern, "
-            "so they would not find its files. Move or rename the folder."
+            f"{root}: the path of the repository contains {' '.join(wrong)}, which DVC and Snakemake read as a "
+            "pattern, so they would not find its files. Move or rename the folder."
         )
 
 
@@ -69,8 +69,8 @@ def check_temporary() -> None:
     except OSError as error:
         place = os.environ.get("TMPDIR") or "/tmp"
         raise UserError(
-            f"{place}: no temporary file can be written ({error.strerror or error}). Free space there, or set TMPDIR to "
-            "a folder on another disk."
+            f"{place}: no temporary file can be written ({error.strerror or error}). Free space there, or set TMPDIR "
+            "to a folder on another disk."
         ) from None
 
 

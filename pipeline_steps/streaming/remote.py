@@ -149,8 +149,8 @@ def _samples(stream: Command, wanted: set[str]) -> Iterator[dict]:
             size += member.size
             if member.size > MAX_MEMBER or size > MAX_SAMPLE:
                 raise ValueError(
-                    f"{member.name} has {member.size:,} bytes, its sample at least {size:,}; allowed are {MAX_MEMBER:,} "
-                    f"and {MAX_SAMPLE:,}"
+                    f"{member.name} has {member.size:,} bytes, its sample at least {size:,}, but the limits are "
+                    f"{MAX_MEMBER:,} and {MAX_SAMPLE:,}"
                 )
             sample = sample or {"__key__": key}
             sample[suffix] = tar.extractfile(member).read()
