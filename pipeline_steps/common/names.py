@@ -1,17 +1,15 @@
-"""Names that come from data (sources and tasks) end in file names, tables, figures, URLs and terminals.
+"""Names that come from data (sources and tasks) end in tables, figures and terminals.
 
-The sources stage refuses names that any of these would interpret; the functions here make every other text harmless.
+The sources stage refuses names that any of these would interpret. No name becomes a file name: files are named by keys
+(`schemas.slug`).
 """
 
-import re
 import unicodedata
 
 from pipeline_steps.common.errors import UserError, printable
-from pipeline_steps.common.hashing import fingerprint
 
 MAX_LENGTH = 100  # characters of a name
 MARKUP = '<>|`*$\\[]{}~^"#'  # HTML, Markdown, mathtext and shell patterns
-KEPT = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def check_name(kind: str, name: str, where: str) -> None:
@@ -31,13 +29,6 @@ def check_name(kind: str, name: str, where: str) -> None:
             f"{where}: the {kind} {printable(name)!r} contains {listing}. Use letters, digits, spaces and other "
             f"punctuation: control characters and {' '.join(MARKUP)} have a meaning in files, tables or figures."
         )
-
-
-def file_slug(name: str) -> str:
-    """A file name, without suffix, for a name: letters, digits, `_` and `-`. Different names get different slugs, also
-    where the file system ignores case."""
-    short = KEPT.sub("-", name)[:60].strip("-")
-    return short if short == name and name == name.lower() else f"{short or 'x'}-{fingerprint(name)[:8]}"
 
 
 def without_math(text: str) -> str:

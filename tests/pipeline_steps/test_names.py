@@ -1,12 +1,10 @@
 """Names from data are harmless in files, tables, figures and terminals, and bad ones stop at the sources stage."""
 
-import re
-
 import pytest
 from matplotlib import pyplot as plt
 
 from pipeline_steps.common.errors import UserError, printable, run_main
-from pipeline_steps.common.names import file_slug, without_math
+from pipeline_steps.common.names import without_math
 from pipeline_steps.common.schemas import RawSample
 from pipeline_steps.report.tables import Table
 from pipeline_steps.sources.index import open_index
@@ -50,14 +48,6 @@ def test_errors_show_control_characters_and_do_not_send_them(capsys):
         run_main(main)
     assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07b\n\tc \\u202e\n"
     assert printable("問題") == "問題"
-
-
-def test_file_slugs_are_plain_and_differ():
-    names = [*GOOD, *BAD, "../../etc/passwd", "Card", "CARD", "a-b", "a/b", "a b", "con", "x" * 300]
-    slugs = {file_slug(name) for name in names}
-    assert len({slug.lower() for slug in slugs}) == len(set(names))
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", slug) for slug in slugs)
-    assert file_slug("ask_colour") == "ask_colour"
 
 
 def test_figures_show_dollar_signs_and_typeset_nothing():
