@@ -2,6 +2,7 @@
 (tests/standins) where it is not."""
 
 import importlib.util
+import json
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
@@ -181,13 +182,18 @@ def test_a_misspelt_argument_is_named_with_the_right_one(made):
     assert "The arguments are pretrained, device, batch_size, dtype, mode, max_new_tokens." in str(error.value)
 
 
-def test_golden_items_score_the_same_in_the_plugin_and_in_the_evaluation(lm, made):
+def test_golden_items_score_the_same_in_the_plugin_and_in_the_evaluation(made, tmp_path):
     """Each video item's frames and question as the evaluation reads them from the shards, and as the plugin prepares
     them from the frames: the likelihoods of two answers agree."""
-    model, processor = load_checkpoint(made.checkpoint)
+    system = json.loads((made.tokens / "manifest.json").read_text())["system"]
+    checkpoints.save(checkpoints.make_lively_model(), made, tmp_path / "checkpoint", system)
+    lm = lmms_eval_plugin.FoveatedVLM(str(tmp_path / "checkpoint"), device="cpu")
+    model, processor = load_checkpoint(tmp_path / "checkpoint")
     dataset = TokenizedShards.for_model(model.config, made.shards, made.tokens, "test", checkpoints.STILL_FRAMES)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
-    numbers = [n for n, row in enumerate(dataset.rows) if row["kind"] != "text"][:3]
+    videos = [number for number, row in enumerate(dataset.rows) if row["kind"] == "video"]
+    asked_by_user = [n for n in videos if dataset.sample(n).items[dataset.rows[n]["item"]].user]
+    numbers = asked_by_user[:3]
     assert len(numbers) == 3
     for place, number in enumerate(numbers):
         item, row = dataset[number], dataset.rows[number]
