@@ -11,6 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 repro: setup ## run the pipeline; unchanged stages are skipped
+	python -m pipeline_steps.common.workspace
 	python -m pipeline_steps.common.params
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/report.html"

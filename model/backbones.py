@@ -17,6 +17,8 @@ def backbone_config(path: str | Path, expected: str):
         raise ValueError(
             f"{path} contains a {config.model_type!r} model, expected {expected!r}. Pass the folder of such a backbone"
         )
+    for name in ("auto_map", "custom_pipelines"):  # a backbone's own code is not used, so nothing may name it
+        config.__dict__.pop(name, None)
     return config
 
 

@@ -77,9 +77,14 @@ def run_all(folder: Path, *stages: str) -> None:
         assert done.returncode == 0, f"{stage}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def start_training(folder: Path, stage: str, num_processes: int = 1) -> list[multiprocessing.Process]:
+def start_training(
+    folder: Path, stage: str, num_processes: int = 1, folders: dict[int, Path] | None = None
+) -> list[multiprocessing.Process]:
     """`run` of a training stage in `num_processes` processes, as torchrun starts them but without the seconds of
-    importing; each writes its output to log-<rank>.txt in `folder`. `join` them, or kill them."""
+    importing; each writes its output to log-<rank>.txt in `folder`. `join` them, or kill them.
+
+    folders: {rank: its own working folder} of ranks that work elsewhere.
+    """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listener.getsockname()[1])}
@@ -87,7 +92,9 @@ def start_training(folder: Path, stage: str, num_processes: int = 1) -> list[mul
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         variables = (environment() | address | place) if num_processes > 1 else environment()
-        processes.append(FORKS.Process(target=_train, args=(str(folder), stage, variables, rank)))
+        processes.append(
+            FORKS.Process(target=_train, args=(str((folders or {}).get(rank, folder)), stage, variables, rank))
+        )
         processes[-1].start()
     return processes
 

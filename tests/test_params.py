@@ -327,3 +327,35 @@ def test_run_turns_user_errors_into_exit_codes(capsys, tmp_path):
     assert code(lambda: fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
+
+
+# hostile YAML
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (BOMB, "aliases expand to more than 100,000 values"),
+        ("seed: " + "[" * 5000 + "]" * 5000, "more than 50 levels of nesting"),
+        ("seed: " + "{a: " * 5000 + "}" * 5000, "more than 50 levels of nesting"),
+        ("- " * 5000 + "x", "more than 50 levels of nesting"),
+        ("a: &a [*a]", "an alias of its own parent"),
+    ],
+    ids=["bomb", "brackets", "braces", "dashes", "cycle"],
+)
+def test_yaml_bombs_and_deep_nesting_are_refused(tmp_path, text, problem):
+    path, started = tmp_path / "params.yaml", time.monotonic()
+    path.write_text(text)
+    assert problem in message(path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        params.compose(config_dir=tmp_path)
+    assert time.monotonic() - started < 20
+
+
+def test_a_modest_alias_is_read():
+    assert params.parse("x", "a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}

@@ -19,7 +19,9 @@ LIBRARIES = {"common", "world", "inference", "monitoring"}  # packages without a
 WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because no result can depend on it
     "pipeline_steps/common/errors.py": "how an error is shown",
     "pipeline_steps/common/files.py": "how files are written, not what is in them",
+    "pipeline_steps/common/integrity.py": "refuses damaged files, changes none",
     "pipeline_steps/common/params.py": "the values that it reads are the stage's params in dvc.yaml",
+    "pipeline_steps/common/workspace.py": "checks before `dvc repro`, of which no stage is a part",
     "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
 }
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]

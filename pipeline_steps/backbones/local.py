@@ -6,11 +6,13 @@ Supported are any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`Hu
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline_steps.common.code_keys import strip_code
 from pipeline_steps.common.errors import UserError
 
 from .convert import language_model_from_gguf
@@ -24,7 +26,8 @@ LANGUAGE = ("llama", ("config.json", "tokenizer.json", "tokenizer_config.json"),
 
 
 def copy_backbones(local: Local, folder: Path) -> dict:
-    """Check both folders and copy them below `folder`. Returns the size and sha256 of every file.
+    """Check both folders and copy them below `folder`, without keys that name code. Returns size and sha256 of every
+    file.
 
     A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`). Raises
     UserError if a folder is not a usable backbone.
@@ -46,11 +49,16 @@ def copy_backbones(local: Local, folder: Path) -> dict:
     for role, path in paths.items():
         (folder / role).mkdir(parents=True)
         metrics[role] = {}
-        for file in sorted(file for pattern in COPIED for file in Path(path).glob(pattern)):
-            shutil.copyfile(file, folder / role / file.name)
-            with open(file, "rb") as content:
+        names = sorted(file.name for pattern in COPIED for file in Path(path).glob(pattern))
+        for name in names:
+            shutil.copyfile(Path(path) / name, folder / role / name)
+        removed = strip_code(folder / role, keep_own=False)
+        if removed:
+            print(f"{path}: removed what names code ({', '.join(removed)})", file=sys.stderr)
+        for name in names:
+            with open(folder / role / name, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
-            metrics[role][file.name] = {"size": file.stat().st_size, "sha256": digest}
+            metrics[role][name] = {"size": (folder / role / name).stat().st_size, "sha256": digest}
     return metrics
 
 
@@ -115,5 +123,5 @@ def read_json(path: Path) -> dict:
     """Read a JSON file. Raises UserError if it is invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Save the model again.") from None

@@ -8,7 +8,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
+from pipeline_steps.common.code_keys import strip_code
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.integrity import CHECKSUMS, verify_folder
 
 
 def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None:
@@ -16,16 +18,19 @@ def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None
     determine.
 
     The tokenizer is loaded from tokenizer.json as a generic fast tokenizer, because a model-specific tokenizer class
-    may split text differently.
+    may split text differently. The saved configurations name no other code than that of the folder.
     """
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     FoveatedVLMProcessor.for_model(model.config, tokenizer, **options).save_pretrained(folder)
+    strip_code(folder, keep_own=True)
 
 
 def load_model(folder: Path) -> FoveatedVLMForConditionalGeneration:
-    """The model of a checkpoint in fp32 and evaluation mode. UserError if the checkpoint is missing or incomplete."""
+    """The model of a checkpoint in fp32 and evaluation mode. UserError if the checkpoint is missing, incomplete or
+    damaged."""
     _check_type(folder)
+    verify_folder(folder, f"Copy or train the checkpoint again, or delete {CHECKSUMS} if you changed it on purpose.")
     try:
         return FoveatedVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
@@ -48,7 +53,7 @@ def _check_type(folder: Path) -> None:
         raise UserError(
             f"{path}: missing, so {folder} has no model. Train it first (`dvc repro`) or pass another folder."
         ) from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a valid model configuration. Save the model again.") from None
     if found != FoveatedVLMConfig.model_type:
         raise UserError(

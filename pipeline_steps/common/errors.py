@@ -14,6 +14,14 @@ class UserError(Exception):
     """An error that the user can fix. `run_main` prints it without a traceback and exits with code 1."""
 
 
+def printable(text):
+    """`text` with control, formatting and other unprintable characters escaped, except line breaks and tabs, so that a
+    terminal shows them and does not obey them."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 def _safetensors_errors():
     return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
 
@@ -23,6 +31,8 @@ def _unwritable(error):
     cause = error if isinstance(error, OSError) else error.__context__
     hidden = re.search(r"\(os error (\d+)\)", str(error))
     number = cause.errno if isinstance(cause, OSError) else int(hidden[1]) if hidden else None
+    if "No usable temporary directory" in str(error):
+        return "TMPDIR: no folder for temporary files is writable"
     if number not in UNWRITABLE:
         return None
     return f"{getattr(cause, 'filename', None) or 'an output'}: {os.strerror(number)}"
@@ -35,13 +45,16 @@ def run_main(main):
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 1
     except (OSError, RuntimeError, *_safetensors_errors()) as error:
         problem = _unwritable(error)
         if problem is None:
             raise
-        print(f"error: {problem}. Check its permissions and the free disk space.", file=sys.stderr)
+        print(
+            f"error: {printable(problem)}. Check its permissions, the free disk space and the free inodes.",
+            file=sys.stderr,
+        )
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

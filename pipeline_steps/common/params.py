@@ -33,6 +33,8 @@ OTHER_SECTIONS = {  # sections without a stage of their own
     "model": "pipeline_steps.training.model_schema",
     "runtime": "pipeline_steps.common.runtime_schema",
 }
+MAX_DEPTH, MAX_VALUES = 50, 100_000  # of a YAML file
+NESTED = re.compile(r"[\[{]|- ?|^ {80}", re.MULTILINE)  # what a level of nesting needs
 RUNTIME = "runtime"  # available to every stage; results do not depend on it
 
 
@@ -155,7 +157,26 @@ def parse(path, text):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that, like Hydra, reads 1e-4 as a float and dates as text, and rejects duplicate keys."""
+    """SafeLoader that, like Hydra, reads 1e-4 as a float and dates as text, and rejects duplicate keys, deep nesting
+    and aliases that expand to many values."""
+
+    _depth = 0
+
+    def compose_node(self, parent, index):
+        if self._depth >= MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_DEPTH} levels of nesting", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            _count_values(node, {})
+        return node
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -169,6 +190,23 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count_values(node, counted):
+    """Number of values in a YAML node with all aliases expanded. counted: {id of a node: its number, None while it is
+    counted}. ComposerError above MAX_VALUES, or for a node that contains itself."""
+    if id(node) not in counted:
+        counted[id(node)] = None
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        entries = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        counted[id(node)] = 1 + sum(_count_values(entry, counted) for entry in entries)
+    count = counted[id(node)]
+    if count is None or count > MAX_VALUES:
+        problem = (
+            "an alias of its own parent" if count is None else f"aliases expand to more than {MAX_VALUES:,} values"
+        )
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    return count
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -267,6 +305,10 @@ def compose(overrides=(), config_dir=ROOT / "conf"):
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        for file in Path(config_dir).rglob("*.yaml"):
+            text = file.read_text(encoding="utf-8")
+            if "&" in text or len(NESTED.findall(text)) > MAX_DEPTH:  # Hydra limits neither aliases nor nesting
+                yaml.load(text, Loader=_Loader)
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base=None):
             config = hydra_compose(config_name="config", overrides=list(overrides))
         OmegaConf.resolve(config)

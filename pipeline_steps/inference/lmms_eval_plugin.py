@@ -6,6 +6,8 @@ lmms-eval finds the model by the entry point `foveated_vlm` in the group `lmms_e
 the installation. The checkpoint's processor prepares frames and chats exactly as in training.
 """
 
+import difflib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -65,8 +67,10 @@ class FoveatedVLM(lmms):
         dtype: str = "float32",
         mode: str = "autoregressive",
         max_new_tokens: int = 128,
+        **unknown,
     ) -> None:
         super().__init__()
+        check_arguments(unknown)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
         if mode not in MODES:
@@ -195,6 +199,17 @@ class FoveatedVLM(lmms):
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         return options, stops
+
+
+def check_arguments(unknown):
+    """UserError that suggests the right spelling if there are unknown arguments."""
+    known = [name for name in inspect.signature(FoveatedVLM.__init__).parameters if name not in ("self", "unknown")]
+    wrong = []
+    for name in sorted(unknown):
+        close = difflib.get_close_matches(name, known, 1)
+        wrong.append(f"'{name}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+    if wrong:
+        raise UserError(f"--model_args: unknown argument {', '.join(wrong)}. The arguments are {', '.join(known)}.")
 
 
 def own_device():

@@ -4,6 +4,7 @@ Results do not depend on this module.
 """
 
 import json
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -148,7 +149,10 @@ def start_loggers(settings, stage: str, folder: Path) -> list:
             loggers.append(make(folder / package))
     if settings.wandb_project:
         if find_spec("wandb") is None:
-            raise UserError("runtime.wandb_project is set, but wandb is not installed: install it, or set it to null.")
+            raise UserError(
+                "runtime.wandb_project is set, but wandb is not installed. Run `pip install -e '.[wandb]'`, or set it "
+                "to null."
+            )
         loggers.append(WeightsAndBiases(settings.wandb_project, stage, folder))
     return loggers
 
@@ -201,13 +205,21 @@ def drop_if_cut_off(summary: Path) -> None:
         summary.unlink()
 
 
+def known_id(path: Path) -> str:
+    """The id of the W&B run in a file, or a new one (wandb has moved its own function between versions)."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # new, or cut off by a kill
+        return secrets.token_hex(4)
+
+
 class WeightsAndBiases:
     def __init__(self, project: str, stage: str, folder: Path):
         import wandb
 
         self.wandb = wandb
         identity = folder / "wandb.json"  # a resumed run continues the same curve
-        known = json.loads(identity.read_text())["id"] if identity.exists() else wandb.util.generate_id()
+        known = known_id(identity)
         self.run = wandb.init(project=project, name=stage, id=known, resume="allow", dir=str(folder))
         identity.write_text(json.dumps({"id": known}))
 

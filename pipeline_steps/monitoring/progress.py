@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from pipeline_steps.common.errors import printable
+
 INTERVAL = 1.0  # seconds between updates
 
 
@@ -32,4 +34,4 @@ def show_values(bar: tqdm, **values: float) -> None:
 
 def write_line(text: str) -> None:
     """Prints a line on stdout without breaking the bar."""
-    tqdm.write(text)
+    tqdm.write(printable(text))

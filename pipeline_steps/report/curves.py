@@ -3,6 +3,7 @@
 import matplotlib.ticker
 import numpy as np
 
+from pipeline_steps.common.names import without_math
 from pipeline_steps.report.figures import COLOURS, WIDTH
 
 TASK_COLOURS = ["#2f80ed", "#d97706", "#12a594", "#b05cc6", "#e05252", "#8b95a3", "#a18a00", "#8d6e5a"]
@@ -71,7 +72,7 @@ def learning(tables):
                 "color": TASK_COLOURS[number % len(TASK_COLOURS)],
                 "marker": TASK_MARKERS[number % len(TASK_MARKERS)],
                 "linestyle": TASK_STYLES[number // len(TASK_COLOURS) % len(TASK_STYLES)],
-                "label": name,
+                "label": without_math(name),
             }
             for stage, rows in pieces:
                 x = timeline.position(stage, rows["step"])

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from pipeline_steps.common.modes import GAZE_MODES, SCORED_MODES
+from pipeline_steps.common.names import without_math
 from pipeline_steps.report.tables import COMPONENT_NAMES, MODE_NAMES, ordered_arms
 
 WIDTH = 6.2  # inches: legible when shrunk to a phone
@@ -80,7 +81,7 @@ def tasks(result):
                     linestyle=":",
                     label=label,
                 )
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), list(map(without_math, names)))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.01, 1.01)
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
@@ -132,7 +133,7 @@ def gaze(result):
             ):
                 shown = label if row == 0 else None
                 left.plot([value] * 2, [row - 0.42, row + 0.42], color=ink, linestyle=style, linewidth=1.3, label=shown)
-        left.set_yticks(range(len(names)), names)
+        left.set_yticks(range(len(names)), list(map(without_math, names)))
         left.set_ylim(len(names) - 0.5, -0.5)
         left.set_xlim(-0.01, 1.01)
         right.set_ylim(-0.02, 1.02)

@@ -1,5 +1,6 @@
 """Tables of the report. Each is built once and rendered as HTML and as Markdown."""
 
+import re
 from dataclasses import dataclass, field
 
 from pipeline_steps.common.modes import GAZE_MODES, LABELS
@@ -36,8 +37,13 @@ class Table:
         if not self.rows:
             return "\n".join([*lines, self.note, ""])
         lines += ["| " + " | ".join(self.columns) + " |", "|" + "|".join(" --- " for _ in self.columns) + "|"]
-        lines += ["| " + " | ".join(text_of(cell).replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(markdown_cell(text_of(cell)) for cell in row) + " |" for row in self.rows]
         return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+
+def markdown_cell(text):
+    """Text as a cell of a Markdown table, on one line, in which links, HTML, formulas and formats are inert."""
+    return re.sub(r"[\\`|$*]|<(?=[A-Za-z/!?])|(?<=\])[(\[:]|~(?=~)", r"\\\g<0>", " ".join(text.split()))
 
 
 def is_number(cell):

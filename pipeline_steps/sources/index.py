@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.common.files import to_json, writable, write_json
+from pipeline_steps.common.names import check_name
 from pipeline_steps.common.schemas import Quarantined, RawSample
 
+MAX_NAMES = 10_000  # of sources and tasks
 MAX_LISTED = 10  # quarantined samples and unreferenced files listed in summary.json and in the terminal
 
 
@@ -37,6 +39,7 @@ class IndexWriter:
         self._places: dict[str, int] = {}  # key -> offset of its row in _rows
         self._starts, self._entries = [], []  # offset of each source's first row in _rows, and its name
         self._end = 0
+        self._names: set[tuple[str, str]] = set()  # ("source" or "task", name) that were checked
         self._sources: dict[str, dict[str, Counter]] = {}
         self._listed: dict[str, list[Quarantined]] = {}
         self._unreferenced: dict[str, tuple[Counter, list[str]]] = {}  # numbers by reason, and the first names
@@ -84,6 +87,7 @@ class IndexWriter:
             first = self._entries[bisect.bisect_right(self._starts, self._places[sample.key]) - 1]
             both = f"twice by the source '{entry}'" if first == entry else f"by the sources '{first}' and '{entry}'"
             raise UserError(f"the key {sample.key} is used {both}. Keys must be unique: rename a source or a sample.")
+        self._check_names(sample)
         self._places[sample.key] = self._end
         self._end += self._write(self._rows, sample)
         self._count(sample.source, "samples", sample.split or "undecided")
@@ -91,6 +95,17 @@ class IndexWriter:
         self._count(sample.source, "bytes", "count", sample.size)
         for item in sample.items:
             self._count(sample.source, "items", item.task)
+
+    def _check_names(self, sample: RawSample) -> None:
+        for kind, name in [("source", sample.source), *(("task", item.task) for item in sample.items)]:
+            if (kind, name) not in self._names:
+                check_name(kind, name, f"sample '{sample.key}'")
+                self._names.add((kind, name))
+        if len(self._names) > MAX_NAMES:
+            raise UserError(
+                f"sample '{sample.key}': more than {MAX_NAMES:,} different names of sources and tasks. "
+                "A task is a kind of question: give questions of one kind the same task."
+            )
 
     def _write(self, file, row) -> int:
         with writable(self.folder):
@@ -142,11 +157,12 @@ def print_summary(output: Path, summary: dict) -> None:
         left, bad = source["unreferenced"], source["quarantined"]
         if left["count"]:
             why = ", ".join(f"{count} {reason}" for reason, count in left["reasons"].items())
-            print(f"{name}: {left['count']} files belong to no sample ({why}): {', '.join(left['first'])}")
+            files = ", ".join(left["first"])
+            print(printable(f"{name}: {left['count']} files belong to no sample ({why}): {files}"))
         if bad["count"]:
             print(
                 f"{name}: {bad['count']} of {source['seen']} quarantined (full list: {output / 'quarantined.jsonl'}):"
             )
             for row in bad["first"]:
-                print(f"  {row['key']} ({row['path']}): {row['reason']}")
+                print(printable(f"  {row['key']} ({row['path']}): {row['reason']}"))
     print(f"{output}: {summary['num_samples']} samples, {summary['num_items']} items")

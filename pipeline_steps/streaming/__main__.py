@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from model import FoveatedVLMConfig
 from pipeline_steps.common import metrics, params
-from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.errors import printable, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import plan_stage
@@ -53,7 +53,7 @@ def main() -> None:
     result = metrics.StreamingResult(
         stages={stage: count_stage(dataset, parameters, stage, arguments.num_samples) for stage in STAGES}
     )
-    print("\n\n".join(table(stage, counts) for stage, counts in result.stages.items()))
+    print(printable("\n\n".join(table(stage, counts) for stage, counts in result.stages.items())))
     if arguments.num_samples is None:
         metrics.write_json(arguments.metrics / "streaming.json", result)
 

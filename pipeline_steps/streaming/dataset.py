@@ -18,6 +18,7 @@ from pipeline_steps.common import sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, read_record
 from pipeline_steps.common.hashing import fingerprint
+from pipeline_steps.common.integrity import verify
 from pipeline_steps.common.schemas import PackedSample, ShardEntry, ShardsManifest, TokensEntry, TokensManifest
 from pipeline_steps.streaming import index
 from pipeline_steps.streaming.buffer_pool import BufferPool
@@ -51,8 +52,8 @@ class TokenizedShards:
 
     target_patch_size (px): if given, items contain `target_patches`, which the query source `oracle` needs.
     with_frames: False if the tars are remote and only rows are read. The constructor compares the manifests with each
-    other and with the sizes of all files, but does not hash the files again. Raises UserError if a stage's output is
-    missing or files do not match.
+    other, and with the sizes and hashes of all files; a file is hashed only once (common/integrity.py). Raises
+    UserError if a stage's output is missing or files do not match.
     """
 
     sequential = False  # items can be read in any order
@@ -86,6 +87,7 @@ class TokenizedShards:
             own = self._open(shard, entry, with_frames)
             batches += own
             self._shard_of += [number] * len(own)
+        self._verify(with_frames)
         self.rows, self.index = index.Rows(batches), index.build(batches)
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._files, self._tars = FileCache(), [str(self.shards_dir / split / shard.name) for shard in self.shards]
@@ -112,6 +114,14 @@ class TokenizedShards:
                 f"{entry.num_tokens:,} (manifest.json). Rerun `python -m pipeline_steps.tokens`."
             )
         return table.to_batches()
+
+    def _verify(self, with_frames: bool) -> None:
+        """Compare the content of all files with the manifests. Raises UserError for a damaged file."""
+        tokens = [(self.tokens_dir / self.split / entry.name, entry.sha256) for entry in self._sidecars]
+        verify(tokens, self.tokens_dir / "manifest.json", "Rerun `python -m pipeline_steps.tokens`.")
+        if with_frames:
+            tars = [(self.shards_dir / self.split / entry.name, entry.sha256) for entry in self.shards]
+            verify(tars, self.shards_dir / "manifest.json", "Rerun `python -m pipeline_steps.shards`.")
 
     @classmethod
     def for_model(

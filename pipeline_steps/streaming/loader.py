@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
@@ -16,6 +16,7 @@ from pipeline_steps.streaming.mixture import Groups, Mixture, make_groups, order
 from pipeline_steps.streaming.plan import Plan, make_plan
 from pipeline_steps.streaming.prefetch import map_ordered
 from pipeline_steps.streaming.remote import download_index
+from pipeline_steps.streaming.transfer import Transfers
 from pipeline_steps.streaming.webdataset_reader import Stream, StreamedMixture, StreamedShards
 
 MEGABYTE = 2**20
@@ -111,7 +112,7 @@ class Loader:
     def _quarantine(self, unreadable: list[UnreadableSample]) -> None:
         for error in unreadable:
             if error.key not in self.quarantined:
-                print(f"skipped sample '{error.key}': {error.reason}", file=sys.stderr)
+                print(printable(f"skipped sample '{error.key}': {error.reason}"), file=sys.stderr)
             entry = self.quarantined.setdefault(error.key, {"reason": error.reason, "times": 0})
             entry["times"] += 1
         served = self.plan.num_samples / self.world_size
@@ -202,7 +203,8 @@ def open_training_split(config, streaming, runtime, shards_dir, tokens_dir) -> T
     """Open the split `train`, local or remote (section `streaming`). Raises UserError if it does not fit the config."""
     if streaming.reader == "local":
         return TokenizedShards.for_model(config, shards_dir, tokens_dir, "train", streaming.image_replication)
-    copy = download_index(streaming.url, "train", runtime.retries)
+    transfers = Transfers()
+    copy = download_index(streaming.url, "train", runtime.retries, transfers)
     return StreamedShards.for_model(
         config,
         copy / "shards",
@@ -211,4 +213,5 @@ def open_training_split(config, streaming, runtime, shards_dir, tokens_dir) -> T
         streaming.image_replication,
         url=streaming.url,
         retries=runtime.retries,
+        transfers=transfers,
     )

@@ -20,6 +20,7 @@ class Plan:
 
     order: np.ndarray  # int64 [num_samples], item numbers
     starts: np.ndarray  # int64 [num_steps + 1]
+    by_budget: bool = False  # whether the number of samples per step varies with their lengths
 
     @property
     def num_steps(self) -> int:
@@ -36,6 +37,16 @@ class Plan:
     def samples_seen(self, num_steps: int) -> int:
         """Return the samples read in the first `num_steps` steps; the learning rate schedule depends on it."""
         return int(self.starts[num_steps])
+
+    def step_weight(self, step: int) -> float:
+        """Return the factor of a step's gradient with which every sample of the run has the same weight.
+
+        The loss of a step is a mean, so a sample in a batch of few, long ones would count more. With batches of a
+        budget the factor is the step's number of samples divided by their mean over the steps; otherwise it is 1.
+        """
+        if not self.by_budget:
+            return 1.0
+        return float(self.starts[step + 1] - self.starts[step]) * self.num_steps / self.num_samples
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,10 +83,11 @@ def make_plan(order: np.ndarray, dataset, streaming, *, batch_size: int, tokens_
     else:  # a text-only sample counts as one frame, to bound the size of batches
         costs, budget = np.maximum(frames, 1) if batching.by == "frames" else tokens, batching.budget
     _check_costs(costs, budget, batching.by, order, dataset)
+    by_budget = batching.by != "samples"
     if not batching.bucket_samples:
-        return Plan(order, batch_bounds(costs, budget))
+        return Plan(order, batch_bounds(costs, budget), by_budget)
     places, starts = _buckets(tokens, costs, budget, batching.bucket_samples, seed)
-    return Plan(order[places], starts)
+    return Plan(order[places], starts, by_budget)
 
 
 def _check_costs(costs: np.ndarray, budget: int, unit: str, order: np.ndarray, dataset) -> None:

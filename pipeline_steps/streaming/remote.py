@@ -8,19 +8,23 @@ CLI, or a user-defined command.
 import hashlib
 import re
 import shlex
-import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.common.files import parse, scratch_folder, write_bytes
 from pipeline_steps.common.schemas import TokensManifest
+from pipeline_steps.streaming.transfer import Command, Transfers
 
-CURL = "curl -fsSL --connect-timeout 30 --speed-time 60 --speed-limit 1"  # aborts after a minute without data
+CURL = "curl -fsSL --connect-timeout 30"  # transfer.Command limits the time between bytes
+MAX_MANIFEST = 512 * 2**20  # bytes
+MAX_SIDECAR = 4 * 2**30  # bytes; sidecars are held in memory once, while they are downloaded
+MAX_MEMBER, MAX_SAMPLE = 64 * 2**20, 512 * 2**20  # bytes of one file in a tar, and of all files of a sample
 DELAY = 1.0  # seconds before the first retry, doubled for each further one
-TRANSFER_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # raised for a tar that is truncated or invalid
+TRANSFER_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # failed transfers, truncated or invalid tars
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -40,14 +44,32 @@ def command(url: str, path: str) -> str:
     )
 
 
-def download(url: str, path: str, retries: int) -> bytes:
-    """Download a whole file. Raises UserError after `retries` retries."""
+def download(url: str, path: str, retries: int, limit: int = MAX_MANIFEST, transfers: Transfers | None = None) -> bytes:
+    """Download a whole file of at most `limit` bytes. Raises UserError after `retries` retries."""
+    transfers = transfers or Transfers()
     for attempt in range(retries + 1):
-        time.sleep(DELAY * (2**attempt - 1) / 2 if attempt else 0)
-        done = subprocess.run(command(url, path), shell=True, capture_output=True, check=False)
-        if done.returncode == 0:
-            return done.stdout
-    raise unreachable(url, path, done.stderr.decode(errors="replace").strip() or f"exit {done.returncode}", retries)
+        _begin(attempt, transfers)
+        try:
+            with Command(command(url, path), transfers, limit) as file:
+                return file.read()
+        except TRANSFER_ERRORS as error:
+            problem = _failed(error, path, attempt, retries, transfers)
+    raise unreachable(url, path, problem, retries)
+
+
+def _begin(attempt: int, transfers: Transfers) -> None:
+    """Count an attempt, and wait before a retry."""
+    transfers.add(attempts=1, retries=int(attempt > 0))
+    time.sleep(DELAY * (2**attempt - 1) / 2 if attempt else 0)
+
+
+def _failed(error: Exception | str, path: str, attempt: int, retries: int, transfers: Transfers) -> str:
+    """Count and report a failed attempt. Returns the problem."""
+    transfers.add(failures=1)
+    problem = str(error) or type(error).__name__
+    if attempt < retries:
+        print(printable(f"{path}: {problem}; retry {attempt + 1} of {retries}"), file=sys.stderr)
+    return problem
 
 
 def unreachable(url: str, path: str, reason: object, retries: int) -> UserError:
@@ -58,12 +80,14 @@ def unreachable(url: str, path: str, reason: object, retries: int) -> UserError:
     )
 
 
-def download_index(url: str, split: str, retries: int) -> Path:
+def download_index(url: str, split: str, retries: int, transfers: Transfers | None = None) -> Path:
     """Download the manifests and the sidecars of a split of the data set at `url`. Returns their local folder.
 
     Sidecars are verified by sha256. Files of an earlier call are not downloaded again. Raises UserError.
     """
-    manifests = {name: download(url, f"{name}/manifest.json", retries) for name in ("shards", "tokens")}
+    manifests = {
+        name: download(url, f"{name}/manifest.json", retries, transfers=transfers) for name in ("shards", "tokens")
+    }
     digest = hashlib.sha256(b"".join(manifests.values())).hexdigest()[:16]
     folder = scratch_folder("streaming", digest)
     where = f"{url}: tokens/manifest.json"
@@ -72,7 +96,7 @@ def download_index(url: str, split: str, retries: int) -> Path:
         path = folder / "tokens" / split / entry.name
         if path.exists():
             continue
-        content = download(url, f"tokens/{split}/{entry.name}", retries)
+        content = download(url, f"tokens/{split}/{entry.name}", retries, MAX_SIDECAR, transfers)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise UserError(
                 f"{url}: tokens/{split}/{entry.name} does not match the sha256 in its manifest. "
@@ -84,28 +108,51 @@ def download_index(url: str, split: str, retries: int) -> Path:
     return folder
 
 
-def read_shard(url: str, path: str, keys: set[str], retries: int) -> Iterator[dict]:
+def read_shard(url: str, path: str, keys: set[str], retries: int, transfers: Transfers | None = None) -> Iterator[dict]:
     """Yield the samples of a tar with these keys, in tar order: {"__key__": key, member: bytes}.
 
     After a broken connection the tar is read again from its start, without repeating samples. Raises UserError if all
-    retries fail, or if keys are missing.
+    retries fail, or if keys are missing. Holds one sample in memory, of at most MAX_SAMPLE bytes.
     """
-    import webdataset  # imported here: not needed for local shards
-
-    missing, source = set(keys), f"pipe:{command(url, path)}"
+    missing, transfers = set(keys), transfers or Transfers()
     for attempt in range(retries + 1):
-        time.sleep(DELAY * (2**attempt - 1) / 2 if attempt else 0)
+        _begin(attempt, transfers)
         try:
-            samples = webdataset.WebDataset(
-                [source], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-            )
-            for sample in samples:
-                if sample["__key__"] in missing:
+            with Command(command(url, path), transfers) as stream:
+                for sample in _samples(stream, missing):
                     missing.remove(sample["__key__"])
                     yield sample
-                if not missing:
-                    return
+                    if not missing:
+                        return
             problem = f"it has no sample '{min(missing)}', {len(missing)} of {len(keys)} are missing"
+            problem = _failed(problem, path, attempt, retries, transfers)
         except TRANSFER_ERRORS as error:
-            problem = error.args[0] if error.args else type(error).__name__
+            problem = _failed(error, path, attempt, retries, transfers)
     raise unreachable(url, path, problem, retries)
+
+
+def _samples(stream: Command, wanted: set[str]) -> Iterator[dict]:
+    """Yield the wanted samples of a tar: neighbouring members with the same name up to the first dot (WebDataset)."""
+    sample: dict = {}
+    size = 0
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            tar.members = []  # tarfile would keep the headers of all members
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if sample and key != sample["__key__"]:
+                yield sample
+                sample, size = {}, 0
+            if not member.isreg() or key not in wanted:
+                continue
+            size += member.size
+            if member.size > MAX_MEMBER or size > MAX_SAMPLE:
+                raise ValueError(
+                    f"{member.name} has {member.size:,} bytes, its sample at least {size:,}, but the limits are "
+                    f"{MAX_MEMBER:,} and {MAX_SAMPLE:,}"
+                )
+            sample = sample or {"__key__": key}
+            sample[suffix] = tar.extractfile(member).read()
+    if sample:
+        yield sample

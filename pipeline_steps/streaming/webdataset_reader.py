@@ -1,8 +1,9 @@
 """Sequential reading of remote shards, with the interface of `TokenizedShards`.
 
-Every group of the mixture reads its own sequence of shards, which are divided among the ranks, through a shuffle buffer
-of `shuffle_samples`. The order is computed from the sidecars in advance, so batches, counts and states work as for
-local shards, but the order depends on the number of ranks.
+Every group of the mixture reads its own sequence of shards, which is divided among the ranks, through a shuffle buffer
+of `shuffle_samples`. In every epoch of a group each of its items is served once, by one rank; a shard in which the
+share of one rank ends and that of the next begins is read by both. The order is computed from the sidecars in advance,
+so batches, counts and states work as for local shards, but it depends on the number of ranks.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import remote
 from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
 from pipeline_steps.streaming.mixture import Groups, Mixture, interleave
+from pipeline_steps.streaming.transfer import Transfers
 
 SHARDS, ITEMS = 1, 2  # separate the random streams of this reader from other random streams
 
@@ -23,9 +25,9 @@ class StreamedShards(TokenizedShards):
 
     sequential = True
 
-    def __init__(self, *directories, url: str, retries: int, **options):
+    def __init__(self, *directories, url: str, retries: int, transfers: Transfers | None = None, **options):
         super().__init__(*directories, with_frames=False, **options)
-        self.url, self.retries = url, retries
+        self.url, self.retries, self.transfers = url, retries, transfers or Transfers()
 
     @cached_property
     def shard_of(self) -> np.ndarray:
@@ -53,7 +55,7 @@ class StreamedShards(TokenizedShards):
     def read(self, number: int) -> RawItem:
         """Read one item. This reads its shard from the start up to the item, so use it for a few items only."""
         path = f"shards/{self.split}/{self.shards[self.shard_number(number)].name}"
-        samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries)
+        samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries, self.transfers)
         return self.raw(number, next(samples))
 
 
@@ -86,15 +88,25 @@ class StreamedMixture(Mixture):
     @cached_property
     def order(self) -> np.ndarray:
         order = np.empty(self.num_samples, np.int64)
-        for rank in range(self.world_size):
-            for group in range(len(self.names)):
+        for group, counts in enumerate(self.epoch_counts):
+            for rank in range(self.world_size):
                 places = np.flatnonzero((self.rank_of == rank) & (self.group_of == group))
-                served, epoch = [np.zeros(0, np.int64)], 0
-                while sum(map(len, served)) < len(places):
-                    served.append(self.stream_epoch(group, epoch, rank)[0])
-                    epoch += 1
-                order[places] = np.concatenate(served)[: len(places)]
+                served = [self.stream_epoch(group, epoch, rank)[0][: own[rank]] for epoch, own in enumerate(counts)]
+                order[places] = np.concatenate([*served, np.zeros(0, np.int64)])
         return order
+
+    @cached_property
+    def epoch_counts(self) -> list[np.ndarray]:
+        """For every group, the number of its items that each rank serves in each epoch: int64 [epochs, ranks]. All of
+        the group's items, except in the last epoch."""
+        counts = []
+        for group, name in enumerate(self.names):
+            ranks = self.rank_of[self.group_of == group]
+            epochs = np.arange(len(ranks)) // len(self.groups[name])
+            total = int(epochs[-1]) + 1 if len(ranks) else 0
+            cells = np.bincount(epochs * self.world_size + ranks, minlength=total * self.world_size)
+            counts.append(cells.reshape(total, self.world_size))
+        return counts
 
     def stream_epoch(self, group: int, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (items of a group in the order of one epoch, shards in reading order) of one rank.
@@ -106,16 +118,32 @@ class StreamedMixture(Mixture):
         if len(shards) < self.world_size:
             raise UserError(
                 f"'{self.names[group]}' is in {len(shards)} shard(s), fewer than {self.world_size} ranks, but the "
-                "reader webdataset divides whole shards among ranks. Pack smaller shards (shards.samples_per_shard), "
+                "reader webdataset divides shards among ranks. Pack smaller shards (shards.samples_per_shard), "
                 "use fewer ranks, or read local shards (streaming.reader: local)."
             )
-        mine = np.random.default_rng([self.seed, group, epoch, SHARDS]).permutation(shards)[rank :: self.world_size]
+        drawn = np.random.default_rng([self.seed, group, epoch, SHARDS]).permutation(shards)
         place = np.full(int(shards[-1]) + 1, -1)
-        place[mine] = np.arange(len(mine))
+        place[drawn] = np.arange(len(drawn))
         places = place[self.shard_of[items]]
-        own = items[places >= 0][np.argsort(places[places >= 0], kind="stable")]
-        drawn = np.random.default_rng([self.seed, group, epoch, ITEMS, rank])
-        return own[np.argsort(np.arange(len(own)) + drawn.uniform(0, self.shuffle_samples, len(own)))], mine
+        ordered = items[np.argsort(places, kind="stable")]
+        bounds = self._shares(group, epoch, np.cumsum(np.bincount(places)))
+        own = ordered[bounds[rank] : bounds[rank + 1]]
+        mine = drawn[np.unique(place[self.shard_of[own]])]
+        random = np.random.default_rng([self.seed, group, epoch, ITEMS, rank])
+        return own[np.argsort(np.arange(len(own)) + random.uniform(0, self.shuffle_samples, len(own)))], mine
+
+    def _shares(self, group: int, epoch: int, ends: np.ndarray) -> list[int]:
+        """Return the bounds of the ranks' shares of a group's items in reading order: [ranks + 1].
+
+        A share has as many items as its rank serves. If the epoch is not served to its end, shares are larger and begin
+        at shards where possible. ends: of the shards in the reading order, in items.
+        """
+        counts, total, bounds = self.epoch_counts[group][epoch], int(ends[-1]), [0]
+        for rank in range(1, self.world_size):
+            even = rank * total // self.world_size
+            start = int(ends[np.searchsorted(ends, even)])
+            bounds.append(min(max(start, bounds[-1] + int(counts[rank - 1])), total - int(counts[rank:].sum())))
+        return [*bounds, total]
 
 
 class Stream:
@@ -179,7 +207,8 @@ class _Reader:
             }
             if numbers:
                 path = f"shards/{self.dataset.split}/{self.dataset.shards[shard].name}"
-                for sample in remote.read_shard(self.dataset.url, path, set(numbers), self.dataset.retries):
+                options = (self.dataset.retries, self.dataset.transfers)
+                for sample in remote.read_shard(self.dataset.url, path, set(numbers), *options):
                     yield {**sample, "numbers": numbers[sample["__key__"]]}
 
     def _advance(self) -> None:

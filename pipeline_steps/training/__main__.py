@@ -42,13 +42,15 @@ from pipeline_steps.common.files import (
     write_json,
     write_text,
 )
+from pipeline_steps.common.integrity import write_checksums
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import open_training_split
+from pipeline_steps.training import rank_agreement
 from pipeline_steps.training.checkpoint_io import run_fingerprint
 from pipeline_steps.training.context import TrainContext, announce
-from pipeline_steps.training.distributed import DistributedContext, distributed_context
+from pipeline_steps.training.distributed import DistributedContext, distributed_context, failure_announced
 from pipeline_steps.training.objectives import check, term_names
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
 from pipeline_steps.training.train_loop import train
@@ -78,42 +80,25 @@ COLUMNS = (
 
 def main() -> None:
     arguments = read_arguments()
-    parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
-    with distributed_context(choose_device(parameters.training.common.device, "training.common.device")) as group:
+    with failure_announced():
+        parameters = params.read(arguments.params, *(key.format(stage=arguments.stage) for key in PARAMS))
+        device = choose_device(parameters.training.common.device, "training.common.device")
+    with distributed_context(device) as group:
         run_stage(arguments, parameters, group)
 
 
 def run_stage(arguments: argparse.Namespace, parameters, group: DistributedContext) -> None:
     """Runs a stage in this process: load, train, publish."""
     common, settings = parameters.training.common, getattr(parameters.training, arguments.stage)
-    check(arguments.stage, settings, parameters.model)
-    live = arguments.outputs / "live" / arguments.stage
-    if group.is_main:
-        check_outputs(
-            folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings", live],
-            files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
-        )
+    live = live_folder(arguments)
     torch.set_num_threads(common.num_threads)
     transformers_logging.disable_progress_bar()
     torch.manual_seed(parameters.seed)
     started = time.time()
-    fingerprint = run_fingerprint(arguments.stage, parameters.as_dict(), input_files(arguments, settings))
+    inputs = rank_agreement.together(group, lambda: check_inputs(arguments, parameters, group.is_main))
+    fingerprint = run_fingerprint(arguments.stage, parameters.as_dict(), inputs)
     with shared_scratch(group, arguments.stage, fingerprint) as folder:
-        model = load_model(arguments, parameters).to(group.device)
-        train_split, validation_split = open_splits(arguments, parameters, model.config)
-        run = TrainContext(
-            stage=arguments.stage,
-            model=model,
-            train=train_split,
-            validation=validation_split,
-            seed=parameters.seed,
-            common=common,
-            settings=settings,
-            streaming=parameters.streaming,
-            runtime=parameters.runtime,
-            folder=folder,
-            distributed=group,
-        )
+        run = rank_agreement.together(group, lambda: prepare_run(arguments, parameters, group, folder))
         run.logger = MetricsLogger(parameters.runtime, arguments.stage, run.num_steps, live, group, common.precision)
         load_heads(arguments, run)
         options = (settings, common.weight_decay, common.optimizer, run.training_model.objective)
@@ -138,6 +123,47 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             publish(arguments, run, {**result, "parameters": table}, time.time() - started)
             shutil.rmtree(folder)
         group.wait()
+
+
+def live_folder(arguments: argparse.Namespace) -> Path:
+    """Folder of the live curves."""
+    return arguments.outputs / "live" / arguments.stage
+
+
+def check_inputs(arguments: argparse.Namespace, parameters, is_main: bool) -> tuple[list[Path], dict[str, object]]:
+    """(input files, description of the work for the comparison of the ranks). UserError for parameters that do not fit
+    together, missing input files and, in the main process, outputs that cannot be written."""
+    settings = getattr(parameters.training, arguments.stage)
+    check(arguments.stage, settings, parameters.model)
+    if is_main:
+        check_outputs(
+            folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings", live_folder(arguments)],
+            files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
+        )
+    inputs = input_files(arguments, settings)
+    return inputs, rank_agreement.describe(parameters, inputs)
+
+
+def prepare_run(
+    arguments: argparse.Namespace, parameters, group: DistributedContext, folder: Path
+) -> tuple[TrainContext, dict[str, object]]:
+    """(the run with its model and data, description of the data for the comparison of the ranks)."""
+    model = load_model(arguments, parameters).to(group.device)
+    train_split, validation_split = open_splits(arguments, parameters, model.config)
+    run = TrainContext(
+        stage=arguments.stage,
+        model=model,
+        train=train_split,
+        validation=validation_split,
+        seed=parameters.seed,
+        common=parameters.training.common,
+        settings=getattr(parameters.training, arguments.stage),
+        streaming=parameters.streaming,
+        runtime=parameters.runtime,
+        folder=folder,
+        distributed=group,
+    )
+    return run, rank_agreement.describe_data(run)
 
 
 @contextmanager
@@ -281,6 +307,7 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )
+        write_checksums(folder)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -304,6 +331,8 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         "samples_per_second": round(run.logger.samples / seconds, 1),  # since this process started or resumed
         "device": run.device,
     }
+    if run.train.sequential:
+        timing["remote"] = run.train.transfers.summary()  # of this rank
     write_json(arguments.outputs / "timings" / f"{arguments.stage}.json", timing)
 
 

@@ -1,14 +1,15 @@
 """Reads and writes the training states that an interrupted run resumes from.
 
 A state is a folder `step-00000200` with model.safetensors, optimizer.safetensors and state.json (step, learning curves,
-best validation; version FORMAT). It is written under another name, synced and then renamed, so a kill or a full disk
-leaves the previous states intact. Loading a state unpickles nothing.
+best validation, sha256 of the other files; version FORMAT). It is written under another name, synced and then renamed,
+so a kill or a full disk leaves the previous states intact. Loading a state unpickles nothing.
 """
 
 import json
 import os
 import re
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 
-FORMAT = 1
+FORMAT = 2
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("torch", "transformers")  # whose version a result depends on
 BEST = "best"
 CODE = (  # the code dependencies of the training stages in dvc.yaml
     "model",
     "pipeline_steps/streaming",
     "pipeline_steps/training",
     "pipeline_steps/common/checkpoint.py",
+    "pipeline_steps/common/code_keys.py",
     "pipeline_steps/common/device.py",
     "pipeline_steps/common/hashing.py",
     "pipeline_steps/common/schemas.py",
@@ -35,12 +39,26 @@ CODE = (  # the code dependencies of the training stages in dvc.yaml
 )
 
 
+class DamagedState(UserError):
+    """A state with a missing or changed file. `reason` says which."""
+
+    def __init__(self, folder: Path, reason: object):
+        super().__init__(
+            f"{folder}: cannot be read ({reason}). Delete this folder to resume from the previous state, or to start "
+            "over if it is the only one (runtime.keep_checkpoints)."
+        )
+        self.reason = reason
+
+
 def run_fingerprint(stage: str, parameters: dict, inputs: list[Path]) -> str:
     """16 hex digits that identify the run: parameters (`Parameters.as_dict`), input files, code, library versions."""
-    root = Path(__file__).resolve().parents[2]
-    code = {file for place in CODE for file in [root / place, *(root / place).rglob("*.py")] if file.is_file()}
-    libraries = [version(name) for name in ("torch", "transformers")]
-    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *sorted(code))
+    libraries = [version(name) for name in LIBRARIES]
+    return fingerprint(stage, parameters, [sha256_file(path) for path in inputs], libraries, *code_files())
+
+
+def code_files() -> list[Path]:
+    """The files of CODE, sorted."""
+    return sorted({file for place in CODE for file in [ROOT / place, *(ROOT / place).rglob("*.py")] if file.is_file()})
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, keep: int) -> None:
@@ -54,10 +72,26 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, 
         shutil.rmtree(old)
 
 
-def load_state(folder: Path) -> tuple[dict[str, dict], dict] | None:
-    """(tensors, values) of the last complete state, or None if there is none."""
+def load_state(folder: Path, step: int | None = None) -> tuple[dict[str, dict], dict] | None:
+    """(tensors, values) of the last intact state, or of `step`; None if there is no state.
+
+    Without `step`, a damaged state is reported on stderr and renamed, and the one before is read. UserError if all
+    states are damaged, or the one of `step` is.
+    """
+    if step is not None:
+        return _read(folder / f"step-{step:08d}")
     states = _states(folder)
-    return _read(states[-1]) if states else None
+    for number, path in enumerate(reversed(states), start=1):
+        try:
+            return _read(path)
+        except DamagedState as error:
+            if number == len(states):
+                raise
+            print(f"{path}: damaged ({error.reason}). Resuming from the state before.", file=sys.stderr)
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+    return None
 
 
 def save_best(folder: Path, tensors: dict[str, dict], values: dict) -> None:
@@ -86,7 +120,8 @@ def _write_whole(target: Path, tensors: dict[str, dict], values: dict) -> None:
         for name, group in tensors.items():
             _save_tensors(group, partial / f"{name}.safetensors")
         with writable(target):
-            (partial / "state.json").write_text(json.dumps(values))
+            hashes = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
+            (partial / "state.json").write_text(json.dumps(values | {"files": hashes}))
             for file in partial.iterdir():
                 _sync(file)
             _sync(partial)
@@ -121,18 +156,22 @@ def _save_tensors(tensors: dict, path: Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, dict], dict]:
     try:
         values = json.loads((folder / "state.json").read_text())
-        tensors = {file.stem: _load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
+        raise DamagedState(folder, error) from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise UserError(
-            f"{folder}: cannot be read ({error}). Delete this folder to resume from the previous state, or to start "
-            "over if it is the only one (runtime.keep_checkpoints)."
-        ) from None
-    if values.get("format") != FORMAT:
-        raise UserError(
-            f"{folder}: state format {values.get('format')}, but this version reads {FORMAT}. Delete {folder.parent} "
-            "to start over."
+            f"{folder}: state format {found}, but this version reads {FORMAT}. Delete {folder.parent} to start over."
         )
-    return tensors, values
+    hashes = values.pop("files")
+    try:
+        for name, expected in hashes.items():
+            found = sha256_file(folder / name)
+            if found != expected:
+                raise ValueError(f"{name} has changed since it was written: sha256 {found[:12]}, not {expected[:12]}")
+        return {Path(name).stem: _load_tensors(folder / name) for name in hashes}, values
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedState(folder, error) from None
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@ Every rank computes its share of each step's batch. Counts, losses and scores ar
 gradients by DistributedDataParallel or FSDP2.
 """
 
+import json
 import os
-from contextlib import contextmanager, nullcontext
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -92,11 +94,57 @@ def distributed_context(device: str):
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    distributed.init_process_group("nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
+    store, rank = join_store()
+    compare_start(store, rank, world_size, {"device": device.split(":")[0]})
+    backend = "nccl" if device != "cpu" else "gloo"
+    distributed.init_process_group(
+        backend, timeout=TIMEOUT, store=distributed.PrefixStore("ranks", store), rank=rank, world_size=world_size
+    )
     try:
-        yield DistributedContext(int(os.environ["RANK"]), world_size, device)
+        yield DistributedContext(rank, world_size, device)
     finally:
         distributed.destroy_process_group()
+
+
+def join_store() -> tuple[distributed.Store, int]:
+    """(key-value store of all ranks of this run, own rank), as torchrun's variables describe them."""
+    store, rank, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    return store, rank
+
+
+@contextmanager
+def failure_announced():
+    """An error inside the block, before the process group exists, also stops the other ranks, which would wait for this
+    one."""
+    try:
+        yield
+    except UserError as error:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1:
+            store, rank = join_store()
+            with suppress(UserError):
+                compare_start(store, rank, world_size, {"error": str(error)})
+        raise
+
+
+def compare_start(store: distributed.Store, rank: int, world_size: int, own: dict[str, str]) -> None:
+    """UserError if a rank has failed, or runs on another kind of device: its collectives would wait for the others'.
+
+    own: {"device": cpu or cuda} or {"error": message} of this rank.
+    """
+    store.set(f"start/{rank}", json.dumps(own))
+    found = [json.loads(store.get(f"start/{other}")) for other in range(world_size)]
+    if all(entry == {"device": found[0].get("device")} for entry in found):
+        return
+    num_read, deadline = store.add("start/read", 1), time.monotonic() + 10
+    while rank == 0 and num_read < world_size and time.monotonic() < deadline:
+        time.sleep(0.01)  # without torchrun rank 0 serves the store, so the others must have read it
+        num_read = store.add("start/read", 0)
+    failed = [f"rank {number}: {entry['error']}" for number, entry in enumerate(found) if "error" in entry]
+    if failed:
+        raise UserError(f"rank {rank} stops because another rank failed. {' '.join(failed)}")
+    listing = ", ".join(f"rank {number}: {entry['device']}" for number, entry in enumerate(found))
+    raise UserError(f"training.common.device: the ranks run on different devices ({listing}). Set the same one.")
 
 
 def wrap(model: TrainingModel, group: DistributedContext, sharded: bool) -> nn.Module:

@@ -70,7 +70,7 @@ def prepare(run: TrainContext) -> TrainState:
         run.reference = copy.deepcopy(run.model).requires_grad_(False).eval()
     if run.common.activation_checkpointing:
         run.model.gradient_checkpointing_enable()
-    saved = checkpoint_io.load_state(run.folder)
+    saved = load_saved(run)
     if saved is not None:
         load_weights(run, saved[0])
     options = (run.settings, run.common.weight_decay, run.common.optimizer, model.objective)
@@ -97,6 +97,13 @@ def prepare(run: TrainContext) -> TrainState:
     run.loader.load_state_dict(own)
     announce(run, [f"{run.stage}: resuming from step {run.loader.step} of {run.num_steps} ({run.folder})"])
     return state
+
+
+def load_saved(run: TrainContext) -> tuple[dict[str, dict], dict] | None:
+    """The last intact state, the same one on every rank: the main process chooses it."""
+    saved = checkpoint_io.load_state(run.folder) if run.distributed.is_main else None
+    step = run.distributed.broadcast(saved[1]["step"] if saved is not None else None)
+    return saved if run.distributed.is_main or step is None else checkpoint_io.load_state(run.folder, step)
 
 
 def check_preferences(run: TrainContext) -> None:
@@ -188,7 +195,7 @@ def train_step(run: TrainContext, state: TrainState, batch: Batch, step: int) ->
     num_plans = run.model.config.num_passes + int(has_second_pass)
     torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # for random queries and sampled attention
     state.optimizer.zero_grad()
-    sums, totals = accumulate(run, state, batch, num_plans)
+    sums, totals = accumulate(run, state, batch, num_plans, run.stage_plan.plan.step_weight(step))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     norms = group_norms(state.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}
     norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm)).item()
@@ -212,9 +219,9 @@ def train_step(run: TrainContext, state: TrainState, batch: Batch, step: int) ->
 
 
 def accumulate(
-    run: TrainContext, state: TrainState, batch: Batch, num_plans: int
+    run: TrainContext, state: TrainState, batch: Batch, num_plans: int, weight: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Accumulates the gradients of the step's loss over this rank's micro-batches.
+    """Accumulates the gradients of the step's loss, times `weight`, over this rank's micro-batches.
 
     Returns (this rank's share of "loss" and of every term present, whose sums over the ranks are the step's values;
     `TrainingModel.counts` of the whole step).
@@ -231,7 +238,7 @@ def accumulate(
         ):
             loss, values = state.wrapped(piece.to(device), num_plans, totals, run.reference)
             # DDP and FSDP average gradients over the ranks, but the shares of the loss add up
-            (loss * run.distributed.world_size).backward()
+            (loss * (run.distributed.world_size * weight)).backward()
         for name, value in {"loss": loss, **values}.items():
             sums[name] += value.item()
     return sums, totals

@@ -1,6 +1,7 @@
 """Small packed data sets, written directly: shards, sidecars and their manifests, for the tests of the loader."""
 
 import io
+import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,15 @@ def write_manifests(root: Path, split: str, shards: list[ShardEntry], tokens: li
         system="",
     )
     write_json(root / "tokens/manifest.json", manifest)
+
+
+def rewrite_hashes(root: Path, split: str = "train") -> None:
+    """Makes the manifests name the hashes that the tars have now."""
+    shards, tokens = (json.loads((root / name / "manifest.json").read_text()) for name in ("shards", "tokens"))
+    for tar, arrow in zip(shards["splits"][split]["shards"], tokens["splits"][split]["shards"], strict=True):
+        tar["sha256"] = arrow["shard_sha256"] = sha256_file(root / "shards" / split / tar["name"])
+    write_json(root / "shards/manifest.json", shards)
+    write_json(root / "tokens/manifest.json", tokens)
 
 
 def open_split(root: Path, **options) -> TokenizedShards:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import pipeline
+from tests.pipeline_steps import packed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EVERY_STEP = ("training.common.record_every=1", "runtime.dvclive=false")
@@ -139,6 +140,7 @@ def test_a_failing_process_stops_all_processes_with_its_error(finished_run, tmp_
             if content[start : start + 3] == b"\xff\xd8\xff":
                 content[start : start + 64] = bytes(64)
         tar.write_bytes(content)
+    packed.rewrite_hashes(folder / "data")  # as if the files had been packed like this
     processes = pipeline.start_training(folder, "stage1", 2)
     for process in processes:
         process.join(120)

@@ -41,9 +41,10 @@ GOLDEN = {
 
 
 def make_run(
-    stage: str, layout: str, folder, optimizer: str = "adamw", objective: dict | None = None, **options
+    stage: str, layout: str, folder, optimizer: str = "adamw", objective: dict | None = None, weights=None, **options
 ) -> TrainContext:
-    """objective: changes of the section; options: of the network."""
+    """objective: changes of the section; weights: {step: weight in the plan}; options: of the network."""
+    weights = weights or {}
     rates = SimpleNamespace(connector=3e-3, vision=4e-4, language=9e-4)
     settings = SimpleNamespace(
         loss=LOSSES[stage], learning_rate=rates, freeze_vision=False, freeze_language=False, schedule="cosine",
@@ -58,7 +59,7 @@ def make_run(
     model = make_model(layout=layout, **options)
     run = TrainContext(stage, model, None, None, SEED, common, settings, None, SimpleNamespace(log_every=1), folder)
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
-    every = SimpleNamespace(order=np.arange(4))
+    every = SimpleNamespace(order=np.arange(4), step_weight=lambda step: weights.get(step, 1.0))
     run.__dict__["stage_plan"] = SimpleNamespace(plan=every)
     run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
     run.logger = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
@@ -98,6 +99,14 @@ def test_sampled_queries_are_a_function_of_the_step_number(tmp_path):
         found.setdefault(step, set()).add(row["loss"])
     assert len(found[0]) == 1
     assert found[0] != found[1]
+
+
+def test_a_step_of_another_weight_scales_the_gradient_but_not_the_loss(tmp_path):
+    plain = make_run("stage2", "question_first", tmp_path)
+    doubled = make_run("stage2", "question_first", tmp_path, weights={0: 2.0})
+    rows = [train_step(run, prepare(run), as_batch(make_batch()), 0) for run in (plain, doubled)]
+    assert rows[1]["grad_norm"] == pytest.approx(2 * rows[0]["grad_norm"], rel=1e-5)
+    assert rows[1]["loss"] == rows[0]["loss"]
 
 
 class Noted(DistributedContext):

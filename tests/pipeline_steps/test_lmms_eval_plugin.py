@@ -2,6 +2,7 @@
 (tests/standins) where it is not."""
 
 import importlib.util
+import json
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
@@ -21,11 +22,16 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-from model import FoveatedVLMProcessor
+from model import FoveatedVLMProcessor, FoveationOptions
 from model.constants import IGNORE_INDEX
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.params import ROOT
+from pipeline_steps.evaluation.multiple_choice import Question, option_scores
 from pipeline_steps.inference import lmms_eval_plugin
+from pipeline_steps.inference.answers import answer_span, embedded_prompts, prompt_batch
+from pipeline_steps.inference.likelihood import answer_ids
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
 from tests import checkpoints
 
 OPTIONS = {"max_new_tokens": 5, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
@@ -166,6 +172,47 @@ def test_wrong_input_is_named(lm, made):
         lmms_eval_plugin.as_video([{}, "a.mp4"], "task x, document 3")
     with pytest.raises(NotImplementedError, match="multi-round tasks are not supported"):
         lm.generate_until_multi_round([])
+
+
+def test_a_misspelt_argument_is_named_with_the_right_one(made):
+    with pytest.raises(
+        UserError, match=r"unknown argument 'max_new_token' \(did you mean 'max_new_tokens'\?\)"
+    ) as error:
+        lmms_eval_plugin.FoveatedVLM.create_from_arg_string(f"pretrained={made.checkpoint},max_new_token=5")
+    assert "The arguments are pretrained, device, batch_size, dtype, mode, max_new_tokens." in str(error.value)
+
+
+def test_golden_items_score_the_same_in_the_plugin_and_in_the_evaluation(made, tmp_path):
+    """Each video item's frames and question as the evaluation reads them from the shards, and as the plugin prepares
+    them from the frames: the likelihoods of two answers agree."""
+    system = json.loads((made.tokens / "manifest.json").read_text())["system"]
+    checkpoints.save(checkpoints.make_lively_model(), made, tmp_path / "checkpoint", system)
+    lm = lmms_eval_plugin.FoveatedVLM(str(tmp_path / "checkpoint"), device="cpu")
+    model, processor = load_checkpoint(tmp_path / "checkpoint")
+    dataset = TokenizedShards.for_model(model.config, made.shards, made.tokens, "test", checkpoints.STILL_FRAMES)
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
+    videos = [number for number, row in enumerate(dataset.rows) if row["kind"] == "video"]
+    asked_by_user = [n for n in videos if dataset.sample(n).items[dataset.rows[n]["item"]].user]
+    numbers = asked_by_user[:3]
+    assert len(numbers) == 3
+    for place, number in enumerate(numbers):
+        item, row = dataset[number], dataset.rows[number]
+        start, _ = answer_span(row)
+        ids = [answer_ids(processor.tokenizer, row["input_ids"][:start], text, "item") for text in ("red", "31 7")]
+        asked = Question(number, ("red", "31 7"), 0, ids, ids)
+        batch = prompt_batch(collate, [item])
+        options = FoveationOptions(generator=torch.Generator().manual_seed(1))
+        prompt = embedded_prompts(model, batch.inputs(), options=options)[:, -int(batch.attention_mask.sum()) :]
+        expected, _ = option_scores(model, prompt, asked)
+        question = dataset.sample(number).items[row["item"]].user
+        pictures = [Image.fromarray(frame) for frame in item["frames"]]
+        lm.task_dict["golden"] = {"test": {place: {"shown": pictures}}}
+        arguments = [(question, text, lambda doc: doc["shown"], place, "golden", "test") for text in ("red", "31 7")]
+        metadata = {"task": "golden", "doc_id": place, "repeats": 1}
+        found = lm.loglikelihood(
+            [Instance(request_type="loglikelihood", arguments=a, idx=0, metadata=metadata) for a in arguments]
+        )
+        assert [-loss for loss, _ in found] == pytest.approx(expected, abs=1e-3)
 
 
 def test_visuals_become_what_the_processor_takes(made, tmp_path):

@@ -102,6 +102,18 @@ def test_bucketing_preserves_the_distribution_of_lengths():
     assert abs(firsts.mean() - lengths.mean()) < 3 * lengths.std() / np.sqrt(len(firsts))
 
 
+@pytest.mark.parametrize(("by", "budget"), [("samples", None), ("frames", 40), ("tokens", 300)])
+@pytest.mark.parametrize("window", [0, 500])
+def test_every_sample_has_the_same_weight_in_the_gradient(by, budget, window):
+    """A step's loss is a mean over its samples: step_weight / number of samples is what each of them counts."""
+    made = plan(order(1_920), by=by, budget=budget, bucket_samples=window, batch_size=20)
+    sizes = np.diff(made.starts)
+    each = np.concatenate([np.full(size, made.step_weight(step) / size) for step, size in enumerate(sizes)])
+    assert each == pytest.approx(each[0])
+    assert np.mean([made.step_weight(step) for step in range(made.num_steps)]) == pytest.approx(1)
+    assert by == "samples" or sizes.max() > 2 * sizes[:-1].min()  # without the weight the longest would count more
+
+
 def test_order_does_not_depend_on_the_number_of_ranks():
     made = plan(order(), bucket_samples=128)
     for world_size in (1, 2, 4):

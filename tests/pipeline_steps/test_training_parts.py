@@ -183,7 +183,7 @@ def test_a_state_of_another_format_is_rejected(tmp_path):
     checkpoint_io.save_state(tmp_path, 1, {"model": {"w": torch.ones(1)}}, {}, keep=1)
     path = tmp_path / "step-00000001" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match=r"state format 99, but this version reads 1\. Delete"):
+    with pytest.raises(UserError, match=rf"state format 99, but this version reads {checkpoint_io.FORMAT}\. Delete"):
         checkpoint_io.load_state(tmp_path)
 
 
