@@ -42,8 +42,13 @@ def main():
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
     results = ROOT / RESULTS / arguments.name
     plan = make_plan(arguments.name, study)
-    plan = make_plan(arguments.name, study, check_earlier(plan, results), plan) if plan.waiting else plan
-    check_earlier(plan, results)
+    flops, other = check_earlier(plan, results)
+    plan = make_plan(arguments.name, study, flops, plan) if plan.waiting else plan
+    if other:
+        console.print(
+            f"{results / 'runs.csv'} has {len(other)} run(s) of another version or with other parameters "
+            f"({', '.join(other[:3])}): each row stays until its run is finished anew"
+        )
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
         show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
@@ -61,7 +66,9 @@ def main():
             for job in todo.jobs.values():
                 (studies / job.folder / "failed.json").unlink(missing_ok=True)
             code = run_jobs(plan, todo, studies, results, arguments, cores, console)
-            following = make_plan(arguments.name, study, check_earlier(plan, results), plan) if plan.waiting else plan
+            following = (
+                make_plan(arguments.name, study, check_earlier(plan, results)[0], plan) if plan.waiting else plan
+            )
             if len(following.runs) == len(plan.runs):
                 break
             plan = following  # budgets of equal FLOPs are known now

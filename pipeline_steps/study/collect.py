@@ -62,21 +62,21 @@ def earlier_results(results):
 
 
 def check_earlier(plan, results):
-    """{run: training FLOPs} of an earlier collection. UserError if it has runs that the plan does not have, or has with
-    other parameters: they would be mixed with new ones or lost."""
+    """({run: training FLOPs} of an earlier collection with the plan's parameters, names of its runs with others, such as
+    those of an earlier version). UserError if it has runs that the study does not have: they would be lost."""
     table, _ = earlier_results(results)
     if table is None:
-        return {}
+        return {}, []
     planned = {run.name: parameters_hash(run.parameters) for run in plan.runs}
-    foreign = [
-        row.run for row in table.itertuples() if row.run not in plan.waiting and planned.get(row.run) != row.parameters
-    ]
+    foreign = [name for name in table["run"] if name not in planned and name not in plan.waiting]
     if foreign:
         raise UserError(
-            f"{results / 'runs.csv'} has {len(foreign)} run(s) that are not in the study or have other parameters "
+            f"{results / 'runs.csv'} has {len(foreign)} run(s) that are not in the study "
             f"({', '.join(foreign[:3])}): give the study another name, or move its results away"
         )
-    return dict(zip(table["run"], table["training_flops"], strict=True))
+    other = [row.run for row in table.itertuples() if planned.get(row.run, row.parameters) != row.parameters]
+    own = table[~table["run"].isin(other)]
+    return dict(zip(own["run"], own["training_flops"], strict=True)), other
 
 
 def parameters_hash(parameters):

@@ -408,7 +408,7 @@ def test_earlier_results_stay_and_foreign_ones_are_refused(tmp_path, monkeypatch
     old = {"run": "r2", "training_flops": 7.0, "parameters": collect.parameters_hash({"seed": 2})}
     pd.DataFrame([old]).to_csv(tmp_path / "runs.csv", index=False)
     items.to_parquet(tmp_path / "items.parquet")
-    assert collect.check_earlier(made, tmp_path) == {"r2": 7.0}
+    assert collect.check_earlier(made, tmp_path) == ({"r2": 7.0}, [])
     monkeypatch.setattr(collect, "finished", lambda run, studies: run.name == "r1")
     monkeypatch.setattr(collect, "row_of", lambda run, studies: old | {"run": run.name, "training_flops": 5.0})
     monkeypatch.setattr(collect, "items_of", lambda run, studies: items.assign(run=run.name))
@@ -416,7 +416,9 @@ def test_earlier_results_stay_and_foreign_ones_are_refused(tmp_path, monkeypatch
     assert list(zip(table["run"], table["training_flops"], strict=True)) == [("r1", 5.0), ("r2", 7.0)]
     assert sorted(pd.read_parquet(tmp_path / "items.parquet")["run"]) == ["r1", "r2"]
     pd.DataFrame([old | {"parameters": "other"}]).to_csv(tmp_path / "runs.csv", index=False)
-    with pytest.raises(UserError, match=r"has 1 run.s. that are not in the study or have other parameters \(r2\)"):
+    assert collect.check_earlier(made, tmp_path) == ({}, ["r2"])
+    pd.DataFrame([old | {"run": "r3"}]).to_csv(tmp_path / "runs.csv", index=False)
+    with pytest.raises(UserError, match=r"has 1 run.s. that are not in the study \(r3\)"):
         collect.check_earlier(made, tmp_path)
 
 
