@@ -17,7 +17,7 @@ from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.study_results import EXPLORATORY, ArmResult, ComparisonResult, StudySummary
+from pipeline_steps.common.study_results import EXPLORATORY, UNDECIDED, ArmResult, ComparisonResult, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of, read_study
@@ -247,11 +247,10 @@ def comparison_lines(summary):
         }
         for entry in found
     ]
-    resolved = [entry.smallest_margin for entry in found if entry.smallest_margin is not None]
-    power = (
-        f" These runs could have shown equality within {100 * min(resolved):.1f} to {100 * max(resolved):.1f} points."
-        if resolved
-        else ""
+    open_ones = [entry for entry in found if entry.verdict == UNDECIDED and entry.smallest_margin is not None]
+    power = "".join(
+        f" {entry.arm}, {entry.group}: these runs would show equality within {100 * entry.smallest_margin:.1f} points."
+        for entry in open_ones
     )
     note = (
         "Differences are baseline minus arm, in points of token accuracy, over pairs of runs with equal seeds. p: "
