@@ -248,12 +248,12 @@ class QueryWalk:
         rows = rows.reshape(-1, width)
         for index, weights in enumerate(self.layers):
             norm1, query, dense, scale1, norm2, fc1, fc2, scale2 = weights
-            looking = F.linear(torch.layer_norm(rows, (width,), *norm1, self.epsilon), *query)
-            looking = looking.view(split).transpose(1, 2)  # [B, heads, K, C]
+            query_heads = F.linear(torch.layer_norm(rows, (width,), *norm1, self.epsilon), *query)
+            query_heads = query_heads.view(split).transpose(1, 2)  # [B, heads, K, C]
             if output_attentions or not attention.is_plain:
-                seen.append(attention.of_layer(index).weights(looking, keys[index]))
+                seen.append(attention.of_layer(index).weights(query_heads, keys[index]))
             if attention.is_plain:
-                mixed = F.scaled_dot_product_attention(looking, keys[index], values[index])
+                mixed = F.scaled_dot_product_attention(query_heads, keys[index], values[index])
             else:
                 mixed = seen[-1] @ values[index]
             mixed = F.linear(mixed.transpose(1, 2).reshape(-1, width), *dense)
@@ -294,7 +294,7 @@ class FrameInputs:
 
 
 class FrameStep:
-    """One frame of every sample: look, read, plan. Holds the state between frames, but not the model."""
+    """Encodes, reads and plans one frame of every sample. Holds the state between frames, but not the model."""
 
     def __init__(self, model, batch_size: int, num_places: int, query_source: str, output_attentions: bool = False):
         """num_places: tokens that the cache must hold. query_source: of QUERY_SOURCES in the configuration."""

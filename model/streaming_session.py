@@ -70,7 +70,7 @@ class StreamingSession:
 
     @torch.no_grad()
     def push(self, frame, time: float | None = None) -> Tensor:
-        """Shows the next frame and returns where the model looked: its attention over the grid of patches, float32
+        """Reads the next frame and returns the attention over the grid of patches, float32
         [rows, columns], sum 1 (mean over heads and queries of the last layer).
 
         frame: PIL image or uint8 array [height, width, 3] (cut and compressed as the training data's), or normalised

@@ -3,7 +3,7 @@
     python -m pipeline_steps.inference.ask --checkpoint outputs/stage3 --video camera.ts --follow --every 10 \\
         --question "Which digits does red show?"
 
-Prints a line per frame with the place that the model looked at, the answer after every `--every` frames, and the answer
+Prints a line per frame with the position of the most attention, the answer after every `--every` frames, and the answer
 at the end: when nothing has been added for `--idle` seconds. Ctrl-C ends it at once (code 130). A video is sampled at
 the checkpoint's frames per second. It must be of a kind that can be read before it is finished: .ts and .mkv can, an
 .mp4 only if it is fragmented. Pictures of a folder are taken in the order of their names among those that are new.
@@ -131,7 +131,7 @@ def gaze(attention) -> str:
     rows, columns = attention.shape
     row, column = divmod(int(attention.argmax()), columns)
     share = 100 * float(attention.max())
-    return f"looks at row {row + 1} of {rows}, column {column + 1} of {columns} ({share:.0f} % of the attention)"
+    return f"most attended: row {row + 1} of {rows}, column {column + 1} of {columns} ({share:.0f} %)"
 
 
 def check(arguments) -> None:
@@ -146,7 +146,7 @@ def check(arguments) -> None:
     if arguments.output is not None:
         raise UserError(f"--output {arguments.output}: --follow writes no animation. Leave --output out.")
     if arguments.mode != "autoregressive":
-        raise UserError(f"--mode {arguments.mode}: --follow looks frame by frame. Use --mode autoregressive.")
+        raise UserError(f"--mode {arguments.mode}: --follow reads frame by frame. Use --mode autoregressive.")
     for name in ("every", "idle", "max_num_frames"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:

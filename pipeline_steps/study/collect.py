@@ -62,8 +62,8 @@ def earlier_results(results):
 
 
 def check_earlier(plan, results):
-    """({run: training FLOPs} of an earlier collection with the plan's parameters, names of its runs with others, as of an
-    earlier version). UserError if it has runs that the study does not have: they would be lost."""
+    """({run: training FLOPs} of an earlier collection with the plan's parameters, names of its runs with others, as of
+    an earlier version). UserError if it has runs that the study does not have: they would be lost."""
     table, _ = earlier_results(results)
     if table is None:
         return {}, []

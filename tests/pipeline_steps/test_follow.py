@@ -98,7 +98,7 @@ def test_a_picture_that_stays_damaged_is_named(session, tmp_path):
 def test_the_gaze_is_the_strongest_patch():
     attention = torch.full((4, 5), 0.02)
     attention[2, 3] = 0.62
-    assert follow.gaze(attention) == "looks at row 3 of 4, column 4 of 5 (62 % of the attention)"
+    assert follow.gaze(attention) == "most attended: row 3 of 4, column 4 of 5 (62 %)"
 
 
 def write_video(path, num_frames, pause=0.0, after=None):
@@ -182,7 +182,7 @@ def test_the_command(run, tmp_path, capsys):  # noqa: F811
         (("--follow",), "--follow: None: no such file or folder"),
         (("--follow", "--video", "nowhere"), "nowhere: no such file or folder"),
         (("--follow", "--video", ".", "--output", "a.gif"), "--follow writes no animation"),
-        (("--follow", "--video", ".", "--mode", "fine"), "--follow looks frame by frame"),
+        (("--follow", "--video", ".", "--mode", "fine"), "--follow reads frame by frame"),
         (("--follow", "--video", ".", "--every", 0), "--every is 0, expected more than 0"),
         (("--follow", "--video", ".", "--max-num-frames", 9999), "max_num_frames=9999"),
     ],
@@ -204,7 +204,7 @@ def test_ctrl_c_ends_it(made, tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    assert process.stdout.readline().startswith("frame 0 at 0.0 s: looks at row")
+    assert process.stdout.readline().startswith("frame 0 at 0.0 s: most attended: row")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
