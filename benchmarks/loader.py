@@ -42,6 +42,7 @@ from model.processing_foveated_vlm import normalise
 from pipeline_steps.common import params, sidecar
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import write_json
+from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.schemas import (
     FramePolicy,
     ShardEntry,
@@ -83,9 +84,10 @@ def write_clips(root: Path, num_clips: int, clips_per_shard: int) -> None:
             for clip in range(start, min(start + clips_per_shard, num_clips)):
                 places = [add(tar, f"clip-{clip}.{frame:03d}.jpg", picture(rng)) for frame in range(NUM_FRAMES)]
                 rows.append(row(clip, places, add(tar, f"clip-{clip}.json", b"{}")))
-        sidecar.write(root / f"tokens/train/{number:06d}.arrow", rows)
-        shards.append(shard_entry(number, len(rows), path.stat().st_size))
-        tokens.append(tokens_entry(number, len(rows), len(rows) * NUM_TOKENS))
+        tokens_path = root / f"tokens/train/{number:06d}.arrow"
+        sidecar.write(tokens_path, rows)
+        shards.append(shard_entry(number, len(rows), path))
+        tokens.append(tokens_entry(number, len(rows), tokens_path, shards[-1]))
     write_manifests(root, shards, tokens)
 
 
@@ -128,14 +130,16 @@ def row(number: int, places: list[tuple[int, int]], sample: tuple[int, int], **c
     }
 
 
-def shard_entry(number: int, num_samples: int, size: int) -> ShardEntry:
+def shard_entry(number: int, num_samples: int, tar: Path | None) -> ShardEntry:
+    """tar: None where there is none, as for measurements of the index."""
     counts = {"num_samples": num_samples, "num_frames": num_samples * NUM_FRAMES, "seconds": 4.0 * num_samples}
-    return ShardEntry(name=f"{number:06d}.tar", **counts, bytes=size, sha256=str(number))
+    size, sha256 = (tar.stat().st_size, sha256_file(tar)) if tar else (1, str(number))
+    return ShardEntry(name=f"{number:06d}.tar", **counts, bytes=size, sha256=sha256)
 
 
-def tokens_entry(number: int, num_items: int, num_tokens: int) -> TokensEntry:
-    counts = {"num_items": num_items, "num_tokens": num_tokens}
-    return TokensEntry(name=f"{number:06d}.arrow", **counts, shard_sha256=str(number), sha256=str(number))
+def tokens_entry(number: int, num_items: int, path: Path, shard: ShardEntry) -> TokensEntry:
+    counts = {"num_items": num_items, "num_tokens": num_items * NUM_TOKENS}
+    return TokensEntry(name=path.name, **counts, shard_sha256=shard.sha256, sha256=sha256_file(path))
 
 
 def write_manifests(root: Path, shards: list[ShardEntry], tokens: list[TokensEntry]) -> None:
@@ -290,10 +294,11 @@ def write_index(root: Path, num_items: int, items_per_shard: int = 1_000) -> Non
         frames = pa.array(rng.integers(1, 65, count), pa.int32())
         own = table.slice(0, count).set_column(0, "key", keys)
         own = own.set_column(sidecar.SCHEMA.get_field_index("num_frames"), "num_frames", frames).combine_chunks()
-        with pa.ipc.new_file(str(root / f"tokens/train/{number:06d}.arrow"), sidecar.SCHEMA) as writer:
+        path = root / f"tokens/train/{number:06d}.arrow"
+        with pa.ipc.new_file(str(path), sidecar.SCHEMA) as writer:
             writer.write_table(own)
-        shards.append(shard_entry(number, count, 1))
-        tokens.append(tokens_entry(number, count, count * NUM_TOKENS))
+        shards.append(shard_entry(number, count, None))
+        tokens.append(tokens_entry(number, count, path, shards[-1]))
     write_manifests(root, shards, tokens)
 
 

@@ -1,8 +1,9 @@
 """FLOPs and memory of an answer, and memory of a training sample, computed from shapes as in flop_formulas.py.
 
-An answer (`generate`): the frames are encoded one after another with the language model's key-value cache, then one
-pass over the whole prompt gives the first token (together: prefill), then every further token is one position over the
-whole context (decode).
+An answer (`generate`): the frames are encoded one after another with the language model's key-value cache; the text
+after them is read over this cache and gives the first token (together: prefill); then every further token is one
+position over the whole context (decode). Networks that plan use caches of a fixed size, and attention covers them
+whole; the others read the prompt in one pass and have a growing cache.
 
 Memory: the key-value cache holds 2 x layers x key-value heads x head width numbers per position; the queries need the
 keys and values of every vision layer of every frame until the last frame has been encoded. Activations of a training
@@ -21,6 +22,7 @@ vocabulary           V numbers in fp32 per labelled position
 D vision width, E language width, A, C width of all query heads and of all key-value heads, I feed-forward width.
 """
 
+from model.frame_step import PLACES
 from pipeline_steps.common.flop_formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
 from pipeline_steps.common.metrics import AnswerCost, TrainingMemory
 
@@ -32,18 +34,34 @@ def answer(config, sample, num_tokens, bytes_per_number):
     text = config.text_config
     prompt = Sample(sample.num_frames, sample.num_text_tokens - sample.num_labels, sample.num_tokens_before, 1)
     length = prompt.num_text_tokens + prompt.num_frames * config.tokens_per_frame
-    prefill = forward(config, prompt, "autoregressive").total
-    steps = [decode_step(text, length + number) for number in range(1, num_tokens)]
+    planning = forward(config, prompt, "autoregressive").language_positions[:-1]
+    size = length + num_tokens  # of the cache
+    contexts = [size if planning else length + number for number in range(1, num_tokens)]
+    prefill = prefill_flops(config, prompt, size)
+    steps = [decode_step(text, context) for context in contexts]
     return AnswerCost(
         num_prompt_tokens=length,
         num_answer_tokens=num_tokens,
         prefill=prefill,
-        first_decoded_token=decode_step(text, length + 1),
+        first_decoded_token=decode_step(text, contexts[0] if contexts else length + 1),
         per_decoded_token=sum(steps) / len(steps) if steps else 0.0,
         total=prefill + sum(steps),
         key_value_bytes=key_value_bytes(text, length + num_tokens - 1, bytes_per_number),
         vision_bytes=vision_bytes(config, sample.num_frames, bytes_per_number),
     )
+
+
+def prefill_flops(config, prompt, size):
+    """FLOPs until the first token of a Sample with one labelled token; size: positions of the cache of the answer."""
+    result = forward(config, prompt, "autoregressive")
+    *planning, total = result.language_positions
+    if not planning:
+        return result.total
+    text, tokens, before = config.text_config, config.tokens_per_frame, prompt.num_tokens_before
+    places = -(-planning[0] // PLACES) * PLACES  # of the frames' cache
+    reading = language_pass(text, before, before) + prompt.num_frames * language_pass(text, tokens, places)
+    reading += language_pass(text, total - planning[0], size)
+    return result.total - sum(result.language_passes) + reading
 
 
 def decode_step(text, context):

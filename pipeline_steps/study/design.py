@@ -146,7 +146,12 @@ def check(study, path):
             if override.split("=")[0].lstrip("+~") in keys:
                 raise UserError(f"{path}: arm {name}: {override}: seeds come from `seeds`; remove the override")
     check_equal_flops(study, path)
-    labels = [label_of(study, arm, budget) for arm in study.arms for budget in budgets_of(study, arm)]
+    labels = [
+        label_of(study, arm, budget)
+        for arm in study.arms
+        for budget in budgets_of(study, arm)
+        if baseline_of(study, arm) != arm
+    ]
     for label in study.headline or ():
         if label not in labels:
             raise UserError(
@@ -158,7 +163,7 @@ def check_equal_flops(study, path):
     """UserError where runs of equal FLOPs would wait for runs that the study does not have."""
     for name in study.arms:
         for budget in budgets_of(study, name):
-            if not isinstance(study.budgets[budget], EqualFlops):
+            if not isinstance(study.budgets[budget], EqualFlops) or baseline_of(study, name) == name:
                 continue
             needed = study.budgets[budget].flops_of
             for other in {name, baseline_of(study, name)}:

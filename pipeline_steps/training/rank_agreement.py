@@ -28,14 +28,12 @@ def together(group: DistributedContext, prepare: Callable[[], tuple[Result, dict
     """
     if group.world_size == 1:
         return prepare()[0]
-    result, own, error = None, {}, None
     try:
         result, own = prepare()
-    except Exception as problem:  # raised again below, after the other ranks know
-        error = problem
-    entries = group.gather((own, None if error is None else f"{error}"))
-    if error is not None:
-        raise error
+    except Exception as problem:
+        group.gather(({}, f"{problem}"))  # the other ranks stop, too
+        raise
+    entries = group.gather((own, None))
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(entries) if text is not None]
     if failed:
         raise UserError(f"rank {group.rank} stops because another rank failed. {' '.join(failed)}")

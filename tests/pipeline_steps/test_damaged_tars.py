@@ -44,7 +44,7 @@ def json_cases():
         "Infinity": (b'{"user": "A?", "assistant": "B.", "x": -Infinity}', "-Infinity is not a JSON number"),
         "field twice": (b'{"user": "A?", "user": "C?", "assistant": "B."}', "the field 'user' occurs twice"),
         "not UTF-8": (b'{"user": "\xff", "assistant": "B."}', "not valid JSON: 'utf-8' codec"),
-        "UTF-16": ('{"user": "A?"}'.encode("utf-16"), "not valid JSON"),
+        "UTF-16, cut": ('{"user": "A?"'.encode("utf-16"), "not valid JSON"),
         "half a character": (b'{"user": "A\\ud800?", "assistant": "B."}', "not valid JSON: 'utf-8' codec can't encode"),
         "cut": (b'{"user": "A?", "assist', "not valid JSON: Unterminated string"),
         "empty": (b"", "not valid JSON: Expecting value"),

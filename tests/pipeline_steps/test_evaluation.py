@@ -131,7 +131,7 @@ def test_aggregate_weighs_frames():
     rows = [
         gaze.summary(gaze.attention_maps(peak_at(0, *hit)), truth_at(0, *[3] * len(hit))) for hit in ((3, 3, 3), (5,))
     ]
-    result = gaze.aggregate(pd.DataFrame(rows), lambda top, bottom: (0.0, 1.0))
+    result = gaze.aggregate(pd.DataFrame(rows).assign(key=["a", "b"]), lambda top, bottom, clips: (0.0, 1.0))
     assert result.peak_on_target == pytest.approx(3 / 4)
     assert result.per_frame == [1.0, 0.5, 1.0, 1.0]
     assert gaze.aggregate(pd.DataFrame(rows).assign(gaze_frames=0), None) is None

@@ -54,7 +54,7 @@ def test_heads_of_several_clips_add_up():
         rows.append(
             gaze.summary(gaze.attention_maps(weights), truth) | gaze.head_summary(gaze.head_maps(weights), truth)
         )
-    result = gaze.aggregate(pd.DataFrame(rows), lambda top, bottom: (0.0, 1.0))
+    result = gaze.aggregate(pd.DataFrame(rows).assign(key=["a", "b"]), lambda top, bottom, clips: (0.0, 1.0))
     assert result.num_frames == 3
     assert result.per_head == [pytest.approx([2 / 3, 2 / 3])]
     assert np.shape(result.mass_per_head) == (1, 2)
@@ -63,7 +63,7 @@ def test_heads_of_several_clips_add_up():
 def test_tables_without_heads_still_count():
     weights, truth = weights_of([[[1, 1]]]), truth_at(1, 1)
     rows = pd.DataFrame([gaze.summary(gaze.attention_maps(weights), truth)])
-    result = gaze.aggregate(rows, lambda top, bottom: (0.0, 1.0))
+    result = gaze.aggregate(rows.assign(key="a"), lambda top, bottom, clips: (0.0, 1.0))
     assert (result.peak_on_target, result.per_head) == (1.0, None)
 
 

@@ -33,9 +33,11 @@ def test_answer_flops_agree_with_generate(options, num_tokens):
     assert found.num_prompt_tokens == inputs["input_ids"].shape[1]
 
 
-def test_decoding_grows_with_the_context():
-    found = serving.answer(make_config(), SAMPLE, 20, bytes_per_number=4)
-    assert found.per_decoded_token > found.first_decoded_token
+@pytest.mark.parametrize("options", ARMS, ids=["deep", "shallow", "coarse_only", "multi_token"])
+def test_decoding_grows_with_the_context_unless_the_cache_has_a_fixed_size(options):
+    found = serving.answer(make_config(**options), SAMPLE, 20, bytes_per_number=4)
+    grows = found.per_decoded_token > found.first_decoded_token
+    assert grows == (options in (ARMS[2], ARMS[3]))
     assert found.total == pytest.approx(found.prefill + 19 * found.per_decoded_token)
 
 

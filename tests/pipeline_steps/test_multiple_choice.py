@@ -30,7 +30,12 @@ from tests.pipeline_steps.chats import save_tokenizer as save_format
 
 QUESTIONS = (
     ("a.png", "Which colour?", ("red", "a very dark green", "blue"), 1),
-    ("b.png", "How many digits?", ("3", "14"), 0),
+    (
+        "b.png",
+        "How many digits?",
+        ("3", "14"),
+        0,
+    ),  # the answer is written as the option, as a number would be ambiguous
     ("c.png", "Which place?", ("top left", "top right", "bottom left", "bottom right", "none of them"), 3),
 )
 SETTINGS = SimpleNamespace(batch_size=2, max_answer_tokens=4, seed=1)
@@ -46,7 +51,9 @@ def data(tmp_path_factory):
         pixels = np.random.default_rng(number).integers(0, 255, (60, 60, 3)).astype(np.uint8)
         (root / "raw").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(root / "raw" / name)
-        rows.append({"file_name": name, "question": question, "options": options, "answer": correct, "split": "train"})
+        rows.append(
+            {"file_name": name, "question": question, "options": options, "answer": options[correct], "split": "train"}
+        )
     (root / "raw/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = folder.read(root / "raw", "mine", relative_to=root / "raw").samples
     save_tokenizer(train_tokenizer(checkpoints.VOCABULARY, checkpoints.MAX_POSITIONS), root / "language_model")
@@ -207,7 +214,8 @@ def test_of_equal_texts_the_first_is_chosen():
 
 
 def table_of(chosen, blind, correct, num_options=4, source="s", task="f"):
-    rows = {"source": source, "task": task, "num_options": num_options, "correct": correct}
+    keys = [f"k{number}" for number in range(len(correct))]
+    rows = {"key": keys, "source": source, "task": task, "num_options": num_options, "correct": correct}
     for name in multiple_choice.SCORINGS:
         rows |= {f"chosen_{name}": chosen, f"blind_chosen_{name}": blind}
     return pd.DataFrame(rows)

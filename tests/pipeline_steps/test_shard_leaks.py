@@ -202,7 +202,7 @@ def test_copy_in_another_split_fails_the_stage(raw, tmp_path):
         build(SECTION, raw, tmp_path / "shards")
     message = str(error.value)
     assert "'test-copy-avi' (test) and 'test-train1-mp4' (train): near-duplicate frames: " in message
-    assert "Give both samples of a pair one video_id or the same split, or remove one of them" in message
+    assert "Give both samples of a pair the same video_id or split, or remove one" in message
     (listed,) = tmp_path.glob(".scratch/shards/*/leaks.jsonl")
     assert str(listed) in message
     assert not (tmp_path / "shards").exists()

@@ -104,7 +104,7 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
         ),
         ({"arms": {"none": {"overrides": ["seed=9"]}}}, "arm none: seed=9: seeds come from `seeds`"),
         ({"arms": {"none": {}, "A6": {"baseline": "A7"}}}, "arm A6: its baseline 'A7' is no arm of this study"),
-        ({"headline": ["B1"]}, r"headline 'B1' is no comparison of this study \(there are: none, A6\)"),
+        ({"headline": ["B1"]}, "headline 'B1' is no comparison of this study"),
         ({"arms": {"A 6": {}}}, "arm 'A 6': use letters"),
         ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
         ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
@@ -114,7 +114,7 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     ],
 )
 def test_a_wrong_design_is_refused_with_the_file(studies, changes, message):
-    (studies / "mine.yaml").write_text(yaml.safe_dump(ALL | changes))
+    (studies / "mine.yaml").write_text(yaml.safe_dump(ALL | changes, sort_keys=False))
     with pytest.raises(UserError, match=message) as error:
         design.cells_of(design.read_study("mine"))
     assert "mine.yaml" in str(error.value)
@@ -467,7 +467,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "24 of 24 runs" in text
     assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
     assert "**equal** at equal samples and FLOPs |" in text
-    assert "**worse** at equal samples; 8 runs of the arm not converged" in text  # B1 reads more, at twice the FLOPs
+    assert "**worse** at equal samples; 8 runs not converged" in text  # B1 reads more, at twice the FLOPs
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
     assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
