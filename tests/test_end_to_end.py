@@ -134,7 +134,7 @@ def test_a_stage_of_preferences_without_any_is_refused(finished_run, tmp_path):
     ("overrides", "message"),
     [
         (("training.stage2.mixture=[{source: '*', task: cards, weight: 1.0}]",), "no items of cards"),
-        (("ablation=A6",), "coarse_only is False, the parameters say True"),
+        (("ablation=A6",), "coarse_only is False, but params.yaml has True"),
         (
             ("ablation=A6", "training.stage2.objective.coarse.weight=0.5"),
             "training.stage2.objective.coarse.weight is 0.5, but model.coarse_only is true",
