@@ -30,12 +30,7 @@ from tests.pipeline_steps.chats import save_tokenizer as save_format
 
 QUESTIONS = (
     ("a.png", "Which colour?", ("red", "a very dark green", "blue"), 1),
-    (
-        "b.png",
-        "How many digits?",
-        ("3", "14"),
-        0,
-    ),  # the answer is written as the option, as a number would be ambiguous
+    ("b.png", "How many digits?", ("3", "14"), 0),
     ("c.png", "Which place?", ("top left", "top right", "bottom left", "bottom right", "none of them"), 3),
 )
 SETTINGS = SimpleNamespace(batch_size=2, max_answer_tokens=4, seed=1)
