@@ -3,9 +3,12 @@
 A cell is one training run: an arm with one seed each for training, backbones and data, at one training budget.
 """
 
+import copy
 import re
 from dataclasses import dataclass, replace
+from functools import cache, reduce
 from itertools import product
+from operator import getitem
 from typing import Annotated
 
 from pydantic import Field, ValidationError
@@ -229,17 +232,24 @@ def as_seeds(entry):
     return entry if isinstance(entry, Seeds) else Seeds(training=entry, backbones=entry, data=entry)
 
 
+@cache
+def composed(overrides):
+    """Parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets. Read-only."""
+    return params.parse("conf/", params.compose_checked(overrides))
+
+
 def parameters_of(cell):
     """The cell's parameters as a nested dict, checked like params.yaml. UserError names the cell."""
-    seeds = [f"{key}={value}" for kind, value in cell.seeds for key in SEED_KEYS[kind]]
-    overrides = (*cell.overrides, *seeds)
     try:
-        text = params.compose_checked(overrides)
-        content = params.parse("conf/", text)
+        content = copy.deepcopy(composed(cell.overrides))
+        for kind, value in cell.seeds:
+            for key in SEED_KEYS[kind]:
+                *sections, name = key.split(".")
+                reduce(getitem, sections, content)[name] = value
         for stage in TRAINING_STAGES:
             settings = content["training"][stage]
             settings["num_samples"] = max(round(settings["num_samples"] * cell.factor), 1)
-        params.check(f"conf/ ({' '.join(overrides)})", content)
+        params.check(f"conf/ ({' '.join(cell.overrides)})", content)
     except UserError as error:
         raise UserError(f"arm {cell.arm}: {error}") from None
     return content
