@@ -6,7 +6,7 @@
 Random weights, which change no time. Every figure is the median of `--repeats` rounds in which the ways alternate, so
 that the machine's load falls on all of them: frames per second of the whole encoding (vision encoder included) and
 milliseconds of an answer of 16 tokens. On CUDA `graph` is the captured step and `static` the same step run eagerly.
-The built-in configuration has the sizes of the embedded scale. Cost: about a minute on two cores.
+Without --config the network is that of the embedded scale. Cost: about a minute on two cores.
 """
 
 import argparse
@@ -15,29 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Dinov2Config, LlamaConfig
 
+from benchmarks.workload import network_config
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
 TEXT_BEFORE, TEXT_AFTER, ANSWER = 40, 8, 16  # tokens
-
-
-def embedded_config() -> FoveatedVLMConfig:
-    """The sizes of backbones.embedded in params.yaml."""
-    vision = Dinov2Config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
-    text = LlamaConfig(
-        vocab_size=512,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    return FoveatedVLMConfig(vision, text, query_dim=64, visual_scale=0.1, visual_token_id=512)
 
 
 def make_batch(config, num_frames: int, batch_size: int, device: str, dtype: torch.dtype) -> dict:
@@ -97,7 +81,7 @@ def main() -> None:
     if arguments.output:
         check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
-    config = FoveatedVLMConfig.from_pretrained(arguments.config) if arguments.config else embedded_config()
+    config = FoveatedVLMConfig.from_pretrained(arguments.config) if arguments.config else network_config("tiny")
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     model = FoveatedVLMForConditionalGeneration(config).to(device, dtype).eval()
