@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import write_json, write_jsonl
 from pipeline_steps.monitoring.progress import progress_bar
-from pipeline_steps.sources.procedural import encode, largest_remainder
+from pipeline_steps.sources.procedural import item_rows, largest_remainder, save_media
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import SPLITS, Backgrounds, Cutouts
 
@@ -102,16 +101,8 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int, bool]) -> list
     frames, boxes = world.render(scene, _used.cutouts, _used.backgrounds, section.objects.frame_size)
     task = kind + world.NEW if is_new else kind
     file_name = f"{split}/{task}-{number:06d}.{'jpg' if kind == 'still' else 'mp4'}"
-    if kind == "still":
-        Image.fromarray(frames[0]).save(folder / file_name, quality=95, subsampling=0)
-    else:
-        encode(folder / file_name, frames, section.fps)
-    rows = []
-    for item in items:
-        text = {"caption": item["assistant"]}
-        if item["user"] is not None:
-            text = {"question": item["user"], "answer": item["assistant"]}
-        rows.append({"file_name": file_name, **text, **{name: item[name] for name in ("task", "cue", "target")}})
+    save_media(folder / file_name, frames, section.fps)
+    rows = item_rows(file_name, items)
     shown = [[_used.cutouts.pictures[picture] for picture in own.pictures] for own in scene.tracks]
     rows[0] |= {
         "split": split,

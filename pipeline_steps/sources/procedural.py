@@ -92,16 +92,8 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int]) -> list[dict]
     scene, items = sample_clip(section, split, kind, number)
     frames = world.render(scene, _digits(), section.frame_size, section.noise)
     file_name = f"{split}/{kind}-{number:06d}.{'jpg' if kind == 'image' else 'mp4'}"
-    if kind == "image":
-        Image.fromarray(frames[0]).save(folder / file_name, quality=95, subsampling=0)
-    else:
-        encode(folder / file_name, frames, section.fps)
-    rows = []
-    for item in items:
-        text = {"caption": item["assistant"]}
-        if item["user"] is not None:
-            text = {"question": item["user"], "answer": item["assistant"]}
-        rows.append({"file_name": file_name, **text, **{name: item[name] for name in ("task", "cue", "target")}})
+    save_media(folder / file_name, frames, section.fps)
+    rows = item_rows(file_name, items)
     rows[0] |= {
         "split": split,
         "num_source_frames": len(frames),
@@ -109,6 +101,25 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int]) -> list[dict]
         "objects": [thing.to_dict() for thing in scene.objects],
         "digit_images": [list(thing.digit_images) for thing in scene.objects],
     }
+    return rows
+
+
+def save_media(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames, uint8 [T, H, W, 3], as a clip (.mp4), or the first one as a still (.jpg)."""
+    if path.suffix == ".jpg":
+        Image.fromarray(frames[0]).save(path, quality=95, subsampling=0)
+    else:
+        encode(path, frames, fps)
+
+
+def item_rows(file_name: str, items: list[dict]) -> list[dict]:
+    """Rows of metadata.jsonl of a file's items; an item whose `user` is None is a caption."""
+    rows = []
+    for item in items:
+        text = {"caption": item["assistant"]}
+        if item["user"] is not None:
+            text = {"question": item["user"], "answer": item["assistant"]}
+        rows.append({"file_name": file_name, **text, **{name: item[name] for name in ("task", "cue", "target")}})
     return rows
 
 
