@@ -29,11 +29,13 @@ from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
 from .options import FoveationOptions
 from .outputs import FoveatedVLMOutput, FrameTokens
+from .packed_language import PackedText, read_packed_rows
+from .packing import BatchPlaces
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
 from .streaming_session import StreamingMixin
 from .text_loss import TextLossMixin
-from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
+from .visual_sequence import TIME_FEATURES, VisualSequence, sinusoids
 
 
 class FoveatedVLMForConditionalGeneration(
@@ -58,6 +60,7 @@ class FoveatedVLMForConditionalGeneration(
         vision, text = config.vision_config, config.text_config
         self.vision_encoder = FoveatedEncoder(vision)
         self.language_model = AutoModelForCausalLM.from_config(text)
+        read_packed_rows(self.language_model)
         self.connector = nn.Linear(vision.hidden_size, text.hidden_size)
         if config.frame_time_embedding == "sinusoidal":
             self.time_projection = nn.Linear(TIME_FEATURES, text.hidden_size, bias=False)
@@ -122,10 +125,46 @@ class FoveatedVLMForConditionalGeneration(
             return []
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        text = options.text or self.packed_text(input_ids, attention_mask, num_frames)
+        return self._passes(text, input_ids, attention_mask, pixel_values, num_frames, frame_times, mode, options)
+
+    def packed_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+        places: BatchPlaces | None = None,
+    ) -> PackedText:
+        """The text of a batch as the language model reads it, for FoveationOptions. Calls that share it read the text
+        before the frames once.
+
+        places: the indices of the batch; None: computed here, for which a GPU waits. The others as in `forward`.
+        """
+        if places is None:
+            places = BatchPlaces.of(
+                input_ids, attention_mask, num_frames, labels, visual_id=self.config.visual_token_id
+            )
+        return PackedText(self, places)
+
+    def _passes(
+        self,
+        text: PackedText,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None,
+        num_frames: Tensor | None,
+        frame_times: Tensor | None,
+        mode: str,
+        options: FoveationOptions,
+    ) -> list[FrameTokens]:
+        """`encode_frames`, with the text that planning reads."""
+        if pixel_values is None or not len(pixel_values):
+            return []
         output_attentions = options.output_attentions
         config = self.config
         pixel_values = pixel_values.to(self.connector.weight.dtype)
-        times = frame_indices(num_frames) if frame_times is None else frame_times  # [F]
+        times = text.places.time_of_frame if frame_times is None else frame_times  # [F]
         if config.blind:
             pixel_values = torch.zeros_like(pixel_values)
         if config.architecture == "multi_token":
@@ -140,9 +179,9 @@ class FoveatedVLMForConditionalGeneration(
         chosen = self._query_attention(options.target_patches if choose.source == "oracle" else None)
         if mode == "coarse" or config.coarse_only:
             return [self._encode(pixel_values, times, choose(static), chosen, output_attentions)[1]]
-        language = VisualSequence(self, input_ids, attention_mask, num_frames)
         if mode == "autoregressive":
             check_cache(self)
+            language = VisualSequence(self, input_ids, attention_mask, num_frames)
             encoded, _ = self._encode(pixel_values, times, None, query_attention, output_attentions)
             arguments = (encoded, times, first, language, choose, chosen, output_attentions)
             kind = choose_step(self, options.frame_step)
@@ -152,10 +191,12 @@ class FoveatedVLMForConditionalGeneration(
         encoded, coarse = self._encode(pixel_values, times, static, query_attention, output_attentions)
         passes = [coarse]
         for _ in range(config.num_passes if options.num_plans is None else options.num_plans):
-            planned = self._plan(language.hidden_states(passes[-1].visual_tokens))  # [F, K, Q]
-            if config.query_update == "add":
-                planned = first + language.running_sum(planned)
-            queries = choose(language.shift_by_one_frame(planned, first))
+            queries = static
+            if choose.source != "static":
+                planned = self._plan(text.at_frames(passes[-1].visual_tokens))  # [F, K, Q]
+                if config.query_update == "add":
+                    planned = first + text.running_sum(planned)
+                queries = choose(text.shift_by_one_frame(planned, first))
             passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
         return passes
 
@@ -203,6 +244,10 @@ class FoveatedVLMForConditionalGeneration(
             )
         if queries is None:
             return self.vision_encoder.encode(pixel_values), None
+        if torch.is_grad_enabled() and not any(p.requires_grad for p in self.vision_encoder.parameters()):
+            with torch.no_grad():  # the gradient of queries among the patches would pass through all patches
+                encoded = self.vision_encoder.encode(pixel_values)
+            return encoded, self._attend(queries, encoded, times, query_attention, output_attentions)
         rows = self._query_rows(queries)
         encoded = self.vision_encoder.encode(
             pixel_values, rows, output_attentions=output_attentions, query_attention=query_attention
@@ -279,15 +324,6 @@ class FoveatedVLMForConditionalGeneration(
             return embeddings
         return embeddings.masked_scatter(is_visual[..., None].expand_as(embeddings), visual_tokens.to(embeddings.dtype))
 
-    def language_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
-        """Hidden states [B, S, E] of the language model over text and visual tokens."""
-        return self.language_model.model(
-            inputs_embeds=self.embed(input_ids, visual_tokens),
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-
     def forward(
         self,
         input_ids: Tensor,
@@ -313,9 +349,10 @@ class FoveatedVLMForConditionalGeneration(
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         frames = (pixel_values, num_frames)
         check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
-        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
+        passes = self._passes(text, input_ids, attention_mask, *frames, frame_times, mode, options)
         last = passes[-1] if passes else FrameTokens(None)
-        output = self.score_text(input_ids, attention_mask, labels, last.visual_tokens, options.return_logits)
+        output = self._score(text, last.visual_tokens, labels is not None, options.return_logits, options.loss_only)
         output.visual_tokens, output.queries = last.visual_tokens, last.queries
         output.attention_weights = last.attention_weights
         output.passes = passes if options.output_passes else None
