@@ -172,8 +172,8 @@ def _check_hash(stream: _Hashed, expected: str, where: str) -> None:
         raise TransferError(f"its sha256 is {found[:12]}..., expected {expected[:12]}... (shards/manifest.json)")
     if stream.differs:
         raise UserError(
-            f"{where}: samples of a transfer that was damaged on the way have been served. Check the network, and rerun "
-            "the stage: training resumes from its last checkpoint."
+            f"{where}: samples of a transfer that was damaged on the way have been served. Check the network and "
+            "rerun the stage: training resumes from its last checkpoint."
         )
 
 

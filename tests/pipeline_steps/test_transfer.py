@@ -123,7 +123,7 @@ def test_a_damaged_tar_is_named_with_both_hashes_before_its_last_sample_is_serve
 def test_samples_of_a_transfer_that_was_damaged_on_the_way_do_not_go_unnoticed(server, plan):
     """The last attempt reads the tar intact."""
     server.plan = list(plan)
-    with pytest.raises(UserError, match="000000.tar: samples of a transfer that was damaged on the way have been"):
+    with pytest.raises(UserError, match=r"000000[.]tar: samples of a transfer that was damaged on the way have been"):
         read(server)
     assert server.requests == len(plan) + 1
 
