@@ -28,8 +28,7 @@ def check(root: Path) -> list[str]:
     """Repairs and checks the folder. Returns notes. UserError with the next step for what the user must repair."""
     check_path(root)
     check_space(root, "the working folder")
-    check_temporary()
-    notes = [*repair_rwlock(root / ".dvc" / "tmp"), *future_files(root)]
+    notes = [*check_temporary(), *repair_rwlock(root / ".dvc" / "tmp"), *future_files(root)]
     check_dvc_lock(root / "dvc.lock")
     return notes
 
@@ -59,19 +58,23 @@ def check_space(folder: Path, what: str) -> None:
         )
 
 
-def check_temporary() -> None:
-    """UserError if no temporary file can be written."""
+def check_temporary() -> list[str]:
+    """A note if temporary files go to another folder than TMPDIR. UserError if none can be written."""
+    wanted = os.environ.get("TMPDIR")
     try:
         with tempfile.TemporaryFile() as file:
             file.write(bytes(2**16))
             file.flush()
-        check_space(Path(tempfile.gettempdir()), "the folder for temporary files (TMPDIR)")
+        used = tempfile.gettempdir()  # Python's choice: TMPDIR, or /tmp if that is full or missing
+        check_space(Path(used), "the folder for temporary files (TMPDIR)")
     except OSError as error:
-        place = os.environ.get("TMPDIR") or "/tmp"
         raise UserError(
-            f"{place}: no temporary file can be written ({error.strerror or error}). Free space there, or set TMPDIR "
-            "to a folder on another disk."
+            f"{wanted or '/tmp'}: no temporary file can be written ({error.strerror or error}). Free space there, or "
+            "set TMPDIR to a folder on another disk."
         ) from None
+    if wanted and Path(used).resolve() != Path(wanted).resolve():
+        return [f"{wanted} (TMPDIR): full, missing or not writable. Temporary files go to {used}."]
+    return []
 
 
 def repair_rwlock(folder: Path) -> list[str]:
