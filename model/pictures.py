@@ -167,6 +167,7 @@ def upright(image):
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales a PPM to 16 bits
         raise MediaError(f"unsupported pixel mode {image.mode}")
     try:
+        _scale_transparent_colour(image)
         image.load()
         if image.mode.startswith("I"):
             image = _from_16_bits(image)
@@ -177,6 +178,14 @@ def upright(image):
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
+
+
+def _scale_transparent_colour(image):
+    """Gives the transparent colour of a PNG with 16 bits per channel the 8 bits that Pillow reads of its pixels."""
+    colour = image.info.get("transparency")
+    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.mode == "RGB" and isinstance(colour, tuple) and is_deep:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _from_16_bits(image):

@@ -60,6 +60,15 @@ def test_a_truncated_dvc_lock_is_explained(folder, share):
         workspace.check(folder)
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, "{a: " * 100_000, "- " * 100_000])
+def test_a_deeply_nested_dvc_lock_is_refused(folder, text):
+    (folder / "dvc.lock").write_text(text)
+    with pytest.raises(
+        UserError, match=r"dvc.lock: not a complete lock file \(more than 50 levels of nesting in line 1"
+    ):
+        workspace.check(folder)
+
+
 def test_files_from_the_future_are_dated_now(folder):
     late = time.time() + 10**7
     os.utime(folder / "params.yaml", (late, late))

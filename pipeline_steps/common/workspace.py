@@ -16,9 +16,10 @@ from pathlib import Path
 import yaml
 
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import MAX_DEPTH, ROOT
 
 PATTERNS = "[]{}*?"  # characters with a meaning in the path patterns of DVC and Snakemake
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MIN_FREE = 50 * 2**20  # bytes
 FUTURE = 60.0  # seconds that a clock may be wrong
 CODE = ("pipeline_steps", "model", "conf", "workflow")
@@ -106,7 +107,9 @@ def check_dvc_lock(path: Path) -> None:
     if not path.exists():
         return
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = path.read_text(encoding="utf-8")
+        check_nesting(text)
+        content = yaml.load(text, Loader=LOADER)
         problem = None if isinstance(content, dict) and "stages" in content else "it has no stages"
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:200]
@@ -115,6 +118,15 @@ def check_dvc_lock(path: Path) -> None:
             f"{path}: not a complete lock file ({problem}). Restore it with `git checkout dvc.lock`, or delete it; "
             "`dvc repro` then takes finished stages from the run cache."
         )
+
+
+def check_nesting(text: str) -> None:
+    """YAMLError for more levels than MAX_DEPTH. The loader in C ends the process at some ten thousand."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels of nesting in line {event.start_mark.line + 1}")
 
 
 def future_files(root: Path) -> list[str]:

@@ -61,6 +61,13 @@ def test_metadata_in_every_split_folder(tmp_path):
     assert found.unreferenced == ["test/more.mp4"]
 
 
+def test_the_column_split_takes_the_names_of_the_folders(tmp_path):
+    media(tmp_path, "val/a.jpg", "b.jpg", "c.jpg")
+    jsonl(tmp_path, row("val/a.jpg", split="val"), row("b.jpg", split="valid"), row("c.jpg", split="Train"))
+    splits = {sample.video_id: sample.split for sample in folder.read(tmp_path, "mine").samples}
+    assert splits == {"val/a.jpg": "validation", "b.jpg": "validation", "c.jpg": "train"}
+
+
 def test_contradicting_splits_stop(tmp_path):
     media(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg")
     jsonl(tmp_path, row("train/a.jpg"), row("test/b.jpg", split="train"))
@@ -90,6 +97,8 @@ def test_contradicting_splits_stop(tmp_path):
         ([1, 2, 3], 2, 1),
         (["2", "3", "4"], 2, 0),
         (["0.5", "1.5"], 1.5, 1),
+        (["1.0", "2.0"], 2, 1),
+        (["1.0", "2.0"], 2.0, 1),
         (["a", "b", "2"], 1, 1),
         (["a", "b", "2"], 1.0, 1),
         (["none", "1", "2"], 1, 1),
