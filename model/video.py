@@ -103,7 +103,7 @@ def _take(piece, index, wanted, image_size, resize_mode, hdr, frames_of):
     taken, before = [], -math.inf
     with _open(piece) as container:
         stream = _prepared(container, index.stream)
-        aspect = _pixel_aspect(stream)
+        aspect, container_colours = _pixel_aspect(stream), _colours(stream.codec_context)  # the decoder changes them
         to_rgb = VideoReformatter()  # reused: its set-up costs more than converting a small frame
         for time, frame in frames_of(container, stream, index, wanted):
             if abs(time - wanted[len(taken)]) > tolerance:
@@ -111,7 +111,7 @@ def _take(piece, index, wanted, image_size, resize_mode, hdr, frames_of):
             if time < before:
                 raise MediaError("frames out of order")
             if time > before:
-                image, pixel_aspect, size = _upright(to_rgb, frame, aspect, hdr)
+                image, pixel_aspect, size = _upright(to_rgb, frame, aspect, hdr, container_colours)
                 picture = square(image, image_size, resize_mode, pixel_aspect)
             taken.append((picture, time, size))
             before = time
@@ -331,9 +331,11 @@ def _decode(packet, stream, start):
             yield stamp * float(stream.time_base) - start, frame
 
 
-def _upright(to_rgb, frame, aspect, hdr):
+def _upright(to_rgb, frame, aspect, hdr, container_colours):
     """(RGB image, pixel aspect ratio, displayed (width, height)) of a decoded frame."""
-    image = _sdr(to_rgb, frame, hdr) if frame.color_trc in TRANSFERS else _rgb(to_rgb, frame)
+    pairs = zip(_colours(frame), container_colours, strict=True)
+    colours = tuple(stored if own == UNSPECIFIED else own for own, stored in pairs)
+    image = _sdr(to_rgb, frame, hdr, *colours) if colours[0] in TRANSFERS else _rgb(to_rgb, frame)
     size = (max(1, round(frame.width * aspect)), frame.height)
     transpose = UPRIGHT.get(_display_signs(frame))
     if transpose is None:
@@ -353,23 +355,28 @@ def _rgb(to_rgb, frame):
     return on_white(image) if has_alpha else image
 
 
-def _sdr(to_rgb, frame, hdr):
+def _colours(source):
+    """(transfer function, primaries, colour space) of a frame or a codec context, as FFmpeg's numbers."""
+    return source.color_trc, source.color_primaries, source.colorspace
+
+
+def _sdr(to_rgb, frame, hdr, transfer, primaries, space):
     """`_rgb` of an HDR frame: tone-mapped, or MediaError."""
     if hdr != "tone_map":
-        raise MediaError(refusal("video", frame.color_trc))
-    primaries = BT2020 if frame.color_primaries == UNSPECIFIED else frame.color_primaries
-    space = BT2020 if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb else frame.colorspace
+        raise MediaError(refusal("video", transfer))
+    primaries = BT2020 if primaries == UNSPECIFIED else primaries
+    space = BT2020 if space == UNSPECIFIED and not frame.format.is_rgb else space
     if primaries not in TO_BT709 or space not in (*HDR_MATRICES, UNSPECIFIED):
         raise MediaError(
-            f"HDR video ({TRANSFERS[frame.color_trc]}) with unsupported colours (primaries {primaries}, matrix {space})"
+            f"HDR video ({TRANSFERS[transfer]}) with unsupported colours (primaries {primaries}, matrix {space})"
         )
     has_alpha = _has_alpha(frame)
     num_channels, name = (4, "rgba64le") if has_alpha else (3, "rgb48le")
-    source = Colorspace.BT2020 if space == BT2020 else None
+    source = None if frame.format.is_rgb else Colorspace.BT2020 if space == BT2020 else Colorspace.ITU709
     plane = to_rgb.reformat(frame, format=name, src_colorspace=source, interpolation=EXACT, threads=1).planes[0]
     codes = np.frombuffer(plane, "<u2").reshape(frame.height, -1)[:, : frame.width * num_channels]
     codes = codes.reshape(frame.height, frame.width, num_channels)
-    image = Image.fromarray(to_sdr(codes[..., :3], frame.color_trc, primaries))
+    image = Image.fromarray(to_sdr(codes[..., :3], transfer, primaries))
     if has_alpha:
         image.putalpha(Image.fromarray((codes[..., 3] >> 8).astype(np.uint8)))
     return on_white(image) if has_alpha else image

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from model import FoveatedVLMProcessor
+from model import FoveatedVLMProcessor, video
 from model.frames import MediaError, read_media
 from model.hdr import BT709, BT2020, P3, to_sdr
 from model.pictures import load_image
@@ -17,11 +17,12 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import FramePolicy, RawSample
 from pipeline_steps.inference import ask
 from pipeline_steps.shards.pack import Settings, pack_shard
-from tests.pipeline_steps.clips import grey_frames, index_row, write_clip
+from tests.pipeline_steps.clips import index_row, write_clip
 
 PQ, HLG = 16, 18
 NAMES = {PQ: "smpte2084", HLG: "arib-std-b67"}
 MATRIX = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # ITU-R BT.2087
+LOSSES = {"libx265": 2, "prores_ks": 5, "libvpx-vp9": 10}  # of 8 bits, by the compression
 FRAME = {"fps": 2.0, "max_frames": 4, "image_size": 64, "resize_mode": "crop"}
 
 
@@ -111,19 +112,23 @@ def test_bt709_and_p3_primaries_are_converted_from_their_own():
 # ---------------------------------------------------------------- files
 
 
-def write_hdr(path, signals, transfer, size=(64, 64), primaries="bt2020", matrix="bt2020nc"):
-    """A 10-bit HEVC clip of grey fields side by side with these signals."""
+def write_hdr(path, signals, transfer, codec="libx265", pix_fmt="yuv420p10le", **tags):
+    """A clip of grey fields side by side with these signals."""
+    tags = {"color_trc": transfer, "color_primaries": BT2020, "colorspace": BT2020, "color_range": 1} | tags
+    options = {"preset": "ultrafast", "x265-params": "lossless=1:log-level=none"} if codec == "libx265" else {}
     with av.open(str(path), "w") as container:
-        tags = f"lossless=1:log-level=none:colorprim={primaries}:transfer={NAMES[transfer]}:colormatrix={matrix}"
-        stream = container.add_stream("libx265", rate=2, options={"preset": "ultrafast", "x265-params": tags})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p10le"
+        stream = container.add_stream(codec, rate=2, options=options)
+        stream.width = stream.height = 64
+        stream.pix_fmt = pix_fmt
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        scale, kind = (2 ** (stream.format.components[0].bits - 8), "<u2" if "10" in pix_fmt else "u1")
         for i in range(4):
-            frame = av.VideoFrame(*size, "yuv420p10le")
-            luma = np.repeat(np.rint(64 + 876 * np.asarray(signals)), size[0] // len(signals))
-            fields = (np.tile(luma, (size[1], 1)), 512, 512)
-            for plane, values in zip(frame.planes, fields, strict=True):
-                row = np.zeros((plane.height, plane.line_size // 2), "<u2")
+            frame = av.VideoFrame(64, 64, pix_fmt)
+            luma = np.repeat(np.rint(scale * (16 + 219 * np.asarray(signals))), 64 // len(signals))
+            fields = (np.tile(luma, (64, 1)), 128 * scale, 128 * scale, 1023)
+            for plane, values in zip(frame.planes, fields, strict=False):
+                row = np.zeros((plane.height, plane.line_size // np.dtype(kind).itemsize), kind)
                 row[:, : plane.width] = values
                 plane.update(row.tobytes())
             frame.pts, frame.time_base = i, Fraction(1, 2)
@@ -133,19 +138,30 @@ def write_hdr(path, signals, transfer, size=(64, 64), primaries="bt2020", matrix
 
 
 @pytest.mark.parametrize(("transfer", "name"), [(PQ, "PQ"), (HLG, "HLG")])
-def test_hdr_video_is_refused_with_a_reason_or_tone_mapped(tmp_path, transfer, name):
+@pytest.mark.parametrize(
+    ("file", "codec", "pix_fmt"),
+    [
+        ("a.mkv", "libx265", "yuv420p10le"),
+        ("a.mp4", "libx265", "yuv420p10le"),
+        ("a.ts", "libx265", "yuv420p10le"),
+        ("8-bit.webm", "libvpx-vp9", "yuv420p"),  # the container has the transfer function, the stream has not
+        ("a.mov", "prores_ks", "yuv422p10le"),  # the container has the colours, the stream says that it has none
+        ("alpha.mov", "prores_ks", "yuva444p10le"),
+    ],
+)
+def test_hdr_video_is_refused_with_a_reason_or_tone_mapped(tmp_path, file, codec, pix_fmt, transfer, name):
     nits = [5, 26, 100, 1_000]
-    clip = write_hdr(tmp_path / "a.mkv", signal(nits, transfer), transfer)
+    clip = write_hdr(tmp_path / file, signal(nits, transfer), transfer, codec, pix_fmt)
     with pytest.raises(MediaError, match=rf"^HDR video \({name}\), convert it to SDR or set hdr to tone_map$"):
         read_media(clip, "video", **FRAME)
     media = read_media(clip, "video", hdr="tone_map", **FRAME)
     assert len(media.frames) == 4
     for frame in media.frames:
         found = np.asarray(frame).astype(int)[32, [8, 24, 40, 56]]
-        assert np.abs(found - np.append(sdr_code(nits[:3]), 255)[:, None]).max() <= 2
+        assert np.abs(found - np.append(sdr_code(nits[:3]), 255)[:, None]).max() <= LOSSES[codec]
 
 
-@pytest.mark.parametrize("changes", [{"primaries": "film"}, {"matrix": "ictcp"}])
+@pytest.mark.parametrize("changes", [{"color_primaries": 8}, {"colorspace": 14}])
 def test_hdr_video_with_other_colours_is_refused(tmp_path, changes):
     clip = write_hdr(tmp_path / "a.mkv", [0.5], PQ, **changes)
     with pytest.raises(MediaError, match=r"^HDR video \(PQ\) with unsupported colours"):
@@ -162,16 +178,14 @@ def test_sdr_video_is_not_changed_by_the_setting(tmp_path):
 
 
 def test_transparent_hdr_video_shows_white(tmp_path):
-    """ProRes 4444 with HLG and transparency."""
-    clip = write_clip(
-        tmp_path / "a.mov",
-        grey_frames(2, 64, 64),
-        codec="prores_ks",
-        pix_fmt="yuva444p10le",
-        options={"profile": "4444"},
-        context={"color_trc": HLG, "color_primaries": BT2020, "colorspace": BT2020},
-    )
-    assert read_media(clip, "video", hdr="tone_map", **FRAME).frames[0].mode == "RGB"
+    """ProRes 4444, black and transparent."""
+    clip = write_hdr(tmp_path / "a.mov", [0.0], HLG, "prores_ks", "yuva444p10le")
+    assert np.asarray(read_media(clip, "video", hdr="tone_map", **FRAME).frames[0]).max() <= 2  # opaque
+    frame = av.VideoFrame(64, 64, "yuva444p10le")
+    for plane, value in zip(frame.planes, (64, 512, 512, 0), strict=True):
+        plane.update(np.full(plane.buffer_size // 2, value, "<u2").tobytes())
+    image = video._sdr(video.VideoReformatter(), frame, "tone_map", HLG, BT2020, BT2020)
+    assert np.asarray(image).min() == 255
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.avif"])
