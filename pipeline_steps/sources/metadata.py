@@ -86,10 +86,7 @@ def read(metadata: Path) -> list[tuple[int, dict]]:
 
 
 def _standard_row(metadata: Path, line: int, row: dict) -> dict:
-    """The row with `conversations` and MEDIA_COLUMNS, as in LLaVA's rows, and other names of splits, under this
-    pipeline's names."""
-    if isinstance(row.get("split"), str):
-        row = {**row, "split": SPLIT_FOLDERS.get(row["split"].casefold(), row["split"])}
+    """The row with `conversations` and MEDIA_COLUMNS, as in LLaVA's rows, under this pipeline's names."""
     if row.get("conversations") is not None:
         if row.get("messages") is not None:
             raise UserError(f"{metadata} line {line}: found both messages and conversations. Keep one of them.")

@@ -61,17 +61,10 @@ def test_metadata_in_every_split_folder(tmp_path):
     assert found.unreferenced == ["test/more.mp4"]
 
 
-def test_the_column_split_takes_the_names_of_the_folders(tmp_path):
-    media(tmp_path, "val/a.jpg", "b.jpg", "c.jpg")
-    jsonl(tmp_path, row("val/a.jpg", split="val"), row("b.jpg", split="valid"), row("c.jpg", split="Train"))
-    splits = {sample.video_id: sample.split for sample in folder.read(tmp_path, "mine").samples}
-    assert splits == {"val/a.jpg": "validation", "b.jpg": "validation", "c.jpg": "train"}
-
-
 def test_contradicting_splits_stop(tmp_path):
     media(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg")
     jsonl(tmp_path, row("train/a.jpg"), row("test/b.jpg", split="train"))
-    with pytest.raises(UserError, match=r"line 2 \(test/b.jpg\): split is 'train', but the folder is test/"):
+    with pytest.raises(UserError, match=r"line 2 \(test/b.jpg\): split is 'train', but the folder is test/, which means 'test'"):
         folder.read(tmp_path, "mine")
     for other in ("test/b.jpg", "c.jpg"):
         jsonl(tmp_path, {"file_names": ["train/a.jpg", other], "caption": "x"})
