@@ -4,12 +4,12 @@
    (ITU-R BT.2408), which is 58 % of the PQ signal and 75 % of the HLG signal
 2. BT.2020 or Display P3 primaries to BT.709; colours outside BT.709 are desaturated at equal luminance
 3. the tone curve of ITU-R BT.2390 from a peak of 1,000 cd/m2 to the reference white, on the largest of R, G, B; all
-   three are scaled alike, which keeps the hue. Light up to 101 cd/m2 stays as it is, more than the peak is white
+   three are scaled alike, which keeps the hue. Light up to 88 cd/m2 stays as it is, more than the peak is white
 4. the inverse of BT.1886 (gamma 2.4), the display function of SDR video
 
 Every step is a table or an operation that IEEE 754 rounds exactly, so pixels are equal on every CPU. FFmpeg's `scale`
-filter could do it too, but assumes a peak of 10,000 cd/m2 where a file has no metadata, so that white becomes mid grey,
-and needs four seconds per clip for its tables. Checkpoints contain this file. Requires numpy.
+filter could do it too, but assumes a peak of 10,000 cd/m2 where a file has no metadata, so that the
+reference white becomes grey (155 of 255), and needs four seconds per clip for its tables. Checkpoints contain this file. Requires numpy.
 """
 
 from functools import cache
