@@ -8,8 +8,9 @@
 4. the inverse of BT.1886 (gamma 2.4), the display function of SDR video
 
 Every step is a table or an operation that IEEE 754 rounds exactly, so pixels are equal on every CPU. FFmpeg's `scale`
-filter could do it too, but assumes a peak of 10,000 cd/m2 where a file has no metadata, so that the
-reference white becomes grey (155 of 255), and needs four seconds per clip for its tables. Checkpoints contain this file. Requires numpy.
+filter could do it too, but assumes a peak of 10,000 cd/m2 where a file has no metadata, so that the reference white
+becomes grey (155 of 255), and needs four seconds per clip for its tables. Checkpoints contain this file. Requires
+numpy.
 """
 
 from functools import cache
