@@ -17,6 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_foveated_vlm import LAYOUTS
 from .frames import read_media
+from .hdr import HDR_MODES
 from .pictures import IMAGE_SUFFIXES, RESIZE_MODES, MediaError, jpeg, square, upright
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
@@ -67,9 +68,10 @@ class FoveatedVLMProcessor(ProcessorMixin):
         bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
         resize_mode: how images are made square: `crop` (shorter side to image_size, centre of the longer one) or
             `letterbox` (longer side to image_size, black bars).
+        hdr: files with PQ or HLG: `refuse` them, or `tone_map` them to SDR.
 
-    Raises ValueError for an option outside its range, an unknown layout or resize_mode, or a tokenizer without chat
-    template.
+    Raises ValueError for an option outside its range, an unknown layout, resize_mode or hdr, or a tokenizer without
+    chat template.
     """
 
     def __init__(
@@ -87,12 +89,15 @@ class FoveatedVLMProcessor(ProcessorMixin):
         visual_token_id=None,
         bos_token_id=None,
         resize_mode="crop",
+        hdr="refuse",
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not one of {', '.join(RESIZE_MODES)}")
+        if hdr not in HDR_MODES:
+            raise ValueError(f"hdr={hdr!r} is not one of {', '.join(HDR_MODES)}")
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template. Pass chat_template")
         self.image_size = _integer("image_size", image_size)
@@ -101,7 +106,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         self.jpeg_quality = None if jpeg_quality is None else _integer("jpeg_quality", jpeg_quality, 100, " or None")
         self.image_replication = _integer("image_replication", image_replication)
         self.tokens_per_frame = _integer("tokens_per_frame", tokens_per_frame)
-        self.system, self.layout, self.resize_mode = system, layout, resize_mode
+        self.system, self.layout, self.resize_mode, self.hdr = system, layout, resize_mode, hdr
         self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
         self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
 
@@ -242,6 +247,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
                     max_frames=self.max_frames,
                     image_size=self.image_size,
                     resize_mode=self.resize_mode,
+                    hdr=self.hdr,
                 )
             except MediaError as error:
                 raise ValueError(f"{os.fspath(video)}: {error.reason}. Pass an intact video or image file") from None

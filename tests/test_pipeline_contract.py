@@ -26,7 +26,13 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
 }
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
 ALSO = {"monitoring": {"training"}, "study": {"report"}}  # counts what a training step computes; collects budgets
-MEDIA = {"model/__init__.py", "model/frames.py", "model/pictures.py", "model/video.py"}  # read without the network
+MEDIA = {
+    "model/__init__.py",
+    "model/frames.py",
+    "model/hdr.py",
+    "model/pictures.py",
+    "model/video.py",
+}  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml")
 ONLY_USED = {"parameters": {"ablation"}, "report": {"seed", "ablation", "report"}}  # the rest: checked or printed

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from model.constants import MODES
+from model.hdr import HDR_MODES
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_bytes
 from pipeline_steps.inference import follow
@@ -52,6 +53,7 @@ def ask(arguments):
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to(choose_device())
+    processor.hdr = arguments.hdr or processor.hdr
     if arguments.follow:
         follow.run(arguments, model, processor)
         return
@@ -77,6 +79,7 @@ def read_arguments():
     parser.add_argument("--mode", choices=MODES, default="autoregressive", help="inference mode")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum length of the answer, in tokens")
     parser.add_argument("--output", type=Path, help="the animation (default: NAME.heatmap.gif in the current folder)")
+    parser.add_argument("--hdr", choices=HDR_MODES, help="media with PQ or HLG (default: as in training)")
     parser.add_argument("--follow", action="store_true", help="--video is still growing: a file, or a folder of frames")
     parser.add_argument("--every", type=int, help="with --follow: answer after so many frames (default: at the end)")
     parser.add_argument("--idle", type=float, help="with --follow: end after so many seconds without growth (10)")

@@ -30,8 +30,9 @@ from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
-CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
+CODE = ("model/frames.py", "model/hdr.py", "model/pictures.py", "model/video.py")
+CODE += ("pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
+CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
 LIBRARIES = (
     "av",
@@ -77,6 +78,7 @@ def make_settings(section, raw_dir):
     frames = FramePolicy(
         image_size=section.image_size,
         resize_mode=section.resize_mode,
+        hdr=section.hdr,
         fps=section.fps,
         max_frames=section.max_frames,
         jpeg_quality=section.jpeg_quality,

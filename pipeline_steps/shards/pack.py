@@ -115,6 +115,7 @@ def _load(sample, settings):
         max_frames=settings.frames.max_frames,
         image_size=settings.frames.image_size,
         resize_mode=settings.frames.resize_mode,
+        hdr=settings.frames.hdr,
         parts=sample.parts,
         picture_fps=sample.picture_fps,
         segment=sample.segment,
