@@ -20,7 +20,7 @@ class FoveationOptions:
     target_patches: Tensor | None = None  # bool [F, N], for the query source oracle
     output_attentions: bool = False  # return attention_weights
     output_passes: bool = False  # return every pass over the frames, not only the last one
-    return_logits: bool = False  # return logits (of `forward` only)
+    return_logits: bool = True  # of `forward`: compute logits; False saves the memory of [B, S, V] values
     frame_step: str | None = None  # autoregressive: `graph`, `static` or `dynamic`, see frame_step.py; None: the best
 
     @classmethod

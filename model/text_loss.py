@@ -24,19 +24,25 @@ class TextLossMixin:
         labels: Tensor | None = None,
         visual_tokens: Tensor | None = None,
         return_logits: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> FoveatedVLMOutput:
         """Runs the language model over text and visual tokens; returns the text fields of the output.
 
         input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]. The loss is 0 if there is no labelled token.
+        logits_to_keep, num_items_in_batch: as in `forward`.
         """
         hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
         output = FoveatedVLMOutput()
         if return_logits:
-            output.logits = self.language_model.lm_head(hidden)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits, output.last_hidden_state = self.language_model.lm_head(hidden[:, kept]), hidden
         if labels is None:
             return output
         asked, losses, correct = self._token_losses(hidden, labels)
         output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
+        if num_items_in_batch is not None and len(losses):
+            output.loss = losses.sum() / num_items_in_batch
         output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
         output.token_loss[:, 1:][asked] = losses.detach()
         output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)

@@ -58,6 +58,7 @@ class TrainingModel(nn.Module):
             target_patches=batch.target_patches,
             output_attentions=self.needs.attention_weights,
             output_passes=True,
+            return_logits=False,
         )
         outputs = Outputs(self.network, self.mode, options, reference=reference)
         if self.needs.text:
