@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class LoadingMixin:
-    """`from_backbones`, `from_pretrained` and `resize_token_embeddings` of `FoveatedVLMForConditionalGeneration`."""
+    """Loading, saving and embeddings of `FoveatedVLMForConditionalGeneration`."""
 
     @classmethod
     def from_backbones(cls, vision_path: str | Path, language_path: str | Path, **options):
@@ -56,6 +56,12 @@ class LoadingMixin:
                 f"from_backbones(..., visual_token_id={new_num_tokens}) or a larger id"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **options)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **options):

@@ -33,20 +33,20 @@ class TextLossMixin:
         logits_to_keep, num_items_in_batch: as in `forward`.
         """
         hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
-        output = FoveatedVLMOutput()
+        output = FoveatedVLMOutput()  # a dict in the order of assignment, loss and logits first
+        if labels is not None:
+            asked, losses, correct = self._token_losses(hidden, labels)
+            output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
+            if num_items_in_batch is not None and len(losses):
+                output.loss = losses.sum() / num_items_in_batch
         if return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits, output.last_hidden_state = self.language_model.lm_head(hidden[:, kept]), hidden
-        if labels is None:
-            return output
-        asked, losses, correct = self._token_losses(hidden, labels)
-        output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
-        if num_items_in_batch is not None and len(losses):
-            output.loss = losses.sum() / num_items_in_batch
-        output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
-        output.token_loss[:, 1:][asked] = losses.detach()
-        output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)
-        output.correct[:, 1:][asked] = correct
+        if labels is not None:
+            output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
+            output.token_loss[:, 1:][asked] = losses.detach()
+            output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)
+            output.correct[:, 1:][asked] = correct
         return output
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
