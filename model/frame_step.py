@@ -85,7 +85,7 @@ def step_obstacle(model) -> str | None:
         if _has_hooks(module):
             return "forward hooks are registered on layers, which the step does not call"
         if "in_features" in own and type(module) is not nn.Linear:
-            kind = f"{type(module).__module__}.{type(module).__name__}"
+            kind = f"{type(module).__name__} of {type(module).__module__}"
             return f"a linear layer is a {kind}, not torch's Linear (adapters: merge_and_unload() merges them)"
     return None
 

@@ -300,7 +300,7 @@ def test_only_labelled_positions_are_projected_to_the_vocabulary():
         "evaluation": lambda: scoring.forward(model, own, "fine"),
     }
     assert {name: projected_rows(model, call) for name, call in calls.items()} == {name: [labelled] for name in calls}
-    assert projected_rows(model, lambda: model(**batch)) == [batch["input_ids"].numel(), labelled]
+    assert projected_rows(model, lambda: model(**batch)) == [labelled, batch["input_ids"].numel()]
 
 
 @torch.no_grad()
