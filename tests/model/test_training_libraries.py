@@ -98,10 +98,11 @@ def test_accumulated_batches_take_the_step_of_the_whole_one(tmp_path):
         torch.testing.assert_close(value, models[1][name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_sft_trainer_takes_a_step_on_frames(made, tmp_path):
+@pytest.mark.parametrize("adapters", [False, True])
+def test_sft_trainer_takes_a_step_on_frames(made, tmp_path, adapters):
     processor = FoveatedVLMProcessor.from_pretrained(made.checkpoint)
     model = FoveatedVLMForConditionalGeneration.from_pretrained(made.checkpoint)
-    before = model.planner.weight.clone()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     collator = documented_collator(processor)
     arguments = SFTConfig(
         output_dir=str(tmp_path),
@@ -114,12 +115,18 @@ def test_sft_trainer_takes_a_step_on_frames(made, tmp_path):
     )
     data = Dataset.from_list(questions(made))
     data = {"train_dataset": data, "eval_dataset": data, "data_collator": collator}
-    own = SFTTrainer(model, arguments, **data, processing_class=processor.tokenizer)
+    settings = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=PROJECTIONS) if adapters else None
+    own = SFTTrainer(model, arguments, **data, processing_class=processor.tokenizer, peft_config=settings)
     own.train()
-    assert not torch.equal(before, model.planner.weight)
+    trained = own.model.state_dict()
+    if adapters:
+        assert any(value.any() for name, value in trained.items() if "lora_B" in name)  # zeros at the start
+        assert torch.equal(before["planner.weight"], own.model.get_base_model().planner.weight)
+    else:
+        assert not torch.equal(before["planner.weight"], trained["planner.weight"])
     found = own.evaluate()["eval_loss"]
     with torch.no_grad():
-        assert found == pytest.approx(float(model.eval()(**collator(questions(made))).loss), abs=1e-4)
+        assert found == pytest.approx(float(own.model.eval()(**collator(questions(made))).loss), abs=1e-4)
 
 
 def test_the_documented_collator_labels_the_answer_and_nothing_else(made):
