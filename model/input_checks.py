@@ -133,6 +133,22 @@ def _check_values(config, input_ids, attention_mask, num_frames, frames: int, la
         )
 
 
+def check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values) -> None:
+    """Raises ValueError for arguments that the library's other models take and `forward` does not support."""
+    if inputs_embeds is not None or input_ids is None:
+        raise ValueError(
+            "forward needs input_ids, not inputs_embeds: the frames belong to the placeholders of input_ids. Adapters "
+            "that add embeddings to the prompt (prompt tuning) are not supported; use LoRA"
+        )
+    if past_key_values is not None or use_cache:
+        raise ValueError(
+            "forward keeps no key-value cache (use_cache, past_key_values): call generate, or stream to go on from a "
+            "cache. Adapters that fill a cache (prefix tuning) are not supported; use LoRA"
+        )
+    if output_hidden_states:
+        raise ValueError("forward returns last_hidden_state, not output_hidden_states. Leave it out")
+
+
 def check_left_padded(attention_mask: Tensor) -> None:
     """Raises ValueError if a sample ends in padding, from which generation would continue."""
     ends = attention_mask[:, -1].bool()

@@ -15,6 +15,7 @@ autoregressive   frame by frame: the query of frame t is planned from frames 0..
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
 from .frame_step import choose_step, continues_from_cache, step_through_frames
-from .input_checks import check_cache, check_inputs, check_left_padded, check_room
+from .generation_checks import GenerationChecksMixin, check_generation
+from .input_checks import check_cache, check_inputs, check_left_padded, check_library_arguments, check_room
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
 from .options import FoveationOptions
@@ -39,7 +41,13 @@ from .visual_sequence import TIME_FEATURES, VisualSequence, sinusoids
 
 
 class FoveatedVLMForConditionalGeneration(
-    LoadingMixin, TextLossMixin, PreferenceMixin, StreamingMixin, PreTrainedModel, GenerationMixin
+    LoadingMixin,
+    TextLossMixin,
+    PreferenceMixin,
+    StreamingMixin,
+    GenerationChecksMixin,
+    PreTrainedModel,
+    GenerationMixin,
 ):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
@@ -47,6 +55,7 @@ class FoveatedVLMForConditionalGeneration(
     input_modalities = ("video", "text")
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # for the library's Trainer: `forward` takes num_items_in_batch
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config: FoveatedVLMConfig):
@@ -326,7 +335,7 @@ class FoveatedVLMForConditionalGeneration(
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_frames: Tensor | None = None,
@@ -334,29 +343,47 @@ class FoveatedVLMForConditionalGeneration(
         frame_times: Tensor | None = None,
         mode: str = "fine",
         options: FoveationOptions | dict | None = None,
-    ) -> FoveatedVLMOutput:
-        """Encodes the frames in one of the modes and computes the loss of the labelled tokens.
+        *,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values=None,
+    ) -> FoveatedVLMOutput | tuple:
+        """Encodes the frames in one of the modes, computes logits and the loss of the labelled tokens.
 
         input_ids [B, S] with P placeholders per frame, attention_mask [B, S] (1 = real token; default all),
         pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with
         IGNORE_INDEX at tokens without a loss, frame_times [F] seconds since the start of each clip. options: override
-        the configuration.
+        the configuration; `return_logits` False leaves out the logits.
 
-        Raises ValueError if placeholders and frames do not match, there is text between frames, a limit is exceeded, or
-        a mode or query source is unknown.
+        As in the library's models: logits_to_keep, logits of the last so many positions (0: all) or of these positions
+        (an integer tensor); num_items_in_batch, what the sum of the losses is divided by (default: the number of
+        labelled tokens); output_attentions, the option of this name; return_dict, False for a tuple.
+        output_hidden_states, use_cache, inputs_embeds and past_key_values are not supported and must be off.
+
+        Raises ValueError if placeholders and frames do not match, there is text between frames, a limit is exceeded, a
+        mode or query source is unknown, or an argument is not supported.
         """
+        check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values)
         options = FoveationOptions.of(options)
+        if output_attentions:
+            options = replace(options, output_attentions=True)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         frames = (pixel_values, num_frames)
         check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
         passes = self._passes(text, input_ids, attention_mask, *frames, frame_times, mode, options)
         last = passes[-1] if passes else FrameTokens(None)
-        output = self._score(text, last.visual_tokens, labels is not None, options.return_logits, options.loss_only)
+        wanted = (options.return_logits, options.loss_only, logits_to_keep, num_items_in_batch)
+        output = self._score(text, last.visual_tokens, labels is not None, *wanted)
         output.visual_tokens, output.queries = last.visual_tokens, last.queries
         output.attention_weights = last.attention_weights
         output.passes = passes if options.output_passes else None
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     # ---- answering
 
@@ -377,7 +404,8 @@ class FoveatedVLMForConditionalGeneration(
 
         `input_ids` [B, S] must be left-padded. The other arguments are those of `forward`.
 
-        Raises ValueError as in `forward`, and for padding on the right.
+        Raises ValueError as in `forward`, for padding on the right, and for a way to generate that needs the ids of the
+        whole prompt or a cache of the caller's (`generation_checks.py`).
         """
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -387,9 +415,10 @@ class FoveatedVLMForConditionalGeneration(
         check_inputs(self.config, input_ids, attention_mask, *frames, None, frame_times, mode, options)
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
         others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
+        check_generation(settings, others)
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
-        read = passes[-1].read if passes and continues_from_cache(settings, others) else None
+        read = passes[-1].read if passes and continues_from_cache(settings) else None
         prompt = read.prompt(self, input_ids, attention_mask, settings.max_new_tokens) if read else None
         if prompt is None:
             visual_tokens = passes[-1].visual_tokens if passes else None

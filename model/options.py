@@ -24,7 +24,7 @@ class FoveationOptions:
     output_passes: bool = False  # return every pass over the frames, not only the last one
     text: PackedText | None = None  # of `packed_text`, shared by calls for one batch; None: made in the call
     loss_only: bool = False  # of `forward`: no token_loss and no correct
-    return_logits: bool = False  # return logits (of `forward` only)
+    return_logits: bool = True  # of `forward`: compute logits; False saves the memory of [B, S, V] values
     frame_step: str | None = None  # autoregressive: `graph`, `static` or `dynamic`, see frame_step.py; None: the best
 
     @classmethod

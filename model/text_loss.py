@@ -28,27 +28,41 @@ class TextLossMixin:
         return_logits: bool = False,
         text: PackedText | None = None,
         loss_only: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> FoveatedVLMOutput:
         """Runs the language model over text and visual tokens; returns the text fields of the output.
 
         input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]; text: their `packed_text`.
-        The loss is 0 if there is no labelled token. loss_only: without token_loss and correct.
+        The loss is 0 if there is no labelled token. loss_only: without token_loss and correct. logits_to_keep,
+        num_items_in_batch: as in `forward`.
         """
         text = text or self.packed_text(input_ids, attention_mask, labels=labels)
-        return self._score(text, visual_tokens, labels is not None, return_logits, loss_only)
+        wanted = (return_logits, loss_only, logits_to_keep, num_items_in_batch)
+        return self._score(text, visual_tokens, labels is not None, *wanted)
 
     def _score(
-        self, text: PackedText, visual_tokens: Tensor | None, has_labels: bool, return_logits: bool, loss_only: bool
+        self,
+        text: PackedText,
+        visual_tokens: Tensor | None,
+        has_labels: bool,
+        return_logits: bool,
+        loss_only: bool,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
     ) -> FoveatedVLMOutput:
         hidden, places = text.hidden_states(visual_tokens), text.places
-        output = FoveatedVLMOutput()
+        output = FoveatedVLMOutput()  # a dict in the order of assignment, loss and logits first
+        if has_labels:
+            losses, correct = self._token_losses(hidden, places, loss_only)
+            output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
+            if num_items_in_batch is not None and len(losses):
+                output.loss = losses.sum() / num_items_in_batch
         if return_logits:
-            output.logits = places.spread(self.language_model.lm_head(hidden), places.index)
-        if not has_labels:
-            return output
-        losses, correct = self._token_losses(hidden, places, loss_only)
-        output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
-        if not loss_only:
+            whole = places.spread(hidden, places.index)  # [B, S, E], zeros at padding
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits, output.last_hidden_state = self.language_model.lm_head(whole[:, kept]), whole
+        if has_labels and not loss_only:
             output.token_loss = places.spread(losses.detach(), places.label_index)
             output.correct = places.spread(correct, places.label_index)
         return output

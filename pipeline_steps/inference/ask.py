@@ -154,7 +154,7 @@ def animation(model, processor, inputs, mode, question, answer):
     from pipeline_steps.inference import drawing, gaze
 
     with torch.inference_mode():
-        options = {"generator": generator(model), "output_attentions": True}
+        options = {"generator": generator(model), "output_attentions": True, "return_logits": False}
         output = model(**inputs.to(model.device), mode=mode, options=options)
     maps = gaze.attention_maps(output.attention_weights.float().cpu().numpy())[-1]  # [F, N]
     clip = drawing.Clip(

@@ -76,8 +76,6 @@ class Batch(Text):
     def to(self, device) -> "Batch":
         """Return a copy on another device, with normalised frames."""
         moved = super().to(device)
-        if moved.pixel_values.is_floating_point():
-            return moved
         return replace(moved, pixel_values=normalise(moved.pixel_values))
 
     def inputs(self) -> dict[str, Tensor]:
@@ -85,7 +83,7 @@ class Batch(Text):
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
-            "pixel_values": self.pixel_values,
+            "pixel_values": normalise(self.pixel_values),
             "num_frames": self.num_frames,
             "frame_times": self.frame_times,
         }
@@ -134,7 +132,10 @@ class Batch(Text):
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [F, 3, height, width] -> float32, normalised as the processor does, on the device of the pixels."""
+    """uint8 [F, 3, height, width] -> float32, normalised as the processor does, on the device of the pixels. Floats are
+    normalised already."""
+    if pixels.is_floating_point():
+        return pixels
     mean, std = _statistics(pixels.device)
     return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
 

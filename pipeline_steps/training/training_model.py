@@ -61,6 +61,7 @@ class TrainingModel(nn.Module):
             loss_only=True,
             output_attentions=self.needs.attention_weights,
             output_passes=True,
+            return_logits=False,
         )
         outputs = Outputs(self.network, self.mode, options, reference=reference)
         if self.needs.text:

@@ -44,7 +44,8 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
 
 def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
     """The network's output for a batch with its labels. options: of `FoveationOptions`."""
-    options = FoveationOptions(target_patches=batch.target_patches, text=text_of(run.model, batch), **options)
+    text = text_of(run.training_model.network, batch)
+    options = FoveationOptions(target_patches=batch.target_patches, text=text, return_logits=False, **options)
     return run.training_model.infer(**batch.inputs(), labels=batch.labels, mode=mode, options=options)
 
 

@@ -73,7 +73,8 @@ def counted(config, sample, backward=False, **options):
     network = FoveatedVLMForConditionalGeneration(config).train(backward)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is unknown to the counter
-        loss = network(**with_options(batch_of(config, sample) | options)).loss
+        arguments = batch_of(config, sample) | {"return_logits": False} | options
+        loss = network(**with_options(arguments)).loss
         if backward:
             loss.backward()
     return counter.get_total_flops()
