@@ -115,9 +115,10 @@ def make_plan(name, study, flops=None, before=None):
     return plan
 
 
-def jobs_of(stages, parameters, code):
-    """{stage: `Job`} of one cell, every job after those that it needs."""
-    jobs = {}
+def jobs_of(stages, parameters, code, targets=TARGETS, libraries=None):
+    """{stage: `Job`} of one cell, every job after those that it needs. targets: the last stages; libraries: {name:
+    version} of what results may depend on, None: those installed."""
+    jobs, libraries = {}, libraries or {library: version(library) for library in LIBRARIES}
 
     def add(name):
         if name in jobs:
@@ -131,13 +132,13 @@ def jobs_of(stages, parameters, code):
             {path: value_of(parameters, path) for path in stage.params},
             list(own_code.items()),
             {path: job.key for path, job in inputs.items()},
-            {library: version(library) for library in LIBRARIES},
+            libraries,
         )
         links = {path: (job.stage, job.key) for path, job in inputs.items()}
         jobs[name] = Job(name, key, stage.command, parameters, links, own_code, stage.outs)
         return jobs[name]
 
-    for target in TARGETS:
+    for target in targets:
         add(target)
     return jobs
 
