@@ -1,22 +1,22 @@
 """Pretrained backbones on the world of objects: data, training, evaluation and a table of arms and seeds.
 
     python -m benchmarks.natural --cutouts CUTOUTS                              arms none, A6 and B1 on a GPU
-    python -m benchmarks.natural --cutouts CUTOUTS --minutes 9.5                in pieces: repeat until it says "finished"
+    python -m benchmarks.natural --cutouts CUTOUTS --minutes 9.5                a piece: repeat until it says "finished"
     python -m benchmarks.natural --cutouts CUTOUTS --preset cpu --arms none A6  112 px, 3,200 samples, one core
 
 Needs the backbones of `make pretrained` (--pretrained names another folder with vision_encoder and language_model) and
-a folder of cut-outs (docs/world_objects.md; without --cutouts the photographs of tuxpaint are downloaded). The recipe is
-conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters.
+a folder of cut-outs (docs/world_objects.md; without --cutouts the photographs of tuxpaint are downloaded). The recipe
+is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters.
 
-The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is made
-once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other stages
-from their start. Results, in --output/results: runs.csv and items.parquet as of a study, summary.json (learning curves,
+The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
+made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other
+stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, summary.json (learning curves,
 accuracy with blind and chance, gaze against chance), README.md with its tables, and heatmaps of every run.
 
 Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without it, copy plan.json, which
 `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and evaluation need torch,
 transformers, pydantic, pyarrow, PyYAML and pandas; heatmaps, left out where it is missing, Matplotlib.
-Cost: meant for 25 minutes of one H100 for three arms and one seed, which nobody has measured; CPU: about an hour an arm.
+Cost: meant for 25 minutes of one H100 for three arms and one seed (not measured yet); on a CPU about an hour an arm.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from pipeline_steps.common.snakemake import stop_with_parent
 from pipeline_steps.study import job as study_job
 from pipeline_steps.study.collect import MODE, collect, finished
 from pipeline_steps.study.design import TRAINING_STAGES, Cell, Seeds, parameters_of
-from pipeline_steps.study.plan import LIBRARIES, TARGETS, Plan, Run, folder_of, jobs_of, read_stages
+from pipeline_steps.study.plan import LIBRARIES, TARGETS, Job, Plan, Run, folder_of, jobs_of, read_stages
 
 PRESETS = {"gpu": "objects", "cpu": "objects_cpu"}  # conf/data/
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
@@ -115,15 +115,10 @@ def read_plan(path: Path, wanted: dict) -> Plan:
             f"{path}: a plan of other work ({'; '.join(other)}), and Hydra is not installed here. Write it again with "
             "--dry-run, from the same code and inputs."
         )
-    from pipeline_steps.study.plan import Job
-
-    jobs = [
-        Job(
-            **job
-            | {"inputs": {name: tuple(maker) for name, maker in job["inputs"].items()}, "outs": tuple(job["outs"])}
-        )
-        for job in content["jobs"]
-    ]
+    jobs = []
+    for job in content["jobs"]:
+        makers = {path: tuple(maker) for path, maker in job["inputs"].items()}
+        jobs.append(Job(**job | {"inputs": makers, "outs": tuple(job["outs"])}))
     runs = [Run(**run) for run in content["runs"]]
     return Plan(content["study"], content["commit"], runs, [], {(job.stage, job.key): job for job in jobs})
 

@@ -46,7 +46,8 @@ MAX_LISTED = 20  # quarantined samples shown in the terminal
 def build(section, raw_dir, output, num_processes=None):
     """Run the stage on `raw_dir`/index.jsonl. Returns the ShardsManifest written to `output`/manifest.json.
 
-    num_processes: as of `pack`. Raises UserError for an invalid index, leaks between splits, too many damaged media or failed jobs.
+    num_processes: as of `pack`. Raises UserError for an invalid index, leaks between splits, too many damaged media or
+    failed jobs.
     """
     index = read_index(Path(raw_dir) / "index.jsonl", section.seed)
     splits = assign_splits(index, section.validation_share, section.test_share)
