@@ -10,8 +10,8 @@ is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters.
 
 The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
 made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other
-stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, summary.json (learning curves,
-accuracy with blind and chance, gaze against chance), README.md with its tables, and heatmaps of every run.
+stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, summary.json (learning
+curves, accuracy with blind and chance, gaze against chance), README.md with its tables, and heatmaps of every run.
 
 Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without it, copy plan.json, which
 `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and evaluation need torch,
