@@ -10,8 +10,10 @@ is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters.
 
 The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
 made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other
-stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, summary.json (learning
-curves, accuracy with blind and chance, gaze against chance), README.md with its tables, and heatmaps of every run.
+stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, scores.json (learning
+curves, accuracy with blind and chance, gaze against chance), scores.md with its tables, and heatmaps of every run.
+--keep NAME copies them to reports/study/NAME, which the report shows, with comparisons of the arms as in any study and
+heatmap.png, a clip of the first run: as docs/heatmap.png it is the README's picture.
 
 Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without it, copy plan.json, which
 `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and evaluation need torch,
@@ -44,8 +46,9 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.snakemake import stop_with_parent
 from pipeline_steps.study import job as study_job
 from pipeline_steps.study.collect import MODE, collect, finished
-from pipeline_steps.study.design import TRAINING_STAGES, Cell, Seeds, parameters_of
-from pipeline_steps.study.plan import LIBRARIES, TARGETS, Job, Plan, Run, folder_of, jobs_of, read_stages
+from pipeline_steps.study.design import TRAINING_STAGES, Cell, Seeds, Study, parameters_of
+from pipeline_steps.study.plan import LIBRARIES, RESULTS, TARGETS, Job, Plan, Run, folder_of, jobs_of, read_stages
+from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW
 
 PRESETS = {"gpu": "objects", "cpu": "objects_cpu"}  # conf/data/
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
@@ -321,13 +324,36 @@ def write_results(plan: Plan, output: Path) -> list[str]:
         return []
     collect(plan, output, results)
     summaries = [summarise(run, output) for run in done]
-    write_json(results / "summary.json", summaries)
-    write_text(results / "README.md", "\n".join(line for entry in summaries for line in tables(entry)) + "\n")
+    write_json(results / "scores.json", summaries)
+    write_text(results / "scores.md", "\n".join(line for entry in summaries for line in tables(entry)) + "\n")
     for run in done:
         drawn = output / folder_of(HEATMAPS, run.jobs.get(HEATMAPS, "")) / "reports/heatmaps"
         if HEATMAPS in run.jobs and any(drawn.glob("*.png")):
             shutil.copytree(drawn, results / run.name, dirs_exist_ok=True)
     return [run.name for run in done]
+
+
+def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) -> Path:
+    """Copies the results of the finished runs, but for most pictures, to `studies`/name and compares the arms there;
+    returns the folder."""
+    from pipeline_steps.study.summary import write_summary  # needs Matplotlib
+
+    results, folder = output / "results", studies / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("runs.csv", "items.parquet", "scores.json", "scores.md"):
+        shutil.copyfile(results / file, folder / file)
+    drawn = [results / run.name / "overview.png" for run in plan.runs]
+    for picture in [path for path in drawn if path.exists()][:1]:
+        shutil.copyfile(picture, folder / "heatmap.png")
+    groups = {"gaze": GAZE_KINDS, "reading": tuple(kind for kind in KINDS if kind not in GAZE_KINDS)}
+    study = Study(
+        question="How do the arms compare on photographic objects, with pretrained backbones?",
+        arms={run.arm: {} for run in plan.runs},
+        seeds=tuple({run.name.split("-seed")[1]: Seeds(**run.seeds) for run in plan.runs}.values()),
+        groups=groups | {"gaze, new names": tuple(f"{kind}{NEW}" for kind in GAZE_KINDS)},
+    )
+    write_summary(name, study, studies)
+    return folder
 
 
 def tables(entry: dict) -> list[str]:
@@ -361,6 +387,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--pretrained", type=Path, default=default_output(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="default: outputs/natural/PRESET")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of every run")
+    parser.add_argument("--keep", metavar="NAME", help="copy the results to reports/study/NAME")
     parser.add_argument("--dry-run", action="store_true", help="write plan.json and list the jobs")
     arguments = parser.parse_args()
     arguments.device = arguments.device or DEVICES[arguments.preset]
@@ -409,6 +436,8 @@ def main() -> int:
         is_finished = False
     names = write_results(plan, arguments.output)
     print(f"{len(names)} of {len(plan.runs)} runs: {arguments.output / 'results'}")
+    if arguments.keep and names:
+        print(f"kept in {keep(plan, arguments.output, arguments.keep)}")
     print("finished" if is_finished else "stopped: run the same command to continue")
     return 0 if is_finished else STOPPED
 

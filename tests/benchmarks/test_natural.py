@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import natural
 from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
 from tests import drawings
 
@@ -114,16 +115,47 @@ def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, ca
     results = tmp_path / "output/results"
     (row,) = pd.read_csv(results / "runs.csv").to_dict("records")
     assert (row["run"], row["arm"], row["training_samples"]) == ("none-x1-seed1.1.1", "none", 48)
-    (summary,) = json.loads((results / "summary.json").read_text())
+    (summary,) = json.loads((results / "scores.json").read_text())
     assert set(summary["tasks"]) == {*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)}
     assert set(GAZE_KINDS) <= set(summary["gaze"])
     assert all(0 < gaze["chance"] < 1 for gaze in summary["gaze"].values())
     assert all(len(summary["curves"][stage]["train"]) == 2 for stage in ("stage1", "stage2", "stage3"))
-    assert "|become|" in (results / "README.md").read_text()
+    assert "|become|" in (results / "scores.md").read_text()
     assert (results / row["run"] / "overview.png").exists()
     capsys.readouterr()
     assert run() == 0
     assert "0 of 10 jobs to do" in capsys.readouterr().out
+
+
+def row(run, tasks, accuracy):
+    """What `natural.keep` reads of a row of runs.csv."""
+    seeds = {f"{kind}_seed": value for kind, value in run.seeds.items()}
+    budget = {"training_samples": 10, "training_flops": 1e9, "training_seconds": 5.0, "attempts": 1, "converged": True}
+    budget |= {"commit": "c0ffee", "validation_loss_change": 0.0, "blind_accuracy": 0.1, "parameters": "0"}
+    scores = {"mean_token_accuracy": accuracy, "exact_match_accuracy": accuracy, "mean_loss": 1.0}
+    named = {f"accuracy_{task}": accuracy for task in tasks} | {f"exact_match_{task}": accuracy for task in tasks}
+    return {"run": run.name, "arm": run.arm, "budget": run.budget, **seeds, **budget, **scores, **named}
+
+
+def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
+    plan = natural.make_plan(arguments)
+    results = arguments.output / "results"
+    (results / plan.runs[0].name).mkdir(parents=True)
+    (results / plan.runs[0].name / "overview.png").write_bytes(b"picture")
+    tasks = [*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)]
+    accuracy = {"none": 0.8, "A6": 0.6, "B1": 0.7}
+    table = pd.DataFrame([row(run, tasks, accuracy[run.arm]) for run in plan.runs])
+    table.to_csv(results / "runs.csv", index=False)
+    for name in ("items.parquet", "scores.json", "scores.md"):
+        (results / name).write_text("")
+    folder = natural.keep(plan, arguments.output, "objects", tmp_path / "studies")
+    assert (folder / "heatmap.png").read_bytes() == b"picture"
+    summary = StudySummary.model_validate_json((folder / "summary.json").read_text())
+    assert {(entry.arm, entry.group) for entry in summary.comparisons} == {
+        (arm, group) for arm in ("A6", "B1") for group in ("gaze", "reading", "gaze, new names")
+    }
+    assert all(len(entry.differences) == 2 for entry in summary.comparisons)
+    assert summary.comparisons[0].differences[0] == pytest.approx(0.2 if summary.comparisons[0].arm == "A6" else 0.1)
 
 
 @pytest.mark.slow
