@@ -11,6 +11,7 @@ seconds and 0.5 GB for an embedded checkpoint.
 
 import argparse
 import io
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from pipeline_steps.inference import follow
 
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
+WORLDS = {"procedural": "the world of moving digits", "objects": "the world of objects"}  # sources that are rendered
+WITHOUT_FRAMES = ("chat",)  # sources of text-only samples
 SEED = 1  # for random query sources: the animation repeats the queries that produced the answer
 
 
@@ -52,6 +55,8 @@ def ask(arguments):
 
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
+    if text := notice(arguments.checkpoint):
+        print(text, file=sys.stderr)
     model.to(choose_device())
     processor.hdr = arguments.hdr or processor.hdr
     if arguments.follow:
@@ -117,6 +122,18 @@ def check(arguments):
         raise UserError(f"{output}: --output and --video are the same file. Give --output another name.")
     check_outputs(files=[output])
     return output
+
+
+def notice(checkpoint):
+    """A line that says which rendered worlds the model was trained on, if training.json, which its training wrote,
+    records these and nothing else with frames; None if there are other sources, or no record."""
+    path = checkpoint / "training.json"
+    sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {}) if path.exists() else {}
+    shown = {name: count for name, count in sources.items() if name not in WITHOUT_FRAMES}
+    if not shown or not shown.keys() <= WORLDS.keys():
+        return None
+    listed = " and ".join(f"{WORLDS[name]} ({count:,} samples)" for name, count in shown.items())
+    return f"note: this model has seen no pictures but those of {listed}. Do not rely on its answers about others."
 
 
 def stream_answer(model, processor, inputs, mode, max_new_tokens):
