@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .pictures import RESIZE_MODES, MediaError, jpeg, load_image, square, upright

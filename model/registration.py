@@ -1,6 +1,7 @@
 """Registers the classes of this package with the Auto classes of transformers."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # without torchvision
 
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .image_processing_foveated_vlm import FoveatedVLMImageProcessor

@@ -7,7 +7,8 @@ import os
 
 import numpy as np
 from PIL import Image
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import VideosKwargs
 
 from .frames import read_media

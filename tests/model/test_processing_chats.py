@@ -12,7 +12,8 @@ import threading
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, pipeline
+from transformers import AutoProcessor, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # without torchvision
 
 from model import FoveatedVLMProcessor
 from pipeline_steps.common import params
