@@ -58,6 +58,7 @@ def _standard(message, number: int, control_tokens: list[str]) -> dict:
         )
     if not media:
         return {**message, "content": text}
+    text = text_without_placeholders(text)  # the parts say which media there are
     places = "".join(MEDIA[part["type"]] for part in media)
     return {**message, "content": [*media, {"type": "text", "text": places + text}]}
 
@@ -76,6 +77,11 @@ def _medium(part: dict, kind: str, where: str) -> dict:
 def placeholders(text: str) -> list[str]:
     """ "image" or "video" for each placeholder, in order."""
     return [token.strip("<>") for token in PLACEHOLDER.findall(text)]
+
+
+def text_without_placeholders(text: str) -> str:
+    """A question without placeholders, as the training data's."""
+    return INNER.sub("", LEADING.sub("", text)).strip()
 
 
 def without_placeholders(chat: str, control_tokens: list[str]) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from .chat_messages import (
     VIDEO_TOKEN,
     placeholders,
     standard_messages,
+    text_without_placeholders,
     without_placeholders,
 )
 from .configuration_foveated_vlm import LAYOUTS
@@ -279,6 +280,15 @@ class FoveatedVLMProcessor(ProcessorMixin):
         conversations = conversations if is_batch else conversations[0]
         return super().apply_chat_template(conversations, template, return_tensors=return_tensors, **options)
 
+    def check_question(self, question: str) -> None:
+        """ValueError if a question contains a control token of the chat: questions of strangers must not write turns."""
+        control = [token for token in self.tokenizer.all_special_tokens if token in question]
+        if control:
+            raise ValueError(
+                f"text: {question!r} contains the control token {control[0]}. Pass the question only; the processor "
+                "applies the chat template"
+            )
+
     def pixel_values(self, video) -> np.ndarray:
         """Frames of one video, in any form that `videos` of a call may have, as the model sees them: float32
         [T, 3, image_size, image_size]."""
@@ -294,7 +304,10 @@ class FoveatedVLMProcessor(ProcessorMixin):
     def _sample(self, number, text, kinds, images, videos, times, still, moving) -> tuple:
         """(ids int64 [S], frames uint8 [T, side, side, 3], times float32 [T]) of one text with its media."""
         media = {"image": images, "video": videos}
-        if kinds or (isinstance(text, str) and self._is_chat(text)):
+        is_chat = isinstance(text, str) and self._is_chat(text)
+        if not is_chat and len(kinds) == len(images) + len(videos):
+            kinds = kinds if kinds.count("image") == len(images) else []  # LLaVA writes <image> for videos, too
+        elif kinds or is_chat:
             for kind, token in MEDIA.items():
                 if kinds.count(kind) != len(media[kind]):
                     raise ValueError(
@@ -335,7 +348,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         control = self.tokenizer.all_special_tokens
         if not self._is_chat(text):
             if placeholders(text):
-                text = without_placeholders(text, [])[0]
+                text = text_without_placeholders(text)
             chat, end = self._chat_of_question(text.strip())
         elif placeholders(text):
             chat, end = without_placeholders(text, control)
@@ -350,12 +363,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
     def _chat_of_question(self, question: str) -> tuple[str, int]:
         """(the chat up to the answer, where the question ends in it)."""
-        control = [token for token in self.tokenizer.all_special_tokens if token in question]
-        if control:
-            raise ValueError(
-                f"text: {question!r} contains the control token {control[0]}. Pass the question only; the processor "
-                "applies the chat template"
-            )
+        self.check_question(question)
         if not question:
             raise ValueError("text: expected a question beside the placeholders, found none")
         before = self._chat(PROBE).partition(PROBE)[0]

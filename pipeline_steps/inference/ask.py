@@ -52,6 +52,10 @@ def ask(arguments):
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to(choose_device())
+    try:
+        processor.check_question(arguments.question)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if arguments.follow:
         follow.run(arguments, model, processor)
         return

@@ -128,6 +128,8 @@ def test_a_rendered_chat_is_taken_with_its_media(made, processor, still):
             assert_same(dict(processor(text=chat, videos=videos)), expected)
     assert_same(dict(processor(text=[rendered], videos=[[str(made.video)]])), expected)
     assert_same(dict(processor(text=f"<video>\n{QUESTION}", videos=made.video)), expected)
+    assert_same(dict(processor(text=f"<image>\n{QUESTION}", videos=made.video)), expected)  # as LLaVA writes it
+    assert_same(dict(applied(processor, asked("video", made.video, f"<video>\n{QUESTION}"))), expected)
     both = dict(processor(text=[rendered, QUESTION], videos=[made.video, None], images=[None, still]))
     assert both["num_frames"].tolist() == [FRAMES.max_frames, STILL_FRAMES]
     same = dict(processor(text=[rendered, "<image>" + QUESTION], videos=[made.video], images=[still]))
