@@ -281,7 +281,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         return super().apply_chat_template(conversations, template, return_tensors=return_tensors, **options)
 
     def check_question(self, question: str) -> None:
-        """ValueError if a question contains a control token of the chat: questions of strangers must not write turns."""
+        """ValueError if a question contains a control token of the chat, with which it could write turns."""
         control = [token for token in self.tokenizer.all_special_tokens if token in question]
         if control:
             raise ValueError(
