@@ -11,8 +11,10 @@ from importlib import import_module
 _CLASSES = {
     "FoveatedVLMConfig": "configuration_foveated_vlm",
     "FoveatedVLMForConditionalGeneration": "modeling_foveated_vlm",
+    "FoveatedVLMImageProcessor": "image_processing_foveated_vlm",
     "FoveatedVLMOutput": "outputs",
     "FoveatedVLMProcessor": "processing_foveated_vlm",
+    "FoveatedVLMVideoProcessor": "video_processing_foveated_vlm",
     "FoveationOptions": "options",
 }
 __all__ = list(_CLASSES)

@@ -1,39 +1,45 @@
-"""The processor: questions and videos -> tensors for `forward` and `generate`.
+"""The processor: chats with images and videos -> tensors for `forward` and `generate`.
 
-Shapes: B questions, S sequence, T frames of one video, F frames of the whole batch, P visual tokens per frame. Frames
+Shapes: B samples, S sequence, T frames of one video, F frames of the whole batch, P visual tokens per frame. Frames
 are sampled, resized and compressed as in the training data (model/frames.py), and the chat format is that of the
 training data. A question therefore gives the same tensors as in the pipeline.
 """
 
 import inspect
-import io
-import math
-import os
-from numbers import Integral, Real
 
 import numpy as np
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
+from .chat_messages import (
+    IMAGE_TOKEN,
+    MEDIA,
+    TEXTS_ONLY,
+    VIDEO_TOKEN,
+    placeholders,
+    standard_messages,
+    text_without_placeholders,
+    without_placeholders,
+)
 from .configuration_foveated_vlm import LAYOUTS
-from .frames import read_media
-from .hdr import HDR_MODES
-from .pictures import IMAGE_SUFFIXES, RESIZE_MODES, MediaError, jpeg, square, upright
+from .image_processing_foveated_vlm import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    FoveatedVLMImageProcessor,
+    normalise,
+    positive_integer,
+)
+from .video_processing_foveated_vlm import FoveatedVLMVideoProcessor, is_frames
 
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
-IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 PROBE = "\N{REPLACEMENT CHARACTER}"
-
-
-def normalise(frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [F, height, width, 3] -> normalised float32 [F, 3, height, width] for DINOv2, written to `out` if given."""
-    if out is None:
-        out = np.empty((len(frames), 3, *frames.shape[1:3]), np.float32)
-    out[:] = frames.transpose(0, 3, 1, 2)  # channels first makes the rest several times faster
-    out *= 1 / 255
-    out -= IMAGE_MEAN[:, None, None]
-    out /= IMAGE_STD[:, None, None]
-    return out
+MEDIA_OPTIONS = (
+    "image_size",
+    "resize_mode",
+    "jpeg_quality",
+    "hdr",
+    "fps",
+    "max_frames",
+)  # of the image and video processor
+PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: None, "do_not_pad": None}
 
 
 def visual_places(
@@ -51,7 +57,7 @@ def visual_places(
 
 
 class FoveatedVLMProcessor(ProcessorMixin):
-    """Tokenizer, chat template and frame sampling of a FoveatedVLM checkpoint, as in its training.
+    """Tokenizer, chat template, image and video processor of a FoveatedVLM checkpoint, as in its training.
 
     Args:
         tokenizer: tokenizer of the language model, with a chat template.
@@ -61,7 +67,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         max_frames: largest number of frames sampled from a video file.
         jpeg_quality: 1 to 100, JPEG compression of the frames as in the training data; None: no compression.
         image_replication: number of frames that an image is repeated to.
-        system: system message of the chat; "": default of the chat template.
+        system: system message of chats that bring none, as in training; "": default of the chat template.
         layout: of the model, `question_first` or `vision_first`.
         tokens_per_frame: of the model, the number of placeholders per frame.
         visual_token_id: of the model, the id of the placeholder; None: the first id after the tokenizer's.
@@ -73,6 +79,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
     Raises ValueError for an option outside its range, an unknown layout, resize_mode or hdr, or a tokenizer without
     chat template.
     """
+
+    image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN  # placeholders in rendered chats
 
     def __init__(
         self,
@@ -94,21 +102,49 @@ class FoveatedVLMProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
-        if resize_mode not in RESIZE_MODES:
-            raise ValueError(f"resize_mode={resize_mode!r} is not one of {', '.join(RESIZE_MODES)}")
-        if hdr not in HDR_MODES:
-            raise ValueError(f"hdr={hdr!r} is not one of {', '.join(HDR_MODES)}")
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template. Pass chat_template")
-        self.image_size = _integer("image_size", image_size)
-        self.fps = _positive("fps", fps)
-        self.max_frames = _integer("max_frames", max_frames)
-        self.jpeg_quality = None if jpeg_quality is None else _integer("jpeg_quality", jpeg_quality, 100, " or None")
-        self.image_replication = _integer("image_replication", image_replication)
-        self.tokens_per_frame = _integer("tokens_per_frame", tokens_per_frame)
-        self.system, self.layout, self.resize_mode, self.hdr = system, layout, resize_mode, hdr
+        self.image_processor = FoveatedVLMImageProcessor(image_size, resize_mode, jpeg_quality, hdr=hdr)
+        self.video_processor = FoveatedVLMVideoProcessor(
+            image_size, resize_mode, jpeg_quality, hdr=hdr, fps=fps, max_frames=max_frames
+        )
+        self.image_replication = positive_integer("image_replication", image_replication)
+        self.tokens_per_frame = positive_integer("tokens_per_frame", tokens_per_frame)
+        self.system, self.layout = system, layout
         self.visual_token_id = len(tokenizer) if visual_token_id is None else visual_token_id
+        self.image_token_id = self.video_token_id = self.visual_token_id
         self.bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
+        tokenizer.padding_side = "left"  # for pipelines, which pad batches themselves, and then generate
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def image_size(self) -> int:
+        return self.video_processor.image_size
+
+    @property
+    def resize_mode(self) -> str:
+        return self.video_processor.resize_mode
+
+    @property
+    def jpeg_quality(self) -> int | None:
+        return self.video_processor.jpeg_quality
+
+    @property
+    def hdr(self) -> str:
+        return self.video_processor.hdr
+
+    @hdr.setter
+    def hdr(self, hdr: str) -> None:
+        self.image_processor.hdr = self.video_processor.hdr = hdr
+
+    @property
+    def fps(self) -> float:
+        return self.video_processor.fps
+
+    @property
+    def max_frames(self) -> int:
+        return self.video_processor.max_frames
 
     @classmethod
     def for_model(cls, config, tokenizer, **options) -> "FoveatedVLMProcessor":
@@ -124,74 +160,229 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """The saved processor. Options of `FoveatedVLMProcessor` in `kwargs` override the saved ones."""
+        """The saved processor. Options of `FoveatedVLMProcessor` in `kwargs` override the saved ones.
+
+        ValueError if the configuration of the image or video processor was changed in one of the files only.
+        """
         names = [name for name in inspect.signature(cls).parameters if name != "tokenizer"]
         # transformers would also pass them to the config
         given = {name: kwargs.pop(name) for name in names if name in kwargs}
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor._check_files(pretrained_model_name_or_path, kwargs)
         if not given:
             return processor
         return cls(processor.tokenizer, **({name: getattr(processor, name) for name in names} | given))
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers. preprocessor_config.json and video_preprocessor_config.json are written too, for
+        AutoImageProcessor and AutoVideoProcessor."""
+        for part in (self.image_processor, self.video_processor):
+            part.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict:
+        found = super().to_dict() | {name: getattr(self, name) for name in MEDIA_OPTIONS}
+        return dict(sorted(found.items()))
+
+    def _check_files(self, place, kwargs: dict) -> None:
+        readers = {
+            "preprocessor_config.json": (self.image_processor, "get_image_processor_dict"),
+            "video_preprocessor_config.json": (self.video_processor, "get_video_processor_dict"),
+        }
+        where = {
+            name: value for name, value in kwargs.items() if name in ("revision", "token", "cache_dir", "subfolder")
+        }
+        for file, (part, read) in readers.items():
+            try:
+                found = getattr(type(part), read)(place, **where)[0]
+            except OSError:
+                continue  # saved before these files were
+            for name, value in part.to_dict().items():
+                if not name.endswith("_type") and name != "auto_map" and found.get(name, value) != value:
+                    raise ValueError(
+                        f"{place}: {name} is {found[name]!r} in {file}, but {value!r} by processor_config.json. Change "
+                        "both files"
+                    )
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
 
-    def __call__(self, text, videos=None, frame_times=None, return_tensors: str | None = "pt") -> BatchFeature:
-        """Tensors for one question or a list of B questions, each with a video, an image or neither.
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        *,
+        frame_times=None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        truncation: bool = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+        text_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        videos_kwargs: dict | None = None,
+        **options,
+    ) -> BatchFeature:
+        """Tensors for one text or a list of B texts, each with images, videos or neither.
 
-        text: a str or a list of str. videos: for one question a path of a video or image file, a list of PIL images
-        (the frames), one PIL image, a uint8 array [T, height, width, 3], or None; for a list of questions a list of
-        these. Frames passed as images or arrays are all used, regardless of `fps` and `max_frames`. frame_times:
-        seconds of each such frame since the start of its clip (for a list of questions a list of such lists or None);
-        by default they are 1 / `fps` apart. The times of a file are read from the file.
+        text: a question, around which the chat is written, or a chat rendered by `apply_chat_template`, with a
+        placeholder for every medium; a str or a list of str. images: for one text an image or a list of images (PIL
+        image, uint8 array [height, width, 3], path, URL or base64), for a list of texts a list with one entry (image,
+        list or None) per text, or with one image per placeholder. videos: likewise; a video is a path or URL of a video
+        or image file, a list of PIL images or arrays (its frames), a uint8 array [T, height, width, 3], or a PIL image.
+        Frames passed as images or arrays are all used, regardless of `fps` and `max_frames`. frame_times: seconds of
+        each such frame since the start of its clip (for a list of texts a list of such lists or None); by default they
+        are 1 / `fps` apart. The times of a file are read from the file.
 
-        Returns input_ids and attention_mask int64 [B, S], left-padded, num_frames int64 [B], and, where there are
-        frames, pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for
-        an empty question or one with a control token, a file that cannot be read, or frames of another form.
+        padding, padding_side, truncation (keeps the first max_length tokens), max_length, pad_to_multiple_of and
+        return_tensors are those of tokenizers. options, text_kwargs, images_kwargs and videos_kwargs may hold them and
+        `image_size`, `resize_mode`, `jpeg_quality`, `fps` and `max_frames` for this call.
+
+        Returns input_ids and attention_mask int64 [B, S], num_frames int64 [B], and, where there are frames,
+        pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for an empty
+        question or one with a control token, placeholders that do not match the media, a file that cannot be read,
+        frames of another form, or truncation of visual tokens.
         """
-        given = [frame_times] if isinstance(text, str) else frame_times
-        questions, videos = _as_batch(text, videos)
-        given = [None] * len(videos) if given is None else given
-        if len(given) != len(videos):
-            raise ValueError(
-                f"frame_times has {len(given)} entries for {len(videos)} videos. Pass one entry, or None, per video"
-            )
-        frames, times = zip(*(self._frames(*pair) for pair in zip(videos, given, strict=True)), strict=True)
-        rows = [self._ids(question, len(shown)) for question, shown in zip(questions, frames, strict=True)]
-        length = max(map(len, rows))
-        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        batch = {
-            "input_ids": np.stack([np.pad(row, (length - len(row), 0), constant_values=pad_id) for row in rows]),
-            "attention_mask": np.stack([np.arange(length) >= length - len(row) for row in rows]).astype(np.int64),
-            "num_frames": np.array([len(shown) for shown in frames], np.int64),
+        layout = {
+            "padding": padding,
+            "padding_side": padding_side,
+            "truncation": truncation,
+            "max_length": max_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "return_tensors": return_tensors,
         }
+        asked = {**options, **(text_kwargs or {})}
+        layout |= {name: asked.pop(name) for name in layout if name in asked}
+        still, moving = self._media_processors(asked, images_kwargs or {}, videos_kwargs or {}, audio)
+        texts, times = ([text], [frame_times]) if isinstance(text, str) else (text, frame_times)
+        if not isinstance(texts, list | tuple):
+            raise ValueError(f"text: expected a question or a list of questions, found {type(text).__name__} {text!r}")
+        is_single, kinds = isinstance(text, str), [placeholders(t) if isinstance(t, str) else [] for t in texts]
+        own_videos = _per_text("video", videos, is_single, kinds)
+        own_images = _per_text("image", images, is_single, kinds)
+        times = [None] * len(texts) if times is None else times
+        if len(times) != len(texts):
+            raise ValueError(
+                f"frame_times has {len(times)} entries for {len(texts)} videos. Pass one entry, or None, per video"
+            )
+        samples = [
+            self._sample(number, *sample, still, moving)
+            for number, sample in enumerate(zip(texts, kinds, own_images, own_videos, times, strict=True))
+        ]
+        batch = self._padded([ids for ids, _, _ in samples], layout)
+        frames = [shown for _, shown, _ in samples]
+        batch["num_frames"] = np.array([len(shown) for shown in frames], np.int64)
         if batch["num_frames"].any():
             batch["pixel_values"] = normalise(np.concatenate([shown for shown in frames if len(shown)]))
-            batch["frame_times"] = np.concatenate(times)
-        return BatchFeature(batch, tensor_type=return_tensors)
+            batch["frame_times"] = np.concatenate([seconds for _, _, seconds in samples])
+        return BatchFeature(batch, tensor_type=layout["return_tensors"])
 
-    def pixel_values(self, video) -> np.ndarray:
-        """Frames of one video, in any form that `videos` of a call may have, as the model sees them: float32
-        [T, 3, image_size, image_size]."""
-        return normalise(self._frames(video, None)[0])
+    def apply_chat_template(self, conversation, chat_template=None, *, return_tensors="pt", **options):
+        """As in transformers, for a conversation or a list of conversations, with images and videos in the contents.
 
-    def pictures(self, pixel_values) -> np.ndarray:
-        """pixel_values [F, 3, height, width] -> images for drawing: uint8 [F, height, width, 3]."""
-        scaled = np.asarray(pixel_values).transpose(0, 2, 3, 1) * IMAGE_STD + IMAGE_MEAN
-        return np.clip(scaled * 255, 0, 255).round().astype(np.uint8)
+        A conversation without a system message gets the one of the training. Another `chat_template` must take contents
+        that are texts. Returns the rendered text; with `tokenize=True` the ids, or with `return_dict=True` all tensors.
+        Raises ValueError for a message of another form, and as a call does.
+        """
+        is_batch = _is_batch(conversation)
+        conversations = [
+            standard_messages(getattr(messages, "messages", messages), self.system, self.tokenizer.all_special_tokens)
+            for messages in (conversation if is_batch else [conversation])
+        ]
+        template = TEXTS_ONLY + (chat_template or self.chat_template)
+        conversations = conversations if is_batch else conversations[0]
+        return super().apply_chat_template(conversations, template, return_tensors=return_tensors, **options)
 
-    def _ids(self, question: str, num_frames: int) -> np.ndarray:
-        """Token ids of the chat up to the answer, with placeholders: int64 [S]."""
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"text: expected a question, found {question!r}")
-        question = question.strip()
+    def check_question(self, question: str) -> None:
+        """ValueError if a question contains a control token of the chat, with which it could write turns."""
         control = [token for token in self.tokenizer.all_special_tokens if token in question]
         if control:
             raise ValueError(
                 f"text: {question!r} contains the control token {control[0]}. Pass the question only; the processor "
                 "applies the chat template"
             )
+
+    def pixel_values(self, video) -> np.ndarray:
+        """Frames of one video, in any form that `videos` of a call may have, as the model sees them: float32
+        [T, 3, image_size, image_size]."""
+        return normalise(self._video(video, None, self.video_processor)[0])
+
+    def pictures(self, pixel_values) -> np.ndarray:
+        """pixel_values [F, 3, height, width] -> images for drawing: uint8 [F, height, width, 3]."""
+        scaled = np.asarray(pixel_values).transpose(0, 2, 3, 1) * IMAGE_STD + IMAGE_MEAN
+        return np.clip(scaled * 255, 0, 255).round().astype(np.uint8)
+
+    # ---- one sample
+
+    def _sample(self, number, text, kinds, images, videos, times, still, moving) -> tuple:
+        """(ids int64 [S], frames uint8 [T, side, side, 3], times float32 [T]) of one text with its media."""
+        media = {"image": images, "video": videos}
+        is_chat = isinstance(text, str) and self._is_chat(text)
+        if not is_chat and len(kinds) == len(images) + len(videos):
+            kinds = kinds if kinds.count("image") == len(images) else []  # LLaVA writes <image> for videos, too
+        elif kinds or is_chat:
+            for kind, token in MEDIA.items():
+                if kinds.count(kind) != len(media[kind]):
+                    raise ValueError(
+                        f"text {number} has {kinds.count(kind)} placeholders {token} for {len(media[kind])} {kind}s. "
+                        f"Pass one {kind} for each"
+                    )
+        order = kinds or ["image"] * len(images) + ["video"] * len(videos)
+        left = {"image": iter(images), "video": iter(videos)}
+        if times is not None and len(order) != 1:
+            raise ValueError(f"frame_times: {len(times)} times for {len(order)} images and videos. Pass them for one")
+        shown = []
+        for kind in order:
+            if kind == "video":
+                shown.append(self._video(next(left[kind]), times, moving))
+                continue
+            frames = still.frames([still.square(next(left[kind]))]).repeat(self.image_replication, axis=0)
+            shown.append((frames, np.zeros(len(frames), np.float32)))
+        if not shown:
+            shown = [(np.zeros((0, self.image_size, self.image_size, 3), np.uint8), np.zeros(0, np.float32))]
+        frames, seconds = (np.concatenate(parts) for parts in zip(*shown, strict=True))
+        return self._ids(text, len(frames)), frames, seconds
+
+    def _video(self, video, times, moving) -> tuple[np.ndarray, np.ndarray]:
+        """(frames, times) of a video as by `FoveatedVLMVideoProcessor.read`, stills replicated."""
+        frames, seconds, is_still = moving.read(video, times)
+        repeats = self.image_replication if is_still else 1
+        return frames.repeat(repeats, axis=0), seconds.repeat(repeats)
+
+    def _is_chat(self, text: str) -> bool:
+        """Whether a text is a rendered chat: chats begin with a control token, questions do not."""
+        return text.lstrip().startswith(tuple(self.tokenizer.all_special_tokens))
+
+    def _ids(self, text: str, num_frames: int) -> np.ndarray:
+        """Token ids of a rendered chat, or of the chat of a question up to the answer, with visual placeholders: int64
+        [S]."""
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text: expected a question, found {text!r}")
+        control = self.tokenizer.all_special_tokens
+        if not self._is_chat(text):
+            if placeholders(text):
+                text = text_without_placeholders(text)
+            chat, end = self._chat_of_question(text.strip())
+        elif placeholders(text):
+            chat, end = without_placeholders(text, control)
+        else:
+            chat, end = text, len(text)
+        encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        question_end = next((i for i, start in enumerate(starts) if start >= end), len(starts))
+        num_places = num_frames * self.tokens_per_frame
+        at, places = visual_places(self.layout, num_places, question_end, self.visual_token_id, self.bos_token_id)
+        return np.insert(np.asarray(encoded["input_ids"], np.int64), at, places)
+
+    def _chat_of_question(self, question: str) -> tuple[str, int]:
+        """(the chat up to the answer, where the question ends in it)."""
+        self.check_question(question)
+        if not question:
+            raise ValueError("text: expected a question beside the placeholders, found none")
         before = self._chat(PROBE).partition(PROBE)[0]
         chat = self._chat(question)
         if not chat.startswith(before + question):
@@ -199,12 +390,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
                 f"the chat template changes the question {question!r} and gives {chat!r}. Use a template that inserts "
                 "it unchanged"
             )
-        encoded = self.tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        end = len(before) + len(question)
-        question_end = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= end)
-        num_places = num_frames * self.tokens_per_frame
-        at, places = visual_places(self.layout, num_places, question_end, self.visual_token_id, self.bos_token_id)
-        return np.insert(np.asarray(encoded["input_ids"], np.int64), at, places)
+        return chat, len(before) + len(question)
 
     def _chat(self, question: str) -> str:
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -213,117 +399,116 @@ class FoveatedVLMProcessor(ProcessorMixin):
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
 
-    def _frames(self, video, given) -> tuple[np.ndarray, np.ndarray]:
-        """(frames uint8 [T, image_size, image_size, 3], times float32 [T]) of one entry of `videos`; T = 0 for None.
-        given: its entry of `frame_times`."""
-        if video is None:
-            return np.zeros((0, self.image_size, self.image_size, 3), np.uint8), np.zeros(0, np.float32)
-        pictures, times, is_still = self._pictures(video)
-        if given is not None:
-            if times is not None or len(given) != len(pictures):
-                found = "a file or an image, which has its own" if times is not None else f"{len(pictures)} frames"
-                raise ValueError(
-                    f"frame_times: {len(given)} times for {found}. Pass one time per frame, for frames only"
-                )
-            times = given
-        elif times is None:
-            times = [number / self.fps for number in range(len(pictures))]
-        times = np.asarray(times, np.float32)
-        frames = np.stack([np.asarray(self._compressed(picture)) for picture in pictures])
-        repeats = self.image_replication if is_still else 1
-        return frames.repeat(repeats, axis=0), times.repeat(repeats)
+    # ---- options and batches
 
-    def _pictures(self, video) -> tuple[list[Image.Image], list | None, bool]:
-        """(square RGB images, their times in seconds or None, whether it is a single image)."""
-        if isinstance(video, str | os.PathLike):
-            if os.path.isdir(video):
-                raise ValueError(f"{os.fspath(video)} is a folder. Pass a file")
-            is_still = os.path.splitext(video)[1].lower() in IMAGE_SUFFIXES
-            try:
-                media = read_media(
-                    video,
-                    "image" if is_still else "video",
-                    fps=self.fps,
-                    max_frames=self.max_frames,
-                    image_size=self.image_size,
-                    resize_mode=self.resize_mode,
-                    hdr=self.hdr,
-                )
-            except MediaError as error:
-                raise ValueError(f"{os.fspath(video)}: {error.reason}. Pass an intact video or image file") from None
-            return media.frames, media.timestamps, is_still
-        if isinstance(video, Image.Image):
-            return [self._square(video)], [0.0], True
-        if not isinstance(video, list | tuple) and not _is_rgb(np.asarray(video), 4):
-            raise _wrong_form(video)
-        pictures = [self._square(frame) for frame in video]
-        if not pictures:
-            raise ValueError("videos: found 0 frames, expected at least one. Pass None for a question without a video")
-        return pictures, None, False
+    def _media_processors(self, asked: dict, images_kwargs: dict, videos_kwargs: dict, audio) -> tuple:
+        """(image processor, video processor) with the options of this call. ValueError for what is not supported."""
+        own = {name: asked.pop(name) for name in MEDIA_OPTIONS if name in asked}
+        asked.pop("add_special_tokens", None)  # the chat template writes them
+        wrong = {name: value for name, value in (asked | {"audio": audio}).items() if value not in (None, False)}
+        if videos_kwargs.get("do_sample_frames", asked.get("do_sample_frames")) is False:
+            wrong["do_sample_frames"] = False
+        if wrong.pop("do_sample_frames", True) is False:
+            raise ValueError("do_sample_frames=False: files are sampled. Pass decoded frames to use all of them")
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__} does not support {', '.join(sorted(wrong))}. Leave it out or correct its name"
+            )
+        still, moving = own | images_kwargs, own | videos_kwargs
+        moving.pop("do_sample_frames", None)
+        still = {name: value for name, value in still.items() if name not in ("fps", "max_frames")}
+        return _changed(self.image_processor, still), _changed(self.video_processor, moving)
 
-    def _square(self, frame) -> Image.Image:
-        """A PIL image or array [height, width, 3], made square as in the training data."""
-        if isinstance(frame, Image.Image):
-            try:
-                return square(upright(frame), self.image_size, self.resize_mode)
-            except MediaError as error:
-                raise ValueError(f"videos: PIL image: {error.reason}. Pass an intact 8-bit image") from None
-        array = np.asarray(frame)
-        if not _is_rgb(array, 3):
-            raise _wrong_form(array)
-        return square(Image.fromarray(array), self.image_size, self.resize_mode)
+    def _padded(self, rows: list[np.ndarray], layout: dict) -> dict:
+        """input_ids and attention_mask of the rows: arrays [B, S], or lists without padding."""
+        length, side, how = layout["max_length"], layout["padding_side"] or "left", layout["padding"]
+        if how not in PADDINGS or side not in ("left", "right"):
+            raise ValueError(
+                f"padding={how!r} must be one of {', '.join(map(repr, PADDINGS))}; padding_side={side!r} left or right"
+            )
+        if layout["truncation"] not in (False, None, "do_not_truncate"):
+            rows = [self._truncated(row, length) for row in rows]
+        if PADDINGS[how] is None:
+            masks = [np.ones(len(row), np.int64) for row in rows]
+            if len({len(row) for row in rows}) == 1:
+                return {"input_ids": np.stack(rows), "attention_mask": np.stack(masks)}
+            return {"input_ids": [row.tolist() for row in rows], "attention_mask": [mask.tolist() for mask in masks]}
+        size = max(map(len, rows))
+        if PADDINGS[how] == "max_length":
+            if length is None:
+                raise ValueError("padding='max_length' needs max_length. Pass a number of tokens")
+            size = max(size, length)
+        multiple = layout["pad_to_multiple_of"] or 1
+        size = -(-size // multiple) * multiple
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = np.full((len(rows), size), pad_id, np.int64)
+        mask = np.zeros((len(rows), size), np.int64)
+        for number, row in enumerate(rows):
+            own = slice(size - len(row), None) if side == "left" else slice(len(row))
+            ids[number, own], mask[number, own] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
 
-    def _compressed(self, picture: Image.Image) -> Image.Image:
-        """The image after the JPEG compression of the training data."""
-        return picture if self.jpeg_quality is None else Image.open(io.BytesIO(jpeg(picture, self.jpeg_quality)))
+    def _truncated(self, row: np.ndarray, length: int | None) -> np.ndarray:
+        length = self.tokenizer.model_max_length if length is None else length
+        kept, places = row[:length], int((row == self.visual_token_id).sum())
+        left = int((kept == self.visual_token_id).sum())
+        if left < places:
+            raise ValueError(
+                f"truncation to max_length={length} leaves {left} of {places} visual tokens in a chat of {len(row)} "
+                f"tokens. Raise max_length or lower max_frames"
+            )
+        return kept
 
 
-def _integer(name: str, value, largest=math.inf, otherwise="") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= largest:
-        allowed = "of at least 1" if largest == math.inf else f"from 1 to {largest}"
-        raise ValueError(f"{name}={value!r}, expected an integer {allowed}{otherwise}")
-    return value
+def _changed(part, options: dict):
+    """The image or video processor with other options."""
+    if not options:
+        return part
+    options = {"size" if name == "image_size" else name: value for name, value in options.items()}
+    options.pop("return_tensors", None)
+    saved = {name: value for name, value in part.to_dict().items() if name != "auto_map"}
+    return type(part)(**(saved | options))
 
 
-def _positive(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}, expected a finite number above 0")
-    return value
+def _is_batch(conversation) -> bool:
+    first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+    return isinstance(first, list | tuple) or hasattr(first, "messages")
 
 
-def _is_rgb(array: np.ndarray, ndim: int) -> bool:
-    """Whether an array is uint8 [..., height, width, 3] with `ndim` axes and at least one pixel per frame."""
-    return array.dtype == np.uint8 and array.ndim == ndim and array.shape[-1] == 3 and 0 not in array.shape[-3:]
-
-
-def _wrong_form(video) -> ValueError:
-    return ValueError(
-        f"videos: found {type(video).__name__} of shape {list(np.shape(video))} and type "
-        f"{getattr(video, 'dtype', 'unknown')}, expected a path, PIL images, or an array [frames, height, width, 3] of "
-        "type uint8"
-    )
-
-
-def _as_batch(text, videos) -> tuple[list, list]:
-    """(questions, videos): two lists of equal length."""
-    if isinstance(text, str):
-        single = isinstance(videos, list | tuple) and not _is_frames(videos)  # [path] instead of path
-        return _as_batch([text], videos if single else [videos])
-    if not isinstance(text, list | tuple):
-        raise ValueError(f"text: expected a question or a list of questions, found {type(text).__name__} {text!r}")
-    questions = list(text)
-    videos = [None] * len(questions) if videos is None else videos
-    is_list = hasattr(videos, "__len__") and not isinstance(videos, str)
-    found = len(videos) if is_list else 1
-    if not is_list or found != len(questions) or not questions:
-        raise ValueError(
-            f"{len(questions)} questions but {found} videos. Pass a list with one video (or None) per question"
+def _per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[list]:
+    """The images or videos of every text, from the forms that a call takes. kinds: the placeholders of every text."""
+    if not kinds:
+        raise ValueError(f"0 questions but {0 if media is None else len(media)} {kind}s. Pass at least one question")
+    if media is None:
+        return [[] for _ in kinds]
+    is_list = isinstance(media, list | tuple)
+    if is_single:
+        if not is_list or (kind == "video" and is_frames(media)):
+            return [[media]]
+        nested = (
+            len(media) == 1 and isinstance(media[0], list | tuple) and not (kind == "video" and is_frames(media[0]))
         )
-    return questions, list(videos)
+        own = list(media[0] if nested else media)
+        if kind == "video" and len(own) != 1 and not kinds[0]:
+            raise ValueError(f"1 questions but {len(own)} videos. Pass a list with one video (or None) per question")
+        return [own]
+    counts = [own.count(kind) for own in kinds]
+    is_list = hasattr(media, "__len__") and not isinstance(media, str)
+    flat = is_list and not any(isinstance(own, list | tuple) or own is None for own in media)
+    if flat and sum(counts) == len(media) and sum(counts):  # one for each placeholder
+        left = iter(media)
+        return [[next(left) for _ in range(count)] for count in counts]
+    found = len(media) if is_list else 1
+    if not is_list or found != len(kinds) or not kinds:
+        raise ValueError(
+            f"{len(kinds)} questions but {found} {kind}s. Pass a list with one {kind} (or None) per question"
+        )
+    return [_listed(kind, own) for own in media]
 
 
-def _is_frames(video) -> bool:
-    """Whether this is a list of PIL images or arrays [height, width, 3], which are the frames of one video."""
-    return isinstance(video, list | tuple) and all(
-        isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in video
-    )
+def _listed(kind: str, own) -> list:
+    if own is None:
+        return []
+    if isinstance(own, list | tuple) and not (kind == "video" and own and is_frames(own)):
+        return list(own)
+    return [own]

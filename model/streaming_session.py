@@ -183,6 +183,7 @@ class StreamingSession:
 
     def _text_around_frames(self, question: str) -> tuple[list[int], list[int]]:
         """The chat's ids before and after the frames, as the processor writes them."""
+        self.processor.check_question(question)
         size = self.processor.image_size
         blank = np.zeros((1, size, size, 3), np.uint8)
         ids = self.processor(text=question, videos=blank)["input_ids"][0]

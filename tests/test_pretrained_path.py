@@ -59,7 +59,7 @@ folder = sys.argv[1]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 frames = np.random.default_rng(0).integers(0, 256, (2, 240, 320, 3), dtype=np.uint8)
-inputs = processor("Which digits does red show?", frames)
+inputs = processor(text="Which digits does red show?", videos=frames)
 with torch.no_grad():
     answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
 print(sum(p.numel() for p in model.parameters()), model.dtype, tuple(inputs["pixel_values"].shape), answer.shape[1])

@@ -20,8 +20,12 @@ def save_checkpoint(folder: Path, model, tokenizer_dir: Path, **options) -> None
     The tokenizer is loaded from tokenizer.json as a generic fast tokenizer, because a model-specific tokenizer class
     may split text differently. The saved configurations name no other code than that of the folder.
     """
-    model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # answers end as in training, in any pipeline
+    model.generation_config.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
     FoveatedVLMProcessor.for_model(model.config, tokenizer, **options).save_pretrained(folder)
     strip_code(folder, keep_own=True)
 

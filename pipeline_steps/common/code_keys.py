@@ -17,6 +17,8 @@ KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_
 OWN = {
     "AutoConfig": "configuration_foveated_vlm.FoveatedVLMConfig",
     "AutoModelForImageTextToText": "modeling_foveated_vlm.FoveatedVLMForConditionalGeneration",
+    "AutoImageProcessor": "image_processing_foveated_vlm.FoveatedVLMImageProcessor",
+    "AutoVideoProcessor": "video_processing_foveated_vlm.FoveatedVLMVideoProcessor",
     "AutoProcessor": "processing_foveated_vlm.FoveatedVLMProcessor",
 }
 

@@ -59,6 +59,10 @@ def ask(arguments):
         print(text, file=sys.stderr)
     model.to(choose_device())
     processor.hdr = arguments.hdr or processor.hdr
+    try:
+        processor.check_question(arguments.question)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if arguments.follow:
         follow.run(arguments, model, processor)
         return

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from model import FoveatedVLMForConditionalGeneration, FoveationOptions
+from model.chat_messages import text_without_placeholders
 from model.constants import MODES
 from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
@@ -133,7 +134,9 @@ class FoveatedVLM(lmms):
 
     def _answers(self, batch, options):
         visuals = [self._visual(*arguments[2:6]) for arguments in batch]
-        inputs = self.processor(text=[arguments[0] for arguments in batch], videos=visuals).to(self.device)
+        inputs = self.processor(
+            text=[text_without_placeholders(arguments[0]) for arguments in batch], videos=visuals
+        ).to(self.device)
         room = self.model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         options = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
         end = self.tokenizer.eos_token_id
@@ -156,7 +159,9 @@ class FoveatedVLM(lmms):
         """(text ids, embeddings [1, S, E]) of the chat up to the answer. For a blank context only the opening of the
         answer's turn, without a question."""
         blank = not context.strip() and visual is None
-        inputs = self.processor(text="?" if blank else context, videos=visual).to(self.device)
+        inputs = self.processor(text="?" if blank else text_without_placeholders(context), videos=visual).to(
+            self.device
+        )
         ids = inputs["input_ids"]
         if blank:
             last = last_control_token(self.tokenizer, ids[0].tolist())

@@ -4,7 +4,7 @@
 
 Reads params.yaml, data/shards and data/tokens. stage1 starts from `training.init_from`, which is data/backbones or the
 folder of a finished checkpoint, every other stage from the checkpoint of the previous one. Writes the model with its
-processor and code as a Hugging Face folder to outputs/<stage>, and the learning curves to
+processor, code and model card as a Hugging Face folder to outputs/<stage>, and the learning curves to
 outputs/metrics/<stage>.{csv,json}. An interrupted run resumes from its last checkpoint.
 
 Cost at the embedded scale: one to four minutes per stage on two cores, below 1 GB of memory. Requires only torch,
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from model import FoveatedVLMForConditionalGeneration
-from pipeline_steps.common import checkpoint, params
+from pipeline_steps.common import checkpoint, model_card, params
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import (
@@ -365,7 +365,18 @@ def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, resul
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )
-        write_checksums(folder)
+        write_checksums(folder)  # not of the card, which people edit
+        backbones = arguments.metrics / "backbones.json"
+        card = model_card.model_card(
+            arguments.stage,
+            run.published,
+            result,
+            shards,
+            tokens,
+            run.settings.num_samples,
+            json.loads(backbones.read_text()) if backbones.exists() else None,
+        )
+        model_card.write(folder, card)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -281,7 +281,7 @@ def test_saved_processor_is_the_same(made, processor, tmp_path):
     assert isinstance(again, FoveatedVLMProcessor)
     assert (again.to_dict() | {"auto_map": None}) == (processor.to_dict() | {"auto_map": None})
     assert options_of(again) == FRAMES.model_dump() | {"image_replication": STILL_FRAMES, "system": processor.system}
-    assert_same(dict(again(QUESTION, made.video)), dict(processor(QUESTION, made.video)))
+    assert_same(dict(again(text=QUESTION, videos=made.video)), dict(processor(text=QUESTION, videos=made.video)))
     again.save_pretrained(tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name

@@ -209,13 +209,12 @@ def test_videos_with_transparency_show_white(tmp_path, name, codec, pix_fmt):
 
 
 def test_the_processor_composes_on_white_and_applies_the_orientation(tmp_path):
-    from model.processing_foveated_vlm import FoveatedVLMProcessor
+    from model import FoveatedVLMImageProcessor
 
-    square = FoveatedVLMProcessor._square
-    holder = type("Holder", (), {"image_size": 24, "resize_mode": "letterbox"})()
+    square = FoveatedVLMImageProcessor(24, resize_mode="letterbox").square
     for name, (image, options) in transparent_images().items():
         image.save(tmp_path / name, **options)
         with Image.open(tmp_path / name) as opened:
-            found = np.asarray(square(holder, opened))[8:16]
+            found = np.asarray(square(opened))[8:16]
         assert found[2:-2, 1:7].max() <= 6, name
         assert found[2:-2, 17:23].min() >= 249, name
