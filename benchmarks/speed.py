@@ -203,7 +203,8 @@ class Bench:
         return self.original(piece, num_plans=self.config.num_passes).loss
 
     def _network_loss(self, piece: Batch) -> Tensor:
-        options = FoveationOptions(num_plans=self.config.num_passes, return_logits=False)
+        text = self.network.packed_text(piece.input_ids, piece.attention_mask, places=piece.places)
+        options = FoveationOptions(num_plans=self.config.num_passes, text=text, return_logits=False, loss_only=True)
         return self.network(**piece.inputs(), labels=piece.labels, options=options).loss
 
     def mode(self, mode: str, num_samples: int, num_frames: int) -> dict:

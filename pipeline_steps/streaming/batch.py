@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.packing import BatchPlaces
 from model.image_processing_foveated_vlm import IMAGE_MEAN, IMAGE_STD
+from model.packing import BatchPlaces
 
 TEXT_TENSORS = ("input_ids", "attention_mask", "labels", "score_mask")
 PER_FRAME = {"axis": "frame"}  # metadata of fields whose first axis is F; all others have B
