@@ -114,10 +114,10 @@ def measure(
     torch.manual_seed(0)
     model = FoveatedVLMForConditionalGeneration(config).to(device).eval()
     samples = [make_sample(config, count, image_size, device) for count in frames]
-    result = {}
+    result, options = {}, {"return_logits": False}
     with torch.no_grad():
         for mode in MODES:
-            runs = [lambda sample=sample, mode=mode: model(**sample, mode=mode) for sample in samples]
+            runs = [lambda sample=sample, mode=mode: model(**sample, mode=mode, options=options) for sample in samples]
             times = [seconds(run, device, repeats) for run in runs]
             peaks = [peak_bytes(run, device) for run in runs]
             result[mode] = {

@@ -117,7 +117,7 @@ def line(name, values):
 
 def measure(section, raw, every, folder):
     policy = {"fps": section.fps, "max_frames": section.max_frames, "image_size": section.image_size}
-    policy["resize_mode"] = section.resize_mode
+    policy["resize_mode"], policy["hdr"] = section.resize_mode, section.hdr
     samples = [sample for sample in read_samples(raw / "index.jsonl") if sample.kind != "text"]
     hashes = {}
     for sample in tqdm(samples, desc="hash", mininterval=1):

@@ -39,6 +39,7 @@ def make_section(image_size: int, samples_per_shard: int) -> Section:
     return Section(
         image_size=image_size,
         resize_mode="crop",
+        hdr="refuse",
         fps=2.0,
         max_frames=64,
         jpeg_quality=95,
@@ -92,6 +93,7 @@ def decode(path: Path, section: Section) -> int:
         "max_frames": section.max_frames,
         "image_size": section.image_size,
         "resize_mode": section.resize_mode,
+        "hdr": section.hdr,
     }
     return len(read_media(path, "video", **policy).frames)
 

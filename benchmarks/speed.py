@@ -203,7 +203,7 @@ class Bench:
         return self.original(piece, num_plans=self.config.num_passes).loss
 
     def _network_loss(self, piece: Batch) -> Tensor:
-        options = FoveationOptions(num_plans=self.config.num_passes)
+        options = FoveationOptions(num_plans=self.config.num_passes, return_logits=False)
         return self.network(**piece.inputs(), labels=piece.labels, options=options).loss
 
     def mode(self, mode: str, num_samples: int, num_frames: int) -> dict:
@@ -215,7 +215,8 @@ class Bench:
             with self.autocast():
                 if side == "original":
                     return self.original(padded, mode).loss
-                return self.network(**batch.inputs(), labels=batch.labels, mode=mode).loss
+                options = FoveationOptions(return_logits=False)
+                return self.network(**batch.inputs(), labels=batch.labels, mode=mode, options=options).loss
 
         count = num_samples * num_frames
         return self.compare(partial(run, "original"), partial(run, "network"), count, self.weights())

@@ -14,6 +14,7 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig
 from model.constants import IGNORE_INDEX
+from model.packing import BatchPlaces
 from pipeline_steps.flops.scales import LANGUAGE_MODELS, scaled
 from pipeline_steps.streaming.batch import Batch
 
@@ -132,6 +133,7 @@ def make_batch(
         attention_mask=mask,
         labels=labels,
         score_mask=labels != IGNORE_INDEX,
+        places=BatchPlaces.of(ids, mask, torch.tensor(num_frames), labels, visual_id=config.visual_token_id),
         keys=[str(row) for row in range(len(sizes))],
         num_frames=torch.tensor(num_frames),
         pixel_values=torch.randn(total, 3, side, side, generator=generator),

@@ -81,6 +81,15 @@ class FoveatedVLMConfig(PreTrainedConfig):
 
     model_type = "foveated_vlm"
     sub_configs = {"vision_config": Dinov2Config, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = [  # by the library's Trainer, whose predictions are the logits
+        "token_loss",
+        "correct",
+        "last_hidden_state",
+        "visual_tokens",
+        "queries",
+        "attention_weights",
+        "passes",
+    ]
 
     def __init__(
         self,

@@ -172,7 +172,7 @@ class Layer(nn.Module):
         skip_patches: return the query rows only, for the last layer if nothing uses its patches.
         """
         normed = self.norm1(rows)
-        keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows])
+        keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows].contiguous())  # one copy for both
         if skip_patches:
             rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
         rows, weights = self.read(rows, normed, keys, values, query_attention, num_patch_rows, output_attentions)

@@ -85,7 +85,8 @@ def step_obstacle(model) -> str | None:
         if _has_hooks(module):
             return "forward hooks are registered on layers, which the step does not call"
         if "in_features" in own and type(module) is not nn.Linear:
-            return f"a linear layer is a {type(module).__name__}, not torch's Linear"
+            kind = f"{type(module).__name__} of {type(module).__module__}"
+            return f"a linear layer is a {kind}, not torch's Linear (adapters: merge_and_unload() merges them)"
     return None
 
 
@@ -509,11 +510,10 @@ class FramesRead:
         return tensor.new_zeros(batch_size, *tensor.shape[1:]).index_copy(0, self.rows, tensor)
 
 
-def continues_from_cache(settings, others: dict) -> bool:
-    """Whether `generate` with this GenerationConfig and these other arguments can go on from a filled cache: one
-    sequence per sample (beams and several answers are made by the library from one prompt), with the library's own
-    cache, and up to a number of new tokens."""
+def continues_from_cache(settings) -> bool:
+    """Whether `generate` with this GenerationConfig can go on from a filled cache: one sequence per sample (beams and
+    several answers are made by the library from one prompt), with the library's own cache, and up to a number of new
+    tokens."""
     several = (settings.num_beams or 1) > 1 or (settings.num_return_sequences or 1) > 1
-    own_way = settings.cache_implementation or settings.prompt_lookup_num_tokens or settings.use_cache is False
-    given = {"past_key_values", "assistant_model", "position_ids"} & others.keys()
-    return settings.max_new_tokens is not None and not (several or own_way or given)
+    own_way = settings.cache_implementation or settings.use_cache is False
+    return settings.max_new_tokens is not None and not (several or own_way)

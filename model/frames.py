@@ -41,17 +41,20 @@ class Policy:
     max_frames: int
     image_size: int  # px
     resize_mode: str  # of pictures.RESIZE_MODES
+    hdr: str = "refuse"  # of hdr.HDR_MODES
 
 
-def read_media(path, kind, *, fps, max_frames, image_size, resize_mode, parts=(), picture_fps=None, segment=None):
+def read_media(
+    path, kind, *, fps, max_frames, image_size, resize_mode, hdr="refuse", parts=(), picture_fps=None, segment=None
+):
     """The frames of a medium as Media. Raises MediaError, and ImportError for a video file without PyAV.
 
     path: a media file; with `parts`, ((offset, bytes) ...), a container file such as a tar; or a folder of images,
     sorted by name, hidden files ignored. kind "image": one or several images, all kept; more than max_frames are an
     error. kind "video": one video file, or images that are its frames at `picture_fps` frames per second (None: `fps`).
-    segment: (start, end) in seconds to sample from.
+    segment: (start, end) in seconds to sample from. hdr: of hdr.HDR_MODES, for media with PQ or HLG.
     """
-    policy = Policy(fps, max_frames, image_size, resize_mode)
+    policy = Policy(fps, max_frames, image_size, resize_mode, hdr)
     pieces = _pieces(os.fspath(path), parts)
     if kind == "image":
         return _stills(pieces, policy)
@@ -102,7 +105,7 @@ def _picture_video(pieces, picture_fps, policy, segment):
 def _media_of(pieces, times, duration, policy):
     frames, sizes = [], []
     for piece in pieces:
-        image = load_image(piece.path if piece.offset is None else io.BytesIO(piece.read()))
+        image = load_image(piece.path if piece.offset is None else io.BytesIO(piece.read()), policy.hdr)
         sizes.append(image.size)
         frames.append(square(image, policy.image_size, policy.resize_mode))
     return Media(frames, [round(time, 4) for time in times], round(duration, 4), *sizes[0])
@@ -112,7 +115,8 @@ def _video(piece, policy, segment):
     index = read_index(piece)
     start, end = _bounds(index.duration, segment)
     wanted = choose_times(index.times, start, end, policy)
-    frames, times, sizes = zip(*decode(piece, index, wanted, policy.image_size, policy.resize_mode), strict=True)
+    settings = (policy.image_size, policy.resize_mode, policy.hdr)
+    frames, times, sizes = zip(*decode(piece, index, wanted, *settings), strict=True)
     return Media(list(frames), [round(time, 4) for time in times], round(end - start, 4), *sizes[-1])
 
 

@@ -21,6 +21,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .hdr import HDR_MODES
 from .pictures import RESIZE_MODES, MediaError, jpeg, load_image, square, upright
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # DINOv2's image processor
@@ -43,18 +44,21 @@ def normalise(frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 class FoveatedVLMImagesKwargs(ImagesKwargs, total=False):
     resize_mode: str
     jpeg_quality: int | None
+    hdr: str
 
 
 class SquareFrames:
     """How one frame is made: the options and methods that the image and the video processor share."""
 
-    def _set_options(self, size, resize_mode, jpeg_quality, image_mean, image_std, others: dict) -> dict:
+    def _set_options(self, size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others: dict) -> dict:
         """Checks the options. Returns the attributes to set."""
         side = size.get("height") if isinstance(size, dict) else size
         if isinstance(size, dict) and (set(size) != {"height", "width"} or size["height"] != size["width"]):
             raise ValueError(f"size={size!r}, expected equal height and width: frames are square")
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not one of {', '.join(RESIZE_MODES)}")
+        if hdr not in HDR_MODES:
+            raise ValueError(f"hdr={hdr!r} is not one of {', '.join(HDR_MODES)}")
         for name, given, used in (("image_mean", image_mean, IMAGE_MEAN), ("image_std", image_std, IMAGE_STD)):
             if given is not None and not np.allclose(given, used, atol=1e-6):
                 raise ValueError(f"{name}={given!r}, but the vision encoder was trained with {numbers(used)}")
@@ -69,6 +73,7 @@ class SquareFrames:
             "jpeg_quality": quality,
             "image_mean": numbers(IMAGE_MEAN),
             "image_std": numbers(IMAGE_STD),
+            "hdr": hdr,
             **({"auto_map": others["auto_map"]} if "auto_map" in others else {}),
         }
 
@@ -81,7 +86,7 @@ class SquareFrames:
         """An image, or uint8 array [height, width, 3], made square as in the training data. name: for messages."""
         if isinstance(frame, str | os.PathLike):
             with local_file(frame) as file:
-                frame = opened_image(file, frame)
+                frame = opened_image(file, frame, self.hdr)
         if isinstance(frame, Image.Image):
             try:
                 return square(upright(frame), self.image_size, self.resize_mode)
@@ -109,6 +114,7 @@ class FoveatedVLMImageProcessor(SquareFrames, BaseImageProcessor):
             bars).
         jpeg_quality: 1 to 100, JPEG compression as in the training data; None: no compression.
         image_mean, image_std: those of the vision encoder; others are an error.
+        hdr: files with PQ or HLG: `refuse` them, or `tone_map` them to SDR.
 
     Raises ValueError for an unknown option or a value outside its range.
     """
@@ -118,8 +124,10 @@ class FoveatedVLMImageProcessor(SquareFrames, BaseImageProcessor):
     valid_kwargs = FoveatedVLMImagesKwargs
     jpeg_quality = 95
 
-    def __init__(self, size, resize_mode="crop", jpeg_quality=95, image_mean=None, image_std=None, **others):
-        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, others)
+    def __init__(
+        self, size, resize_mode="crop", jpeg_quality=95, image_mean=None, image_std=None, hdr="refuse", **others
+    ):
+        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others)
         BaseImageProcessor.__init__(self, **options)
 
     def preprocess(self, images, return_tensors: str | None = "pt") -> BatchFeature:
@@ -153,7 +161,7 @@ def local_file(place):
         yield path
 
 
-def opened_image(path: str, name) -> Image.Image:
+def opened_image(path: str, name, hdr: str) -> Image.Image:
     """An upright RGB image from a path, or from base64 with or without `data:`. ValueError with `name` if damaged."""
     encoded = path.partition(",")[2] if path.startswith("data:image/") else path
     file = path
@@ -166,7 +174,7 @@ def opened_image(path: str, name) -> Image.Image:
     elif not os.path.isfile(path):
         raise ValueError(f"{name}: missing file. Pass an intact image file")
     try:
-        return load_image(file)
+        return load_image(file, hdr)
     except MediaError as error:
         raise ValueError(f"{name}: {error.reason}. Pass an intact image file") from None
 

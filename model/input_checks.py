@@ -50,12 +50,6 @@ def check_inputs(
             f"num_frames has {len(num_frames)} entries for {len(input_ids)} samples. Pass the number of frames of each "
             "sample"
         )
-    told = None if num_frames is None else int(num_frames.sum())
-    if (told or 0) != frames:
-        raise ValueError(
-            f"num_frames sums to {told}, but pixel_values has {frames} frames. Concatenate the frames of all samples "
-            "and pass the number of frames of each in num_frames"
-        )
     if frames and not pixel_values.is_floating_point():
         raise ValueError(f"pixel_values has dtype {pixel_values.dtype}, expected normalised floats from the processor")
     if frames and frame_times is not None and tuple(frame_times.shape) != (frames,):
@@ -77,6 +71,36 @@ def check_inputs(
         raise ValueError(
             f"input_ids has {length} tokens, but the language model's context is {limit}. Use fewer frames or a "
             "shorter text"
+        )
+    if options.text is not None:
+        _check_places(config, options.text.places, input_ids, frames)
+        return
+    _check_values(config, input_ids, attention_mask, num_frames, frames, labels)
+
+
+def _check_places(config, places, input_ids, frames: int) -> None:
+    """Raises ValueError unless the indices are those of a batch of this shape. Nothing waits for a GPU."""
+    shown = len(places.visual) / config.tokens_per_frame
+    if tuple(places.shape) != tuple(input_ids.shape) or shown != frames or len(places.time_of_frame) != frames:
+        raise ValueError(
+            f"the packed text is of {list(places.shape)} tokens with {shown:g} frames of {config.tokens_per_frame} "
+            f"visual tokens, but input_ids has shape {list(input_ids.shape)} and there are {frames} frames. Make the "
+            "packed text of this batch"
+        )
+    if places.longest_clip > config.max_num_frames:
+        raise ValueError(
+            f"a sample has {places.longest_clip} frames, the model takes at most {config.max_num_frames} "
+            "(max_num_frames). Sample fewer frames"
+        )
+
+
+def _check_values(config, input_ids, attention_mask, num_frames, frames: int, labels) -> None:
+    """Raises ValueError if values of the arguments do not match each other or the configuration. A GPU waits for it."""
+    told = None if num_frames is None else int(num_frames.sum())
+    if (told or 0) != frames:
+        raise ValueError(
+            f"num_frames sums to {told}, but pixel_values has {frames} frames. Concatenate the frames of all samples "
+            "and pass the number of frames of each in num_frames"
         )
     per_frame = config.tokens_per_frame
     is_visual = input_ids == config.visual_token_id
@@ -107,6 +131,22 @@ def check_inputs(
             f"sample {row} has visual placeholders in {int(starts[row])} blocks, expected 1. Text between frames is "
             "not supported; put it before or after all frames"
         )
+
+
+def check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values) -> None:
+    """Raises ValueError for arguments that the library's other models take and `forward` does not support."""
+    if inputs_embeds is not None or input_ids is None:
+        raise ValueError(
+            "forward needs input_ids, not inputs_embeds: the frames belong to the placeholders of input_ids. Adapters "
+            "that add embeddings to the prompt (prompt tuning) are not supported; use LoRA"
+        )
+    if past_key_values is not None or use_cache:
+        raise ValueError(
+            "forward keeps no key-value cache (use_cache, past_key_values): call generate, or stream to go on from a "
+            "cache. Adapters that fill a cache (prefix tuning) are not supported; use LoRA"
+        )
+    if output_hidden_states:
+        raise ValueError("forward returns last_hidden_state, not output_hidden_states. Leave it out")
 
 
 def check_left_padded(attention_mask: Tensor) -> None:

@@ -15,6 +15,7 @@ autoregressive   frame by frame: the query of frame t is planned from frames 0..
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,29 @@ from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
 from .frame_step import choose_step, continues_from_cache, step_through_frames
-from .input_checks import check_cache, check_inputs, check_left_padded, check_room
+from .generation_checks import GenerationChecksMixin, check_generation
+from .input_checks import check_cache, check_inputs, check_left_padded, check_library_arguments, check_room
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
 from .options import FoveationOptions
 from .outputs import FoveatedVLMOutput, FrameTokens
+from .packed_language import PackedText, read_packed_rows
+from .packing import BatchPlaces
 from .preference import PreferenceMixin
 from .queries import QueryAttention, QuerySource
 from .streaming_session import StreamingMixin
 from .text_loss import TextLossMixin
-from .visual_sequence import TIME_FEATURES, VisualSequence, frame_indices, position_ids, sinusoids
+from .visual_sequence import TIME_FEATURES, VisualSequence, sinusoids
 
 
 class FoveatedVLMForConditionalGeneration(
-    LoadingMixin, TextLossMixin, PreferenceMixin, StreamingMixin, PreTrainedModel, GenerationMixin
+    LoadingMixin,
+    TextLossMixin,
+    PreferenceMixin,
+    StreamingMixin,
+    GenerationChecksMixin,
+    PreTrainedModel,
+    GenerationMixin,
 ):
     config_class = FoveatedVLMConfig
     base_model_prefix = ""
@@ -45,6 +55,7 @@ class FoveatedVLMForConditionalGeneration(
     input_modalities = ("video", "text")
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # for the library's Trainer: `forward` takes num_items_in_batch
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config: FoveatedVLMConfig):
@@ -58,6 +69,7 @@ class FoveatedVLMForConditionalGeneration(
         vision, text = config.vision_config, config.text_config
         self.vision_encoder = FoveatedEncoder(vision)
         self.language_model = AutoModelForCausalLM.from_config(text)
+        read_packed_rows(self.language_model)
         self.connector = nn.Linear(vision.hidden_size, text.hidden_size)
         if config.frame_time_embedding == "sinusoidal":
             self.time_projection = nn.Linear(TIME_FEATURES, text.hidden_size, bias=False)
@@ -122,10 +134,46 @@ class FoveatedVLMForConditionalGeneration(
             return []
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        text = options.text or self.packed_text(input_ids, attention_mask, num_frames)
+        return self._passes(text, input_ids, attention_mask, pixel_values, num_frames, frame_times, mode, options)
+
+    def packed_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+        places: BatchPlaces | None = None,
+    ) -> PackedText:
+        """The text of a batch as the language model reads it, for FoveationOptions. Calls that share it read the text
+        before the frames once.
+
+        places: the indices of the batch; None: computed here, for which a GPU waits. The others as in `forward`.
+        """
+        if places is None:
+            places = BatchPlaces.of(
+                input_ids, attention_mask, num_frames, labels, visual_id=self.config.visual_token_id
+            )
+        return PackedText(self, places)
+
+    def _passes(
+        self,
+        text: PackedText,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None,
+        num_frames: Tensor | None,
+        frame_times: Tensor | None,
+        mode: str,
+        options: FoveationOptions,
+    ) -> list[FrameTokens]:
+        """`encode_frames`, with the text that planning reads."""
+        if pixel_values is None or not len(pixel_values):
+            return []
         output_attentions = options.output_attentions
         config = self.config
         pixel_values = pixel_values.to(self.connector.weight.dtype)
-        times = frame_indices(num_frames) if frame_times is None else frame_times  # [F]
+        times = text.places.time_of_frame if frame_times is None else frame_times  # [F]
         if config.blind:
             pixel_values = torch.zeros_like(pixel_values)
         if config.architecture == "multi_token":
@@ -140,9 +188,9 @@ class FoveatedVLMForConditionalGeneration(
         chosen = self._query_attention(options.target_patches if choose.source == "oracle" else None)
         if mode == "coarse" or config.coarse_only:
             return [self._encode(pixel_values, times, choose(static), chosen, output_attentions)[1]]
-        language = VisualSequence(self, input_ids, attention_mask, num_frames)
         if mode == "autoregressive":
             check_cache(self)
+            language = VisualSequence(self, input_ids, attention_mask, num_frames)
             encoded, _ = self._encode(pixel_values, times, None, query_attention, output_attentions)
             arguments = (encoded, times, first, language, choose, chosen, output_attentions)
             kind = choose_step(self, options.frame_step)
@@ -152,10 +200,12 @@ class FoveatedVLMForConditionalGeneration(
         encoded, coarse = self._encode(pixel_values, times, static, query_attention, output_attentions)
         passes = [coarse]
         for _ in range(config.num_passes if options.num_plans is None else options.num_plans):
-            planned = self._plan(language.hidden_states(passes[-1].visual_tokens))  # [F, K, Q]
-            if config.query_update == "add":
-                planned = first + language.running_sum(planned)
-            queries = choose(language.shift_by_one_frame(planned, first))
+            queries = static
+            if choose.source != "static":
+                planned = self._plan(text.at_frames(passes[-1].visual_tokens))  # [F, K, Q]
+                if config.query_update == "add":
+                    planned = first + text.running_sum(planned)
+                queries = choose(text.shift_by_one_frame(planned, first))
             passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
         return passes
 
@@ -203,6 +253,10 @@ class FoveatedVLMForConditionalGeneration(
             )
         if queries is None:
             return self.vision_encoder.encode(pixel_values), None
+        if torch.is_grad_enabled() and not any(p.requires_grad for p in self.vision_encoder.parameters()):
+            with torch.no_grad():  # the gradient of queries among the patches would pass through all patches
+                encoded = self.vision_encoder.encode(pixel_values)
+            return encoded, self._attend(queries, encoded, times, query_attention, output_attentions)
         rows = self._query_rows(queries)
         encoded = self.vision_encoder.encode(
             pixel_values, rows, output_attentions=output_attentions, query_attention=query_attention
@@ -279,18 +333,9 @@ class FoveatedVLMForConditionalGeneration(
             return embeddings
         return embeddings.masked_scatter(is_visual[..., None].expand_as(embeddings), visual_tokens.to(embeddings.dtype))
 
-    def language_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, visual_tokens: Tensor | None) -> Tensor:
-        """Hidden states [B, S, E] of the language model over text and visual tokens."""
-        return self.language_model.model(
-            inputs_embeds=self.embed(input_ids, visual_tokens),
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_frames: Tensor | None = None,
@@ -298,28 +343,47 @@ class FoveatedVLMForConditionalGeneration(
         frame_times: Tensor | None = None,
         mode: str = "fine",
         options: FoveationOptions | dict | None = None,
-    ) -> FoveatedVLMOutput:
-        """Encodes the frames in one of the modes and computes the loss of the labelled tokens.
+        *,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values=None,
+    ) -> FoveatedVLMOutput | tuple:
+        """Encodes the frames in one of the modes, computes logits and the loss of the labelled tokens.
 
         input_ids [B, S] with P placeholders per frame, attention_mask [B, S] (1 = real token; default all),
         pixel_values [F, 3, height, width] (None or no frames: text only), num_frames [B], labels [B, S] with
         IGNORE_INDEX at tokens without a loss, frame_times [F] seconds since the start of each clip. options: override
-        the configuration.
+        the configuration; `return_logits` False leaves out the logits.
 
-        Raises ValueError if placeholders and frames do not match, there is text between frames, a limit is exceeded, or
-        a mode or query source is unknown.
+        As in the library's models: logits_to_keep, logits of the last so many positions (0: all) or of these positions
+        (an integer tensor); num_items_in_batch, what the sum of the losses is divided by (default: the number of
+        labelled tokens); output_attentions, the option of this name; return_dict, False for a tuple.
+        output_hidden_states, use_cache, inputs_embeds and past_key_values are not supported and must be off.
+
+        Raises ValueError if placeholders and frames do not match, there is text between frames, a limit is exceeded, a
+        mode or query source is unknown, or an argument is not supported.
         """
+        check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values)
         options = FoveationOptions.of(options)
+        if output_attentions:
+            options = replace(options, output_attentions=True)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         frames = (pixel_values, num_frames)
         check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
-        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
+        passes = self._passes(text, input_ids, attention_mask, *frames, frame_times, mode, options)
         last = passes[-1] if passes else FrameTokens(None)
-        output = self.score_text(input_ids, attention_mask, labels, last.visual_tokens, options.return_logits)
+        wanted = (options.return_logits, options.loss_only, logits_to_keep, num_items_in_batch)
+        output = self._score(text, last.visual_tokens, labels is not None, *wanted)
         output.visual_tokens, output.queries = last.visual_tokens, last.queries
         output.attention_weights = last.attention_weights
         output.passes = passes if options.output_passes else None
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     # ---- answering
 
@@ -340,7 +404,8 @@ class FoveatedVLMForConditionalGeneration(
 
         `input_ids` [B, S] must be left-padded. The other arguments are those of `forward`.
 
-        Raises ValueError as in `forward`, and for padding on the right.
+        Raises ValueError as in `forward`, for padding on the right, and for a way to generate that needs the ids of the
+        whole prompt or a cache of the caller's (`generation_checks.py`).
         """
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -350,9 +415,10 @@ class FoveatedVLMForConditionalGeneration(
         check_inputs(self.config, input_ids, attention_mask, *frames, None, frame_times, mode, options)
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
         others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
+        check_generation(settings, others)
         check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
-        read = passes[-1].read if passes and continues_from_cache(settings, others) else None
+        read = passes[-1].read if passes and continues_from_cache(settings) else None
         prompt = read.prompt(self, input_ids, attention_mask, settings.max_new_tokens) if read else None
         if prompt is None:
             visual_tokens = passes[-1].visual_tokens if passes else None

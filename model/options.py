@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .packed_language import PackedText
+
 
 @dataclass(frozen=True)
 class FoveationOptions:
@@ -20,7 +22,9 @@ class FoveationOptions:
     target_patches: Tensor | None = None  # bool [F, N], for the query source oracle
     output_attentions: bool = False  # return attention_weights
     output_passes: bool = False  # return every pass over the frames, not only the last one
-    return_logits: bool = False  # return logits (of `forward` only)
+    text: PackedText | None = None  # of `packed_text`, shared by calls for one batch; None: made in the call
+    loss_only: bool = False  # of `forward`: no token_loss and no correct
+    return_logits: bool = True  # of `forward`: compute logits; False saves the memory of [B, S, V] values
     frame_step: str | None = None  # autoregressive: `graph`, `static` or `dynamic`, see frame_step.py; None: the best
 
     @classmethod

@@ -25,9 +25,10 @@ class FoveatedVLMOutput(ModelOutput):
     """Output of `forward`. Per-token fields are aligned with `labels`."""
 
     loss: Tensor | None = None  # mean cross-entropy of the labelled tokens
+    logits: Tensor | None = None  # [B, S, V] or fewer positions (logits_to_keep), None without return_logits
     token_loss: Tensor | None = None  # [B, S] nats, 0 without a label; detached
     correct: Tensor | None = None  # [B, S] bool: the most likely token is the label
-    logits: Tensor | None = None  # [B, S, V], only with return_logits
+    last_hidden_state: Tensor | None = None  # [B, S, E] of the language model, only with return_logits
     visual_tokens: Tensor | None = None  # [F, P, E]
     queries: Tensor | None = None  # [F, K, Q]
     attention_weights: Tensor | None = None  # [layers, F, heads, K, N + 1], only with output_attentions

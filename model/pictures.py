@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from .hdr import BT2020, TO_BT709, TRANSFERS, refusal, to_sdr
+
 RESIZE_MODES = ("crop", "letterbox")
 MAX_PIXELS = 2**26  # of an image: 8192 x 8192; reading takes 4 to 20 bytes per pixel, depending on the format
 STRIP_PIXELS = 2**20  # converted at a time
@@ -22,6 +24,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG
 MAX_CHUNKS = 2**20  # of a PNG
+AVIF_HEAD = 2**16  # bytes, in which an AVIF describes its colours
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 SIGNATURES = (b"\xff\xd8\xff", PNG, b"BM", b"II*\0", b"MM\0*", b"P3", b"P6")  # and WebP's
 DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # Pillow's exceptions for damaged files
@@ -58,15 +61,42 @@ class Piece:
             return file.read(self.size if size is None else min(size, self.size))
 
 
-def load_image(file):
-    """An image, from a path or binary file object, as an upright PIL RGB image. Raises MediaError."""
+def load_image(file, hdr="refuse"):
+    """An image, from a path or binary file object, as an upright PIL RGB image. Raises MediaError.
+
+    hdr: what becomes of an AVIF or PNG with PQ or HLG, of hdr.HDR_MODES.
+    """
     try:
-        return _load_image(file)
+        image = _load_image(file)
     except MediaError as error:
         without = _without_texts(file) if error.reason == TRUNCATED else None
         if without is None:
             raise
-    return _load_image(without)
+        image = _load_image(without)
+    primaries, transfer = _colours(file)
+    if transfer not in TRANSFERS:
+        return image
+    if hdr != "tone_map":
+        raise MediaError(refusal("image", transfer))
+    if primaries not in TO_BT709:
+        raise MediaError(f"HDR image ({TRANSFERS[transfer]}) with unsupported primaries {primaries}")
+    return Image.fromarray(to_sdr(np.asarray(image).astype(np.uint16) * 257, transfer, primaries))
+
+
+def _colours(file):
+    """(primaries, transfer function) of an AVIF or PNG, by the numbers of ITU-T H.273; 2: not given."""
+    with _opened(file) as source:
+        head = source.read(AVIF_HEAD)
+        if head.startswith(PNG):
+            source.seek(len(PNG))
+            found = next((start for name, length, start in _png_chunks(source) if (name, length) == (b"cICP", 4)), None)
+            source.seek(0 if found is None else found + 8)
+            primaries, transfer = (2, 2) if found is None else source.read(2).ljust(2, b"\2")
+        else:
+            _, found, values = head.partition(b"colrnclx")
+            is_avif = found and head[4:8] == b"ftyp" and len(values) >= 4
+            primaries, transfer = struct.unpack(">HH", values[:4]) if is_avif else (2, 2)
+    return (BT2020 if primaries == 2 else primaries), transfer
 
 
 def _load_image(file):
@@ -137,6 +167,7 @@ def upright(image):
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales a PPM to 16 bits
         raise MediaError(f"unsupported pixel mode {image.mode}")
     try:
+        _scale_transparent_colour(image)
         image.load()
         if image.mode.startswith("I"):
             image = _from_16_bits(image)
@@ -147,6 +178,14 @@ def upright(image):
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
+
+
+def _scale_transparent_colour(image):
+    """Gives the transparent colour of a PNG with 16 bits per channel the 8 bits that Pillow reads of its pixels."""
+    colour = image.info.get("transparency")
+    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.mode == "RGB" and isinstance(colour, tuple) and is_deep:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _from_16_bits(image):

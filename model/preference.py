@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .input_checks import check_preference
+from .packed_language import PackedText
 
 
 class PreferenceMixin:
@@ -18,6 +19,7 @@ class PreferenceMixin:
         """Summed log-probabilities of the labelled tokens of both answers of every sample: [B, 2] (chosen, rejected).
 
         chosen, rejected: {input_ids, attention_mask (optional), labels}, each [B, S]; S may differ between the two.
+        With `text`, the `packed_text` of each, the values of the tensors are not checked.
         visual_tokens [F, P, E]: from one `encode_frames` for both (None without frames), so both must be identical up
         to the last frame.
 
@@ -25,16 +27,24 @@ class PreferenceMixin:
         """
         answers = [_with_mask(answer) for answer in (chosen, rejected)]
         check_preference(self.config, *answers)
-        self._check_shared_prefix(*answers)
-        return torch.stack([self._answer_log_probs(*answer, visual_tokens) for answer in answers], dim=1)
+        texts = [answer.get("text") for answer in (chosen, rejected)]
+        if None in texts:
+            self._check_shared_prefix(*answers)
+        pairs = zip(answers, texts, strict=True)
+        return torch.stack([self._answer_log_probs(*answer, text, visual_tokens) for answer, text in pairs], dim=1)
 
     def _answer_log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual_tokens: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        text: PackedText | None,
+        visual_tokens: Tensor | None,
     ) -> Tensor:
         """Summed log-probability of the labelled tokens of every sample: [B]."""
-        hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
-        asked, losses, _ = self._token_losses(hidden, labels)
-        return -losses.new_zeros(len(labels)).index_add(0, asked.nonzero()[:, 0], losses)
+        text = text or self.packed_text(input_ids, attention_mask, labels=labels)
+        losses, _ = self._token_losses(text.hidden_states(visual_tokens), text.places, loss_only=True)
+        return -losses.new_zeros(len(labels)).index_add(0, text.places.label_sample, losses)
 
     def _check_shared_prefix(self, chosen, rejected) -> None:
         prefixes = (self._up_to_last_frame(*answer[:2]) for answer in (chosen, rejected))

@@ -31,7 +31,14 @@ from .image_processing_foveated_vlm import (
 from .video_processing_foveated_vlm import FoveatedVLMVideoProcessor, is_frames
 
 PROBE = "\N{REPLACEMENT CHARACTER}"
-MEDIA_OPTIONS = ("image_size", "resize_mode", "jpeg_quality", "fps", "max_frames")  # of the image and video processor
+MEDIA_OPTIONS = (
+    "image_size",
+    "resize_mode",
+    "jpeg_quality",
+    "hdr",
+    "fps",
+    "max_frames",
+)  # of the image and video processor
 PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: None, "do_not_pad": None}
 
 
@@ -67,9 +74,10 @@ class FoveatedVLMProcessor(ProcessorMixin):
         bos_token_id: id of the token before the frames in `vision_first`; None: the tokenizer's.
         resize_mode: how images are made square: `crop` (shorter side to image_size, centre of the longer one) or
             `letterbox` (longer side to image_size, black bars).
+        hdr: files with PQ or HLG: `refuse` them, or `tone_map` them to SDR.
 
-    Raises ValueError for an option outside its range, an unknown layout or resize_mode, or a tokenizer without chat
-    template.
+    Raises ValueError for an option outside its range, an unknown layout, resize_mode or hdr, or a tokenizer without
+    chat template.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN  # placeholders in rendered chats
@@ -89,15 +97,16 @@ class FoveatedVLMProcessor(ProcessorMixin):
         visual_token_id=None,
         bos_token_id=None,
         resize_mode="crop",
+        hdr="refuse",
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template. Pass chat_template")
-        self.image_processor = FoveatedVLMImageProcessor(image_size, resize_mode, jpeg_quality)
+        self.image_processor = FoveatedVLMImageProcessor(image_size, resize_mode, jpeg_quality, hdr=hdr)
         self.video_processor = FoveatedVLMVideoProcessor(
-            image_size, resize_mode, jpeg_quality, fps=fps, max_frames=max_frames
+            image_size, resize_mode, jpeg_quality, fps=fps, max_frames=max_frames, hdr=hdr
         )
         self.image_replication = positive_integer("image_replication", image_replication)
         self.tokens_per_frame = positive_integer("tokens_per_frame", tokens_per_frame)
@@ -120,6 +129,15 @@ class FoveatedVLMProcessor(ProcessorMixin):
     @property
     def jpeg_quality(self) -> int | None:
         return self.video_processor.jpeg_quality
+
+    @property
+    def hdr(self) -> str:
+        return self.video_processor.hdr
+
+    @hdr.setter
+    def hdr(self, mode: str) -> None:
+        self.image_processor = _changed(self.image_processor, {"hdr": mode})
+        self.video_processor = _changed(self.video_processor, {"hdr": mode})
 
     @property
     def fps(self) -> float:
@@ -223,7 +241,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
         padding, padding_side, truncation (keeps the first max_length tokens), max_length, pad_to_multiple_of and
         return_tensors are those of tokenizers. options, text_kwargs, images_kwargs and videos_kwargs may hold them and
-        `image_size`, `resize_mode`, `jpeg_quality`, `fps` and `max_frames` for this call.
+        `image_size`, `resize_mode`, `jpeg_quality`, `hdr`, `fps` and `max_frames` for this call.
 
         Returns input_ids and attention_mask int64 [B, S], num_frames int64 [B], and, where there are frames,
         pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for an empty

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frame_step import FrameInputs, FramesRead, choose_step, give_back_step, take_step
+from .frame_step import FrameInputs, FramesRead, choose_step, continues_from_cache, give_back_step, take_step
+from .generation_checks import check_generation
 
 ANSWER_TOKENS = 64  # that `ask` may generate unless told otherwise
 
@@ -111,6 +112,7 @@ class StreamingSession:
         options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
         settings = copy.deepcopy(model.generation_config)
         others = settings.update(**(options | {"pad_token_id": pad_id, "disable_compile": True} | generation_options))
+        check_generation(settings, others)
         before, after = self._text_around_frames(question)
         visual = [model.config.visual_token_id] * (self.num_frames * model.config.tokens_per_frame)
         ids = [*before, *visual, *after] if visual else self._text_only(question)
@@ -122,7 +124,8 @@ class StreamingSession:
             )
         input_ids = torch.tensor([ids], device=model.device)
         mask = torch.ones_like(input_ids)
-        if visual and before == self._before and self._step is not None:
+        own_cache = visual and before == self._before and self._step is not None
+        if own_cache and continues_from_cache(settings):
             row = torch.zeros(1, dtype=torch.long, device=model.device)
             num_read = len(before) + len(visual)
             read = FramesRead.of(self._step.cache, num_read, row, copy=False)

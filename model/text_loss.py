@@ -1,6 +1,7 @@
 """Cross-entropy of the labelled text tokens.
 
-Shapes: B batch, S sequence, E language width, V vocabulary, F frames, P visual tokens per frame.
+Shapes: N real tokens of the batch, L labelled ones, B samples, S sequence, E language width, V vocabulary, F frames, P
+visual tokens per frame.
 """
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .constants import IGNORE_INDEX
 from .outputs import FoveatedVLMOutput
+from .packed_language import PackedText
+from .packing import BatchPlaces
 
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in fp32
 
@@ -24,44 +26,68 @@ class TextLossMixin:
         labels: Tensor | None = None,
         visual_tokens: Tensor | None = None,
         return_logits: bool = False,
+        text: PackedText | None = None,
+        loss_only: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> FoveatedVLMOutput:
         """Runs the language model over text and visual tokens; returns the text fields of the output.
 
-        input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]. The loss is 0 if there is no labelled token.
+        input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]; text: their `packed_text`.
+        The loss is 0 if there is no labelled token. loss_only: without token_loss and correct. logits_to_keep,
+        num_items_in_batch: as in `forward`.
         """
-        hidden = self.language_hidden_states(input_ids, attention_mask, visual_tokens)
-        output = FoveatedVLMOutput()
+        text = text or self.packed_text(input_ids, attention_mask, labels=labels)
+        wanted = (return_logits, loss_only, logits_to_keep, num_items_in_batch)
+        return self._score(text, visual_tokens, labels is not None, *wanted)
+
+    def _score(
+        self,
+        text: PackedText,
+        visual_tokens: Tensor | None,
+        has_labels: bool,
+        return_logits: bool,
+        loss_only: bool,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> FoveatedVLMOutput:
+        hidden, places = text.hidden_states(visual_tokens), text.places
+        output = FoveatedVLMOutput()  # a dict in the order of assignment, loss and logits first
+        if has_labels:
+            losses, correct = self._token_losses(hidden, places, loss_only)
+            output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
+            if num_items_in_batch is not None and len(losses):
+                output.loss = losses.sum() / num_items_in_batch
         if return_logits:
-            output.logits = self.language_model.lm_head(hidden)
-        if labels is None:
-            return output
-        asked, losses, correct = self._token_losses(hidden, labels)
-        output.loss = losses.mean() if len(losses) else hidden.sum() * 0.0
-        output.token_loss = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
-        output.token_loss[:, 1:][asked] = losses.detach()
-        output.correct = torch.zeros(labels.shape, dtype=torch.bool, device=losses.device)
-        output.correct[:, 1:][asked] = correct
+            whole = places.spread(hidden, places.index)  # [B, S, E], zeros at padding
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits, output.last_hidden_state = self.language_model.lm_head(whole[:, kept]), whole
+        if has_labels and not loss_only:
+            output.token_loss = places.spread(losses.detach(), places.label_index)
+            output.correct = places.spread(correct, places.label_index)
         return output
 
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _token_losses(
+        self, hidden: Tensor, places: BatchPlaces, loss_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Cross-entropy at the labelled positions. The vocabulary projection is computed only there.
 
         With many labelled positions the logits are computed LOGITS_AT_ONCE elements at a time, with activation
         checkpointing, so that memory does not grow with their number.
-        Returns (asked: bool [B, S - 1], losses [labelled] in nats, correct: bool [labelled]).
+        Returns (losses [L] in nats, correct: bool [L], None with `loss_only`).
         """
-        asked = labels[:, 1:] != IGNORE_INDEX  # the state at s predicts the token at s + 1
-        states, targets = hidden[:, :-1][asked], labels[:, 1:][asked]
+        states, targets = hidden.index_select(0, places.states), places.targets
         rows = max(1, LOGITS_AT_ONCE // self.language_model.lm_head.out_features)
         if len(targets) <= rows:
-            return asked, *self._cross_entropy(states, targets)
+            return self._cross_entropy(states, targets, loss_only)
         pieces = zip(states.split(rows), targets.split(rows), strict=True)
         losses, correct = zip(
-            *(checkpoint(self._cross_entropy, *piece, use_reentrant=False) for piece in pieces), strict=True
+            *(checkpoint(self._cross_entropy, *piece, loss_only, use_reentrant=False) for piece in pieces), strict=True
         )
-        return asked, torch.cat(losses), torch.cat(correct)
+        return torch.cat(losses), None if loss_only else torch.cat(correct)
 
-    def _cross_entropy(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, states: Tensor, targets: Tensor, loss_only: bool) -> tuple[Tensor, Tensor | None]:
         """States [n, E], targets [n] -> (losses [n] in nats, whether the most likely token is the target [n])."""
         logits = self.language_model.lm_head(states).float()  # [n, V]
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses, None if loss_only else logits.argmax(-1) == targets

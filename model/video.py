@@ -10,8 +10,10 @@ import struct
 from bisect import bisect_right
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
+from .hdr import BT2020, TO_BT709, TRANSFERS, refusal, to_sdr
 from .pictures import MediaError, check_size, on_white, square
 
 try:
@@ -51,10 +53,10 @@ TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # mp4 boxes with a sample count, 
 WITHOUT_HEADER = ("mpegts", "mpeg", "ogg", "gif")  # formats whose duration FFmpeg takes from the packets
 JOINABLE = ("mpegts", "mpeg")  # formats that are joined by appending files
 MAX_GAP, MAX_BACK = 10.0, 0.1  # seconds between packets of a joinable format; beyond, another clock begins
-HDR = {16: "PQ", 18: "HLG"}  # transfer functions, by FFmpeg's numbers
 HD_WIDTH, SD_HEIGHT = 1280, 576  # px; a video without a colour space is BT.709 from HD_WIDTH or above SD_HEIGHT, as
 # in players, otherwise BT.601
-UNSPECIFIED = 2  # FFmpeg's number of a colour space that is not given
+UNSPECIFIED = 2  # FFmpeg's number of a colour space, or of primaries, that are not given
+HDR_MATRICES = (0, 1, 9)  # colour spaces of HDR video that are read: RGB, BT.709, BT.2020
 DAMAGED_VIDEO = "truncated or damaged video"
 
 
@@ -81,28 +83,27 @@ class Unreliable(Exception):
     """A key frame is wrong or missing: decode the clip from its start instead."""
 
 
-def decode(piece, index, wanted, image_size, resize_mode):
+def decode(piece, index, wanted, image_size, resize_mode, hdr="refuse"):
     """[(square image, seconds, displayed (width, height))] of the frames at the times `wanted`, a sorted subset of
     index.times.
 
     Decodes only from the key frame before each wanted frame, if the file has key frames, and keeps only the square
-    images, so memory does not grow with the length of the clip. Raises MediaError.
+    images, so memory does not grow with the length of the clip. hdr: of hdr.HDR_MODES. Raises MediaError.
     """
+    settings = (image_size, resize_mode, hdr)
     try:
-        return _take(
-            piece, index, wanted, image_size, resize_mode, _frames_from_keys if index.keys else _frames_from_start
-        )
+        return _take(piece, index, wanted, *settings, _frames_from_keys if index.keys else _frames_from_start)
     except Unreliable:
-        return _take(piece, index, wanted, image_size, resize_mode, _frames_from_start)
+        return _take(piece, index, wanted, *settings, _frames_from_start)
 
 
-def _take(piece, index, wanted, image_size, resize_mode, frames_of):
+def _take(piece, index, wanted, image_size, resize_mode, hdr, frames_of):
     """`decode` with the frame iterator `frames_of`."""
     tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further away than one sampling step is a gap
     taken, before = [], -math.inf
     with _open(piece) as container:
         stream = _prepared(container, index.stream)
-        aspect = _pixel_aspect(stream)
+        aspect, container_colours = _pixel_aspect(stream), _colours(stream.codec_context)  # the decoder changes them
         to_rgb = VideoReformatter()  # reused: its set-up costs more than converting a small frame
         for time, frame in frames_of(container, stream, index, wanted):
             if abs(time - wanted[len(taken)]) > tolerance:
@@ -110,7 +111,7 @@ def _take(piece, index, wanted, image_size, resize_mode, frames_of):
             if time < before:
                 raise MediaError("frames out of order")
             if time > before:
-                image, pixel_aspect, size = _upright(to_rgb, frame, aspect)
+                image, pixel_aspect, size = _upright(to_rgb, frame, aspect, hdr, container_colours)
                 picture = square(image, image_size, resize_mode, pixel_aspect)
             taken.append((picture, time, size))
             before = time
@@ -330,9 +331,11 @@ def _decode(packet, stream, start):
             yield stamp * float(stream.time_base) - start, frame
 
 
-def _upright(to_rgb, frame, aspect):
+def _upright(to_rgb, frame, aspect, hdr, container_colours):
     """(RGB image, pixel aspect ratio, displayed (width, height)) of a decoded frame."""
-    image = _rgb(to_rgb, frame)
+    pairs = zip(_colours(frame), container_colours, strict=True)
+    colours = tuple(stored if own == UNSPECIFIED else own for own, stored in pairs)
+    image = _sdr(to_rgb, frame, hdr, *colours) if colours[0] in TRANSFERS else _rgb(to_rgb, frame)
     size = (max(1, round(frame.width * aspect)), frame.height)
     transpose = UPRIGHT.get(_display_signs(frame))
     if transpose is None:
@@ -343,15 +346,44 @@ def _upright(to_rgb, frame, aspect):
 
 def _rgb(to_rgb, frame):
     """A decoded frame as stored, as an RGB image; transparency shows white."""
-    if frame.color_trc in HDR:
-        raise MediaError(f"HDR video ({HDR[frame.color_trc]}), convert it to SDR")
-    has_alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    has_alpha = _has_alpha(frame)
     mode, name = ("RGBA", "rgba") if has_alpha else ("RGB", "rgb24")
     is_hd = frame.width >= HD_WIDTH or frame.height > SD_HEIGHT
     space = Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
     plane = to_rgb.reformat(frame, format=name, src_colorspace=space, interpolation=EXACT, threads=1).planes[0]
     image = Image.frombuffer(mode, (frame.width, frame.height), plane, "raw", mode, plane.line_size, 1)
     return on_white(image) if has_alpha else image
+
+
+def _colours(source):
+    """(transfer function, primaries, colour space) of a frame or a codec context, as FFmpeg's numbers."""
+    return source.color_trc, source.color_primaries, source.colorspace
+
+
+def _sdr(to_rgb, frame, hdr, transfer, primaries, space):
+    """`_rgb` of an HDR frame: tone-mapped, or MediaError."""
+    if hdr != "tone_map":
+        raise MediaError(refusal("video", transfer))
+    primaries = BT2020 if primaries == UNSPECIFIED else primaries
+    space = BT2020 if space == UNSPECIFIED and not frame.format.is_rgb else space
+    if primaries not in TO_BT709 or space not in (*HDR_MATRICES, UNSPECIFIED):
+        raise MediaError(
+            f"HDR video ({TRANSFERS[transfer]}) with unsupported colours (primaries {primaries}, matrix {space})"
+        )
+    has_alpha = _has_alpha(frame)
+    num_channels, name = (4, "rgba64le") if has_alpha else (3, "rgb48le")
+    source = None if frame.format.is_rgb else Colorspace.BT2020 if space == BT2020 else Colorspace.ITU709
+    plane = to_rgb.reformat(frame, format=name, src_colorspace=source, interpolation=EXACT, threads=1).planes[0]
+    codes = np.frombuffer(plane, "<u2").reshape(frame.height, -1)[:, : frame.width * num_channels]
+    codes = codes.reshape(frame.height, frame.width, num_channels)
+    image = Image.fromarray(to_sdr(codes[..., :3], transfer, primaries))
+    if has_alpha:
+        image.putalpha(Image.fromarray((codes[..., 3] >> 8).astype(np.uint8)))
+    return on_white(image) if has_alpha else image
+
+
+def _has_alpha(frame):
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
 
 def _display_signs(frame):

@@ -33,13 +33,14 @@ class FoveatedVLMVideosKwargs(VideosKwargs, total=False):
     resize_mode: str
     jpeg_quality: int | None
     max_frames: int
+    hdr: str
 
 
 class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
     """Samples the frames of videos, makes them square and normalises them.
 
     Args:
-        size, resize_mode, jpeg_quality, image_mean, image_std: as of FoveatedVLMImageProcessor.
+        size, resize_mode, jpeg_quality, image_mean, image_std, hdr: as of FoveatedVLMImageProcessor.
         fps: sampled frames per second of a video file, uniform over the whole clip.
         max_frames: largest number of frames sampled from a video file.
 
@@ -60,16 +61,27 @@ class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
         image_std=None,
         fps=2.0,
         max_frames=64,
+        hdr="refuse",
         **others,
     ):
-        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, others)
+        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others)
         options |= {"fps": positive_number("fps", fps), "max_frames": positive_integer("max_frames", max_frames)}
         BaseImageProcessor.__init__(self, **options)
 
     def to_dict(self) -> dict:
         """The options that the constructor takes, and the class."""
         found = super().to_dict()
-        kept = ("size", "resize_mode", "jpeg_quality", "image_mean", "image_std", "fps", "max_frames", "auto_map")
+        kept = (
+            "size",
+            "resize_mode",
+            "jpeg_quality",
+            "image_mean",
+            "image_std",
+            "fps",
+            "max_frames",
+            "hdr",
+            "auto_map",
+        )
         return {name: found[name] for name in (*kept, "video_processor_type") if name in found}
 
     def preprocess(self, videos, return_tensors: str | None = "pt") -> BatchFeature:
@@ -128,6 +140,7 @@ class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
                 max_frames=self.max_frames,
                 image_size=self.image_size,
                 resize_mode=self.resize_mode,
+                hdr=self.hdr,
             )
         except MediaError as error:
             raise ValueError(f"{name}: {error.reason}. Pass an intact video or image file") from None

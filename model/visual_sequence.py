@@ -1,4 +1,4 @@
-"""The sequences that planning reads: samples with frames, up to the last visual token.
+"""The sequences that planning reads frame by frame: samples with frames, up to the last visual token.
 
 Shapes: B' samples with frames, F their frames, P visual tokens per frame, K queries per frame, E language width,
 Q query width, S sequence up to the last visual token.
@@ -12,7 +12,7 @@ TIME_FEATURES = 32  # sines and cosines of a frame's time, periods from 2 pi to 
 
 
 class VisualSequence:
-    """Reads visual tokens with the language model, in parallel or frame by frame.
+    """Reads visual tokens with the language model and its key-value cache, frame by frame.
 
     model: the FoveatedVLMForConditionalGeneration; input_ids, attention_mask [B, S']; num_frames [B].
     """
@@ -29,21 +29,6 @@ class VisualSequence:
         self.sample_of_frame = torch.repeat_interleave(torch.arange(len(rows), device=ids.device), self.num_frames)
         self.time_of_frame = frame_indices(self.num_frames)  # [F]
         self.tokens_per_frame = model.config.tokens_per_frame
-
-    def hidden_states(self, visual_tokens: Tensor) -> Tensor:
-        """Hidden states at the visual tokens, in parallel: [F, P, E] -> [F, P, E]."""
-        hidden = self.model.language_hidden_states(self.input_ids, self.attention_mask, visual_tokens)
-        return hidden[self.is_visual].unflatten(0, (-1, self.tokens_per_frame))
-
-    def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:
-        """[F, K, Q] -> [F, K, Q]: frame t gets the query planned after frame t - 1, frame 0 gets the first query."""
-        return torch.where((self.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
-
-    def running_sum(self, values: Tensor) -> Tensor:
-        """Cumulative sum over the frames of each sample: [F, K, Q] -> [F, K, Q]."""
-        padded = values.new_zeros(len(self.num_frames), int(self.num_frames.max()), *values.shape[1:])
-        places = self.sample_of_frame, self.time_of_frame
-        return padded.index_put(places, values).cumsum(1)[places]
 
     def frames_by_time(self) -> list[Tensor]:
         """For every t, the indices of the frames at position t of their sample: list of int64 [f]."""

@@ -7,7 +7,11 @@ from tests import checkpoints, pipeline
 
 
 def pytest_configure(config):
-    """One thread for torch in every process of pytest-xdist, and in what it starts: the processes share the cores."""
+    """One thread for torch in every process of pytest-xdist, and in what it starts: the processes share the cores.
+
+    transformers loads weights without its thread pool: a pool waits for its threads even after a test's time is up.
+    """
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Check and copy existing backbones: two folders in Hugging Face format, or a GGUF file of the language model.
+"""Check and copy existing backbones: two folders in Hugging Face format, a GGUF file of the language model, or the
+backbones within a trained checkpoint.
 
 Supported are any `facebook/dinov2-*` and any Llama with a ChatML tokenizer (`HuggingFaceTB/SmolLM2-*-Instruct`).
 """
@@ -11,7 +12,10 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from model import FoveatedVLMConfig
+from pipeline_steps.common.checkpoint import load_model
 from pipeline_steps.common.code_keys import strip_code
 from pipeline_steps.common.errors import UserError
 
@@ -29,8 +33,9 @@ def copy_backbones(local: Local, folder: Path) -> dict:
     """Check both folders and copy them below `folder`, without keys that name code. Returns size and sha256 of every
     file.
 
-    A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`). Raises
-    UserError if a folder is not a usable backbone.
+    A `.gguf` file in place of the language model's folder is converted (needs the extra `pretrained`); of a trained
+    checkpoint the vision encoder, or the language model with its tokenizer, is taken. Raises UserError if a folder is
+    not a usable backbone.
     """
     paths = {"vision_encoder": local.vision_path, "language_model": local.language_path}
     for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
@@ -38,6 +43,11 @@ def copy_backbones(local: Local, folder: Path) -> dict:
             raise UserError(
                 f"backbones.local.{key} is null, expected the folder of the {role}. Set it or use kind embedded."
             )
+    for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
+        if is_checkpoint(Path(paths[role])):
+            with tempfile.TemporaryDirectory(dir=folder) as parts:
+                save_backbones(Path(paths[role]), Path(parts))
+                return copy_backbones(local.model_copy(update={key: str(Path(parts) / role)}), folder)
     check_folder(Path(paths["vision_encoder"]), *VISION)
     if Path(paths["language_model"]).suffix == ".gguf":
         with tempfile.TemporaryDirectory(dir=folder) as converted:
@@ -60,6 +70,23 @@ def copy_backbones(local: Local, folder: Path) -> dict:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             metrics[role][name] = {"size": (folder / role / name).stat().st_size, "sha256": digest}
     return metrics
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is the folder of a trained network of this project."""
+    path = folder / "config.json"
+    return path.exists() and read_json(path).get("model_type") == FoveatedVLMConfig.model_type
+
+
+def save_backbones(checkpoint: Path, folder: Path) -> None:
+    """Write the backbones of a trained checkpoint as `folder`/vision_encoder and `folder`/language_model."""
+    model = load_model(checkpoint)
+    model.language_model.save_pretrained(folder / "language_model")
+    for pattern in ("tokenizer*.json", "*.jinja"):
+        for file in checkpoint.glob(pattern):
+            shutil.copyfile(file, folder / "language_model" / file.name)
+    model.config.vision_config.save_pretrained(folder / "vision_encoder")
+    save_file(model.vision_encoder.state_dict(), folder / "vision_encoder" / "model.safetensors")
 
 
 def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weight: str) -> None:

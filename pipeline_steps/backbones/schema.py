@@ -11,9 +11,10 @@ class Local(StrictModel):
     """Folders of backbones that exist already; read only when kind is local."""
 
     vision_path: str | None
-    """Folder of the vision encoder."""
+    """Folder of the vision encoder, or of a trained checkpoint."""
     language_path: str | None
-    """Folder of the language model with its tokenizer, or a `.gguf` file (extra `pretrained`)."""
+    """Folder of the language model with its tokenizer, or of a trained checkpoint, or a `.gguf` file (extra
+    `pretrained`)."""
 
 
 class Repository(StrictModel):

@@ -54,7 +54,7 @@ class ModeFlops:
 
     components: Components
     language_passes: list[float]  # FLOPs of the language model's passes: the planning passes, then the full sequence
-    language_positions: list[int]  # positions of each
+    language_positions: list[int]  # positions that each reads
     num_query_passes: int  # per frame; 0: the network has no queries
     total: float  # sum of the components
     backward: float
@@ -186,16 +186,15 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
     planned, passes = 0, []
     if planning:
         passes = planning_passes(config, sample, mode, num_plans)
-        num_query_passes, planned = (1 + num_plans, num_plans * frames) if mode == "fine" else (1, frames)
-    total = sample.num_text_tokens + frames * config.tokens_per_frame
-    passes.append((total, language_pass(text, total, total)))
+        num_query_passes, planned = (1 + num_plans, len(passes) * frames) if mode == "fine" else (1, frames)
+    passes.append(full_pass(config, sample, planning and mode == "fine" and bool(passes)))
     components = Components(
         vision_encoder=frames
         * (vision_encoder_flops(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
         query_passes=frames * num_query_passes * query_pass_flops(config) if num_query_passes else 0,
         connector=max(num_query_passes, 1) * frames * connector(config),
         planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
-        language_model=sum(flops for _, flops in passes),
+        language_model=sum(pass_flops(text, one) for one in passes),
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
     )
     once = sum(vars(components).values())
@@ -206,8 +205,8 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
         backward = parallel_backward(config, sample, components, passes, num_query_passes, trained, coarse_loss)
     return ModeFlops(
         components=components,
-        language_passes=[flops for _, flops in passes],
-        language_positions=[positions for positions, _ in passes],
+        language_passes=[pass_flops(text, one) for one in passes],
+        language_positions=[sum(rows for rows, _ in one) for one in passes],
         num_query_passes=num_query_passes,
         total=once,
         backward=backward,
@@ -215,14 +214,29 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
 
 
 def planning_passes(config, sample, mode, num_plans):
-    """[(positions, FLOPs)] of the language model's passes that plan queries; each stops at the last visual token."""
-    text, tokens, before = config.text_config, config.tokens_per_frame, sample.num_tokens_before
-    planning_length = before + sample.num_frames * tokens
+    """The language model's passes that plan queries, as lists of (rows, context); each stops at the last visual token.
+
+    In fine mode the first one reads the text before the frames for all later passes, and with static queries there are
+    none.
+    """
+    tokens, before = config.tokens_per_frame, sample.num_tokens_before
     if mode == "fine":
-        return num_plans * [(planning_length, language_pass(text, planning_length, planning_length))]
-    contexts = (before + (t + 1) * tokens for t in range(sample.num_frames))
-    steps = sum(language_pass(text, tokens, context) for context in contexts)
-    return [(planning_length, language_pass(text, before, before) + steps)]
+        visual = sample.num_frames * tokens
+        passes = [[(before + visual, before + visual)]] + (num_plans - 1) * [[(visual, before + visual)]]
+        return [] if config.query_source == "static" else passes
+    return [[(before, before), *((tokens, before + (t + 1) * tokens) for t in range(sample.num_frames))]]
+
+
+def full_pass(config, sample, after_planning=False):
+    """The pass over the whole sequence, as a list of (rows, context). after_planning: the text before the frames has
+    been read."""
+    total = sample.num_text_tokens + sample.num_frames * config.tokens_per_frame
+    return [(total - after_planning * sample.num_tokens_before, total)]
+
+
+def pass_flops(text, one):
+    """FLOPs of a pass, a list of (rows, context)."""
+    return sum(language_pass(text, rows, context) for rows, context in one)
 
 
 def without_gradient(config, sample, components, passes):
@@ -231,12 +245,12 @@ def without_gradient(config, sample, components, passes):
     With static queries this is all of planning. Otherwise it is the plan made after the last frame, and the last layer
     of the text before the frames except its keys and values.
     """
-    text = config.text_config
+    text, before = config.text_config, sample.num_tokens_before
     if config.query_source == "static":
-        return passes[0][1] + components.planner
-    before, planning_length = sample.num_tokens_before, passes[0][0]
+        return pass_flops(text, passes[0]) + components.planner
     keys_and_values = 2 * linear(before, text.hidden_size, text.num_key_value_heads * head_width(text))
     last_layer = language_pass(text, before, before) / text.num_hidden_layers - keys_and_values
+    planning_length = before + sample.num_frames * config.tokens_per_frame
     last_plan = language_pass(text, config.tokens_per_frame, planning_length) + components.planner / sample.num_frames
     return last_layer + last_plan
 
@@ -253,7 +267,7 @@ def parallel_backward(config, sample, components, passes, num_query_passes, trai
     text, vision, frames = config.text_config, config.vision_config, sample.num_frames
     if not (frames or trained.language) or not any(vars(trained).values()):
         return 0
-    flops = language_backward(text, passes[-1], trained) + components.vocabulary_projection * (trained.language + 1)
+    flops = pass_backward(text, passes[-1], trained) + components.vocabulary_projection * (trained.language + 1)
     if not frames:
         return flops
     shallow_keys = frames * vision_keys_and_values(vision) * (num_query_passes > 0 and config.attention == "shallow")
@@ -271,7 +285,7 @@ def parallel_backward(config, sample, components, passes, num_query_passes, trai
             last_layer = vision_rows(vision, config.num_visual_tokens_per_frame)
             flops += 2 * frames * (query_pass_flops(config) - last_layer)
         return flops + frames * query_pass_backward(config, trained, planned=False)
-    flops += sum(language_backward(text, one, trained) for one in passes[:-1])
+    flops += sum(pass_backward(text, one, trained) for one in passes[:-1])
     flops += components.planner * (trained.connector + 1)
     query_passes = query_pass_backward(config, trained, planned=False) + num_planned * query_pass_backward(
         config, trained, planned=True
@@ -295,12 +309,15 @@ def query_pass_backward(config, trained, planned):
     )
 
 
-def language_backward(text, one, trained):
-    """Backward pass of one language-model pass (positions, FLOPs) that attends only to itself and whose input needs a
-    gradient."""
-    positions, flops = one
-    mixing = language_attention(text, positions, positions)
-    return (flops - mixing) * (trained.language + 1) + 2 * mixing
+def language_backward(text, rows, context, trained):
+    """Backward pass of `rows` positions over `context` ones, whose input needs a gradient."""
+    mixing = language_attention(text, rows, context)
+    return (language_pass(text, rows, context) - mixing) * (trained.language + 1) + 2 * mixing
+
+
+def pass_backward(text, one, trained):
+    """Backward pass of a pass, a list of (rows, context)."""
+    return sum(language_backward(text, rows, context, trained) for rows, context in one)
 
 
 def training_flops(config, sample, num_plans, trained=ALL_TRAINED, rejected=None, coarse_loss=False):
@@ -317,24 +334,26 @@ def training_flops(config, sample, num_plans, trained=ALL_TRAINED, rejected=None
         again = full_language_pass(config, rejected)
         return step + again + full_language_pass_backward(config, rejected, trained) + result.total + again
     if coarse_loss and result.num_query_passes > 1 and sample.num_frames:
-        step += full_language_pass(config, sample) + full_language_pass_backward(config, sample, trained)
+        text, again = config.text_config, full_pass(config, sample, after_planning=config.query_source != "static")
+        vocabulary = linear(sample.num_labels, text.hidden_size, text.vocab_size)
+        step += pass_flops(text, again) + pass_backward(text, again, trained) + vocabulary * (trained.language + 2)
     return step
 
 
 def full_language_pass(config, sample):
     """The language model over the whole sequence, with the logits at its labels."""
-    text, length = config.text_config, sample.num_text_tokens + sample.num_frames * config.tokens_per_frame
-    return language_pass(text, length, length) + linear(sample.num_labels, text.hidden_size, text.vocab_size)
+    text = config.text_config
+    vocabulary = linear(sample.num_labels, text.hidden_size, text.vocab_size)
+    return pass_flops(text, full_pass(config, sample)) + vocabulary
 
 
 def full_language_pass_backward(config, sample, trained):
     """Backward pass of a `full_language_pass`; 0 for text that only frozen weights process."""
     if not (trained.language or (sample.num_frames and any(vars(trained).values()))):
         return 0
-    text, length = config.text_config, sample.num_text_tokens + sample.num_frames * config.tokens_per_frame
+    text = config.text_config
     vocabulary = linear(sample.num_labels, text.hidden_size, text.vocab_size)
-    once = language_backward(text, (length, language_pass(text, length, length)), trained)
-    return once + vocabulary * (trained.language + 1)
+    return pass_backward(text, full_pass(config, sample), trained) + vocabulary * (trained.language + 1)
 
 
 def training_step(config, sample, objective):

@@ -155,6 +155,7 @@ class FramePolicy(Record):
     fps: float  # frames per second taken of a video
     max_frames: Count  # of one video
     jpeg_quality: Count  # 1 to 100
+    hdr: Literal["refuse", "tone_map"] = "refuse"  # media with PQ or HLG
 
 
 class ShardsManifest(Record):

@@ -16,9 +16,10 @@ from pathlib import Path
 import yaml
 
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import MAX_DEPTH, ROOT
 
 PATTERNS = "[]{}*?"  # characters with a meaning in the path patterns of DVC and Snakemake
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MIN_FREE = 50 * 2**20  # bytes
 FUTURE = 60.0  # seconds that a clock may be wrong
 CODE = ("pipeline_steps", "model", "conf", "workflow")
@@ -28,8 +29,7 @@ def check(root: Path) -> list[str]:
     """Repairs and checks the folder. Returns notes. UserError with the next step for what the user must repair."""
     check_path(root)
     check_space(root, "the working folder")
-    check_temporary()
-    notes = [*repair_rwlock(root / ".dvc" / "tmp"), *future_files(root)]
+    notes = [*check_temporary(), *repair_rwlock(root / ".dvc" / "tmp"), *future_files(root)]
     check_dvc_lock(root / "dvc.lock")
     return notes
 
@@ -59,19 +59,23 @@ def check_space(folder: Path, what: str) -> None:
         )
 
 
-def check_temporary() -> None:
-    """UserError if no temporary file can be written."""
+def check_temporary() -> list[str]:
+    """A note if temporary files go to another folder than TMPDIR. UserError if none can be written."""
+    wanted = os.environ.get("TMPDIR")
     try:
         with tempfile.TemporaryFile() as file:
             file.write(bytes(2**16))
             file.flush()
-        check_space(Path(tempfile.gettempdir()), "the folder for temporary files (TMPDIR)")
+        used = tempfile.gettempdir()  # Python's choice: TMPDIR, or /tmp if that is full or missing
+        check_space(Path(used), "the folder for temporary files (TMPDIR)")
     except OSError as error:
-        place = os.environ.get("TMPDIR") or "/tmp"
         raise UserError(
-            f"{place}: no temporary file can be written ({error.strerror or error}). Free space there, or set TMPDIR "
-            "to a folder on another disk."
+            f"{wanted or '/tmp'}: no temporary file can be written ({error.strerror or error}). Free space there, or "
+            "set TMPDIR to a folder on another disk."
         ) from None
+    if wanted and Path(used).resolve() != Path(wanted).resolve():
+        return [f"{wanted} (TMPDIR): full, missing or not writable. Temporary files go to {used}."]
+    return []
 
 
 def repair_rwlock(folder: Path) -> list[str]:
@@ -103,7 +107,9 @@ def check_dvc_lock(path: Path) -> None:
     if not path.exists():
         return
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = path.read_text(encoding="utf-8")
+        check_nesting(text)
+        content = yaml.load(text, Loader=LOADER)
         problem = None if isinstance(content, dict) and "stages" in content else "it has no stages"
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:200]
@@ -112,6 +118,15 @@ def check_dvc_lock(path: Path) -> None:
             f"{path}: not a complete lock file ({problem}). Restore it with `git checkout dvc.lock`, or delete it; "
             "`dvc repro` then takes finished stages from the run cache."
         )
+
+
+def check_nesting(text: str) -> None:
+    """YAMLError for more levels than MAX_DEPTH. The loader in C ends the process at some ten thousand."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels of nesting in line {event.start_mark.line + 1}")
 
 
 def future_files(root: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pipeline_steps.common.params import StrictModel
 
 
 class Section(StrictModel):
-    split: Literal["validation", "test"]
+    split: Literal["train", "validation", "test"]
     """Split to score."""
     batch_size: PositiveInt
     """Items per forward pass; scores change by rounding only."""

@@ -129,6 +129,7 @@ def forward(model, batch, mode, query_source=None, generator=None, output_attent
         generator=generator,
         target_patches=batch.target_patches,
         output_attentions=output_attentions,
+        return_logits=False,
     )
     labels = batch.labels.masked_fill(~batch.score_mask, IGNORE_INDEX)
     return model(**batch.inputs(), labels=labels, mode=mode, options=options)

@@ -12,8 +12,9 @@ checkpointing; weights, gradients and optimizer state are excluded:
 
 vision layer         18 D numbers per row: the two norms' inputs and outputs, queries, keys, values, mixture, the dense
                      layer's and the feed-forward's outputs before their scales, the feed-forward's inner width (4 D)
-                     before and after its activation; the last layer 4 D unless something reads its patches; 14 D for a
-                     query row, which has no keys and values of its own; and the pixels
+                     before and after its activation; the last layer 4 D unless something reads its patches; D more for
+                     the patches' normed rows without the queries that pass through with them; 14 D for a query row,
+                     which has no keys and values of its own; and the pixels
 language layer       6 E + 3 A + 2 C + 4 I numbers per position of every pass: per norm its input, the normed and the
                      scaled rows; queries, mixture and output (A wide), keys and values (C wide); gate, its activation,
                      up and their product (I)
@@ -56,7 +57,7 @@ def prefill_flops(config, prompt, size):
     result = forward(config, prompt, "autoregressive")
     *planning, total = result.language_positions
     if not planning:
-        return result.total
+        return result.total - sum(result.language_passes) + language_pass(config.text_config, total, total)
     text, tokens, before = config.text_config, config.tokens_per_frame, prompt.num_tokens_before
     places = -(-planning[0] // PLACES) * PLACES  # of the frames' cache
     reading = language_pass(text, before, before) + prompt.num_frames * language_pass(text, tokens, places)
@@ -92,6 +93,8 @@ def training_memory(config, sample, bytes_per_number):
     per_row = 10 * width + 2 * inner
     needs_last = config.architecture == "multi_token" or config.attention == "shallow"
     per_frame_row = (vision.num_hidden_layers - 1) * per_row + (per_row if needs_last else 4 * width)
+    if not needs_last:
+        per_frame_row += vision.num_hidden_layers * width
     per_frame = num_vision_rows(vision) * per_frame_row + vision.num_channels * vision.image_size**2
     heads = text.num_attention_heads * head_width(text), text.num_key_value_heads * head_width(text)
     per_position = 6 * text.hidden_size + 3 * heads[0] + 2 * heads[1] + 4 * text.intermediate_size

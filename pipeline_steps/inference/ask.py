@@ -11,18 +11,22 @@ seconds and 0.5 GB for an embedded checkpoint.
 
 import argparse
 import io
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 from model.constants import MODES
+from model.hdr import HDR_MODES
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_bytes
 from pipeline_steps.inference import follow
 
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
+WORLDS = {"procedural": "the world of moving digits", "objects": "the world of objects"}  # sources that are rendered
+WITHOUT_FRAMES = ("chat",)  # sources of text-only samples
 SEED = 1  # for random query sources: the animation repeats the queries that produced the answer
 
 
@@ -51,7 +55,10 @@ def ask(arguments):
 
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
+    if text := notice(arguments.checkpoint):
+        print(text, file=sys.stderr)
     model.to(choose_device())
+    processor.hdr = arguments.hdr or processor.hdr
     try:
         processor.check_question(arguments.question)
     except ValueError as error:
@@ -81,6 +88,7 @@ def read_arguments():
     parser.add_argument("--mode", choices=MODES, default="autoregressive", help="inference mode")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum length of the answer, in tokens")
     parser.add_argument("--output", type=Path, help="the animation (default: NAME.heatmap.gif in the current folder)")
+    parser.add_argument("--hdr", choices=HDR_MODES, help="media with PQ or HLG (default: as in training)")
     parser.add_argument("--follow", action="store_true", help="--video is still growing: a file, or a folder of frames")
     parser.add_argument("--every", type=int, help="with --follow: answer after so many frames (default: at the end)")
     parser.add_argument("--idle", type=float, help="with --follow: end after so many seconds without growth (10)")
@@ -120,6 +128,18 @@ def check(arguments):
     return output
 
 
+def notice(checkpoint):
+    """A line that says which rendered worlds the model was trained on, if training.json, which its training wrote,
+    records these and nothing else with frames; None if there are other sources, or no record."""
+    path = checkpoint / "training.json"
+    sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {}) if path.exists() else {}
+    shown = {name: count for name, count in sources.items() if name not in WITHOUT_FRAMES}
+    if not shown or not shown.keys() <= WORLDS.keys():
+        return None
+    listed = " and ".join(f"{WORLDS[name]} ({count:,} samples)" for name, count in shown.items())
+    return f"note: this model has seen no pictures but those of {listed}. Do not rely on its answers about others."
+
+
 def stream_answer(model, processor, inputs, mode, max_new_tokens):
     """Prints the greedy answer word by word and returns it."""
     import torch
@@ -155,7 +175,7 @@ def animation(model, processor, inputs, mode, question, answer):
     from pipeline_steps.inference import drawing, gaze
 
     with torch.inference_mode():
-        options = {"generator": generator(model), "output_attentions": True}
+        options = {"generator": generator(model), "output_attentions": True, "return_logits": False}
         output = model(**inputs.to(model.device), mode=mode, options=options)
     maps = gaze.attention_maps(output.attention_weights.float().cpu().numpy())[-1]  # [F, N]
     clip = drawing.Clip(

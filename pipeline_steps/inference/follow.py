@@ -24,8 +24,8 @@ IDLE_SECONDS = 10.0  # without growth until a video counts as finished, unless -
 class GrowingFolder:
     """Pictures that appear in a folder. A picture that is not whole yet is tried again."""
 
-    def __init__(self, path: Path, fps: float):
-        self.path, self.fps = path, fps
+    def __init__(self, path: Path, fps: float, hdr: str):
+        self.path, self.fps, self.hdr = path, fps, hdr
         self.taken, self.unreadable = set(), {}  # names; name -> why it could not be read the last time
 
     def state(self):
@@ -38,7 +38,7 @@ class GrowingFolder:
             if file.name in self.taken:
                 continue
             try:
-                image = load_image(file)
+                image = load_image(file, self.hdr)
             except MediaError as error:
                 self.unreadable[file.name] = error.reason
                 continue
@@ -57,8 +57,9 @@ class GrowingFolder:
 class GrowingVideo:
     """A video file that is still being written, sampled at `fps`."""
 
-    def __init__(self, path: Path, fps: float, image_size: int, resize_mode: str):
-        self.path, self.fps, self.image_size, self.resize_mode = path, fps, image_size, resize_mode
+    def __init__(self, path: Path, fps: float, image_size: int, resize_mode: str, hdr: str):
+        self.path, self.fps = path, fps
+        self.settings = (image_size, resize_mode, hdr)
         self.num_taken, self.problem = 0, None
 
     def state(self):
@@ -77,7 +78,7 @@ class GrowingVideo:
             wanted = []
             while times and (due := (self.num_taken + len(wanted)) / self.fps) <= times[-1] + SAME_TIME:
                 wanted.append(times[bisect_right(times, due + SAME_TIME) - 1])
-            taken = decode(piece, index, wanted, self.image_size, self.resize_mode) if wanted else []
+            taken = decode(piece, index, wanted, *self.settings) if wanted else []
         except MediaError as error:
             self.problem = error.reason
             return
@@ -157,9 +158,10 @@ def run(arguments, model, processor) -> None:
     """`ask --follow` with a loaded checkpoint. UserError for invalid input."""
     path = arguments.video
     if path.is_dir():
-        source = GrowingFolder(path, processor.fps)
+        source = GrowingFolder(path, processor.fps, processor.hdr)
     else:
-        source = GrowingVideo(path, processor.fps, processor.image_size, processor.resize_mode)
+        settings = (processor.image_size, processor.resize_mode, processor.hdr)
+        source = GrowingVideo(path, processor.fps, *settings)
     try:
         with model.stream(processor, arguments.question, arguments.max_num_frames) as session:
             follow(session, source, arguments.every, arguments.idle or IDLE_SECONDS, arguments.max_new_tokens, flushed)

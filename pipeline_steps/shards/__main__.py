@@ -24,14 +24,15 @@ from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import SPLITS, FramePolicy, ShardsManifest, SplitEntry
 from pipeline_steps.common.snakemake import cancel_leftover_jobs
 from pipeline_steps.shards import leaks, scratch
-from pipeline_steps.shards.fan_out import run_snakemake
+from pipeline_steps.shards.fan_out import run_pool, run_snakemake
 from pipeline_steps.shards.index import read_index
 from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("model/frames.py", "model/pictures.py", "pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
-CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py", "model/video.py")
+CODE = ("model/frames.py", "model/hdr.py", "model/pictures.py", "model/video.py")
+CODE += ("pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
+CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")
 LIBRARIES = (
     "av",
@@ -43,10 +44,11 @@ LIBRARIES = (
 MAX_LISTED = 20  # quarantined samples shown in the terminal
 
 
-def build(section, raw_dir, output):
+def build(section, raw_dir, output, num_processes=None):
     """Run the stage on `raw_dir`/index.jsonl. Returns the ShardsManifest written to `output`/manifest.json.
 
-    Raises UserError for an invalid index, leaks between splits, too many damaged media or failed jobs.
+    num_processes: as of `pack`. Raises UserError for an invalid index, leaks between splits, too many damaged media or
+    failed jobs.
     """
     index = read_index(Path(raw_dir) / "index.jsonl", section.seed)
     splits = assign_splits(index, section.validation_share, section.test_share)
@@ -60,7 +62,7 @@ def build(section, raw_dir, output):
         with replaced_folder(output) as published:
             if section.max_hash_distance is not None:
                 leaks.check(leaks.text_leaks(index, splits), folder / "leaks.jsonl")
-            reports = pack(index, plan, settings, folder, lock_file)
+            reports = pack(index, plan, settings, folder, lock_file, num_processes)
             manifest = make_manifest(reports, len(index), settings.frames)
             check_quarantine(manifest, index.num_media(), section.max_quarantined)
             if section.max_hash_distance is not None:
@@ -77,6 +79,7 @@ def make_settings(section, raw_dir):
     frames = FramePolicy(
         image_size=section.image_size,
         resize_mode=section.resize_mode,
+        hdr=section.hdr,
         fps=section.fps,
         max_frames=section.max_frames,
         jpeg_quality=section.jpeg_quality,
@@ -84,8 +87,11 @@ def make_settings(section, raw_dir):
     return Settings(raw_dir=str(Path(raw_dir).resolve()), frames=frames)
 
 
-def pack(index, plan, settings, folder, lock_file):
-    """Pack the shards that `folder` lacks. Returns {(split, name): ShardReport} for the whole plan."""
+def pack(index, plan, settings, folder, lock_file, num_processes=None):
+    """Pack the shards that `folder` lacks. Returns {(split, name): ShardReport} for the whole plan.
+
+    num_processes: of this machine, without Snakemake; None: Snakemake's jobs.
+    """
     with writable(folder):
         cancel_leftover_jobs(folder)
         scratch.wait_for_jobs(folder)
@@ -94,7 +100,10 @@ def pack(index, plan, settings, folder, lock_file):
         missing = scratch.drop_stale(folder, plan_hashes)
     if missing:
         progress = {folder / "packed" / split / f"{name}.progress": len(plan[split, name]) for split, name in missing}
-        run_snakemake("shards", folder, progress, lock_file)
+        if num_processes is None:
+            run_snakemake("shards", folder, progress, lock_file)
+        else:
+            run_pool(missing, folder, num_processes)
     print(f"{len(missing)} shards packed, {len(plan) - len(missing)} reused from an earlier run", file=sys.stderr)
     return scratch.read_reports(folder, plan_hashes)
 
@@ -193,9 +202,10 @@ def main():
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--raw", default="data/raw")
     parser.add_argument("--output", default="data/shards")
+    parser.add_argument("--processes", type=int, help="pack in this many processes of this machine, without Snakemake")
     arguments = parser.parse_args()
     section = params.read(arguments.params, *PARAMS).shards
-    manifest = build(section, arguments.raw, arguments.output)
+    manifest = build(section, arguments.raw, arguments.output, arguments.processes)
     counts = ", ".join(
         f"{split}: {e.num_samples} samples in {len(e.shards)} shards" for split, e in manifest.splits.items()
     )

@@ -1,16 +1,20 @@
-"""Run Snakemake on a planned scratch folder: one job per shard, with a progress bar; Snakemake logs to a file."""
+"""Pack the shards of a planned scratch folder, one job per shard: with Snakemake, which logs to a file, or in processes
+of this machine."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
 from pipeline_steps.monitoring.progress import progress_bar
+from pipeline_steps.shards.pack import pack_planned
 
 MANY = 1000  # shards, from which on progress is polled less often
 
@@ -47,6 +51,14 @@ def run_snakemake(target, scratch, progress, lock_file):
                 cancel_leftover_jobs(scratch)
     if process.returncode != 0:
         raise UserError(_explain(scratch, process.returncode, log))
+
+
+def run_pool(missing, scratch, num_processes):
+    """Pack the shards `missing`, [(split, name)], in processes of this machine, where Snakemake is not installed."""
+    work = partial(pack_planned, scratch)
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:  # a fork would inherit the locks
+        for _ in progress_bar("shards", pool.imap_unordered(work, missing), total=len(missing), unit="shard"):
+            pass
 
 
 def _show_progress(process, target, progress):

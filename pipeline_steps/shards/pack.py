@@ -115,6 +115,7 @@ def _load(sample, settings):
         max_frames=settings.frames.max_frames,
         image_size=settings.frames.image_size,
         resize_mode=settings.frames.resize_mode,
+        hdr=settings.frames.hdr,
         parts=sample.parts,
         picture_fps=sample.picture_fps,
         segment=sample.segment,
@@ -151,6 +152,23 @@ def _write_hashes(path, hashes):
     write_bytes(path, buffer.getvalue())
 
 
+def pack_planned(scratch, shard):
+    """Pack one planned shard, (split, name), of a scratch folder (plan/ -> packed/)."""
+    split, name = shard
+    plan, output = scratch / "plan" / split / f"{name}.jsonl", scratch / "packed" / split / name
+    run_job(scratch / "settings.json", split, plan, output)
+
+
+def run_job(settings_path, split, plan, output):
+    """Pack the shard of the file `plan` into files that begin with `output`."""
+    with open(settings_path) as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage; the next run waits for it
+        settings = read_record(Settings, settings_path, "shards")
+        plan_sha256 = sha256_file(plan)  # hashed before reading, so a plan replaced meanwhile counts as not packed
+        samples = [sample.model_copy(update={"split": split}) for sample in read_samples(plan)]
+        pack_shard(samples, settings, output, plan_sha256)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Pack one planned shard (a job of the shards stage).")
     parser.add_argument("--settings", required=True)
@@ -158,15 +176,7 @@ def main():
     parser.add_argument("--plan", required=True)
     parser.add_argument("--output", required=True, type=Path, help="path of the shard without its suffix")
     arguments = parser.parse_args()
-    with open(arguments.settings) as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_SH)  # a job may outlive a killed stage; the next run waits for it
-        settings = read_record(Settings, arguments.settings, "shards")
-        plan_sha256 = sha256_file(
-            arguments.plan
-        )  # hashed before reading, so a plan replaced meanwhile counts as not packed
-        samples = read_samples(arguments.plan)
-        samples = [sample.model_copy(update={"split": arguments.split}) for sample in samples]
-        pack_shard(samples, settings, arguments.output, plan_sha256)
+    run_job(arguments.settings, arguments.split, arguments.plan, arguments.output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ class Section(StrictModel):
     """Side of the square frames in pixels."""
     resize_mode: Literal["crop", "letterbox"]
     """Centre crop, or black bars."""
+    hdr: Literal["refuse", "tone_map"]
+    """PQ and HLG media: quarantine, or convert to SDR (`model/hdr.py`)."""
     fps: PositiveFloat
     """Frames per second, uniform over the clip."""
     max_frames: PositiveInt

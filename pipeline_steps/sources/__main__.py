@@ -23,6 +23,7 @@ from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
 PARAMS = ("sources",)
+WORLDS = {"digits": "procedural", "objects": "objects"}  # {procedural.world: name of its source}
 
 
 def collect(section, output: Path, num_processes: int = 1) -> dict:
@@ -47,7 +48,8 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
                 entry.dataset, hub.read(entry, partial, quarantined), quarantined, 1.0
             )  # hub.read checks its own limit
         if "procedural" in section.collect:
-            index.add_source("procedural", _render(section.procedural, partial, num_processes), [], 0.0)
+            name = WORLDS[section.procedural.world]
+            index.add_source(name, _render(section.procedural, name, partial, num_processes), [], 0.0)
         if "chat" in section.collect:
             index.add_source("chat", chat.collect(section.chat), [], 0.0)
         return index.finish()
@@ -68,11 +70,11 @@ def _take_tars(entries, partial: Path, index: IndexWriter, num_processes: int) -
         index.add_source(entry.name, samples, quarantined, entry.max_quarantined)
 
 
-def _render(section, partial: Path, num_processes: int) -> Iterator[RawSample]:
+def _render(section, name: str, partial: Path, num_processes: int) -> Iterator[RawSample]:
     (partial / "procedural").mkdir()
     writer = {"digits": procedural, "objects": object_clips}[section.world]
     writer.write(partial / "procedural", section, num_processes)
-    yield from folder.read(partial / "procedural", "procedural", relative_to=Path(os.path.abspath(partial))).samples
+    yield from folder.read(partial / "procedural", name, relative_to=Path(os.path.abspath(partial))).samples
 
 
 def main():

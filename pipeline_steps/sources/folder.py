@@ -239,7 +239,7 @@ def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, d
     if split is not None and values.setdefault("split", split) != split:
         raise UserError(
             f"{metadata} line {given_in['split']} ({_shown(names)}): split is {values['split']!r}, but the folder is "
-            f"{names[0].split('/')[0]}/. Move the file, or remove the column."
+            f"{names[0].split('/')[0]}/, which means {split!r}. Move the file, or correct the column."
         )
     return values
 

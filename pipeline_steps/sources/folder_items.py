@@ -126,6 +126,9 @@ def _correct(where: str, answer, options: tuple[str, ...]) -> int:
             f"{where}: the answer {answer!r} is ambiguous: option {number} is {options[number]!r}, but option {named} "
             f"is {options[named]!r}. Write the answer as text."
         )
+    if named is None and all_numbers and _is_number(answer):
+        equal = [i for i, option in enumerate(options) if float(option) == answer]  # 2 is "2.0"
+        named = equal[0] if len(equal) == 1 else None
     if named is not None:
         return named
     if is_index and not all_numbers:

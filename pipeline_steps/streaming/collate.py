@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from model.constants import IGNORE_INDEX
-from model.processing_foveated_vlm import normalise, visual_places
+from model.packing import BatchPlaces
+from model.processing_foveated_vlm import visual_places
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.batch import Batch, Text
 from pipeline_steps.streaming.buffer_pool import BufferPool
@@ -84,20 +85,19 @@ class Collator:
         return self.image_replication if item["kind"] == "image" else 1
 
     def _pixels(self, items: list[dict], num_frames: int) -> np.ndarray:
-        """Normalise the frames item by item, to stay in the CPU cache: float32 [num_frames, 3, height, width]."""
+        """Concatenate the frames, channels first: uint8 [num_frames, 3, height, width]."""
         shown = [item for item in items if len(item["frames"])]
         height, width = shown[0]["frames"].shape[1:3] if shown else (1, 1)
-        pixels = self._pool.empty((num_frames, 3, height, width), np.float32)
+        pixels = self._pool.empty((num_frames, 3, height, width), np.uint8)
         start = 0
         for item in shown:
             count, repeats = len(item["frames"]), self._repeats(item)
-            own = normalise(item["frames"], pixels[start : start + count])
-            if repeats > 1:  # each frame several times in a row
-                pixels[start : start + count * repeats] = np.repeat(own, repeats, axis=0)
+            own = pixels[start : start + count * repeats].reshape(count, repeats, 3, height, width)
+            own[:] = item["frames"].transpose(0, 3, 1, 2)[:, None]  # each frame several times in a row
             start += count * repeats
         return pixels
 
-    def _padded(self, items: list[dict], num_frames: list[int], side: str) -> dict[str, torch.Tensor]:
+    def _padded(self, items: list[dict], num_frames: list[int], side: str) -> dict[str, torch.Tensor | BatchPlaces]:
         """Pad the sequences and return the fields of `Text`."""
         rows = [self._insert(item, count) for item, count in zip(items, num_frames, strict=True)]
         shape = (len(rows), max(len(row["ids"]) for row in rows))
@@ -114,7 +114,9 @@ class Collator:
             batch["attention_mask"][number, own] = 1
             batch["labels"][number, own] = row["labels"]
             batch["score_mask"][number, own] = row["scored"]
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        inputs = (tensors["input_ids"], tensors["attention_mask"], torch.tensor(num_frames), tensors["labels"])
+        return tensors | {"places": BatchPlaces.of(*inputs, visual_id=self.visual_id)}
 
     def _insert(self, item: dict, num_frames: int) -> dict:
         """Insert the visual placeholders. Returns the ids, the labels and the score mask, each [sequence]."""

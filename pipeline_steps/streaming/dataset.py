@@ -161,11 +161,12 @@ class TokenizedShards:
         return self._shard_of[self.rows.place(number)[0]]
 
     def batch_bytes(self, numbers: np.ndarray, image_replication: int, tokens_per_frame: int) -> int:
-        """Return the bytes of a collated batch: float32 pixels and times, and 25 bytes per sequence position."""
+        """Return the bytes of a collated batch: pixels of one byte, float32 times, and 115 bytes per sequence position
+        (text and indices)."""
         columns = self.index.take(numbers)
         frames = columns.shown_frames(image_replication)
         longest = int((columns.num_tokens + frames * tokens_per_frame).max(initial=0))
-        return int(frames.sum()) * (self.image_size**2 * 3 + 1) * 4 + len(numbers) * longest * 25
+        return int(frames.sum()) * (self.image_size**2 * 3 + 4) + len(numbers) * longest * 115
 
     def read(self, number: int) -> RawItem:
         """Read an item without decoding it. Raises UnreadableSample if the shard is unreadable."""

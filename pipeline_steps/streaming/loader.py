@@ -41,13 +41,23 @@ class Loader:
     """
 
     def __init__(
-        self, dataset, served: StagePlan, collate: Collator, streaming, runtime, *, rank: int = 0, world_size: int = 1
+        self,
+        dataset,
+        served: StagePlan,
+        collate: Collator,
+        streaming,
+        runtime,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
     ):
-        """Raises UserError if a step has fewer samples than ranks. streaming, runtime: sections of the parameters."""
+        """Raises UserError if a step has fewer samples than ranks. streaming, runtime: sections of the parameters.
+        pin_memory: put batches into pinned memory, for a GPU."""
         served.plan.check_ranks(world_size)
         self.dataset, self.plan, self.mixture = dataset, served.plan, served.mixture
         self.collate, self.streaming, self.runtime = collate, streaming, runtime
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self.step = 0  # the next step
         self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was skipped)
 
@@ -101,7 +111,10 @@ class Loader:
                 items.append(self._item(entry))
             except UnreadableSample as error:
                 unreadable.append(error)
-        return (self.collate(items) if items else None), unreadable
+        if not items:
+            return None, unreadable
+        batch = self.collate(items)
+        return (batch.pin_memory() if self.pin_memory else batch), unreadable
 
     def _item(self, entry: int | RawItem | UnreadableSample) -> dict:
         """Return an item, given its number or what a stream read."""

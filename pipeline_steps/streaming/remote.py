@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.common.files import parse, scratch_folder, write_bytes
 from pipeline_steps.common.schemas import TokensManifest
-from pipeline_steps.streaming.transfer import Command, Transfers
+from pipeline_steps.streaming.transfer import CHUNK, Command, TransferError, Transfers
 
 CURL = "curl -fsSL --connect-timeout 30"  # transfer.Command limits the time between bytes
 MAX_MANIFEST = 512 * 2**20  # bytes
@@ -108,19 +108,27 @@ def download_index(url: str, split: str, retries: int, transfers: Transfers | No
     return folder
 
 
-def read_shard(url: str, path: str, keys: set[str], retries: int, transfers: Transfers | None = None) -> Iterator[dict]:
+def read_shard(
+    url: str, path: str, keys: set[str], sha256: str, retries: int, transfers: Transfers | None = None
+) -> Iterator[dict]:
     """Yield the samples of a tar with these keys, in tar order: {"__key__": key, member: bytes}.
 
-    After a broken connection the tar is read again from its start, without repeating samples. Raises UserError if all
-    retries fail, or if keys are missing. Holds one sample in memory, of at most MAX_SAMPLE bytes.
+    The tar is hashed while it is read, to its end; the last sample is held back until the hash equals `sha256`. After a
+    broken connection or with another hash, the tar is read again from its start, without repeating samples. Raises
+    UserError if all retries fail, or if keys are missing. Holds one sample in memory, of at most MAX_SAMPLE bytes.
     """
     missing, transfers = set(keys), transfers or Transfers()
+    served: frozenset = frozenset()  # (bytes of the tar, their sha256) after the last sample of every attempt
     for attempt in range(retries + 1):
         _begin(attempt, transfers)
         try:
-            with Command(command(url, path), transfers) as stream:
+            with Command(command(url, path), transfers) as source:
+                stream = _Hashed(source, served)
                 for sample in _samples(stream, missing):
+                    if missing == {sample["__key__"]}:
+                        _check_hash(stream, sha256, f"{url}: {path}")
                     missing.remove(sample["__key__"])
+                    served = stream.before | {(stream.place, stream.sha256.hexdigest())}
                     yield sample
                     if not missing:
                         return
@@ -131,7 +139,45 @@ def read_shard(url: str, path: str, keys: set[str], retries: int, transfers: Tra
     raise unreachable(url, path, problem, retries)
 
 
-def _samples(stream: Command, wanted: set[str]) -> Iterator[dict]:
+class _Hashed:
+    """A file object that hashes what is read from another one.
+
+    before: (bytes, their sha256) of earlier attempts; `differs` tells whether one of them read another content.
+    """
+
+    def __init__(self, file: Command, before: frozenset):
+        self.file, self.before = file, before
+        self.sha256, self.place, self.differs = hashlib.sha256(), 0, False
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        start = 0
+        for place, digest in sorted(self.before):
+            if self.place < place <= self.place + len(content):
+                self.sha256.update(content[start : place - self.place])
+                start = place - self.place
+                self.differs |= self.sha256.hexdigest() != digest
+        self.sha256.update(content[start:])
+        self.place += len(content)
+        return content
+
+
+def _check_hash(stream: _Hashed, expected: str, where: str) -> None:
+    """Read a tar to its end. Raises TransferError if its hash is another one, and UserError if it is right, but not in
+    what an earlier attempt has served."""
+    while stream.read(CHUNK):
+        pass
+    found = stream.sha256.hexdigest()
+    if found != expected:
+        raise TransferError(f"its sha256 is {found[:12]}..., expected {expected[:12]}... (shards/manifest.json)")
+    if stream.differs:
+        raise UserError(
+            f"{where}: samples of a transfer that was damaged on the way have been served. Check the network and "
+            "rerun the stage: training resumes from its last checkpoint."
+        )
+
+
+def _samples(stream: _Hashed, wanted: set[str]) -> Iterator[dict]:
     """Yield the wanted samples of a tar: neighbouring members with the same name up to the first dot (WebDataset)."""
     sample: dict = {}
     size = 0

@@ -53,10 +53,15 @@ class StreamedShards(TokenizedShards):
         return RawItem(row, [members[name] for name in names], members.get("json"))
 
     def read(self, number: int) -> RawItem:
-        """Read one item. This reads its shard from the start up to the item, so use it for a few items only."""
-        path = f"shards/{self.split}/{self.shards[self.shard_number(number)].name}"
-        samples = remote.read_shard(self.url, path, {self.rows[number]["key"]}, self.retries, self.transfers)
+        """Read one item. This reads its whole shard, so use it for a few items only."""
+        samples = self.read_shard(self.shard_number(number), {self.rows[number]["key"]})
         return self.raw(number, next(samples))
+
+    def read_shard(self, shard: int, keys: set[str]) -> Iterator[dict]:
+        """Yield the samples of a shard with these keys (remote.read_shard)."""
+        entry = self.shards[shard]
+        path = f"shards/{self.split}/{entry.name}"
+        return remote.read_shard(self.url, path, keys, entry.sha256, self.retries, self.transfers)
 
 
 class StreamedMixture(Mixture):
@@ -206,9 +211,7 @@ class _Reader:
                 if (own := [number for number in all_of_it if number in wanted])
             }
             if numbers:
-                path = f"shards/{self.dataset.split}/{self.dataset.shards[shard].name}"
-                options = (self.dataset.retries, self.dataset.transfers)
-                for sample in remote.read_shard(self.dataset.url, path, set(numbers), *options):
+                for sample in self.dataset.read_shard(shard, set(numbers)):
                     yield {**sample, "numbers": numbers[sample["__key__"]]}
 
     def _advance(self) -> None:

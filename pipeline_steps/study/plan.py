@@ -18,6 +18,8 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.study.design import cells_of, parameters_of, with_factors
 
 TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
+INIT_FROM = "${training.init_from}"  # a dependency in dvc.yaml
+BACKBONES = "data/backbones"  # what it stands for in a study
 NOT_RUN = "parameters"  # checks params.yaml; a plan checks the parameters of every cell itself
 LIBRARIES = (
     "torch",
@@ -115,9 +117,12 @@ def make_plan(name, study, flops=None, before=None):
     return plan
 
 
-def jobs_of(stages, parameters, code):
-    """{stage: `Job`} of one cell, every job after those that it needs."""
-    jobs = {}
+def jobs_of(stages, parameters, code, targets=TARGETS, libraries=None):
+    """{stage: `Job`} of one cell, every job after those that it needs. targets: the last stages; libraries: {name:
+    version} of what results may depend on, None: those installed."""
+    if (start := parameters["training"]["init_from"]) != BACKBONES:
+        raise UserError(f"training.init_from is {start!r}: the runs of a study start from {BACKBONES}. Remove it.")
+    jobs, libraries = {}, libraries or {library: version(library) for library in LIBRARIES}
 
     def add(name):
         if name in jobs:
@@ -131,13 +136,13 @@ def jobs_of(stages, parameters, code):
             {path: value_of(parameters, path) for path in stage.params},
             list(own_code.items()),
             {path: job.key for path, job in inputs.items()},
-            {library: version(library) for library in LIBRARIES},
+            libraries,
         )
         links = {path: (job.stage, job.key) for path, job in inputs.items()}
         jobs[name] = Job(name, key, stage.command, parameters, links, own_code, stage.outs)
         return jobs[name]
 
-    for target in TARGETS:
+    for target in targets:
         add(target)
     return jobs
 
@@ -163,6 +168,7 @@ def read_stages(path=ROOT / "dvc.yaml"):
     for name, entry in entries.items():
         code, inputs = [], {}
         for dep in paths_of(entry, "deps"):
+            dep = BACKBONES if dep == INIT_FROM else dep
             places = [dep, *map(str, PurePosixPath(dep).parents)]
             made = next((place for place in places if place in maker), None)
             if made is None:

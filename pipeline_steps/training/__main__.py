@@ -2,10 +2,10 @@
 
     python -m pipeline_steps.training --stage stage1
 
-Reads params.yaml, data/shards and data/tokens. stage1 starts from data/backbones, every other stage from the checkpoint
-of the previous one. Writes the model with its processor, code and model card as a Hugging Face folder to
-outputs/<stage>, and the learning curves to outputs/metrics/<stage>.{csv,json}. An interrupted run resumes from its last
-checkpoint.
+Reads params.yaml, data/shards and data/tokens. stage1 starts from `training.init_from`, which is data/backbones or the
+folder of a finished checkpoint, every other stage from the checkpoint of the previous one. Writes the model with its
+processor, code and model card as a Hugging Face folder to outputs/<stage>, and the learning curves to
+outputs/metrics/<stage>.{csv,json}. An interrupted run resumes from its last checkpoint.
 
 Cost at the embedded scale: one to four minutes per stage on two cores, below 1 GB of memory. Requires only torch,
 transformers, pyarrow, pydantic and PyYAML. On several devices or machines:
@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 # A fixed number of threads, and so the same order of additions, on a busy machine too.
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
@@ -43,6 +45,7 @@ from pipeline_steps.common.files import (
     write_json,
     write_text,
 )
+from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.integrity import write_checksums
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
@@ -57,7 +60,8 @@ from pipeline_steps.training.parameters import GROUPS, format_table, trainable_p
 from pipeline_steps.training.train_loop import train
 
 STAGES = ("stage1", "stage2", "stage3")
-PARAMS = ("seed", "model", "streaming", "training.common", "training.{stage}")
+BASE_MODELS = "base_models.json"  # in a checkpoint: from which models its training began
+PARAMS = ("seed", "model", "streaming", "training.init_from", "training.common", "training.{stage}")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 COLUMNS = (
     "event",
@@ -101,7 +105,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
     with shared_scratch(group, arguments.stage, fingerprint) as folder:
         run = rank_agreement.together(group, lambda: prepare_run(arguments, parameters, group, folder))
         run.logger = MetricsLogger(parameters.runtime, arguments.stage, run.num_steps, live, group, common.precision)
-        load_heads(arguments, run)
+        load_heads(start_folder(arguments, parameters), run)
         options = (settings, common.weight_decay, common.optimizer, run.training_model.objective)
         _, table = trainable_parameters(run.model, *options)
         if group.is_main:
@@ -121,7 +125,9 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
         finally:
             run.logger.close()
         if group.is_main:
-            publish(arguments, run, {**result, "parameters": table}, time.time() - started)
+            start = start_folder(arguments, parameters)
+            result |= {"parameters": table, "sources": trained_sources(run, start)}
+            publish(arguments, start, run, result, time.time() - started)
             shutil.rmtree(folder)
         group.wait()
 
@@ -141,7 +147,10 @@ def check_inputs(arguments: argparse.Namespace, parameters, is_main: bool) -> tu
             folders=[arguments.outputs / arguments.stage, arguments.outputs / "timings", live_folder(arguments)],
             files=[arguments.metrics / f"{arguments.stage}.{suffix}" for suffix in ("csv", "json")],
         )
-    inputs = input_files(arguments, settings)
+    start = start_folder(arguments, parameters)
+    inputs = input_files(arguments, start, settings)
+    if is_checkpoint(start):
+        check_tokenizer(start, arguments)
     return inputs, rank_agreement.describe(parameters, inputs)
 
 
@@ -182,7 +191,6 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train one stage.")
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--backbones", type=Path, default=Path("data/backbones"))
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the stages' models")
@@ -190,20 +198,56 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def previous(arguments: argparse.Namespace) -> Path | None:
-    """Checkpoint folder of the previous stage; None for the first stage."""
+def start_folder(arguments: argparse.Namespace, parameters) -> Path:
+    """What the stage starts from: the checkpoint of the previous stage; in the first one, `training.init_from`.
+
+    UserError if `training.init_from` is a folder that this run writes.
+    """
     number = STAGES.index(arguments.stage)
-    return arguments.outputs / STAGES[number - 1] if number else None
+    if number:
+        return arguments.outputs / STAGES[number - 1]
+    start = Path(parameters.training.init_from)
+    if start.resolve() in [(arguments.outputs / stage).resolve() for stage in STAGES]:
+        raise UserError(
+            f"training.init_from is {start}, a folder that this run itself writes. Copy the checkpoint to a folder "
+            f"outside of {arguments.outputs} first, or write elsewhere with --outputs and --metrics."
+        )
+    return start
 
 
-def input_files(arguments: argparse.Namespace, settings) -> list[Path]:
+def is_checkpoint(start: Path) -> bool:
+    """Whether the folder holds one trained model; else it holds the folders of two backbones."""
+    return (start / "config.json").exists()
+
+
+def check_tokenizer(start: Path, arguments: argparse.Namespace) -> None:
+    """UserError if the data are tokenized with another tokenizer than the checkpoint's."""
+    path = arguments.tokens / "manifest.json"
+    expected = read_record(TokensManifest, path, "tokens").tokenizer_sha256
+    found = sha256_file(start / "tokenizer.json")
+    if found != expected:
+        raise UserError(
+            f"{path}: tokenized with a tokenizer whose sha256 is {expected[:12]}, but that of {start} is {found[:12]}. "
+            f"Take the backbones from the checkpoint, backbones.kind=local with {start} as local.vision_path and "
+            "local.language_path, and run the stages backbones and tokens again."
+        )
+
+
+def input_files(arguments: argparse.Namespace, start: Path, settings) -> list[Path]:
     """The files whose content determines the result. The manifests contain the hashes of all shards."""
-    before = previous(arguments)
-    folders = [before] if before else [arguments.backbones / name for name in ("vision_encoder", "language_model")]
-    models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+    if is_checkpoint(start) or arguments.stage != STAGES[0]:
+        models = [start / name for name in ("model.safetensors", "config.json", "tokenizer.json")]
+    else:
+        folders = [start / name for name in ("vision_encoder", "language_model")]
+        models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
     files = [*models, arguments.shards / "manifest.json", arguments.tokens / "manifest.json"]
-    files += [heads_of(before)] if before and settings.objective.initial_modules == "previous" else []
+    files += [heads_of(start)] if is_checkpoint(start) and settings.objective.initial_modules == "previous" else []
     for path in files:
+        if not path.exists() and start in path.parents and arguments.stage == STAGES[0]:
+            raise UserError(
+                f"{path}: missing, but stage1 starts from it (training.init_from is {start}). Expected are the "
+                "backbones (`dvc repro backbones`) or the folder of a finished checkpoint."
+            )
         if not path.exists():
             raise UserError(
                 f"{path}: missing, but {arguments.stage} starts from it. Run the previous stages with "
@@ -213,28 +257,31 @@ def input_files(arguments: argparse.Namespace, settings) -> list[Path]:
 
 
 def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForConditionalGeneration:
-    """The model to train: built from the backbones in stage1, else loaded from the previous stage.
+    """The model to train: built from the backbones, or loaded from a checkpoint.
 
-    UserError if the previous checkpoint was made with other network options.
+    UserError if the checkpoint was made with other network options.
     """
     options = parameters.model.model_dump()
-    before = previous(arguments)
-    if before is None:
-        folders = (arguments.backbones / "vision_encoder", arguments.backbones / "language_model")
+    start = start_folder(arguments, parameters)
+    if not is_checkpoint(start):
+        folders = (start / "vision_encoder", start / "language_model")
         try:
             return FoveatedVLMForConditionalGeneration.from_backbones(*folders, **options)
         except ValueError as error:
             raise UserError(f"{arguments.stage}: cannot build the network from section `model`: {error}") from None
-    model = checkpoint.load_model(before)
+    model = checkpoint.load_model(start)
     wrong = [
-        f"{name} is {getattr(model.config, name)!r}, but params.yaml has {value!r}"
+        f"model.{name} is {getattr(model.config, name)!r}, but params.yaml has {value!r}"
         for name, value in options.items()
         if value != "auto" and getattr(model.config, name) != value
     ]
     if wrong:
+        next_step = "Rerun the previous stage."
+        if arguments.stage == STAGES[0]:
+            next_step = "Give section `model` the checkpoint's values, or set training.init_from to another folder."
         raise UserError(
-            f"{before}: the checkpoint does not match the parameters of {arguments.stage} ({'; '.join(wrong)}). Rerun "
-            "the previous stage."
+            f"{start}: the checkpoint does not match the parameters of {arguments.stage} ({'; '.join(wrong)}). "
+            f"{next_step}"
         )
     return model
 
@@ -244,17 +291,18 @@ def heads_of(folder: Path) -> Path:
     return folder / "objective.safetensors"
 
 
-def load_heads(arguments: argparse.Namespace, run: TrainContext) -> None:
-    """Loads the previous stage's weights into the objectives' own modules if `initial_modules` is `previous`.
+def load_heads(before: Path, run: TrainContext) -> None:
+    """Loads the weights of the objectives' own modules in the checkpoint folder `before` if `initial_modules` is
+    `previous`.
 
-    UserError if there is no previous stage, no such module, or a module of another name or shape.
+    UserError if it is no checkpoint, or there is no such module, or a module of another name or shape.
     """
-    heads, before = run.training_model.objective, previous(arguments)
+    heads = run.training_model.objective
     key = f"training.{run.stage}.objective.initial_modules"
     if run.settings.objective.initial_modules == "new":
         return
-    if not len(heads) or before is None:
-        reason = "there is no previous stage" if before is None else "no objective of this stage has modules"
+    if not len(heads) or not is_checkpoint(before):
+        reason = "no objective of this stage has modules" if is_checkpoint(before) else "there is no previous stage"
         raise UserError(f"{key} is previous, but {reason}. Set it to new.")
     found, own = load_file(heads_of(before)), heads.state_dict()
     shapes = {name: list(value.shape) for name, value in own.items()}
@@ -287,7 +335,17 @@ def format_unmatched(unmatched: dict[str, int]) -> list[str]:
     return [f"  items that match no mixture entry: {listing}"] if unmatched else []
 
 
-def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seconds: float) -> None:
+def trained_sources(run: TrainContext, start: Path) -> dict[str, int]:
+    """{source: samples trained on}, of this stage and, where it is recorded, of all before (training.json)."""
+    index, order = run.train.index, run.stage_plan.plan.order
+    counts = np.bincount(index.source[order], minlength=len(index.sources)).tolist()
+    found = Counter(dict(zip(index.sources, counts, strict=True)))
+    if (start / "training.json").exists():
+        found += Counter(json.loads((start / "training.json").read_text()).get("sources", {}))
+    return {name: count for name, count in sorted(found.items()) if count}
+
+
+def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, result: dict, seconds: float) -> None:
     """Writes the finished checkpoint, its curves and its timing, each file or folder atomically.
 
     The timing has a file of its own because it differs between runs of the same work.
@@ -298,7 +356,7 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         checkpoint.save_checkpoint(
             folder,
             run.published,
-            previous(arguments) or arguments.backbones / "language_model",
+            start if is_checkpoint(start) else start / "language_model",
             **shards.frames.model_dump(),
             image_replication=run.streaming.image_replication,
             system=tokens.system,
@@ -308,8 +366,10 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )
+        base = start / BASE_MODELS if is_checkpoint(start) else arguments.metrics / "backbones.json"
+        base_models = model_card.base_models(base)
+        write_json(folder / BASE_MODELS, base_models)
         write_checksums(folder)  # not of the card, which people edit
-        backbones = arguments.metrics / "backbones.json"
         card = model_card.model_card(
             arguments.stage,
             run.published,
@@ -317,7 +377,7 @@ def publish(arguments: argparse.Namespace, run: TrainContext, result: dict, seco
             shards,
             tokens,
             run.settings.num_samples,
-            json.loads(backbones.read_text()) if backbones.exists() else None,
+            base_models,
         )
         model_card.write(folder, card)
     table = io.StringIO()

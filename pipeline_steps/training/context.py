@@ -13,6 +13,7 @@ from torch import nn
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.monitoring.mfu import StepFlops
 from pipeline_steps.monitoring.progress import write_line
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import Loader, StagePlan, plan_stage
@@ -82,7 +83,7 @@ class TrainContext:
             self.model.config, loss=self.settings.loss, image_replication=self.streaming.image_replication
         )
         group = self.distributed
-        place = {"rank": group.rank, "world_size": group.world_size}
+        place = {"rank": group.rank, "world_size": group.world_size, "pin_memory": group.device != "cpu"}
         return Loader(self.train, self.stage_plan, collate, self.streaming, self.runtime, **place)
 
     @cached_property
@@ -115,6 +116,20 @@ class TrainContext:
 
 
 @dataclass
+class LaunchedStep:
+    """A step whose work is under way on the device."""
+
+    step: int
+    batch: Batch
+    row: dict  # of the metrics table, without the numbers that the device computes
+    names: list[str]  # of `values`
+    values: torch.Tensor  # float64, on the CPU; complete once `done` has happened
+    done: torch.cuda.Event | None  # None: already
+    counts: dict[str, float]  # of the step, over all ranks
+    flops: float
+
+
+@dataclass
 class TrainState:
     """What a training step updates and a saved state contains."""
 
@@ -122,6 +137,7 @@ class TrainState:
     optimizer: Optimizer
     ema: EMA | None
     names: dict[int, str]  # {id(parameter): name}
+    launched: LaunchedStep | None = None  # not in a saved state
 
 
 @contextmanager

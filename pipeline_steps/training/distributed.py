@@ -43,6 +43,11 @@ class DistributedContext:
         distributed.all_reduce(values)
         return values.tolist()
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """All-reduces a tensor of this rank's device in place, without waiting for the result on a GPU."""
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+
     def smallest(self, number: int) -> int:
         """All-reduced minimum."""
         if self.world_size == 1:

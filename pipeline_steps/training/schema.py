@@ -121,6 +121,8 @@ class Stage(StrictModel):
 
 
 class Section(StrictModel):
+    init_from: str = Field(min_length=1)
+    """What stage1 starts from: the backbones, or a finished checkpoint's folder (fine-tuning)."""
     common: Common
     """Settings of all stages."""
     stage1: Stage

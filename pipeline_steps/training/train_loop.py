@@ -6,7 +6,6 @@ and resumed ends with bit-identical weights (on CPU, with the same number of thr
 
 import copy
 import signal
-from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +22,7 @@ from pipeline_steps.training.checkpointing import (
     save_if_best,
     save_state,
 )
-from pipeline_steps.training.context import TrainContext, TrainState, announce, averaged
+from pipeline_steps.training.context import LaunchedStep, TrainContext, TrainState, announce, averaged
 from pipeline_steps.training.distributed import without_sync, wrap
 from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
@@ -42,9 +41,9 @@ def train(run: TrainContext) -> dict:
     announce(run, checks.repeat_warnings(run.stage, mixture, run.runtime.warn_above_epochs))
     with stop_on_sigterm(run):
         for step, batch in enumerate(run.logger.progress(run.loader, first), start=first):
-            row = train_step(run, state, batch, step)
-            if run.is_recorded(step):
-                run.history.append(row)
+            launched = launch_step(run, state, batch, step)
+            finish_step(run, state)  # the one before: the device works meanwhile
+            state.launched = launched
             after_step(run, state, step + 1)
     with averaged(state):
         final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
@@ -188,7 +187,13 @@ def try_micro_batch(run: TrainContext, batch: Batch, accumulates: bool) -> None:
 
 
 def train_step(run: TrainContext, state: TrainState, batch: Batch, step: int) -> dict:
-    """One optimizer step; returns its row of the metrics table."""
+    """One optimizer step; returns its row of the metrics table. The loop reads the row one step later instead."""
+    return read_step(run, launch_step(run, state, batch, step))
+
+
+def launch_step(run: TrainContext, state: TrainState, batch: Batch, step: int) -> LaunchedStep:
+    """Starts one optimizer step without waiting for the device. If the loss or the gradient norm is not finite, the
+    device leaves the weights as they are, and `read_step` reports it."""
     rates = set_learning_rates(run, state.optimizer, step)
     state.wrapped.train()
     has_second_pass = run.generator(step).random() < run.settings.objective.second_pass_probability
@@ -198,58 +203,103 @@ def train_step(run: TrainContext, state: TrainState, batch: Batch, step: int) ->
     sums, totals = accumulate(run, state, batch, num_plans, run.stage_plan.plan.step_weight(step))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     norms = group_norms(state.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}
-    norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm)).item()
+    norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm))
     losses = all_reduce_losses(run, sums)
-    checks.check_finite(run.stage, step, losses["loss"], norm, batch, run.folder)
-    state.optimizer.step()
+    state.optimizer.step(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
     if state.ema is not None:
         state.ema.update()
+    numbers = losses | {"grad_norm": norm, **norms}
+    values, done = to_host(torch.stack([value.double() for value in numbers.values()]))
     row = {
         "event": "train",
         "step": step + 1,
         "samples": run.loader.samples_seen(step + 1),
         "tokens": int(totals["tokens"]),
     }
-    row |= losses
-    row |= {"grad_norm": norm, **norms, "num_plans": num_plans, **rates}
+    row |= dict.fromkeys(numbers) | {"num_plans": num_plans, **rates}
     flops = run.step_flops.of_batch(batch, num_plans) if run.logger.peak else 0.0
-    sizes = {"num_samples": int(totals["samples"]), "num_positions": int(totals["positions"])}
-    run.logger.step(row, run.is_logged(step), **sizes, flops=flops)
+    return LaunchedStep(step, batch, row, list(numbers), values, done, totals, flops)
+
+
+def to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """(copy on the CPU, event after which it is complete), without waiting for it."""
+    if not values.is_cuda:
+        return values, None
+    copy, done = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(values, non_blocking=True)
+    done.record()
+    return copy, done
+
+
+def read_step(run: TrainContext, launched: LaunchedStep) -> dict:
+    """The row of the metrics table of a step, once its work is done; logs it.
+
+    UserError if the loss or the gradient norm is not finite.
+    """
+    if launched.done is not None:
+        launched.done.synchronize()
+    numbers = dict(zip(launched.names, launched.values.tolist(), strict=True))
+    checks.check_finite(run.stage, launched.step, numbers["loss"], numbers["grad_norm"], launched.batch, run.folder)
+    row = launched.row | numbers
+    if run.distributed.world_size > 1:  # a term that no rank has is NaN
+        row = {name: value for name, value in row.items() if value == value}
+    sizes = {"num_samples": int(launched.counts["samples"]), "num_positions": int(launched.counts["positions"])}
+    run.logger.step(row, run.is_logged(launched.step), **sizes, flops=launched.flops)
     return row
+
+
+def finish_step(run: TrainContext, state: TrainState) -> None:
+    """Reads the launched step, if there is one, and records it."""
+    launched, state.launched = state.launched, None
+    if launched is None:
+        return
+    row = read_step(run, launched)
+    if run.is_recorded(launched.step):
+        run.history.append(row)
 
 
 def accumulate(
     run: TrainContext, state: TrainState, batch: Batch, num_plans: int, weight: float
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Accumulates the gradients of the step's loss, times `weight`, over this rank's micro-batches.
 
     Returns (this rank's share of "loss" and of every term present, whose sums over the ranks are the step's values;
-    `TrainingModel.counts` of the whole step).
+    `TrainingModel.counts` of the whole step). Weights are cast to the compute dtype once for all micro-batches.
     """
     model, device = run.training_model, run.device
     own = model.counts(batch)
     totals = dict(zip(own, run.distributed.sum(*own.values()), strict=True))
     pieces = list(batch.split(run.micro_batch_size))
-    sums: Counter = Counter(loss=0.0)
-    for number, piece in enumerate(pieces):
-        with (
-            without_sync(state.wrapped, number == len(pieces) - 1),
-            torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"),
-        ):
-            loss, values = state.wrapped(piece.to(device), num_plans, totals, run.reference)
-            # DDP and FSDP average gradients over the ranks, but the shares of the loss add up
-            (loss * (run.distributed.world_size * weight)).backward()
-        for name, value in {"loss": loss, **values}.items():
-            sums[name] += value.item()
+    precision = {"device_type": device.split(":")[0], "dtype": torch.bfloat16}
+    sums: dict[str, torch.Tensor] = {}
+    with torch.autocast(**precision, enabled=run.common.precision == "bf16"):
+        for number, piece in enumerate(pieces):
+            with without_sync(state.wrapped, number == len(pieces) - 1):
+                loss, values = state.wrapped(piece.to(device), num_plans, totals, run.reference)
+                with torch.autocast(**precision, enabled=False):
+                    # DDP and FSDP average gradients over the ranks, but the shares of the loss add up
+                    (loss * (run.distributed.world_size * weight)).backward()
+            for name, value in {"loss": loss.detach(), **values}.items():
+                sums[name] = sums[name] + value if name in sums else value
     return sums, totals
 
 
-def all_reduce_losses(run: TrainContext, sums: dict[str, float]) -> dict[str, float]:
-    """The step's loss and terms, summed over the ranks. A term is included if any rank has it: a rank with text-only
-    samples lacks the terms of attention, but every rank must reduce the same number of values."""
+def all_reduce_losses(run: TrainContext, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The step's loss and terms, summed over the ranks.
+
+    With several ranks all terms are there, NaN where no rank has the term: a rank with text-only samples lacks the
+    terms of attention, but every rank must reduce the same number of values.
+    """
+    if run.distributed.world_size == 1:
+        return sums
     names = ("loss", *run.training_model.term_names)
-    values = run.distributed.sum(*(sums.get(name, 0.0) for name in names), *(name in sums for name in names))
-    return {name: value for name, value, there in zip(names, values, values[len(names) :], strict=False) if there}
+    nothing = torch.zeros_like(sums["loss"])
+    values = torch.stack(
+        [sums.get(name, nothing) for name in names] + [nothing + (name in sums) for name in names]
+    ).double()
+    run.distributed.add_up(values)
+    values, there = values.chunk(2)
+    return dict(zip(names, torch.where(there > 0, values, torch.nan).unbind(), strict=True))
 
 
 def set_learning_rates(run: TrainContext, optimizer: Optimizer, step: int) -> dict[str, float]:
@@ -259,32 +309,35 @@ def set_learning_rates(run: TrainContext, optimizer: Optimizer, step: int) -> di
     return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
 
 
-def group_norms(optimizer: Optimizer) -> dict[str, float]:
+def group_norms(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Gradient norm of every learning-rate group, before clipping."""
     norms = {}
     for name in GROUPS:
         own = [p.grad for g in optimizer.param_groups if g["name"] == name for p in g["params"] if p.grad is not None]
         if own:
-            norms[f"grad_norm_{name}"] = checkpoint_io.full_tensor(get_total_norm(own)).item()
+            norms[f"grad_norm_{name}"] = checkpoint_io.full_tensor(get_total_norm(own))
     return norms
 
 
 def after_step(run: TrainContext, state: TrainState, done: int) -> None:
     """Validates, logs attention maps and saves the state when due. Exits if SIGTERM was received."""
     last = done == run.num_steps
-    if done % run.common.validate_every == 0 and not last:
+    every, saves = run.runtime.heatmaps_every, done % run.runtime.checkpoint_every == 0
+    validates, draws = done % run.common.validate_every == 0 and not last, every and (done % every == 0 or last)
+    stop = run.distributed.sum(run.stop_requested)[0] > 0
+    if last or saves or stop or validates or draws:
+        finish_step(run, state)  # before anything of it is saved or shown
+    if validates:
         with averaged(state):
             rows = validate(run, done)
         run.history += rows
         run.logger.rows(rows)
         save_if_best(run, state, rows)
         warn_on_plateau(run, done)
-    every = run.runtime.heatmaps_every
-    if every and (done % every == 0 or last):
+    if draws:
         with averaged(state):
             log_attention_maps(run, done)
-    stop = run.distributed.sum(run.stop_requested)[0] > 0
-    if (done % run.runtime.checkpoint_every == 0 or stop) and not last:
+    if (saves or stop) and not last:
         save_state(run, state, done)
     if stop and not last:
         announce(

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from model import FoveatedVLMForConditionalGeneration, FoveatedVLMOutput, FoveationOptions
-from pipeline_steps.streaming.batch import Batch
+from model.packed_language import PackedText
+from pipeline_steps.streaming.batch import Batch, Text
 from pipeline_steps.training.objectives import Needs, Objective, Outputs, Term
 
 
@@ -56,8 +57,11 @@ class TrainingModel(nn.Module):
         options = FoveationOptions(
             num_plans=num_plans,
             target_patches=batch.target_patches,
+            text=text_of(self.network, batch),
+            loss_only=True,
             output_attentions=self.needs.attention_weights,
             output_passes=True,
+            return_logits=False,
         )
         outputs = Outputs(self.network, self.mode, options, reference=reference)
         if self.needs.text:
@@ -70,6 +74,11 @@ class TrainingModel(nn.Module):
     def infer(self, **inputs) -> FoveatedVLMOutput:
         """The network's own forward pass. With FSDP2 the network must be called through this module."""
         return self.network(**inputs)
+
+
+def text_of(network: FoveatedVLMForConditionalGeneration, batch: Text) -> PackedText:
+    """The text of a batch or of its rejected answers, with the indices that the collator has computed."""
+    return network.packed_text(batch.input_ids, batch.attention_mask, places=batch.places)
 
 
 def sum_terms(

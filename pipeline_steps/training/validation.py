@@ -7,6 +7,7 @@ from model import FoveatedVLMOutput, FoveationOptions
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.training.checks import attention_diagnostics
+from pipeline_steps.training.training_model import text_of
 
 
 def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
@@ -43,7 +44,8 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
 
 def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
     """The network's output for a batch with its labels. options: of `FoveationOptions`."""
-    options = FoveationOptions(target_patches=batch.target_patches, **options)
+    text = text_of(run.training_model.network, batch)
+    options = FoveationOptions(target_patches=batch.target_patches, text=text, return_logits=False, **options)
     return run.training_model.infer(**batch.inputs(), labels=batch.labels, mode=mode, options=options)
 
 

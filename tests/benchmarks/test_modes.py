@@ -33,9 +33,8 @@ def test_memory_is_linear_in_the_frames(result):
 def test_autoregressive_mode_reads_every_token_once_before_the_answer():
     """What makes its time linear: no token is read again for a later frame."""
     model, read = make_model(), []
-    model.language_model.model.register_forward_hook(
-        lambda module, args, kwargs, output: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    first = model.language_model.model.layers[0]
+    first.register_forward_hook(lambda module, args, output: read.append(args[0].shape[-2]))  # [.., tokens, width]
     for count in FRAMES:
         read.clear()
         model(**modes.make_sample(model.config, count, 56, "cpu"), mode="autoregressive")

@@ -52,6 +52,7 @@ def test_margins_of_near_duplicates(tmp_path, capsys):
     section = Section(
         image_size=32,
         resize_mode="crop",
+        hdr="refuse",
         fps=2.0,
         max_frames=4,
         jpeg_quality=95,

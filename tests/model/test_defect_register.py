@@ -228,10 +228,9 @@ def test_a_pass_reads_the_whole_batch_at_once():
     """A loop over samples made every batch one of size 1, and the counted FLOPs and samples wrong."""
     model, walks, readings = make_model(), [], []
     model.vision_encoder.encoder.layer[0].register_forward_hook(lambda module, args, output: walks.append(len(args[0])))
-    model.language_model.model.register_forward_hook(
-        lambda module, args, kwargs, output: readings.append(len(kwargs["inputs_embeds"])), with_kwargs=True
-    )
-    expected = {"coarse": [4], "fine": [3, 4], "autoregressive": [3, 3, 3, 3, 4]}  # plans: samples with frames only
+    model.language_model.model.layers[0].register_forward_hook(lambda module, args, out: readings.append(len(args[0])))
+    # all rows (71); text before the frames (12), text alone (15) and 6 frames, then the rest; one frame per sample
+    expected = {"coarse": [71], "fine": [33, 44], "autoregressive": [3, 3, 3, 3, 71]}
     for mode in MODES:
         walks.clear(), readings.clear()
         run(model, mode=mode)

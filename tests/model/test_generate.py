@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from model import FoveatedVLMForConditionalGeneration
 from model.constants import IGNORE_INDEX
@@ -170,3 +171,64 @@ def test_a_model_can_be_pickled(model):
     again = pickle.loads(pickle.dumps(model))
     assert again.can_generate()
     assert torch.equal(again.static_query, model.static_query)
+
+
+REFUSED = {
+    "prompt_lookup_num_tokens": (3, "needs the ids of the whole prompt"),
+    "guidance_scale": (1.5, "needs the ids of the whole prompt"),
+    "token_healing": (True, "needs the ids of the whole prompt"),
+    "encoder_repetition_penalty": (1.5, "needs the ids of the whole prompt"),
+    "encoder_no_repeat_ngram_size": (2, "needs the ids of the whole prompt"),
+    "prefill_chunk_size": (4, "needs the ids of the whole prompt"),
+    "assistant_early_exit": (1, "assisted_generation is not supported, expected one of greedy_search"),
+    "dola_layers": ("low", "dola_generation is not supported"),
+    "force_words_ids": ([[5]], "constrained_beam_search is not supported"),
+    "penalty_alpha": (0.6, "contrastive_search is not supported"),
+    "assistant_model": (object(), "a draft model does not see the frames"),
+    "inputs_embeds": (torch.zeros(1, 5, 48), "Pass input_ids and pixel_values"),
+    "past_key_values": (DynamicCache(), "may hold other frames or another question"),
+    "position_ids": (torch.arange(23)[None], "counted from attention_mask"),
+    "cache_position": (torch.arange(23), "counted from attention_mask"),
+    "negative_prompt_ids": (torch.tensor([[5]]), "without the frames"),
+    "custom_generate": ("a/repository", "Use an option of the library's own"),
+    "cache_implementation": ("paged", "continuous batching reads ids, without frames"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ways_to_generate_that_would_be_wrong_are_refused(model, name):
+    value, message = REFUSED[name]
+    options = {"do_sample": False, "top_k": 4} if name == "penalty_alpha" else {"do_sample": False}
+    for mode in MODES:
+        with pytest.raises(ValueError, match=message) as caught:
+            model.generate(**question(), mode=mode, max_new_tokens=2, **options, **{name: value})
+        assert re.search(rf"generate: .*({name}|_search|_generation)", str(caught.value))
+
+
+def test_group_beams_and_continuous_batching_are_refused(model):
+    with pytest.raises(ValueError, match="group_beam_search is not supported"):
+        model.generate(**question(), max_new_tokens=2, do_sample=False, num_beams=4, num_beam_groups=2)
+    for entrance in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(ValueError, match="Pass a batch of samples to generate"):
+            entrance([[3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"num_beams": 3, "cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["static", "dynamic", "no cache", "beams on a static cache"],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_other_caches_give_the_same_answers(model, mode, options):
+    common = {"max_new_tokens": 5, "eos_token_id": None, "do_sample": False}
+    common |= {"mode": mode, "return_dict_in_generate": True, "output_logits": True}
+    beams = {name: options[name] for name in options if name == "num_beams"}
+    for row in range(4):
+        usual, other = (model.generate(**question(row), **common, **own) for own in (beams, options))
+        assert usual.sequences.tolist() == other.sequences.tolist()
+        torch.testing.assert_close(torch.stack(other.logits), torch.stack(usual.logits), atol=1e-4, rtol=0)

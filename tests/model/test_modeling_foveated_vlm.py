@@ -1,13 +1,18 @@
 """The model's contracts: batch invariance, the three modes against each other, gradients, errors, round trip."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.constants import IGNORE_INDEX
 from model.multi_token_encoder import pool_patches
-from tests.model.tiny import BOS, LAYOUTS, MODES, PAD, make_batch, make_model, one_sample, rows_of
+from pipeline_steps.evaluation import scoring
+from pipeline_steps.training import validation
+from tests.model.tiny import BOS, LAYOUTS, MODES, PAD, as_batch, make_batch, make_model, one_sample, rows_of
+from tests.objectives import training_model
 
 OPTIONS = [
     {},
@@ -273,11 +278,76 @@ def test_frozen_parts_get_no_gradient_and_let_it_through(frozen):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+def projected_rows(model, call) -> list[int]:
+    """Number of states in every call of the vocabulary projection."""
+    rows = []
+    hook = model.language_model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0][..., 0].numel()))
+    call()
+    hook.remove()
+    return rows
+
+
 def test_only_labelled_positions_are_projected_to_the_vocabulary():
-    model, batch, rows = make_model(), make_batch(), []
-    model.language_model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    model(**batch)
-    assert rows == [int((batch["labels"] != IGNORE_INDEX).sum())]
+    """By the network without logits, and so in training, validation and evaluation."""
+    model, batch = make_model(), make_batch()
+    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    own = as_batch(batch)
+    training = training_model(model)
+    calls = {
+        "network": lambda: model(**batch, options={"return_logits": False}),
+        "training": lambda: training(own, 1, training.counts(own)),
+        "validation": lambda: validation.infer(SimpleNamespace(training_model=training), own, "fine"),
+        "evaluation": lambda: scoring.forward(model, own, "fine"),
+    }
+    assert {name: projected_rows(model, call) for name, call in calls.items()} == {name: [labelled] for name in calls}
+    assert projected_rows(model, lambda: model(**batch)) == [labelled, batch["input_ids"].numel()]
+
+
+@torch.no_grad()
+def test_logits_are_returned_as_by_the_librarys_models():
+    model, batch = make_model(), make_batch()
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+    for mode in MODES:
+        whole, without = model(**batch, mode=mode), model(**batch, mode=mode, options={"return_logits": False})
+        assert whole.logits.shape == (*batch["input_ids"].shape, 64)
+        assert torch.equal(model.get_output_embeddings()(whole.last_hidden_state), whole.logits)
+        assert without.logits is None
+        assert without.last_hidden_state is None
+        assert torch.equal(whole.loss, without.loss)
+        assert torch.equal(model(**unlabelled, mode=mode).logits, whole.logits)
+        torch.testing.assert_close(model(**unlabelled, mode=mode, logits_to_keep=3).logits, whole.logits[:, -3:])
+        some = torch.tensor([0, 5])
+        torch.testing.assert_close(model(**unlabelled, mode=mode, logits_to_keep=some).logits, whole.logits[:, some])
+        as_tuple = model(**batch, mode=mode, return_dict=False)
+        assert len(as_tuple) == len(whole)
+        assert torch.equal(as_tuple[0], whole.loss)
+        assert torch.equal(as_tuple[1], whole.logits)
+        assert torch.equal(model(**unlabelled, mode=mode, return_dict=False)[0], whole.logits)
+    assert model(**batch, output_attentions=True).attention_weights is not None
+
+
+@torch.no_grad()
+def test_the_loss_is_divided_by_the_number_that_is_given():
+    model, batch = make_model(), make_batch()
+    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    for number in (40, torch.tensor(40)):
+        torch.testing.assert_close(model(**batch, num_items_in_batch=number).loss, model(**batch).loss * labelled / 40)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(4, 3, 48)}, "needs input_ids, not inputs_embeds"),
+        ({"input_ids": None}, "needs input_ids, not inputs_embeds"),
+        ({"past_key_values": DynamicCache()}, "keeps no key-value cache"),
+        ({"use_cache": True}, "keeps no key-value cache"),
+        ({"output_hidden_states": True}, "returns last_hidden_state, not output_hidden_states"),
+    ],
+    ids=lambda value: next(iter(value), None) if isinstance(value, dict) else "",
+)
+def test_arguments_that_cannot_be_served_are_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        make_model()(**(make_batch() | argument))
 
 
 def test_text_only_batch_works():

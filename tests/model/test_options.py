@@ -390,6 +390,7 @@ def test_compiled_layers_train_as_plain_ones_do(options):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_layers_compiled_to_machine_code_train_as_plain_ones_do():
     """torch.compile's own backend: minutes of compilation."""
     assert_compiled_trains_alike({})

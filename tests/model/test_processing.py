@@ -59,7 +59,7 @@ def test_tensors_are_those_of_the_pipeline(made, processor, options):
     kinds = set()
     for number, row in enumerate(dataset.rows):
         sample = dataset.sample(number)
-        expected = collate([up_to_answer(dataset[number])]).inputs()
+        expected = collate([up_to_answer(dataset[number])]).to("cpu").inputs()
         expected = {name: value for name, value in expected.items() if len(value)}
         question = sample.items[row["item"]].user or (prompt.image if row["kind"] == "image" else prompt.video)
         found = processor(text=f" {question}\n", videos=made.raw / sample.path if sample.path else None)

@@ -1,19 +1,23 @@
 """A checkpoint folder is all that is needed: it loads by the library's auto classes where this repository is not."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Model
 
-from model import FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor
+from model import FoveatedVLMForConditionalGeneration, FoveatedVLMProcessor, loading
 from pipeline_steps.common.checkpoint import load_checkpoint, load_model
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.integrity import write_checksums
 from pipeline_steps.common.params import ROOT
 from tests import checkpoints
 from tests.model.tiny import make_batch, make_model
@@ -170,6 +174,61 @@ def test_a_folder_that_is_no_checkpoint_is_a_user_error(broken, spoil, message):
     spoil(folder)
     with pytest.raises(UserError, match=message):
         load_checkpoint(folder)
+
+
+LOADERS = [
+    FoveatedVLMForConditionalGeneration.from_pretrained,
+    partial(AutoModelForImageTextToText.from_pretrained, trust_remote_code=True),
+    load_model,
+]
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["class", "auto class", "pipeline"])
+def test_code_that_was_changed_after_it_was_recorded_is_refused_before_it_runs(made, tmp_path, load):
+    folder, witness = tmp_path / "checkpoint", tmp_path / "ran"
+    shutil.copytree(made.checkpoint, folder)
+    write_checksums(folder)
+    load(folder)
+    for name in ("configuration_foveated_vlm.py", "modeling_foveated_vlm.py", "video.py"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept + f"\nopen({str(witness)!r}, 'w')\n".encode())
+        with pytest.raises((ValueError, UserError)) as caught:
+            load(folder)
+        for words in (f"{folder / name}: ", sha256_file(folder / name)[:12], hashlib.sha256(kept).hexdigest()[:12]):
+            assert words in str(caught.value)
+        (folder / name).write_bytes(kept)
+    load(folder)
+    assert not witness.exists()
+
+
+def test_a_folder_in_a_folder_is_checked_too(made, tmp_path):
+    shutil.copytree(made.checkpoint, tmp_path / "whole/inner")
+    write_checksums(tmp_path / "whole/inner")
+    (tmp_path / "whole/inner/video.py").write_text("")
+    with pytest.raises(ValueError, match=r"inner/video.py: the code was changed"):
+        FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path / "whole", subfolder="inner")
+
+
+def test_unreadable_checksums_are_refused(made, tmp_path):
+    shutil.copytree(made.checkpoint, tmp_path / "folder")
+    (tmp_path / "folder/checksums.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"checksums\.json: not valid JSON"):
+        FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path / "folder")
+
+
+def test_a_folder_with_another_version_of_the_code_says_so_and_runs_this_one(made, tmp_path, monkeypatch):
+    said, folder = [], tmp_path / "older"
+    monkeypatch.setattr(loading.logger, "warning_once", said.append)
+    FoveatedVLMForConditionalGeneration.from_pretrained(made.checkpoint)
+    assert said == []
+    shutil.copytree(made.checkpoint, folder)
+    (folder / "queries.py").write_text("raise SystemExit\n")
+    write_checksums(folder)  # as it was published
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    assert type(model) is FoveatedVLMForConditionalGeneration
+    assert len(said) == 1
+    assert f"{folder} was saved with another version of the code" in said[0]
+    assert "queries.py differ" in said[0]
 
 
 def test_vision_first_checkpoint_keeps_its_layout(made, tmp_path):

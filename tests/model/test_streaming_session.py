@@ -109,6 +109,19 @@ def test_another_question_is_answered_from_the_tokens_that_were_seen(made, tmp_p
             free.ask()
 
 
+@torch.no_grad()
+def test_beams_answer_as_generate_does_and_prompt_lookup_is_refused(made, tmp_path, frames):
+    model, processor = pair(made, tmp_path)
+    session = model.stream(processor, QUESTION)
+    for frame in frames:
+        session.push(frame)
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
+    expected = model.generate(**processor(text=QUESTION, videos=frames), **options)
+    assert session.ask(**options) == processor.decode(expected[0], skip_special_tokens=True).strip()
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens=3 is not supported"):
+        session.ask(max_new_tokens=8, prompt_lookup_num_tokens=3)
+
+
 def test_a_session_goes_on_in_and_outside_of_inference_mode(made, tmp_path, frames):
     model, processor = pair(made, tmp_path)
     with torch.inference_mode():

@@ -8,6 +8,7 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveationOptions
 from model.constants import IGNORE_INDEX
+from model.packing import BatchPlaces
 from pipeline_steps.streaming.batch import Batch, Text
 
 VISUAL, PAD = 64, 2
@@ -103,14 +104,18 @@ def with_options(arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name not in names} | {"options": options}
 
 
-def as_batch(arguments: dict) -> Batch:
+def as_batch(arguments: dict, visual_id: int = VISUAL) -> Batch:
     """The `Batch` of arguments of `forward` and, prefixed rejected_, of rejected answers. Frames are 1 s apart."""
     num_samples, num_frames = len(arguments["input_ids"]), arguments["num_frames"]
     texts = [
         {name: arguments[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
         for prefix in ("", *(("rejected_",) if "rejected_input_ids" in arguments else ()))
     ]
-    own, *rejected = [text | {"score_mask": text["labels"] != IGNORE_INDEX} for text in texts]
+    for text in texts:
+        inputs = (text["input_ids"], text["attention_mask"], num_frames, text["labels"])
+        text["places"] = BatchPlaces.of(*inputs, visual_id=visual_id)
+        text["score_mask"] = text["labels"] != IGNORE_INDEX
+    own, *rejected = texts
     return Batch(
         **own,
         keys=list("abcdefgh")[:num_samples],

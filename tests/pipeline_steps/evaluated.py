@@ -11,6 +11,7 @@ from torch import nn
 
 from model.constants import IGNORE_INDEX
 from model.outputs import FoveatedVLMOutput
+from model.packing import BatchPlaces
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.targets import GroundTruth
 
@@ -59,10 +60,12 @@ def collate(items):
     shape = (len(items), 4)
     scored = torch.zeros(shape, dtype=torch.bool)
     scored[:, -NUM_SCORED:] = True
+    ones = torch.ones(shape, dtype=torch.long)
     return Batch(
-        input_ids=torch.ones(shape, dtype=torch.long),
-        attention_mask=torch.ones(shape, dtype=torch.long),
-        labels=torch.ones(shape, dtype=torch.long),
+        input_ids=ones,
+        attention_mask=ones,
+        labels=ones,
+        places=BatchPlaces.of(ones, ones, None, ones, visual_id=0),
         score_mask=scored,
         keys=[item["key"] for item in items],
         num_frames=torch.tensor([len(item["frames"]) for item in items]),

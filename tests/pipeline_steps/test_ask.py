@@ -1,7 +1,9 @@
 """The command that asks a checkpoint: answer, animation, errors, Ctrl-C."""
 
+import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from PIL import Image
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.inference import ask, drawing
+from pipeline_steps.sources import __main__ as sources_stage
 from tests import checkpoints
 from tests.pipeline import ROOT
 
@@ -50,6 +53,33 @@ def test_answer_and_animation(made, run, tmp_path, capsys, mode):
     assert [file.name for file in tmp_path.iterdir()] == ["card-000000.heatmap.gif"]
     with Image.open(tmp_path / "card-000000.heatmap.gif") as picture:
         assert picture.n_frames == checkpoints.FRAMES.max_frames
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"procedural": 1200, "chat": 300}, "no pictures but those of the world of moving digits (1,200 samples)"),
+        (
+            {"objects": 9, "procedural": 3},
+            "the world of objects (9 samples) and the world of moving digits (3 samples)",
+        ),
+        ({"procedural": 1200, "holidays": 3}, None),
+        (None, None),
+    ],
+)
+def test_a_model_says_which_world_alone_it_has_seen(made, run, tmp_path, capsys, sources, expected):
+    checkpoint = shutil.copytree(made.checkpoint, tmp_path / "checkpoint")
+    if sources is not None:
+        (checkpoint / "training.json").write_text(json.dumps({"sources": sources}))
+    assert run("--max-new-tokens", 6, checkpoint=checkpoint) == 0
+    captured = capsys.readouterr()
+    assert captured.out.rstrip("\n") == expected_answer(made).rstrip("\n")
+    assert ("note: " in captured.err) == (expected is not None)
+    assert (expected or "") in captured.err
+
+
+def test_every_rendered_world_has_a_name():
+    assert set(ask.WORLDS) == set(sources_stage.WORLDS.values())
 
 
 def test_a_question_without_a_video_is_answered_from_the_text(made, run, tmp_path, capsys):

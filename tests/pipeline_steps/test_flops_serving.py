@@ -70,7 +70,7 @@ def kept_bytes(config, sample):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network(**batch_of(config, sample), mode="fine")
+        output = network(**batch_of(config, sample), mode="fine", options={"return_logits": False})
     assert output.loss.requires_grad
     return sum(size for size, _ in kept.values())
 

@@ -65,7 +65,7 @@ def test_a_folder_that_grows(session, tmp_path, monkeypatch):
         lambda: (tmp_path / "a2.png").write_bytes(whole[: len(whole) // 2]),
         lambda: (tmp_path / "a2.png").write_bytes(whole),
     )
-    follow.follow(session, follow.GrowingFolder(tmp_path, 2.0), 2, 1.5, 4, say)
+    follow.follow(session, follow.GrowingFolder(tmp_path, 2.0, "refuse"), 2, 1.5, 4, say)
     thread.join()
     assert [line.split(":")[0] for line in lines] == [
         "frame 0 at 0.0 s",
@@ -87,7 +87,7 @@ def test_a_picture_that_stays_damaged_is_named(session, tmp_path):
     picture(0).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
     lines = []
-    follow.follow(session, follow.GrowingFolder(tmp_path, 2.0), None, 0.1, 2, lines.append)
+    follow.follow(session, follow.GrowingFolder(tmp_path, 2.0, "refuse"), None, 0.1, 2, lines.append)
     assert [line.split(":")[0] for line in lines] == [
         "frame 0 at 0.0 s",
         str(tmp_path / "b.png"),
@@ -128,7 +128,7 @@ def test_a_video_that_grows(session, tmp_path, monkeypatch):
     )
     thread = threading.Thread(target=write_video, args=(path, 40, 1.0, 25))
     thread.start()
-    follow.follow(session, follow.GrowingVideo(path, 2.0, 56, "crop"), None, 2.5, 2, lines.append)
+    follow.follow(session, follow.GrowingVideo(path, 2.0, 56, "crop", "refuse"), None, 2.5, 2, lines.append)
     thread.join()
     assert [line.split(":")[0] for line in lines] == [
         *(f"frame {number} at {number / 2:.1f} s" for number in range(8)),
@@ -146,7 +146,7 @@ def test_a_video_that_never_becomes_readable_is_a_user_error(session, tmp_path):
     lines = []
     with pytest.raises(UserError, match=r"no frame could be read within 0\.2 s"):
         follow.follow(
-            session, follow.GrowingVideo(tmp_path / "camera.mp4", 2.0, 56, "crop"), None, 0.2, 2, lines.append
+            session, follow.GrowingVideo(tmp_path / "camera.mp4", 2.0, 56, "crop", "refuse"), None, 0.2, 2, lines.append
         )
     assert lines == [f"{tmp_path / 'camera.mp4'}: truncated or damaged video, not taken"]
 
@@ -157,7 +157,7 @@ def test_more_frames_than_the_session_holds(made, tmp_path):
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     with pytest.raises(UserError, match=r"more than 2 frames\. Raise --max-num-frames; .* at most 64"):
-        follow.follow(session, follow.GrowingFolder(tmp_path, 2.0), None, 0.1, 2, lambda line: None)
+        follow.follow(session, follow.GrowingFolder(tmp_path, 2.0, "refuse"), None, 0.1, 2, lambda line: None)
 
 
 def test_the_command(run, tmp_path, capsys):  # noqa: F811

@@ -64,7 +64,8 @@ def test_metadata_in_every_split_folder(tmp_path):
 def test_contradicting_splits_stop(tmp_path):
     media(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg")
     jsonl(tmp_path, row("train/a.jpg"), row("test/b.jpg", split="train"))
-    with pytest.raises(UserError, match=r"line 2 \(test/b.jpg\): split is 'train', but the folder is test/"):
+    message = r"line 2 \(test/b.jpg\): split is 'train', but the folder is test/, which means 'test'"
+    with pytest.raises(UserError, match=message):
         folder.read(tmp_path, "mine")
     for other in ("test/b.jpg", "c.jpg"):
         jsonl(tmp_path, {"file_names": ["train/a.jpg", other], "caption": "x"})
@@ -90,6 +91,8 @@ def test_contradicting_splits_stop(tmp_path):
         ([1, 2, 3], 2, 1),
         (["2", "3", "4"], 2, 0),
         (["0.5", "1.5"], 1.5, 1),
+        (["1.0", "2.0"], 2, 1),
+        (["1.0", "2.0"], 2.0, 1),
         (["a", "b", "2"], 1, 1),
         (["a", "b", "2"], 1.0, 1),
         (["none", "1", "2"], 1, 1),

@@ -3,6 +3,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
@@ -230,3 +232,74 @@ def test_visuals_become_what_the_processor_takes(made, tmp_path):
     assert processor(text="Which?", videos=lmms_eval_plugin.as_video([path], "x"))["num_frames"].tolist() == [
         checkpoints.STILL_FRAMES
     ]
+
+
+# ---------------------------------------------------------------- the library's own command
+
+GOLDEN = """
+task: golden
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.visual
+doc_to_text: "{{question}}"
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+UTILS = """
+def visual(doc):
+    return [doc["video"]]
+"""
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Runs the library's command on a task with files in tmp_path: function of further arguments -> process."""
+    if "standins" in str(sys.modules["lmms_eval"].__file__):
+        pytest.skip("lmms-eval is not installed (docs/metrics.md)")
+    (tmp_path / "golden.yaml").write_text(GOLDEN % (tmp_path / "golden.json"))
+    (tmp_path / "utils.py").write_text(UTILS)
+
+    def run(model_args):
+        places = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": places}
+        command = [sys.executable, "-m", "lmms_eval", "--model", "foveated_vlm", "--model_args", model_args]
+        command += ["--tasks", "golden", "--include_path", tmp_path, "--batch_size", "2", "--device", "cpu"]
+        command += ["--log_samples", "--output_path", tmp_path / "results"]
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_library_scores_golden_items_as_the_evaluation(made, tmp_path, library):
+    """Clips of all tasks, three answers each; the accuracy is that of the answers that the network finds likeliest."""
+    system = json.loads((made.tokens / "manifest.json").read_text())["system"]
+    checkpoints.save(checkpoints.make_lively_model(), made, tmp_path / "checkpoint", system)
+    model, processor = load_checkpoint(tmp_path / "checkpoint")
+    options, docs, chosen = ["red", "top left: 31", "7"], [], []
+    for number, video in enumerate(sorted((made.raw / "procedural").rglob("*.mp4"))):
+        docs.append(
+            {"video": str(video), "question": f"Which one, {number}?", "options": options, "answer": number % 3}
+        )
+        losses = [whole_loss(model, processor, docs[-1]["question"], video, text) for text in options]
+        chosen.append(int(np.argmin(losses)))
+    (tmp_path / "golden.json").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    done = library(f"pretrained={tmp_path / 'checkpoint'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "results").rglob("*results.json")
+    found = json.loads(results.read_text())["results"]["golden"]["acc,none"]
+    assert found == pytest.approx(np.mean([choice == doc["answer"] for choice, doc in zip(chosen, docs, strict=True)]))
+    (log,) = (tmp_path / "results").rglob("*samples_golden.jsonl")
+    assert len(log.read_text().splitlines()) == len(docs)
+
+
+@pytest.mark.slow
+def test_the_library_shows_the_right_spelling_of_an_argument(made, tmp_path, library):
+    (tmp_path / "golden.json").write_text("{}")
+    done = library(f"pretrained={made.checkpoint},max_new_token=5")
+    assert (
+        "--model_args: unknown argument 'max_new_token' (did you mean 'max_new_tokens'?)" in done.stderr + done.stdout
+    )

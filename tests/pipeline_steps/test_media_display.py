@@ -1,6 +1,7 @@
 """Pictures come out as a player or viewer shows them: display matrices, EXIF orientation, transparency on white."""
 
 import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -140,6 +141,20 @@ def test_transparency_shows_white(tmp_path, name):
     assert found[:, 17:23].min() >= 249
     if image.mode in ("RGBA", "LA") and name != "clear.webp":
         assert np.abs(found[:, 10:14] - 127).max() <= 6
+
+
+def test_a_transparent_colour_of_16_bits_shows_white(tmp_path):
+    """A PNG with 16 bits per channel, which Pillow reads as 8 bits but whose tRNS it does not scale."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    pixels = np.array([[[65535, 256, 32768], [0, 0, 0]]], ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), chunk(b"tRNS", pixels[0, 0].tobytes())]
+    parts += [chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.asarray(load_image(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [0] * 3]
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La", "LA", "PA"])

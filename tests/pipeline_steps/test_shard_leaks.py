@@ -17,6 +17,7 @@ SIZE, DISTANCE = 56, 24
 SECTION = Section(
     image_size=SIZE,
     resize_mode="crop",
+    hdr="refuse",
     fps=2.0,
     max_frames=8,
     jpeg_quality=95,

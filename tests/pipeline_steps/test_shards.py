@@ -43,6 +43,7 @@ FRAMES = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, j
 SECTION = {
     "image_size": 16,
     "resize_mode": "crop",
+    "hdr": "refuse",
     "fps": 2.0,
     "max_frames": 4,
     "jpeg_quality": 95,

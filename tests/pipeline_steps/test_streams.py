@@ -157,10 +157,3 @@ def rgb(kr, kb, y=100, cb=110, cr=170):
 def test_colour_space_as_tagged_or_else_by_size(tmp_path, size, space, constants):
     frame = read_media(coloured(tmp_path / "a.mkv", size, space), "video", **ALL).frames[0]
     assert np.abs(np.asarray(frame).astype(float)[8, 8] - rgb(*constants)).max() <= 3
-
-
-@pytest.mark.parametrize(("trc", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
-def test_hdr_is_refused_with_a_reason(tmp_path, trc, name):
-    clip = coloured(tmp_path / "a.mkv", (64, 64), "bt2020nc", trc)
-    with pytest.raises(MediaError, match=rf"^HDR video \({name}\), convert it to SDR$"):
-        shown(clip)

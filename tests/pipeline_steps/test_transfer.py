@@ -1,5 +1,6 @@
 """Remote reading from a server that drops, delays, truncates or floods: bounded memory and time, all of it counted."""
 
+import hashlib
 import http.server
 import io
 import tarfile
@@ -46,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if how == "truncate":  # a proxy that ends the answer as if it were whole
             content = content[:9_000]
-        if how != "endless":
+        if how not in ("endless", "end"):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         try:
@@ -56,6 +57,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for place in range(len(content)):
                     self.wfile.write(content[place : place + 1])
                     time.sleep(0.05)
+            elif how == "flip":  # one bit of a member that is read, which a checksum of the network missed
+                self.wfile.write(content[:6_000] + bytes([content[6_000] ^ 1]) + content[6_001:])
+            elif how == "end":  # only the padding is missing
+                self.wfile.write(content[:-2_000])
             elif how == "endless":
                 while True:
                     self.wfile.write(bytes(2**16))
@@ -80,11 +85,12 @@ def server(monkeypatch):
         server.shutdown()
 
 
-def read(server, transfers=None, retries=2):
-    return list(remote.read_shard(server.url, "shards/train/000000.tar", set(KEYS), retries, transfers))
+def read(server, transfers=None, retries=2, sha256=None):
+    sha256 = hashlib.sha256(server.content).hexdigest() if sha256 is None else sha256
+    return list(remote.read_shard(server.url, "shards/train/000000.tar", set(KEYS), sha256, retries, transfers))
 
 
-@pytest.mark.parametrize("how", ["drop", "truncate", "error"])
+@pytest.mark.parametrize("how", ["drop", "truncate", "error", "end"])
 def test_broken_answers_are_retried_and_counted(server, how):
     server.plan, transfers = [how, how], Transfers()
     samples = read(server, transfers)
@@ -95,6 +101,41 @@ def test_broken_answers_are_retried_and_counted(server, how):
     assert found["success_rate"] == pytest.approx(1 / 3, abs=1e-3)
     assert found["megabytes"] >= 0.048
     assert found["megabytes_per_second"] > 0
+
+
+def test_a_damaged_tar_is_named_with_both_hashes_before_its_last_sample_is_served(server):
+    expected = hashlib.sha256(server.content).hexdigest()
+    server.content = bytearray(server.content)
+    server.content[6_000] ^= 1
+    found = hashlib.sha256(server.content).hexdigest()
+    samples, served = remote.read_shard(server.url, "shards/train/000000.tar", set(KEYS), expected, 1), []
+    with pytest.raises(UserError) as error:
+        served.extend(samples)  # what came before the error is kept
+    message = f"cannot read shards/train/000000.tar (its sha256 is {found[:12]}..., expected {expected[:12]}..."
+    assert message in str(error.value)
+    assert server.requests == 2
+    one = remote.read_shard(server.url, "shards/train/000000.tar", {"clip-0"}, expected, 0)
+    with pytest.raises(UserError, match="its sha256 is"):
+        next(one)
+
+
+@pytest.mark.parametrize("plan", [["flip"], ["flip", "drop"], ["drop", "flip"], ["flip", "flip"], ["flip", "end"]])
+def test_samples_of_a_transfer_that_was_damaged_on_the_way_do_not_go_unnoticed(server, plan):
+    """The last attempt reads the tar intact."""
+    server.plan = list(plan)
+    with pytest.raises(UserError, match=r"000000[.]tar: samples of a transfer that was damaged on the way have been"):
+        read(server)
+    assert server.requests == len(plan) + 1
+
+
+def test_hashing_holds_no_more_of_a_tar_than_one_sample(server):
+    server.content = tar_of({f"clip-{n}.jpg": bytes(1_000_000) for n in range(8)})
+    sha256 = hashlib.sha256(server.content).hexdigest()
+    tracemalloc.start()
+    for sample in remote.read_shard(server.url, "a.tar", {"clip-0"}, sha256, 0):
+        assert len(sample["jpg"]) == 1_000_000
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("how", ["drip", "stall"])
@@ -112,7 +153,8 @@ def test_time_limits_fire_on_slow_servers(server, how, monkeypatch):
 def test_a_reader_that_pauses_keeps_its_connection(server, monkeypatch):
     monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)
     server.content = tar_of({f"clip-{n}.jpg": bytes(300_000) for n in range(8)})
-    samples, transfers = remote.read_shard(server.url, "a.tar", set(KEYS), 0, found := Transfers()), found
+    transfers, sha256 = Transfers(), hashlib.sha256(server.content).hexdigest()
+    samples = remote.read_shard(server.url, "a.tar", set(KEYS), sha256, 0, transfers)
     next(samples)
     time.sleep(1.5)
     assert len(list(samples)) == 7

@@ -243,6 +243,9 @@ def test_damaged_frame_is_skipped_as_with_local_shards(tmp_path):
         tar.seek(local.rows[1]["frame_offsets"][0])
         tar.write(b"damaged")
     settings = section(pipe(root), max_quarantined=0.1)
+    with pytest.raises(UserError, match=r"shards/train/000000.tar \(its sha256 is .*expected"):
+        flat(loader(dataset(settings), settings))
+    packed.rewrite_hashes(root)  # packed from a file that was damaged before
     one = loader(dataset(settings), settings)
     assert len(flat(one)) == 93
     assert list(one.quarantined) == [SAMPLES[1].key]
@@ -284,3 +287,22 @@ def test_local_shards_need_neither_webdataset_nor_a_url(root):
             names = [name.name for name in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             assert "webdataset" not in [*names, getattr(node, "module", None)], file
     assert type(dataset(streaming(), root)) is TokenizedShards
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_serve_every_item_once_per_epoch(root, world_size):
+    """Read from the tars, not planned only: three epochs of every group, in batches of all ranks."""
+    settings = section(pipe(root))
+    data, epochs, batch_size = dataset(settings), 3, 6
+    served = []
+    for rank in range(world_size):
+        one = loader(data, settings, 94 * epochs, batch_size, rank=rank, world_size=world_size)
+        items = [n for step in range(one.num_steps) for n in one._items(step).tolist()]
+        assert [data.rows[n]["key"] for n in items] == flat(one)
+        served.append((one, items))
+    mixture = served[0][0].mixture
+    counts = Counter(n for _, items in served for n in items)
+    for name in mixture.names:
+        own = [counts[n] for n in mixture.groups[name].tolist()]
+        assert max(own) - min(own) <= 1, name
+    assert sum(counts.values()) == 94 * epochs

@@ -23,5 +23,6 @@ class CoarseText(Objective):
         loss = outputs.text.loss
         if outputs.passes:
             tokens = outputs.passes[0].visual_tokens
-            loss = outputs.network.score_text(batch.input_ids, batch.attention_mask, batch.labels, tokens).loss
+            text = (batch.input_ids, batch.attention_mask, batch.labels)
+            loss = outputs.network.score_text(*text, tokens, text=outputs.options.text, loss_only=True).loss
         return {"loss_coarse": Term(loss, self.parameters.weight, "tokens")}

@@ -25,14 +25,23 @@ class Preference(Objective):
         return settings.loss == "preference"
 
     def terms(self, outputs, batch):
+        from dataclasses import replace
+
         import torch
 
-        answers = batch.answer(), batch.rejected.answer()
+        from pipeline_steps.training.training_model import text_of
+
+        def answers(network, text):
+            return batch.answer() | {"text": text}, batch.rejected.answer() | {"text": text_of(network, batch.rejected)}
+
         with torch.no_grad():
             frozen = outputs.reference
-            passes = frozen.encode_frames(**batch.inputs(), mode=outputs.mode, options=outputs.options)
-            expected = frozen.preference_log_probs(*answers, passes[-1].visual_tokens if passes else None)
-        found = outputs.network.preference_log_probs(*answers, outputs.visual_tokens)
+            text = text_of(frozen, batch)
+            options = replace(outputs.options, text=text)
+            passes = frozen.encode_frames(**batch.inputs(), mode=outputs.mode, options=options)
+            expected = frozen.preference_log_probs(*answers(frozen, text), passes[-1].visual_tokens if passes else None)
+        own = answers(outputs.network, outputs.options.text)
+        found = outputs.network.preference_log_probs(*own, outputs.visual_tokens)
         loss, margin = dpo_loss(*found.unbind(1), *expected.to(found).unbind(1), self.parameters.beta)
         return {
             "loss_preference": Term(loss, 1.0, "samples"),

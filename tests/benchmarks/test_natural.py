@@ -1,0 +1,167 @@
+"""`benchmarks.natural`: its plan, and a run at a size of seconds with stand-ins for the pretrained backbones."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from benchmarks import natural
+from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.study_results import StudySummary
+from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
+from tests import drawings
+
+SMALL = [f"sources.procedural.objects.{name}=1" for name in ("num_validation_clips", "num_test_clips", "num_new_clips")]
+SMALL += ["sources.procedural.objects.num_train_clips=36", "sources.procedural.objects.held_out_share=0.2"]
+SMALL += ["sources.chat.num_train=20", "sources.chat.num_validation=4", "sources.chat.num_test=4"]
+SMALL += [f"training.stage{number}.num_samples=16" for number in (1, 2, 3)]
+SMALL += ["model.query_dim=64", "tokens.max_tokens=256", "training.common.validate_every=1"]
+SMALL += ["evaluation.max_answers_per_task=1", "evaluation.bootstrap_samples=20", "heatmaps.num_sheet_clips=2"]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a plan whose inputs are ten drawings and two files."""
+    drawings.write(tmp_path / "cutouts")
+    for name in ("vision_encoder", "language_model"):
+        (tmp_path / "pretrained" / name).mkdir(parents=True)
+        (tmp_path / "pretrained" / name / "config.json").write_text("{}")
+    folders = {name: tmp_path / name for name in ("cutouts", "pretrained", "output")}
+    options = {"preset": "gpu", "device": "cuda", "set": [], "backgrounds": None}
+    return SimpleNamespace(arms=["none", "A6", "B1"], seeds=[1, 2], **options, **folders)
+
+
+def keys(plan, stage):
+    return [run.jobs[stage] for run in plan.runs]
+
+
+def test_arms_share_data_and_seeds_share_backbones(arguments):
+    plan = natural.make_plan(arguments)
+    assert [run.name for run in plan.runs] == [f"{arm}-x1-seed{n}.1.{n}" for n in (1, 2) for arm in arguments.arms]
+    counts = {stage: len(set(keys(plan, stage))) for stage in plan.runs[0].jobs}
+    shared = {"sources": 2, "shards": 2, "tokens": 2, "backbones": 1}
+    assert counts == shared | dict.fromkeys(("stage1", "stage2", "stage3", "evaluation", "flops", "heatmaps"), 6)
+    for run in plan.runs:
+        assert (run.parameters["training"]["common"]["device"], run.parameters["seed"]) == ("cuda", run.seeds["data"])
+        assert run.parameters["sources"]["procedural"]["world"] == "objects"
+
+
+def test_other_pictures_are_other_work_and_another_place_is_not(arguments, tmp_path):
+    before = natural.make_plan(arguments)
+    arguments.cutouts = (tmp_path / "cutouts").rename(tmp_path / "moved")
+    assert natural.make_plan(arguments).jobs.keys() == before.jobs.keys()
+    metadata = tmp_path / "moved/metadata.jsonl"
+    metadata.write_text(metadata.read_text() + "\n")
+    other = natural.make_plan(arguments)
+    assert keys(other, "backbones") == keys(before, "backbones")
+    assert not set(keys(other, "stage1")) & set(keys(before, "stage1"))
+
+
+def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatch):
+    made = natural.make_plan(arguments)
+    monkeypatch.setattr(natural, "find_spec", lambda name: None)
+    read = natural.make_plan(arguments)
+    assert (read.runs, read.jobs) == (made.runs, made.jobs)
+    arguments.seeds = [3]
+    with pytest.raises(UserError, match=r"a plan of other work \(seeds \[1, 2\], here \[3\]\)"):
+        natural.make_plan(arguments)
+    (arguments.output / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"plan\.json: missing, and Hydra"):
+        natural.make_plan(arguments)
+
+
+def test_an_unknown_arm_is_named(arguments):
+    arguments.arms = ["A66"]
+    with pytest.raises(UserError, match=r"--arms A66: there is no conf/ablation/A66\.yaml"):
+        natural.make_plan(arguments)
+
+
+def test_a_curve_is_means_of_its_parts(tmp_path):
+    rows = [f"train,{step},{8 * step},,{step}.0," for step in range(1, 21)]
+    rows += ["validation,20,,fine,2.0,0.5", "validation,20,,fine,4.0,0.7", "validation,20,,coarse,9.0,0.1"]
+    (tmp_path / "stage.csv").write_text("\n".join(["event,step,samples,mode,loss,accuracy", *rows]) + "\n")
+    found = natural.curve(tmp_path / "stage.csv")
+    assert found["train"] == [[16 * n, 2 * n - 0.5] for n in range(1, 11)]
+    assert found["validation"] == [[20, 3.0, 0.6]]
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """Runs the command with the embedded backbones in place of the pretrained ones; returns its exit code."""
+    drawings.write(tmp_path / "cutouts")
+    words = ["natural", "--preset", "cpu", "--arms", "none", "--pretrained", finished_run / "data/backbones"]
+    words += ["--cutouts", tmp_path / "cutouts", "--output", tmp_path / "output"]
+
+    def call(*more, overrides=()):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, *more, "--set", *SMALL, *overrides]])
+        with pytest.raises(SystemExit) as caught:
+            run_main(natural.main)
+        return caught.value.code or 0
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(natural, "GRACE", 20.0)
+    assert run("--minutes", 30 / 60) == natural.STOPPED  # ten seconds of work
+    assert "stopped: run the same command to continue" in capsys.readouterr().out
+    done = set((tmp_path / "output/jobs").rglob("done.json"))
+    assert run() == 0
+    assert done < set((tmp_path / "output/jobs").rglob("done.json"))
+    results = tmp_path / "output/results"
+    (row,) = pd.read_csv(results / "runs.csv").to_dict("records")
+    assert (row["run"], row["arm"], row["training_samples"]) == ("none-x1-seed1.1.1", "none", 48)
+    (summary,) = json.loads((results / "scores.json").read_text())
+    assert set(summary["tasks"]) == {*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)}
+    assert set(GAZE_KINDS) <= set(summary["gaze"])
+    assert all(0 < gaze["chance"] < 1 for gaze in summary["gaze"].values())
+    assert all(len(summary["curves"][stage]["train"]) == 2 for stage in ("stage1", "stage2", "stage3"))
+    assert "|become|" in (results / "scores.md").read_text()
+    assert (results / row["run"] / "overview.png").exists()
+    capsys.readouterr()
+    assert run() == 0
+    assert "0 of 10 jobs to do" in capsys.readouterr().out
+
+
+def row(run, tasks, accuracy):
+    """What `natural.keep` reads of a row of runs.csv."""
+    seeds = {f"{kind}_seed": value for kind, value in run.seeds.items()}
+    budget = {"training_samples": 10, "training_flops": 1e9, "training_seconds": 5.0, "attempts": 1, "converged": True}
+    budget |= {"commit": "c0ffee", "validation_loss_change": 0.0, "blind_accuracy": 0.1, "parameters": "0"}
+    scores = {"mean_token_accuracy": accuracy, "exact_match_accuracy": accuracy, "mean_loss": 1.0}
+    named = {f"accuracy_{task}": accuracy for task in tasks} | {f"exact_match_{task}": accuracy for task in tasks}
+    return {"run": run.name, "arm": run.arm, "budget": run.budget, **seeds, **budget, **scores, **named}
+
+
+def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
+    plan = natural.make_plan(arguments)
+    results = arguments.output / "results"
+    (results / plan.runs[0].name).mkdir(parents=True)
+    (results / plan.runs[0].name / "overview.png").write_bytes(b"picture")
+    tasks = [*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)]
+    accuracy = {"none": 0.8, "A6": 0.6, "B1": 0.7}
+    table = pd.DataFrame([row(run, tasks, accuracy[run.arm]) for run in plan.runs])
+    table.to_csv(results / "runs.csv", index=False)
+    for name in ("items.parquet", "scores.json", "scores.md"):
+        (results / name).write_text("")
+    folder = natural.keep(plan, arguments.output, "objects", tmp_path / "studies")
+    assert (folder / "heatmap.png").read_bytes() == b"picture"
+    summary = StudySummary.model_validate_json((folder / "summary.json").read_text())
+    assert {(entry.arm, entry.group) for entry in summary.comparisons} == {
+        (arm, group) for arm in ("A6", "B1") for group in ("gaze", "reading", "gaze, new names")
+    }
+    assert all(len(entry.differences) == 2 for entry in summary.comparisons)
+    assert summary.comparisons[0].differences[0] == pytest.approx(0.2 if summary.comparisons[0].arm == "A6" else 0.1)
+
+
+@pytest.mark.slow
+def test_a_failed_stage_is_named_with_its_log(run, tmp_path, capsys):
+    assert run(overrides=["sources.procedural.objects.held_out_share=0.0"]) == 1
+    message = capsys.readouterr().err
+    assert "sources failed, exit code 1" in message
+    assert "held_out_share 0.0 leaves 0 names out of training" in message
+    assert str(tmp_path / "output/jobs/sources") in message

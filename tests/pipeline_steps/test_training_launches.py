@@ -1,0 +1,39 @@
+"""Launches of a training step at the depths of SmolLM2-135M and DINOv2-small, and where the host waits."""
+
+import pytest
+import torch
+
+from pipeline_steps.training import train_loop
+from tests.model.launches import Launches, true_depths
+from tests.model.tiny import as_batch, make_batch, preference_batch
+from tests.pipeline_steps.test_golden_losses import make_run
+
+MAX_LAUNCHES = 8_000  # of a step with one plan, a fifth of them root mean squares, which CUDA fuses
+
+
+def launched(run, batch, step=0):
+    trainer = train_loop.prepare(run)
+    train_loop.launch_step(run, trainer, batch, 7)  # makes the optimizer's state
+    with Launches() as launches:
+        train_loop.launch_step(run, trainer, batch, step)
+    return launches
+
+
+def deep_run(folder, stage="stage2", optimizer="muon", **options):
+    run = make_run(stage, "question_first", folder, optimizer, objective={"second_pass_probability": 0.0})
+    run.model = true_depths(**options)
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_has_few_launches_and_never_waits(optimizer, tmp_path):
+    run = deep_run(tmp_path, optimizer=optimizer)
+    batch = as_batch(make_batch() | {"pixel_values": torch.randint(0, 255, (6, 3, 28, 28), dtype=torch.uint8)})
+    launches = launched(run, batch)
+    assert 1_500 < launches.count <= MAX_LAUNCHES
+    assert launches.waits == []
+
+
+def test_preferences_wait_for_nothing(tmp_path):
+    launches = launched(deep_run(tmp_path, "stage3"), as_batch(preference_batch()))
+    assert launches.waits == []

@@ -1,0 +1,83 @@
+"""`training.init_from`: a stage that starts from a finished checkpoint, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import FoveatedVLMForConditionalGeneration
+from pipeline_steps.backbones.local import copy_backbones
+from pipeline_steps.backbones.schema import Local
+from tests import pipeline
+
+SLOW = "{connector: 1.0e-9, vision: 1.0e-9, language: 1.0e-9}"
+
+
+@pytest.fixture
+def folder(finished_run, tmp_path):
+    """Data in a folder of its own, and beside it a finished checkpoint."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/data").symlink_to(finished_run / "data")
+    shutil.copytree(finished_run / "outputs/stage3", tmp_path / "checkpoint")
+    return tmp_path / "work"
+
+
+def start(folder, *overrides):
+    """stage1 in `folder`, from the checkpoint beside it unless an override says otherwise."""
+    if not any(override.startswith("training.init_from=") for override in overrides):
+        overrides = (f"training.init_from={folder.parent / 'checkpoint'}", *overrides)
+    pipeline.write_params(folder, *overrides)
+    return pipeline.run(folder, "stage1")
+
+
+def test_training_goes_on_from_a_checkpoint(folder):
+    done = start(folder, f"training.stage1.learning_rate={SLOW}", "training.stage1.num_samples=8")
+    assert done.returncode == 0, done.stderr
+    places = (folder.parent / "checkpoint", folder / "outputs/stage1")
+    before, after = (load_file(place / "model.safetensors") for place in places)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    seen = [json.loads((place / "training.json").read_text())["sources"] for place in places]
+    assert set(seen[0]) == {"procedural", "chat"}
+    assert [sum(counts.values()) for counts in seen] == [100, 108]  # of three stages, and of this one too
+
+
+@pytest.mark.parametrize(
+    ("override", "messages"),
+    [
+        ("model.query_dim=32", ("model.query_dim is 64, but params.yaml has 32", "or set training.init_from")),
+        ("training.init_from=outputs/stage3", ("training.init_from is outputs/stage3, a folder that this run itself",)),
+        ("training.init_from=nowhere", ("nowhere/vision_encoder/model.safetensors: missing", "init_from is nowhere")),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, override, messages):
+    done = start(folder, override)
+    assert done.returncode == 1
+    assert all(message in done.stderr for message in messages), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "outputs/stage1").exists()
+
+
+def test_data_of_another_tokenizer_are_refused(folder):
+    path = folder.parent / "checkpoint/tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    done = start(folder)
+    assert done.returncode == 1
+    assert "tokenized with a tokenizer whose sha256 is" in done.stderr
+    assert "backbones.kind=local" in done.stderr
+
+
+def test_backbones_are_taken_out_of_a_checkpoint(finished_run, tmp_path):
+    checkpoint = finished_run / "outputs/stage3"
+    copy_backbones(Local(vision_path=str(checkpoint), language_path=str(checkpoint)), tmp_path)
+    model = FoveatedVLMForConditionalGeneration.from_backbones(tmp_path / "vision_encoder", tmp_path / "language_model")
+    whole, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
+    backbones = {name for name in whole if name.startswith(("vision_encoder.", "language_model."))}
+    assert len(backbones) > 50
+    assert all(torch.equal(own[name], whole[name]) for name in backbones)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["language_model", "vision_encoder"]
+    places = (tmp_path / "language_model", finished_run / "data/backbones/language_model")
+    assert len({(place / "tokenizer.json").read_bytes() for place in places}) == 1
