@@ -50,7 +50,7 @@ class FoveatedVLMImagesKwargs(ImagesKwargs, total=False):
 class SquareFrames:
     """How one frame is made: the options and methods that the image and the video processor share."""
 
-    def _set_options(self, size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others: dict) -> dict:
+    def _set_options(self, size, resize_mode, jpeg_quality, hdr, image_mean, image_std, others: dict) -> dict:
         """Checks the options. Returns the attributes to set."""
         side = size.get("height") if isinstance(size, dict) else size
         if isinstance(size, dict) and (set(size) != {"height", "width"} or size["height"] != size["width"]):
@@ -71,9 +71,9 @@ class SquareFrames:
             "size": {"height": side, "width": side},
             "resize_mode": resize_mode,
             "jpeg_quality": quality,
+            "hdr": hdr,
             "image_mean": numbers(IMAGE_MEAN),
             "image_std": numbers(IMAGE_STD),
-            "hdr": hdr,
             **({"auto_map": others["auto_map"]} if "auto_map" in others else {}),
         }
 
@@ -113,8 +113,8 @@ class FoveatedVLMImageProcessor(SquareFrames, BaseImageProcessor):
         resize_mode: `crop` (shorter side to size, centre of the longer one) or `letterbox` (longer side to size, black
             bars).
         jpeg_quality: 1 to 100, JPEG compression as in the training data; None: no compression.
-        image_mean, image_std: those of the vision encoder; others are an error.
         hdr: files with PQ or HLG: `refuse` them, or `tone_map` them to SDR.
+        image_mean, image_std: those of the vision encoder; others are an error.
 
     Raises ValueError for an unknown option or a value outside its range.
     """
@@ -127,7 +127,7 @@ class FoveatedVLMImageProcessor(SquareFrames, BaseImageProcessor):
     def __init__(
         self, size, resize_mode="crop", jpeg_quality=95, image_mean=None, image_std=None, hdr="refuse", **others
     ):
-        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others)
+        options = self._set_options(size, resize_mode, jpeg_quality, hdr, image_mean, image_std, others)
         BaseImageProcessor.__init__(self, **options)
 
     def preprocess(self, images, return_tensors: str | None = "pt") -> BatchFeature:

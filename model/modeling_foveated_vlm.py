@@ -135,41 +135,6 @@ class FoveatedVLMForConditionalGeneration(
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames)
-        return self._passes(text, input_ids, attention_mask, pixel_values, num_frames, frame_times, mode, options)
-
-    def packed_text(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        num_frames: Tensor | None = None,
-        labels: Tensor | None = None,
-        places: BatchPlaces | None = None,
-    ) -> PackedText:
-        """The text of a batch as the language model reads it, for FoveationOptions. Calls that share it read the text
-        before the frames once.
-
-        places: the indices of the batch; None: computed here, for which a GPU waits. The others as in `forward`.
-        """
-        if places is None:
-            places = BatchPlaces.of(
-                input_ids, attention_mask, num_frames, labels, visual_id=self.config.visual_token_id
-            )
-        return PackedText(self, places)
-
-    def _passes(
-        self,
-        text: PackedText,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor | None,
-        num_frames: Tensor | None,
-        frame_times: Tensor | None,
-        mode: str,
-        options: FoveationOptions,
-    ) -> list[FrameTokens]:
-        """`encode_frames`, with the text that planning reads."""
-        if pixel_values is None or not len(pixel_values):
-            return []
         output_attentions = options.output_attentions
         config = self.config
         pixel_values = pixel_values.to(self.connector.weight.dtype)
@@ -208,6 +173,25 @@ class FoveatedVLMForConditionalGeneration(
                 queries = choose(text.shift_by_one_frame(planned, first))
             passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
         return passes
+
+    def packed_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+        places: BatchPlaces | None = None,
+    ) -> PackedText:
+        """The text of a batch as the language model reads it, for FoveationOptions. Calls that share it read the text
+        before the frames once.
+
+        places: the indices of the batch; None: computed here, for which a GPU waits. The others as in `forward`.
+        """
+        if places is None:
+            places = BatchPlaces.of(
+                input_ids, attention_mask, num_frames, labels, visual_id=self.config.visual_token_id
+            )
+        return PackedText(self, places)
 
     def connect(self, features: Tensor, times: Tensor) -> Tensor:
         """Vision features [F, P, D] at times [F] -> visual tokens [F, P, E], scaled like the token embeddings of the
@@ -376,7 +360,8 @@ class FoveatedVLMForConditionalGeneration(
         frames = (pixel_values, num_frames)
         check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
-        passes = self._passes(text, input_ids, attention_mask, *frames, frame_times, mode, options)
+        options = replace(options, text=text)
+        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
         last = passes[-1] if passes else FrameTokens(None)
         wanted = (options.return_logits, options.loss_only, logits_to_keep, num_items_in_batch)
         output = self._score(text, last.visual_tokens, labels is not None, *wanted)

@@ -106,7 +106,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
             raise ValueError("the tokenizer has no chat template. Pass chat_template")
         self.image_processor = FoveatedVLMImageProcessor(image_size, resize_mode, jpeg_quality, hdr=hdr)
         self.video_processor = FoveatedVLMVideoProcessor(
-            image_size, resize_mode, jpeg_quality, fps=fps, max_frames=max_frames, hdr=hdr
+            image_size, resize_mode, jpeg_quality, hdr=hdr, fps=fps, max_frames=max_frames
         )
         self.image_replication = positive_integer("image_replication", image_replication)
         self.tokens_per_frame = positive_integer("tokens_per_frame", tokens_per_frame)

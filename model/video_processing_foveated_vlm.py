@@ -32,8 +32,8 @@ except ImportError:  # before transformers 5.23
 class FoveatedVLMVideosKwargs(VideosKwargs, total=False):
     resize_mode: str
     jpeg_quality: int | None
-    max_frames: int
     hdr: str
+    max_frames: int
 
 
 class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
@@ -64,7 +64,7 @@ class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
         hdr="refuse",
         **others,
     ):
-        options = self._set_options(size, resize_mode, jpeg_quality, image_mean, image_std, hdr, others)
+        options = self._set_options(size, resize_mode, jpeg_quality, hdr, image_mean, image_std, others)
         options |= {"fps": positive_number("fps", fps), "max_frames": positive_integer("max_frames", max_frames)}
         BaseImageProcessor.__init__(self, **options)
 
@@ -75,11 +75,11 @@ class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
             "size",
             "resize_mode",
             "jpeg_quality",
+            "hdr",
             "image_mean",
             "image_std",
             "fps",
             "max_frames",
-            "hdr",
             "auto_map",
         )
         return {name: found[name] for name in (*kept, "video_processor_type") if name in found}
@@ -137,10 +137,10 @@ class FoveatedVLMVideoProcessor(SquareFrames, VideoProcessorMixin):
                 path,
                 "image" if is_still else "video",
                 fps=self.fps,
+                hdr=self.hdr,
                 max_frames=self.max_frames,
                 image_size=self.image_size,
                 resize_mode=self.resize_mode,
-                hdr=self.hdr,
             )
         except MediaError as error:
             raise ValueError(f"{name}: {error.reason}. Pass an intact video or image file") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.packing import BatchPlaces
-from model.processing_foveated_vlm import IMAGE_MEAN, IMAGE_STD
+from model.image_processing_foveated_vlm import IMAGE_MEAN, IMAGE_STD
 
 TEXT_TENSORS = ("input_ids", "attention_mask", "labels", "score_mask")
 PER_FRAME = {"axis": "frame"}  # metadata of fields whose first axis is F; all others have B

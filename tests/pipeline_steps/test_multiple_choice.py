@@ -100,7 +100,7 @@ def log_prob(model, collate, item, ids, blind):
     start, _ = answer_span(item)
     answer = [False] * start + [True] * len(ids)
     one = item | {"input_ids": [*item["input_ids"][:start], *ids], "answer_mask": answer, "score_mask": answer}
-    batch = collate([one])
+    batch = collate([one]).to("cpu")
     inputs = batch.inputs() | {"pixel_values": batch.pixel_values * (0 if blind else 1)}
     with torch.inference_mode():
         output = model(**inputs, labels=batch.labels, mode="autoregressive")
