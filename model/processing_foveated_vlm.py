@@ -135,8 +135,9 @@ class FoveatedVLMProcessor(ProcessorMixin):
         return self.video_processor.hdr
 
     @hdr.setter
-    def hdr(self, hdr: str) -> None:
-        self.image_processor.hdr = self.video_processor.hdr = hdr
+    def hdr(self, mode: str) -> None:
+        self.image_processor = _changed(self.image_processor, {"hdr": mode})
+        self.video_processor = _changed(self.video_processor, {"hdr": mode})
 
     @property
     def fps(self) -> float:
@@ -240,7 +241,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
         padding, padding_side, truncation (keeps the first max_length tokens), max_length, pad_to_multiple_of and
         return_tensors are those of tokenizers. options, text_kwargs, images_kwargs and videos_kwargs may hold them and
-        `image_size`, `resize_mode`, `jpeg_quality`, `fps` and `max_frames` for this call.
+        `image_size`, `resize_mode`, `jpeg_quality`, `hdr`, `fps` and `max_frames` for this call.
 
         Returns input_ids and attention_mask int64 [B, S], num_frames int64 [B], and, where there are frames,
         pixel_values float32 [F, 3, image_size, image_size] and frame_times float32 [F]. Raises ValueError for an empty

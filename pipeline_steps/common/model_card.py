@@ -1,5 +1,6 @@
 """The model card of a published checkpoint: README.md with the front matter that the Hugging Face Hub reads."""
 
+import json
 import re
 from pathlib import Path
 
@@ -27,12 +28,12 @@ def model_card(
     shards: ShardsManifest,
     tokens: TokensManifest,
     num_samples: int,
-    backbones: dict | None,
+    base: dict,
 ) -> str:
-    """The card's text. result: the content of training.json. num_samples: of this stage. backbones: the metrics of the
-    stage `backbones`, None if there are none."""
+    """The card's text. result: the content of training.json. num_samples: of this stage. base: as from
+    `base_models`."""
     config = model.config
-    origin, repositories = _backbones(backbones)
+    origin, repositories = _base_models(base)
     header = {
         "license": "unknown",
         "library_name": "transformers",
@@ -108,11 +109,18 @@ def _tokens(config) -> str:
     return f"Every frame becomes {per_frame}: a query attends to its patches, and {source}. Frames stand {place}."
 
 
-def _backbones(backbones: dict | None) -> tuple[str, list[str]]:
+def base_models(path: Path) -> dict:
+    """{"kind", "repositories"} from the metrics of the stage `backbones` or the record in a checkpoint; kind None if
+    there is no such file."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: found.get(name) for name in ("kind", "repositories")}
+
+
+def _base_models(base: dict) -> tuple[str, list[str]]:
     """(a sentence about the base models, their repositories)."""
-    kind = None if backbones is None else backbones.get("kind")
+    kind = base["kind"]
     if kind == "hub":
-        found = [backbones["repositories"][role] for role in ("vision", "language")]
+        found = [base["repositories"][role] for role in ("vision", "language")]
         listing = " and ".join(f"{escaped(own['repository'])} ({own['revision'][:12]})" for own in found)
         return f"Base models: {listing}.", [own["repository"] for own in found]
     if kind == "embedded":

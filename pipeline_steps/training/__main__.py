@@ -60,6 +60,7 @@ from pipeline_steps.training.parameters import GROUPS, format_table, trainable_p
 from pipeline_steps.training.train_loop import train
 
 STAGES = ("stage1", "stage2", "stage3")
+BASE_MODELS = "base_models.json"  # in a checkpoint: from which models its training began
 PARAMS = ("seed", "model", "streaming", "training.init_from", "training.common", "training.{stage}")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 COLUMNS = (
@@ -365,8 +366,10 @@ def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, resul
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )
+        base = start / BASE_MODELS if is_checkpoint(start) else arguments.metrics / "backbones.json"
+        base_models = model_card.base_models(base)
+        write_json(folder / BASE_MODELS, base_models)
         write_checksums(folder)  # not of the card, which people edit
-        backbones = arguments.metrics / "backbones.json"
         card = model_card.model_card(
             arguments.stage,
             run.published,
@@ -374,7 +377,7 @@ def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, resul
             shards,
             tokens,
             run.settings.num_samples,
-            json.loads(backbones.read_text()) if backbones.exists() else None,
+            base_models,
         )
         model_card.write(folder, card)
     table = io.StringIO()

@@ -196,6 +196,15 @@ def test_options_of_a_call_hold_for_it_alone(made, processor):
     assert processor(text=QUESTION, videos=made.video)["num_frames"].tolist() == [FRAMES.max_frames]
 
 
+def test_hdr_of_a_processor_is_that_of_both_parts(made):
+    changed = FoveatedVLMProcessor.from_pretrained(made.checkpoint)
+    assert (changed.hdr, changed.image_processor.hdr) == ("refuse", "refuse")
+    changed.hdr = "tone_map"
+    assert (changed.image_processor.hdr, changed.video_processor.hdr, changed.to_dict()["hdr"]) == ("tone_map",) * 3
+    with pytest.raises(ValueError, match="hdr='show' is not one of"):
+        changed.hdr = "show"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -27,11 +27,13 @@ def parts(card):
 
 @pytest.fixture
 def card(made):
-    def write(tokens=None, backbones=None, rows=(ROW,), **options):
+    def write(tokens=None, base=None, rows=(ROW,), **options):
         shards = read_record(ShardsManifest, made.shards / "manifest.json", "shards")
         tokens = tokens or read_record(TokensManifest, made.tokens / "manifest.json", "tokens")
         result = {"validation": list(rows)}
-        return model_card.model_card("stage2", make_model(**options), result, shards, tokens, 1234, backbones)
+        return model_card.model_card(
+            "stage2", make_model(**options), result, shards, tokens, 1234, base or {"kind": None}
+        )
 
     return write
 
@@ -58,10 +60,10 @@ def test_the_card_has_the_true_values(card, made):
 
 def test_base_models_and_kinds_of_networks_are_named(card):
     repositories = {role: {"repository": f"own/{role}", "revision": "a" * 40} for role in ("vision", "language")}
-    header, sections = parts(card(backbones={"kind": "hub", "repositories": repositories}))
+    header, sections = parts(card(base={"kind": "hub", "repositories": repositories}))
     assert header["base_model"] == ["own/vision", "own/language"]
     assert "own/vision (aaaaaaaaaaaa) and own/language" in sections[""]
-    assert "trained from random weights" in card(backbones={"kind": "embedded"})
+    assert "trained from random weights" in card(base={"kind": "embedded"})
     assert "the language model plans the query" in card()
     assert "average-pooled" in card(architecture="multi_token", num_visual_tokens_per_frame=4)
     assert "one learned query is used for all frames" in card(coarse_only=True)
@@ -95,6 +97,7 @@ def test_every_stage_publishes_a_card_and_a_copy_has_the_evaluation(finished_run
         assert header["datasets"] == ["chat", "procedural"]
         assert "trained from random weights" in sections[""]
         assert "|autoregressive|" in sections["Validation"]
+        assert json.loads((folder / "base_models.json").read_text()) == {"kind": "embedded", "repositories": None}
     evaluation = finished_run / "outputs/metrics/evaluation.json"
     publish(folder, evaluation, tmp_path / "copy")
     result = json.loads(evaluation.read_text())
