@@ -116,6 +116,10 @@ class BatchPlaces:
         return int(self.counts.max(initial=0))
 
     @property
+    def num_bytes(self) -> int:
+        return self._buffer.numel() * self._buffer.element_size()
+
+    @property
     def num_before(self) -> int:
         """M, rows of text before frames."""
         return len(self.rest.key_order) - len(self.rest.positions)

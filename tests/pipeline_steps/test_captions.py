@@ -204,7 +204,7 @@ def test_free_answers_of_every_mode_are_those_of_the_model(made):
         for mode in ("coarse", "fine", "autoregressive"):
             assert row[mode] == answer_batch(model, tokenizer, collate, [item], SETTINGS.max_answer_tokens, mode)[0]
         with torch.no_grad():
-            batch = prompt_batch(collate, [item])
+            batch = prompt_batch(collate, [item]).to("cpu")
             inputs = batch.inputs() | {"pixel_values": 0 * batch.pixel_values}
             grey = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert row["blind"] == as_text(tokenizer, grey)[0]

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,19 +281,19 @@ def test_a_head_is_published_and_the_next_stage_can_load_it(toy, tmp_path):
     assert run.published_heads.keys() == {"frame_time.weight", "frame_time.bias"}
     (tmp_path / "stage2").mkdir()
     save_file(run.published_heads, training_stage.heads_of(tmp_path / "stage2"))
-    arguments = SimpleNamespace(stage="stage3", outputs=tmp_path)
+    (tmp_path / "stage2/config.json").write_text("{}")
     expected = load_file(tmp_path / "stage2/objective.safetensors")["frame_time.weight"]
     for start in ("new", "previous"):
         changes = toy | {"initial_modules": start}
         following = make_run("stage3", "question_first", tmp_path, objective=changes)
         torch.nn.init.zeros_(following.training_model.objective["frame_time"].weight)
-        training_stage.load_heads(arguments, following)
+        training_stage.load_heads(tmp_path / "stage2", following)
         found = following.training_model.objective["frame_time"].weight
         assert torch.equal(found, expected) == (start == "previous")
     headless = {"frame_time": {"weight": 0.0}, "initial_modules": "previous"}
     other = make_run("stage3", "question_first", tmp_path, objective=headless)
     with pytest.raises(UserError, match="initial_modules is previous, but no objective of this stage has modules"):
-        training_stage.load_heads(arguments, other)
+        training_stage.load_heads(tmp_path / "stage2", other)
 
 
 def test_a_head_can_be_trained_with_preferences(toy, tmp_path):
