@@ -36,7 +36,8 @@ def passes(result):
     ]
     note = (
         "This network, mean sample, MFLOP. Planning: passes up to the last visual token, or frame by frame. Reading: "
-        "the pass over the whole sequence. Backward: with every weight trained in this mode."
+        "the pass over the whole sequence, in fine mode without the text before the frames, which planning has read. "
+        "Backward: with every weight trained in this mode."
     )
     return Table("flops_passes", "Passes of the language model and backward", columns, rows, note, strong=[6])
 
