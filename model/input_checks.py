@@ -73,12 +73,12 @@ def check_inputs(
             "shorter text"
         )
     if options.text is not None:
-        _check_places(config, options.text.places, input_ids, frames)
+        _check_places(config, options.text.places, input_ids, frames, labels)
         return
     _check_values(config, input_ids, attention_mask, num_frames, frames, labels)
 
 
-def _check_places(config, places, input_ids, frames: int) -> None:
+def _check_places(config, places, input_ids, frames: int, labels) -> None:
     """Raises ValueError unless the indices are those of a batch of this shape. Nothing waits for a GPU."""
     shown = len(places.visual) / config.tokens_per_frame
     if tuple(places.shape) != tuple(input_ids.shape) or shown != frames or len(places.time_of_frame) != frames:
@@ -86,6 +86,11 @@ def _check_places(config, places, input_ids, frames: int) -> None:
             f"the packed text is of {list(places.shape)} tokens with {shown:g} frames of {config.tokens_per_frame} "
             f"visual tokens, but input_ids has shape {list(input_ids.shape)} and there are {frames} frames. Make the "
             "packed text of this batch"
+        )
+    if labels is not None and not places.has_labels:
+        raise ValueError(
+            "labels are given, but the packed text was made without labels, so there would be no loss. Pass labels to "
+            "packed_text, too"
         )
     if places.longest_clip > config.max_num_frames:
         raise ValueError(

@@ -359,6 +359,8 @@ class FoveatedVLMForConditionalGeneration(
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         frames = (pixel_values, num_frames)
         check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
+        if options.text is not None and options.text.language_model is not self.language_model:
+            raise ValueError("the packed text belongs to another network. Make it with this network's packed_text")
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
         options = replace(options, text=text)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)

@@ -9,7 +9,7 @@ frames, P visual tokens per frame, K queries per frame, Q query width.
 """
 
 import inspect
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         """As in the library; with `packed`, the arguments of `read_packed` after the rows, that of packed rows."""
         if packed is None:
             return super().forward(hidden_states, *arguments, **others)
-        return self.read_packed(hidden_states, *packed)
+        return self.read_packed(hidden_states, *arguments, *packed)
 
     def read_packed(
-        self, rows: Tensor, cos: Tensor, sin: Tensor, earlier: Tensor | None, indices: tuple[Tensor, ...]
+        self, rows: Tensor, earlier: Tensor | None, cos: Tensor, sin: Tensor, indices: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """Rows [N, E] -> (rows [N, E], their keys and values [N, 2 G, C]).
 
@@ -62,12 +62,18 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
 
 
 def read_packed_rows(language_model: nn.Module) -> None:
-    """Makes the layers of a LlamaForCausalLM read packed rows, too. Weights and their names do not change."""
+    """Makes the layers of a LlamaForCausalLM read packed rows, too. Weights and their names do not change.
+
+    ValueError for layers of another architecture, which this forward pass would compute wrongly."""
     for layer in language_model.model.layers:
+        if type(layer) is not modeling_llama.LlamaDecoderLayer:
+            raise ValueError(f"text_config: {type(layer).__name__} is not supported, only Llama's layers")
         layer.__class__ = LlamaDecoderLayer
 
 
 def rms_norm(rows: Tensor, norm: nn.Module) -> Tensor:
+    if type(norm) is not modeling_llama.LlamaRMSNorm or hasattr(norm, "_hf_hook"):  # adapters; offloaded weights
+        return norm(rows)
     return F.rms_norm(rows, (rows.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -156,13 +162,25 @@ def later_mask(packing: Continuation, dtype: torch.dtype) -> Tensor:
     return torch.zeros(is_later.shape, dtype=dtype, device=keys.device).masked_fill_(is_later, float("-inf"))
 
 
+@cache
+def _has_kernel(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 def unpad(mixed: Tensor, unpadded: Tensor) -> Tensor:
     """[B, H, S, C] -> the rows among the places [N, H C]."""
     return mixed.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, unpadded)
 
 
 def uses_varlen(heads: Tensor, dropout: float) -> bool:
-    return heads.is_cuda and heads.dtype in HALF and not dropout
+    """Whether torch's variable-length kernel takes these: it needs compute capability 8.0 (Ampere)."""
+    return (
+        heads.is_cuda
+        and heads.dtype in HALF
+        and not dropout
+        and heads.shape[-1] % 8 == 0
+        and _has_kernel(heads.device.index)
+    )
 
 
 def attend_varlen(
@@ -199,14 +217,25 @@ class PackedText:
         self.tokens_per_frame = model.config.tokens_per_frame
         # of the first rows, once planning has read them: hidden states [A, E], keys and values per layer [M, 2 G, C]
         self._opening: tuple[Tensor, list[Tensor] | None] | None = None
+        self._embeddings: Tensor | None = None
+        self._with_gradients = False  # whether both were computed with gradients
 
-    @cached_property
+    def _renew(self) -> None:
+        """Forgets what was computed without gradients where they are needed now."""
+        if torch.is_grad_enabled() and not self._with_gradients:
+            self._opening, self._embeddings, self._with_gradients = None, None, True
+
+    @property
     def embeddings(self) -> Tensor:
         """[N, E], without visual tokens."""
-        return self.language_model.get_input_embeddings()(self.places.ids)
+        self._renew()
+        if self._embeddings is None:
+            self._embeddings = self.language_model.get_input_embeddings()(self.places.ids)
+        return self._embeddings
 
     def hidden_states(self, visual_tokens: Tensor | None) -> Tensor:
         """Hidden states of all rows: visual tokens [F, P, E] (None without frames) -> [N, E]."""
+        self._renew()
         places, opening = self.places, self._opening
         if visual_tokens is None or opening is None:
             rows = self.embeddings
@@ -219,14 +248,14 @@ class PackedText:
 
     def at_frames(self, visual_tokens: Tensor) -> Tensor:
         """Hidden states at the visual tokens, which planning reads: [F, P, E] -> [F, P, E]."""
+        self._renew()
         places, rows = self.places, visual_tokens.flatten(0, 1).to(self.embeddings.dtype)
         if self._opening is not None:
             hidden, _ = self._read(rows, places.frames, self._opening[1])
         else:
             text = self.embeddings[: places.num_first]
-            hidden, held = self._read(torch.cat([text, rows]), places.opening)
-            earlier = [own[: places.num_before] for own in held] if places.num_before else None
-            self._opening = hidden[: places.num_first], earlier
+            hidden, held = self._read(torch.cat([text, rows]), places.opening, keep=places.num_before)
+            self._opening = hidden[: places.num_first], held or None
             hidden = hidden[places.num_first :]
         return hidden.unflatten(0, (-1, self.tokens_per_frame))
 
@@ -235,7 +264,7 @@ class PackedText:
         return rows.index_copy(0, index, visual_tokens.flatten(0, 1).to(rows.dtype))
 
     def _read(
-        self, rows: Tensor, packing: Packing | Continuation, earlier: list[Tensor] | None = None
+        self, rows: Tensor, packing: Packing | Continuation, earlier: list[Tensor] | None = None, keep: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
         """Reads rows, after the earlier ones whose keys and values per layer are given: (hidden states, own keys and
         values per layer)."""
@@ -247,11 +276,16 @@ class PackedText:
             indices = (packing.starts, packing.order, packing.places, packing.padded, packing.unpadded)
         else:
             keys = (packing.key_starts, packing.key_padded, packing.key_unpadded, packing.key_order)
-            indices = (packing.starts, packing.padded, packing.unpadded, later_mask(packing, rows.dtype), *keys)
+            attention = model.layers[0].self_attn
+            dropout = attention.attention_dropout if self.language_model.training else 0.0
+            heads = in_compute_dtype(rows).new_empty(0, attention.head_dim)
+            mask = None if uses_varlen(heads, dropout) else later_mask(packing, rows.dtype)
+            indices = (packing.starts, packing.padded, packing.unpadded, mask, *keys)
         held = []
         for layer, past in zip(model.layers, earlier or [None] * len(model.layers), strict=True):
-            rows, own = layer(rows, packed=(cos, sin, past, indices))
-            held.append(own)
+            rows, own = layer(rows, past, packed=(cos, sin, indices))  # by place: checkpointing sees these gradients
+            if keep:
+                held.append(own[:keep].clone())  # a view would keep the queries of all rows, too
         return rms_norm(rows, model.norm), held
 
     def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:

@@ -92,14 +92,20 @@ class BatchPlaces:
     )
 
     def __init__(
-        self, buffer: Tensor, shapes: list[tuple[int, ...]], shape: tuple[int, int], counts: np.ndarray, visual_id: int
+        self,
+        buffer: Tensor,
+        shapes: list[tuple[int, ...]],
+        shape: tuple[int, int],
+        counts: np.ndarray,
+        visual_id: int,
+        has_labels: bool,
     ):
         """buffer: all indices in the order of `names`, in one tensor, so that they move to a device in one copy.
 
         shapes: of the indices. shape: (B, S). counts [B]: frames of every sample. visual_id: of the placeholder.
         """
         self._buffer, self._shapes, self.shape = buffer, shapes, shape
-        self.counts, self.visual_id = counts, visual_id
+        self.counts, self.visual_id, self.has_labels = counts, visual_id, has_labels
         parts = buffer.split([int(np.prod(own)) for own in shapes])
         found = {name: part.view(own) for name, part, own in zip(self.names, parts, shapes, strict=True)}
         self.ids, self.index, self.visual = (found[name] for name in ("ids", "index", "visual"))
@@ -142,8 +148,7 @@ class BatchPlaces:
         """The indices of a batch: input_ids, attention_mask, labels [B, S], num_frames [B] as in the network's
         `forward`, whose checks they must pass. On the device of `input_ids`."""
         device = input_ids.device
-        ids, real = (value.detach().cpu().numpy() for value in (input_ids, attention_mask))
-        real = real.astype(bool)
+        ids, real = (value.detach().cpu().numpy() for value in (input_ids, attention_mask.bool()))
         counts = np.zeros(len(ids), np.int64) if num_frames is None else num_frames.cpu().numpy().astype(np.int64)
         is_visual = real & (ids == visual_id)
         shown = is_visual.any(1)
@@ -175,7 +180,7 @@ class BatchPlaces:
         arrays = [np.ascontiguousarray(found[name], np.int64) for name in cls.names]
         buffer = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
         shapes = [array.shape for array in arrays]
-        return cls(buffer.to(device), shapes, tuple(ids.shape), counts, visual_id)
+        return cls(buffer.to(device), shapes, tuple(ids.shape), counts, visual_id, labels is not None)
 
     def of_rows(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, start: int) -> "BatchPlaces":
         """The indices of some samples of this batch: their tensors [b, S'], the first of which is sample `start`."""
@@ -191,7 +196,7 @@ class BatchPlaces:
         return self._with(self._buffer.pin_memory())
 
     def _with(self, buffer: Tensor) -> "BatchPlaces":
-        return BatchPlaces(buffer, self._shapes, self.shape, self.counts, self.visual_id)
+        return BatchPlaces(buffer, self._shapes, self.shape, self.counts, self.visual_id, self.has_labels)
 
     def spread(self, values: Tensor, index: Tensor) -> Tensor:
         """values [n, ...] at the places `index` [n] of [B, S, ...], zeros elsewhere."""

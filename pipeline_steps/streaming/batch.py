@@ -115,7 +115,8 @@ class Batch(Text):
                     piece[entry.name] = Text(**value.text_rows(start, stop))
                 else:
                     piece[entry.name] = value[frames if entry.metadata == PER_FRAME else slice(start, stop)]
-            yield Batch(**piece)
+            own = Batch(**piece)
+            yield own.pin_memory() if self.input_ids.is_pinned() else own  # slices of rows are not
 
     def reorder_frames(self, index: Tensor) -> "Batch":
         """Return a batch whose frame i is frame `index[i]` (int64 [F]). Frame times keep their order."""

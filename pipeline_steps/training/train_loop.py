@@ -44,6 +44,8 @@ def train(run: TrainContext) -> dict:
             launched = launch_step(run, state, batch, step)
             finish_step(run, state)  # the one before: the device works meanwhile
             state.launched = launched
+            if launched.done is None:
+                finish_step(run, state)  # a CPU has done it already
             after_step(run, state, step + 1)
     with averaged(state):
         final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
@@ -193,7 +195,7 @@ def train_step(run: TrainContext, state: TrainState, batch: Batch, step: int) ->
 
 def launch_step(run: TrainContext, state: TrainState, batch: Batch, step: int) -> LaunchedStep:
     """Starts one optimizer step without waiting for the device. If the loss or the gradient norm is not finite, the
-    device leaves the weights as they are, and `read_step` reports it."""
+    device leaves the weights and the optimizer's state as they are, and `read_step` stops the run."""
     rates = set_learning_rates(run, state.optimizer, step)
     state.wrapped.train()
     has_second_pass = run.generator(step).random() < run.settings.objective.second_pass_probability

@@ -1,0 +1,72 @@
+"""Packed reading under other libraries' ways to run a model, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from transformers import Qwen3Config
+
+from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from tests.model.tiny import make_batch, make_model
+
+
+def test_offloaded_weights_give_the_same_loss():
+    expected = make_model()(**make_batch()).loss
+    model = cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(**make_batch()).loss, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_either_kind_gives_the_same_gradients(reentrant):
+    gradients = []
+    for checkpoints in (False, True):
+        model = make_model(num_passes=2).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**make_batch(), mode="fine").loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def text_of(model, batch, **options):
+    return model.packed_text(batch["input_ids"], batch["attention_mask"], batch["num_frames"], **options)
+
+
+def test_a_text_without_labels_is_refused_where_labels_are_given():
+    model, batch = make_model(), make_batch()
+    with pytest.raises(ValueError, match="the packed text was made without labels"):
+        model(**batch, options={"text": text_of(model, batch)})
+    text = text_of(model, batch, labels=batch["labels"])
+    assert torch.equal(model(**batch, options={"text": text}).loss, model(**batch).loss)
+
+
+def test_a_text_of_another_network_is_refused():
+    model, batch = make_model(), make_batch()
+    text = text_of(copy.deepcopy(model), batch, labels=batch["labels"])
+    with pytest.raises(ValueError, match="the packed text belongs to another network"):
+        model(**batch, options={"text": text})
+
+
+def test_a_text_first_read_without_gradients_gives_them_later():
+    found = []
+    for first in (False, True):
+        model, batch = make_model().train(), make_batch()
+        text = text_of(model, batch, labels=batch["labels"])
+        if first:
+            with torch.no_grad():
+                model(**batch, options={"text": text})
+        model(**batch, options={"text": text}).loss.backward()
+        found.append(model.language_model.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_layers_of_another_architecture_are_refused():
+    config = make_model().config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = Qwen3Config(**{name: getattr(config.text_config, name) for name in sizes}, num_key_value_heads=2)
+    options = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": 64}
+    with pytest.raises(ValueError, match="Qwen3DecoderLayer is not supported"):
+        FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(config.vision_config, text, **options))
