@@ -10,6 +10,14 @@ def sha256_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tokenizer_sha256(folder):
+    """sha256 of what makes token ids of text in a folder's tokenizer.json. Padding, truncation and post-processing are
+    left out: the library writes its own when it saves a tokenizer."""
+    content = json.loads((Path(folder) / "tokenizer.json").read_text())
+    parts = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def media_sha256(path, parts=()):
     """sha256 of a sample's media: of a file, of its concatenated `parts`, or of the files of a folder sorted by
     name."""

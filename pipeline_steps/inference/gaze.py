@@ -88,13 +88,16 @@ def aggregate(rows, interval):
     layers = len(rows["per_layer"].iloc[0])
     heads = [name for name in ("per_head", "mass_per_head") if name in rows]
     return Gaze(
-        **{name: (np.array(rows[name].tolist()).sum(0) / frames).reshape(layers, -1).tolist() for name in heads},
-        **{name: float(rows[name].sum()) / frames for name in SHARES},
+        **{
+            name: np.minimum(np.array(rows[name].tolist()).sum(0) / frames, 1.0).reshape(layers, -1).tolist()
+            for name in heads
+        },
+        **{name: min(float(rows[name].sum()) / frames, 1.0) for name in SHARES},
         peak_on_target_interval=interval(
             rows["peak_on_target"].to_numpy(), rows["gaze_frames"].to_numpy(), clips=rows["key"]
         ),
         num_frames=frames,
-        per_layer=(np.array(rows["per_layer"].tolist()).sum(0) / frames).tolist(),
+        per_layer=np.minimum(np.array(rows["per_layer"].tolist()).sum(0) / frames, 1.0).tolist(),
         per_frame=[
             float(np.nansum(padded[:, t]) / present[:, t].sum()) if present[:, t].any() else None
             for t in range(longest)

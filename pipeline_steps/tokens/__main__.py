@@ -28,7 +28,7 @@ from pathlib import Path
 from pipeline_steps.common import params, sidecar
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record, replaced_folder, write_json
-from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.hashing import tokenizer_sha256
 from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
@@ -126,7 +126,7 @@ def make_manifest(section, splits, reports, tokenizer, tokenizer_dir):
         truncated=tuple(item for report in reports for item in report.truncated),
         tasks=dict(sorted(tasks.items())),
         sources={source: SourceCounts(**sources[source]) for source in sorted(sources)},
-        tokenizer_sha256=sha256_file(Path(tokenizer_dir) / "tokenizer.json"),
+        tokenizer_sha256=tokenizer_sha256(tokenizer_dir),
         vocabulary_size=len(tokenizer),
         max_tokens=section.max_tokens,
         system=section.prompt(ALL).system.strip(),

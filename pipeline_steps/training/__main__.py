@@ -45,7 +45,7 @@ from pipeline_steps.common.files import (
     write_json,
     write_text,
 )
-from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.hashing import tokenizer_sha256
 from pipeline_steps.common.integrity import write_checksums
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
@@ -224,7 +224,7 @@ def check_tokenizer(start: Path, arguments: argparse.Namespace) -> None:
     """UserError if the data are tokenized with another tokenizer than the checkpoint's."""
     path = arguments.tokens / "manifest.json"
     expected = read_record(TokensManifest, path, "tokens").tokenizer_sha256
-    found = sha256_file(start / "tokenizer.json")
+    found = tokenizer_sha256(start)
     if found != expected:
         raise UserError(
             f"{path}: tokenized with a tokenizer whose sha256 is {expected[:12]}, but that of {start} is {found[:12]}. "
