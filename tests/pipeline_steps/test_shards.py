@@ -246,7 +246,7 @@ def wait_until_quiet(folder):
 
 def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
     raw = tmp_path / "raw"
-    write_stills(raw, range(16))
+    write_stills(raw, range(32))
     process = run_stage(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".scratch/shards/*/packed/train/*.json")):
@@ -258,11 +258,11 @@ def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
     (scratch,) = tmp_path.glob(".scratch/shards/*/")
     wait_until_quiet(scratch)
     finished = {p.with_suffix(".tar").stat().st_ino for p in tmp_path.glob(".scratch/shards/*/packed/*/*.json")}
-    assert 0 < len(finished) < 16
+    assert 0 < len(finished) < 32
     assert not (tmp_path / "shards").exists()
     errors = run_to_its_end(raw, tmp_path / "shards", tmp_path, samples_per_shard=1)
-    assert f"{16 - len(finished)} shards packed, {len(finished)} reused" in errors
-    assert len(inodes(tmp_path / "shards")) == 16
+    assert f"{32 - len(finished)} shards packed, {len(finished)} reused" in errors
+    assert len(inodes(tmp_path / "shards")) == 32
     assert finished < inodes(tmp_path / "shards")  # not packed a second time
     colours = [
         np.asarray(Image.open(io.BytesIO(data))).mean()
@@ -270,7 +270,7 @@ def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
         for name, data in read_tar(p).items()
         if name.endswith("jpg")
     ]
-    assert sorted(round(c) for c in colours) == list(range(16))
+    assert sorted(round(c) for c in colours) == list(range(32))
 
 
 @pytest.mark.slow
