@@ -60,6 +60,8 @@ class Embedded(StrictModel):
     """Frames or chats per warm-up step."""
     vision_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
+    vision_queries: Literal["selecting", "reading", "none"]
+    """Queries of the vision warm-up: each names a colour or place and reports that digit, one reports all, or none."""
     language_width: PositiveInt
     """Hidden size."""
     language_layers: PositiveInt
