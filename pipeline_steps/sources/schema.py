@@ -133,8 +133,10 @@ class Procedural(StrictModel):
 
 
 class Chat(StrictModel):
-    """Text-only questions; read only when collect lists chat."""
+    """Text-only questions or chats; read only when collect lists chat."""
 
+    path: str | None
+    """A `.jsonl` of your own chats instead of the questions ([data.md](data.md#text-only-questions-source-chat))."""
     seed: NonNegativeInt
     """Seed of the questions."""
     num_train: int = Field(ge=1, le=100_000)
