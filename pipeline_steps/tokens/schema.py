@@ -28,9 +28,9 @@ class Prompt(StrictModel):
 
 class Section(StrictModel):
     max_tokens: PositiveInt
-    """Longest chat, visual tokens excluded; whole turns are dropped."""
+    """Longest chat without visual tokens."""
     max_dropped: float = Field(ge=0, le=1)
-    """Dropped share of a source above which the stage fails."""
+    """Highest dropped share of a source."""
     prompts: tuple[Prompt, ...]
     """Prompts per source; null takes the value of `*`."""
 
