@@ -1,4 +1,4 @@
-"""A video that goes on: frames are pushed one by one, and questions asked at any time.
+"""Streaming inference: frames are pushed one by one, and questions asked at any time.
 
 Shapes: P visual tokens per frame, E language width, S places of the cache.
 """

@@ -179,7 +179,7 @@ class ShardsManifest(Record):
 
 
 class Dropped(Record):
-    """An item that is left out, or, in a list of truncated ones, of which later turns are left out."""
+    """A dropped item or, in `truncated`, one that lost its last turns."""
 
     key: str
     item: Count

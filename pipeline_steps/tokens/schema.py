@@ -12,7 +12,7 @@ Line = Annotated[str, Field(min_length=1)]
 
 
 class Prompt(StrictModel):
-    """The lines that a source's items do not bring themselves. null: as in the entry of source "*"."""
+    """Prompt lines for the items of a source that have none. null: as in the entry of source "*"."""
 
     source: Line
     """Source, collected or not; `*`: all others."""

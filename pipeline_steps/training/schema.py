@@ -63,8 +63,8 @@ class LearningRate(StrictModel):
 
 
 class MixtureEntry(StrictModel):
-    """Items with frames, each of which belongs to the one entry that names it best: source and task, else the
-    source, else the task, else neither."""
+    """A share of the items with frames. Each item goes to the most specific matching entry: source and task, else
+    source, else task, else `*`."""
 
     source: str
     """Source and task; `*`: any."""
