@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .joined_weights import in_compute_dtype, is_plain, join
+from .joined_weights import in_compute_dtype, in_compute_dtypes, is_plain, join
 from .queries import QueryAttention
 
 PLAIN = QueryAttention()
@@ -30,8 +30,12 @@ class LayerWeights(NamedTuple):
 
     heads: Tensor  # [3 D, D]
     heads_bias: Tensor | None  # [3 D]
+    query: Tensor  # [D, D], for query rows alone
+    query_bias: Tensor | None
     output: Tensor  # [D, D]
     output_bias: Tensor  # [D]
+    inner: Tensor  # [inner, D]
+    inner_bias: Tensor  # [inner]
     outer: Tensor  # [D, inner]
     outer_bias: Tensor  # [D]
 
@@ -41,12 +45,17 @@ class LayerWeights(NamedTuple):
         if not all(is_plain(layer, Layer) for layer in layers):
             return None
         parts = [(own.query, own.key, own.value) for own in (layer.attention.attention for layer in layers)]
-        heads, biases = join([part.weight for part in own] for own in parts), [None] * len(parts)
+        nothing = [None] * len(parts)
+        heads, query = join([part.weight for part in own] for own in parts), [own[0].weight for own in parts]
+        biases, query_biases = nothing, nothing
         if parts[0][0].bias is not None:
             biases = join([part.bias for part in own] for own in parts)
+            query_biases = in_compute_dtypes([own[0].bias for own in parts])
         output = scaled([(layer.attention.output.dense, layer.layer_scale1) for layer in layers])
         outer = scaled([(layer.mlp.fc2, layer.layer_scale2) for layer in layers])
-        return [cls(*own) for own in zip(heads, biases, *output, *outer, strict=True)]
+        inner = [in_compute_dtypes([getattr(layer.mlp.fc1, own) for layer in layers]) for own in ("weight", "bias")]
+        query = in_compute_dtypes(query)
+        return [cls(*own) for own in zip(heads, biases, query, query_biases, *output, *inner, *outer, strict=True)]
 
 
 def scaled(parts: list[tuple[nn.Linear, "LayerScale"]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -233,9 +242,14 @@ class Layer(nn.Module):
             keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows].contiguous())  # one copy for both
             if skip_patches:
                 rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
-            queries = self.attention.split_heads(self.attention.attention.query(normed))
+            queries = self._queries(normed, weights)
         rows, seen = self.read(rows, queries, keys, values, query_attention, num_patch_rows, output_attentions, weights)
         return rows, keys, values, seen
+
+    def _queries(self, normed: Tensor, weights: LayerWeights | None) -> Tensor:
+        if weights is None:
+            return self.attention.split_heads(self.attention.attention.query(normed))
+        return self.attention.split_heads(F.linear(normed, weights.query, weights.query_bias))
 
     def read(
         self,
@@ -255,7 +269,7 @@ class Layer(nn.Module):
             rows = rows + self.layer_scale1(self.attention.output.dense(mixed))
             return rows + self.layer_scale2(self.mlp(self.norm2(rows))), seen
         rows = rows + F.linear(mixed, weights.output, weights.output_bias)
-        inner = F.gelu(self.mlp.fc1(self.norm2(rows)))
+        inner = F.gelu(F.linear(self.norm2(rows), weights.inner, weights.inner_bias))
         return rows + F.linear(inner, weights.outer, weights.outer_bias), seen
 
     def attend(
@@ -268,7 +282,7 @@ class Layer(nn.Module):
         weights: LayerWeights | None = None,
     ):
         """The layer for query rows only, with cached keys and values: [F, K, D] -> (rows, weights or None)."""
-        queries = self.attention.split_heads(self.attention.attention.query(self.norm1(rows)))
+        queries = self._queries(self.norm1(rows), weights)
         return self.read(rows, queries, keys, values, query_attention, 0, output_attentions, weights)
 
 
@@ -312,7 +326,8 @@ class FoveatedEncoder(nn.Module):
         num_patch_rows = rows.shape[1]
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
-        joined = LayerWeights.of_layers(self.encoder.layer)
+        saves_memory = self.gradient_checkpointing and self.training
+        joined = None if saves_memory else LayerWeights.of_layers(self.encoder.layer)
         encoded, weights = EncodedFrames([], [], weights=joined), []
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):

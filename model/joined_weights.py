@@ -1,8 +1,8 @@
 """Weights of several linear layers joined into one, so that a forward pass starts fewer and larger operations.
 
 Joining is part of the graph: gradients reach the separate parameters, whose names and values do not change. Where a
-module does more than multiply (hooks, adapters, quantized or sharded weights, compiled layers), its layer is run module
-by module instead.
+module does more than multiply (hooks, adapters, quantized or sharded weights, compiled layers), and where checkpointing
+saves memory, layers run module by module instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,6 +38,11 @@ def join(layers: Iterable[Sequence[Tensor]]) -> list[Tensor]:
         joined = in_compute_dtype(torch.cat([tensor for own in some for tensor in own]))
         found += joined.unflatten(0, (len(some), -1)).unbind()
     return found
+
+
+def in_compute_dtypes(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors of one shape in the dtype of autocast, by one cast for many of them."""
+    return join([tensor] for tensor in tensors) if torch.is_autocast_enabled(tensors[0].device.type) else tensors
 
 
 def in_compute_dtype(values: Tensor) -> Tensor:

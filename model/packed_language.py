@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers.models.llama import modeling_llama
 
-from .joined_weights import add_linear, in_compute_dtype, is_plain, join
+from .joined_weights import add_linear, in_compute_dtype, in_compute_dtypes, is_plain, join
 from .packing import BatchPlaces, Continuation, Packing
 from .rotary import rotary_angles, rotate_
 
@@ -74,16 +74,16 @@ class LayerWeights(NamedTuple):
     @classmethod
     def of_layers(cls, layers: nn.ModuleList) -> list["LayerWeights"] | None:
         """The weights of all layers, or None if their modules must be called."""
-        if not all(is_plain(layer, LlamaDecoderLayer) and not _has_bias(layer) for layer in layers):
+        saves_memory = layers[0].gradient_checkpointing and layers[0].training
+        if saves_memory or not all(is_plain(layer, LlamaDecoderLayer) and not _has_bias(layer) for layer in layers):
             return None
         if type(layers[0].mlp.act_fn) is not SILU:
             return None
         blocks = [(layer.self_attn, layer.mlp) for layer in layers]
         heads = join((own.q_proj.weight, own.k_proj.weight, own.v_proj.weight) for own, _ in blocks)
         inner = join((mlp.gate_proj.weight, mlp.up_proj.weight) for _, mlp in blocks)
-        output, down = [own.o_proj.weight for own, _ in blocks], [mlp.down_proj.weight for _, mlp in blocks]
-        if torch.is_autocast_enabled(output[0].device.type):
-            output, down = (join([weight] for weight in weights) for weights in (output, down))
+        output = in_compute_dtypes([own.o_proj.weight for own, _ in blocks])
+        down = in_compute_dtypes([mlp.down_proj.weight for _, mlp in blocks])
         return [cls(*own) for own in zip(heads, output, inner, down, strict=True)]
 
 
@@ -108,34 +108,30 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         self,
         rows: Tensor,
         earlier: Tensor | None,
-        heads: Tensor | None,
-        output: Tensor | None,
-        inner: Tensor | None,
-        down: Tensor | None,
+        weights: LayerWeights | None,
         reading: Reading,
         keep: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Rows [N, E] -> (rows [N, E], keys and values of the first `keep` rows [keep, 2 G, C], None for 0).
 
-        earlier [M, 2 G, C]: keys and values of the rows before. heads, output, inner, down: `LayerWeights`, or None to
-        call the modules.
+        earlier [M, 2 G, C]: keys and values of the rows before. weights: None to call the modules.
         """
         attention, mlp = self.self_attn, self.mlp
         normed = in_compute_dtype(rms_norm(rows, self.input_layernorm))
         groups = attention.config.num_key_value_heads
-        projected = normed
-        if heads is None:
+        projected, heads = normed, weights and weights.heads
+        if weights is None:
             parts = (attention.q_proj, attention.k_proj, attention.v_proj)
             projected = torch.cat([part(normed) for part in parts], dim=1)
         options = (attention.scaling, attention.attention_dropout if self.training else 0.0)
         mixed, held = attend(projected, heads, earlier, reading, groups, keep, *options)
-        if output is None:
+        if weights is None:
             rows = rows + attention.o_proj(mixed)
             normed = in_compute_dtype(rms_norm(rows, self.post_attention_layernorm))
             return rows + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)), held
-        rows = add_linear(rows, mixed, output)
+        rows = add_linear(rows, mixed, weights.output)
         normed = in_compute_dtype(rms_norm(rows, self.post_attention_layernorm))
-        return add_linear(rows, SwiGLU.apply(F.linear(normed, inner)), down), held
+        return add_linear(rows, SwiGLU.apply(F.linear(normed, weights.inner)), weights.down), held
 
 
 def read_packed_rows(language_model: nn.Module) -> None:
@@ -430,7 +426,7 @@ class PackedText:
         for layer, past, weights in zip(
             model.layers, earlier or nothing, self._weights or nothing, strict=True
         ):  # by place: checkpointing sees these gradients
-            rows, own = layer(rows, past, *(weights or (None,) * 4), packed=(reading, keep))
+            rows, own = layer(rows, past, packed=(weights, reading, keep))
             held.append(own)
         return rms_norm(rows, model.norm), held if keep else []
 
