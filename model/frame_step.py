@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .foveated_encoder import EncodedFrames
 from .outputs import FrameTokens
 from .queries import stand_in
+from .rotary import rotary_angles, rotate
 
 KINDS = ("graph", "static", "dynamic")  # a captured step, the same step run eagerly, a cache that grows
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # rotary angles that do not depend on the length read so far
@@ -130,10 +131,7 @@ class LanguageCache:
         self.places = torch.arange(self.num_places, device=device)
         self.next_place = torch.zeros(1, dtype=torch.long, device=device)
         self.num_read = torch.zeros(batch_size, dtype=torch.long, device=device)  # real tokens of every sample
-        cos, sin = language.rotary_emb(weight, self.places[None])
-        sign = torch.ones(head_width, dtype=dtype, device=device)
-        sign[: head_width // 2] = -1
-        self.cos, self.sin = cos[0], sin[0] * sign  # [S, C]; x cos + roll(x) sin: one rotation without negation
+        self.cos, self.sin = rotary_angles(language.rotary_emb, weight, self.places)  # [S, C]
 
     def reset(self) -> None:
         self.bias.fill_(self.lowest)
@@ -161,7 +159,7 @@ class LanguageCache:
             normed = torch.rms_norm(rows, (width,), layer.norm1, self.epsilon)
             turned = torch.cat([F.linear(normed, *layer.query), F.linear(normed, *layer.key)], dim=1)
             turned = turned.view(batch_size, length, num_heads + groups, 2 * half)
-            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
+            turned = rotate(turned, cos, sin)
             own_values = F.linear(normed, *layer.value).view(batch_size, length, groups, 2 * half)
             keys.index_copy_(2, places, turned[:, :, num_heads:].transpose(1, 2))
             values.index_copy_(2, places, own_values.transpose(1, 2))
