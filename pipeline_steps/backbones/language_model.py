@@ -100,6 +100,7 @@ def warm_up_language_model(
         batch_loss,
         num_steps=options.language_steps,
         learning_rate=options.language_learning_rate,
+        precision=options.precision,
         title="language warm-up",
     )
     accuracy = copy_accuracy(model, task, generator)

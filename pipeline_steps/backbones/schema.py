@@ -41,6 +41,8 @@ class Embedded(StrictModel):
     """Seed of initial weights and warm-up data."""
     device: Literal["auto", "cpu", "cuda"]
     """Warm-up device; `auto` prefers a GPU."""
+    precision: Literal["fp32", "bf16"]
+    """Autocast precision of the warm-up."""
     num_threads: PositiveInt
     """CPU threads; affects rounding."""
     image_size: PositiveInt

@@ -138,6 +138,7 @@ def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_work
         lambda step: batch_loss(encoder, heads, on_device(next(stream), device)),
         num_steps=steps,
         learning_rate=options.vision_learning_rate,
+        precision=options.precision,
         title="vision warm-up",
     )
     accuracies = held_out_accuracies(encoder, heads, options)

@@ -18,13 +18,17 @@ def optimise(
     *,
     num_steps: int,
     learning_rate: float,
+    precision: str,
     title: str,
 ) -> float:
     """Minimise `batch_loss(step)` (a scalar tensor) with AdamW. Returns the last loss.
 
-    Raises UserError on a non-finite loss.
+    precision: bf16 computes the loss under autocast. The loss is read one step later, so that a GPU does not wait for
+    the host. Raises UserError on a non-finite loss.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    options = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **options)
+    device, before = parameters[0].device.type, None
     num_warm_up = max(1, round(WARMUP_RATIO * num_steps))
 
     def schedule(step: int) -> float:
@@ -32,19 +36,26 @@ def optimise(
             return (step + 1) / num_warm_up
         return 0.5 * (1 + math.cos(math.pi * (step - num_warm_up) / max(1, num_steps - num_warm_up)))
 
+    def check_loss(loss: torch.Tensor, step: int) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"{title}: the loss is {value} at step {step} of {num_steps}. Lower the learning rate "
+                f"(now {learning_rate}) in section backbones of params.yaml."
+            )
+        return value
+
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     progress = progress_bar(title, range(num_steps), unit="step")
     for step in progress:
-        loss = batch_loss(step)
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"{title}: the loss is {loss.item()} at step {step} of {num_steps}. Lower the learning rate "
-                f"(now {learning_rate}) in section backbones of params.yaml."
-            )
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = batch_loss(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         optimizer.step()
         scheduler.step()
-        show_values(progress, loss=loss.item())
-    return loss.item()
+        if before is not None:
+            show_values(progress, loss=check_loss(before, step - 1))
+        before = loss.detach()
+    return check_loss(before, num_steps - 1)

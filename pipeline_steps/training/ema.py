@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline_steps.training.checkpoint_io import shard_like
 
@@ -15,12 +14,16 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._update = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Call after every optimizer step."""
-        self._update(list(self.values.values()), [p.detach() for p in self.parameters.values()], 0)
+    def update(self, is_finite: torch.Tensor | None = None) -> None:
+        """Call after every optimizer step. is_finite: 0-dim bool, False (a skipped step) leaves the averages as they
+        are; nothing waits for it (None: update)."""
+        values, weight = list(self.values.values()), 1 - self.decay
+        changes = torch._foreach_sub([p.detach() for p in self.parameters.values()], values)
+        torch._foreach_mul_(changes, weight if is_finite is None else is_finite * weight)
+        torch._foreach_add_(values, changes)
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Loads the averages of a saved state."""

@@ -8,6 +8,7 @@ decay.
 """
 
 import math
+from collections import Counter
 
 import torch
 from torch import nn
@@ -97,6 +98,13 @@ def wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
 def stack_size(shape: tuple[int, ...]) -> int:
     """How many matrices of this shape are orthogonalized together."""
     return max(1, STACKED // math.prod(shape))
+
+
+def stack_memory(shapes: list[tuple[int, ...]]) -> int:
+    """Bytes that orthogonalization works with at most: of every number of a stack two copies in fp32 (gradient and
+    momentum) and three in bfloat16 (the matrices, their next iterate, a product)."""
+    numbers = Counter(tuple(sorted(shape)) for shape in shapes)
+    return max((14 * math.prod(shape) * min(count, stack_size(shape)) for shape, count in numbers.items()), default=0)
 
 
 def orthogonalize(matrices: torch.Tensor, group: dict) -> torch.Tensor:

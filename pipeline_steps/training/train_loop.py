@@ -25,7 +25,7 @@ from pipeline_steps.training.checkpointing import (
 from pipeline_steps.training.context import LaunchedStep, TrainContext, TrainState, announce, averaged
 from pipeline_steps.training.distributed import without_sync, wrap
 from pipeline_steps.training.ema import EMA
-from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer
+from pipeline_steps.training.optimizers import STATE_COPIES, Optimizer, stack_memory
 from pipeline_steps.training.parameters import GROUPS, trainable_parameters, weight_matrices
 from pipeline_steps.training.schedule import learning_rate
 from pipeline_steps.training.validation import log_attention_maps, validate
@@ -173,7 +173,7 @@ def reserve_state(run: TrainContext) -> list[torch.Tensor]:
 
 def try_micro_batch(run: TrainContext, batch: Batch, accumulates: bool) -> None:
     """Runs forward and backward with the memory of `reserve_state` allocated, and also that of all gradients if the
-    step `accumulates` micro-batches or DDP reduces gradients in buckets."""
+    step `accumulates` micro-batches or DDP reduces gradients in buckets; then allocates what Muon works with."""
     model, kept = run.training_model.train(), reserve_state(run)
     if accumulates or (run.distributed.world_size > 1 and not run.is_sharded):
         for parameter in model.parameters():
@@ -183,6 +183,10 @@ def try_micro_batch(run: TrainContext, batch: Batch, accumulates: bool) -> None:
         with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.common.precision == "bf16"):
             plans = run.model.config.num_passes + 1
             model(batch.to(run.device), plans, model.counts(batch), run.reference)[0].backward()
+        if run.common.optimizer == "muon":
+            trained = weight_matrices(run.model, model.objective)
+            shapes = [p.shape for p in model.parameters() if id(p) in trained and p.requires_grad]
+            torch.empty(stack_memory(shapes), dtype=torch.uint8, device=run.device)
     finally:
         model.zero_grad(set_to_none=True)
         del kept
@@ -207,9 +211,10 @@ def launch_step(run: TrainContext, state: TrainState, batch: Batch, step: int) -
     norms = group_norms(state.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}
     norm = checkpoint_io.full_tensor(clip_grad_norm_(parameters, run.common.clip_norm))
     losses = all_reduce_losses(run, sums)
-    state.optimizer.step(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
+    is_finite = torch.isfinite(losses["loss"]) & torch.isfinite(norm)
+    state.optimizer.step(is_finite)
     if state.ema is not None:
-        state.ema.update()
+        state.ema.update(is_finite)
     numbers = losses | {"grad_norm": norm, **norms}
     values, done = to_host(torch.stack([value.double() for value in numbers.values()]))
     row = {

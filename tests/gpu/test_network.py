@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.original import Original, pad
 from benchmarks.workload import mixture, network_config
@@ -99,6 +100,22 @@ def test_answers_are_those_of_the_cpu(mode, device):
         expected = model.to("cpu").generate(**sample, mode=mode, max_new_tokens=6, do_sample=False)
         found = model.to(device).generate(**moved(sample, device), mode=mode, max_new_tokens=6, do_sample=False)
         assert found.tolist() == expected.tolist()
+
+
+def test_a_root_mean_square_is_one_operation_each_way(cuda):
+    """The trace of launches on a CPU counts it so (tests/model/launches.py)."""
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function._schema.name.removeprefix("aten::"))
+            return function(*args, **(kwargs or {}))
+
+    rows, weight = (torch.ones(shape, device=cuda, requires_grad=True) for shape in ((8, 64), (64,)))
+    with Names():
+        nn.functional.rms_norm(rows, (64,), weight, 1e-5).sum().backward()
+    assert [name for name in seen if "norm" in name] == ["_fused_rms_norm", "_fused_rms_norm_backward"]
+    assert not {"pow", "rsqrt"} & set(seen)
 
 
 def small_gpu_losses(device: str, num_samples: int, num_steps: int) -> list[float]:

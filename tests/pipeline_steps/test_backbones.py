@@ -28,6 +28,7 @@ from pipeline_steps.world import digits as world
 TINY = Embedded(
     seed=3,
     device="cpu",
+    precision="fp32",
     num_threads=1,
     image_size=56,
     patch_size=14,
