@@ -65,7 +65,7 @@ def main():
     arguments = read_arguments()
     parameters = params.read(arguments.params, *PARAMS)
     settings = parameters.report
-    inputs = read_inputs(arguments.root, parameters.ablation, parameters.seed)
+    inputs = read_inputs(arguments.root, parameters)
     found = verdicts(inputs, settings)
     reports = arguments.root / "reports"
     kept = studies.read_studies(reports / "study")

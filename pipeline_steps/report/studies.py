@@ -431,7 +431,8 @@ CAPTIONS = {
     ),
     "forest": (
         "Differences between the default recipe and the other arms of the study, pair by pair",
-        "Default recipe minus the other arm: right of 0 the default is better. A point is a pair of runs with "
-        "equal seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for any distribution. Grey: differences that count as none.",
+        "Default recipe minus the other arm: right of 0 the default is better. A point is a pair of runs with equal "
+        "seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for any distribution. Grey: "
+        "differences that count as none.",
     ),
 }

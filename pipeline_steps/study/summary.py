@@ -230,8 +230,8 @@ def arm_table(summary):
         )
     note = (
         "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
-        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: samples times those of "
-        "a mean training sample with frames, all weights trained. Minutes: median of runs without interruption."
+        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
+        "backward, by task at its mean lengths, of the trained weights. Minutes: median of runs without interruption."
     )
     return f"{markdown(pd.DataFrame(rows))}\n\n{note}"
 

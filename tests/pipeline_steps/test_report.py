@@ -17,18 +17,27 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, decisions, keep, studies, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study.design import read_study
-from tests.pipeline_steps.counted import flops_result, report_section
+from tests.pipeline_steps.counted import flops_config, flops_result, report_section
 
 TASKS = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
 ACCURACY = {"coarse": 0.42, "fine": 0.915, "autoregressive": 0.91, "blind": 0.12, "random_query": 0.38}
+PARAMETERS = [{"group": group, "trainable": 9} for group in ("connector", "vision", "language")]
 SETTINGS = report_section("Foveated <model>", TASKS)
+
+
+def given(ablation="none", seed=1):
+    """The parameters that `read_inputs` needs."""
+    return SimpleNamespace(
+        ablation=ablation, seed=seed, training=params.read(ROOT / "params.yaml", "training").training
+    )
 
 
 def item_table(scale=1.0, seed=0, num_items=40):
@@ -118,13 +127,16 @@ def write_root(root, *, curves=True, heatmaps=True):
     }
     (root / "outputs/evaluation/answers.jsonl").write_text(json.dumps(answer) + "\n")
     metrics.write_json(root / "outputs/metrics/flops.json", flops_result())
+    flops_config().save_pretrained(root / "outputs/stage3")
     write_manifests(root)
     if curves:
         for stage in ("stage1", "stage2", "stage3"):
             curve_table().to_csv(root / f"outputs/metrics/{stage}.csv", index=False)
             mixture = {"card": {"num_samples": 100, "share": 0.86, "epochs": 1.0}}
             mixture["text"] = {"num_samples": 14, "share": 0.14, "epochs": 1.0}
-            (root / f"outputs/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
+            (root / f"outputs/metrics/{stage}.json").write_text(
+                json.dumps({"mixture": mixture, "num_steps": 59, "parameters": PARAMETERS})
+            )
         metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result())
     if heatmaps:
         write_heatmaps(root / "reports/heatmaps")
@@ -166,7 +178,7 @@ def streaming_result():
         total=served(97, 100, 1.0, 3),
         unserved={"procedural/gist": 7},
     )
-    return metrics.StreamingResult(stages={"stage1": stage})
+    return metrics.StreamingResult(stages=dict.fromkeys(("stage1", "stage2", "stage3"), stage))
 
 
 def write_manifests(root):
@@ -237,7 +249,7 @@ def write_heatmaps(folder, peaks=None):
 def build(root, monkeypatch):
     """Runs the stage on `root` with SETTINGS and returns the page."""
     values = {"seed": 1, "backbones": {"kind": "embedded", "embedded": {"seed": 5}}, "evaluation": {"seed": 2}}
-    parameters = SimpleNamespace(report=SETTINGS, ablation="none", seed=1, as_dict=lambda: values)
+    parameters = SimpleNamespace(**vars(given()), report=SETTINGS, as_dict=lambda: values)
     monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
     monkeypatch.setattr("sys.argv", ["report", "--root", str(root), "--params", str(root / "params.yaml")])
     report.main()
@@ -327,7 +339,7 @@ def test_missing_required_input_is_a_user_error(tmp_path, name):
     write_root(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=name):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
@@ -335,27 +347,29 @@ def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
     path = tmp_path / "outputs/metrics/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
     with pytest.raises(UserError, match="extra"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def test_kept_runs_are_read_by_name(tmp_path):
     write_root(tmp_path)
     for seed in (1, 2):
         keep_run(tmp_path, "A6", seed)
-    runs = read_inputs(tmp_path, "none", 1).runs
+    runs = read_inputs(tmp_path, given()).runs
     assert [(run.ablation, run.seed, len(run.items)) for run in runs] == [("A6", 1, 280), ("A6", 2, 280)]
     path = tmp_path / "reports/runs/A6-seed2.json"
     path.rename(path.with_name("A6-seed3.json"))
     with pytest.raises(UserError, match=r"A6-seed3.json: holds ablation A6, seed 2"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
     path.with_name("A6-seed3.json").rename(path.with_name("A6.json"))
     with pytest.raises(UserError, match=r"runs/A6.json: name the file <ablation>-seed<number>"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def keep_run(root, ablation="none", seed=1):
     """The file of the run under `root`, kept as `ablation` and `seed`."""
-    kept = keep.kept_run(read_inputs(root, ablation, seed), {"seed": seed, "backbones": {"embedded": {"seed": 5}}})
+    kept = keep.kept_run(
+        read_inputs(root, given(ablation, seed)), {"seed": seed, "backbones": {"embedded": {"seed": 5}}}
+    )
     path = root / f"reports/runs/{ablation}-seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(keep.as_text(kept))
@@ -364,10 +378,10 @@ def keep_run(root, ablation="none", seed=1):
 
 def test_a_kept_run_gives_the_same_comparison_as_its_full_results(tmp_path):
     write_root(tmp_path)
-    full = read_inputs(tmp_path, "A6", 1).current
+    full = read_inputs(tmp_path, given("A6")).current
     path = keep_run(tmp_path, "A6", 1)
     assert path.read_text().count("\n") < 30
-    kept = read_inputs(tmp_path, "none", 1).runs[0]
+    kept = read_inputs(tmp_path, given()).runs[0]
     assert (kept.ablation, kept.seed, kept.budget) == ("A6", 1, full.budget)
     assert kept.result.provenance["seeds"] == {"training": 1, "backbones.embedded": 5}
     base = make_run("none-seed1", "none", 1, scale=0.5)
@@ -387,7 +401,7 @@ def test_keeping_rejects_missing_or_inconsistent_results(tmp_path):
     with pytest.raises(UserError, match=r"39 items with 195 tokens of task card.* 40 with 200"):
         keep_run(tmp_path / "b")
     write_root(tmp_path / "c")
-    kept = keep.kept_run(read_inputs(tmp_path / "c", "none", 1), {"seed": 1})
+    kept = keep.kept_run(read_inputs(tmp_path / "c", given()), {"seed": 1})
     with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, but the evaluation used d1"):
         keep.check_origin(kept, tmp_path / "c")
     keep.refuse_changed(["heatmaps", "report"])
@@ -434,7 +448,7 @@ def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypat
     found = keep.keep_experiments(tmp_path, [])
     assert sorted(path.name for path in found) == ["none-seed2.json", "none-seed3.json"]
     assert not (tmp_path / "outputs").exists()
-    runs = read_inputs(tmp_path / "made", "A6", 1).runs
+    runs = read_inputs(tmp_path / "made", given("A6")).runs
     assert runs == []
     assert json.loads(found[0].read_text())["provenance"]["seeds"]["training"] in (2, 3)
     run(f"{dvc} exp run -q --temp --name again --set-param seed=2 --set-param report.title=x")
