@@ -229,12 +229,13 @@ def arms(study):
             ]
         )
     columns = ["arm", "runs", "exact match, %", *(f"token accuracy, {group}, %" for group in groups)]
-    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "training TFLOP", "minutes of training"]
+    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "training TFLOP", "minutes"]
     note = (
-        f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, held-out clips, autoregressive mode: "
+        f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, {summary.split} split, "
+        "autoregressive mode: "
         "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
         "generated answers. Brackets of the runs above the plateau: 95% interval of the share. Converged: the "
-        "validation loss fell by less than 1% over the last quarter of stage 3, or rose. Minutes: median."
+        "validation loss fell by less than 1% over the last quarter of stage 3, or rose. Minutes: of training, median."
     )
     return Table(f"study_{study.name}", f"Arms of study {study.name}", columns, rows, note, strong=[2, 3])
 
