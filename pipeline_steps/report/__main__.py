@@ -78,7 +78,8 @@ def main():
     values = parameters.as_dict()
     with replaced_folder(reports / "figures") as folder:
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
-        studied = {study.name: show_study(folder, study) for study in kept}
+        leading = studies.headline_of(kept)
+        studied = {study.name: show_study(folder, study, study is leading) for study in kept}
     with replaced_folder(reports / "tables") as folder:
         for table in [*built.values(), *(study[name] for study in studied.values() for name in STUDY_TABLES)]:
             if table.rows:
@@ -88,7 +89,6 @@ def main():
         for name, table in plots.tables(inputs).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     write_json(reports / "metrics/summary.json", numbers)
-    leading = studies.headline_of(kept)
     title = settings.title if parameters.ablation == "none" else f"{settings.title}: ablation {parameters.ablation}"
     content = {
         "title": title,
@@ -224,16 +224,28 @@ def data_uri(content, kind):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def show_study(folder, study):
-    """What the template needs of a `studies.Study`; saves its figures."""
-    figures_of_study = {"points": studies.points(study), "forest": studies.forest(study)}
-    shown = {
-        name: figure and save_figure(folder, f"study_{study.name}_{name}", figure, studies.CAPTIONS[name])
-        for name, figure in figures_of_study.items()
+def show_study(folder, study, leads):
+    """What the template needs of a `studies.Study`; saves its figures. leads: whether it leads the page, where some of
+    its arms are shown before all."""
+    comparisons, margin = study.summary.comparisons, study.summary.margin
+    drawn = {
+        "points": studies.points(study, study.summary.arms),
+        "forest": studies.forest(comparisons, margin),
     }
-    found = {"arms": studies.arms(study), "tasks": studies.by_task(study), "effects": studies.effects(study)}
-    tiles = studies.headline_tiles(study) if studies.num_replicates(study) else []
-    return {"name": study.name, "cards": studies.cards(study), "tiles": tiles, **found, **shown}
+    found = {"name": study.name, "arms": studies.arms(study, study.summary.arms)}
+    found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
+    if leads:
+        arms, first = studies.leading_arms(study), studies.leading(study)
+        found |= {"cards": studies.cards(study), "tiles": studies.headline_tiles(study)}
+        if len(arms) < len(study.summary.arms):
+            found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
+            drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}
+    for name, figure in drawn.items():
+        caption = studies.CAPTIONS[name.removeprefix("first_")]
+        found[name] = figure and save_figure(folder, f"study_{study.name}_{name}", figure, caption)
+    if found["first"]:
+        found["first"] |= {name: found[f"first_{name}"] for name in ("points", "forest")}
+    return found
 
 
 def first_answers(answers, per_task=2):

@@ -75,7 +75,7 @@ def table(found):
 
 
 def name_of(choice, budget=""):
-    return f"{choice.decision}: {choice.description}" + (f", {budget}" if budget else "")
+    return f"{choice.decision}: {choice.description}" + (f", {studies.budget_name(budget)}" if budget else "")
 
 
 def entries(choice, study):

@@ -79,8 +79,21 @@ def num_replicates(study):
     return max(counts, default=0)
 
 
+def leading(study):
+    """The comparisons that lead the page: the headline questions about HEADLINE_ARMS, or all about them."""
+    own = [entry for entry in study.summary.comparisons if entry.arm.partition(", ")[0] in HEADLINE_ARMS]
+    return [entry for entry in own if entry.verdict != EXPLORATORY] or own
+
+
+def leading_arms(study):
+    """The `ArmResult`s that `leading` compares, in the study's order."""
+    pairs = [runs for entry in leading(study) for runs in paired_runs(study, entry)]
+    used = {name for runs in pairs for name in zip(runs["arm"], runs["budget"], strict=True)}
+    return [arm for arm in study.summary.arms if (arm.arm, arm.budget) in used]
+
+
 def cards(study):
-    """One verdict per headline comparison: status, whether it holds for converged runs, title and a sentence."""
+    """One verdict per leading comparison: status, whether it holds for converged runs, title and a sentence."""
     num_questions = sum(entry.verdict != EXPLORATORY for entry in study.summary.comparisons)
     return [
         {
@@ -89,7 +102,7 @@ def cards(study):
             "question": f"{capital(arm_name(entry.baseline))} against {arm_name(entry.arm)}: {group_name(entry.group)}",
             "statement": statement(study, entry, num_questions),
         }
-        for entry in study.summary.comparisons
+        for entry in leading(study)
         if entry.verdict != EXPLORATORY
     ]
 
@@ -134,7 +147,7 @@ def budget_text(study, entry):
     ratio = flops_ratio(study, entry)
     if "FLOPs" in entry.matched or ratio is None:
         return text
-    return f"{text}, {ratio:.2f} × the training FLOPs for {arm_name(entry.arm)}"
+    return f"{text}, {ratio:.2f} × the training FLOPs for {arm_name(entry.arm.partition(', ')[0])}"
 
 
 def flops_ratio(study, entry):
@@ -175,7 +188,7 @@ def paired_runs(study, entry):
 
 def arm_name(name):
     arm, _, budget = name.partition(", ")
-    return ARM_NAMES.get(arm, arm) + (f", {budget}" if budget else "")
+    return ARM_NAMES.get(arm, arm) + (f", {budget_name(budget)}" if budget else "")
 
 
 def group_name(name):
@@ -205,12 +218,12 @@ def headline_tiles(study):
     return [*tiles, {"name": "Runs that learned", "value": f"{above} of {count}", "note": note}]
 
 
-def arms(study):
-    """Table of the arms: mean, lowest and highest run."""
+def arms(study, chosen):
+    """Table of the `ArmResult`s `chosen`: mean, lowest and highest run."""
     summary = study.summary
     groups = list(summary.arms[0].groups)
     rows = []
-    for arm in summary.arms:
+    for arm in chosen:
         exact = [value for value in arm.exact_match if value is not None]
         low, high = share_interval(arm.num_above_plateau, len(arm.seeds))
         rows.append(
@@ -243,7 +256,11 @@ def arms(study):
 def label(summary, arm):
     """Name of an `ArmResult`, with its budget if the study has several."""
     name = arm_name(arm.arm)
-    return name if len({entry.budget for entry in summary.arms}) == 1 else f"{name}, {arm.budget}"
+    return name if len({entry.budget for entry in summary.arms}) == 1 else f"{name}, {budget_name(arm.budget)}"
+
+
+def budget_name(budget):
+    return budget.replace("equal_flops", "equal FLOPs")
 
 
 def spread(values):
@@ -252,11 +269,11 @@ def spread(values):
     return (f"{mean:.1f} [{low:.0f}–{high:.0f}]", mean)
 
 
-def by_task(study):
-    """Table of the token accuracy of every arm and task, with the exact match, mean and range over the runs."""
+def by_task(study, chosen):
+    """Table of the token accuracy and the exact match of the `ArmResult`s `chosen` in every task."""
     tasks = [name.removeprefix("accuracy_") for name in study.runs.columns if name.startswith("accuracy_")]
     rows = []
-    for arm in study.summary.arms:
+    for arm in chosen:
         runs = study.runs[(study.runs["arm"] == arm.arm) & (study.runs["budget"] == arm.budget)]
         for name, prefix in (("token accuracy", "accuracy_"), ("exact match", "exact_match_")):
             cells = [
@@ -348,25 +365,28 @@ def p_text(value):
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def forest(study):
-    """(draw, width, height): differences per comparison, every pair as a point, mean and interval; or None."""
-    groups = list(dict.fromkeys(entry.group for entry in study.summary.comparisons))
-    entries = sorted(study.summary.comparisons, key=lambda entry: groups.index(entry.group))[::-1]  # bottom first
+def forest(comparisons, margin):
+    """(draw, width, height): the differences of `ComparisonResult`s with every pair, mean and intervals; or None."""
+    groups = list(dict.fromkeys(entry.group for entry in comparisons))
+    entries = sorted(comparisons, key=lambda entry: groups.index(entry.group))[::-1]  # bottom first
     if not entries:
         return None
-    names = list(dict.fromkeys(entry.arm for entry in study.summary.comparisons))
+    names = list(dict.fromkeys(entry.arm.partition(", ")[0] for entry in comparisons))
 
     def draw(figure, ink):
         axes = figure.subplots()
         for row, entry in enumerate(entries):
-            values, colour = 100 * np.array(entry.differences), COLOURS[(1 + names.index(entry.arm)) % len(COLOURS)]
+            values, colour = (
+                100 * np.array(entry.differences),
+                COLOURS[(1 + names.index(entry.arm.partition(", ")[0])) % len(COLOURS)],
+            )
             offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
             axes.hlines(row, *(100 * value for value in entry.bounded_interval), color=ink, linewidth=0.8)
             if entry.interval:
                 axes.hlines(row, *(100 * value for value in entry.interval), color=ink, linewidth=2.8)
             axes.plot([values.mean()], [row], marker="|", color=ink, markersize=16, markeredgewidth=2)
             axes.scatter(values, row + offsets, s=22, color=colour, alpha=0.85, linewidths=0, zorder=3)
-        axes.axvspan(-100 * study.summary.margin, 100 * study.summary.margin, color=ink, alpha=0.12, linewidth=0)
+        axes.axvspan(-100 * margin, 100 * margin, color=ink, alpha=0.12, linewidth=0)
         axes.axvline(0, color=ink, linewidth=0.8)
         axes.set_yticks(range(len(entries)), [*map(forest_label, entries)], fontsize=10)
         axes.set_ylim(-0.6, len(entries) - 0.4)
@@ -382,53 +402,41 @@ def forest_label(entry):
     return f"{arm_name(entry.arm)}\n{group}: {PILLS.get(entry.verdict, entry.verdict)}"
 
 
-def points(study):
-    """(draw, width, height): every run of every arm, by group of tasks and exact match."""
-    summary = study.summary
-    groups = list(summary.arms[0].groups)
+def points(study, chosen):
+    """(draw, width, height): every run of the `ArmResult`s `chosen`: exact match, and token accuracy by group."""
+    groups = list(chosen[0].groups)
+    names_of_arms = [label(study.summary, arm).replace(" (", "\n(") for arm in chosen]
+    names = ["exact match", *(SHORT_NAMES.get(group, group) for group in groups)]
 
     def draw(figure, ink):
-        axes = figure.subplots()
-        width = 0.8 / len(summary.arms)
-        for index, arm in enumerate(summary.arms):
-            colour, shift = COLOURS[index % len(COLOURS)], (index - (len(summary.arms) - 1) / 2) * width
-            columns = [[v for v in arm.exact_match if v is not None], *(arm.groups[group] for group in groups)]
-            for place, values in enumerate(columns):
-                offsets = np.linspace(-0.3, 0.3, len(values)) * width if len(values) > 1 else np.zeros(len(values))
-                axes.scatter(
-                    place + shift + offsets,
-                    100 * np.array(values),
-                    s=20,
-                    color=colour,
-                    alpha=0.8,
-                    linewidths=0,
-                    label=label(summary, arm) if place == len(columns) - 1 else None,
-                )
+        panels = figure.subplots(1, len(names), sharey=True)
+        for place, (axes, name) in enumerate(zip(panels, names, strict=True)):
+            for row, arm in enumerate(chosen):
+                values = arm.groups[groups[place - 1]] if place else [v for v in arm.exact_match if v is not None]
+                offsets = np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else np.zeros(len(values))
+                colour = COLOURS[row % len(COLOURS)]
+                axes.scatter(100 * np.array(values), row + offsets, s=20, color=colour, alpha=0.85, linewidths=0)
                 if values:
-                    axes.hlines(
-                        100 * np.mean(values), place + shift - width * 0.4, place + shift + width * 0.4, color=ink
-                    )
-        axes.axhline(100 * summary.plateau, color=ink, linewidth=0.8, linestyle=":")
-        names = [SHORT_NAMES.get(group, group).replace(" ", "\n", 1) for group in groups]
-        axes.set_xticks(range(len(groups) + 1), ["exact\nmatch", *names])
-        axes.axvline(0.5, color=ink, linewidth=0.8)
-        axes.text(0.56, 1.01, "token accuracy", transform=axes.get_xaxis_transform(), va="bottom", fontsize=10)
-        axes.set_ylim(0, 102)
-        axes.set_ylabel("accuracy, %")
-        axes.grid(axis="y", linewidth=0.6)
-        axes.set_axisbelow(True)
-        figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(summary.arms), 3), fontsize=10
-        )
+                    axes.vlines(100 * np.mean(values), row - 0.36, row + 0.36, color=ink, linewidth=1.6)
+            if place:
+                axes.axvline(100 * study.summary.plateau, color=ink, linewidth=0.9, linestyle=":")
+            axes.set_title(name, fontsize=9)
+            axes.set_xlim(-4, 104)
+            axes.set_xticks((0, 50, 100))
+            axes.grid(axis="x", linewidth=0.6)
+            axes.set_axisbelow(True)
+        panels[0].set_yticks(range(len(chosen)), names_of_arms, fontsize=10)
+        panels[0].set_ylim(len(chosen) - 0.4, -0.6)
+        figure.supxlabel("accuracy, %: whole answers (left), tokens (others)", fontsize=11)
 
-    return draw, 6.2, 3.4 + 0.22 * -(-len(summary.arms) // 3)
+    return draw, 6.2, 1.1 + (0.8 if len(chosen) <= 4 else 0.46) * len(chosen)
 
 
 CAPTIONS = {
     "points": (
         "Accuracy of every run of the study, by arm",
         "Every run is a point, the line is the mean of the arm. Dotted: token accuracy from which a run counts as "
-        "having learned the task.",
+        "having left the plateau.",
     ),
     "forest": (
         "Differences between the default recipe and the other arms of the study, pair by pair",

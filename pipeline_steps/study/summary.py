@@ -322,7 +322,7 @@ def figure(table, study):
     tasks = groups_of(table, study)["all"]
     labels = list(dict.fromkeys(zip(table["arm"], table["budget"], strict=True)))
     with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "path"}):
-        canvas, axes = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
+        canvas, axes = plt.subplots(figsize=(8.4, 3.6 + 0.25 * (len(labels) // 4)), layout="constrained")
         for index, (arm, budget) in enumerate(labels):
             rows = table[(table["arm"] == arm) & (table["budget"] == budget)]
             colour = COLOURS[index % len(COLOURS)]
@@ -347,7 +347,7 @@ def figure(table, study):
         axes.set_axisbelow(True)
         for border in (0.5, len(tasks) + 0.5):
             axes.axvline(border, color="0.6", linewidth=0.8)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=len(labels), frameon=False)
+        canvas.legend(loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(canvas)

@@ -557,6 +557,17 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
 
 
+def test_a_study_with_more_arms_leads_with_the_headline_arms_and_folds_the_others(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    write_study(tmp_path, study_summary(arms=("none", "A6", "A6_16", "B1")))
+    page = build(tmp_path, monkeypatch)
+    folded = page.index("<details><summary>All arms of study mine</summary>")
+    assert page.index(">one static token (A6)</th>") < folded < page.index(">A6_16</th>")
+    assert "against A6_16" not in page
+    assert (tmp_path / "reports/figures/study_mine_first_forest.svg").exists()
+    assert (tmp_path / "reports/figures/study_mine_forest.svg").exists()
+
+
 def test_the_headline_study_has_all_arms_most_replicates_and_the_latest_seeds(tmp_path):
     arms = ("none", "A6", "B1")
 
