@@ -11,19 +11,18 @@ class Local(StrictModel):
     """Folders of backbones that exist already; read only when kind is local."""
 
     vision_path: str | None
-    """Folder of the vision encoder, or of a trained checkpoint."""
+    """Folder, or trained checkpoint."""
     language_path: str | None
-    """Folder of the language model with its tokenizer, or of a trained checkpoint, or a `.gguf` file (extra
-    `pretrained`)."""
+    """Folder with tokenizer, trained checkpoint, or `.gguf` file (extra `pretrained`)."""
 
 
 class Repository(StrictModel):
     """A model on the Hugging Face Hub."""
 
     repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """`owner/name` on the Hugging Face Hub."""
+    """`owner/name` on the Hub."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit hash; branches and tags can move."""
+    """Commit hash."""
 
 
 class Hub(StrictModel):
@@ -43,7 +42,7 @@ class Embedded(StrictModel):
     device: Literal["auto", "cpu", "cuda"]
     """Warm-up device; `auto` prefers a GPU."""
     num_threads: PositiveInt
-    """CPU threads; changes the last bits of results."""
+    """CPU threads; affects rounding."""
     image_size: PositiveInt
     """Frame side in pixels: 56, 112 or 224."""
     patch_size: PositiveInt
@@ -60,6 +59,8 @@ class Embedded(StrictModel):
     """Frames or chats per warm-up step."""
     vision_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
+    vision_queries: Literal["selecting", "reading", "none"]
+    """Queries of the vision warm-up: each names a colour or place and reports that digit, one reports all, or none."""
     language_width: PositiveInt
     """Hidden size."""
     language_layers: PositiveInt
@@ -75,7 +76,7 @@ class Embedded(StrictModel):
     language_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
     vocabulary_size: int = Field(ge=259)
-    """Largest BPE vocabulary: 3 special tokens, 256 bytes, merges."""
+    """Largest BPE vocabulary."""
     max_positions: PositiveInt
     """Longest sequence in tokens."""
 
@@ -100,7 +101,7 @@ class Embedded(StrictModel):
 
 class Section(StrictModel):
     kind: Literal["embedded", "local", "hub"]
-    """Train small backbones, read folders, or download from the Hub."""
+    """Train small ones, read folders, or download."""
     local: Local
     """Existing folders."""
     hub: Hub

@@ -7,7 +7,8 @@ The warm-up trains three tasks jointly on single frames of the procedural world 
   model uses later.
 The heads and the learned queries are discarded afterwards. What remains is an encoder whose query pathway can select. A
 randomly initialised encoder does not learn this within minutes. THE WARM-UP PRE-TRAINS SELECTION; all runs of a
-comparison start from the same file.
+comparison start from the same file. `vision_queries` chooses two controls: `reading` helps a static query as much (one
+learned query reports the digits of all colours and places), `none` leaves the third task out.
 
 Shapes: B frames, N patches, D vision width, Q = 10 learned queries.
 """
@@ -35,6 +36,7 @@ QUERY_WEIGHT, CLASS_TOKEN_WEIGHT = 6.0, 0.3  # loss weights; the patch losses ha
 NUM_HELD_OUT = 1024  # frames with digits of the validation pool
 PIXELS = 1024 * 56**2  # per forward pass on the held-out frames
 NUM_DIGITS, NUM_COLOURS, NUM_PLACES = world.NO_DIGIT, world.NO_COLOUR, world.NO_PLACE  # 10, 6, 4
+NUM_ASKED = NUM_COLOURS + NUM_PLACES
 CLASS_TOKEN_SIZES = {
     "digits": NUM_DIGITS,
     "colours": NUM_COLOURS,
@@ -89,13 +91,20 @@ def patch_grid(options: Embedded) -> int:
 class Heads(nn.Module):
     """The learned queries and the linear heads, both discarded after the warm-up."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, vision_queries: str):
+        """vision_queries: as in `Embedded`."""
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(NUM_COLOURS + NUM_PLACES, width))  # unit variance, like the model's
+        num_queries = {"selecting": NUM_ASKED, "reading": 1, "none": 0}[vision_queries]
+        self.queries = nn.Parameter(torch.randn(num_queries, width))  # unit variance, like the model's
         self.patch_digit = nn.Linear(width, NUM_DIGITS + 1)
         self.patch_colour = nn.Linear(width, NUM_COLOURS + 1)
-        self.query_digit = nn.Linear(width, NUM_DIGITS + 1)
+        num_answers = NUM_ASKED // max(1, num_queries)  # of each query
+        self.query_digit = nn.Linear(width, num_answers * (NUM_DIGITS + 1))
         self.class_token = nn.ModuleDict({name: nn.Linear(width, size) for name, size in CLASS_TOKEN_SIZES.items()})
+
+    def query_logits(self, query_output: Tensor) -> Tensor:
+        """query_output [B, 10 or 1, D] -> logits of the digit of each colour and place [B, 10, 11]."""
+        return self.query_digit(query_output).reshape(len(query_output), NUM_ASKED, NUM_DIGITS + 1)
 
 
 def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -114,8 +123,9 @@ def class_token_loss(heads: Heads, class_token: Tensor, batch: dict[str, Tensor]
 
 def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_workers: int) -> dict[str, float]:
     """Train in place, with frames from `num_workers` processes. Returns
-    {"loss", "query_digit_accuracy", "patch_digit_accuracy", "patch_colour_accuracy"}."""
-    heads, steps = Heads(options.vision_width), options.vision_steps
+    {"loss", "query_digit_accuracy" (not for `vision_queries: none`), "patch_digit_accuracy", "patch_colour_accuracy"}.
+    """
+    heads, steps = Heads(options.vision_width, options.vision_queries), options.vision_steps
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     num_crowded = round(CROWDED_SHARE * steps)
     frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded, **sizes)
@@ -146,15 +156,19 @@ def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor])
         encoded = encoder.encode(pixel_values(batch["frames"]), need_patch_features=True)
         return patch_loss(heads, encoded, batch)
     encoded = encode_with_queries(encoder, heads, batch)
-    query_loss = F.cross_entropy(heads.query_digit(encoded.query_output).flatten(0, 1), query_labels(batch).flatten())
     class_loss = class_token_loss(heads, encoded.patch_features[:, 0], batch)
+    if encoded.query_output is None:
+        return patch_loss(heads, encoded, batch) + CLASS_TOKEN_WEIGHT * class_loss
+    query_logits = heads.query_logits(encoded.query_output)
+    query_loss = F.cross_entropy(query_logits.flatten(0, 1), query_labels(batch).flatten())
     return patch_loss(heads, encoded, batch) + QUERY_WEIGHT * query_loss + CLASS_TOKEN_WEIGHT * class_loss
 
 
 def encode_with_queries(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> EncodedFrames:
-    """Encode the frames of a batch with all learned queries."""
+    """Encode the frames of a batch with all learned queries, if there are any."""
     frames = pixel_values(batch["frames"])
-    return encoder.encode(frames, heads.queries.expand(len(frames), -1, -1), need_patch_features=True)
+    queries = heads.queries.expand(len(frames), -1, -1) if len(heads.queries) else None
+    return encoder.encode(frames, queries, need_patch_features=True)
 
 
 def query_labels(batch: dict[str, Tensor]) -> Tensor:
@@ -177,24 +191,28 @@ def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedde
     sizes = {"size": options.image_size, "grid": patch_grid(options)}
     frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0]
     found = [held_out_logits(encoder, heads, part) for part in frames["frames"].split(PIXELS // options.image_size**2)]
-    queries, digits, colours = (torch.cat(parts) for parts in zip(*found, strict=True))
+    digits, colours, *queries = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def accuracy(logits: Tensor, labels: Tensor, none: int) -> float:
         shown = labels != none
         return (logits.argmax(-1)[shown] == labels[shown]).float().mean().item()
 
-    return {
-        "query_digit_accuracy": accuracy(queries, query_labels(frames), NUM_DIGITS),
+    accuracies = {
         "patch_digit_accuracy": accuracy(digits, frames["patch_digit"], NUM_DIGITS),
         "patch_colour_accuracy": accuracy(colours, frames["patch_colour"], NUM_COLOURS),
     }
+    if queries:
+        accuracies["query_digit_accuracy"] = accuracy(queries[0], query_labels(frames), NUM_DIGITS)
+    return accuracies
 
 
 def held_out_logits(encoder: FoveatedEncoder, heads: Heads, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits of query digits, patch digits and patch colours, on the CPU."""
+    """Return the logits of patch digits, patch colours and, with learned queries, query digits, on the CPU."""
     encoded = encode_with_queries(encoder, heads, {"frames": frames.to(heads.queries.device)})
     patches = encoded.patch_features[:, 1:]
-    logits = heads.query_digit(encoded.query_output), heads.patch_digit(patches), heads.patch_colour(patches)
+    logits = [heads.patch_digit(patches), heads.patch_colour(patches)]
+    if encoded.query_output is not None:
+        logits.append(heads.query_logits(encoded.query_output))
     return tuple(values.cpu() for values in logits)
 
 

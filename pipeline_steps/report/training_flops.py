@@ -56,7 +56,7 @@ def trained_groups(values):
 
 
 def lengths_of(served, assumptions):
-    """{task: mean `Sample`} of a `StageServed`; assumptions: of a `FlopsResult`, with the means that it lacks."""
+    """{task: mean `Sample`} of a `StageCounts`; assumptions: of a `FlopsResult`, with the means that it lacks."""
     sums = {}
     for tasks in served.sources.values() if served else ():
         for task, row in tasks.items():

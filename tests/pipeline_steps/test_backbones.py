@@ -37,6 +37,7 @@ TINY = Embedded(
     vision_steps=5,
     vision_batch_size=4,
     vision_learning_rate=1e-3,
+    vision_queries="selecting",
     language_width=48,
     language_layers=2,
     language_heads=4,
@@ -206,13 +207,42 @@ def test_vision_warm_up_learns():
     assert metrics["patch_colour_accuracy"] > 0.6  # a sixth by chance
 
 
-def test_query_loss_trains_the_encoder():
+@pytest.mark.parametrize(("vision_queries", "num_queries"), [("selecting", 10), ("reading", 1)])
+def test_query_loss_trains_the_encoder(vision_queries, num_queries):
     options = TINY.model_copy(update={"vision_steps": 1})
-    encoder, heads = vision_encoder.build_vision_encoder(options), vision_encoder.Heads(options.vision_width)
+    encoder = vision_encoder.build_vision_encoder(options)
+    heads = vision_encoder.Heads(options.vision_width, vision_queries)
+    assert len(heads.queries) == num_queries
+    assert heads.query_logits(torch.randn(3, num_queries, options.vision_width)).shape == (3, 10, 11)
     vision_encoder.batch_loss(encoder, heads, Frames("train", 1, 4, seed=0)[0]).backward()
     assert heads.queries.grad.abs().sum(1).gt(0).all()
     missing = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
     assert missing == []
+
+
+def test_warm_up_without_queries_leaves_the_task_of_queries_out():
+    options = TINY.model_copy(update={"vision_steps": 2, "vision_queries": "none"})
+    encoder = vision_encoder.build_vision_encoder(options)
+    metrics = vision_encoder.warm_up_vision_encoder(encoder, options, 1)
+    assert set(metrics) == {"loss", "patch_digit_accuracy", "patch_colour_accuracy"}
+    batch, heads = Frames("train", 1, 4, seed=0)[0], vision_encoder.Heads(options.vision_width, "none")
+    vision_encoder.batch_loss(encoder, heads, batch).backward()
+    assert heads.query_digit.weight.grad is None
+
+
+def test_one_reading_query_can_report_every_digit():
+    torch.manual_seed(0)
+    encoder, heads = vision_encoder.build_vision_encoder(TINY), vision_encoder.Heads(TINY.vision_width, "reading")
+    batch = Frames("train", 1, 8, seed=0)[0]
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=5e-3)
+    for _ in range(60):  # the same frames again and again
+        optimizer.zero_grad()
+        vision_encoder.batch_loss(encoder, heads, batch).backward()
+        optimizer.step()
+    encoded = vision_encoder.encode_with_queries(encoder, heads, batch)
+    found = heads.query_logits(encoded.query_output).argmax(-1)
+    asked, empty = vision_encoder.query_labels(batch), vision_encoder.NUM_DIGITS
+    assert found[asked != empty].eq(asked[asked != empty]).float().mean() > 0.5  # a tenth by chance
 
 
 def test_language_warm_up_learns(tokenizer):
