@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.metrics import KeptRun
 from pipeline_steps.common.params import ROOT
@@ -52,7 +53,7 @@ def read_arguments():
 
 def write_runs(source, root, num_runs):
     """Links the finished run and writes `num_runs` kept runs; returns their total size in bytes."""
-    kept = keep.kept_run(read_inputs(source, "none", 1), {})
+    kept = keep.kept_run(read_inputs(source, params.read(source / "params.yaml", *params.RESULT_KEYS)), {})
     (root / "reports/runs").mkdir(parents=True)
     for name in LINKED:
         if (source / name).exists():

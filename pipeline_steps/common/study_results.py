@@ -59,7 +59,8 @@ class ComparisonResult(Result):
     smallest_margin: float | None
     """Margin with which these runs would be called equal."""
     matched: str | None
-    """What the budgets have in common: samples, FLOPs or both; null: nothing."""
+    """What the budgets have in common: samples, FLOPs, both, or convergence (every run has converged); null: nothing,
+    or unknown."""
     num_not_converged: int
     """Runs of both arms whose validation loss was still falling."""
 
@@ -81,6 +82,10 @@ class StudySummary(Result):
     """Differences below it count as none."""
     plateau: float
     """Mean token accuracy from which a run has left the plateau."""
+    split: str = "test"
+    """Split that was scored; studies that choose a recipe score the validation split."""
+    group_tasks: dict[str, list[str]] = {}
+    """Tasks of every group of `comparisons`; empty in files of an earlier version."""
     arms: list[ArmResult]
     """In the study's order."""
     comparisons: list[ComparisonResult]

@@ -27,6 +27,7 @@ from pipeline_steps.report import (
     compute,
     controls,
     curves,
+    decisions,
     differences,
     figures,
     markdown,
@@ -48,22 +49,15 @@ from pipeline_steps.report.temporal import per_frame, temporal
 from pipeline_steps.report.verdicts import verdicts
 
 PARAMS = params.RESULT_KEYS
+STUDY_TABLES = ("arms", "tasks", "effects")
 HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("studies", "Studies"),
-    ("targets", "Targets"),
-    ("training", "Learning curves"),
-    ("tasks", "Tasks"),
-    ("written", "Choices and free-form answers"),
-    ("time", "Time"),
+    ("decisions", "Decisions"),
+    ("tasks", "This run"),
     ("gaze", "Gaze"),
-    ("controls", "Controls"),
-    ("diagnostics", "Diagnostics"),
-    ("ablations", "Ablations"),
     ("compute", "Compute"),
-    ("heatmaps", "Heatmaps"),
-    ("data", "Data"),
-    ("provenance", "Provenance"),
+    ("data", "Data and origin"),
 )
 
 
@@ -71,10 +65,12 @@ def main():
     arguments = read_arguments()
     parameters = params.read(arguments.params, *PARAMS)
     settings = parameters.report
-    inputs = read_inputs(arguments.root, parameters.ablation, parameters.seed)
+    inputs = read_inputs(arguments.root, parameters)
     found = verdicts(inputs, settings)
-    built = build_tables(inputs, settings)
     reports = arguments.root / "reports"
+    kept = studies.read_studies(reports / "study")
+    built = build_tables(inputs, settings, kept)
+    numbers = summary.headline(inputs.current.result, inputs)
     check_outputs(
         folders=[reports / "figures", reports / "plots", reports / "tables"],
         files=[reports / "report.html", reports / "report.md", reports / "metrics/summary.json"],
@@ -82,24 +78,26 @@ def main():
     values = parameters.as_dict()
     with replaced_folder(reports / "figures") as folder:
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
-        studied = [show_study(folder, study) for study in studies.read_studies(reports / "study")]
+        leading = studies.headline_of(kept)
+        studied = {study.name: show_study(folder, study, study is leading) for study in kept}
     with replaced_folder(reports / "tables") as folder:
-        for table in [*built.values(), *(study["arms"] for study in studied)]:
+        for table in [*built.values(), *(study[name] for study in studied.values() for name in STUDY_TABLES)]:
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
     with replaced_folder(reports / "plots") as folder:
         for name, table in plots.tables(inputs).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
-    write_json(reports / "metrics/summary.json", summary.headline(inputs.current.result, inputs))
+    write_json(reports / "metrics/summary.json", numbers)
     title = settings.title if parameters.ablation == "none" else f"{settings.title}: ablation {parameters.ablation}"
     content = {
         "title": title,
         "banner": texts.banner(values),
         "verdicts": found,
-        "studies": studied,
-        "lead": texts.lead(inputs),
-        "tiles": texts.tiles(inputs.current.result),
+        "studies": list(studied.values()),
+        "headline": leading and studied[leading.name],
+        "lead": texts.lead(inputs, numbers),
+        "tiles": texts.tiles(numbers),
         "tables": built,
         "figures": shown,
         "warnings": curves.warnings(inputs.curves),
@@ -126,12 +124,13 @@ def main():
     print(f"{reports / 'report.html'}: {len(page) / 1e6:.1f} MB, and {reports / 'report.md'}")
 
 
-def build_tables(inputs, settings):
-    """{name: `Table`} of the report."""
+def build_tables(inputs, settings, kept):
+    """{name: `Table`} of the report. kept: list of `studies.Study`."""
     result = inputs.current.result
     return {
         table.name: table
         for table in (
+            decisions.table(kept),
             tables.targets(result, settings.targets),
             tables.accuracies(result),
             tables.losses(result),
@@ -225,14 +224,28 @@ def data_uri(content, kind):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def show_study(folder, study):
-    """What the template needs of a `StudySummary`; saves its figures."""
-    figures_of_study = {"points": studies.points(study), "forest": studies.forest(study)}
-    shown = {
-        name: figure and save_figure(folder, f"study_{study.name}_{name}", figure, studies.CAPTIONS[name])
-        for name, figure in figures_of_study.items()
+def show_study(folder, study, leads):
+    """What the template needs of a `studies.Study`; saves its figures. leads: whether it leads the page, where some of
+    its arms are shown before all."""
+    comparisons, margin = study.summary.comparisons, study.summary.margin
+    drawn = {
+        "points": studies.points(study, study.summary.arms),
+        "forest": studies.forest(comparisons, margin),
     }
-    return {"cards": studies.cards(study), "arms": studies.arms(study), **shown}
+    found = {"name": study.name, "arms": studies.arms(study, study.summary.arms)}
+    found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
+    if leads:
+        arms, first = studies.leading_arms(study), studies.leading(study)
+        found |= {"cards": studies.cards(study), "tiles": studies.headline_tiles(study)}
+        if len(arms) < len(study.summary.arms):
+            found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
+            drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}
+    for name, figure in drawn.items():
+        caption = studies.CAPTIONS[name.removeprefix("first_")]
+        found[name] = figure and save_figure(folder, f"study_{study.name}_{name}", figure, caption)
+    if found["first"]:
+        found["first"] |= {name: found[f"first_{name}"] for name in ("points", "forest")}
+    return found
 
 
 def first_answers(answers, per_task=2):

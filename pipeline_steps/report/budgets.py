@@ -20,15 +20,7 @@ NAMES = {
 @dataclass(frozen=True)
 class Budget:
     num_samples: int  # of all training stages
-    flops: float  # of all training stages, every sample counted as the mean one with frames
-
-
-def budget_of(stages, flops):
-    """`Budget` from {stage: content of its json} and a `FlopsResult`; None if a stage is missing."""
-    if set(stages) != set(STAGES) or any("mixture" not in values for values in stages.values()):
-        return None
-    num_samples = sum(entry["num_samples"] for values in stages.values() for entry in values["mixture"].values())
-    return Budget(num_samples, num_samples * flops.training_sample)
+    flops: float  # of all training stages (pipeline_steps/report/training_flops.py)
 
 
 def kind_of(base, arms):

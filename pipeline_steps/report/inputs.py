@@ -16,11 +16,13 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, KeptRun, StreamingResult, read_json
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
-from pipeline_steps.report.budgets import Budget, budget_of
+from pipeline_steps.report.budgets import Budget
+from pipeline_steps.report.training_flops import budget_of, read_config
 
 STAGES = ("stage1", "stage2", "stage3")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 CURVE_COLUMNS = ("event", "step", "samples", "source", "task", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
+CONFIG = "outputs/stage3/config.json"
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
 
@@ -52,15 +54,16 @@ class Inputs:
     missing: list[str] = field(default_factory=list)
 
 
-def read_inputs(root, ablation, seed):
-    """`Inputs` from the folders under `root`. Raises UserError for a missing required file or a malformed one."""
+def read_inputs(root, parameters):
+    """`Inputs` from the folders under `root`. parameters: with `ablation`, `seed` and `training`. Raises UserError for
+    a missing required file or a malformed one."""
     root, missing = Path(root), []
     metrics = root / "outputs/metrics"
     evaluation = root / "outputs/evaluation"
     current = Run(
         name="this run",
-        ablation=ablation,
-        seed=seed,
+        ablation=parameters.ablation,
+        seed=parameters.seed,
         result=read_json(metrics / "evaluation.json", EvaluationResult, "dvc repro evaluation"),
         items=read_items(evaluation / "items.parquet", missing),
     )
@@ -82,7 +85,10 @@ def read_inputs(root, ablation, seed):
             missing.append(f"outputs/metrics/{stage}.csv (learning curve; `dvc repro {stage}`)")
         if values := read_optional(metrics / f"{stage}.json", missing):
             inputs.stages[stage] = values
-    current.budget = budget_of(inputs.stages, inputs.flops)
+    config = read_config(root / CONFIG, inputs.shards.frames.image_size)
+    if config is None:
+        missing.append(f"{CONFIG} (training FLOPs; `dvc repro stage3`)")
+    current.budget = budget_of(inputs.stages, inputs.streaming, inputs.flops, config, parameters.training)
     if (evaluation / "answers.jsonl").exists():
         lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         inputs.answers = [json.loads(line) for line in lines if line]

@@ -22,7 +22,7 @@ from pipeline_steps.common.files import write_text
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.report import provenance, summary
 from pipeline_steps.report.__main__ import PARAMS
-from pipeline_steps.report.inputs import read_inputs
+from pipeline_steps.report.inputs import CONFIG, read_inputs
 
 COLUMNS = tuple(metrics.KeptItems.model_fields)
 MODE = "autoregressive"
@@ -32,6 +32,7 @@ RESULTS = (
     "data/tokens/manifest.json",
     "outputs/metrics",
     "outputs/evaluation",
+    CONFIG,
 )
 NOT_KEPT = ("heatmaps", "report")  # stages whose outputs are not part of a kept run
 
@@ -60,7 +61,7 @@ def read_arguments():
 def finished_run(root):
     """`metrics.KeptRun` of the results under `root`."""
     parameters = params.read(root / "params.yaml", *PARAMS)
-    inputs = read_inputs(root, parameters.ablation, parameters.seed)
+    inputs = read_inputs(root, parameters)
     kept = kept_run(inputs, parameters.as_dict())
     check_origin(kept, root)
     return kept
@@ -145,7 +146,10 @@ def kept_run(inputs, parameters):
     if missing:
         raise UserError(f"missing: {', '.join(missing)}. Run `dvc repro` or `dvc pull` first.")
     if current.budget is None:
-        raise UserError("outputs/metrics/stage*.json have no `mixture`. Rewrite them with `dvc repro`.")
+        raise UserError(
+            f"the training FLOPs are unknown: outputs/metrics/streaming.json or {CONFIG} is missing, or "
+            "outputs/metrics/stage*.json are of another version. Rewrite them with `dvc repro`."
+        )
     rows = current.items[current.items["mode"] == MODE]
     items = {}
     for task, scores in current.result.tasks.items():

@@ -158,6 +158,27 @@ def _items_error(drawn):
     return float(max(variance, 0.0) ** 0.5)
 
 
+def share_interval(count, total, level=1 - ALPHA):
+    """Clopper-Pearson interval of a share, (low, high)."""
+    found = stats.binomtest(count, total).proportion_ci(confidence_level=level, method="exact")
+    return float(found.low), float(found.high)
+
+
+def equivalence_power(differences, margin, level=0.9):
+    """Chance that as many pairs, normal with the spread of `differences` around 0, are called equal: that their
+    t-interval of the mean at `level` lies within +- margin. None for fewer than two pairs."""
+    count = len(differences)
+    if count < 2:
+        return None
+    error = float(np.std(differences, ddof=1)) / count**0.5
+    if error == 0:
+        return 1.0
+    ranks = (np.arange(2000) + 0.5) / 2000
+    errors = error * np.sqrt(stats.chi2.ppf(ranks, count - 1) / (count - 1))  # of such studies, in quantiles
+    room = np.maximum(margin - stats.t.isf((1 - level) / 2, count - 1) * errors, 0)
+    return float(np.mean(2 * stats.norm.cdf(room / error) - 1))
+
+
 def holm(p_values):
     """Holm's adjusted p-values, in the given order: the chance of one false finding in the whole table stays below
     the level."""

@@ -16,7 +16,7 @@ def headline(result, inputs):
         "random_query_accuracy": mean["random_query"].accuracy,
         "gaze_peak_on_target": gaze[0] if gaze else None,
         "training_samples": inputs.current.budget.num_samples if inputs.current.budget else None,
-        "training_flops_per_sample": inputs.flops.training_sample,
+        "training_flops": inputs.current.budget.flops if inputs.current.budget else None,
     }
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
 

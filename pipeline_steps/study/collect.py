@@ -4,17 +4,24 @@ run and scored item (autoregressive mode). Both are deterministic for given resu
 
 import io
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import write_bytes, write_text
+from pipeline_steps.common.files import read_record, write_bytes, write_text
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, read_json
+from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.common.params import RUNTIME
-from pipeline_steps.report.budgets import budget_of
+from pipeline_steps.common.schemas import ShardsManifest
+from pipeline_steps.report.inputs import CONFIG
+from pipeline_steps.report.training_flops import budget_of, read_config
+from pipeline_steps.streaming.__main__ import PARAMS as SERVED_PARAMS
+from pipeline_steps.streaming.__main__ import count_stage
+from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import folder_of
 
@@ -94,7 +101,17 @@ def row_of(run, studies):
     flops = read_json(file_of("flops", "outputs/metrics/flops.json"), FlopsResult, STUDY)
     stages = {stage: load(file_of(stage, f"outputs/metrics/{stage}.json")) for stage in TRAINING_STAGES}
     done = {stage: load(file_of(stage, "done.json")) for stage in run.jobs}
-    budget = budget_of(stages, flops)
+    shards, tokens = file_of("shards", "data/shards"), file_of("tokens", "data/tokens")
+    own = file_of("stage3", "params.yaml")
+    served, training = (
+        served_of(shards, tokens, params.read(own, *SERVED_PARAMS)),
+        params.read(own, "training").training,
+    )
+    size = read_record(ShardsManifest, shards / "manifest.json", "shards").frames.image_size
+    config = read_config(file_of("stage3", CONFIG), size)
+    budget = budget_of(stages, served, flops, config, training)
+    if budget is None:
+        raise UserError(f"{run.name}: its stages' results are of another version; remove them and run the study again")
     change, converged = convergence(file_of("stage3", "outputs/metrics/stage3.csv"))
     return {
         "run": run.name,
@@ -116,6 +133,18 @@ def row_of(run, studies):
         "commit": done["stage3"]["commit"][:12],
         "parameters": parameters_hash(run.parameters),
     }
+
+
+def served_of(shards, tokens, parameters):
+    """`StreamingResult` of a run: what its training stages read, from the plan and the index."""
+    items = training_items(shards, tokens)
+    return StreamingResult(stages={stage: count_stage(items, parameters, stage, None) for stage in TRAINING_STAGES})
+
+
+@lru_cache(maxsize=8)
+def training_items(shards, tokens):
+    """The items of the training split, which the runs of a seed share."""
+    return TokenizedShards(shards, tokens, "train", with_frames=False)
 
 
 def load(path):

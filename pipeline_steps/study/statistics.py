@@ -93,12 +93,6 @@ def smallest_p(num_pairs, num_questions):
     return min(1.0, num_questions * 2 / 2**num_pairs)
 
 
-def share_interval(count, total, level=LEVEL):
-    """Clopper-Pearson interval of a share, (low, high)."""
-    found = stats.binomtest(count, total).proportion_ci(confidence_level=level, method="exact")
-    return float(found.low), float(found.high)
-
-
 def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
     """`Comparison`s of {(arm, group): differences, baseline minus arm, one per pair}.
 

@@ -19,6 +19,7 @@ from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import EXPLORATORY, UNDECIDED, ArmResult, ComparisonResult, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
+from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of, read_study
 from pipeline_steps.study.plan import RESULTS
@@ -117,13 +118,18 @@ def comparisons(table, study):
 
 
 def matched_budget(base, own):
-    """What the budgets of two paired tables have in common: "samples", "FLOPs", "samples and FLOPs", or None."""
+    """What the budgets of two paired tables have in common: "samples", "FLOPs", "samples and FLOPs"; "convergence" if
+    both differ but every run of both has converged; None if nothing, or if a budget is unknown."""
     equal = [
         name
         for name, column in (("samples", "training_samples"), ("FLOPs", "training_flops"))
         if np.all(np.abs(own[column].to_numpy() / base[column].to_numpy() - 1) <= TOLERANCE)
     ]
-    return " and ".join(equal) or None
+    if equal:
+        return " and ".join(equal)
+    known = all(side[["training_samples", "training_flops"]].notna().all(axis=None) for side in (base, own))
+    settled = all((side["converged"] == True).all() for side in (base, own))  # noqa: E712
+    return "convergence" if known and settled else None
 
 
 def power_warning(study):
@@ -178,9 +184,17 @@ def summarise(name, table, study):
         num_planned=len(cells_of(study)),
         margin=study.margin,
         plateau=study.plateau,
+        split=split_of(study),
+        group_tasks={group: list(tasks) for group, tasks in groups.items()},
         arms=arms,
         comparisons=comparisons(table, study),
     )
+
+
+def split_of(study):
+    """The split that the study's runs are scored on: its override of evaluation.split, else test."""
+    given = [override.partition("=")[2] for override in study.base if override.startswith("evaluation.split=")]
+    return given[-1] if given else "test"
 
 
 def page(summary, table, study):
@@ -198,7 +212,7 @@ def arm_table(summary):
     rows = []
     for arm in summary.arms:
         count = len(arm.seeds)
-        low, high = statistics.share_interval(arm.num_above_plateau, count)
+        low, high = share_interval(arm.num_above_plateau, count)
         above = f"{arm.num_above_plateau} of {count} [{100 * low:.0f}, {100 * high:.0f} %]"
         minutes = arm.training_seconds
         rows.append(
@@ -216,8 +230,8 @@ def arm_table(summary):
         )
     note = (
         "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
-        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: samples times those of "
-        "a mean training sample with frames, all weights trained. Minutes: median of runs without interruption."
+        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
+        "backward, by task at its mean lengths, of the trained weights. Minutes: median of runs without interruption."
     )
     return f"{markdown(pd.DataFrame(rows))}\n\n{note}"
 
@@ -243,6 +257,7 @@ def comparison_lines(summary):
             "95 % interval (any distribution)": points(entry.bounded_interval),
             "p": f"{entry.p_value:.4f}",
             "p, Holm": "–" if entry.verdict == EXPLORATORY else f"{entry.p_adjusted:.4f}",
+            "power for equality": power_text(entry, summary.margin),
             "verdict on the baseline": verdict_text(entry),
         }
         for entry in found
@@ -255,17 +270,23 @@ def comparison_lines(summary):
     note = (
         "Differences are baseline minus arm, in points of token accuracy, over pairs of runs with equal seeds. p: "
         "exact sign-flip test; Holm: corrected for all headline rows. Equal: the 90 % t-interval lies within "
-        f"{100 * summary.margin:.0f} points (not corrected). The t-interval covers less than 95 % where some runs stay "
+        f"{100 * summary.margin:.0f} points (not corrected); power: how often as many runs with this spread would say "
+        "so of arms that are the same. The t-interval covers less than 95 % where some runs stay "
         f"on a plateau; the other one holds for any distribution.{power}"
     )
     return [markdown(pd.DataFrame(rows)), note]
+
+
+def power_text(entry, margin):
+    power = equivalence_power(entry.differences, margin)
+    return "–" if power is None else f"{power:.0%}"
 
 
 def verdict_text(entry):
     """The verdict with what it is conditional on."""
     if entry.matched is None or entry.verdict == EXPLORATORY:
         return entry.verdict
-    text = f"**{entry.verdict}** at equal {entry.matched}"
+    text = f"**{entry.verdict}** at {'' if entry.matched == 'convergence' else 'equal '}{entry.matched}"
     return f"{text}; {entry.num_not_converged} runs not converged" if entry.num_not_converged else text
 
 
@@ -301,7 +322,7 @@ def figure(table, study):
     tasks = groups_of(table, study)["all"]
     labels = list(dict.fromkeys(zip(table["arm"], table["budget"], strict=True)))
     with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "path"}):
-        canvas, axes = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
+        canvas, axes = plt.subplots(figsize=(8.4, 3.6 + 0.25 * (len(labels) // 4)), layout="constrained")
         for index, (arm, budget) in enumerate(labels):
             rows = table[(table["arm"] == arm) & (table["budget"] == budget)]
             colour = COLOURS[index % len(COLOURS)]
@@ -326,7 +347,7 @@ def figure(table, study):
         axes.set_axisbelow(True)
         for border in (0.5, len(tasks) + 0.5):
             axes.axvline(border, color="0.6", linewidth=0.8)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=len(labels), frameon=False)
+        canvas.legend(loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(canvas)

@@ -6,10 +6,15 @@ from pipeline_steps.flops import __main__ as flops
 from pipeline_steps.report.schema import Section
 
 
+def flops_config():
+    """The configuration that `flops_result` counts."""
+    parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
+    return flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
+
+
 def flops_result():
     parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
-    config = flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
-    return flops.count(config, [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
+    return flops.count(flops_config(), [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)
 
 
 def report_section(title, tasks):

@@ -17,16 +17,27 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import attention_figures, keep, studies, verdicts
-from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
-from tests.pipeline_steps.counted import flops_result, report_section
+from pipeline_steps.report import attention_figures, decisions, keep, studies, verdicts
+from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, STAGES, Run, read_inputs
+from pipeline_steps.report.tables import text_of
+from pipeline_steps.study.design import read_study
+from tests.pipeline_steps.counted import flops_config, flops_result, report_section
 
 TASKS = ("card", "follow", "ask_colour", "ask_place", "caption", "image", "gist")
 LOSS = {"coarse": 1.4, "fine": 0.30, "autoregressive": 0.31, "blind": 2.4, "random_query": 1.6}
 ACCURACY = {"coarse": 0.42, "fine": 0.915, "autoregressive": 0.91, "blind": 0.12, "random_query": 0.38}
+PARAMETERS = [{"group": group, "trainable": 9} for group in ("connector", "vision", "language")]
 SETTINGS = report_section("Foveated <model>", TASKS)
+
+
+def given(ablation="none", seed=1):
+    """The parameters that `read_inputs` needs."""
+    return SimpleNamespace(
+        ablation=ablation, seed=seed, training=params.read(ROOT / "params.yaml", "training").training
+    )
 
 
 def item_table(scale=1.0, seed=0, num_items=40):
@@ -83,6 +94,7 @@ def result_of(table, data="d1"):
         chance=dict.fromkeys((*TASKS, "text"), 0.11),
         gaze=dict.fromkeys(TASKS[:4], gaze),
         generation={task: metrics.Generation(exact_match=0.7, num_items=20) for task in TASKS},
+        mean_exact_match=0.7,
         provenance={"shards_sha256": data, "tokens_sha256": data, "split": "test", "torch": "2", "transformers": "5"},
     )
 
@@ -115,14 +127,17 @@ def write_root(root, *, curves=True, heatmaps=True):
     }
     (root / "outputs/evaluation/answers.jsonl").write_text(json.dumps(answer) + "\n")
     metrics.write_json(root / "outputs/metrics/flops.json", flops_result())
+    flops_config().save_pretrained(root / "outputs/stage3")
     write_manifests(root)
     if curves:
         for stage in ("stage1", "stage2", "stage3"):
             curve_table().to_csv(root / f"outputs/metrics/{stage}.csv", index=False)
             mixture = {"card": {"num_samples": 100, "share": 0.86, "epochs": 1.0}}
             mixture["text"] = {"num_samples": 14, "share": 0.14, "epochs": 1.0}
-            (root / f"outputs/metrics/{stage}.json").write_text(json.dumps({"mixture": mixture, "num_steps": 59}))
-        metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result())
+            (root / f"outputs/metrics/{stage}.json").write_text(
+                json.dumps({"mixture": mixture, "num_steps": 59, "parameters": PARAMETERS})
+            )
+        metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result(STAGES))
     if heatmaps:
         write_heatmaps(root / "reports/heatmaps")
     (root / "params.yaml").write_text("seed: 1\n")
@@ -153,7 +168,7 @@ def served(num_items, num_samples, share, num_truncated=0):
     )
 
 
-def streaming_result():
+def streaming_result(stages=("stage1",)):
     stage = metrics.StageCounts(
         num_steps=10,
         sources={
@@ -163,7 +178,7 @@ def streaming_result():
         total=served(97, 100, 1.0, 3),
         unmatched={"procedural/gist": 7},
     )
-    return metrics.StreamingResult(stages={"stage1": stage})
+    return metrics.StreamingResult(stages=dict.fromkeys(stages, stage))
 
 
 def write_manifests(root):
@@ -234,7 +249,7 @@ def write_heatmaps(folder, peaks=None):
 def build(root, monkeypatch):
     """Runs the stage on `root` with SETTINGS and returns the page."""
     values = {"seed": 1, "backbones": {"kind": "embedded", "embedded": {"seed": 5}}, "evaluation": {"seed": 2}}
-    parameters = SimpleNamespace(report=SETTINGS, ablation="none", seed=1, as_dict=lambda: values)
+    parameters = SimpleNamespace(**vars(given()), report=SETTINGS, as_dict=lambda: values)
     monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
     monkeypatch.setattr("sys.argv", ["report", "--root", str(root), "--params", str(root / "params.yaml")])
     report.main()
@@ -267,11 +282,12 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     root, page = built
     text = Text(page)
     assert text.words[0] == "Foveated <model>"
-    assert text.words[1].startswith("The data is synthetic")
-    assert "warm-up pre-trains the selection of named objects" in text.words[2]
-    assert text.words[3] == "Verdict"
-    assert text.words[4] == "undecided"
-    assert "Do planned queries help?" in text.words[:7]
+    assert text.words[1].startswith("The world is synthetic")
+    assert text.words[2].startswith("Selecting a named object is pre-trained")
+    assert text.words[3:5] == ["Exact match", "70.0%"]
+    assert text.words[6] == "Token accuracy"
+    assert text.words[9:11] == ["Verdict", "undecided"]
+    assert "Do planned queries help?" in text.words[:13]
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
@@ -293,8 +309,9 @@ def test_an_index_of_another_version_is_a_user_error():
     assert attention_figures.contact_sheet("reports/heatmaps", nothing) is None
 
 
-def test_missing_runs_are_undecided_and_name_their_command(built):
+def test_missing_runs_are_undecided_and_name_their_command_below_the_results(built):
     page = built[1]
+    assert page.index("dvc exp run") > page.index('id="table-data"')
     assert "dvc exp run --name A6-seed1 -S ablation=A6 -S seed=1" in page
     assert "dvc exp run --name B1-seed1" in page
 
@@ -322,7 +339,7 @@ def test_missing_required_input_is_a_user_error(tmp_path, name):
     write_root(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=name):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
@@ -330,27 +347,29 @@ def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
     path = tmp_path / "outputs/metrics/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
     with pytest.raises(UserError, match="extra"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def test_kept_runs_are_read_by_name(tmp_path):
     write_root(tmp_path)
     for seed in (1, 2):
         keep_run(tmp_path, "A6", seed)
-    runs = read_inputs(tmp_path, "none", 1).runs
+    runs = read_inputs(tmp_path, given()).runs
     assert [(run.ablation, run.seed, len(run.items)) for run in runs] == [("A6", 1, 280), ("A6", 2, 280)]
     path = tmp_path / "reports/runs/A6-seed2.json"
     path.rename(path.with_name("A6-seed3.json"))
     with pytest.raises(UserError, match=r"A6-seed3.json: holds ablation A6, seed 2"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
     path.with_name("A6-seed3.json").rename(path.with_name("A6.json"))
     with pytest.raises(UserError, match=r"runs/A6.json: name the file <ablation>-seed<number>"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def keep_run(root, ablation="none", seed=1):
     """The file of the run under `root`, kept as `ablation` and `seed`."""
-    kept = keep.kept_run(read_inputs(root, ablation, seed), {"seed": seed, "backbones": {"embedded": {"seed": 5}}})
+    kept = keep.kept_run(
+        read_inputs(root, given(ablation, seed)), {"seed": seed, "backbones": {"embedded": {"seed": 5}}}
+    )
     path = root / f"reports/runs/{ablation}-seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(keep.as_text(kept))
@@ -359,10 +378,10 @@ def keep_run(root, ablation="none", seed=1):
 
 def test_a_kept_run_gives_the_same_comparison_as_its_full_results(tmp_path):
     write_root(tmp_path)
-    full = read_inputs(tmp_path, "A6", 1).current
+    full = read_inputs(tmp_path, given("A6")).current
     path = keep_run(tmp_path, "A6", 1)
     assert path.read_text().count("\n") < 30
-    kept = read_inputs(tmp_path, "none", 1).runs[0]
+    kept = read_inputs(tmp_path, given()).runs[0]
     assert (kept.ablation, kept.seed, kept.budget) == ("A6", 1, full.budget)
     assert kept.result.provenance["seeds"] == {"training": 1, "backbones.embedded": 5}
     base = make_run("none-seed1", "none", 1, scale=0.5)
@@ -382,7 +401,7 @@ def test_keeping_rejects_missing_or_inconsistent_results(tmp_path):
     with pytest.raises(UserError, match=r"39 items with 195 tokens of task card.* 40 with 200"):
         keep_run(tmp_path / "b")
     write_root(tmp_path / "c")
-    kept = keep.kept_run(read_inputs(tmp_path / "c", "none", 1), {"seed": 1})
+    kept = keep.kept_run(read_inputs(tmp_path / "c", given()), {"seed": 1})
     with pytest.raises(UserError, match=r"shards/manifest.json has hash .*, but the evaluation used d1"):
         keep.check_origin(kept, tmp_path / "c")
     keep.refuse_changed(["heatmaps", "report"])
@@ -429,7 +448,7 @@ def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypat
     found = keep.keep_experiments(tmp_path, [])
     assert sorted(path.name for path in found) == ["none-seed2.json", "none-seed3.json"]
     assert not (tmp_path / "outputs").exists()
-    runs = read_inputs(tmp_path / "made", "A6", 1).runs
+    runs = read_inputs(tmp_path / "made", given("A6")).runs
     assert runs == []
     assert json.loads(found[0].read_text())["provenance"]["seeds"]["training"] in (2, 3)
     run(f"{dvc} exp run -q --temp --name again --set-param seed=2 --set-param report.title=x")
@@ -437,51 +456,184 @@ def test_experiments_are_kept_without_touching_the_workspace(tmp_path, monkeypat
         keep.keep_experiments(tmp_path, [])
 
 
-def study_summary(**changes):
-    arm = {"budget": "x1", "seeds": [[1, 1, 1], [2, 2, 2]], "training_samples": 6e4, "training_flops": 1.5e13}
-    arm |= {"training_seconds": 300.0, "num_converged": 2, "num_measured": 2, "exact_match": [0.6, 0.7]}
-    comparison = {"group": "gaze", "differences": [0.55, 0.6], "interval": (0.4, 0.7), "bounded_interval": (-0.2, 0.9)}
-    comparison |= {"baseline": "none", "p_value": 0.5, "p_adjusted": 1.0, "smallest_margin": 0.6, "matched": "samples"}
+SEEDS = (1, 2)
+
+
+def study_summary(name="mine", arms=("none", "B1"), seeds=SEEDS, **changes):
+    """A `StudySummary` of these arms at one budget; the default gains 40 points on the gaze and loses 10 on reading."""
+    shared = {"budget": "x1", "seeds": [[seed] * 3 for seed in seeds], "training_samples": 6e4}
+    shared |= {"training_flops": 1.5e13, "training_seconds": 300.0, "num_converged": 2, "num_measured": 2}
+    comparison = {"baseline": "none", "p_value": 0.5, "p_adjusted": 1.0, "smallest_margin": 0.6, "matched": "samples"}
+    pairs = [(0.4 + seed / 100, -0.1) for seed in seeds]
     return StudySummary.model_validate(
         {
-            "name": "mine",
+            "name": name,
             "question": "Which <one>?",
             "baseline": "none",
-            "num_runs": 4,
+            "num_runs": len(arms) * len(seeds),
             "num_planned": 6,
             "margin": 0.03,
             "plateau": 0.75,
+            "group_tasks": {"all": list(TASKS), "gaze": ["card", "follow"], "reading": ["gist"]},
             "arms": [
-                arm | {"arm": "none", "groups": {"all": [0.9, 0.95]}, "num_above_plateau": 2},
-                arm | {"arm": "B1", "groups": {"all": [0.6, 0.62]}, "num_above_plateau": 0},
+                shared
+                | {
+                    "arm": arm,
+                    "groups": {"all": [score(arm, seed) for seed in seeds]},
+                    "exact_match": [score(arm, seed) - 0.3 for seed in seeds],
+                    "num_above_plateau": len(seeds) if arm == "none" else 0,
+                }
+                for arm in arms
             ],
-            "comparisons": [comparison | {"arm": "B1", "verdict": "undecided", "num_not_converged": 2}],
+            "comparisons": [
+                comparison
+                | {
+                    "arm": arm,
+                    "group": group,
+                    "differences": [pair[number] for pair in pairs],
+                    "interval": (0.3, 0.5) if number == 0 else (-0.1, -0.1),
+                    "bounded_interval": (-0.2, 0.9),
+                    "verdict": "undecided",
+                    "num_not_converged": 2,
+                }
+                for arm in arms
+                if arm != "none"
+                for number, group in enumerate(("gaze", "reading"))
+            ],
         }
         | changes
     )
 
 
-def test_studies_lead_the_page_with_their_verdicts_and_every_run(tmp_path, monkeypatch):
+def score(arm, seed):
+    return {"none": 0.9, "A6": 0.5, "B1": 0.6}.get(arm, 0.7) + seed / 100
+
+
+def write_study(root, summary):
+    """summary.json, runs.csv and items.parquet of a study. Losses per token: .2 of the default, .4 of every other
+    arm on the gaze, .16 on reading."""
+    folder = root / "reports/study" / summary.name
+    metrics.write_json(folder / "summary.json", summary)
+    runs, items = [], []
+    for arm in summary.arms:
+        for seeds in arm.seeds:
+            name, value = f"{arm.arm}-{seeds[0]}", score(arm.arm, seeds[0])
+            row = {"run": name, "arm": arm.arm, "budget": arm.budget, **dict.fromkeys(studies.SEEDS, seeds[0])}
+            row |= {"training_flops": 3e13 if arm.arm == "B1" else 1.5e13, "mean_token_accuracy": value}
+            row |= {"mean_loss": 0.2 if arm.arm == "none" else 0.4, "exact_match_accuracy": value - 0.3}
+            row |= {f"accuracy_{task}": value for task in TASKS} | {"exact_match_card": value - 0.3}
+            runs.append(row)
+            for task in TASKS:
+                loss = 0.2 if arm.arm == "none" else 0.16 if task == "gist" else 0.4
+                items.append({"run": name, "task": task, "num_tokens": 5, "loss_sum": 5 * loss})
+    pd.DataFrame(runs).to_csv(folder / "runs.csv", index=False)
+    pd.DataFrame(items).to_parquet(folder / "items.parquet")
+    return studies.read_study(folder)
+
+
+def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_path, monkeypatch):
     write_root(tmp_path)
-    metrics.write_json(tmp_path / "reports/study/mine/summary.json", study_summary())
-    metrics.write_json(tmp_path / "reports/study/early/summary.json", study_summary(name="early", comparisons=[]))
-    build(tmp_path, monkeypatch)
-    page = (tmp_path / "reports/report.html").read_text()
-    title = "default recipe against sixteen tokens (B1): tasks that need a gaze"
-    statement = (
-        "+57.5 points of token accuracy [+40.0, +70.0] over 2 pairs of runs, p = 1.000 (sign flips, Holm), at equal "
-    )
-    statement += "training samples. The validation loss of 2 of the 4 runs was still falling."
-    assert 0 < page.index(title) < page.index(statement) < page.index('<p class="lead">')
+    write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
+    write_study(tmp_path, study_summary("early", ("none", "F1")))
+    page = build(tmp_path, monkeypatch)
+    title = "Default recipe against sixteen tokens (B1): tasks that need a gaze"
+    statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
+    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1). With this "
+    statement += "spread, arms that are the same are called equal (within 3 points) in "
+    assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
+    assert "<dd>2 of 2</dd><p>left the plateau: token accuracy of at least 75%; 95% interval" in page
+    assert 0 < page.index("<dd>2 of 2</dd>") < page.index(title) < page.index(statement) < page.index('class="lead"')
+    assert '<span class="open">2 of 4 runs not converged</span>' in page
     assert "Which &lt;one&gt;?" in page
-    assert "4 of 6 runs" in page
-    assert "<details><summary>Verdicts from the runs in reports/runs</summary>" in page
+    assert "6 of 6 runs" in page
+    assert page.index('alt="Differences between the default') < page.index("<details><summary>Study early</summary>")
     assert page.count('alt="Accuracy of every run of the study') == 2
-    assert page.count('alt="Differences between the default recipe and the other arms') == 1
+    assert page.count('alt="Differences between the default recipe and the other arms') == 2
     text = (tmp_path / "reports/report.md").read_text()
     assert statement.replace("[", "\\[").replace("]", "\\]") in text
     assert "study_mine_forest" in text
-    assert "| sixteen tokens (B1) | x1 | 2 | 61.0 [60–62] | 65.0 [60–70] | 0 of 2 | 2 of 2 | 15.0 | 5.0 |" in text
+    assert "| sixteen tokens (B1) | 2 | 31.5 [31–32] | 61.5 [61–62] | 0 of 2 [0–84%] | 2 of 2 | 15.0 | 5.0 |" in text
+    assert "| sixteen tokens (B1): token accuracy | 61.5 [61–62] |" in text
+    assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
+
+
+def test_a_study_with_more_arms_leads_with_the_headline_arms_and_folds_the_others(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    write_study(tmp_path, study_summary(arms=("none", "A6", "A6_16", "B1")))
+    page = build(tmp_path, monkeypatch)
+    folded = page.index("<details><summary>All arms of study mine</summary>")
+    assert page.index(">one static token (A6)</th>") < folded < page.index(">A6_16</th>")
+    assert "against A6_16" not in page
+    assert (tmp_path / "reports/figures/study_mine_first_forest.svg").exists()
+    assert (tmp_path / "reports/figures/study_mine_forest.svg").exists()
+
+
+def test_the_headline_study_has_all_arms_most_replicates_and_the_latest_seeds(tmp_path):
+    arms = ("none", "A6", "B1")
+
+    def made(name, arms, seeds, **changes):
+        return write_study(tmp_path, study_summary(name, arms, seeds, **changes))
+
+    some, tuned = made("some", ("none", "B1"), (9, 10, 11)), made("tuned", arms, (1, 2, 3), split="validation")
+    assert studies.headline_of([some, tuned]) is None
+    first, later = made("zeta", arms, (1, 2)), made("alpha", arms, (3, 4))
+    assert studies.headline_of([some, tuned, first, later]) is later
+    more = made("more", arms, (1, 2, 5))
+    assert studies.headline_of([first, more, later]) is more
+
+
+def test_the_loss_is_compared_by_group_in_the_tiers_of_the_research(tmp_path):
+    study = write_study(tmp_path, study_summary())
+    cells = {row[2]: row[-2:] for row in studies.effects(study).rows}
+    assert cells["gaze"] == [("+50%", pytest.approx(50)), "above 15% (2 of 2 pairs above 5%)"]
+    assert cells["reading"] == [("−25%", pytest.approx(-25)), "worse (0 of 2 pairs above 5%)"]
+    tiers = [studies.tier([gain]).partition(" (")[0] for gain in (0.04, 0.051, 0.15, 0.151)]
+    assert tiers == ["up to 5%", "5 to 15%", "5 to 15%", "above 15%"]
+
+
+def test_an_arm_of_equal_flops_is_paired_with_the_runs_that_have_as_many(tmp_path):
+    study = write_study(tmp_path, study_summary())
+    runs = study.runs.assign(budget=["x1", "x1", "same", "same"], training_flops=[1e13, 2e13, 1.01e13, 2.0e13])
+    study = studies.Study(
+        study.summary, pd.concat([runs, runs.iloc[:2].assign(budget="x2", training_flops=9e13, run="z")]), None
+    )
+    entry = study.summary.comparisons[0].model_copy(update={"arm": "B1, same", "matched": "FLOPs"})
+    own, base = studies.paired_runs(study, entry)
+    assert list(zip(own["run"], base["run"], strict=True)) == [("B1-1", "none-1"), ("B1-2", "none-2")]
+
+
+def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_path):
+    cheaper, other = decisions.CHEAPER, decisions.OTHER
+    for rule, found, expected in (
+        (cheaper, ("equal", "equal"), "take the alternative"),
+        (other, ("equal", "equal"), "keep the default"),
+        (other, ("worse", "equal"), "take the alternative"),
+        (other, ("better", "worse"), "depends on the tasks"),
+        (cheaper, ("better", "undecided"), "keep the default"),
+        (cheaper, ("equal", "undecided"), "undecided"),
+        (other, ("worse", "exploratory"), "undecided"),
+        (other, ("unmatched budgets", "equal"), "undecided"),
+    ):
+        assert decisions.outcome(rule, found) == expected
+    few, many = (
+        write_study(tmp_path, study_summary(*given)) for given in (("few",), ("many", ("none", "B1"), (3, 4, 5)))
+    )
+    rows = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([many, few]).rows}
+    assert rows["more tokens: sixteen pooled (B1)"] == [
+        *(
+            "+44.0 [+30.0, +50.0]",
+            "−10.0 [−10.0, −10.0]",
+            "+50%, above 15%",
+            "undecided (many, 3 pairs)",
+            "taken if better",
+        ),
+    ]
+    assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "taken unless worse"]
+    assert len(rows) == len(decisions.CHOICES)
+    known = {path.stem for path in (params.ROOT / "conf/study").glob("*.yaml")}
+    for choice in decisions.CHOICES:
+        assert choice.study in known
+        assert {choice.arm, choice.baseline} <= set(read_study(choice.study).arms), choice
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):

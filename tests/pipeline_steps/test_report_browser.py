@@ -1,4 +1,4 @@
-"""The page in a real browser: headless Chromium, driven by selenium.
+"""The page in a real browser (headless Chromium, driven by selenium), with its folded parts open where not said.
 
     python -m pytest -m browser
 
@@ -67,7 +67,22 @@ def browser(chromium, page):
         chromium.get_log(kind)  # what earlier tests left
     show(chromium, width=1280, scheme="light")
     chromium.get(page)
+    chromium.execute_script("document.querySelectorAll('details').forEach((folded) => { folded.open = true; })")
     return chromium
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    """The address of a page with a headline study of three arms and eight seeds, and another study."""
+    from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
+
+    root = tmp_path_factory.mktemp("full")
+    write_root(root)
+    write_study(root, study_summary("confirm", ("none", "A6", "B1"), tuple(range(8))))
+    write_study(root, study_summary("phase1a", ("none", "F1", "LR2", "A1", "D1"), (31, 32, 33)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        build(root, monkeypatch)
+    return (root / "reports/report.html").as_uri()
 
 
 def show(browser, width, scheme):
@@ -124,12 +139,12 @@ def test_the_page_logs_nothing_fetches_nothing_and_loads_every_image(browser, pa
 
 def test_a_click_sorts_numerically_and_a_second_click_reverses(browser):
     head, cells = column(browser, "reading", "frames")
-    assert cells() == ["84", "516", "600"]
+    assert cells() == ["84", "516", "600"] * 3
     head.click()
-    assert cells() == ["516", "84", "600"]  # the sum stays below; as words 84 would come first
+    assert cells() == ["516"] * 3 + ["84"] * 3 + ["600"] * 3  # the sums stay below; as words 84 would come first
     assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
     head.click()
-    assert cells() == ["84", "516", "600"]
+    assert cells() == ["84"] * 3 + ["516"] * 3 + ["600"] * 3
     assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
 
 
@@ -176,7 +191,7 @@ def test_without_javascript_every_frame_is_visible(chromium, page):
         chromium.get(page)
         visible = {
             name: chromium.find_element(By.CSS_SELECTOR, name).is_displayed()
-            for name in (".clip .frames", ".clip canvas", ".clip .controls", "#reading-rows", "figure img")
+            for name in (".clip .frames", ".clip canvas", ".clip .controls", "#accuracy-rows", "figure img")
         }
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
@@ -193,3 +208,25 @@ def test_the_page_fits_and_is_legible(browser, width, scheme):
     assert browser.execute_script(CONTRAST) == {}
     chosen = browser.execute_script("const i = document.querySelector('figure img'); return i.currentSrc === i.src")
     assert chosen == (scheme == "light")  # figures are drawn for both
+
+
+def test_the_page_is_short_until_it_is_unfolded(chromium, full_page):
+    """Limits of a reader's patience at 1280 px; a page with more clips and more tasks has them to spare."""
+    show(chromium, 1280, "light")
+    chromium.get(full_page)
+    script = "return [...document.querySelectorAll('table')].filter((t) => t.checkVisibility()).length"
+    assert chromium.execute_script(script) <= 13
+    assert chromium.execute_script("return document.documentElement.scrollHeight") <= 13_000
+    assert chromium.execute_script("return document.body.innerText.split(/\\s+/).length") <= 4_600
+    results = chromium.execute_script("return document.body.innerText")
+    assert "dvc exp run" not in results
+    assert results.index("Exact match") < results.index("Token accuracy") < results.index("Verdict")
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_page_with_studies_fits(chromium, full_page, width):
+    show(chromium, width, "light")
+    chromium.get(full_page)
+    chromium.execute_script("document.querySelectorAll('details').forEach((folded) => { folded.open = true; })")
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+    assert chromium.execute_script(CONTRAST) == {}

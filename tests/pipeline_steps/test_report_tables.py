@@ -14,6 +14,7 @@ from tests.pipeline_steps.test_report import (
     TASKS,
     build,
     curve_table,
+    given,
     item_table,
     result_of,
     streaming_result,
@@ -37,7 +38,7 @@ def test_read_samples_are_counted_and_unmatched_items_listed(built):
 
 def test_samples_and_items_of_every_source_are_counted(tmp_path):
     write_root(tmp_path)
-    inputs = read_inputs(tmp_path, "none", 1)
+    inputs = read_inputs(tmp_path, given())
     assert [text_of(cell) for cell in reading.sources(inputs.shards, inputs.tokens).rows[0]] == [
         *("folder", "9", "1", "9", "9", "0", "0", "99"),
     ]
@@ -70,7 +71,7 @@ def test_a_metrics_table_without_a_column_is_an_error_that_names_it(tmp_path):
     table = curve_table(columns=[name for name in CURVE_COLUMNS if name != "source"])
     table.to_csv(tmp_path / "outputs/metrics/stage2.csv", index=False)
     with pytest.raises(UserError, match=r"stage2.csv: no column source.*dvc repro stage2"):
-        read_inputs(tmp_path, "none", 1)
+        read_inputs(tmp_path, given())
 
 
 def test_control_costs_are_points_of_accuracy():

@@ -497,6 +497,29 @@ def test_arms_with_other_seeds_or_budgets_get_no_verdict():
     assert {(entry.verdict, entry.matched) for entry in found} == {("unmatched budgets", None)}
 
 
+def test_unequal_budgets_are_matched_if_every_run_has_converged():
+    table = runs_table()
+    table.loc[table["arm"] != "none", ["training_samples", "training_flops"]] *= 2
+    found = {entry.arm: (entry.matched, entry.verdict) for entry in summary.comparisons(table, STUDY)[::2]}
+    assert found == {"A6": ("convergence", "better"), "B1": (None, "unmatched budgets")}  # B1 has not converged
+
+
+@pytest.mark.parametrize("changes", [{"training_samples": np.nan}, {"training_flops": np.nan}, {"converged": None}])
+def test_an_unknown_budget_gets_no_verdict(changes):
+    table = runs_table().astype({"converged": object})
+    table.loc[table["arm"] == "A6", ["training_samples", "training_flops"]] *= 2
+    for name, value in changes.items():
+        table.loc[table["arm"] == "A6", name] = value
+    assert {entry.verdict for entry in summary.comparisons(table, STUDY) if entry.arm == "A6"} == {"unmatched budgets"}
+
+
+def test_the_summary_names_the_split_and_the_tasks_of_every_group():
+    found = summary.summarise("mine", runs_table(), STUDY.model_copy(update={"base": ("evaluation.split=validation",)}))
+    assert found.split == "validation"
+    assert summary.summarise("mine", runs_table(), STUDY).split == "test"
+    assert found.group_tasks["gaze"] == ["card", "follow"]
+
+
 def test_only_headline_questions_are_corrected_and_get_a_verdict():
     study = STUDY.model_copy(update={"headline": ("B1",)})
     found = summary.comparisons(runs_table(), study)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.study import statistics
 
 RUNS, REPEATS = 8, 400
@@ -125,6 +126,23 @@ def test_one_pair_has_no_t_interval():
     assert (entry.interval, entry.smallest_margin, entry.verdict) == (None, None, "undecided")
 
 
+@pytest.mark.parametrize(("spread", "margin"), [(0.01, 0.03), (0.03, 0.03), (0.08, 0.03), (0.08, 0.1)])
+def test_the_power_of_equality_is_how_often_equal_arms_are_called_equal(spread, margin):
+    rng = np.random.default_rng(3)
+    observed = rng.normal(0, 1, RUNS)
+    observed *= spread / observed.std(ddof=1)
+    called = 0
+    for _ in range(1000):
+        verdict = statistics.compare({("arm", "gaze"): rng.normal(0, spread, RUNS)}, margin)[0].verdict
+        called += verdict == "equal"
+    assert equivalence_power(observed, margin) == pytest.approx(called / 1000, abs=0.04)
+
+
+def test_power_needs_two_pairs():
+    assert equivalence_power([0.1], 0.03) is None
+    assert equivalence_power([0.1, 0.1], 0.03) == 1.0
+
+
 def test_share_interval_is_clopper_pearson():
-    low, high = statistics.share_interval(8, 8)
+    low, high = share_interval(8, 8)
     assert (low, high) == (pytest.approx(0.025 ** (1 / 8)), 1.0)

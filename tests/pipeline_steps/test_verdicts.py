@@ -176,16 +176,6 @@ def test_without_runs_there_is_no_ablation_table():
     assert differences.tables(Found([make_run("none", 1)]), SETTINGS) == []
 
 
-def test_a_budget_needs_all_stages():
-    stages = {
-        stage: {"mixture": {"card": {"num_samples": 60}, "text": {"num_samples": 40}}} for stage in budgets.STAGES
-    }
-    flops = metrics.FlopsResult.model_construct(training_sample=5.0)
-    assert budgets.budget_of(stages, flops) == Budget(300, 1500.0)
-    del stages["stage2"]
-    assert budgets.budget_of(stages, flops) is None
-
-
 def test_compute_is_equal_within_two_per_cent():
     own, other = make_run("none", 1, budget=Budget(1000, 1e9)), make_run("B1", 1, budget=Budget(500, 1.019e9))
     assert budgets.kind_of([own], [other]) == budgets.ISO_FLOP

@@ -1,0 +1,127 @@
+"""The decision table: what the studies say about every choice of the default recipe.
+
+A row compares the default recipe with one alternative, in every group of tasks, in the study with most pairs of both.
+The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline_steps.common.study_results import BETTER, EQUAL, WORSE
+from pipeline_steps.report import studies
+from pipeline_steps.report.tables import MISSING, Table
+
+CHEAPER, OTHER = "cheaper", "other"
+RULES = {CHEAPER: "taken unless worse", OTHER: "taken if better"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An alternative to the default recipe."""
+
+    decision: str
+    arm: str  # name of the arm in a study
+    description: str
+    rule: str  # a key of RULES
+    study: str  # in conf/study, that runs it
+    baseline: str = "none"
+
+
+CHOICES = (
+    Choice("static query", "A6", "one token (A6)", CHEAPER, "confirm"),
+    Choice("static query", "A6_16", "sixteen tokens", OTHER, "headline"),
+    Choice("more tokens", "B1", "sixteen pooled (B1)", OTHER, "confirm"),
+    Choice("more tokens", "B1_4", "four pooled", OTHER, "headline"),
+    Choice("freeze", "F1", "both backbones (F1)", CHEAPER, "phase1a"),
+    Choice("freeze", "F2", "language model (F2)", CHEAPER, "phase1a"),
+    Choice("freeze", "A5", "vision encoder (A5)", CHEAPER, "controls"),
+    Choice("connector rate", "LR2", "× 10 (LR2)", OTHER, "phase1a"),
+    Choice("connector rate", "LR3", "× 0.3 (LR3)", OTHER, "phase1a"),
+    Choice("connector rate", "LR4", "× 0.1 (LR4)", OTHER, "phase1a"),
+    Choice("shallow query", "A1", "last layer only (A1)", CHEAPER, "phase1a"),
+    Choice("planning passes", "passes2", "two", OTHER, "controls"),
+    Choice("stills", "A8a", "one frame (A8a)", CHEAPER, "phase1a"),
+    Choice("stills", "A8b", "sixteen frames (A8b)", OTHER, "phase1a"),
+    Choice("mix", "D1", "55/30/15 % video, stills, text (D1)", OTHER, "phase1a"),
+    Choice("mix", "reading", "more captions and stills", OTHER, "recipe"),
+    Choice("mix", "T1", "no text-only samples (T1)", OTHER, "controls"),
+    Choice("size", "foveated_M", "language model M, not S", OTHER, "scaling", "foveated_S"),
+    Choice("size", "foveated_L", "language model L, not S", OTHER, "scaling", "foveated_S"),
+)
+
+
+def table(found):
+    """`Table` of all CHOICES from a list of `studies.Study`."""
+    chosen = [(choice, best_study(choice, found)) for choice in CHOICES]
+    groups = list(dict.fromkeys(entry.group for choice, study in chosen if study for entry in entries(choice, study)))
+    rows = []
+    for choice, study in chosen:
+        if study is None:
+            verdict = f"not run: make study name={choice.study}"
+            rows.append([name_of(choice), *(MISSING for _ in groups), MISSING, verdict, RULES[choice.rule]])
+        else:
+            labels = dict.fromkeys(entry.arm for entry in entries(choice, study))
+            rows += [row(choice, study, label, groups) for label in labels]
+    columns = ["alternative", *(f"{group}, points" for group in groups), "lower loss", "verdict", "rule"]
+    note = (
+        "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
+        f"smaller minus the larger. {RULES[CHEAPER].capitalize()} (in a group of tasks): those that cost less. "
+        f"{RULES[OTHER].capitalize()} (in a group, and worse in none): the others. {studies.TIERS}"
+        if groups
+        else "No study in reports/study has runs of these alternatives."
+    )
+    return Table("decisions", "Decisions", columns, rows, note)
+
+
+def name_of(choice, budget=""):
+    return f"{choice.decision}: {choice.description}" + (f", {studies.budget_name(budget)}" if budget else "")
+
+
+def entries(choice, study):
+    """The `ComparisonResult`s of a choice in a study, of all budgets and groups."""
+    return [
+        entry
+        for entry in study.summary.comparisons
+        if entry.arm.partition(", ")[0] == choice.arm and entry.baseline == choice.baseline
+    ]
+
+
+def best_study(choice, found):
+    """The study with most pairs of a choice, of these the one with the highest seeds; None without runs."""
+    having = [study for study in found if entries(choice, study)]
+    return max(having, key=lambda study: (most_pairs(choice, study), studies.rank(study)[1:]), default=None)
+
+
+def most_pairs(choice, study):
+    return max(len(entry.differences) for entry in entries(choice, study))
+
+
+def row(choice, study, label, groups):
+    own = {entry.group: entry for entry in entries(choice, study) if entry.arm == label}
+    first = next(iter(own.values()))
+    budget = label.partition(", ")[2]
+    cells = [
+        (studies.effect_text(own[group]), 100 * float(np.mean(own[group].differences))) if group in own else MISSING
+        for group in groups
+    ]
+    count = len(first.differences)
+    pairs = f"{count} pair{'s' * (count > 1)}"
+    gain, tier = studies.gain_cells(studies.improvement(study, first))
+    lower = gain if gain is MISSING else (f"{gain[0]}, {tier.partition(' (')[0]}", gain[1])
+    return [
+        name_of(choice, budget),
+        *cells,
+        lower,
+        f"{outcome(choice.rule, [entry.verdict for entry in own.values()])} ({study.name}, {pairs})",
+        RULES[choice.rule],
+    ]
+
+
+def outcome(rule, verdicts):
+    """What the verdicts on the default, one per group of tasks, decide by a rule."""
+    if BETTER in verdicts:
+        return "depends on the tasks" if WORSE in verdicts else "keep the default"
+    if not set(verdicts) <= {EQUAL, WORSE}:
+        return "undecided"
+    return "take the alternative" if WORSE in verdicts or rule == CHEAPER else "keep the default"
