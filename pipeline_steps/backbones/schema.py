@@ -76,6 +76,8 @@ class Embedded(StrictModel):
     """Frames or chats per warm-up step."""
     language_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
+    autoencoder_steps: NonNegativeInt
+    """Training steps of an autoencoder of frames, for the next-frame objective (extra `latents`); 0: none."""
     vocabulary_size: int = Field(ge=259)
     """Largest BPE vocabulary: 3 special tokens, 256 bytes, merges."""
     max_positions: PositiveInt
