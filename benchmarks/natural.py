@@ -6,7 +6,8 @@
 
 Needs the backbones of `make pretrained` (--pretrained names another folder with vision_encoder and language_model) and
 a folder of cut-outs (docs/world_objects.md; without --cutouts the photographs of tuxpaint are downloaded). The recipe
-is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters.
+is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters. The text-only samples are --chats, a
+.jsonl (without it: the language model's own answers, which pipeline_steps.backbones.own_chats writes first).
 
 The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
 made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other
@@ -37,6 +38,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json, write_text
@@ -92,6 +94,8 @@ def cells_of(arguments, inputs: dict[str, str]) -> list[Cell]:
     base += (f"sources.procedural.objects.cutouts={inputs['cutouts']}",)
     if "backgrounds" in inputs:
         base += (f"sources.procedural.objects.backgrounds={inputs['backgrounds']}",)
+    if "chats" in inputs:
+        base += (f"sources.chat.path={inputs['chats']}",)
     known = sorted(path.stem for path in (ROOT / "conf/ablation").glob("*.yaml"))
     if unknown := [arm for arm in arguments.arms if arm not in known]:
         raise UserError(f"--arms {unknown[0]}: there is no conf/ablation/{unknown[0]}.yaml (there are: {known})")
@@ -132,12 +136,15 @@ def link_inputs(arguments) -> dict[str, str]:
     folders = {"pretrained": arguments.pretrained, "cutouts": arguments.cutouts}
     if arguments.backgrounds is not None:
         folders["backgrounds"] = arguments.backgrounds
+    hashes = {name: (folder, folder_hash(folder)) for name, folder in folders.items()}
+    if arguments.chats is not None:
+        hashes["chats"] = arguments.chats, f"{sha256_file(arguments.chats)[:16]}.jsonl"
     found = {}
-    for name, folder in folders.items():
-        link = arguments.output / "inputs" / f"{name}-{folder_hash(folder)}"
+    for name, (path, content) in hashes.items():
+        link = arguments.output / "inputs" / f"{name}-{content}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(folder.resolve())
+        link.symlink_to(path.resolve())
         found[name] = f"../../../inputs/{link.name}"  # jobs/<stage>/<key>
     return found
 
@@ -384,6 +391,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop and save after this time; run again to continue")
     parser.add_argument("--cutouts", type=Path, help="folder of cut-outs (default: tuxpaint's, in the user's cache)")
     parser.add_argument("--backgrounds", type=Path, help="folder of photographs (default: textures)")
+    parser.add_argument("--chats", type=Path, help=".jsonl of text-only chats (default: the language model's own)")
     parser.add_argument("--pretrained", type=Path, default=default_output(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="default: outputs/natural/PRESET")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of every run")
@@ -397,7 +405,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def find_inputs(arguments) -> None:
-    """Fills in --cutouts. UserError for what is missing."""
+    """Fills in --cutouts and --chats. UserError for what is missing."""
     if not (arguments.pretrained / "language_model").is_dir():
         raise UserError(f"{arguments.pretrained}: no pretrained backbones there. Run `make pretrained`.")
     if arguments.cutouts is None:
@@ -407,6 +415,14 @@ def find_inputs(arguments) -> None:
 
             print(f"{arguments.cutouts}: downloading {tuxpaint.PACKAGE}", flush=True)
             tuxpaint.build(arguments.cutouts, None)
+    if arguments.chats is None:
+        language = arguments.pretrained / "language_model"
+        arguments.chats = cache_folder() / "chats" / f"{folder_hash(language)}.jsonl"
+        if not arguments.chats.exists():
+            print(f"{arguments.chats}: asking {language}", flush=True)
+            own_chats.write_chats(language, arguments.chats, device=arguments.device)
+    if not arguments.chats.is_file():
+        raise UserError(f"--chats {arguments.chats}: no such file. docs/data.md says what belongs there.")
     if not (arguments.cutouts / "metadata.jsonl").exists():
         raise UserError(f"{arguments.cutouts}/metadata.jsonl: missing. docs/world_objects.md says what belongs there.")
 

@@ -12,14 +12,58 @@ depend on the queries.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .joined_weights import in_compute_dtype, in_compute_dtypes, is_plain, join
 from .queries import QueryAttention
 
 PLAIN = QueryAttention()
+
+
+class LayerWeights(NamedTuple):
+    """Weights of a layer as a training step multiplies by them: queries, keys and values joined, layer scales as part
+    of the projection before them."""
+
+    heads: Tensor  # [3 D, D]
+    heads_bias: Tensor | None  # [3 D]
+    query: Tensor  # [D, D], for query rows alone
+    query_bias: Tensor | None
+    output: Tensor  # [D, D]
+    output_bias: Tensor  # [D]
+    inner: Tensor  # [inner, D]
+    inner_bias: Tensor  # [inner]
+    outer: Tensor  # [D, inner]
+    outer_bias: Tensor  # [D]
+
+    @classmethod
+    def of_layers(cls, layers: nn.ModuleList) -> list["LayerWeights"] | None:
+        """The weights of all layers, or None if their modules must be called."""
+        if not all(is_plain(layer, Layer) for layer in layers):
+            return None
+        parts = [(own.query, own.key, own.value) for own in (layer.attention.attention for layer in layers)]
+        nothing = [None] * len(parts)
+        heads, query = join([part.weight for part in own] for own in parts), [own[0].weight for own in parts]
+        biases, query_biases = nothing, nothing
+        if parts[0][0].bias is not None:
+            biases = join([part.bias for part in own] for own in parts)
+            query_biases = in_compute_dtypes([own[0].bias for own in parts])
+        output = scaled([(layer.attention.output.dense, layer.layer_scale1) for layer in layers])
+        outer = scaled([(layer.mlp.fc2, layer.layer_scale2) for layer in layers])
+        inner = [in_compute_dtypes([getattr(layer.mlp.fc1, own) for layer in layers]) for own in ("weight", "bias")]
+        query = in_compute_dtypes(query)
+        return [cls(*own) for own in zip(heads, biases, query, query_biases, *output, *inner, *outer, strict=True)]
+
+
+def scaled(parts: list[tuple[nn.Linear, "LayerScale"]]) -> tuple[list[Tensor], list[Tensor]]:
+    """(weights, biases) of linear layers, each followed by its layer scale: W x + b, times s, is (s W) x + s b."""
+    scale = torch.stack([scale.lambda1 for _, scale in parts])  # [L, D]
+    weights = torch.stack([linear.weight for linear, _ in parts]) * scale[..., None]
+    biases = torch.stack([linear.bias for linear, _ in parts]) * scale
+    return in_compute_dtype(weights).unbind(), in_compute_dtype(biases).unbind()
 
 
 @dataclass
@@ -31,10 +75,12 @@ class EncodedFrames:
     query_output: Tensor | None = None  # [F, K, D], after the final layer norm
     patch_features: Tensor | None = None  # [F, N + 1, D], after the final layer norm; row 0 is the class token
     attention_weights: Tensor | None = None  # [L, F, H, K, N + 1]
+    weights: list[LayerWeights] | None = None  # for other queries at the same frames; None: call the modules
 
     def select_frames(self, index: Tensor) -> "EncodedFrames":
         """Keys and values of a subset of the frames (index: int64 [f])."""
-        return EncodedFrames([key[index] for key in self.keys], [value[index] for value in self.values])
+        keys, values = ([part[index] for part in parts] for parts in (self.keys, self.values))
+        return EncodedFrames(keys, values, weights=self.weights)
 
 
 class PatchEmbeddings(nn.Module):
@@ -117,6 +163,19 @@ class Attention(nn.Module):
         """rows [F, rows, D]: the first `num_patch_rows` are class token and patches, the rest query rows, which attend
         as `query_attention` says. Returns (output [F, rows, D], attention weights of the query rows or None)."""
         queries = self.split_heads(self.attention.query(rows))
+        mixed, weights = self.mix(queries, keys, values, query_attention, num_patch_rows, output_attentions)
+        return self.output.dense(mixed), weights
+
+    def mix(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_attention: QueryAttention,
+        num_patch_rows: int,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` between its projections: queries [F, H, rows, C] -> (mixed [F, rows, D], weights or None)."""
         query_heads = queries[:, :, num_patch_rows:]
         weights = None
         if query_heads.shape[2] and (output_attentions or not query_attention.is_plain):
@@ -126,7 +185,7 @@ class Attention(nn.Module):
         else:
             patches = F.scaled_dot_product_attention(queries[:, :, :num_patch_rows], keys, values)
             mixed = torch.cat([patches, weights @ values], dim=2) if num_patch_rows else weights @ values
-        return self.output.dense(mixed.transpose(1, 2).flatten(2)), weights if output_attentions else None
+        return mixed.transpose(1, 2).flatten(2), weights if output_attentions else None
 
 
 class LayerScale(nn.Module):
@@ -166,38 +225,65 @@ class Layer(nn.Module):
         num_patch_rows: int,
         skip_patches: bool,
         output_attentions: bool,
+        weights: LayerWeights | None = None,
     ):
         """rows [F, N + 1 + K, D] (K may be 0) -> (rows, keys, values, attention weights of the query rows or None).
 
-        skip_patches: return the query rows only, for the last layer if nothing uses its patches.
+        skip_patches: return the query rows only, for the last layer if nothing uses its patches. weights: of this
+        layer, or None to call its modules.
         """
         normed = self.norm1(rows)
-        keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows].contiguous())  # one copy for both
-        if skip_patches:
-            rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
-        rows, weights = self.read(rows, normed, keys, values, query_attention, num_patch_rows, output_attentions)
-        return rows, keys, values, weights
+        if weights is not None and torch.is_grad_enabled() and not skip_patches:
+            heads = F.linear(normed, weights.heads, weights.heads_bias).unflatten(2, (3, self.attention.num_heads, -1))
+            queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()  # [F, H, rows, C]
+            if num_patch_rows < rows.shape[1]:
+                keys, values = keys[:, :, :num_patch_rows], values[:, :, :num_patch_rows]
+        else:  # without gradients, keys and values that are kept do not hold the memory of the queries
+            keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows].contiguous())  # one copy for both
+            if skip_patches:
+                rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
+            queries = self._queries(normed, weights)
+        rows, seen = self.read(rows, queries, keys, values, query_attention, num_patch_rows, output_attentions, weights)
+        return rows, keys, values, seen
+
+    def _queries(self, normed: Tensor, weights: LayerWeights | None) -> Tensor:
+        if weights is None:
+            return self.attention.split_heads(self.attention.attention.query(normed))
+        return self.attention.split_heads(F.linear(normed, weights.query, weights.query_bias))
 
     def read(
         self,
         rows: Tensor,
-        normed: Tensor,
+        queries: Tensor,
         keys: Tensor,
         values: Tensor,
         query_attention: QueryAttention,
         num_patch_rows: int,
         output_attentions: bool,
+        weights: LayerWeights | None,
     ):
-        """Attention and feed-forward. rows and normed = norm1(rows): [F, rows, D] -> (rows, weights or None)."""
-        mixed, weights = self.attention(normed, keys, values, query_attention, num_patch_rows, output_attentions)
-        rows = rows + self.layer_scale1(mixed)
-        return rows + self.layer_scale2(self.mlp(self.norm2(rows))), weights
+        """Attention and feed-forward of rows [F, rows, D] with these queries [F, H, rows, C] -> (rows, attention
+        weights or None)."""
+        mixed, seen = self.attention.mix(queries, keys, values, query_attention, num_patch_rows, output_attentions)
+        if weights is None:
+            rows = rows + self.layer_scale1(self.attention.output.dense(mixed))
+            return rows + self.layer_scale2(self.mlp(self.norm2(rows))), seen
+        rows = rows + F.linear(mixed, weights.output, weights.output_bias)
+        inner = F.gelu(F.linear(self.norm2(rows), weights.inner, weights.inner_bias))
+        return rows + F.linear(inner, weights.outer, weights.outer_bias), seen
 
     def attend(
-        self, rows: Tensor, keys: Tensor, values: Tensor, query_attention: QueryAttention, output_attentions: bool
+        self,
+        rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+        weights: LayerWeights | None = None,
     ):
         """The layer for query rows only, with cached keys and values: [F, K, D] -> (rows, weights or None)."""
-        return self.read(rows, self.norm1(rows), keys, values, query_attention, 0, output_attentions)
+        queries = self._queries(self.norm1(rows), weights)
+        return self.read(rows, queries, keys, values, query_attention, 0, output_attentions, weights)
 
 
 class LayerStack(nn.Module):
@@ -240,12 +326,15 @@ class FoveatedEncoder(nn.Module):
         num_patch_rows = rows.shape[1]
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
-        encoded, weights = EncodedFrames([], []), []
+        saves_memory = self.gradient_checkpointing and self.training
+        joined = None if saves_memory else LayerWeights.of_layers(self.encoder.layer)
+        encoded, weights = EncodedFrames([], [], weights=joined), []
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             skip_patches = index == last and not need_patch_features
             own = query_attention.of_layer(index)
-            rows, keys, values, seen = self._run(layer, rows, own, num_patch_rows, skip_patches, output_attentions)
+            arguments = (rows, own, num_patch_rows, skip_patches, output_attentions, joined and joined[index])
+            rows, keys, values, seen = self._run(layer, *arguments)
             encoded.keys.append(keys)
             encoded.values.append(values)
             weights.append(seen)
@@ -272,7 +361,8 @@ class FoveatedEncoder(nn.Module):
         for index, (layer, keys, values) in enumerate(
             zip(self.encoder.layer, encoded.keys, encoded.values, strict=True)
         ):
-            rows, seen = self._run(layer.attend, rows, keys, values, query_attention.of_layer(index), output_attentions)
+            own, joined = query_attention.of_layer(index), encoded.weights and encoded.weights[index]
+            rows, seen = self._run(layer.attend, rows, keys, values, own, output_attentions, joined)
             weights.append(seen)
         return self.layernorm(rows), torch.stack(weights) if output_attentions else None
 

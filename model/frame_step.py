@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .foveated_encoder import EncodedFrames
 from .outputs import FrameTokens
 from .queries import stand_in
+from .rotary import rotary_angles, rotate
 
 KINDS = ("graph", "static", "dynamic")  # a captured step, the same step run eagerly, a cache that grows
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # rotary angles that do not depend on the length read so far
@@ -130,10 +131,7 @@ class LanguageCache:
         self.places = torch.arange(self.num_places, device=device)
         self.next_place = torch.zeros(1, dtype=torch.long, device=device)
         self.num_read = torch.zeros(batch_size, dtype=torch.long, device=device)  # real tokens of every sample
-        cos, sin = language.rotary_emb(weight, self.places[None])
-        sign = torch.ones(head_width, dtype=dtype, device=device)
-        sign[: head_width // 2] = -1
-        self.cos, self.sin = cos[0], sin[0] * sign  # [S, C]; x cos + roll(x) sin: one rotation without negation
+        self.cos, self.sin = rotary_angles(language.rotary_emb, weight, self.places)  # [S, C]
 
     def reset(self) -> None:
         self.bias.fill_(self.lowest)
@@ -161,7 +159,7 @@ class LanguageCache:
             normed = torch.rms_norm(rows, (width,), layer.norm1, self.epsilon)
             turned = torch.cat([F.linear(normed, *layer.query), F.linear(normed, *layer.key)], dim=1)
             turned = turned.view(batch_size, length, num_heads + groups, 2 * half)
-            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
+            turned = rotate(turned, cos, sin)
             own_values = F.linear(normed, *layer.value).view(batch_size, length, groups, 2 * half)
             keys.index_copy_(2, places, turned[:, :, num_heads:].transpose(1, 2))
             values.index_copy_(2, places, own_values.transpose(1, 2))
@@ -220,7 +218,7 @@ def _add_linear(rows: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | Non
 # ---------------------------------------------------------------- the vision encoder's part
 
 
-class QueryWalk:
+class QueryEncoder:
     """`FoveatedEncoder.attend` for one frame of every sample, with the weights as they lie in the model."""
 
     def __init__(self, encoder):
@@ -301,7 +299,7 @@ class FrameStep:
         """num_places: tokens that the cache must hold. query_source: of QUERY_SOURCES in the configuration."""
         self.query_source, self.output_attentions = query_source, output_attentions
         self.cache = LanguageCache(model, batch_size, num_places)
-        self.walk = QueryWalk(model.vision_encoder) if model.config.attention == "deep" else None
+        self.query_encoder = QueryEncoder(model.vision_encoder) if model.config.attention == "deep" else None
         self.queries = model.static_query.detach().expand(batch_size, -1, -1).clone()  # of the next frame [B, K, Q]
 
     def reset(self, first: Tensor) -> None:
@@ -322,11 +320,11 @@ class FrameStep:
         if inputs.allowed is not None:
             attention = replace(attention, allowed=inputs.allowed)
         rows = model._query_rows(queries)  # [B, K, D]
-        if self.walk is None:
+        if self.query_encoder is None:
             encoded = EncodedFrames(inputs.keys, inputs.values)
             found = model.shallow_attention.attend(rows, encoded, self.output_attentions, attention)
         else:
-            found = self.walk(rows, inputs.keys, inputs.values, attention, self.output_attentions)
+            found = self.query_encoder(rows, inputs.keys, inputs.values, attention, self.output_attentions)
         features, weights = found
         tokens = model._tokens(features, inputs.times)
         embeddings = tokens.to(self.cache.bias.dtype)  # [B, P, E]
@@ -393,7 +391,7 @@ def _take_step(model, kind: str, inputs: FrameInputs, *arguments) -> FrameStep:
     return step
 
 
-def give_back_step(model, step: FrameStep) -> None:
+def release_step(model, step: FrameStep) -> None:
     """Keeps a captured step for the next `take_step`, MAX_GRAPHS of a model at most."""
     if not isinstance(step, FrameStepGraph):
         return
@@ -453,7 +451,7 @@ def step_through_frames(
     step.read_text(model, ids, mask)
     seen = [step(model, start if t == 0 else inputs(t)) for t in range(num_steps)]
     read = FramesRead.of(step.cache, num_places, language.rows, copy=kind == "graph")
-    give_back_step(model, step)
+    release_step(model, step)
     where = language.time_of_frame, language.sample_of_frame
     tokens = torch.stack([frame.visual_tokens for frame in seen])[where]  # [F, P, E]
     queries = torch.stack([frame.queries for frame in seen])[where]

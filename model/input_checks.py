@@ -101,10 +101,10 @@ def _check_places(config, places, input_ids, frames: int, labels) -> None:
 
 def _check_values(config, input_ids, attention_mask, num_frames, frames: int, labels) -> None:
     """Raises ValueError if values of the arguments do not match each other or the configuration. A GPU waits for it."""
-    told = None if num_frames is None else int(num_frames.sum())
-    if (told or 0) != frames:
+    total = None if num_frames is None else int(num_frames.sum())
+    if (total or 0) != frames:
         raise ValueError(
-            f"num_frames sums to {told}, but pixel_values has {frames} frames. Concatenate the frames of all samples "
+            f"num_frames sums to {total}, but pixel_values has {frames} frames. Concatenate the frames of all samples "
             "and pass the number of frames of each in num_frames"
         )
     per_frame = config.tokens_per_frame
@@ -196,7 +196,7 @@ def check_cache(model) -> None:
         )
 
 
-def check_room(config, length: int, new_tokens: int | None) -> None:
+def check_context_length(config, length: int, new_tokens: int | None) -> None:
     """Raises ValueError if the answer may exceed the language model's context."""
     limit = config.text_config.max_position_embeddings
     if new_tokens is not None and length + new_tokens > limit:

@@ -26,7 +26,7 @@ from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
 from .frame_step import choose_step, continues_from_cache, step_through_frames
 from .generation_checks import GenerationChecksMixin, check_generation
-from .input_checks import check_cache, check_inputs, check_left_padded, check_library_arguments, check_room
+from .input_checks import check_cache, check_context_length, check_inputs, check_left_padded, check_library_arguments
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
 from .options import FoveationOptions
@@ -403,7 +403,7 @@ class FoveatedVLMForConditionalGeneration(
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
         others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
         check_generation(settings, others)
-        check_room(self.config, input_ids.shape[1], settings.max_new_tokens)
+        check_context_length(self.config, input_ids.shape[1], settings.max_new_tokens)
         passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
         read = passes[-1].read if passes and continues_from_cache(settings) else None
         prompt = read.prompt(self, input_ids, attention_mask, settings.max_new_tokens) if read else None

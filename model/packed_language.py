@@ -1,8 +1,9 @@
 """The language model over the rows of a batch without padding, for everything that needs no key-value cache.
 
 The layers are Llama's (Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models") with the weights
-and modules of the library's, so hooks, adapters and sharding of linear layers work. Every sample attends to its own
-tokens only: on CUDA in half precision by torch's variable-length kernel, elsewhere padded for the attention alone.
+and modules of the library's, so hooks, adapters and sharding of linear layers work: such layers call their modules, all
+others multiply by joined weights. Every sample attends to its own tokens only: on CUDA in half precision by torch's
+variable-length kernel, elsewhere padded for the attention alone.
 
 Shapes: N rows, B sequences, S rows of the longest, E language width, H heads, G key-value heads, C head width, F
 frames, P visual tokens per frame, K queries per frame, Q query width.
@@ -10,17 +11,87 @@ frames, P visual tokens per frame, K queries per frame, Q query width.
 
 import inspect
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers.models.llama import modeling_llama
 
+from .joined_weights import add_linear, in_compute_dtype, in_compute_dtypes, is_plain, join
 from .packing import BatchPlaces, Continuation, Packing
+from .rotary import rotary_angles, rotate_
 
 _VARLEN = inspect.signature(varlen_attn).parameters
 HALF = (torch.float16, torch.bfloat16)
+
+
+class Reading(NamedTuple):
+    """What all layers of one pass over rows share.
+
+    cos, sin [N, 1, C]: rotary angles, signed as in `rotary_angles`. order, back: the places of the rows for attention
+    (sorted, or padded [B, S]) and those of the attended rows; keys_order, keys_back: the same for the M earlier rows
+    and these, None without earlier ones. starts, key_starts: of the variable-length kernel, with the longest sequences.
+    mask: `later_mask` or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    is_varlen: bool
+    order: Tensor
+    back: Tensor
+    starts: Tensor
+    longest: int
+    keys_order: Tensor | None
+    keys_back: Tensor | None
+    key_starts: Tensor
+    longest_keys: int
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, is_varlen: bool) -> "Reading":
+        """rows [N, E]: what the pass reads. packing: a Continuation if there are earlier rows."""
+        cos, sin = (in_compute_dtype(angle)[:, None] for angle in angles)
+        mask, keys = None, (None, None, packing.starts, packing.padded.shape[1])
+        if isinstance(packing, Continuation):
+            order = (packing.key_order, packing.key_places) if is_varlen else (packing.key_padded, packing.key_unpadded)
+            keys = (*order, packing.key_starts, packing.key_padded.shape[1])
+            mask = None if is_varlen else later_mask(packing, rows.dtype)
+        order = (packing.order, packing.places) if is_varlen else (packing.padded, packing.unpadded)
+        return cls(cos, sin, is_varlen, *order, packing.starts, packing.padded.shape[1], *keys, mask)
+
+
+class LayerWeights(NamedTuple):
+    """Joined weights [out, in] of a layer: queries, keys and values; attention's output; gate and up; down."""
+
+    heads: Tensor
+    output: Tensor
+    inner: Tensor
+    down: Tensor
+
+    @classmethod
+    def of_layers(cls, layers: nn.ModuleList) -> list["LayerWeights"] | None:
+        """The weights of all layers, or None if their modules must be called."""
+        saves_memory = layers[0].gradient_checkpointing and layers[0].training
+        if saves_memory or not all(is_plain(layer, LlamaDecoderLayer) and not _has_bias(layer) for layer in layers):
+            return None
+        if type(layers[0].mlp.act_fn) is not SILU:
+            return None
+        blocks = [(layer.self_attn, layer.mlp) for layer in layers]
+        heads = join((own.q_proj.weight, own.k_proj.weight, own.v_proj.weight) for own, _ in blocks)
+        inner = join((mlp.gate_proj.weight, mlp.up_proj.weight) for _, mlp in blocks)
+        output = in_compute_dtypes([own.o_proj.weight for own, _ in blocks])
+        down = in_compute_dtypes([mlp.down_proj.weight for _, mlp in blocks])
+        return [cls(*own) for own in zip(heads, output, inner, down, strict=True)]
+
+
+SILU = type(modeling_llama.ACT2FN["silu"])
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return layer.self_attn.q_proj.bias is not None or layer.mlp.up_proj.bias is not None
 
 
 class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
@@ -28,37 +99,39 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
     sharding find the layers of a model."""
 
     def forward(self, hidden_states: Tensor, *arguments, packed: tuple | None = None, **others):
-        """As in the library; with `packed`, the arguments of `read_packed` after the rows, that of packed rows."""
+        """As in the library; with `packed`, the last arguments of `read_packed`, that of packed rows."""
         if packed is None:
             return super().forward(hidden_states, *arguments, **others)
         return self.read_packed(hidden_states, *arguments, *packed)
 
     def read_packed(
-        self, rows: Tensor, earlier: Tensor | None, cos: Tensor, sin: Tensor, indices: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [N, E] -> (rows [N, E], their keys and values [N, 2 G, C]).
+        self,
+        rows: Tensor,
+        earlier: Tensor | None,
+        weights: LayerWeights | None,
+        reading: Reading,
+        keep: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows [N, E] -> (rows [N, E], keys and values of the first `keep` rows [keep, 2 G, C], None for 0).
 
-        cos, sin [N, 1, C]: rotary angles, the first half of sin negated. earlier [M, 2 G, C]: keys and values of the
-        rows before. indices: of `attend` or, with rows before, of `attend_later`.
+        earlier [M, 2 G, C]: keys and values of the rows before. weights: None to call the modules.
         """
         attention, mlp = self.self_attn, self.mlp
         normed = in_compute_dtype(rms_norm(rows, self.input_layernorm))
-        turned = torch.cat([attention.q_proj(normed), attention.k_proj(normed)], dim=1)
-        turned = turned.unflatten(1, (-1, attention.head_dim))  # [N, H + G, C]
-        cos, sin = cos.to(turned.dtype), sin.to(turned.dtype)
-        turned = torch.addcmul(turned * cos, turned.roll(turned.shape[-1] // 2, -1), sin)
-        values = attention.v_proj(normed).unflatten(1, (-1, attention.head_dim))  # [N, G, C]
-        heads = torch.cat([turned, values], dim=1)
-        own = heads[:, -2 * values.shape[1] :]
+        groups = attention.config.num_key_value_heads
+        projected, heads = normed, weights and weights.heads
+        if weights is None:
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            projected = torch.cat([part(normed) for part in parts], dim=1)
         options = (attention.scaling, attention.attention_dropout if self.training else 0.0)
-        if earlier is None:
-            mixed = attend(heads, values.shape[1], *indices, *options)
-        else:
-            queries = heads[:, : -2 * values.shape[1]]
-            mixed = attend_later(queries, torch.cat([earlier, own]), *indices, *options)
-        rows = rows + attention.o_proj(mixed)
+        mixed, held = attend(projected, heads, earlier, reading, groups, keep, *options)
+        if weights is None:
+            rows = rows + attention.o_proj(mixed)
+            normed = in_compute_dtype(rms_norm(rows, self.post_attention_layernorm))
+            return rows + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)), held
+        rows = add_linear(rows, mixed, weights.output)
         normed = in_compute_dtype(rms_norm(rows, self.post_attention_layernorm))
-        return rows + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)), own
+        return add_linear(rows, SwiGLU.apply(F.linear(normed, weights.inner)), weights.down), held
 
 
 def read_packed_rows(language_model: nn.Module) -> None:
@@ -77,19 +150,34 @@ def rms_norm(rows: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(rows, (rows.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def in_compute_dtype(rows: Tensor) -> Tensor:
-    """rows in the dtype in which autocast multiplies: cast once for all linear layers that read them."""
-    device = rows.device.type
-    return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
-
-
-class Pad(torch.autograd.Function):
-    """rows [N, ...] -> [B, S, ...], where padding repeats a row. No result may depend on the padding: its gradient is
-    dropped, so the gradient of the rows is gathered instead of summed."""
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [N, 2 I], gate first (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
     @staticmethod
-    def forward(rows: Tensor, padded: Tensor, unpadded: Tensor) -> Tensor:
-        return rows.index_select(0, padded.flatten()).unflatten(0, padded.shape)
+    def forward(ctx, inner: Tensor) -> Tensor:
+        gate, up = inner.chunk(2, dim=1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(inner, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        inner, activated = ctx.saved_tensors
+        (gate, up), found = inner.chunk(2, dim=1), torch.empty_like(inner)
+        of_gate, of_up = found.chunk(2, dim=1)
+        torch.mul(gradient, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return found
+
+
+class Gather(torch.autograd.Function):
+    """values [N, ...] at the places `order` [...], where every value has one place `back` [N] that counts. Others
+    repeat a value as padding: no result may depend on them, so the gradient is gathered instead of summed."""
+
+    @staticmethod
+    def forward(values: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        return gather(values, order)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,62 +185,134 @@ class Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        (unpadded,) = ctx.saved_tensors
-        return gradient.flatten(0, 1).index_select(0, unpadded), None, None
+        (back,) = ctx.saved_tensors
+        return gather_back(gradient, back), None, None
+
+
+def gather(values: Tensor, order: Tensor) -> Tensor:
+    return values.index_select(0, order.flatten()).unflatten(0, order.shape)
+
+
+def gather_back(values: Tensor, back: Tensor) -> Tensor:
+    """values [places or B, S, ...] -> those of the rows [N, ...]."""
+    return values.flatten(0, values.ndim - 3).index_select(0, back)
+
+
+class OwnHeads(torch.autograd.Function):
+    """Turned heads of rows that see no earlier ones, gathered for attention: (heads [places, H + 2 G, C], keys and
+    values of the first `keep` rows [keep, 2 G, C])."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, cos, sin, order, back, groups, keep):
+        """rows [N, E] and weight [(H + 2 G) C, E], or the projected rows [N, (H + 2 G) C] and None."""
+        heads = project(rows, weight, cos, sin, groups)
+        ctx.save_for_backward(rows, weight, cos, sin, back)
+        ctx.groups, ctx.keep = groups, keep
+        return gather(heads, order), heads[:keep, -2 * groups :].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, of_held):
+        rows, weight, cos, sin, back = ctx.saved_tensors
+        found = gather_back(gradient, back)
+        if ctx.keep:
+            found[: ctx.keep, -2 * ctx.groups :].add_(of_held)
+        return *project_backward(found, rows, weight, cos, sin, ctx.groups, ctx.needs_input_grad), *[None] * 6
+
+
+class LaterHeads(torch.autograd.Function):
+    """Turned heads of rows that see earlier ones [M, 2 G, C], gathered for attention: (queries [places, H, C], keys and
+    values of the earlier rows and of these [places, 2 G, C])."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, earlier, cos, sin, order, back, keys_order, keys_back, groups):
+        """rows, weight: as in `OwnHeads`."""
+        heads = project(rows, weight, cos, sin, groups)
+        ctx.save_for_backward(rows, weight, cos, sin, back, keys_back)
+        ctx.groups, ctx.num_earlier = groups, len(earlier)
+        keys = torch.cat([earlier, heads[:, -2 * groups :]])
+        return gather(heads[:, : -2 * groups], order), gather(keys, keys_order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_queries, of_keys):
+        rows, weight, cos, sin, back, keys_back = ctx.saved_tensors
+        of_keys = gather_back(of_keys, keys_back)
+        found = torch.cat([gather_back(of_queries, back), of_keys[ctx.num_earlier :]], dim=1)
+        needed = ctx.needs_input_grad
+        of_rows, of_weight = project_backward(found, rows, weight, cos, sin, ctx.groups, needed)
+        return of_rows, of_weight, of_keys[: ctx.num_earlier], *[None] * 7
+
+
+def project(rows: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
+    """Heads [N, H + 2 G, C] of rows (as in `OwnHeads`), queries and keys turned."""
+    projected = rows.clone() if weight is None else F.linear(rows, weight)
+    heads = projected.unflatten(1, (-1, cos.shape[-1]))
+    rotate_(heads[:, :-groups], cos, sin)
+    return heads
+
+
+def project_backward(found, rows, weight, cos, sin, groups, needed) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows and weight from that of the turned heads, which is overwritten."""
+    rotate_(found[:, :-groups], cos, sin, sign=-1)
+    found = found.flatten(1)
+    if weight is None:
+        return found, None
+    return found @ weight if needed[0] else None, found.t() @ rows if needed[1] else None
 
 
 def attend(
-    heads: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    earlier: Tensor | None,
+    reading: Reading,
     groups: int,
-    starts: Tensor,
-    order: Tensor,
-    places: Tensor,
-    padded: Tensor,
-    unpadded: Tensor,
+    keep: int,
     scale: float,
     dropout: float,
-) -> Tensor:
-    """Causal attention within every sequence: queries, keys and values [N, H + 2 G, C] -> [N, H C]. The others are
-    those of `Packing`."""
-    split = [heads.shape[1] - 2 * groups, groups, groups]
-    if uses_varlen(heads, dropout):
-        longest, sorted_heads = padded.shape[1], heads.index_select(0, order)
-        mixed = attend_varlen(*sorted_heads.split(split, dim=1), starts, starts, longest, longest, scale)
-        return mixed.index_select(0, places)
-    queries, keys, values = Pad.apply(heads, padded, unpadded).transpose(1, 2).split(split, dim=1)  # [B, H, S, C]
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention within every sequence, to earlier rows [M, 2 G, C] and these: (mixed rows [N, H C], keys and
+    values of the first `keep` rows). rows, weight: as in `OwnHeads`."""
+    cos, sin, held = reading.cos, reading.sin, None
+    places = (reading.order, reading.back)
+    if earlier is None:
+        heads, held = OwnHeads.apply(rows, weight, cos, sin, *places, groups, keep)
+        queries, keys, values = heads.split([heads.shape[-2] - 2 * groups, groups, groups], dim=-2)
+    else:
+        queries, keys = LaterHeads.apply(
+            rows, weight, earlier, cos, sin, *places, reading.keys_order, reading.keys_back, groups
+        )
+        keys, values = keys.chunk(2, dim=-2)
+    if reading.is_varlen:
+        mixed = attend_varlen(queries, keys, values, reading, scale)
+        return Gather.apply(mixed, reading.back, reading.order), held if keep else None
+    queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, heads, S, C]
+    options = {"dropout_p": dropout, "scale": scale, "enable_gqa": queries.shape[1] != groups}
     mixed = F.scaled_dot_product_attention(
-        queries, keys, values, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=split[0] != groups
+        queries, keys, values, reading.mask, is_causal=reading.mask is None, **options
     )
-    return unpad(mixed, unpadded)
+    return Unpad.apply(mixed.transpose(1, 2), reading.back).flatten(1), held if keep else None
 
 
-def attend_later(
-    queries: Tensor,
-    keys_and_values: Tensor,
-    starts: Tensor,
-    padded: Tensor,
-    unpadded: Tensor,
-    mask: Tensor,
-    key_starts: Tensor,
-    key_padded: Tensor,
-    key_unpadded: Tensor,
-    key_order: Tensor,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """Causal attention of rows to earlier rows of their sequence and to each other: queries [N, H, C], keys and values
-    [M + N, 2 G, C] -> [N, H C]. mask: `later_mask`; the others are those of `Continuation`."""
-    groups = keys_and_values.shape[1] // 2
-    if uses_varlen(queries, dropout):
-        keys, values = keys_and_values.index_select(0, key_order).split(groups, dim=1)
-        lengths = (padded.shape[1], key_padded.shape[1])
-        return attend_varlen(queries, keys, values, starts, key_starts, *lengths, scale)
-    keys, values = Pad.apply(keys_and_values, key_padded, key_unpadded).transpose(1, 2).split(groups, dim=1)
-    queries = Pad.apply(queries, padded, unpadded).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(
-        queries, keys, values, mask, dropout_p=dropout, scale=scale, enable_gqa=queries.shape[1] != groups
-    )
-    return unpad(mixed, unpadded)
+class Unpad(torch.autograd.Function):
+    """[B, S, H, C] -> the rows at the places `back` [N] among them: [N, H, C]. Places occur once."""
+
+    @staticmethod
+    def forward(values: Tensor, back: Tensor) -> Tensor:
+        return gather_back(values, back)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, back = inputs
+        ctx.save_for_backward(back)
+        ctx.shape = values.shape
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (back,) = ctx.saved_tensors
+        found = gradient.new_zeros(ctx.shape)
+        found.flatten(0, 1).index_copy_(0, back, gradient)
+        return found, None
 
 
 def later_mask(packing: Continuation, dtype: torch.dtype) -> Tensor:
@@ -167,33 +327,15 @@ def _has_kernel(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def unpad(mixed: Tensor, unpadded: Tensor) -> Tensor:
-    """[B, H, S, C] -> the rows among the places [N, H C]."""
-    return mixed.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, unpadded)
+def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int, dropout: float) -> bool:
+    """Whether torch's variable-length kernel takes such heads: it needs compute capability 8.0 (Ampere)."""
+    is_possible = device.type == "cuda" and dtype in HALF and not dropout and head_width % 8 == 0
+    return is_possible and _has_kernel(device.index)
 
 
-def uses_varlen(heads: Tensor, dropout: float) -> bool:
-    """Whether torch's variable-length kernel takes these: it needs compute capability 8.0 (Ampere)."""
-    return (
-        heads.is_cuda
-        and heads.dtype in HALF
-        and not dropout
-        and heads.shape[-1] % 8 == 0
-        and _has_kernel(heads.device.index)
-    )
-
-
-def attend_varlen(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    key_starts: Tensor,
-    longest: int,
-    longest_keys: int,
-    scale: float,
-) -> Tensor:
-    """Causal attention by torch's variable-length kernel, in which the last query of a sequence sees its last key."""
+def attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, reading: Reading, scale: float) -> Tensor:
+    """Causal attention by torch's variable-length kernel, in which the last query of a sequence sees its last key:
+    [N, H, C]."""
     options = {"window_size": (-1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
     if "enable_gqa" in _VARLEN:
         options["enable_gqa"] = True
@@ -204,8 +346,9 @@ def attend_varlen(
         options["scale"] = scale
     else:
         queries = queries * (scale * queries.shape[-1] ** 0.5)
-    starts, key_starts = starts.int(), key_starts.int()
-    return varlen_attn(queries, keys, values, starts, key_starts, longest, longest_keys, **options).flatten(1)
+    starts, key_starts = reading.starts.int(), reading.key_starts.int()
+    lengths = (reading.longest, reading.longest_keys)
+    return varlen_attn(queries, keys, values, starts, key_starts, *lengths, **options)
 
 
 class PackedText:
@@ -218,12 +361,14 @@ class PackedText:
         # of the first rows, once planning has read them: hidden states [A, E], keys and values per layer [M, 2 G, C]
         self._opening: tuple[Tensor, list[Tensor] | None] | None = None
         self._embeddings: Tensor | None = None
-        self._with_gradients = False  # whether both were computed with gradients
+        self._weights: list[LayerWeights] | None = None  # of this batch's passes
+        self._with_gradients: bool | None = None  # whether these were computed with gradients; None: not yet
 
     def _renew(self) -> None:
-        """Forgets what was computed without gradients where they are needed now."""
-        if torch.is_grad_enabled() and not self._with_gradients:
-            self._opening, self._embeddings, self._with_gradients = None, None, True
+        """Forgets what was computed without gradients where they are needed now. Joins the weights at first."""
+        if self._with_gradients is None or (torch.is_grad_enabled() and not self._with_gradients):
+            self._opening, self._embeddings, self._with_gradients = None, None, torch.is_grad_enabled()
+            self._weights = LayerWeights.of_layers(self.language_model.model.layers)
 
     @property
     def embeddings(self) -> Tensor:
@@ -266,27 +411,24 @@ class PackedText:
     def _read(
         self, rows: Tensor, packing: Packing | Continuation, earlier: list[Tensor] | None = None, keep: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
-        """Reads rows, after the earlier ones whose keys and values per layer are given: (hidden states, own keys and
-        values per layer)."""
+        """Reads rows, after the earlier ones whose keys and values per layer are given: (hidden states, keys and values
+        of the first `keep` rows per layer)."""
         model = self.language_model.model
-        cos, sin = (angles[0][:, None] for angles in model.rotary_emb(rows[None], packing.positions[None]))
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        if earlier is None:
-            indices = (packing.starts, packing.order, packing.places, packing.padded, packing.unpadded)
-        else:
-            keys = (packing.key_starts, packing.key_padded, packing.key_unpadded, packing.key_order)
-            attention = model.layers[0].self_attn
-            dropout = attention.attention_dropout if self.language_model.training else 0.0
-            heads = in_compute_dtype(rows).new_empty(0, attention.head_dim)
-            mask = None if uses_varlen(heads, dropout) else later_mask(packing, rows.dtype)
-            indices = (packing.starts, packing.padded, packing.unpadded, mask, *keys)
+        attention = model.layers[0].self_attn
+        dropout = attention.attention_dropout if self.language_model.training else 0.0
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        is_varlen = uses_varlen(rows.device, dtype, attention.head_dim, dropout)
+        angles = rotary_angles(model.rotary_emb, rows, packing.positions)
+        reading = Reading.of(rows, angles, packing, is_varlen)
+        nothing = [None] * len(model.layers)
         held = []
-        for layer, past in zip(model.layers, earlier or [None] * len(model.layers), strict=True):
-            rows, own = layer(rows, past, packed=(cos, sin, indices))  # by place: checkpointing sees these gradients
-            if keep:
-                held.append(own[:keep].clone())  # a view would keep the queries of all rows, too
-        return rms_norm(rows, model.norm), held
+        for layer, past, weights in zip(
+            model.layers, earlier or nothing, self._weights or nothing, strict=True
+        ):  # by place: checkpointing sees these gradients
+            rows, own = layer(rows, past, packed=(weights, reading, keep))
+            held.append(own)
+        return rms_norm(rows, model.norm), held if keep else []
 
     def shift_by_one_frame(self, planned: Tensor, first: Tensor) -> Tensor:
         """[F, K, Q] -> [F, K, Q]: frame t gets the query planned after frame t - 1, frame 0 gets the first query."""

@@ -39,11 +39,11 @@ class Continuation(Packing):
     """Rows that also read earlier ones: the M rows of text before the frames, which come first among the keys.
 
     The rows are in the order of their sequences. before [B']: earlier rows of every sequence; positions count them.
-    key_starts, key_padded, key_unpadded, key_order: the same indices for the M + rows keys, earlier ones followed by
-    own ones.
+    key_starts, key_padded, key_unpadded, key_order, key_places: the same indices for the M + rows keys, earlier ones
+    followed by own ones.
     """
 
-    names = (*Packing.names, "before", "key_starts", "key_padded", "key_unpadded", "key_order")
+    names = (*Packing.names, "before", "key_starts", "key_padded", "key_unpadded", "key_order", "key_places")
 
     def __init__(
         self,
@@ -58,10 +58,11 @@ class Continuation(Packing):
         key_padded: Tensor,
         key_unpadded: Tensor,
         key_order: Tensor,
+        key_places: Tensor,
     ):
         super().__init__(positions, starts, order, places, padded, unpadded)
         self.before, self.key_starts, self.key_padded = before, key_starts, key_padded
-        self.key_unpadded, self.key_order = key_unpadded, key_order
+        self.key_unpadded, self.key_order, self.key_places = key_unpadded, key_order, key_places
 
 
 PARTS = {"whole": Packing, "opening": Packing, "rest": Continuation, "frames": Continuation}
@@ -237,7 +238,7 @@ def continuation(before: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarra
     return own | {
         "positions": own["positions"] + np.repeat(before, lengths),
         "before": before,
-        **{f"key_{name}": keys[name] for name in ("starts", "padded", "unpadded", "order")},
+        **{f"key_{name}": keys[name] for name in ("starts", "padded", "unpadded", "order", "places")},
     }
 
 

@@ -1,4 +1,4 @@
-"""A video that goes on: frames are pushed one by one, and questions asked at any time.
+"""Streaming inference: frames are pushed one by one, and questions asked at any time.
 
 Shapes: P visual tokens per frame, E language width, S places of the cache.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frame_step import FrameInputs, FramesRead, choose_step, continues_from_cache, give_back_step, take_step
+from .frame_step import FrameInputs, FramesRead, choose_step, continues_from_cache, release_step, take_step
 from .generation_checks import check_generation
 
 ANSWER_TOKENS = 64  # that `ask` may generate unless told otherwise
@@ -141,7 +141,7 @@ class StreamingSession:
         step, self._step = self._step, None
         self.max_num_frames = self.num_frames
         if step is not None:
-            give_back_step(self.model, step)
+            release_step(self.model, step)
 
     def __enter__(self) -> "StreamingSession":
         return self

@@ -11,19 +11,18 @@ class Local(StrictModel):
     """Folders of backbones that exist already; read only when kind is local."""
 
     vision_path: str | None
-    """Folder of the vision encoder, or of a trained checkpoint."""
+    """Folder, or trained checkpoint."""
     language_path: str | None
-    """Folder of the language model with its tokenizer, or of a trained checkpoint, or a `.gguf` file (extra
-    `pretrained`)."""
+    """Folder with tokenizer, trained checkpoint, or `.gguf` file (extra `pretrained`)."""
 
 
 class Repository(StrictModel):
     """A model on the Hugging Face Hub."""
 
     repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """`owner/name` on the Hugging Face Hub."""
+    """`owner/name` on the Hub."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit hash; branches and tags can move."""
+    """Commit hash."""
 
 
 class Hub(StrictModel):
@@ -43,7 +42,7 @@ class Embedded(StrictModel):
     device: Literal["auto", "cpu", "cuda"]
     """Warm-up device; `auto` prefers a GPU."""
     num_threads: PositiveInt
-    """CPU threads; changes the last bits of results."""
+    """CPU threads; affects rounding."""
     image_size: PositiveInt
     """Frame side in pixels: 56, 112 or 224."""
     patch_size: PositiveInt
@@ -79,7 +78,7 @@ class Embedded(StrictModel):
     autoencoder_steps: NonNegativeInt
     """Training steps of an autoencoder of frames, for the next-frame objective (extra `latents`); 0: none."""
     vocabulary_size: int = Field(ge=259)
-    """Largest BPE vocabulary: 3 special tokens, 256 bytes, merges."""
+    """Largest BPE vocabulary."""
     max_positions: PositiveInt
     """Longest sequence in tokens."""
 
@@ -104,7 +103,7 @@ class Embedded(StrictModel):
 
 class Section(StrictModel):
     kind: Literal["embedded", "local", "hub"]
-    """Train small backbones, read folders, or download from the Hub."""
+    """Train small ones, read folders, or download."""
     local: Local
     """Existing folders."""
     hub: Hub

@@ -495,40 +495,40 @@ class FlopsResult(Result):
     """Mean lengths; what is not counted."""
 
 
-class Served(Result):
-    """What a run serves of some items: of a source and task, or of all."""
+class SampleCounts(Result):
+    """What a run reads of some items: of a source and task, or of all."""
 
     num_items: int = Field(ge=0)
     """Items available."""
     num_samples: int = Field(ge=0)
-    """Samples served, with repeats."""
+    """Samples read, with repeats."""
     share: Share
     """Share of the stage's samples."""
     epochs: float = Field(ge=0)
     """`num_samples` / `num_items`."""
     num_frames: int = Field(ge=0)
-    """Served, stills replicated."""
+    """Of the samples, stills replicated."""
     text_tokens: int = Field(ge=0)
-    """Served, stills replicated."""
+    """Of the samples, stills replicated."""
     visual_tokens: int = Field(ge=0)
-    """Served, stills replicated."""
+    """Of the samples, stills replicated."""
     num_truncated: int = Field(ge=0)
     """Samples shortened to `tokens.max_tokens`."""
 
 
-class StageServed(Result):
+class StageCounts(Result):
     num_steps: int = Field(ge=1)
     """Optimizer steps."""
-    sources: dict[str, dict[str, Served]]
+    sources: dict[str, dict[str, SampleCounts]]
     """By source and task."""
-    total: Served
+    total: SampleCounts
     """All items."""
-    unserved: dict[str, int]
+    unmatched: dict[str, int]
     """Items outside the mixture, by `source/task`."""
 
 
 class StreamingResult(Result):
-    stages: dict[str, StageServed]
+    stages: dict[str, StageCounts]
     """By stage."""
 
 

@@ -1,14 +1,13 @@
 """The model card of a published checkpoint: README.md with the front matter that the Hugging Face Hub reads."""
 
 import json
-import re
 from pathlib import Path
 
 import yaml
 
+from pipeline_steps.common.markdown import escaped, table
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 EVALUATION = "## Evaluation\n"
 NOT_EVALUATED = "No evaluation on test data had been made when this card was written."
 USE = """```python
@@ -75,17 +74,6 @@ def with_evaluation(card: str, rows: list[list[str]], split: str) -> str:
     _, heading, after = rest.partition("\n## ")
     listing = table(["task", "mode", "loss (nats per token)", "token accuracy", "items"], rows)
     return f"{before}{EVALUATION}\nOn the split {escaped(split)}, teacher-forced:\n\n{listing}\n{heading}{after}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table of escaped cells."""
-    lines = [header, ["-"] * len(header), *[[escaped(cell) for cell in row] for row in rows]]
-    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
-
-
-def escaped(text: object) -> str:
-    """Text escaped for Markdown and HTML, on one line."""
-    return SPECIAL.sub(r"\\\1", " ".join(str(text).split())).replace("&", "&amp;")
 
 
 def count(module) -> int:

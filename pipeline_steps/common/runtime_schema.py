@@ -31,10 +31,10 @@ class Section(StrictModel):
     wandb_project: str | None
     """Weights & Biases project; needs a login."""
     heatmaps_every: PositiveInt | None
-    """Steps between attention overlays of validation clips; null: none."""
+    """Steps between attention overlays; null: none."""
     num_heatmap_clips: PositiveInt
     """Clips to overlay."""
     peak_tflops: PositiveFloat | None
-    """One device's peak for MFU; null: published bf16 figure if known."""
+    """Device peak for MFU; null: published bf16 figure."""
     warn_above_epochs: PositiveFloat
-    """Epochs of a mixture group that trigger a warning."""
+    """Epochs of a mixture group before a warning."""

@@ -2,7 +2,7 @@
 
 A *sample* is one media file (or one text-only chat) with its items; an *item* is one question and its answer.
 Keys: `{source}-{anything}` of letters, digits, `_` and `-`, unique over all sources, no dot (WebDataset splits a name
-at its first dot). Splits are `train`, `validation` and `test`. docs/data.md shows the formats with examples.
+at its first dot). Splits are `train`, `validation` and `test`. docs/data.md shows which files hold them.
 """
 
 import re
@@ -179,7 +179,7 @@ class ShardsManifest(Record):
 
 
 class Dropped(Record):
-    """An item that is left out, or, in a list of truncated ones, of which later turns are left out."""
+    """A dropped item or, in `truncated`, one that lost its last turns."""
 
     key: str
     item: Count

@@ -1,7 +1,7 @@
 """Token sidecars: one uncompressed, memory-mappable Arrow IPC (Feather) file per shard, with one row per item.
 
 `pandas.read_feather(path)` reads one as a table. `frame_offsets` and `frame_sizes` locate the frames in the shard's
-tar, so readers need not parse tar headers. docs/data.md explains the columns.
+tar, so readers need not parse tar headers.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from pipeline_steps.common.metrics import Captions, CaptionScore, Missed
 from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import check_room
+from pipeline_steps.inference.likelihood import check_context_length
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import map_ordered
 
@@ -59,7 +59,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     with progress_bar("captions", total=len(numbers), unit="item") as progress:
         for task, items, batch in map_ordered(load, jobs, **prefetch):
             where = f"free-form answers of task '{task}'"
-            check_room(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
+            check_context_length(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
             texts_by_mode = generate(
                 model, tokenizer, batch.to(model.device), settings.max_answer_tokens, settings.seed
             )

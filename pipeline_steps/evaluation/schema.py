@@ -11,17 +11,17 @@ class Section(StrictModel):
     split: Literal["train", "validation", "test"]
     """Split to score."""
     batch_size: PositiveInt
-    """Items per forward pass; scores change by rounding only."""
+    """Items per forward pass; affects rounding."""
     max_items_per_task: PositiveInt
     """Items scored per task, sampled with `seed`."""
     max_control_items_per_task: NonNegativeInt
-    """How many of those run the controls; 0: none."""
+    """Of those, with controls; 0: none."""
     max_temporal_clips_per_task: NonNegativeInt
-    """How many of those run the temporal views; 0: none."""
+    """Of those, with temporal views; 0: none."""
     max_diagnostic_clips: NonNegativeInt
-    """Clips for automated checks, spread over tasks; 0: none."""
+    """Clips for diagnostics; 0: none."""
     max_answers_per_task: NonNegativeInt
-    """Greedy autoregressive answers per task; 0: none."""
+    """Greedy answers per task; 0: none."""
     max_answer_tokens: PositiveInt
     """Longest generated answer."""
     max_captions_per_task: NonNegativeInt

@@ -20,16 +20,16 @@ class Text(StrictModel):
 
 class Section(StrictModel):
     split: Literal["validation", "test"]
-    """Split that gives mean frame and token counts."""
+    """Split to count."""
     multi_tokens: PositiveInt
-    """Tokens per frame of the multi-token baseline."""
+    """The baseline's tokens per frame."""
     scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)
     """Language models to count."""
     budgets: list[PositiveFloat]
-    """Training budgets in FLOPs, converted to samples."""
+    """Training budgets in FLOPs."""
     frontier: Text
     """Text lengths of the curve of cost over the number of frames."""
     num_answer_tokens: PositiveInt
     """Length of the counted answer."""
     bytes_per_number: Literal[2, 4]
-    """Bytes per cached number: fp32 4, bf16 2."""
+    """Bytes per cached number."""

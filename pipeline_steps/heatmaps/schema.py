@@ -13,7 +13,7 @@ class Section(StrictModel):
     num_clips: PositiveInt
     """Clips per task: the first by key."""
     num_sheet_clips: NonNegativeInt
-    """Best, worst and random clips on the contact sheet; 0: no sheet."""
+    """Clips on the contact sheet; 0: none."""
     seed: NonNegativeInt
     """Seed of the random clips."""
     tile_pixels: int = Field(ge=64, le=1024)

@@ -36,7 +36,7 @@ def last_control_token(tokenizer, ids):
     return max((place for place, number in enumerate(ids) if number in control), default=0)
 
 
-def check_room(config, where, num_prompt, num_answer):
+def check_context_length(config, where, num_prompt, num_answer):
     """UserError if prompt and longest answer (both in tokens) exceed the language model's context length."""
     limit = config.text_config.max_position_embeddings
     if num_prompt + num_answer > limit:

@@ -27,7 +27,7 @@ from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference.answers import embedded_prompts
-from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_room, last_control_token
+from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_context_length, last_control_token
 
 OPTIONS = (
     "do_sample",
@@ -151,7 +151,7 @@ class FoveatedVLM(lmms):
         prompt, prompts = self._prompt(context, self._visual(*place) if place else None)
         where = f"the context {context[:60]!r}"
         ids = [answer_ids(self.tokenizer, prompt, answer, where) for answer in answers]
-        check_room(self.model.config, where, prompts.shape[1], max(map(len, ids)))
+        check_context_length(self.model.config, where, prompts.shape[1], max(map(len, ids)))
         log_probs, most_likely = answer_log_probs(self.model, prompts, ids)
         return [Likelihood((-row.sum().item(), hits)) for row, hits in zip(log_probs, most_likely, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Table of the controls: the loss of accuracy when a trained network is deprived of one thing."""
+"""Table of the controls: the accuracy that each one costs."""
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.modes import GAZE_MODES

@@ -7,12 +7,7 @@ import re
 
 import jinja2
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$])")
-
-
-def escaped(text):
-    """Text escaped for Markdown, on one line."""
-    return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+from pipeline_steps.common.markdown import escaped
 
 
 def render(template, **values):

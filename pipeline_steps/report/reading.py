@@ -25,28 +25,28 @@ def reading(streaming):
     if streaming is None:
         table.note = "outputs/metrics/streaming.json does not exist (run `dvc repro streaming`)."
         return table
-    unserved = []
-    for stage, served in streaming.stages.items():
-        for source, tasks in served.sources.items():
+    unmatched = []
+    for stage, found in streaming.stages.items():
+        for source, tasks in found.sources.items():
             for task, counts in tasks.items():
-                if f"{source}/{task}" not in served.unserved:
+                if f"{source}/{task}" not in found.unmatched:
                     table.rows.append([stage, source, task, *cells(counts)])
         table.summary.append(len(table.rows))
-        table.rows.append([f"{stage}, all", "", "", *cells(served.total)])
-        if served.unserved:
-            names = ", ".join(f"{name} ({num_items})" for name, num_items in sorted(served.unserved.items()))
-            unserved.append(f"{stage}: {names}")
+        table.rows.append([f"{stage}, all", "", "", *cells(found.total)])
+        if found.unmatched:
+            names = ", ".join(f"{name} ({num_items})" for name, num_items in sorted(found.unmatched.items()))
+            unmatched.append(f"{stage}: {names}")
     table.note = (
         "Counted from the parameters and the token files before training. Items: available. Samples: read in "
         "training, repeats included. Epochs: samples / items. Frames and tokens: of the samples; an image counts as "
         "often as it is repeated. Truncated: samples whose chat lost its last turns. Items that match no mixture "
-        f"entry: {'; '.join(unserved) if unserved else 'none'}."
+        f"entry: {'; '.join(unmatched) if unmatched else 'none'}."
     )
     return table
 
 
 def cells(counts):
-    """The numbers of one `Served`."""
+    """The numbers of one `SampleCounts`."""
     return [
         count(counts.num_items),
         count(counts.num_samples),

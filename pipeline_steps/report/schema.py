@@ -12,15 +12,15 @@ class Targets(StrictModel):
     tasks: list[str]
     """Tasks with targets."""
     mean_accuracy: float = Field(ge=0, le=1)
-    """Lowest accepted mean accuracy."""
+    """Lowest mean accuracy."""
     task_accuracy: float = Field(ge=0, le=1)
-    """Lowest accepted accuracy of each task."""
+    """Lowest accuracy of each task."""
     card_loss: PositiveFloat
-    """Highest accepted loss of task `card`, nats per token."""
+    """Highest loss of task `card` (nats per token)."""
     gap: NonNegativeFloat
-    """Highest accepted autoregressive / fine loss, minus 1."""
+    """Highest autoregressive / fine loss, minus 1."""
     blind_excess: float = Field(ge=0, le=1)
-    """Highest accepted blind accuracy above chance, per task."""
+    """Highest blind accuracy above chance, per task."""
 
 
 class Section(StrictModel):

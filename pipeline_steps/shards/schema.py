@@ -9,27 +9,27 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     image_size: PositiveInt
-    """Side of the square frames in pixels."""
+    """Frame side in pixels."""
     resize_mode: Literal["crop", "letterbox"]
     """Centre crop, or black bars."""
     hdr: Literal["refuse", "tone_map"]
-    """PQ and HLG media: quarantine, or convert to SDR (`model/hdr.py`)."""
+    """PQ and HLG media: quarantine, or convert to SDR."""
     fps: PositiveFloat
-    """Frames per second, uniform over the clip."""
+    """Sampled frames per second."""
     max_frames: PositiveInt
     """Most frames per clip."""
     jpeg_quality: int = Field(ge=1, le=100)
     """JPEG quality of frames."""
     samples_per_shard: PositiveInt
-    """Most samples per shard; shards hold at least half of it."""
+    """Most samples per shard (least: half)."""
     validation_share: float = Field(ge=0, lt=1)
-    """Share of videos without a split that go there."""
+    """Share of videos without given split."""
     test_share: float = Field(ge=0, lt=1)
-    """Share of videos without a split that go there."""
+    """Share of videos without given split."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Damaged share of a source above which the stage fails."""
+    """Highest damaged share of a source."""
     max_hash_distance: int | None = Field(ge=0, le=31)
-    """Bits of 256 in which near-duplicate frames may differ; null disables the leak check."""
+    """Bits in which near-duplicates may differ; null: no leak check."""
     seed: NonNegativeInt
     """Seed of order and split."""
 

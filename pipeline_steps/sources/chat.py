@@ -1,13 +1,20 @@
-"""Source `chat`: text-only questions about rows of digits, so that training on frames preserves text-only answers.
+"""Source `chat`: text-only questions or chats, so that training on frames preserves text-only answers.
 
-"Say 471 backwards" -> "174", and three more kinds. Every question is unique, so no two splits share one.
+Questions about rows of digits, "Say 471 backwards" -> "174" and three more kinds: every question is unique, so no two
+splits share one. Or the user's own chats: a .jsonl with a list `messages` of {role, content} per line and, optionally,
+its `split`. Without it the stage `shards` assigns one; equal chats are of the same split.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import RawSample
+from pipeline_steps.sources.folder_items import chat_messages
+from pipeline_steps.sources.metadata import read_jsonl
 
 KINDS = ("repeat", "backwards", "next", "largest")
 LENGTHS = (3, 4, 5, 6)
@@ -28,7 +35,36 @@ def make_question(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def collect(section) -> Iterator[RawSample]:
-    """Yield all text-only samples of `section` (schema.Chat), cycling through KINDS."""
+    """Yield all text-only samples of `section` (schema.Chat): its chats, else questions, cycling through KINDS.
+
+    Raises UserError, with the line number, for chats that cannot be read.
+    """
+    yield from questions(section) if section.path is None else chats(Path(section.path))
+
+
+def chats(path: Path) -> Iterator[RawSample]:
+    """Yield a sample per line of a .jsonl. Raises UserError."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise UserError(f"sources.chat.path is {path}: expected a .jsonl file with a list `messages` per line.")
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"sources.chat.path is {path}: the file has no chats. Write one per line.")
+    for line, row in rows:
+        where = f"{path} line {line}"
+        if unknown := sorted(set(row) - {"messages", "split"}):
+            raise UserError(f"{where}: found {', '.join(unknown)}, expected messages and, optionally, split.")
+        item = {"messages": chat_messages(where, row.get("messages")), "task": "text"}
+        key = f"chat-{line:06d}"
+        try:
+            yield RawSample(key=key, source="chat", split=row.get("split"), video_id=key, kind="text", items=(item,))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{where}: {place}: {first['msg']}, found {str(first['input'])[:100]!r}.") from None
+
+
+def questions(section) -> Iterator[RawSample]:
+    """Yield the questions of all splits."""
     rng = np.random.default_rng(section.seed)
     counts = {"test": section.num_test, "validation": section.num_validation, "train": section.num_train}
     asked = set()

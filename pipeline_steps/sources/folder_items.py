@@ -151,7 +151,7 @@ def _is_numeral(text: str) -> bool:
 
 def _chat(where: str, messages) -> dict:
     """The fields of an item: a chat, or a caption if nothing but a placeholder of the media is asked."""
-    chat = _messages(where, messages)
+    chat = chat_messages(where, messages)
     asked = chat_item([(message.role, message.content) for message in chat])
     if asked is None:
         return {"user": None, "assistant": chat[-1].content, "task": "caption"}
@@ -160,7 +160,7 @@ def _chat(where: str, messages) -> dict:
     return {"messages": tuple(Message(role=role, content=text) for role, text in asked), "task": "question"}
 
 
-def _messages(where: str, messages) -> tuple[Message, ...]:
+def chat_messages(where: str, messages) -> tuple[Message, ...]:
     """Parse a chat: an optional system message, then user to assistant. Raises UserError."""
     if not isinstance(messages, list):
         raise UserError(

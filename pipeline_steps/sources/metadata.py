@@ -72,7 +72,7 @@ def split_of(name: str) -> str | None:
 def read(metadata: Path) -> list[tuple[int, dict]]:
     """Return [(line number, row)], at least one; rows lack the columns that they do not set. Raises UserError."""
     reader = {
-        ".jsonl": _read_jsonl,
+        ".jsonl": read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
         ".tsv": _read_csv,
@@ -116,7 +116,7 @@ def _read_text(metadata: Path) -> str:
         raise UserError(f"{metadata}: cannot be read ({error.strerror}).") from None
 
 
-def _read_jsonl(metadata: Path) -> list[tuple[int, dict]]:
+def read_jsonl(metadata: Path) -> list[tuple[int, dict]]:
     """Return [(line number, row)]; nulls are dropped."""
     rows = []
     for line, text in enumerate(_read_text(metadata).split("\n"), 1):
@@ -149,7 +149,7 @@ def _parse_json(where: str, text: str, hint: str):
 
 def _json_row(where: str, row) -> dict:
     if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object {{"file_name": ...}}, found {str(row)[:50]}')
+        raise UserError(f"{where}: expected an object, found {str(row)[:50]}")
     return {name: value for name, value in row.items() if value is not None}
 
 

@@ -71,25 +71,25 @@ class Objects(StrictModel):
     """The world of objects; read only when world is objects."""
 
     cutouts: str | None
-    """Folder of transparent pictures with `metadata.jsonl` (`file_name`, `name`)."""
+    """Folder of [cut-outs](world_objects.md)."""
     backgrounds: str | None
     """Folder of named photographs; null: textures."""
     held_out_share: float = Field(ge=0, lt=0.5)
-    """Share of names held out for validation, and for test."""
+    """Held-out names, validation and test each."""
     num_train_clips: PositiveInt
     """Training clips, stills included."""
     train_mix: ObjectsMix
     """Relative numbers of training clips by the task of their first question."""
     num_validation_clips: PositiveInt
-    """Validation clips per task, of known names."""
+    """Held-out clips per task, trained names."""
     num_test_clips: PositiveInt
-    """Test clips per task, of known names."""
+    """Held-out clips per task, trained names."""
     num_new_clips: NonNegativeInt
-    """Held-out clips per `*_new` task, of held-out names."""
+    """Held-out clips per `*_new` task."""
     num_extra_items: NonNegativeInt
     """Most extra questions per training clip."""
     frame_size: int = Field(ge=56, le=512, multiple_of=2)
-    """Side of rendered frames in pixels."""
+    """Frame side in pixels."""
     num_frames: tuple[int, int]
     """Fewest and most frames per clip (at least 6)."""
 
@@ -105,7 +105,7 @@ class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
     world: Literal["digits", "objects"]
-    """Hopping digits, or moving cut-outs (`objects.*` in place of all but `seed` and `fps`)."""
+    """Digits, or cut-outs (`objects.*`, `seed` and `fps`)."""
     seed: NonNegativeInt
     """Seed of the clips."""
     num_train_clips: PositiveInt
@@ -119,22 +119,24 @@ class Procedural(StrictModel):
     num_ask_items: NonNegativeInt
     """Extra `ask_*` questions per hopping training clip."""
     frame_size: Literal[56, 112, 224]
-    """Side of rendered frames in pixels."""
+    """Frame side in pixels."""
     fps: PositiveFloat
     """Frames per second."""
     num_frames: int = Field(ge=2)
     """Frames per clip."""
     noise: NonNegativeFloat
-    """Standard deviation of brightness grain (brightness 0 to 1)."""
+    """Standard deviation of grain (brightness 0 to 1)."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
-    """Relative numbers of hopping training clips with 1 to 4 objects."""
+    """Relative number of hopping training clips with 1 to 4 objects."""
     objects: Objects
     """The world of objects."""
 
 
 class Chat(StrictModel):
-    """Text-only questions; read only when collect lists chat."""
+    """Text-only questions or chats; read only when collect lists chat."""
 
+    path: str | None
+    """A `.jsonl` of your own chats instead of the questions ([data.md](data.md#the-procedural-world))."""
     seed: NonNegativeInt
     """Seed of the questions."""
     num_train: int = Field(ge=1, le=100_000)
@@ -158,17 +160,17 @@ class Tars(StrictModel):
     """Existing WebDataset archives; read only when collect lists tars."""
 
     path: str = Field(min_length=1)
-    """Folder (all .tar below it), glob pattern or file."""
+    """Folder, glob pattern or file."""
     name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")
-    """Key prefix, and source of samples that name none."""
+    """Key prefix, and default source."""
     picture_fps: PositiveFloat
     """Frames per second of videos stored as pictures."""
     tokenizer: str | None
-    """Folder of the tokenizer that made `token_ids`."""
+    """Folder of the tokenizer of `token_ids`."""
     split: Literal["train", "validation", "test"] | None
     """Split of all samples; null: `shards` decides."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Quarantined share above which the stage fails."""
+    """Highest quarantined share."""
 
 
 class HubEntry(StrictModel):
@@ -177,7 +179,7 @@ class HubEntry(StrictModel):
     dataset: Literal[ADAPTER_NAMES]
     """Adapter ([data.md](data.md#data-sets-from-the-hub-source-hub))."""
     path: str | None
-    """Hub id, local folder or file with the same columns; null: the adapter's id."""
+    """Hub id, or local copy; null: the adapter's id."""
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
     """Commit hash; null: the pinned one."""
     subsets: list[str] | None = Field(min_length=1)
@@ -185,9 +187,9 @@ class HubEntry(StrictModel):
     media_dir: str | None
     """Folder of extracted videos; null: rows hold the pictures."""
     max_samples: PositiveInt | None
-    """Random subset by key hash, nested as it grows; null: all."""
+    """Random subset, nested as it grows; null: all."""
     max_missing: float = Field(ge=0, le=1)
-    """Share with missing media above which the stage fails."""
+    """Highest share with missing media."""
 
     @field_validator("dataset", mode="before")
     @classmethod

@@ -4,7 +4,6 @@
 
 Nothing is unpacked: a row of the index holds the path of the archive and the offsets of the media in it. Unusable
 samples are quarantined with a reason; the unreadable rest of a damaged archive counts as one quarantined sample.
-Cost: see docs/data.md.
 """
 
 import glob

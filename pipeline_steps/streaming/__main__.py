@@ -1,4 +1,4 @@
-"""Print and write what the training stages will serve, without running them.
+"""Print and write what the training stages will read, without running them.
 
     python -m pipeline_steps.streaming --stats                     each stage's own number of samples
     python -m pipeline_steps.streaming --stats --num-samples 100000
@@ -58,8 +58,8 @@ def main() -> None:
         metrics.write_json(arguments.metrics / "streaming.json", result)
 
 
-def count_stage(dataset: TokenizedShards, parameters, stage: str, num_samples: int | None) -> metrics.StageServed:
-    """Count what one stage serves. Raises UserError if the data lack items that its mixture asks for."""
+def count_stage(dataset: TokenizedShards, parameters, stage: str, num_samples: int | None) -> metrics.StageCounts:
+    """Count what one stage reads. Raises UserError if the data lack items that its mixture asks for."""
     settings = getattr(parameters.training, stage)
     options = {name: getattr(settings, name) for name in ("mixture", "text_share", "text_source")}
     sizes = {"tokens_per_frame": FoveatedVLMConfig(**parameters.model.as_dict()).tokens_per_frame}
@@ -76,9 +76,9 @@ def count_stage(dataset: TokenizedShards, parameters, stage: str, num_samples: i
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Count what the training stages would serve.")
+    parser = argparse.ArgumentParser(description="Count what the training stages would read.")
     parser.add_argument(
-        "--stats", action="store_true", required=True, help="count what each stage serves (the only mode)"
+        "--stats", action="store_true", required=True, help="count what each stage reads (the only mode)"
     )
     parser.add_argument("--num-samples", type=positive, help="samples per stage (default: as in the parameters)")
     parser.add_argument("--params", default="params.yaml")

@@ -34,7 +34,7 @@ class BufferPool:
                 return idle.pop()
         return np.empty(size, np.uint8)
 
-    def give_back(self, buffer: np.ndarray) -> None:
+    def release(self, buffer: np.ndarray) -> None:
         """Return the memory of a deleted array to the pool."""
         with self._lock:
             if self._bytes + len(buffer) > self.limit:  # most likely sizes that are no longer used
@@ -51,7 +51,7 @@ class _Loan:
         self.pool, self.buffer, self.__array_interface__ = pool, buffer, array.__array_interface__
 
     def __del__(self):
-        self.pool.give_back(self.buffer)
+        self.pool.release(self.buffer)
 
 
 def _rounded(num_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """The order in which a run reads items, determined by the seed, the weights and the data.
 
-Items are divided into groups (one per task or source/task, and one for text-only items). Every group is shuffled anew
+Items are divided into groups (one per task or source/task, and one for text-only items). Every group is reshuffled
 in each of its epochs; groups are interleaved in exact proportion to their weights. The order does not depend on
 workers, ranks or restarts, so the state of a reader is one number, its position.
 """

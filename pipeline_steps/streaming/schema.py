@@ -9,11 +9,11 @@ from pipeline_steps.common.params import StrictModel
 
 class Batching(StrictModel):
     by: Literal["samples", "frames", "tokens"]
-    """Unit of a batch: `training.common.batch_size` samples, or `budget` frames or tokens."""
+    """Batch of `training.common.batch_size` samples, or of `budget` frames or tokens."""
     budget: PositiveInt | None
-    """Frames (replicated stills) or tokens (text and visual, unpadded) per batch."""
+    """Frames, or unpadded tokens, per batch."""
     bucket_samples: NonNegativeInt
-    """Window of samples sorted by length; 0: no bucketing."""
+    """Samples sorted by length together; 0: none."""
 
     @model_validator(mode="after")
     def _a_budget_belongs_to_a_unit(self):
@@ -28,7 +28,7 @@ class Section(StrictModel):
     batching: Batching
     """How optimizer steps are batched."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Unreadable share of samples above which a stage fails."""
+    """Highest unreadable share of samples."""
     reader: Literal["local", "webdataset"]
     """Training split from data/shards, or streamed from `url`."""
     url: str | None

@@ -1,14 +1,14 @@
-"""Count what a run serves, from its plan and the index alone."""
+"""Count what a run reads, from its plan and the index alone."""
 
 import numpy as np
 
-from pipeline_steps.common.metrics import Served, StageServed
+from pipeline_steps.common.metrics import SampleCounts, StageCounts
 from pipeline_steps.streaming.loader import StagePlan
 
 
-def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_frame: int) -> StageServed:
+def count(dataset, planned: StagePlan, *, image_replication: int, tokens_per_frame: int) -> StageCounts:
     """Count a stage's plan on a `TokenizedShards` by source and task."""
-    index, order = dataset.index, served.plan.order
+    index, order = dataset.index, planned.plan.order
     group = index.source.astype(np.int64) * len(index.tasks) + index.task  # source and task of every item
     frames = index.shown_frames(image_replication)
     num_groups = len(index.sources) * len(index.tasks)
@@ -24,23 +24,23 @@ def count(dataset, served: StagePlan, *, image_replication: int, tokens_per_fram
     }
     for name, values in amounts.items():
         columns[name] = np.bincount(group[order], weights=values[order], minlength=num_groups).astype(np.int64)
-    sources: dict[str, dict[str, Served]] = {}
+    sources: dict[str, dict[str, SampleCounts]] = {}
     for code in np.flatnonzero(columns["num_items"]):
         source, task = divmod(int(code), len(index.tasks))
-        row = _served({name: int(values[code]) for name, values in columns.items()}, len(order))
+        row = _sample_counts({name: int(values[code]) for name, values in columns.items()}, len(order))
         sources.setdefault(index.sources[source], {})[index.tasks[task]] = row
-    total = _served({name: int(values.sum()) for name, values in columns.items()}, len(order))
-    unserved = served.groups.unmatched
-    return StageServed(num_steps=served.plan.num_steps, sources=sources, total=total, unserved=unserved)
+    total = _sample_counts({name: int(values.sum()) for name, values in columns.items()}, len(order))
+    unmatched = planned.groups.unmatched
+    return StageCounts(num_steps=planned.plan.num_steps, sources=sources, total=total, unmatched=unmatched)
 
 
-def _served(counts: dict[str, int], num_samples: int) -> Served:
-    return Served(
+def _sample_counts(counts: dict[str, int], num_samples: int) -> SampleCounts:
+    return SampleCounts(
         **counts, share=counts["num_samples"] / num_samples, epochs=counts["num_samples"] / counts["num_items"]
     )
 
 
-COLUMNS = {  # title -> cell of a `Served`, in the printed table
+COLUMNS = {  # title -> cell of a `SampleCounts`, in the printed table
     "items": lambda row: f"{row.num_items:,}",
     "samples": lambda row: f"{row.num_samples:,}",
     "share": lambda row: f"{row.share:.2%}",
@@ -52,11 +52,11 @@ COLUMNS = {  # title -> cell of a `Served`, in the printed table
 }
 
 
-def table(stage: str, served: StageServed) -> str:
+def table(stage: str, counts: StageCounts) -> str:
     """Format the counts of a stage as a text table."""
-    names = [(f"{source}/{task}", row) for source, rows in served.sources.items() for task, row in rows.items()]
-    rows = [[name, *(text(row) for text in COLUMNS.values())] for name, row in [*sorted(names), ("all", served.total)]]
-    rows.insert(0, [f"{stage}, {served.num_steps:,} steps", *COLUMNS])
+    names = [(f"{source}/{task}", row) for source, rows in counts.sources.items() for task, row in rows.items()]
+    rows = [[name, *(text(row) for text in COLUMNS.values())] for name, row in [*sorted(names), ("all", counts.total)]]
+    rows.insert(0, [f"{stage}, {counts.num_steps:,} steps", *COLUMNS])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -64,5 +64,5 @@ def table(stage: str, served: StageServed) -> str:
         )
         for row in rows
     ]
-    left = ", ".join(f"{name} {number:,}" for name, number in served.unserved.items())
+    left = ", ".join(f"{name} {number:,}" for name, number in counts.unmatched.items())
     return "\n".join([*lines, f"not in the mixture: {left}" if left else "all items are in the mixture"])

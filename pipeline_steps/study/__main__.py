@@ -47,7 +47,7 @@ def main():
     if other:
         console.print(
             f"{results / 'runs.csv'} has {len(other)} run(s) of another version or with other parameters "
-            f"({', '.join(other[:3])}): each row stays until its run is finished anew"
+            f"({', '.join(other[:3])}): each row stays until its run is repeated"
         )
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:

@@ -1,4 +1,4 @@
-"""The design of a study: conf/study/<name>.yaml, and the cells that it stands for.
+"""The design of a study: conf/study/<name>.yaml, and the cells it defines.
 
 A cell is one training run: an arm with one seed each for training, backbones and data, at one training budget.
 """

@@ -12,7 +12,7 @@ Line = Annotated[str, Field(min_length=1)]
 
 
 class Prompt(StrictModel):
-    """The lines that a source's items do not bring themselves. null: as in the entry of source "*"."""
+    """Prompt lines for the items of a source that have none. null: as in the entry of source "*"."""
 
     source: Line
     """Source, collected or not; `*`: all others."""
@@ -28,9 +28,9 @@ class Prompt(StrictModel):
 
 class Section(StrictModel):
     max_tokens: PositiveInt
-    """Longest chat, visual tokens excluded; whole turns are dropped."""
+    """Longest chat without visual tokens."""
     max_dropped: float = Field(ge=0, le=1)
-    """Dropped share of a source above which the stage fails."""
+    """Highest dropped share of a source."""
     prompts: tuple[Prompt, ...]
     """Prompts per source; null takes the value of `*`."""
 

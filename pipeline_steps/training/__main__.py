@@ -394,7 +394,7 @@ def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, resul
         "validation": by_task(result["validation"]),
         "best": result["best"],
         "mixture": result["mixture"],
-        "unserved": result["unserved"],
+        "unmatched": result["unmatched"],
         "quarantined": result["quarantined"],
         "parameters": result["parameters"],
         "num_steps": run.num_steps,

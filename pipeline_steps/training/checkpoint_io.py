@@ -35,6 +35,7 @@ CODE = (  # the code dependencies of the training stages in dvc.yaml
     "pipeline_steps/common/code_keys.py",
     "pipeline_steps/common/device.py",
     "pipeline_steps/common/hashing.py",
+    "pipeline_steps/common/markdown.py",
     "pipeline_steps/common/model_card.py",
     "pipeline_steps/common/next_frame.py",
     "pipeline_steps/common/next_frame_schema.py",

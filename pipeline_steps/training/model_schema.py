@@ -11,7 +11,7 @@ class Section(StrictModel):
     architecture: Literal["foveated", "multi_token"]
     """`multi_token`: the baseline, average-pooled patches."""
     attention: Literal["deep", "shallow"]
-    """Queries pass through all vision layers, or attend to the last one only."""
+    """Queries pass through all vision layers, or attend to the last."""
     layout: Literal["question_first", "vision_first"]
     """Frames after the user's text, or after BOS."""
     query_dim: PositiveInt
@@ -21,12 +21,11 @@ class Section(StrictModel):
     query_bias: bool
     """Bias in the query projection."""
     tie_first_query: bool
-    """The fine pass starts with the static query, not its own."""
+    """Fine passes start with the static query."""
     query_update: Literal["replace", "add"]
     """The planner's output replaces the query or is added."""
     query_source: Literal["planned", "static", "random", "fixed", "oracle"]
-    """`random`: new per frame; `fixed`: one random query per batch; `oracle`: planned, limited to the target's
-    patches."""
+    """`random`: per frame; `fixed`: random, per batch; `oracle`: planned, limited to the target's patches."""
     attention_temperature: PositiveFloat
     """Divides query-attention logits; below 1 is sharper."""
     learnable_temperature: bool
@@ -46,7 +45,7 @@ class Section(StrictModel):
     blind: bool
     """Every frame in the mean colour (control)."""
     frame_time_embedding: Literal["none", "sinusoidal"]
-    """Add a learned projection of frame times to visual tokens."""
+    """Frame times added to visual tokens."""
     visual_scale: PositiveFloat | Literal["auto"]
     """Initial standard deviation of visual tokens; `auto`: the embeddings'."""
     max_num_frames: PositiveInt

@@ -7,6 +7,8 @@ matrix [m, n] is scaled by 0.2 sqrt(max(m, n)), which matches the root mean squa
 decay.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -21,7 +23,8 @@ STACKED = 2**26  # elements of the matrices that are orthogonalized together
 class Muon(torch.optim.Muon):
     """torch's Muon, which updates all matrices of one shape together, and extended to sharded matrices (FSDP2).
 
-    Matrices of one shape are stacked, so a step starts a few operations per shape instead of about forty per matrix.
+    Matrices of one shape are stacked, transposed ones included, so a step starts a few operations per shape instead of
+    about forty per matrix.
 
     The momentum of sharded matrices stays sharded. A step gathers one matrix at a time; every rank orthogonalizes the
     whole matrix and applies its own shard, so the update equals that of a single process. Cost per step and rank: one
@@ -44,31 +47,30 @@ class Muon(torch.optim.Muon):
                 if isinstance(parameter, DTensor) and parameter.grad is not None:
                     self._step_sharded(parameter, group)
                 elif parameter.grad is not None:
-                    stacks.setdefault(parameter.shape, []).append(parameter)
+                    stacks.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
             for shape, parameters in stacks.items():
-                size = max(1, STACKED // shape.numel())
+                size = stack_size(shape)
                 for start in range(0, len(parameters), size):
                     self._step_stacked(parameters[start : start + size], group)
 
     def _step_stacked(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """The step of matrices of one shape [m, n]."""
+        """The step of matrices of one shape [m, n] or [n, m], m <= n."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        held = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradient, momentum = torch.stack([parameter.grad for parameter in parameters]), torch.stack(held)
-        if self.is_finite is not None:
-            gradient = torch.where(self.is_finite, gradient, momentum)  # leaves the momentum as it is
+        wide = [wide_matrix(parameter.detach()) for parameter in parameters]
+        held = [wide_matrix(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradient = torch.stack([wide_matrix(parameter.grad) for parameter in parameters])
+        momentum = torch.stack(held)
+        rate, decay = -group["lr"] * 0.2 * wide[0].shape[1] ** 0.5, group["lr"] * group["weight_decay"]
+        if self.is_finite is not None:  # else leaves momentum and weights as they are: adds zeros
+            gradient = torch.where(self.is_finite, gradient, momentum)
+            rate, decay = self.is_finite * rate, self.is_finite * decay
         momentum.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(held, list(momentum.unbind()))
-        change = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group)
-        rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        decay = 1 - group["lr"] * group["weight_decay"]
-        if self.is_finite is not None:
-            change = torch.where(self.is_finite, change, 0)
-            decay = torch.where(self.is_finite, decay, 1.0)
-        torch._foreach_mul_(parameters, decay)
-        torch._foreach_add_(parameters, list(change.to(parameters[0].dtype).unbind()), alpha=-rate)
+        change = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group).to(wide[0].dtype)
+        torch._foreach_mul_(wide, 1 - decay)
+        torch._foreach_add_(wide, list((change * rate).unbind()))
 
     def _step_sharded(self, parameter: DTensor, group: dict) -> None:
         gradient, momentum = parameter.grad, self.state[parameter].get("momentum_buffer")
@@ -85,6 +87,16 @@ class Muon(torch.optim.Muon):
         replicated = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(replicated.redistribute(placements=placements))
+
+
+def wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix or its transpose, with at least as many columns as rows."""
+    return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def stack_size(shape: tuple[int, ...]) -> int:
+    """How many matrices of this shape are orthogonalized together."""
+    return max(1, STACKED // math.prod(shape))
 
 
 def orthogonalize(matrices: torch.Tensor, group: dict) -> torch.Tensor:

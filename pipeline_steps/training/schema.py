@@ -14,9 +14,9 @@ class Common(StrictModel):
     batch_size: PositiveInt
     """Samples per optimizer step, all devices."""
     micro_batch_size: PositiveInt | Literal["auto"] | None
-    """Samples per forward pass of one device; null: its share of the batch; `auto`: halved until it fits memory."""
+    """Samples per forward pass and device; null: its share; `auto`: halved until it fits memory."""
     optimizer: Literal["adamw", "muon"]
-    """`muon`: orthogonalized momentum for linear layers, at AdamW's update size; AdamW for the rest."""
+    """`muon`: orthogonalized momentum for linear layers, else AdamW."""
     weight_decay: NonNegativeFloat
     """Applied to matrices only."""
     betas: tuple[Momentum, Momentum]
@@ -24,15 +24,15 @@ class Common(StrictModel):
     clip_norm: PositiveFloat
     """Limit of the global gradient norm."""
     ema_decay: Momentum | None
-    """Per-step decay of the EMA that is validated and published; null: none."""
+    """Decay of the published EMA; null: none."""
     device: Literal["auto", "cpu", "cuda"]
     """`auto` prefers a GPU."""
     precision: Literal["fp32", "bf16"]
     """Autocast precision of training; all else is fp32."""
     num_threads: PositiveInt
-    """CPU threads; changes the last bits of results."""
+    """CPU threads; affects rounding."""
     activation_checkpointing: bool
-    """Recompute layers: less memory, a fifth more time."""
+    """Recompute layers to save memory."""
     compile: bool
     """Torch.compile of all backbone layers."""
     sharding: Literal["ddp", "fsdp"]
@@ -44,11 +44,11 @@ class Common(StrictModel):
     max_validation_items: PositiveInt
     """Validation items per source and task."""
     publish: Literal["last", "best"]
-    """Publish the last weights, or those of the lowest validation loss."""
+    """Publish last weights, or lowest validation loss."""
     plateau_validations: PositiveInt
     """Validations without progress that count as a plateau."""
     plateau_progress: PositiveFloat
-    """Relative drop of the best loss that counts as progress."""
+    """Relative drop that counts as progress."""
 
 
 class LearningRate(StrictModel):
@@ -63,8 +63,8 @@ class LearningRate(StrictModel):
 
 
 class MixtureEntry(StrictModel):
-    """Items with frames, each of which belongs to the one entry that names it best: source and task, else the
-    source, else the task, else neither."""
+    """A share of the items with frames. Each item goes to the most specific matching entry: source and task, else
+    source, else task, else `*`."""
 
     source: str
     """Source and task; `*`: any."""
@@ -78,13 +78,13 @@ class Stage(StrictModel):
     num_samples: PositiveInt
     """Training budget in samples."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    """Items with frames; each goes to the most specific matching entry."""
+    """[Shares](data.md#reading-which-item-when-in-which-batch) of items with frames."""
     text_share: float = Field(ge=0, lt=1)
     """Share of text-only samples."""
     text_source: str
     """Their source, or `*`."""
     loss: Literal["all_text", "answer_only", "preference"]
-    """Every token, answers with end-of-turn tokens, or DPO against the initial weights."""
+    """Labels: all tokens, or answers; or DPO."""
     objective: objectives.section()
     """Parameters of the objectives."""
     freeze_vision: bool
@@ -94,7 +94,7 @@ class Stage(StrictModel):
     learning_rate: LearningRate
     """Peak learning rates; 0 freezes a group."""
     schedule: Literal["cosine", "constant", "wsd", "converging"]
-    """After warm-up; `wsd`: constant, then linear to the floor; `converging`: cosine to each group's end."""
+    """After warm-up; `wsd`: constant, then linear; `converging`: cosine to each group's end."""
     warmup_ratio: float = Field(ge=0, lt=1)
     """Share of steps with linear warm-up."""
     min_lr_ratio: float = Field(ge=0, le=1)
@@ -102,7 +102,7 @@ class Stage(StrictModel):
     decay_share: float = Field(ge=0, le=1)
     """Share of steps in which `wsd` decays."""
     converged_learning_rate: LearningRate | None
-    """End rates of `converging` (as `learning_rate`), else null."""
+    """End rates of `converging`, else null."""
 
     @model_validator(mode="after")
     def _something_is_trained(self):
@@ -122,7 +122,7 @@ class Stage(StrictModel):
 
 class Section(StrictModel):
     init_from: str = Field(min_length=1)
-    """What stage1 starts from: the backbones, or a finished checkpoint's folder (fine-tuning)."""
+    """Backbones, or a checkpoint to fine-tune."""
     common: Common
     """Settings of all stages."""
     stage1: Stage

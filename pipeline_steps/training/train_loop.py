@@ -57,7 +57,7 @@ def train(run: TrainContext) -> dict:
         "validation": final,
         "best": run.best,
         "mixture": mixture,
-        "unserved": run.stage_plan.groups.unmatched,
+        "unmatched": run.stage_plan.groups.unmatched,
         "quarantined": all_quarantined(run),
     }
 

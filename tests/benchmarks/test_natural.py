@@ -29,7 +29,7 @@ def arguments(tmp_path):
         (tmp_path / "pretrained" / name).mkdir(parents=True)
         (tmp_path / "pretrained" / name / "config.json").write_text("{}")
     folders = {name: tmp_path / name for name in ("cutouts", "pretrained", "output")}
-    options = {"preset": "gpu", "device": "cuda", "set": [], "backgrounds": None}
+    options = {"preset": "gpu", "device": "cuda", "set": [], "backgrounds": None, "chats": None}
     return SimpleNamespace(arms=["none", "A6", "B1"], seeds=[1, 2], **options, **folders)
 
 
@@ -57,6 +57,19 @@ def test_other_pictures_are_other_work_and_another_place_is_not(arguments, tmp_p
     other = natural.make_plan(arguments)
     assert keys(other, "backbones") == keys(before, "backbones")
     assert not set(keys(other, "stage1")) & set(keys(before, "stage1"))
+
+
+def test_other_chats_are_other_work(arguments, tmp_path):
+    arguments.chats = tmp_path / "chats.jsonl"
+    for text in ("{}\n", "[]\n"):
+        arguments.chats.write_text(text)
+        plan = natural.make_plan(arguments)
+        paths = {run.parameters["sources"]["chat"]["path"] for run in plan.runs}
+        assert len(paths) == 1
+        (job,) = {(job.stage, job.key) for job in plan.jobs.values() if job.stage == "backbones"}
+        place = arguments.output / natural.folder_of(*job)
+        place.mkdir(parents=True, exist_ok=True)
+        assert (place / paths.pop()).read_text() == text
 
 
 def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatch):
@@ -91,8 +104,11 @@ def test_a_curve_is_means_of_its_parts(tmp_path):
 def run(finished_run, tmp_path, monkeypatch):
     """Runs the command with the embedded backbones in place of the pretrained ones; returns its exit code."""
     drawings.write(tmp_path / "cutouts")
+    turns = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
     words = ["natural", "--preset", "cpu", "--arms", "none", "--pretrained", finished_run / "data/backbones"]
     words += ["--cutouts", tmp_path / "cutouts", "--output", tmp_path / "output"]
+    words += ["--chats", tmp_path / "chats.jsonl"]
 
     def call(*more, overrides=()):
         monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, *more, "--set", *SMALL, *overrides]])

@@ -11,6 +11,7 @@ from pipeline_steps.common import model_card
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
+from pipeline_steps.common.markdown import escaped
 from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest
 from pipeline_steps.inference.publish import publish
 from tests.checkpoints import make_model
@@ -104,7 +105,7 @@ def test_every_stage_publishes_a_card_and_a_copy_has_the_evaluation(finished_run
     _, sections = parts((tmp_path / "copy/README.md").read_text())
     for task, modes in result["tasks"].items():
         score = modes["autoregressive"]
-        row = [model_card.escaped(task), "autoregressive", f"{score['loss']:.4f}", f"{score['accuracy']:.4f}"]
+        row = [escaped(task), "autoregressive", f"{score['loss']:.4f}", f"{score['accuracy']:.4f}"]
         assert f"|{'|'.join(row)}|{score['num_items']:,}|" in sections["Evaluation"]
     assert list(sections)[-3:-1] == ["Limits", "Licence"]
     load_checkpoint(tmp_path / "copy")

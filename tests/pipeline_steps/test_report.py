@@ -141,7 +141,7 @@ def curve_table(sources=("procedural",), columns=CURVE_COLUMNS):
 
 
 def served(num_items, num_samples, share, num_truncated=0):
-    return metrics.Served(
+    return metrics.SampleCounts(
         num_items=num_items,
         num_samples=num_samples,
         share=share,
@@ -154,14 +154,14 @@ def served(num_items, num_samples, share, num_truncated=0):
 
 
 def streaming_result():
-    stage = metrics.StageServed(
+    stage = metrics.StageCounts(
         num_steps=10,
         sources={
             "chat": {"text": served(50, 14, 0.14)},
             "procedural": {"card": served(40, 86, 0.86, 3), "gist": served(7, 0, 0.0)},
         },
         total=served(97, 100, 1.0, 3),
-        unserved={"procedural/gist": 7},
+        unmatched={"procedural/gist": 7},
     )
     return metrics.StreamingResult(stages={"stage1": stage})
 

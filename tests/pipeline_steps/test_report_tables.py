@@ -118,7 +118,7 @@ def test_the_report_does_not_depend_on_folder_commit_or_date(built, tmp_path, mo
 
 
 def test_markdown_escapes_markup_in_data():
-    assert markdown.escaped("a|b\n<c>_d") == "a\\|b \\<c\\>\\_d"
+    assert markdown.escaped("a|b\n<c>_d &lt;") == "a\\|b \\<c\\>\\_d &amp;lt;"
 
 
 def test_paired_controls_have_intervals():

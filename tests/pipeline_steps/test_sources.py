@@ -47,7 +47,7 @@ def section(collect=("procedural", "chat"), path=None, **changes):
             "objects": OBJECTS,
             **changes,
         },
-        "chat": {"seed": 1, "num_train": 40, "num_validation": 8, "num_test": 8},
+        "chat": {"path": None, "seed": 1, "num_train": 40, "num_validation": 8, "num_test": 8},
         "folder": {"path": path and str(path), "name": "mine"},
         "tars": [],
         "hub": [],

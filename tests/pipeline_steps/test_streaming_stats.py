@@ -51,7 +51,7 @@ def test_statistics_match_what_the_loader_serves(root):
     assert counts.total.num_samples == 200
     assert counts.total.num_items == 90
     assert counts.num_steps == 13
-    assert counts.unserved == {"world/image": counts.sources["world"]["image"].num_items}
+    assert counts.unmatched == {"world/image": counts.sources["world"]["image"].num_items}
     assert "not in the mixture: world/" in table("stage2", counts)
 
 

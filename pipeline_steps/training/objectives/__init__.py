@@ -33,8 +33,7 @@ class Shared(StrictModel):
     second_pass_probability: float = Field(ge=0, le=1)
     """Share of training steps with one more fine pass."""
     initial_modules: Literal["new", "previous"]
-    """Start of the objectives' own modules (heads): `new` (random), or `previous`: objective.safetensors of the stage
-    before. An error where no objective has modules."""
+    """Start heads `new` (random), or from the `previous` stage's objective.safetensors."""
 
 
 def registry() -> dict[str, type[Objective]]:

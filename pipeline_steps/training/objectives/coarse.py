@@ -7,7 +7,7 @@ from pipeline_steps.training.objectives.base import Needs, Objective, Term
 
 
 class CoarseText(Objective):
-    """Text loss of the coarse pass: the static query's tokens have to answer, too."""
+    """Cross-entropy of the labelled tokens after the coarse pass, with the static query's visual tokens."""
 
     name = "coarse"
     term_names = ("loss_coarse",)

@@ -20,7 +20,7 @@ class Contrastive(Objective):
 
     class Parameters(StrictModel):
         weight: NonNegativeFloat
-        """Weight of the contrastive loss (fine tokens unlike coarse ones); 0: none."""
+        """Weight of the contrastive loss; 0: none."""
         margin: Annotated[float, Field(ge=-1, le=1)]
         """Cosine similarity below which the loss is zero."""
 

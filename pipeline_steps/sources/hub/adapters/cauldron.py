@@ -1,4 +1,7 @@
-"""The Cauldron: 50 data sets of questions about images. All images and all turns of a row form one sample."""
+"""The Cauldron: 50 data sets of questions about images.
+
+All images and all turns of a row form one sample of task `image_chat` and source `cauldron_<subset>`.
+"""
 
 from pipeline_steps.sources.hub.adapter import Adapter, Draft, Table, chat, entries, image_bytes, text
 
@@ -23,7 +26,7 @@ def sample(row, table):
 ADAPTER = Adapter(
     repo="HuggingFaceM4/the_cauldron",
     revision="847a98a779b1652d65111daf20c972dfcd333605",
-    licence="that of each subset; the prompts CC BY 4.0",
+    licence="per subset; prompts CC BY 4.0",
     download="the pictures are in the rows",
     columns=("images", "texts"),
     tables=tuple(Table(name, f"{name}/train-*.parquet", f"cauldron_{name}") for name in SUBSETS),

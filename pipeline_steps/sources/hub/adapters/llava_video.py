@@ -1,4 +1,7 @@
-"""LLaVA-Video-178K: multi-turn conversations about videos: captions, open questions and multiple choice."""
+"""LLaVA-Video-178K: chats about videos. Tasks: `caption`, `open_ended`, `multi_choice`.
+
+Videos of llava_hound are folders of frames, 2 per second.
+"""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
@@ -65,8 +68,8 @@ def _tables():
 ADAPTER = Adapter(
     repo="lmms-lab/LLaVA-Video-178K",
     revision="6d8c562dc26d70042a0d9704d1cae58c94b89098",
-    licence="Apache 2.0 for the text; research use",
-    download="the videos of SUBSET/*.tar.gz, extracted into a folder per subset or all into one",
+    licence="texts Apache 2.0; research use",
+    download="the videos of SUBSET/*.tar.gz, in one folder or one per subset",
     columns=("id", "conversations", "video"),
     tables=tuple(_tables()),
     sample=sample,

@@ -1,6 +1,6 @@
 """MVBench: 20 multiple-choice tasks about videos of eleven collections (evaluation set).
 
-Folders and segments follow the benchmark's official evaluation. TVQA videos are folders of frames.
+Folders and segments follow the benchmark's official evaluation. TVQA videos are folders of frames, 3 per second.
 """
 
 from pathlib import PurePosixPath
@@ -60,7 +60,7 @@ def sample(row, table):
 ADAPTER = Adapter(
     repo="OpenGVLab/MVBench",
     revision="230a2d4fac8900333c61754641c7a13e069ac9c6",
-    licence="MIT for the questions; the videos keep theirs",
+    licence="questions MIT; videos keep theirs",
     download="the folders of video/*.zip; NTU RGB+D and TVQA from their owners",
     columns=("video", "question", "candidates", "answer"),
     tables=tuple(Table(task, f"json/{task}.json", "mvbench", f"mvbench_{task}") for task in FOLDERS),

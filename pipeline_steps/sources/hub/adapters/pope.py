@@ -28,7 +28,7 @@ def sample(row, table):
 ADAPTER = Adapter(
     repo="lmms-lab/POPE",
     revision=None,
-    licence="MIT for the questions; pictures of COCO",
+    licence="questions MIT; pictures COCO",
     download="the pictures are in the rows",
     columns=("question_id", "question", "answer", "image_source", "image", "category"),
     tables=(Table("test", "data/test-*.parquet", "pope"),),

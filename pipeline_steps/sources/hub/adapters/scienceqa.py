@@ -1,6 +1,7 @@
 """ScienceQA-IMG: the questions of ScienceQA's test split that have an image (evaluation set).
 
-A hint, if there is one, precedes the question. Lectures and solutions are not used.
+Rows without an image are quarantined. A hint, if there is one, precedes the question. Lectures and solutions are not
+used.
 """
 
 from pipeline_steps.sources.hub.adapter import (

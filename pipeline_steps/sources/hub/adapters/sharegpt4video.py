@@ -1,4 +1,4 @@
-"""ShareGPT4Video: 40,000 videos, each with a caption of the whole video and one per key frame."""
+"""ShareGPT4Video: 40,000 videos, each with a caption (task `caption`) and one per key frame (task `key_frames`)."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
@@ -37,7 +37,7 @@ ADAPTER = Adapter(
     repo="ShareGPT4Video/ShareGPT4Video",
     revision=None,
     licence="CC BY-NC 4.0",
-    download="the videos of zip_folder/*/*.zip, where `video_path` says, or one folder per collection",
+    download="the videos of zip_folder/*/*.zip, as in `video_path` or one folder per collection",
     columns=("video_id", "video_path", "captions"),
     tables=(Table("train", "sharegpt4video_40k.jsonl", "sharegpt4video"),),
     sample=sample,

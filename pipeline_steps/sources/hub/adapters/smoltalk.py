@@ -1,6 +1,6 @@
 """SmolTalk: text-only chats, split into three disjoint parts for the three training stages.
 
-A hash of its text assigns each chat to stage1, stage2 or stage3, in the ratio 4 : 2 : 1.
+A hash of its text assigns each chat to source `smoltalk_stage1`, `_stage2` or `_stage3`, in the ratio 4 : 2 : 1.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def sample(row, table):
 ADAPTER = Adapter(
     repo="HuggingFaceTB/smoltalk",
     revision="5feaf2fd3ffca7c237fc38d1861bc30365d48ffa",
-    licence="Apache 2.0 (new parts; the others keep theirs)",
+    licence="per part; new parts Apache 2.0",
     download="there are no media",
     columns=("messages",),
     tables=tuple(

@@ -1,4 +1,4 @@
-"""Vript: scenes of videos with a long caption, the shot type, the camera's movement and a title."""
+"""Vript: scenes of videos. Tasks: `caption` (long), `shot_type`, `camera_movement`, `scene_title`."""
 
 from pipeline_steps.sources.hub.adapter import (
     Adapter,
@@ -51,7 +51,7 @@ def _video(row, clip):
 ADAPTER = Adapter(
     repo="Mutonix/Vript",
     revision=None,
-    licence="academic use only, its own terms",
+    licence="academic use only, own terms",
     download="the clips of vript_{long,short}_videos_clips/*.zip, as VIDEO/CLIP.mp4",
     columns=("clip_id", "caption"),
     tables=(

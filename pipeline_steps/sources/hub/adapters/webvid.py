@@ -20,7 +20,7 @@ def sample(row, table):
 ADAPTER = Adapter(
     repo="TempoFunk/webvid-10M",
     revision="461f7da9a310b67c7fa05fcbd6e312ddbffc8ba5",
-    licence="none given; the videos belong to their publisher",
+    licence="none; publishers own the videos",
     download="the videos as PAGE_DIR/VIDEOID.mp4 or VIDEOID.mp4",
     columns=("videoid", "contentUrl", "page_dir", "name"),
     tables=(Table("train", "data/train/**/*.csv", "webvid"),),
