@@ -60,7 +60,7 @@ def test_the_small_autoencoder_is_a_diffusers_model_with_latents_of_unit_varianc
     latents = autoencoder.FrameLatents(folder, "key")
     frames = as_batch(make_batch()).pixel_values
     found = latents(frames)
-    assert found.shape == (6, latents.channels, 7, 7)
+    assert found.shape == (6, latents.channels, 14, 14)  # 4 px a latent
     from diffusers import AutoencoderKL
 
     network = AutoencoderKL.from_pretrained(folder)
