@@ -12,10 +12,25 @@ from pipeline_steps.training.training_model import TrainingModel
 DEFAULTS = {
     "second_pass_probability": 0.0,
     "initial_modules": "new",
+    "text": {"weight": 1.0},
     "coarse": {"weight": 0.0},
     "contrastive": {"weight": 0.0, "margin": 0.5},
     "entropy": {"weight": 0.0, "margin": 0.5},
     "preference": {"beta": 0.1},
+    "next_frame": {
+        "weight": 0.0,
+        "coarse_weight": 1.0,
+        "target": "latent",
+        "autoencoder": "data/backbones/autoencoder",
+        "previous_latent": "keep",
+        "drop_probability": 0.5,
+        "noise_std": 0.5,
+        "skip_query": False,
+        "separate_heads": False,
+        "l1_weight": 0.0,
+        "head_width": 64,
+        "modes": {"joint": 1.0, "video_only": 0.0, "text_conditioned": 0.0, "captions": 0.0},
+    },
 }
 
 

@@ -9,7 +9,8 @@ kind embedded  trains a tiny DINOv2, a tiny Llama and a byte-level BPE tokenizer
 kind local     checks and copies two existing folders in Hugging Face format: a DINOv2, and a Llama with its tokenizer.
 kind hub       downloads such a pair from the Hugging Face Hub at pinned revisions.
 
-Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders) and the held-out accuracies of the warm-ups.
+Writes OUT/vision_encoder and OUT/language_model (Hugging Face folders), OUT/autoencoder if embedded backbones have
+`autoencoder_steps` above 0, and the held-out accuracies of the warm-ups.
 OUT is replaced atomically. Exits with code 1 and a one-paragraph message if a folder is unusable or a path cannot be
 written.
 """
@@ -25,6 +26,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
 
+from .autoencoder import train_autoencoder
 from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model
 from .local import copy_backbones
@@ -50,7 +52,10 @@ def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
     vision_encoder = build_vision_encoder(options)
     vision_metrics = warm_up_vision_encoder(vision_encoder, options, num_workers)
     save_vision_encoder(vision_encoder, folder / "vision_encoder")
-    return {
+    autoencoder = {}
+    if options.autoencoder_steps:
+        autoencoder["autoencoder"] = train_autoencoder(options, folder / "autoencoder", num_workers)
+    return autoencoder | {
         "kind": "embedded",
         "vision_encoder": {"num_parameters": count(vision_encoder), **vision_metrics},
         "language_model": {"num_parameters": count(language_model), "num_tokens": len(tokenizer), **language_metrics},

@@ -77,6 +77,8 @@ class Embedded(StrictModel):
     """Frames or chats per warm-up step."""
     language_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
+    autoencoder_steps: NonNegativeInt
+    """Training steps of an autoencoder of frames, for the next-frame objective (extra `latents`); 0: none."""
     vocabulary_size: int = Field(ge=259)
     """Largest BPE vocabulary."""
     max_positions: PositiveInt

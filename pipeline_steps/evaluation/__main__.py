@@ -38,6 +38,7 @@ from pipeline_steps.evaluation import (
     controls,
     gaze_difference,
     multiple_choice,
+    next_frame,
     statistics,
     subset_evals,
     temporal,
@@ -89,6 +90,8 @@ def main():
                 batch = items[start : start + settings.batch_size]
                 answers += answer_rows(model, tokenizer, collate, task, batch, settings.max_answer_tokens)
                 progress.update(len(batch))
+    predictor = next_frame.load_predictor(arguments.checkpoint, model)
+    next_frame_result = predictor and next_frame.measure(model, predictor, collate, dataset, chosen, settings, loading)
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     result = summarise(
@@ -102,6 +105,7 @@ def main():
     )
     if choice_table is not None:
         result.multiple_choice = multiple_choice.summarise(choice_table, settings.bootstrap_samples, settings.seed)
+    result.next_frame = next_frame_result
     result.captions = captions.summarise(free_answers, objects, settings.bootstrap_samples, settings.seed)
     with replaced_folder(arguments.outputs) as folder:
         if choice_table is not None:

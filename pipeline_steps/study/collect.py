@@ -127,6 +127,7 @@ def row_of(run, studies):
         "mean_loss": result.mean[MODE].loss,
         **{f"accuracy_{task}": scores[MODE].accuracy for task, scores in sorted(result.tasks.items())},
         **{f"exact_match_{task}": found.exact_match for task, found in sorted(result.generation.items())},
+        **next_frame_columns(result.next_frame),
         "blind_accuracy": result.mean["blind"].accuracy,
         "validation_loss_change": change,
         "converged": converged,
@@ -145,6 +146,17 @@ def served_of(shards, tokens, parameters):
 def training_items(shards, tokens):
     """The items of the training split, which the runs of a seed share."""
     return TokenizedShards(shards, tokens, "train", with_frames=False)
+
+
+def next_frame_columns(found):
+    """Columns of an `EvaluationResult`'s next-frame losses, of clips and of stills (task image); {} without them."""
+    groups = {} if found is None else found.groups
+    columns = {}
+    for name in ("videos", "image"):
+        if name in groups:
+            columns |= {f"next_frame_{name}_{variant}": value for variant, value in groups[name].loss.items()}
+            columns[f"next_frame_{name}_wins"] = groups[name].wins
+    return columns
 
 
 def load(path):

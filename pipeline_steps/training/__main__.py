@@ -56,6 +56,7 @@ from pipeline_steps.training.checkpoint_io import run_fingerprint
 from pipeline_steps.training.context import TrainContext, announce
 from pipeline_steps.training.distributed import DistributedContext, distributed_context, failure_announced
 from pipeline_steps.training.objectives import check, term_names
+from pipeline_steps.training.objectives import input_files as objective_files
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
 from pipeline_steps.training.train_loop import train
 
@@ -241,6 +242,7 @@ def input_files(arguments: argparse.Namespace, start: Path, settings) -> list[Pa
         folders = [start / name for name in ("vision_encoder", "language_model")]
         models = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
     files = [*models, arguments.shards / "manifest.json", arguments.tokens / "manifest.json"]
+    files += objective_files(arguments.stage, settings)
     files += [heads_of(start)] if is_checkpoint(start) and settings.objective.initial_modules == "previous" else []
     for path in files:
         if not path.exists() and start in path.parents and arguments.stage == STAGES[0]:
@@ -362,7 +364,7 @@ def publish(arguments: argparse.Namespace, start: Path, run: TrainContext, resul
             system=tokens.system,
         )
         if run.published_heads:
-            save_file(run.published_heads, heads_of(folder))
+            save_file(run.published_heads, heads_of(folder), {"objective": run.settings.objective.model_dump_json()})
         (folder / "training.json").write_text(
             json.dumps({"stage": arguments.stage, **result}, indent=1, sort_keys=True) + "\n"
         )

@@ -206,6 +206,7 @@ def launch_step(run: TrainContext, state: TrainState, batch: Batch, step: int) -
     num_plans = run.model.config.num_passes + int(has_second_pass)
     torch.manual_seed(int(run.generator(step, 1).integers(2**63)))  # for random queries and sampled attention
     state.optimizer.zero_grad()
+    batch = run.training_model.prepare(batch, run.generator(step, 2))
     sums, totals = accumulate(run, state, batch, num_plans, run.stage_plan.plan.step_weight(step))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     norms = group_norms(state.optimizer) if run.is_recorded(step) or run.is_logged(step) else {}

@@ -6,6 +6,7 @@ objectives are summed here only.
 
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor, nn
 
 from model import FoveatedVLMForConditionalGeneration, FoveatedVLMOutput, FoveationOptions
@@ -32,6 +33,12 @@ class TrainingModel(nn.Module):
         for objective in self.objectives:
             counts |= objective.counts(batch)
         return counts
+
+    def prepare(self, batch: Batch, generator: np.random.Generator) -> Batch:
+        """The batch of a step as its objectives train on it."""
+        for objective in self.objectives:
+            batch = objective.prepare(batch, generator)
+        return batch
 
     def forward(
         self, batch: Batch, num_plans: int, totals: Mapping[str, float], reference: nn.Module | None = None

@@ -46,6 +46,7 @@ TINY = Embedded(
     language_steps=3,
     language_batch_size=4,
     language_learning_rate=1e-3,
+    autoencoder_steps=0,
     vocabulary_size=512,
     max_positions=64,
 )

@@ -231,7 +231,8 @@ def toy(tmp_path, monkeypatch):
 
 def test_a_new_objective_takes_one_file_and_one_parameter(toy, tmp_path):
     """It is found, in the row, in the gradient with its head, and the same in any micro-batches."""
-    assert {"frame_time"} == set(objectives.registry()) - {"coarse", "contrastive", "entropy", "preference", "text"}
+    known = {"coarse", "contrastive", "entropy", "next_frame", "preference", "text"}
+    assert {"frame_time"} == set(objectives.registry()) - known
     assert "loss_frame_time" in objectives.term_names()
     run, batch = make_run("stage2", "question_first", tmp_path, objective=toy), as_batch(make_batch())
     trainer = train_loop.prepare(run)

@@ -6,6 +6,7 @@ objectives of a stage. `TrainingModel` (pipeline_steps/training/training_model.p
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, create_model
@@ -14,7 +15,18 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import StrictModel
 from pipeline_steps.training.objectives.base import Needs, Objective, Outputs, Term
 
-__all__ = ["Needs", "Objective", "Outputs", "Term", "build", "check", "registry", "section", "term_names"]
+__all__ = [
+    "Needs",
+    "Objective",
+    "Outputs",
+    "Term",
+    "build",
+    "check",
+    "input_files",
+    "registry",
+    "section",
+    "term_names",
+]
 
 
 class Shared(StrictModel):
@@ -61,8 +73,15 @@ def active(settings) -> dict[str, type[Objective]]:
 
 
 def check(stage: str, settings, network) -> None:
-    """UserError if an objective of the stage needs a planned pass and the network has none. network: section `model`,
-    or a FoveatedVLMConfig."""
+    """UserError if no objective is active, or if one needs a planned pass and the network has none, or has options that
+    do not fit. network: section `model`, or a FoveatedVLMConfig."""
+    if not active(settings):
+        raise UserError(
+            f"training.{stage}.objective.text.weight is 0, and so is the weight of every other objective: nothing to "
+            "train. Set one above 0."
+        )
+    for objective in active(settings).values():
+        objective.check(stage, settings, network)
     if network.architecture == "multi_token":
         reason = "model.architecture is multi_token"
     elif network.coarse_only:
@@ -75,6 +94,11 @@ def check(stage: str, settings, network) -> None:
                 f"training.{stage}.objective.{name}.weight is {getattr(settings.objective, name).weight:g}, but "
                 f"{reason}. This network has a single pass, but the objective compares two. Set the weight to 0."
             )
+
+
+def input_files(stage: str, settings) -> list[Path]:
+    """Files of the stage's objectives besides params.yaml. UserError if one is missing."""
+    return [path for objective in active(settings).values() for path in objective.input_files(stage, settings)]
 
 
 def build(stage: str, settings, config) -> list[Objective]:

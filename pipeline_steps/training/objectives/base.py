@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pipeline_steps.common.params import StrictModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     from torch import Tensor, nn
 
     from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, FoveatedVLMOutput, FoveationOptions
@@ -75,9 +78,23 @@ class Objective:
         """Whether a stage uses it (weight above 0). settings: training.<stage>."""
         return getattr(settings.objective, cls.name).weight > 0
 
+    @classmethod
+    def check(cls, stage: str, settings, network) -> None:
+        """UserError if options of an active objective do not fit the stage or the network, as in `objectives.check`."""
+
+    @classmethod
+    def input_files(cls, stage: str, settings) -> list[Path]:
+        """Files besides params.yaml on which an active objective depends. UserError if one is missing."""
+        return []
+
     def make_module(self) -> nn.Module | None:
         """A new module of the objective, such as a head, or None. It is trained and saved together with the network."""
         return None
+
+    def prepare(self, batch: Batch, generator: np.random.Generator) -> Batch:
+        """The batch to train a step on, before it is split into micro-batches. generator: of the step, the same on all
+        ranks."""
+        return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Additional {name: count} that terms are means over. They may depend on the batch only."""

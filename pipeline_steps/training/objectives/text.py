@@ -1,5 +1,8 @@
 """Cross-entropy of the labelled text tokens: the objective of every stage except preference training."""
 
+from pydantic import NonNegativeFloat
+
+from pipeline_steps.common.params import StrictModel
 from pipeline_steps.training.objectives.base import Needs, Objective, Term
 
 
@@ -10,9 +13,13 @@ class TextCrossEntropy(Objective):
     term_names = ("loss_text",)
     needs = Needs(text=True)
 
+    class Parameters(StrictModel):
+        weight: NonNegativeFloat
+        """Weight of the text loss; 0: only other objectives. Preference training has none."""
+
     @classmethod
     def is_active(cls, settings):
-        return settings.loss != "preference"
+        return settings.loss != "preference" and settings.objective.text.weight > 0
 
     def terms(self, outputs, batch):
-        return {"loss_text": Term(outputs.text.loss, 1.0, "tokens")}
+        return {"loss_text": Term(outputs.text.loss, self.parameters.weight, "tokens")}

@@ -1,0 +1,87 @@
+"""The autoencoder of the next-frame objective: its folder, its training, and what happens without its libraries."""
+
+import importlib
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline_steps.common import autoencoder
+from pipeline_steps.common.errors import UserError
+from pipeline_steps.training import objectives
+from tests.model.tiny import as_batch, make_batch, make_model
+from tests.objectives import settings
+from tests.pipeline_steps.test_next_frame import losses, made_with, options
+
+
+def test_a_missing_or_foreign_autoencoder_is_an_error(tmp_path, monkeypatch):
+    own = settings(**options(autoencoder=str(tmp_path / "vae")))
+    key = r"training\.stage2\.objective\.next_frame\.autoencoder"
+    with pytest.raises(UserError, match=rf"vae/config\.json: missing, but {key} names .*autoencoder_steps=1000"):
+        objectives.input_files("stage2", own)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    with pytest.raises(UserError, match="_class_name is 'VQModel', expected 'AutoencoderKL'"):
+        objectives.input_files("stage2", own)
+    (tmp_path / "vae/config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "latent_channels": 4}))
+    with pytest.raises(UserError, match=rf"vae: no {re.escape(autoencoder.WEIGHTS)}\. {key}"):
+        objectives.input_files("stage2", own)
+    (tmp_path / "vae" / autoencoder.WEIGHTS).touch()
+    assert [path.name for path in objectives.input_files("stage2", own)] == ["config.json", autoencoder.WEIGHTS]
+    monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"autoencoder needs the package diffusers, .* pip install '\.\[latents\]'"):
+        objectives.build("stage2", own, make_model().config)
+    flow = settings(**options(target="flow", autoencoder=None, previous_latent="none"))
+    with pytest.raises(UserError, match=r"target flow needs the package cv2"):
+        objectives.build("stage2", flow, make_model().config)
+
+
+# ---------------------------------------------------------------- the real autoencoder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A few steps of the small autoencoder: (folder, metrics)."""
+    pytest.importorskip("diffusers")
+    module = importlib.import_module("pipeline_steps.backbones.autoencoder")
+    folder = tmp_path_factory.mktemp("autoencoder")
+    given = SimpleNamespace(seed=1, image_size=56, autoencoder_steps=3, device="cpu")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(module, "NUM_HELD_OUT", 32)
+        patch.setattr(module, "BATCH_SIZE", 8)
+        return folder, module.train_autoencoder(given, folder, 1)
+
+
+def test_the_small_autoencoder_is_a_diffusers_model_with_latents_of_unit_variance(trained):
+    folder, metrics = trained
+    assert metrics["psnr"] > 0
+    latents = autoencoder.FrameLatents(folder, "key")
+    frames = as_batch(make_batch()).pixel_values
+    found = latents(frames)
+    assert found.shape == (6, latents.channels, 14, 14)  # 4 px a latent
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        expected = network.encode(autoencoder.unit_range(frames) * 2 - 1).latent_dist.mean
+    expected = (expected - network.config.shift_factor) * network.config.scaling_factor
+    torch.testing.assert_close(found, expected)
+    before = torch.random.get_rng_state()
+    autoencoder.FrameLatents(folder, "key")
+    assert torch.equal(before, torch.random.get_rng_state())  # a resumed run loads it, too
+
+
+@pytest.mark.parametrize("target", ["latent", "delta", "flow"])
+def test_training_on_real_targets(trained, target):
+    if target == "flow":
+        pytest.importorskip("cv2")
+    training, batch = made_with(target=target, autoencoder=str(trained[0])), as_batch(make_batch())
+    assert not any("vae" in name or "encoder.conv_in" in name for name in training.state_dict())
+    optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
+    first = losses(training, batch)["loss_next_frame"]
+    for _ in range(25):
+        last = losses(training, batch)["loss_next_frame"]
+        optimizer.step()
+    assert last < 0.8 * first
