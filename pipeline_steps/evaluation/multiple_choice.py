@@ -1,10 +1,10 @@
 """Multiple choice with three scoring methods; baselines: chance level and the blind model (grey frames).
 
 The options come from the packed sample's fields. The frames of an item are encoded once and shared by all scorings.
-In every scoring an answer includes its end-of-turn token:
+Scores of options do not include the end-of-turn token, which says nothing about the option:
 
-letter       log-probability of the option's letter and the end-of-turn token
-likelihood   log-probability of the option's text and the end-of-turn token, divided by its number of tokens
+letter       log-probability of the option's letter
+likelihood   log-probability of the option's text, divided by its number of tokens
 generation   the greedy answer, up to its end-of-turn token, is the letter, the option's text, or `A. text`
 """
 
@@ -29,7 +29,7 @@ NO_OPTION = -1  # the choice of a generated answer that matches no option
 
 @dataclass(frozen=True)
 class Question:
-    """One item with options. letters, texts: token ids of each answer after the prompt, end-of-turn token included."""
+    """One item with options. letters, texts: token ids of each answer after the prompt, without end-of-turn token."""
 
     number: int  # of the item in the dataset
     options: tuple[str, ...]
@@ -59,6 +59,7 @@ def _question(tokenizer, number, row, item):
         [answer_ids(tokenizer, prompt, answer, where) for answer in given]
         for given in (choices.LETTERS[: len(options)], options)
     )
+    stop -= 1  # of the answer, without its end-of-turn token
     if letters[item.correct_option] != list(row["input_ids"][start:stop]):
         raise UserError(
             f"{where}: the answer is {tokenizer.decode(row['input_ids'][start:stop])!r} in its tokens, but "
@@ -98,7 +99,7 @@ def score(model, tokenizer, collate, dataset, asked, *, batch_size, max_tokens, 
     """
     by_number = {question.number: question for question in asked}
     # leave room for the longest option, which generation could not choose otherwise
-    max_tokens = max([max_tokens, *(len(ids) for question in asked for ids in question.texts)])
+    max_tokens = max([max_tokens, *(len(ids) + 1 for question in asked for ids in question.texts)])
     numbers = sorted(by_number)
     jobs = [("", numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
 

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from pipeline_steps.common.errors import UserError
 
 
-def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
-    """Token ids of the text `answer` after the token ids `prompt`, end-of-turn token included if `end_of_turn`.
+def answer_ids(tokenizer, prompt, answer, where):
+    """Token ids of the text `answer` after the token ids `prompt`, without the end-of-turn token.
 
     The answer is tokenized together with the prompt from its last control token on, which gives the same ids as
     tokenizing the whole chat. UserError, prefixed with `where`, if the tokenizer merges the prompt's end with the
@@ -19,8 +19,7 @@ def answer_ids(tokenizer, prompt, answer, where, end_of_turn=True):
     """
     tail = list(prompt[last_control_token(tokenizer, prompt) :])
     text = tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    end = tokenizer.eos_token if end_of_turn else ""
-    ids = tokenizer(text + answer + end, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text + answer, add_special_tokens=False, verbose=False)["input_ids"]
     if ids[: len(tail)] != tail or len(ids) == len(tail):
         raise UserError(
             f"{where}: the tokenizer merges the answer {answer!r} with the prompt's end {text!r}. Correct the "

@@ -110,7 +110,7 @@ class FoveatedVLM(lmms):
         """(loss, whether greedy decoding gives the continuation) of every request (context, continuation,
         doc_to_visual, doc_id, task, split); the continuation may be a function of the document.
 
-        The loss is the continuation's negative log-probability, end-of-turn token included, in nats: lmms-eval's
+        The loss is the continuation's negative log-probability, without the end-of-turn token, in nats: lmms-eval's
         multiple-choice tasks choose the SMALLEST value, and divide by the number of characters for `acc_norm`. Encodes
         the frames once per context, for all its continuations.
         """

@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_whole_network(lm, made):
         visuals = lm.task_dict["task"]["test"][doc_id]["shown"]
         video = None if not visuals else visuals[0] if len(visuals) == 1 else visuals
         assert loss == pytest.approx(whole_loss(model, processor, "What is it?", video, text), abs=1e-4)
-        assert greedy is False  # the checkpoint never ends its turn
+        assert greedy is False
         assert unwrap_generation_output(found[number]) == ((loss, False), None)  # as the evaluator hands it on
     assert found[0] == found[2]
     assert found[0] != found[4]  # another document
@@ -121,7 +121,7 @@ def test_losses_are_those_of_the_whole_network(lm, made):
 
 def whole_loss(model, processor, question, video, answer):
     inputs = processor(text=question, videos=video)
-    ids = processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
     prompt = inputs["input_ids"]
     whole = torch.cat([prompt, torch.tensor([ids])], dim=1)
     labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), torch.tensor([ids])], dim=1)
@@ -143,7 +143,7 @@ def test_an_empty_context_is_an_answer_without_a_question(lm):
     metadata = {"task": "task", "doc_id": 0, "repeats": 1}
     unconditional = Instance(request_type="loglikelihood", arguments=("", "red"), idx=0, metadata=metadata)
     ((loss, _),) = lm.loglikelihood([unconditional])
-    turn = lm.tokenizer("<|im_start|>assistant\nred<|im_end|>", add_special_tokens=False, return_tensors="pt")
+    turn = lm.tokenizer("<|im_start|>assistant\nred", add_special_tokens=False, return_tensors="pt")
     labels = turn["input_ids"].clone()
     labels[:, : len(lm.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])] = IGNORE_INDEX
     with torch.no_grad():

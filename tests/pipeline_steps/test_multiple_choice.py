@@ -108,7 +108,7 @@ def log_prob(model, collate, item, ids, blind):
 
 
 def longest(asked):
-    return max(SETTINGS.max_answer_tokens, *(len(ids) for question in asked.values() for ids in question.texts))
+    return max(SETTINGS.max_answer_tokens, *(len(ids) + 1 for question in asked.values() for ids in question.texts))
 
 
 def test_frames_are_encoded_once_for_all_options(data, monkeypatch):
@@ -129,12 +129,12 @@ def test_scores_do_not_depend_on_the_batch(data):
 
 
 def test_a_model_that_knows_nothing_gives_every_token_the_same_share(data):
-    """The end-of-turn token counts in every scoring: two tokens for a letter, one of the mean for a text."""
+    """One token for a letter, the mean of its tokens for a text: the end-of-turn token does not count."""
     model = checkpoints.make_lively_model()
     model.language_model.model.norm.weight.data.zero_()
     table = measured(data, model)
     for row in table.itertuples():
-        assert row.letter_scores == pytest.approx([-2 * math.log(checkpoints.VOCABULARY)] * row.num_options, abs=1e-5)
+        assert row.letter_scores == pytest.approx([-math.log(checkpoints.VOCABULARY)] * row.num_options, abs=1e-5)
         assert row.likelihood_scores == pytest.approx([-math.log(checkpoints.VOCABULARY)] * row.num_options, abs=1e-5)
 
 
@@ -162,15 +162,13 @@ def test_answer_ids_are_those_of_the_whole_chat(tmp_path, name):
     for answer in ("A", "top left", "314 red"):
         whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}])["input_ids"]
         ids = answer_ids(tokenizer, prompt, answer, "here")
-        assert whole[: len(prompt) + len(ids)] == [*prompt, *ids]
-        assert ids[-1] == tokenizer.eos_token_id
-        assert answer_ids(tokenizer, prompt, answer, "here", end_of_turn=False) == ids[:-1]
+        assert whole[: len(prompt) + len(ids) + 1] == [*prompt, *ids, tokenizer.eos_token_id]
 
 
 def test_answers_that_do_not_fit_are_named(tmp_path):
     tokenizer = load_tokenizer(save_format(tmp_path, "chatml"))
     with pytest.raises(UserError, match="here: the tokenizer merges the answer ''"):
-        answer_ids(tokenizer, [1, 5], "", "here", end_of_turn=False)
+        answer_ids(tokenizer, [1, 5], "", "here")
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=10))
     check_context_length(config, "here", 7, 3)
     with pytest.raises(UserError, match=r"here: .*.7 tokens. .*.4. exceed .* 10 tokens"):
