@@ -233,12 +233,12 @@ class Layer(nn.Module):
         layer, or None to call its modules.
         """
         normed = self.norm1(rows)
-        if weights is not None and torch.is_grad_enabled() and not skip_patches:
+        if weights is not None and not skip_patches:
             heads = F.linear(normed, weights.heads, weights.heads_bias).unflatten(2, (3, self.attention.num_heads, -1))
             queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()  # [F, H, rows, C]
             if num_patch_rows < rows.shape[1]:
                 keys, values = keys[:, :, :num_patch_rows], values[:, :, :num_patch_rows]
-        else:  # without gradients, keys and values that are kept do not hold the memory of the queries
+        else:  # keys and values that are kept do not hold the memory of the queries
             keys, values = self.attention.keys_and_values(normed[:, :num_patch_rows].contiguous())  # one copy for both
             if skip_patches:
                 rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
@@ -327,7 +327,10 @@ class FoveatedEncoder(nn.Module):
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
         saves_memory = self.gradient_checkpointing and self.training
-        joined = None if saves_memory else LayerWeights.of_layers(self.encoder.layer)
+        is_training = (
+            torch.is_grad_enabled() and not saves_memory
+        )  # else copies of the weights cost more than they save
+        joined = LayerWeights.of_layers(self.encoder.layer) if is_training else None
         encoded, weights = EncodedFrames([], [], weights=joined), []
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):

@@ -66,6 +66,7 @@ def train_autoencoder(options: Embedded, folder: Path, num_workers: int) -> dict
         lambda step: batch_loss(network, signed(next(stream)["frames"].to(device))),
         num_steps=steps,
         learning_rate=LEARNING_RATE,
+        precision="fp32",
         title="autoencoder",
     )
     network.to("cpu").eval()

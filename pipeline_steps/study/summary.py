@@ -321,7 +321,7 @@ def figure(table, study):
     """Every run as a point, by task and arm, as SVG text."""
     tasks = groups_of(table, study)["all"]
     labels = list(dict.fromkeys(zip(table["arm"], table["budget"], strict=True)))
-    with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "path"}):
+    with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"}):
         canvas, axes = plt.subplots(figsize=(8.4, 3.6 + 0.25 * (len(labels) // 4)), layout="constrained")
         for index, (arm, budget) in enumerate(labels):
             rows = table[(table["arm"] == arm) & (table["budget"] == budget)]

@@ -40,6 +40,7 @@ def test_synthetic_runs_have_different_losses_and_are_all_reported(tmp_path):
 
 
 def test_a_missing_finished_run_is_an_error(tmp_path, monkeypatch):
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
     monkeypatch.setattr(sys, "argv", ["report", "--root", str(tmp_path)])
     with pytest.raises(UserError, match="run `dvc repro evaluation` first"):
         benchmark.main()

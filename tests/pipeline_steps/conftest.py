@@ -10,3 +10,12 @@ def built(tmp_path_factory):
     write_root(root)
     with pytest.MonkeyPatch.context() as monkeypatch:
         return root, build(root, monkeypatch)
+
+
+@pytest.fixture
+def separate_projections(monkeypatch):
+    """The vision layers call their modules. Joined projections compute keys and values of the query rows too, which
+    nothing reads and formulas leave out, and copy the weights, which is no activation."""
+    from model.foveated_encoder import LayerWeights
+
+    monkeypatch.setattr(LayerWeights, "of_layers", classmethod(lambda cls, layers: None))

@@ -16,6 +16,8 @@ from pipeline_steps.flops import scales, serving
 from tests.model.tiny import as_batch, with_options
 from tests.objectives import section, training_model
 
+pytestmark = pytest.mark.usefixtures("separate_projections")
+
 VISUAL = 128
 SAMPLE = Sample(num_frames=5, num_text_tokens=23, num_tokens_before=9, num_labels=7)
 

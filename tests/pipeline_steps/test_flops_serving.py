@@ -10,6 +10,8 @@ from pipeline_steps.common.flop_formulas import Sample
 from pipeline_steps.flops import scales, serving
 from tests.pipeline_steps.test_flops import SAMPLE, batch_of, make_config
 
+pytestmark = pytest.mark.usefixtures("separate_projections")
+
 ARMS = [
     {},
     {"attention": "shallow"},
@@ -58,7 +60,12 @@ def test_only_foveated_networks_cache_keys_and_values_of_the_frames():
 
 
 def kept_bytes(config, sample):
-    """Bytes that automatic differentiation keeps for one training sample, weights left out."""
+    """Bytes that automatic differentiation keeps for each further training sample: no weights, no copies of weights."""
+    two, one = (kept_bytes_of_batch(config, sample, number) for number in (2, 1))
+    return two - one
+
+
+def kept_bytes_of_batch(config, sample, batch_size):
     network = FoveatedVLMForConditionalGeneration(config).train()
     own = {weight.untyped_storage().data_ptr() for weight in (*network.parameters(), *network.buffers())}
     kept = {}
@@ -70,7 +77,8 @@ def kept_bytes(config, sample):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network(**batch_of(config, sample), mode="fine", options={"return_logits": False})
+        batch = {name: torch.cat([values] * batch_size) for name, values in batch_of(config, sample).items()}
+        output = network(**batch, mode="fine", options={"return_logits": False})
     assert output.loss.requires_grad
     return sum(size for size, _ in kept.values())
 

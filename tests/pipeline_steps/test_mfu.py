@@ -18,6 +18,8 @@ from tests.model.tiny import as_batch, make_batch, make_model, one_sample, prefe
 from tests.objectives import frozen, training_model
 from tests.pipeline_steps.test_golden_losses import make_run
 
+pytestmark = pytest.mark.usefixtures("separate_projections")
+
 
 def make_trained(groups=GROUPS, **options):
     model = make_model(**options).train()
