@@ -8,6 +8,7 @@ import pandas as pd
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import read_json
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE, StudySummary
+from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, number
 
@@ -180,7 +181,7 @@ def paired_runs(study, entry):
         base = base[base["budget"].isin(budgets)]
     merged = own.merge(base, on=SEEDS, suffixes=("", "_base"))
     if not base["budget"].isin(budgets).any():
-        same = (merged["training_flops"] / merged["training_flops_base"] - 1).abs() <= 0.02
+        same = (merged["training_flops"] / merged["training_flops_base"] - 1).abs() <= TOLERANCE
         merged = merged[same].drop_duplicates("run")
     by_run = runs.set_index("run", drop=False)
     return by_run.loc[merged["run"]], by_run.loc[merged["run_base"]]

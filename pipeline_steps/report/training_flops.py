@@ -25,19 +25,19 @@ def read_config(path, image_size):
     return config
 
 
-def budget_of(stages, served, flops, config, training):
+def budget_of(stages, counted, flops, config, training):
     """`Budget` of a run; None if anything it needs is missing.
 
-    stages: {stage: content of its json}; served: `StreamingResult` or None; flops: `FlopsResult`; config: of the
+    stages: {stage: content of its json}; counted: `StreamingResult` or None; flops: `FlopsResult`; config: of the
     trained network, or None; training: section `training` of the parameters.
     """
     if set(stages) != set(STAGES) or any("mixture" not in values for values in stages.values()):
         return None
-    if config is None or served is None:
+    if config is None or counted is None:
         return None
     num_samples, total = 0, 0.0
     for stage, values in stages.items():
-        lengths, trained = lengths_of(served.stages.get(stage), flops.assumptions), trained_groups(values)
+        lengths, trained = lengths_of(counted.stages.get(stage), flops.assumptions), trained_groups(values)
         settings = getattr(training, stage)
         if trained is None or not values["mixture"].keys() <= lengths.keys():
             return None
@@ -55,10 +55,10 @@ def trained_groups(values):
     return Trained(**{group: group in found for group in vars(Trained())})
 
 
-def lengths_of(served, assumptions):
+def lengths_of(counted, assumptions):
     """{task: mean `Sample`} of a `StageCounts`; assumptions: of a `FlopsResult`, with the means that it lacks."""
     sums = {}
-    for tasks in served.sources.values() if served else ():
+    for tasks in counted.sources.values() if counted else ():
         for task, row in tasks.items():
             before = sums.setdefault(task, [0, 0, 0])
             sums[task] = [

@@ -19,7 +19,7 @@ from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.report.inputs import CONFIG
 from pipeline_steps.report.training_flops import budget_of, read_config
-from pipeline_steps.streaming.__main__ import PARAMS as SERVED_PARAMS
+from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study.design import TRAINING_STAGES
@@ -103,13 +103,11 @@ def row_of(run, studies):
     done = {stage: load(file_of(stage, "done.json")) for stage in run.jobs}
     shards, tokens = file_of("shards", "data/shards"), file_of("tokens", "data/tokens")
     own = file_of("stage3", "params.yaml")
-    served, training = (
-        served_of(shards, tokens, params.read(own, *SERVED_PARAMS)),
-        params.read(own, "training").training,
-    )
+    counted = counts_of(shards, tokens, params.read(own, *STREAMING_PARAMS))
+    training = params.read(own, "training").training
     size = read_record(ShardsManifest, shards / "manifest.json", "shards").frames.image_size
     config = read_config(file_of("stage3", CONFIG), size)
-    budget = budget_of(stages, served, flops, config, training)
+    budget = budget_of(stages, counted, flops, config, training)
     if budget is None:
         raise UserError(f"{run.name}: its stages' results are of another version; remove them and run the study again")
     change, converged = convergence(file_of("stage3", "outputs/metrics/stage3.csv"))
@@ -136,7 +134,7 @@ def row_of(run, studies):
     }
 
 
-def served_of(shards, tokens, parameters):
+def counts_of(shards, tokens, parameters):
     """`StreamingResult` of a run: what its training stages read, from the plan and the index."""
     items = training_items(shards, tokens)
     return StreamingResult(stages={stage: count_stage(items, parameters, stage, None) for stage in TRAINING_STAGES})

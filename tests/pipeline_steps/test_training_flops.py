@@ -39,7 +39,7 @@ def settings_of(stage, **objective):
 
 def run(dataset, model):
     """(stages' json, what was read, FLOPs of every step of all stages) of a run with one plan per step."""
-    stages, served, steps = {}, {}, 0.0
+    stages, counted, steps = {}, {}, 0.0
     flops, section = StepFlops(model, packed.SIZE), streaming()
     trained = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     for stage in STAGES:
@@ -52,8 +52,8 @@ def run(dataset, model):
         )
         parameters = [{"group": group, "trainable": int(group in trained)} for group in GROUPS]
         stages[stage] = {"mixture": plan.mixture.statistics(), "parameters": parameters}
-        served[stage] = count(dataset, plan, image_replication=1, tokens_per_frame=model.config.tokens_per_frame)
-    return json.loads(json.dumps(stages)), StreamingResult(stages=served), steps
+        counted[stage] = count(dataset, plan, image_replication=1, tokens_per_frame=model.config.tokens_per_frame)
+    return json.loads(json.dumps(stages)), StreamingResult(stages=counted), steps
 
 
 def result_of(dataset):
@@ -72,24 +72,24 @@ def test_a_run_costs_what_its_steps_cost(dataset, groups, options):
     model = make_model(max_positions=512, **options)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(group_of(name) in groups)
-    stages, served, steps = run(dataset, model)
+    stages, counted, steps = run(dataset, model)
     config = model.config
     config.vision_config.image_size = packed.SIZE
     training = SimpleNamespace(**{stage: settings_of(stage) for stage in STAGES})
-    budget = training_flops.budget_of(stages, served, result_of(dataset), config, training)
+    budget = training_flops.budget_of(stages, counted, result_of(dataset), config, training)
     assert budget.num_samples == 3 * SAMPLES
     assert budget.flops == pytest.approx(steps, rel=0.03)
 
 
 def test_text_and_frozen_weights_cost_less_and_second_passes_more(dataset):
     model = make_model(max_positions=512)
-    stages, served, _ = run(dataset, model)
+    stages, counted, _ = run(dataset, model)
     flops = result_of(dataset)
 
     def total(changes=(), **objective):
         training = SimpleNamespace(**{stage: settings_of(stage, **objective) for stage in STAGES})
         given = {stage: values | dict(changes) for stage, values in stages.items()}
-        return training_flops.budget_of(given, served, flops, model.config, training)
+        return training_flops.budget_of(given, counted, flops, model.config, training)
 
     whole = total().flops
     text = {"mixture": {"text": {"num_samples": SAMPLES}}}
@@ -103,15 +103,15 @@ def test_text_and_frozen_weights_cost_less_and_second_passes_more(dataset):
 
 def test_a_budget_is_unknown_without_a_stage_its_lengths_or_its_configuration(dataset):
     model = make_model(max_positions=512)
-    stages, served, _ = run(dataset, model)
+    stages, counted, _ = run(dataset, model)
     training = SimpleNamespace(**{stage: settings_of(stage) for stage in STAGES})
     rest = (result_of(dataset), model.config, training)
-    assert training_flops.budget_of(stages, served, *rest) is not None
+    assert training_flops.budget_of(stages, counted, *rest) is not None
     assert training_flops.budget_of(stages, None, *rest) is None
-    assert training_flops.budget_of(stages, served, rest[0], None, training) is None
-    assert training_flops.budget_of({**stages, "stage2": {"num_steps": 3}}, served, *rest) is None
-    assert training_flops.budget_of({**stages, "stage2": {"mixture": {}}}, served, *rest) is None
+    assert training_flops.budget_of(stages, counted, rest[0], None, training) is None
+    assert training_flops.budget_of({**stages, "stage2": {"num_steps": 3}}, counted, *rest) is None
+    assert training_flops.budget_of({**stages, "stage2": {"mixture": {}}}, counted, *rest) is None
     other = {**stages, "stage2": stages["stage2"] | {"mixture": {"unheard": {"num_samples": 1}}}}
-    assert training_flops.budget_of(other, served, *rest) is None
-    assert training_flops.budget_of({"stage1": stages["stage1"]}, served, *rest) is None
+    assert training_flops.budget_of(other, counted, *rest) is None
+    assert training_flops.budget_of({"stage1": stages["stage1"]}, counted, *rest) is None
     assert training_flops.read_config("nowhere/config.json", 56) is None
