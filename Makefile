@@ -20,7 +20,7 @@ test: setup ## run the fast tests in two processes (not those marked slow or bro
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
 
 test-all: setup ## run all tests, including slow and browser tests
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --timeout-method=thread
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 browser: ## install Chromium and its driver for the browser tests (apt-get, needs root)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then chromium --version 2>/dev/null; exit 0; fi; \

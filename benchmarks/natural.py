@@ -45,7 +45,7 @@ from pipeline_steps.common.files import write_json, write_text
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.common.metrics import EvaluationResult, read_json
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import stop_with_parent
+from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
 from pipeline_steps.study.collect import MODE, collect, finished
 from pipeline_steps.study.design import TRAINING_STAGES, Cell, Seeds, Study, parameters_of
@@ -234,8 +234,9 @@ def start(job, output: Path, device: str) -> subprocess.Popen:
     print(f"{time.strftime('%H:%M:%S')} {job.stage} {job.parameters['ablation']}: {folder}/log.txt", flush=True)
     with open(folder / "log.txt", "a") as log:
         command = [sys.executable, *words]
-        options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": stop_with_parent}
-        return subprocess.Popen(command, cwd=folder, env=variables, **options)
+        return subprocess.Popen(
+            ends_with_this_process(command), cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def finish(job, output: Path, code: int, started: float, commit: str) -> None:

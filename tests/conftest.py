@@ -1,4 +1,5 @@
 import os
+import stat
 
 import pytest
 import torch
@@ -15,6 +16,25 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+        _leave_to_this_process([descriptor for descriptor in range(3, 256) if _is_pipe(descriptor)])
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
+
+
+def _leave_to_this_process(pipes: list[int]) -> None:
+    """Close the pipes to the controller in forked children (a DataLoader's): they would hide the end of this process,
+    and the controller would wait for it without end and without a word."""
+
+    def close():
+        for descriptor in pipes:
+            os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close)
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,12 @@ def command(stage: str) -> list[str]:
     return [sys.executable, "-m", f"pipeline_steps.{words[0]}", *words[1:]]
 
 
+def interruptible(*command) -> list[str]:
+    """The command line of `command` where Ctrl-C is not ignored, as it is in a shell's background jobs."""
+    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-I", "-S", "-c", listen, *map(str, command)]
+
+
 def environment() -> dict:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUN_SCRATCH": ""}
 

@@ -16,6 +16,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.params import ROOT, StrictModel
 from pipeline_steps.world.digits import KINDS
+from tests import pipeline
 
 PARAMS_FILE = ROOT / "params.yaml"
 FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -287,12 +288,11 @@ def test_outputs_that_could_not_be_written_are_found_before_the_work(tmp_path):
 
 def test_interrupted_while_it_imports():
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline_steps.tokens"],
+        pipeline.interruptible(sys.executable, "-m", "pipeline_steps.tokens"),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     )
     while process.poll() is None and "pydantic_core" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)  # until the package is imported and its first dependency is being

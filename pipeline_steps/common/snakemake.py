@@ -1,6 +1,5 @@
 """Starting and stopping Snakemake from a stage or a study, on this machine or on a cluster."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -24,15 +23,6 @@ def snakemake_profile():
     chosen = os.environ.get("SNAKEMAKE_PROFILE") or "default"
     places = (PROFILES / chosen, Path(chosen).absolute(), ROOT / chosen)
     return next((place for place in places if place.is_dir()), chosen)
-
-
-def stop_with_parent():
-    """In the child (Linux): request SIGKILL when the stage dies, so that no job continues in the background.
-
-    Not SIGTERM: its handler in Snakemake takes a lock that the interrupted thread may hold, and then deadlocks.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def stop(process):

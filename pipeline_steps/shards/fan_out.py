@@ -1,7 +1,6 @@
 """Pack the shards of a planned scratch folder, one job per shard: with Snakemake, which logs to a file, or in processes
 of this machine."""
 
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.common.processes import ends_with_this_process, map_in_processes
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.shards.pack import pack_planned
 
@@ -34,14 +34,13 @@ def run_snakemake(target, scratch, progress, lock_file):
     command += ["--config", f"python={sys.executable}", f"root={ROOT}"]
     with open(log, "w") as output:
         process = subprocess.Popen(
-            [str(part) for part in command],
+            ends_with_this_process(command),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={
                 name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"
             },  # applies to this call only
             pass_fds=[lock_file.fileno()],
-            preexec_fn=stop_with_parent,
         )
         try:
             _show_progress(process, target, progress)
@@ -56,9 +55,9 @@ def run_snakemake(target, scratch, progress, lock_file):
 def run_pool(missing, scratch, num_processes):
     """Pack the shards `missing`, [(split, name)], in processes of this machine, where Snakemake is not installed."""
     work = partial(pack_planned, scratch)
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:  # a fork would inherit the locks
-        for _ in progress_bar("shards", pool.imap_unordered(work, missing), total=len(missing), unit="shard"):
-            pass
+    packed = map_in_processes(work, missing, num_processes, "Rerun with fewer processes (--processes).")
+    for _ in progress_bar("shards", packed, total=len(missing), unit="shard"):
+        pass
 
 
 def _show_progress(process, target, progress):

@@ -6,7 +6,6 @@ seeded by (seed, split, task, number), so the bytes do not depend on the number 
 Cost: about 40 ms per clip of twelve 224 px frames and core.
 """
 
-import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import numpy as np
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import write_json, write_jsonl
+from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.monitoring.progress import progress_bar
-from pipeline_steps.sources.procedural import item_rows, largest_remainder, save_media
+from pipeline_steps.sources.procedural import FEWER, item_rows, largest_remainder, save_media
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import SPLITS, Backgrounds, Cutouts
 
@@ -53,13 +53,9 @@ def write(folder: Path, section, num_processes: int) -> None:
     for split in SPLITS:
         (folder / split).mkdir()
     work = partial(_write_clip, folder, section)
-    progress = partial(progress_bar, "procedural clips", total=len(clips), unit="clip")
-    if num_processes == 1:
-        _use(pictures)
-        rows = [row for clip_rows in progress(map(work, clips)) for row in clip_rows]
-    else:
-        with multiprocessing.get_context().Pool(num_processes, _use, (pictures,)) as pool:
-            rows = [row for clip_rows in progress(pool.imap(work, clips, chunksize=8)) for row in clip_rows]
+    made = map_in_processes(work, clips, num_processes, FEWER, partial(_use, pictures), chunksize=8)
+    progress = progress_bar("procedural clips", made, total=len(clips), unit="clip")
+    rows = [row for clip_rows in progress for row in clip_rows]
     write_jsonl(folder / "metadata.jsonl", rows)
     write_json(folder / "pictures.json", pictures.to_dict())
 

@@ -6,7 +6,6 @@ processes: every clip has its own random generator, seeded by (seed, split, task
 Cost: about 7 ms per clip and core.
 """
 
-import multiprocessing
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -17,12 +16,15 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from pipeline_steps.common.files import write_jsonl
+from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.world import digits as world
 
 # ultrafast does not reorder frames and takes a third of the time of `medium`; crf 18 preserves the pixel noise
 X264 = {"preset": "ultrafast", "crf": "18", "threads": "1"}
 EXACT = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # bit-exact on every processor
+
+FEWER = "Rerun with fewer processes: `python -m pipeline_steps.sources --num-processes 1`."  # after a killed process
 
 
 @cache
@@ -35,14 +37,10 @@ def write(folder: Path, section, num_processes: int) -> None:
     clips = plan(section)
     for split in world.SPLITS:
         (folder / split).mkdir()
-    _digits().glyphs(section.frame_size // world.UNITS)  # render once; forked workers inherit the cache
     work = partial(_write_clip, folder, section)
-    progress = partial(progress_bar, "rendering procedural clips", total=len(clips), unit="clip")
-    if num_processes == 1:
-        rows = [row for clip_rows in progress(map(work, clips)) for row in clip_rows]
-    else:
-        with multiprocessing.get_context().Pool(num_processes) as pool:
-            rows = [row for clip_rows in progress(pool.imap(work, clips, chunksize=16)) for row in clip_rows]
+    made = map_in_processes(work, clips, num_processes, FEWER, chunksize=16)
+    progress = progress_bar("rendering procedural clips", made, total=len(clips), unit="clip")
+    rows = [row for clip_rows in progress for row in clip_rows]
     write_jsonl(folder / "metadata.jsonl", rows)
 
 

@@ -8,27 +8,26 @@ samples are quarantined with a reason; the unreadable rest of a damaged archive 
 
 import glob
 import hashlib
-import multiprocessing
 import os
 import re
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, to_json
+from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.common.schemas import Quarantined, RawSample, slug
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.archive import DamagedArchive, members
 from pipeline_steps.sources.chatml import decoder
 from pipeline_steps.sources.index import MAX_LISTED
 from pipeline_steps.sources.layout import Layout, printable
+from pipeline_steps.sources.procedural import FEWER
 from pipeline_steps.sources.tar_sample import UnusableSample, make_sample
 
 
@@ -61,7 +60,8 @@ def read(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         jobs = [(tar, name, Path(scratch) / f"{number}.jsonl") for number, (tar, name) in enumerate(tars)]
         work = partial(_work, entry)
-        progress = progress_bar(entry.name, _parallel(work, jobs, num_processes), total=len(jobs), unit="tar")
+        scanned = map_in_processes(work, jobs, num_processes, FEWER)
+        progress = progress_bar(entry.name, scanned, total=len(jobs), unit="tar")
         damaged = []
         for (tar, _, rows), report in zip(jobs, progress, strict=True):
             damaged += [f"  {tar}: {report.damage}"] if report.damage else []
@@ -119,23 +119,6 @@ def _until(parts, condition):
 
 def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _parallel(work, jobs, num_processes: int):
-    """Yield work(job) of every job, in order; each process handles one archive at a time."""
-    if min(num_processes, len(jobs)) <= 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context())
-    try:
-        yield from pool.map(work, jobs)
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that reads archives was killed, probably for lack of memory. Rerun with fewer processes: "
-            "`python -m pipeline_steps.sources --num-processes 1`."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _work(entry, job: tuple[str, str, Path]) -> Report:

@@ -25,7 +25,8 @@ from rich.live import Live
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop, stop_with_parent
+from pipeline_steps.common.processes import ends_with_this_process
+from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
@@ -120,11 +121,10 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
     cancel_leftover_jobs(log.parent)
     with open(log, "w") as output:
         process = subprocess.Popen(
-            command,
+            ends_with_this_process(command),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
-            preexec_fn=stop_with_parent,
         )
         try:
             show_until_end(process, plan, todo, studies, results, cores, console)

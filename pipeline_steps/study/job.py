@@ -23,7 +23,7 @@ import yaml
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_json, write_text
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.snakemake import stop_with_parent
+from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study.plan import check_code, folder_of
 
 LAST_LINES = 15  # of the log, kept of a failed job
@@ -63,7 +63,7 @@ def run_job(job, folder, studies, commit, gpus):
         words = shlex.split(job["command"])
         command = [sys.executable if words[0] == "python" else words[0], *words[1:]]
         process = subprocess.Popen(
-            command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, preexec_fn=stop_with_parent
+            ends_with_this_process(command), cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT
         )
         code = wait(process)
     missing = [path for path in job["outs"] if not (folder / path).exists()]

@@ -13,14 +13,9 @@ sources.chat.num_train=15000).
 """
 
 import argparse
-import ctypes
-import multiprocessing
 import os
-import signal
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,6 +24,7 @@ from pipeline_steps.common import params, sidecar
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record, replaced_folder, write_json
 from pipeline_steps.common.hashing import tokenizer_sha256
+from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
@@ -48,7 +44,7 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         reports = []
         with (
             progress_bar("tokenising", total=shards.packed, unit="sample") as bar,
-            closing(run_jobs(jobs, renderer, tokenizer_dir, num_processes)) as found,
+            closing(run_jobs(jobs, section, tokenizer_dir, num_processes)) as found,
         ):
             for job, report in zip(jobs, found, strict=True):
                 reports.append(report)
@@ -74,32 +70,16 @@ def plan(section, shards, shards_dir, folder):
 # ---------------------------------------------------------------- processes
 
 
-def run_jobs(jobs, renderer, tokenizer_dir, num_processes):
+def run_jobs(jobs, section, tokenizer_dir, num_processes):
     """Yield the Report of every job, in the order of the jobs."""
-    if num_processes == 1 or len(jobs) == 1:
-        yield from map(partial(tokenize_shard, renderer=renderer), jobs)
-        return
-    start = partial(_start_worker, tokenizer_dir, renderer.section, os.getpid())
-    with ProcessPoolExecutor(min(num_processes, len(jobs)), multiprocessing.get_context(), start) as executor:
-        try:
-            yield from executor.map(_work, jobs)
-        except BrokenProcessPool:
-            raise UserError(
-                f"one of {num_processes} processes was killed, probably for lack of memory. Use fewer processes "
-                "(--num-processes) or smaller shards (shards.samples_per_shard)."
-            ) from None
+    advice = "Use fewer processes (--num-processes) or smaller shards (shards.samples_per_shard)."
+    return map_in_processes(_work, jobs, num_processes, advice, partial(_start, tokenizer_dir, section))
 
 
-_worker = {}  # the renderer of this worker process
+_worker = {}  # the renderer of this process
 
 
-def _start_worker(tokenizer_dir, section, parent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and stops its workers
-    if sys.platform == "linux":  # orphaned workers would keep the lock on the output
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the remaining cores
+def _start(tokenizer_dir, section):
     _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
 
 

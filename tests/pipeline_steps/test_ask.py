@@ -16,7 +16,7 @@ from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.inference import ask, drawing
 from pipeline_steps.sources import __main__ as sources_stage
-from tests import checkpoints
+from tests import checkpoints, pipeline
 from tests.pipeline import ROOT
 
 QUESTION = "Which digits does red show?"
@@ -201,13 +201,12 @@ def test_ctrl_c_while_the_answer_streams(made, tmp_path):
     command += ["--question", QUESTION, "--max-new-tokens", "4000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command,
+        pipeline.interruptible(*command),
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     first = process.stdout.read(1)
     assert process.poll() is None

@@ -18,6 +18,7 @@ from model import frames
 from pipeline_steps.common.checkpoint import load_checkpoint
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference import follow
+from tests import pipeline
 from tests.pipeline import ROOT
 from tests.pipeline_steps.test_ask import QUESTION, run  # noqa: F401 - a fixture
 
@@ -197,12 +198,11 @@ def test_ctrl_c_ends_it(made, tmp_path):
     command = [sys.executable, "-m", "pipeline_steps.inference.ask", "--checkpoint", made.checkpoint]
     command += ["--question", QUESTION, "--video", tmp_path, "--follow", "--idle", "60"]
     process = subprocess.Popen(
-        command,
+        pipeline.interruptible(*command),
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout.readline().startswith("frame 0 at 0.0 s: most attended: row")
     process.send_signal(signal.SIGINT)

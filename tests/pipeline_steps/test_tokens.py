@@ -272,11 +272,15 @@ def test_output_bytes_do_not_depend_on_the_number_of_processes(tokenizer_dir, sh
     assert len(files_of(tmp_path / "tokens-1")) == 4
 
 
+def _dies(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_errors_in_worker_processes_reach_the_user(tokenizer_dir, shards_dir, tmp_path, monkeypatch):
     rewrite(shards_dir, lambda members: edited(members, "test-c-jpg.json", b"{"))
     with pytest.raises(UserError, match=r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
-    monkeypatch.setattr(stage, "tokenize_shard", lambda job, renderer: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(stage, "_work", _dies)
     with pytest.raises(UserError, match="one of 2 processes was killed, probably for lack of memory"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
     assert not (tmp_path / "tokens").exists()
@@ -287,18 +291,20 @@ import os, sys, time
 from pipeline_steps.tokens import __main__ as stage
 from tests.pipeline_steps.chats import make_section
 
-def wait(job, renderer):
+def wait(job):
     print(os.getpid(), flush=True)
     time.sleep(60)
 
-stage.tokenize_shard = wait
-stage.build(make_section(), *sys.argv[1:], 2)
+if __name__ == "__main__":
+    stage._work = wait
+    stage.build(make_section(), *sys.argv[1:], 2)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent death signal")
 def test_killed_stage_leaves_no_worker_process(tokenizer_dir, shards_dir, tmp_path):
-    command = [sys.executable, "-c", WAITING, shards_dir, tokenizer_dir, tmp_path / "tokens"]
+    (tmp_path / "waiting.py").write_text(WAITING)
+    command = [sys.executable, tmp_path / "waiting.py", shards_dir, tokenizer_dir, tmp_path / "tokens"]
     environment = os.environ | {"PYTHONPATH": str(params.ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     workers = [int(process.stdout.readline()) for _ in range(2)]
