@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from pipeline_steps.common.errors import UserError
 
@@ -43,7 +44,8 @@ def map_in_processes(
     """Yield work(job) of every job, in order.
 
     With one process or one job the work is done in this process. start: called once in every process that works.
-    `work`, `start` and the jobs have to be picklable. UserError, with `advice` on what to do, if a process is killed.
+    `work`, `start` and the jobs have to be picklable, and importable from a module other than `__main__`. UserError,
+    with `advice` on what to do, if a process is killed.
     """
     num_processes = min(num_processes, len(jobs))
     if num_processes <= 1:
@@ -51,21 +53,30 @@ def map_in_processes(
             start()
         yield from map(work, jobs)
         return
-    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _start, (os.getpid(), start))
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _bind, (os.getpid(),))
     try:
-        yield from pool.map(work, jobs, chunksize=chunksize)
+        yield from pool.map(partial(_run, start, work), jobs, chunksize=chunksize)
     except BrokenProcessPool:
         raise UserError(f"one of {num_processes} processes was killed, probably for lack of memory. {advice}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(parent: int, start: Callable[[], None] | None) -> None:
+def _bind(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
     if sys.platform == "linux":  # orphans would go on writing after the lock of the output is free
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the remaining cores
-    if start is not None:
+
+
+_started = False  # in this process
+
+
+def _run(start: Callable[[], None] | None, work: Callable, job):
+    global _started
+    if start is not None and not _started:  # not in the pool's initializer, whose errors do not reach the parent
         start()
+    _started = True
+    return work(job)

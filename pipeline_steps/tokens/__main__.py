@@ -17,19 +17,17 @@ import os
 import sys
 from collections import Counter
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from pipeline_steps.common import params, sidecar
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record, replaced_folder, write_json
 from pipeline_steps.common.hashing import tokenizer_sha256
-from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.common.schemas import ShardsManifest, SourceCounts, TokensManifest, TokensSplit
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.schema import ALL
-from pipeline_steps.tokens.shard import COUNTS, Job, tokenize_shard
+from pipeline_steps.tokens.shard import COUNTS, Job, tokenize_shards
 
 PARAMS = ("tokens",)
 MAX_LISTED = 20  # dropped items shown in the terminal
@@ -44,7 +42,7 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         reports = []
         with (
             progress_bar("tokenising", total=shards.packed, unit="sample") as bar,
-            closing(run_jobs(jobs, section, tokenizer_dir, num_processes)) as found,
+            closing(tokenize_shards(jobs, section, tokenizer_dir, num_processes)) as found,
         ):
             for job, report in zip(jobs, found, strict=True):
                 reports.append(report)
@@ -65,26 +63,6 @@ def plan(section, shards, shards_dir, folder):
             output = folder / split / Path(shard.name).with_suffix(sidecar.SUFFIX).name
             jobs.append(Job(split, shards_dir / split / shard.name, shard, output, section.max_tokens))
     return jobs
-
-
-# ---------------------------------------------------------------- processes
-
-
-def run_jobs(jobs, section, tokenizer_dir, num_processes):
-    """Yield the Report of every job, in the order of the jobs."""
-    advice = "Use fewer processes (--num-processes) or smaller shards (shards.samples_per_shard)."
-    return map_in_processes(_work, jobs, num_processes, advice, partial(_start, tokenizer_dir, section))
-
-
-_worker = {}  # the renderer of this process
-
-
-def _start(tokenizer_dir, section):
-    _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
-
-
-def _work(job):
-    return tokenize_shard(job, _worker["renderer"])
 
 
 # ---------------------------------------------------------------- manifest and summary

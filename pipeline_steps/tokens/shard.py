@@ -3,13 +3,16 @@
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline_steps.common import sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse
 from pipeline_steps.common.hashing import sha256_file
+from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.common.schemas import Dropped, PackedSample, ShardEntry, TokensEntry
+from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 
 RERUN = "Rerun `python -m pipeline_steps.shards`."
@@ -131,3 +134,20 @@ def _place(path, sample, frames, member, known):
         "sample_offset": member.offset_data,
         "sample_size": member.size,
     }
+
+
+def tokenize_shards(jobs, section, tokenizer_dir, num_processes):
+    """Yield the Report of every job, in the order of the jobs."""
+    advice = "Use fewer processes (--num-processes) or smaller shards (shards.samples_per_shard)."
+    return map_in_processes(_work, jobs, num_processes, advice, partial(_start, tokenizer_dir, section))
+
+
+_worker = {}  # the renderer of this process
+
+
+def _start(tokenizer_dir, section):
+    _worker["renderer"] = ChatRenderer(load_tokenizer(tokenizer_dir), section)
+
+
+def _work(job):
+    return tokenize_shard(job, _worker["renderer"])

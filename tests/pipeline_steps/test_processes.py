@@ -45,6 +45,16 @@ def test_a_killed_process_is_an_error_with_advice():
         list(map_in_processes(_work, ["die", *range(9)], 2, "Use one."))
 
 
+def _cannot_start():
+    raise UserError("no tokenizer")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_errors_of_the_start_arrive_unchanged(num_processes):
+    with pytest.raises(UserError, match=r"^no tokenizer$"):
+        list(map_in_processes(_work, ["a", "b"], num_processes, "", _cannot_start))
+
+
 def test_errors_of_the_work_arrive_unchanged():
     with pytest.raises(UserError, match=r"^cannot be done$"):
         list(map_in_processes(_work, ["a", "fail", "b"], 2, ""))

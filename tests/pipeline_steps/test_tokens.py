@@ -21,7 +21,7 @@ from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.schemas import SPLITS, FramePolicy, RawSample, ShardsManifest, SourceCounts, TokensManifest
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
-from pipeline_steps.tokens import __main__ as stage
+from pipeline_steps.tokens import shard
 from pipeline_steps.tokens.__main__ import build
 from pipeline_steps.tokens.chat import load_tokenizer
 from tests.pipeline_steps.chats import make_section, save_tokenizer, turns
@@ -280,7 +280,7 @@ def test_errors_in_worker_processes_reach_the_user(tokenizer_dir, shards_dir, tm
     rewrite(shards_dir, lambda members: edited(members, "test-c-jpg.json", b"{"))
     with pytest.raises(UserError, match=r"000001\.tar: test-c-jpg\.json: row: Invalid JSON"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
-    monkeypatch.setattr(stage, "_work", _dies)
+    monkeypatch.setattr(shard, "_work", _dies)
     with pytest.raises(UserError, match="one of 2 processes was killed, probably for lack of memory"):
         build(make_section(), shards_dir, tokenizer_dir, tmp_path / "tokens", 2)
     assert not (tmp_path / "tokens").exists()
@@ -288,7 +288,7 @@ def test_errors_in_worker_processes_reach_the_user(tokenizer_dir, shards_dir, tm
 
 WAITING = """
 import os, sys, time
-from pipeline_steps.tokens import __main__ as stage
+from pipeline_steps.tokens import __main__ as stage, shard
 from tests.pipeline_steps.chats import make_section
 
 def wait(job):
@@ -296,7 +296,7 @@ def wait(job):
     time.sleep(60)
 
 if __name__ == "__main__":
-    stage._work = wait
+    shard._work = wait
     stage.build(make_section(), *sys.argv[1:], 2)
 """
 
