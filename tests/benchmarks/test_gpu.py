@@ -45,6 +45,7 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
+@pytest.mark.slow
 def test_figures_are_measured_where_packages_are_missing(tmp_path):
     options = ("--only", "train", "--samples", 4, "--rounds", 1, "--output", tmp_path / "speed.json")
     done = bare("benchmarks.speed", *options)
@@ -52,6 +53,7 @@ def test_figures_are_measured_where_packages_are_missing(tmp_path):
     assert json.loads((tmp_path / "speed.json").read_text())["figures"]["train"]["4 x 1"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_tests_of_the_gpu_are_collected_where_packages_are_missing():
     done = bare("pytest", *gpu.TESTS, "-v", "-rs", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -129,6 +129,7 @@ def test_memory_is_the_peak_beside_what_stays():
     assert found["memory_ratio"] == 0.4
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured(monkeypatch):
     """At a size of seconds."""
     monkeypatch.setattr(workload, "MIXTURE", (2, 1))
@@ -147,6 +148,7 @@ def test_every_figure_is_measured(monkeypatch):
     assert json.loads(saved[-1]) == json.loads(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_the_reference_of_compiled_figures_is_not_compiled(monkeypatch):
     monkeypatch.setattr(workload, "MIXTURE", (2, 1))
     bench, ran, by_side = make_bench(), [], {"original": 0, "network": 0}

@@ -383,7 +383,13 @@ def assert_compiled_trains_alike(options, **compiled):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"attention_temperature": 0.5, "learnable_temperature": True}, {"hard_attention": "top_k"}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"attention_temperature": 0.5, "learnable_temperature": True}, marks=pytest.mark.slow),
+        pytest.param({"hard_attention": "top_k"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_compiled_layers_train_as_plain_ones_do(options):
     assert_compiled_trains_alike(options, backend="aot_eager")
@@ -396,6 +402,7 @@ def test_layers_compiled_to_machine_code_train_as_plain_ones_do():
     assert_compiled_trains_alike({})
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_layers():
     """Two layers or six: as many graphs."""
     numbers = []

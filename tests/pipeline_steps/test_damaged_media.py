@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from threading import Timer
 
+import pytest
+
 from pipeline_steps.common.params import ROOT
 
 COUNT, SEED = 2200, 1
@@ -41,6 +43,7 @@ def read_all(folder):
     return list(zip(lines[::2], lines[1::2], strict=True))
 
 
+@pytest.mark.slow
 def test_damaged_media_give_frames_or_a_short_reason(tmp_path):
     results = read_all(tmp_path / "media")
     damaged = [result for done, result in results if ", " in done["done"]]

@@ -352,6 +352,7 @@ def run_child(function, folder):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_pathological_json_takes_bounded_time_and_memory(tmp_path):
     assert len(run_child(run_costly_json, tmp_path)) == len(list(costly_json()))
 

@@ -331,6 +331,7 @@ def test_split_parameters_and_rewritten_media_repack_nothing(tmp_path):
     assert inodes(output) == before
 
 
+@pytest.mark.slow
 def test_modified_published_tar_is_packed_again(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(10))
@@ -345,6 +346,7 @@ def test_modified_published_tar_is_packed_again(tmp_path):
     assert content(output) == before
 
 
+@pytest.mark.slow
 def test_older_scratch_folders_of_the_same_media_are_removed(tmp_path):
     raw, output = tmp_path / "raw", tmp_path / "shards"
     write_stills(raw, range(4))
@@ -355,6 +357,7 @@ def test_older_scratch_folders_of_the_same_media_are_removed(tmp_path):
     assert first != second
 
 
+@pytest.mark.slow
 def test_shard_of_an_earlier_plan_is_rejected(tmp_path):
     """On a cluster a job may outlive its stage, and end after a later one has written another plan."""
     raw, output = tmp_path / "raw", tmp_path / "shards"

@@ -138,7 +138,7 @@ def test_hashing_holds_no_more_of_a_tar_than_one_sample(server):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("how", ["drip", "stall"])
+@pytest.mark.parametrize("how", ["drip", pytest.param("stall", marks=pytest.mark.slow)])
 def test_time_limits_fire_on_slow_servers(server, how, monkeypatch):
     monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)
     server.plan, started = [how] * 3, time.monotonic()
