@@ -87,7 +87,7 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     assert [cell.name for cell in waiting] == ["A6-same-seed2.2.2"]
     (cell,) = (cell for cell in ready if cell.budget == "same")
     assert cell.factor == 3.0
-    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * 24000
+    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * 36000
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
         run.jobs["stage2"] for run in made.runs[:2]
     ])  # fmt: skip
     guess = progress.measure_costs(made, tmp_path)
-    assert guess.seconds(short) == progress.FIRST_GUESS_PER_SAMPLE * 30400
+    assert guess.seconds(short) == progress.FIRST_GUESS_PER_SAMPLE * 48000
     folder = tmp_path / long.folder
     folder.mkdir(parents=True)
     (folder / "done.json").write_text(json.dumps({"seconds": 304.0}))
