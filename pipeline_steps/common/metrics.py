@@ -167,7 +167,7 @@ class Check(Result):
     meaning: str
     """What is measured."""
     reason: str
-    """What a value out of bounds indicates, or why the check does not apply."""
+    """What a value out of bounds indicates."""
 
 
 class Diagnostics(Result):
@@ -219,7 +219,7 @@ class MultipleChoice(Result):
     scorings: dict[str, ChoiceScore]
     """By scoring."""
     no_option: Share
-    """Share of generated answers that match no option (wrong)."""
+    """Share of generated answers that match no option."""
     blind_no_option: Share
     """The same, blind."""
     letters: dict[str, dict[str, Share]]
@@ -272,7 +272,7 @@ class CaptionScore(Result):
     meteor_interval: Interval
     """Interval."""
     missed: dict[str, Missed]
-    """By attribute: `colour`, `digit`, `bound` (colour with its own digit)."""
+    """By attribute; `bound`: colour with its own digit."""
     style: CaptionStyle
     """Style."""
 
@@ -298,20 +298,19 @@ class NextFrameScore(Result):
     """Mean squared errors of the next-frame head over pairs of consecutive frames."""
 
     loss: dict[str, float]
-    """By variant: `coarse`, `fine_1`.. (planned passes), `autoregressive`, `unchanged` (nothing changes),
-    `shuffled_state` (another clip's state), `no_previous` (latent zeroed)."""
+    """By variant: passes, `unchanged` (nothing changes), `shuffled_state` (another clip's), `no_previous` (latent zeroed)."""
     per_frame: dict[str, list[float]]
-    """By pass: loss of the frames 1, 2 ... of the clip."""
+    """By pass."""
     ratio: float | None = None
-    """Coarse / fine loss; null: a network with one pass."""
+    """Coarse / fine loss."""
     ratio_interval: Interval | None = None
     """Interval."""
     wins: Share | None = None
-    """Share of clips with fine loss below coarse, all frames and the last four."""
+    """Share of clips with fine loss below coarse; last four frames."""
     wins_last_frames: Share | None = None
-    """Share of clips with fine loss below coarse, all frames and the last four."""
+    """Share of clips with fine loss below coarse; last four frames."""
     token_similarity: float | None = None
-    """Mean cosine of a frame's static and planned token, first frames left out."""
+    """Mean cosine of a frame's static and planned token."""
     num_clips: int
     """Counts."""
     num_pairs: int
@@ -324,7 +323,7 @@ class NextFrameResult(Result):
     groups: dict[str, NextFrameScore]
     """By task, and all clips (`videos`)."""
     passes: dict[str, dict[str, float]]
-    """By number of frames and pass: loss of clips cut to so many frames (`all`: as they are)."""
+    """By number of frames (clips cut to so many) and pass."""
 
 
 class EvaluationResult(Result):
@@ -339,7 +338,7 @@ class EvaluationResult(Result):
     text: Score | None
     """Text-only samples."""
     chance: dict[str, Share | None]
-    """By task: accuracy of the commonest training token at each position."""
+    """By task: commonest training token at each position."""
     gaze: dict[str, dict[str, Gaze]]
     """By task and mode."""
     generation: dict[str, Generation]
@@ -365,7 +364,7 @@ class EvaluationResult(Result):
     diagnostics: Diagnostics | None = None
     """Automated checks."""
     next_frame: NextFrameResult | None = None
-    """Next-frame objective, if the checkpoint has its head."""
+    """If the checkpoint has the head."""
 
 
 class Components(Result):
@@ -463,18 +462,18 @@ class Frontier(Result):
     multi_token_training: list[float]
     """Training sample."""
     vision_share: list[Share]
-    """Encoder's and queries' share of the foveated forward pass."""
+    """Encoder's and queries' share."""
     cheaper_from: int | None
-    """Frames from which foveated is cheaper; null: nowhere."""
+    """Frames from which foveated is cheaper."""
     cheaper_training_from: int | None
-    """Frames from which foveated is cheaper; null: nowhere."""
+    """Frames from which foveated is cheaper."""
 
 
 class FlopsResult(Result):
     modes: dict[str, ModeFlops]
     """This network, by mode."""
     arms: dict[str, ModeFlops]
-    """Separately trained networks, autoregressive."""
+    """Trained networks, autoregressive."""
     training_sample: float
     """Training sample, forward and backward."""
     training: dict[str, float]
