@@ -298,7 +298,8 @@ class NextFrameScore(Result):
     """Mean squared errors of the next-frame head over pairs of consecutive frames."""
 
     loss: dict[str, float]
-    """By variant: passes, `unchanged` (nothing changes), `shuffled_state` (another clip's), `no_previous` (latent zeroed)."""
+    """By variant: passes, `unchanged` (nothing changes), `shuffled_state` (another clip's),
+    `no_previous` (latent zeroed)."""
     per_frame: dict[str, list[float]]
     """By pass."""
     ratio: float | None = None
