@@ -62,7 +62,7 @@ class Embedded(StrictModel):
     vision_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
     vision_queries: Literal["selecting", "reading", "none"]
-    """Warm-up queries: one per colour or place reports that digit, one reports all, or none."""
+    """Warm-up queries: each reports the digit of a colour or place, one reports all, or none."""
     language_width: PositiveInt
     """Hidden size."""
     language_layers: PositiveInt

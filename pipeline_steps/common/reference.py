@@ -4,7 +4,7 @@
     python -m pipeline_steps.common.reference --check    # fails if they are out of date
 
 Both take seconds. The text of docs/metrics.md outside the marker lines is written by hand. Fields of one class that
-have the same description (and, of parameters, the same type) share a row.
+have the same description (and, of parameters, the same type) share a row. Descriptions in SELF_EVIDENT are left out.
 """
 
 import argparse
@@ -131,6 +131,7 @@ SELF_EVIDENT = (
     "Weight of the contrastive loss.",
     "Weight of the entropy-margin loss.",
     "What is measured.",
+    "`accuracy` - `blind`.",
     "`owner/name` on the Hub.",
 )
 BEGIN, END = "<!-- generated tables: begin -->", "<!-- generated tables: end -->"
@@ -149,7 +150,7 @@ def parameters_page():
         "`a/b`: several keys, with their defaults in this order where they differ. Sides are in pixels. 0 or null "
         "means none unless explained; no meaning: the name says it. Above a `max_*` share the stage fails.",
         "|key|allowed|default|meaning|\n|-|-|-|-|\n"
-        f"|`seed`|>=0|`{values['seed']}`|Training seed: initial weights, order of samples, random queries.|\n"
+        f"|`seed`|>=0|`{values['seed']}`|Training seed: weights, order of samples, random queries.|\n"
         f"|`ablation`|names in conf/ablation|`{values['ablation']}`|Ablation that was composed.|",
     ]
     document = params.schema()
