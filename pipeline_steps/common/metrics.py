@@ -167,7 +167,7 @@ class Check(Result):
     meaning: str
     """What is measured."""
     reason: str
-    """What a value out of bounds indicates."""
+    """What a value out of bounds indicates, or why the check does not apply."""
 
 
 class Diagnostics(Result):
@@ -272,7 +272,7 @@ class CaptionScore(Result):
     meteor_interval: Interval
     """Interval."""
     missed: dict[str, Missed]
-    """By attribute; `bound`: colour with its own digit."""
+    """By attribute: `colour`, `digit`, `bound` (colour with its own digit)."""
     style: CaptionStyle
     """Style."""
 
@@ -365,7 +365,7 @@ class EvaluationResult(Result):
     diagnostics: Diagnostics | None = None
     """Automated checks."""
     next_frame: NextFrameResult | None = None
-    """If the checkpoint has the head."""
+    """Next-frame objective, if the checkpoint has its head."""
 
 
 class Components(Result):

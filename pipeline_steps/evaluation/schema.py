@@ -27,7 +27,7 @@ class Section(StrictModel):
     max_captions_per_task: NonNegativeInt
     """Greedy answers, or scored free answers, per task."""
     caption_min_words: Annotated[int, Field(ge=2)]
-    """Shortest reference of free answers outside task `caption`."""
+    """Shortest reference outside task `caption`."""
     bootstrap_samples: PositiveInt
     """Resamples per interval."""
     seed: NonNegativeInt

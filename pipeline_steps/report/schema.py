@@ -16,7 +16,7 @@ class Targets(StrictModel):
     task_accuracy: float = Field(ge=0, le=1)
     """Lowest accuracy of each task."""
     card_loss: PositiveFloat
-    """Highest loss of `card`, nats per token."""
+    """Highest loss of task `card`."""
     gap: NonNegativeFloat
     """Highest autoregressive / fine loss, minus 1."""
     blind_excess: float = Field(ge=0, le=1)
