@@ -298,20 +298,20 @@ class NextFrameScore(Result):
     """Mean squared errors of the next-frame head over pairs of consecutive frames."""
 
     loss: dict[str, float]
-    """By variant: passes, `unchanged` (nothing changes), `shuffled_state` (another clip's),
-    `no_previous` (latent zeroed)."""
+    """By variant: `coarse`, `fine_1`.. (planned passes), `autoregressive`, `unchanged` (nothing changes),
+    `shuffled_state` (another clip's state), `no_previous` (latent zeroed)."""
     per_frame: dict[str, list[float]]
-    """By pass."""
+    """By pass: loss of the frames 1, 2 ... of the clip."""
     ratio: float | None = None
-    """Coarse / fine loss."""
+    """Coarse / fine loss; null: a network with one pass."""
     ratio_interval: Interval | None = None
     """Interval."""
     wins: Share | None = None
-    """Share of clips with fine loss below coarse; last four frames."""
+    """Share of clips with fine loss below coarse, all frames and the last four."""
     wins_last_frames: Share | None = None
-    """Share of clips with fine loss below coarse; last four frames."""
+    """Share of clips with fine loss below coarse, all frames and the last four."""
     token_similarity: float | None = None
-    """Mean cosine of a frame's static and planned token."""
+    """Mean cosine of a frame's static and planned token, first frames left out."""
     num_clips: int
     """Counts."""
     num_pairs: int
@@ -324,7 +324,7 @@ class NextFrameResult(Result):
     groups: dict[str, NextFrameScore]
     """By task, and all clips (`videos`)."""
     passes: dict[str, dict[str, float]]
-    """By number of frames (clips cut to so many) and pass."""
+    """By number of frames and pass: loss of clips cut to so many frames (`all`: as they are)."""
 
 
 class EvaluationResult(Result):
