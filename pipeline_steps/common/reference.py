@@ -29,7 +29,6 @@ SELF_EVIDENT = (
     "Autoregressive minus reference.",
     "Bootstrap seed.",
     "By frame.",
-    "By pass.",
     "Bytes by part.",
     "Bytes per cached number.",
     "CPU threads.",
