@@ -11,9 +11,9 @@ class Local(StrictModel):
     """Folders of backbones that exist already; read only when kind is local."""
 
     vision_path: str | None
-    """Folder, or trained checkpoint."""
+    """Folder or trained checkpoint."""
     language_path: str | None
-    """Folder with tokenizer, trained checkpoint, or `.gguf` file (extra `pretrained`)."""
+    """The same with tokenizer, or a `.gguf` file (extra `pretrained`)."""
 
 
 class Repository(StrictModel):
@@ -38,17 +38,17 @@ class Embedded(StrictModel):
     """Sizes and warm-up of the backbones that the stage trains itself; read only when kind is embedded."""
 
     seed: NonNegativeInt
-    """Seed of initial weights and warm-up data."""
+    """Seed of weights and warm-up data."""
     device: Literal["auto", "cpu", "cuda"]
-    """Warm-up device; `auto` prefers a GPU."""
+    """`auto` prefers a GPU."""
     precision: Literal["fp32", "bf16"]
-    """Autocast precision of the warm-up."""
+    """Autocast precision."""
     num_threads: PositiveInt
     """CPU threads; affects rounding."""
     image_size: PositiveInt
-    """Frame side in pixels: 56, 112 or 224."""
+    """Frame side: 56, 112 or 224 pixels."""
     patch_size: PositiveInt
-    """Patch side in pixels; divides a quarter of `image_size`."""
+    """Patch side; divides a quarter of `image_size`."""
     vision_width: PositiveInt
     """Hidden size."""
     vision_layers: PositiveInt
@@ -58,11 +58,11 @@ class Embedded(StrictModel):
     vision_steps: PositiveInt
     """Warm-up steps."""
     vision_batch_size: PositiveInt
-    """Frames or chats per warm-up step."""
+    """Frames or chats per step."""
     vision_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
     vision_queries: Literal["selecting", "reading", "none"]
-    """Queries of the vision warm-up: each names a colour or place and reports that digit, one reports all, or none."""
+    """Warm-up queries: each reports the digit of a colour or place, one reports all, or none."""
     language_width: PositiveInt
     """Hidden size."""
     language_layers: PositiveInt
@@ -74,15 +74,15 @@ class Embedded(StrictModel):
     language_steps: PositiveInt
     """Warm-up steps."""
     language_batch_size: PositiveInt
-    """Frames or chats per warm-up step."""
+    """Frames or chats per step."""
     language_learning_rate: PositiveFloat
     """Peak learning rate of the warm-up."""
     autoencoder_steps: NonNegativeInt
-    """Training steps of an autoencoder of frames, for the next-frame objective (extra `latents`); 0: none."""
+    """Training steps of the next-frame objective's autoencoder (extra `latents`)."""
     vocabulary_size: int = Field(ge=259)
     """Largest BPE vocabulary."""
     max_positions: PositiveInt
-    """Longest sequence in tokens."""
+    """Longest sequence (tokens)."""
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -105,7 +105,7 @@ class Embedded(StrictModel):
 
 class Section(StrictModel):
     kind: Literal["embedded", "local", "hub"]
-    """Train small ones, read folders, or download."""
+    """Train small ones, read folders or download."""
     local: Local
     """Existing folders."""
     hub: Hub

@@ -219,7 +219,7 @@ class MultipleChoice(Result):
     scorings: dict[str, ChoiceScore]
     """By scoring."""
     no_option: Share
-    """Share of generated answers that match no option (wrong)."""
+    """Share of generated answers that match no option."""
     blind_no_option: Share
     """The same, blind."""
     letters: dict[str, dict[str, Share]]
@@ -339,7 +339,7 @@ class EvaluationResult(Result):
     text: Score | None
     """Text-only samples."""
     chance: dict[str, Share | None]
-    """By task: accuracy of the commonest training token at each position."""
+    """By task: commonest training token at each position."""
     gaze: dict[str, dict[str, Gaze]]
     """By task and mode."""
     generation: dict[str, Generation]
@@ -463,18 +463,18 @@ class Frontier(Result):
     multi_token_training: list[float]
     """Training sample."""
     vision_share: list[Share]
-    """Encoder's and queries' share of the foveated forward pass."""
+    """Encoder's and queries' share."""
     cheaper_from: int | None
-    """Frames from which foveated is cheaper; null: nowhere."""
+    """Frames from which foveated is cheaper."""
     cheaper_training_from: int | None
-    """Frames from which foveated is cheaper; null: nowhere."""
+    """Frames from which foveated is cheaper."""
 
 
 class FlopsResult(Result):
     modes: dict[str, ModeFlops]
     """This network, by mode."""
     arms: dict[str, ModeFlops]
-    """Separately trained networks, autoregressive."""
+    """Trained networks, autoregressive."""
     training_sample: float
     """Training sample, forward and backward."""
     training: dict[str, float]

@@ -13,11 +13,11 @@ class Modes(StrictModel):
     joint: NonNegativeFloat
     """Text loss and next-frame loss."""
     video_only: NonNegativeFloat
-    """Next-frame loss; the network sees the frames without any text."""
+    """Next-frame loss, frames without text."""
     text_conditioned: NonNegativeFloat
-    """Next-frame loss; the text before the frames is shown."""
+    """Next-frame loss, text before the frames shown."""
     captions: NonNegativeFloat
-    """Text loss, as with weight 0; of captions where the mixture has nothing else."""
+    """Text loss alone."""
 
     @model_validator(mode="after")
     def _some_mode(self):
@@ -37,25 +37,25 @@ class NextFrameSettings(StrictModel):
     """Prediction of the next frame from the language model's state after a frame."""
 
     weight: NonNegativeFloat
-    """Weight of the loss of the last pass; 0: no next-frame objective."""
+    """Weight of the last pass's loss."""
     coarse_weight: NonNegativeFloat
-    """Weight of the coarse pass's loss, in multiples of `weight`; 0: logged only."""
+    """Coarse pass's weight / `weight`; 0: logged only."""
     target: Literal["latent", "delta", "flow"]
-    """The next frame's latent, its difference to this frame's, or the optical flow between them."""
+    """The next frame's latent, its change, or the optical flow."""
     autoencoder: str | None
-    """Folder of an `AutoencoderKL` in diffusers' format; null: none, for `flow` without previous latent only."""
+    """Folder of an `AutoencoderKL`; null: for `flow` without previous latent."""
     previous_latent: Literal["keep", "drop", "noise", "none"]
-    """The head's second input, this frame's latent: kept, in training dropped or noisy, or none."""
+    """This frame's latent as second input: kept, in training dropped or noisy, or none."""
     drop_probability: float = Field(ge=0, le=1)
-    """With `drop`: share of frames whose latent is replaced by zeros."""
+    """With `drop`: share of zeroed latents."""
     noise_std: NonNegativeFloat
-    """With `noise`: standard deviation of Gaussian noise on latents of unit variance."""
+    """With `noise`: its standard deviation (latents: 1)."""
     skip_query: bool
-    """Give the head the frame's query, too."""
+    """Give the head the query, too."""
     separate_heads: bool
-    """A head each for the coarse and the planned passes."""
+    """A head each for coarse and planned passes."""
     l1_weight: NonNegativeFloat
-    """Weight of the absolute error beside the squared one."""
+    """Weight of the absolute error."""
     head_width: PositiveInt
     """Channels of the head."""
     modes: Modes

@@ -11,11 +11,11 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     num_workers: NonNegativeInt
-    """Data loader threads; 0: the main thread."""
+    """Loader threads; 0: the main thread."""
     prefetch_megabytes: PositiveInt
-    """Memory limit of prefetched batches."""
+    """Limit of prefetched batches."""
     retries: NonNegativeInt
-    """Retries after a broken connection (reader `webdataset`)."""
+    """Retries of a broken connection."""
     backbone_workers: PositiveInt
     """Processes that render warm-up frames."""
     checkpoint_every: PositiveInt
@@ -23,15 +23,15 @@ class Section(StrictModel):
     keep_checkpoints: PositiveInt
     """Checkpoints to keep."""
     log_every: PositiveInt
-    """Steps between updates of progress bar and live curves."""
+    """Steps between live updates."""
     tensorboard: bool
-    """Log curves in outputs/live/STAGE."""
+    """Curves in outputs/live/STAGE."""
     dvclive: bool
-    """Log curves in outputs/live/STAGE."""
+    """Curves in outputs/live/STAGE."""
     wandb_project: str | None
     """Weights & Biases project; needs a login."""
     heatmaps_every: PositiveInt | None
-    """Steps between attention overlays; null: none."""
+    """Steps between attention overlays."""
     num_heatmap_clips: PositiveInt
     """Clips to overlay."""
     peak_tflops: PositiveFloat | None

@@ -13,23 +13,23 @@ class Section(StrictModel):
     batch_size: PositiveInt
     """Items per forward pass; affects rounding."""
     max_items_per_task: PositiveInt
-    """Items scored per task, sampled with `seed`."""
+    """Items scored per task."""
     max_control_items_per_task: NonNegativeInt
-    """Of those, with controls; 0: none."""
+    """Of those, with controls or temporal views."""
     max_temporal_clips_per_task: NonNegativeInt
-    """Of those, with temporal views; 0: none."""
+    """Of those, with controls or temporal views."""
     max_diagnostic_clips: NonNegativeInt
-    """Clips for diagnostics; 0: none."""
+    """Clips for diagnostics."""
     max_answers_per_task: NonNegativeInt
-    """Greedy answers per task; 0: none."""
+    """Greedy answers, or scored free answers, per task."""
     max_answer_tokens: PositiveInt
     """Longest generated answer."""
     max_captions_per_task: NonNegativeInt
-    """Free answers scored per task; 0: none."""
+    """Greedy answers, or scored free answers, per task."""
     caption_min_words: Annotated[int, Field(ge=2)]
-    """Shortest reference of a free answer outside task `caption`."""
+    """Shortest reference outside task `caption`."""
     bootstrap_samples: PositiveInt
-    """Bootstrap resamples per interval."""
+    """Resamples per interval."""
     seed: NonNegativeInt
     """Seed of sampling, controls and bootstrap."""
     num_threads: PositiveInt

@@ -22,11 +22,11 @@ class Section(StrictModel):
     split: Literal["validation", "test"]
     """Split to count."""
     multi_tokens: PositiveInt
-    """The baseline's tokens per frame."""
+    """B1's tokens per frame."""
     scales: list[Literal["135M", "360M", "1.7B"]] = Field(min_length=1)
-    """Language models to count."""
+    """Language models."""
     budgets: list[PositiveFloat]
-    """Training budgets in FLOPs."""
+    """Training FLOPs."""
     frontier: Text
     """Text lengths of the curve of cost over the number of frames."""
     num_answer_tokens: PositiveInt

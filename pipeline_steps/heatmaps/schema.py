@@ -13,13 +13,13 @@ class Section(StrictModel):
     num_clips: PositiveInt
     """Clips per task: the first by key."""
     num_sheet_clips: NonNegativeInt
-    """Clips on the contact sheet; 0: none."""
+    """Clips on the contact sheet."""
     seed: NonNegativeInt
     """Seed of the random clips."""
     tile_pixels: int = Field(ge=64, le=1024)
-    """Picture side in pixels."""
+    """Picture side."""
     frame_milliseconds: PositiveInt
-    """Duration of an animation frame."""
+    """Duration of a frame."""
     max_answer_tokens: PositiveInt
     """Longest generated answer."""
     num_threads: PositiveInt

@@ -16,7 +16,7 @@ class Targets(StrictModel):
     task_accuracy: float = Field(ge=0, le=1)
     """Lowest accuracy of each task."""
     card_loss: PositiveFloat
-    """Highest loss of task `card` (nats per token)."""
+    """Highest loss of task `card`."""
     gap: NonNegativeFloat
     """Highest autoregressive / fine loss, minus 1."""
     blind_excess: float = Field(ge=0, le=1)
@@ -25,13 +25,13 @@ class Targets(StrictModel):
 
 class Section(StrictModel):
     title: str
-    """Report title."""
+    """Title."""
     min_seeds: PositiveInt
-    """Seeds per arm that a verdict requires."""
+    """Seeds that a verdict requires."""
     margin: PositiveFloat
-    """Loss ratios within 1 +- margin count as equal."""
+    """Loss ratios within 1 +- margin are equal."""
     bootstrap_samples: PositiveInt
-    """Bootstrap resamples per interval."""
+    """Resamples per interval."""
     seed: NonNegativeInt
     """Bootstrap seed."""
     targets: Targets

@@ -9,25 +9,25 @@ from pipeline_steps.common.params import StrictModel
 
 class Section(StrictModel):
     image_size: PositiveInt
-    """Frame side in pixels."""
+    """Frame side."""
     resize_mode: Literal["crop", "letterbox"]
-    """Centre crop, or black bars."""
+    """Centre crop or black bars."""
     hdr: Literal["refuse", "tone_map"]
-    """PQ and HLG media: quarantine, or convert to SDR."""
+    """PQ and HLG: quarantine, or convert to SDR."""
     fps: PositiveFloat
     """Sampled frames per second."""
     max_frames: PositiveInt
     """Most frames per clip."""
     jpeg_quality: int = Field(ge=1, le=100)
-    """JPEG quality of frames."""
+    """JPEG quality."""
     samples_per_shard: PositiveInt
     """Most samples per shard (least: half)."""
     validation_share: float = Field(ge=0, lt=1)
-    """Share of videos without given split."""
+    """Share of videos without split."""
     test_share: float = Field(ge=0, lt=1)
-    """Share of videos without given split."""
+    """Share of videos without split."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Highest damaged share of a source."""
+    """Damaged share of a source."""
     max_hash_distance: int | None = Field(ge=0, le=31)
     """Bits in which near-duplicates may differ; null: no leak check."""
     seed: NonNegativeInt

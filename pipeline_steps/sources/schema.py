@@ -33,51 +33,51 @@ class TrainMix(Mix):
     """Relative numbers of training clips whose first question is of this task."""
 
     card: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     follow: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     ask_colour: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     ask_place: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     caption: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     gist: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     image: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
 
 
 class ObjectsMix(Mix):
     """Relative numbers of training clips whose first question is of this task."""
 
     become: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     place: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     meet: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     small: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     caption: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     background: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
     still: NonNegativeFloat
-    """Relative number of clips by task."""
+    """Relative number of clips."""
 
 
 class Objects(StrictModel):
     """The world of objects; read only when world is objects."""
 
     cutouts: str | None
-    """Folder of [cut-outs](world_objects.md)."""
+    """[Cut-outs](world_objects.md)."""
     backgrounds: str | None
-    """Folder of named photographs; null: textures."""
+    """Folder of photographs; null: textures."""
     held_out_share: float = Field(ge=0, lt=0.5)
-    """Held-out names, validation and test each."""
+    """Held-out names, of each held-out split."""
     num_train_clips: PositiveInt
-    """Training clips, stills included."""
+    """Training clips, with stills."""
     train_mix: ObjectsMix
     """Relative numbers of training clips by the task of their first question."""
     num_validation_clips: PositiveInt
@@ -87,11 +87,11 @@ class Objects(StrictModel):
     num_new_clips: NonNegativeInt
     """Held-out clips per `*_new` task."""
     num_extra_items: NonNegativeInt
-    """Most extra questions per training clip."""
+    """Most extra questions per clip."""
     frame_size: int = Field(ge=56, le=512, multiple_of=2)
-    """Frame side in pixels."""
+    """Frame side."""
     num_frames: tuple[int, int]
-    """Fewest and most frames per clip (at least 6)."""
+    """Fewest (at least 6) and most frames."""
 
     @model_validator(mode="after")
     def _frames_are_a_range(self):
@@ -105,11 +105,11 @@ class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
     world: Literal["digits", "objects"]
-    """Digits, or cut-outs (`objects.*`, `seed` and `fps`)."""
+    """Cut-outs take `objects.*`, `seed` and `fps` only."""
     seed: NonNegativeInt
     """Seed of the clips."""
     num_train_clips: PositiveInt
-    """Training clips, stills included."""
+    """Training clips, with stills."""
     train_mix: TrainMix
     """Relative numbers of training clips by the task of their first question."""
     num_validation_clips: PositiveInt
@@ -117,15 +117,15 @@ class Procedural(StrictModel):
     num_test_clips: PositiveInt
     """Held-out clips per task."""
     num_ask_items: NonNegativeInt
-    """Extra `ask_*` questions per hopping training clip."""
+    """Extra `ask_*` questions per hopping clip."""
     frame_size: Literal[56, 112, 224]
-    """Frame side in pixels."""
+    """Frame side."""
     fps: PositiveFloat
     """Frames per second."""
     num_frames: int = Field(ge=2)
     """Frames per clip."""
     noise: NonNegativeFloat
-    """Standard deviation of grain (brightness 0 to 1)."""
+    """Standard deviation of grain."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
     """Relative number of hopping training clips with 1 to 4 objects."""
     objects: Objects
@@ -136,11 +136,11 @@ class Chat(StrictModel):
     """Text-only questions or chats; read only when collect lists chat."""
 
     path: str | None
-    """A `.jsonl` of your own chats instead of the questions ([data.md](data.md#the-procedural-world))."""
+    """[Your own chats](data.md#the-procedural-world) instead, a `.jsonl`."""
     seed: NonNegativeInt
     """Seed of the questions."""
     num_train: int = Field(ge=1, le=100_000)
-    """Distinct training questions."""
+    """Training questions."""
     num_validation: PositiveInt
     """Held-out questions."""
     num_test: PositiveInt
@@ -151,45 +151,45 @@ class Folder(StrictModel):
     """The user's own files; read only when collect lists folder."""
 
     path: str | None
-    """The folder ([data.md](data.md#your-own-videos-and-images))."""
+    """[The folder](data.md#your-own-videos-and-images)."""
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
-    """Source name in keys and reports."""
+    """Source name."""
 
 
 class Tars(StrictModel):
     """Existing WebDataset archives; read only when collect lists tars."""
 
     path: str = Field(min_length=1)
-    """Folder, glob pattern or file."""
+    """Folder, glob or file."""
     name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")
-    """Key prefix, and default source."""
+    """Key prefix and default source."""
     picture_fps: PositiveFloat
-    """Frames per second of videos stored as pictures."""
+    """Frame rate of videos stored as pictures."""
     tokenizer: str | None
-    """Folder of the tokenizer of `token_ids`."""
+    """Tokenizer of `token_ids`."""
     split: Literal["train", "validation", "test"] | None
     """Split of all samples; null: `shards` decides."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Highest quarantined share."""
+    """Quarantined share."""
 
 
 class HubEntry(StrictModel):
     """One published data set."""
 
     dataset: Literal[ADAPTER_NAMES]
-    """Adapter ([data.md](data.md#data-sets-from-the-hub-source-hub))."""
+    """[Adapter](data.md#data-sets-from-the-hub-source-hub)."""
     path: str | None
-    """Hub id, or local copy; null: the adapter's id."""
+    """Hub id or local copy; null: the adapter's."""
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit hash; null: the pinned one."""
+    """Commit; null: the adapter's."""
     subsets: list[str] | None = Field(min_length=1)
     """Subsets to read; null: all."""
     media_dir: str | None
-    """Folder of extracted videos; null: rows hold the pictures."""
+    """Extracted videos; null: rows hold the pictures."""
     max_samples: PositiveInt | None
     """Random subset, nested as it grows; null: all."""
     max_missing: float = Field(ge=0, le=1)
-    """Highest share with missing media."""
+    """Share with missing media."""
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -211,7 +211,7 @@ class Section(StrictModel):
     folder: Folder
     """Your own files."""
     tars: list[Tars]
-    """Existing WebDataset archives."""
+    """WebDataset archives."""
     hub: list[HubEntry]
     """Published data sets."""
 

@@ -9,11 +9,11 @@ from pipeline_steps.common.params import StrictModel
 
 class Batching(StrictModel):
     by: Literal["samples", "frames", "tokens"]
-    """Batch of `training.common.batch_size` samples, or of `budget` frames or tokens."""
+    """Batch of `training.common.batch_size` samples, or `budget` frames or tokens."""
     budget: PositiveInt | None
-    """Frames, or unpadded tokens, per batch."""
+    """Frames or unpadded tokens."""
     bucket_samples: NonNegativeInt
-    """Samples sorted by length together; 0: none."""
+    """Samples sorted by length together."""
 
     @model_validator(mode="after")
     def _a_budget_belongs_to_a_unit(self):
@@ -28,13 +28,13 @@ class Section(StrictModel):
     batching: Batching
     """How optimizer steps are batched."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Highest unreadable share of samples."""
+    """Unreadable share of samples."""
     reader: Literal["local", "webdataset"]
-    """Training split from data/shards, or streamed from `url`."""
+    """Training data from data/shards or `url`."""
     url: str | None
-    """Folder with shards/ and tokens/ ([data.md](data.md#remote-shards))."""
+    """[Remote folder](data.md#remote-shards)."""
     shuffle_samples: PositiveInt
-    """Shuffle buffer per group (reader `webdataset`)."""
+    """Shuffle buffer per group (`webdataset`)."""
 
     @model_validator(mode="after")
     def _a_url_belongs_to_the_web(self):

@@ -15,24 +15,24 @@ class Prompt(StrictModel):
     """Prompt lines for the items of a source that have none. null: as in the entry of source "*"."""
 
     source: Line
-    """Source, collected or not; `*`: all others."""
+    """`*`: all others."""
     system: str | None
-    """Default system line; `""`: the chat template's. Checkpoints use that of `*`."""
+    """Default system line; `""`: the chat template's."""
     video: Line | None
     """Default user line."""
     image: Line | None
     """Default user line."""
     choice: str | None
-    """Line after the lettered options."""
+    """Line after the options."""
 
 
 class Section(StrictModel):
     max_tokens: PositiveInt
     """Longest chat without visual tokens."""
     max_dropped: float = Field(ge=0, le=1)
-    """Highest dropped share of a source."""
+    """Dropped share of a source."""
     prompts: tuple[Prompt, ...]
-    """Prompts per source; null takes the value of `*`."""
+    """null takes the value of `*`."""
 
     @model_validator(mode="after")
     def _whole_table(self):

@@ -12,43 +12,43 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 class Common(StrictModel):
     batch_size: PositiveInt
-    """Samples per optimizer step, all devices."""
+    """Samples per step, all devices."""
     micro_batch_size: PositiveInt | Literal["auto"] | None
-    """Samples per forward pass and device; null: its share; `auto`: halved until it fits memory."""
+    """Samples per device and pass; null: its share; `auto`: halved until it fits."""
     optimizer: Literal["adamw", "muon"]
-    """`muon`: orthogonalized momentum for linear layers, else AdamW."""
+    """`muon` for linear layers, AdamW for others."""
     weight_decay: NonNegativeFloat
     """Applied to matrices only."""
     betas: tuple[Momentum, Momentum]
     """AdamW betas."""
     clip_norm: PositiveFloat
-    """Limit of the global gradient norm."""
+    """Limit of the gradient norm."""
     ema_decay: Momentum | None
-    """Decay of the published EMA; null: none."""
+    """Decay of the published EMA."""
     device: Literal["auto", "cpu", "cuda"]
     """`auto` prefers a GPU."""
     precision: Literal["fp32", "bf16"]
-    """Autocast precision of training; all else is fp32."""
+    """Autocast precision; all else is fp32."""
     num_threads: PositiveInt
     """CPU threads; affects rounding."""
     activation_checkpointing: bool
     """Recompute layers to save memory."""
     compile: bool
-    """Torch.compile of all backbone layers."""
+    """`torch.compile` for backbone layers."""
     sharding: Literal["ddp", "fsdp"]
-    """Full replicas, or sharded weights (FSDP2)."""
+    """Replicas or FSDP2."""
     record_every: PositiveInt
-    """Steps between training rows of the curve."""
+    """Steps between rows of the curve."""
     validate_every: PositiveInt
     """Steps between validations."""
     max_validation_items: PositiveInt
-    """Validation items per source and task."""
+    """Items per source and task."""
     publish: Literal["last", "best"]
-    """Publish last weights, or lowest validation loss."""
+    """Last weights, or lowest validation loss."""
     plateau_validations: PositiveInt
-    """Validations without progress that count as a plateau."""
+    """Validations without progress before a plateau warning."""
     plateau_progress: PositiveFloat
-    """Relative drop that counts as progress."""
+    """Relative drop that is progress."""
 
 
 class LearningRate(StrictModel):
@@ -76,7 +76,7 @@ class MixtureEntry(StrictModel):
 
 class Stage(StrictModel):
     num_samples: PositiveInt
-    """Training budget in samples."""
+    """Training samples."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     """[Shares](data.md#reading-which-item-when-in-which-batch) of items with frames."""
     text_share: float = Field(ge=0, lt=1)
@@ -84,7 +84,7 @@ class Stage(StrictModel):
     text_source: str
     """Their source, or `*`."""
     loss: Literal["all_text", "answer_only", "preference"]
-    """Labels: all tokens, or answers; or DPO."""
+    """Labels: all tokens or answers; or DPO."""
     objective: objectives.section()
     """Parameters of the objectives."""
     freeze_vision: bool
@@ -94,15 +94,15 @@ class Stage(StrictModel):
     learning_rate: LearningRate
     """Peak learning rates; 0 freezes a group."""
     schedule: Literal["cosine", "constant", "wsd", "converging"]
-    """After warm-up; `wsd`: constant, then linear; `converging`: cosine to each group's end."""
+    """`wsd`: constant, then linear; `converging`: cosine to each group's end."""
     warmup_ratio: float = Field(ge=0, lt=1)
     """Share of steps with linear warm-up."""
     min_lr_ratio: float = Field(ge=0, le=1)
-    """Floor of `cosine` and `wsd`, share of the peak."""
+    """Floor of `cosine` and `wsd`."""
     decay_share: float = Field(ge=0, le=1)
     """Share of steps in which `wsd` decays."""
     converged_learning_rate: LearningRate | None
-    """End rates of `converging`, else null."""
+    """End rates of `converging`."""
 
     @model_validator(mode="after")
     def _something_is_trained(self):

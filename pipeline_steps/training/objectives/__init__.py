@@ -31,9 +31,9 @@ __all__ = [
 
 class Shared(StrictModel):
     second_pass_probability: float = Field(ge=0, le=1)
-    """Share of training steps with one more fine pass."""
+    """Share of steps with one more fine pass."""
     initial_modules: Literal["new", "previous"]
-    """Start heads `new` (random), or from the `previous` stage's objective.safetensors."""
+    """Start heads `new`, or from the `previous` stage."""
 
 
 def registry() -> dict[str, type[Objective]]:

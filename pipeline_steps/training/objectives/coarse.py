@@ -15,7 +15,7 @@ class CoarseText(Objective):
 
     class Parameters(StrictModel):
         weight: NonNegativeFloat
-        """Weight of the coarse pass's text loss; 0: none."""
+        """Weight of the coarse pass's text loss."""
 
     def terms(self, outputs, batch):
         # Without frames both passes are equal. Counting the loss there too keeps the weight of a text-only sample

@@ -20,9 +20,9 @@ class Contrastive(Objective):
 
     class Parameters(StrictModel):
         weight: NonNegativeFloat
-        """Weight of the contrastive loss; 0: none."""
+        """Weight of the contrastive loss."""
         margin: Annotated[float, Field(ge=-1, le=1)]
-        """Cosine similarity below which the loss is zero."""
+        """Cosine similarity that costs nothing."""
 
     def terms(self, outputs, batch):
         if not outputs.passes:

@@ -18,7 +18,7 @@ class EntropyMargin(Objective):
 
     class Parameters(StrictModel):
         weight: NonNegativeFloat
-        """Weight of the entropy-margin loss; 0: none."""
+        """Weight of the entropy-margin loss."""
         margin: float
         """Margin in nats."""
 

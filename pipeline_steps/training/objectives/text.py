@@ -15,7 +15,7 @@ class TextCrossEntropy(Objective):
 
     class Parameters(StrictModel):
         weight: NonNegativeFloat
-        """Weight of the text loss; 0: only other objectives. Preference training has none."""
+        """Weight of the text loss (none in preference training)."""
 
     @classmethod
     def is_active(cls, settings):
