@@ -19,6 +19,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import replaced_folder
 from pipeline_steps.common.schemas import RawSample
 from pipeline_steps.sources import chat, folder, object_clips, procedural, tars
+from pipeline_steps.sources.actions import reader as actions
 from pipeline_steps.sources.hub import reader as hub
 from pipeline_steps.sources.index import IndexWriter, open_index, print_summary
 
@@ -42,6 +43,8 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
             index.add_source(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
         if "tars" in section.collect:
             _take_tars(section.tars, partial, index, num_processes)
+        if "actions" in section.collect:
+            _take_actions(section.actions, index)
         for entry in hub_entries:
             quarantined = []
             index.add_source(
@@ -67,6 +70,17 @@ def _take_tars(entries, partial: Path, index: IndexWriter, num_processes: int) -
     for entry in entries:
         quarantined = []
         samples = tars.read(entry, partial, quarantined, index.add_unreferenced, num_processes)
+        index.add_source(entry.name, samples, quarantined, entry.max_quarantined)
+
+
+def _take_actions(entries, index: IndexWriter) -> None:
+    if not entries:
+        raise UserError(
+            "sources.collect lists actions, but sources.actions is empty. conf/data/actions.yaml shows entries."
+        )
+    for entry in entries:
+        quarantined = []
+        samples = actions.read(entry, quarantined, index.add_unreferenced)
         index.add_source(entry.name, samples, quarantined, entry.max_quarantined)
 
 

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from pipeline_steps.common.params import StrictModel
+from pipeline_steps.sources.actions.layouts import NAMES as LAYOUT_NAMES
 from pipeline_steps.sources.hub.adapters import NAMES as ADAPTER_NAMES
 
 
@@ -201,8 +202,49 @@ class HubEntry(StrictModel):
         return name
 
 
+class SampleLimits(StrictModel):
+    """Most samples by split, a random subset; null: all."""
+
+    train: PositiveInt | None
+    """Most samples of the split, nested as it grows; null: all."""
+    validation: PositiveInt | None
+    """Most samples of the split, nested as it grows; null: all."""
+    test: PositiveInt | None
+    """Most samples of the split, nested as it grows; null: all."""
+
+
+class Actions(StrictModel):
+    """One local folder of an action recognition data set."""
+
+    layout: Literal[LAYOUT_NAMES]
+    """Published layout of the folder ([data.md](data.md#action-recognition-source-actions))."""
+    path: str = Field(min_length=1)
+    """Folder of annotations and videos."""
+    name: str = Field(pattern=r"^[A-Za-z0-9_]{1,30}$")
+    """Source name, begins the keys."""
+    fold: Literal[1, 2, 3] | None
+    """UCF-101's list; null: other layouts."""
+    validation_share: float = Field(ge=0, lt=1)
+    """Share of training groups for validation, where the data set has no own."""
+    num_options: int | None = Field(ge=2, le=26)
+    """Options of `action_choice`; null: no such items."""
+    max_samples: SampleLimits
+    """Random subset by split."""
+    seed: NonNegativeInt
+    """Seed of subset, validation groups and options."""
+    max_quarantined: float = Field(ge=0, le=1)
+    """Highest share that is missing or unusable."""
+
+    @model_validator(mode="after")
+    def _fold_belongs_to_ucf101(self):
+        if (self.layout == "ucf101") != (self.fold is not None):
+            wanted = "expected 1, 2 or 3" if self.layout == "ucf101" else "expected null: only ucf101 has folds"
+            raise ValueError(f"fold is {'null' if self.fold is None else self.fold}, {wanted}")
+        return self
+
+
 class Section(StrictModel):
-    collect: list[Literal["procedural", "chat", "folder", "tars", "hub"]] = Field(min_length=1)
+    collect: list[Literal["procedural", "chat", "folder", "tars", "hub", "actions"]] = Field(min_length=1)
     """Sources to collect."""
     procedural: Procedural
     """The rendered world."""
@@ -214,10 +256,12 @@ class Section(StrictModel):
     """WebDataset archives."""
     hub: list[HubEntry]
     """Published data sets."""
+    actions: list[Actions]
+    """Local action recognition data sets."""
 
     @model_validator(mode="after")
     def _names_differ(self):
-        names = ["procedural", "chat", self.folder.name, *(entry.name for entry in self.tars)]
+        names = ["procedural", "chat", self.folder.name, *(entry.name for entry in (*self.tars, *self.actions))]
         names += sorted({entry.dataset for entry in self.hub})
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:

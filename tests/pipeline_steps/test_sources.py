@@ -51,6 +51,7 @@ def section(collect=("procedural", "chat"), path=None, **changes):
         "folder": {"path": path and str(path), "name": "mine"},
         "tars": [],
         "hub": [],
+        "actions": [],
     }
     return schema.Section.model_validate(values)
 
