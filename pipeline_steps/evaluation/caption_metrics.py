@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from pipeline_steps.common.metrics import CaptionStyle
+from pipeline_steps.common.caption_results import CaptionStyle
 
 ORDERS = 4  # n-gram orders of the published BLEU-4 and CIDEr-D
 SIGMA = 6.0  # words; width of CIDEr-D's length penalty

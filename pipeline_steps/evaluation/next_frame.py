@@ -26,6 +26,7 @@ from safetensors import safe_open
 from pipeline_steps.common import metrics, params
 from pipeline_steps.common.checkpoint import load_model
 from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.next_frame import NextFrameHeads, TargetMaker, first_frames, pair_losses
@@ -165,7 +166,7 @@ def other_clip(times, keys):
 def measure(
     model, predictor, collate, dataset, chosen, settings, loading, num_frames=NUM_FRAMES, max_passes=MAX_PASSES
 ):
-    """`metrics.NextFrameResult` of items with frames ({task: row numbers}). settings: section `evaluation`; loading:
+    """`NextFrameResult` of items with frames ({task: row numbers}). settings: section `evaluation`; loading:
     arguments of `streaming.prefetch.map_ordered`; num_frames: clips are also cut to so many first frames."""
     max_passes = max(max_passes, model.config.num_passes)
     own = subset(chosen, settings.max_items_per_task, settings.seed)
@@ -183,7 +184,7 @@ def measure(
         raise UserError("no clip of the chosen items has two frames: nothing to predict. Change evaluation.split.")
     groups = {VIDEOS: table[table["kind"] == "video"], **dict(iter(table.groupby("task")))}
     by_passes = {"all": groups[VIDEOS], **{str(count): pd.concat(own) for count, own in cut.items() if own}}
-    return metrics.NextFrameResult(
+    return NextFrameResult(
         settings=predictor.settings.model_dump(mode="json"),
         groups={
             name: summarise(rows, f"fine_{model.config.num_passes}", settings)
@@ -206,7 +207,7 @@ def by_pass(rows):
 
 
 def summarise(rows, fine, settings):
-    """`metrics.NextFrameScore` of the rows of a pair table. fine: name of the loss of the configured passes."""
+    """`NextFrameScore` of the rows of a pair table. fine: name of the loss of the configured passes."""
     names = variants(rows)
     frames = rows.groupby("frame")
     fields = {
@@ -218,12 +219,12 @@ def summarise(rows, fine, settings):
         "num_pairs": len(rows),
     }
     if fine not in names:
-        return metrics.NextFrameScore(**fields)
+        return NextFrameScore(**fields)
     by_clip = rows.groupby(["key", "item"])
     is_last = rows["frame"] > by_clip["frame"].transform("max") - LAST
     options = {"num_samples": settings.bootstrap_samples, "seed": settings.seed}
     similarity = rows["similarity"].mean()
-    return metrics.NextFrameScore(
+    return NextFrameScore(
         **fields,
         ratio=float(rows["coarse"].sum() / rows[fine].sum()),
         ratio_interval=statistics.ratio_interval(rows["coarse"], rows[fine], clips=rows["key"], **options),

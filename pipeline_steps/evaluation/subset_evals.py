@@ -46,7 +46,7 @@ def measure(model, collate, dataset, chosen, settings, prefetch, progress):
 
 
 def diagnose(model, observed, table, metrics_dir):
-    """`metrics.Diagnostics` or None; reads stage1.csv to stage3.csv in metrics_dir if they exist."""
+    """`Diagnostics` or None; reads stage1.csv to stage3.csv in metrics_dir if they exist."""
     paths = [metrics_dir / f"{stage}.csv" for stage in STAGES]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [row for text in texts for row in csv.DictReader(text.splitlines())]

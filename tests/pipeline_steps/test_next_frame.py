@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from model.constants import IGNORE_INDEX
 from pipeline_steps.common import next_frame
+from pipeline_steps.common.diagnostic_results import NextFrameScore
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import NextFrameScore
 from pipeline_steps.evaluation import next_frame as evaluation
 from pipeline_steps.study import collect
 from pipeline_steps.training import __main__ as training_stage

@@ -3,11 +3,13 @@
 import pytest
 
 from pipeline_steps.common import metrics
+from pipeline_steps.common.caption_results import Captions, CaptionScore, CaptionStyle, Missed
+from pipeline_steps.common.diagnostic_results import Check, Diagnostics
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report.tables import text_of
 from tests.pipeline_steps.test_report import build, item_table, result_of, write_root
 
-STYLE = metrics.CaptionStyle(
+STYLE = CaptionStyle(
     num_words=8, empty=0, repetition=0.25, distinct_1=0.5, distinct_2=None, same_opening=1, same_text=0.1
 )
 
@@ -46,7 +48,7 @@ def group(num_items=40):
 
 
 def caption_score(missed):
-    return metrics.CaptionScore(
+    return CaptionScore(
         cider=None, cider_interval=None, bleu=0.2, meteor=0.5, meteor_interval=(0.4, 0.6), missed=missed, style=STYLE
     )
 
@@ -67,7 +69,7 @@ def a_view(loss_difference=2.0, num_items=40):
 
 
 def a_check(verdict, value=0.5, low=None, high=None):
-    return metrics.Check(verdict=verdict, value=value, low=low, high=high, meaning="a cosine", reason="it collapsed")
+    return Check(verdict=verdict, value=value, low=low, high=high, meaning="a cosine", reason="it collapsed")
 
 
 def test_an_unmeasured_table_has_no_rows_and_a_note(plain):
@@ -94,9 +96,9 @@ def test_multiple_choice_is_compared_with_chance_and_blind_with_the_total_last(p
 
 
 def test_captions_keep_attribute_columns_for_tasks_without_attributes(plain):
-    missed = metrics.Missed(complete_miss=0.1, interval=(0.0, 0.2), named=0.7, num_items=60)
+    missed = Missed(complete_miss=0.1, interval=(0.0, 0.2), named=0.7, num_items=60)
     modes = {"blind": caption_score({}), "autoregressive": caption_score({"colour": missed})}
-    captions = metrics.Captions(
+    captions = Captions(
         num_items=60,
         modes=modes,
         reference=STYLE.model_copy(update={"num_words": 9}),
@@ -168,7 +170,7 @@ def diagnosed(plain):
         "bad_check": a_check("suspicious", -0.5, low=3.0),
     }
     entropy, peak = {"fine": [[0.5, 1.0], [0.25, 0.75]]}, {"fine": [[0.5, 0.5], [0.25, 0.75]]}
-    diagnostics = metrics.Diagnostics(checks=checks, entropy=entropy, peak=peak, num_items=42, num_frames=252)
+    diagnostics = Diagnostics(checks=checks, entropy=entropy, peak=peak, num_items=42, num_frames=252)
     return plain.model_copy(update={"diagnostics": diagnostics})
 
 
