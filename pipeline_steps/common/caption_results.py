@@ -13,7 +13,7 @@ class CaptionStyle(Result):
     empty: Share
     """Share of texts without words."""
     repetition: Share
-    """Share of four-word phrases that repeat within a text."""
+    """Share of four-word phrases (`_2`: word pairs) that repeat within a text."""
     distinct_1: Share | None
     """Distinct / all words, or word pairs."""
     distinct_2: Share | None
@@ -23,19 +23,19 @@ class CaptionStyle(Result):
     same_text: Share
     """Share equal to the commonest text."""
     repetition_2: Share | None = None
-    """Share of word pairs that repeat within a text."""
+    """Share of four-word phrases (`_2`: word pairs) that repeat within a text."""
     type_token_ratio: Share | None = None
-    """Distinct / all words of a text, mean over texts with words."""
+    """Mean distinct / all words of a text."""
     num_sentences: float | None = None
     """Mean sentences per text."""
     proper_end: Share | None = None
-    """Share of texts that end with a full stop, question or exclamation mark."""
+    """Share ending with `.`, `!` or `?`."""
     technical: Share | None = None
-    """Share of texts with a technical term, such as `4k` or `30 fps`."""
+    """Technical terms (`4k`, `fps`): share of texts, of words; texts by term."""
     technical_words: Share | None = None
-    """Share of technical terms among all words."""
+    """Technical terms (`4k`, `fps`): share of texts, of words; texts by term."""
     technical_terms: dict[str, int] | None = None
-    """Technical terms found: texts that contain the term."""
+    """Technical terms (`4k`, `fps`): share of texts, of words; texts by term."""
 
 
 class Missed(Result):
@@ -89,11 +89,11 @@ class PartOverlap(Result):
     """Free answers to two parts of the same clips."""
 
     overlap: Share
-    """Words both share: 2 x common / all."""
+    """As `overlap_fine_coarse`, `same_fine_coarse`."""
     interval: Interval
     """Interval."""
     same: Share
-    """Share of equal answers."""
+    """As `overlap_fine_coarse`, `same_fine_coarse`."""
 
 
 class CaptionParts(Result):
@@ -102,12 +102,12 @@ class CaptionParts(Result):
     num_items: int = Field(ge=0)
     """Counts."""
     longest: int = Field(ge=1)
-    """Frames of the longest clip."""
+    """Counts."""
     reason: str | None = None
-    """Why nothing was measured."""
+    """Why not measured."""
     reference: dict[str, Share] = {}
-    """By part: words that answer and reference share."""
+    """By part: overlap with the reference."""
     pairs: dict[str, PartOverlap] = {}
     """By pair of parts."""
     other_clip: Share | None = None
-    """Words shared with another clip's answer, both for 16 frames: the overlap that says nothing."""
+    """Overlap with another clip's answer."""

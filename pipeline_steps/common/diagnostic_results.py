@@ -60,11 +60,11 @@ class NextFrameScore(Result):
     num_pairs: int
     """Counts."""
     no_state: float | None = None
-    """Loss with the language model's state zeroed."""
+    """Loss with zero state."""
     state_sensitivity: float | None = None
-    """Relative change of the prediction / of the input (random 10 % step)."""
+    """Relative change of the prediction / of the input."""
     previous_sensitivity: float | None = None
-    """Relative change of the prediction / of the input (random 10 % step)."""
+    """Relative change of the prediction / of the input."""
 
 
 class NextFrameResult(Result):
@@ -76,75 +76,37 @@ class NextFrameResult(Result):
     """By number of frames and pass: loss of clips cut to so many frames (`all`: as they are)."""
 
 
-class PreviousLatent(Result):
-    """Loss of the next-frame head (mean squared error) without one of its inputs."""
-
-    loss: float
-    """As trained."""
-    no_previous: float | None
-    """Previous latent zeroed; null: the head takes none."""
-    no_state: float | None
-    """State zeroed, or of another clip."""
-    shuffled_state: float | None
-    """State zeroed, or of another clip."""
-
-
-class FeatureSimilarity(Result):
-    """Visual tokens of the same frames with two queries; planned: fine mode."""
-
-    cosine: dict[str, float]
-    """By pair of queries: mean cosine, or distance / mean norm."""
-    distance: dict[str, float]
-    """By pair of queries: mean cosine, or distance / mean norm."""
-
-
 class TemperatureScore(Result):
     """The finished network with another attention temperature, autoregressive mode, not trained with it."""
 
     factor: float = Field(gt=0)
-    """Multiple of the trained temperature."""
+    """Of the trained temperature."""
     loss: float
-    """Nats per scored token."""
+    """As in Score."""
     accuracy: Share
-    """Token accuracy, teacher-forced."""
+    """As in Score."""
     entropy: Share
-    """Last layer, mean over heads: entropy / its maximum, largest weight, weight of the strongest tenth of places."""
+    """Last layer: relative entropy, largest weight, strongest tenth."""
     peak: Share
-    """Last layer, mean over heads: entropy / its maximum, largest weight, weight of the strongest tenth of places."""
+    """Last layer: relative entropy, largest weight, strongest tenth."""
     top_tenth: Share
-    """Last layer, mean over heads: entropy / its maximum, largest weight, weight of the strongest tenth of places."""
-
-
-class QueryProjection(Result):
-    """Mean cosine of planned and static queries before and after the query projection."""
-
-    before: float
-    """Mean cosine."""
-    after: float
-    """Mean cosine."""
-
-
-class HeadSensitivity(Result):
-    """Relative change of the next-frame prediction / of one of its inputs (random 10 % step)."""
-
-    state: float
-    """Of the state, or the previous latent; null: the head takes none."""
-    previous: float | None
-    """Of the state, or the previous latent; null: the head takes none."""
+    """Last layer: relative entropy, largest weight, strongest tenth."""
 
 
 class PreliminaryDiagnostics(Result):
-    previous_latent: PreviousLatent | None
-    """1: how much the next-frame head relies on the previous latent."""
-    feature_similarity: FeatureSimilarity | None
-    """2: how much tokens depend on the query."""
+    """The predecessor's five (pipeline_steps/evaluation/preliminary.py). Null or empty: see `not_measured`."""
+
+    previous_latent: dict[str, float] | None
+    """1: next-frame loss, and without an input."""
+    feature_similarity: dict[str, float] | None
+    """2: tokens of two queries."""
     temperature: list[TemperatureScore]
-    """3: attention temperature."""
-    query_projection: QueryProjection | None
-    """4: whether the projection makes queries alike."""
-    head_sensitivity: HeadSensitivity | None
-    """5: whether the next-frame head reacts to the state."""
+    """3: other temperatures."""
+    query_projection: dict[str, float] | None
+    """4: cosine of planned and static queries."""
+    head_sensitivity: dict[str, float] | None
+    """5: as in NextFrameScore."""
     not_measured: dict[str, str]
-    """By diagnostic: why it is null or empty."""
+    """Reasons."""
     num_items: int = Field(ge=1)
     """Counts."""

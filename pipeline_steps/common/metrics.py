@@ -231,9 +231,9 @@ class EvaluationResult(Result):
     next_frame: NextFrameResult | None = None
     """Next-frame objective, if the checkpoint has its head."""
     caption_parts: dict[str, CaptionParts] | None = None
-    """By task: free answers for parts of a clip."""
+    """By task."""
     preliminary: PreliminaryDiagnostics | None = None
-    """The predecessor's five preliminary diagnostics."""
+    """The predecessor's five diagnostics."""
 
 
 class Components(Result):

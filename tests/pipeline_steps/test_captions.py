@@ -143,8 +143,8 @@ def test_technical_terms_are_whole_words():
     assert found.technical_terms == {"1080p": 1, "3840x2160": 1, "4k": 1, "60fps": 1, "720i": 1, "fps": 1, "uhd": 1}
     assert found.technical == 0.75
     assert found.technical_words == pytest.approx((3 + 3 + 0 + 2) / (5 + 4 + 9 + 3))
-    terms = ["4k", "1080p", "720p", "fps", "60fps", "30fps", "hd", "uhd", "2160", "3840", "2560"]  # those of the predecessor
-    assert list(caption_metrics.technical([terms])["technical_terms"]) == sorted(terms)
+    of_predecessor = ["4k", "1080p", "720p", "fps", "60fps", "30fps", "hd", "uhd", "2160", "3840", "2560"]
+    assert list(caption_metrics.technical([of_predecessor])["technical_terms"]) == sorted(of_predecessor)
 
 
 # ---------------------------------------------------------------- what is to be seen

@@ -14,11 +14,7 @@ from pipeline_steps.common.caption_results import (
 from pipeline_steps.common.diagnostic_results import (
     Check,
     Diagnostics,
-    FeatureSimilarity,
-    HeadSensitivity,
     PreliminaryDiagnostics,
-    PreviousLatent,
-    QueryProjection,
     TemperatureScore,
 )
 from pipeline_steps.report import __main__ as report
@@ -245,13 +241,11 @@ def test_suspicious_checks_come_first_with_their_bounds(plain):
 def test_preliminary_diagnostics_are_one_table(plain):
     point = TemperatureScore(factor=0.1, loss=0.5, accuracy=0.75, entropy=0.25, peak=0.6, top_tenth=0.8)
     found = PreliminaryDiagnostics(
-        previous_latent=PreviousLatent(loss=2.0, no_previous=None, no_state=4.0, shuffled_state=3.0),
-        feature_similarity=FeatureSimilarity(
-            cosine={"static / planned": 0.5, "static / random": 0.25}, distance={"static / planned": 1.0}
-        ),
+        previous_latent={"loss": 2.0, "no_state": 4.0, "shuffled_state": 3.0},
+        feature_similarity={"cosine static / planned": 0.5, "cosine static / random": 0.25},
         temperature=[point],
-        query_projection=QueryProjection(before=0.1, after=0.2),
-        head_sensitivity=HeadSensitivity(state=0.5, previous=0.1),
+        query_projection={"before": -0.1, "after": 0.2},
+        head_sensitivity={"state": 0.5, "previous": 0.1},
         not_measured={},
         num_items=42,
     )
@@ -260,17 +254,16 @@ def test_preliminary_diagnostics_are_one_table(plain):
         ["1 previous latent", "loss without the previous latent / loss", "–", "–"],
         ["1 previous latent", "loss without the state / loss", "2.000", "–"],
         ["1 previous latent", "loss with another clip's state / loss", "1.500", "–"],
-        ["2 feature similarity", "cosine, static / planned query", "0.500", "0.988"],
-        ["2 feature similarity", "cosine, static / random query", "0.250", "0.990"],
-        ["2 feature similarity", "distance, static / planned query", "1.000", "–"],
+        ["2 feature similarity", "cosine static / planned", "0.500", "0.988"],
+        ["2 feature similarity", "cosine static / random", "0.250", "0.990"],
         [
             "3 attention temperature",
             "temperature × 0.1",
             "loss 0.500, accuracy 75.0%, entropy 25.0%, largest weight 60.0%, strongest tenth 80.0%",
             "entropy 86%, largest weight 4.6%",
         ],
-        ["4 query projection", "cosine, planned / static, before the projection", "0.100", "-0.015"],
-        ["4 query projection", "cosine, planned / static, after the projection", "0.200", "–"],
+        ["4 query projection", "cosine before", "−0.100", "−0.015"],
+        ["4 query projection", "cosine after", "0.200", "–"],
         ["5 head sensitivity", "change by the state", "0.500", "–"],
         ["5 head sensitivity", "change by the previous latent", "0.100", "–"],
         ["5 head sensitivity", "state / previous latent", "5.0", "4.7"],
