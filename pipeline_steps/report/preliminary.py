@@ -70,7 +70,7 @@ def temperature(scores):
 
 
 def projection(values):
-    return {f"cosine {place}": number(value) for place, value in values.items()}
+    return {f"cosine {place}": number(values[place]) for place in ("before", "after")}
 
 
 def sensitivity(values):
