@@ -8,23 +8,16 @@ two runs (times, paths, commits) is stored.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline_steps.common import files
+from pipeline_steps.common.caption_results import CaptionParts, Captions
+from pipeline_steps.common.diagnostic_results import Diagnostics, NextFrameResult, PreliminaryDiagnostics
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.result import Interval, Result, Share
 
 SCORINGS = ("letter", "likelihood", "generation")  # of multiple choice
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Interval = tuple[float, float]
-
-
-class Result(BaseModel):
-    """Base of everything in a result file: unknown keys, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Score(Result):
@@ -153,36 +146,6 @@ class View(Result):
     """Counts."""
 
 
-class Check(Result):
-    """One automated diagnostic: `value` must lie within `low` and `high` (null: no bound)."""
-
-    verdict: Literal["ok", "suspicious", "not applicable"]
-    """`ok`, `suspicious`, `not applicable`."""
-    value: float | None
-    """Measured value and bounds."""
-    low: float | None
-    """Measured value and bounds."""
-    high: float | None
-    """Measured value and bounds."""
-    meaning: str
-    """What is measured."""
-    reason: str
-    """What a value out of bounds indicates, or why the check does not apply."""
-
-
-class Diagnostics(Result):
-    checks: dict[str, Check]
-    """By check."""
-    entropy: dict[str, list[list[Share]]]
-    """By mode, layer, head: attention entropy / its maximum."""
-    peak: dict[str, list[list[Share]]]
-    """By mode, layer, head: largest attention weight."""
-    num_items: int = Field(ge=1)
-    """Counts."""
-    num_frames: int = Field(ge=1)
-    """Counts."""
-
-
 class Generation(Result):
     """Greedy answers in autoregressive mode."""
 
@@ -228,105 +191,6 @@ class MultipleChoice(Result):
     """Distance between chosen and correct letters, 0 to 1."""
 
 
-class CaptionStyle(Result):
-    """How a group of texts is written, whatever it says. Words: lower case, without punctuation."""
-
-    num_words: float
-    """Mean words per text."""
-    empty: Share
-    """Share of texts without words."""
-    repetition: Share
-    """Share of four-word phrases that repeat within a text."""
-    distinct_1: Share | None
-    """Distinct / all words, or word pairs."""
-    distinct_2: Share | None
-    """Distinct / all words, or word pairs."""
-    same_opening: Share
-    """Share with the commonest first three words."""
-    same_text: Share
-    """Share equal to the commonest text."""
-
-
-class Missed(Result):
-    """What the texts name of the attributes that the packed sample knows."""
-
-    complete_miss: Share
-    """Share of texts that name no known attribute."""
-    interval: Interval
-    """Interval."""
-    named: Share
-    """Mean share of attributes named."""
-    num_items: int = Field(ge=1)
-    """Counts."""
-
-
-class CaptionScore(Result):
-    cider: float | None
-    """CIDEr-D, 0 to 10, as pycocoevalcap 1.2; null: one item."""
-    cider_interval: Interval | None
-    """Interval."""
-    bleu: Share
-    """Corpus BLEU-4 (sacrebleu)."""
-    meteor: Share
-    """METEOR (NLTK), no synonyms: below published figures."""
-    meteor_interval: Interval
-    """Interval."""
-    missed: dict[str, Missed]
-    """By attribute: `colour`, `digit`, `bound` (colour with its own digit)."""
-    style: CaptionStyle
-    """Style."""
-
-
-class Captions(Result):
-    """Free answers of a task."""
-
-    num_items: int = Field(ge=1)
-    """Counts."""
-    modes: dict[str, CaptionScore]
-    """By mode."""
-    reference: CaptionStyle
-    """Style of references."""
-    overlap_fine_coarse: Share
-    """Words fine and coarse answers share: 2 x common / all."""
-    overlap_interval: Interval
-    """Interval."""
-    same_fine_coarse: Share
-    """Share of equal fine and coarse answers."""
-
-
-class NextFrameScore(Result):
-    """Mean squared errors of the next-frame head over pairs of consecutive frames."""
-
-    loss: dict[str, float]
-    """By variant: `coarse`, `fine_1`.. (planned passes), `autoregressive`, `unchanged` (nothing changes),
-    `shuffled_state` (another clip's state), `no_previous` (latent zeroed)."""
-    per_frame: dict[str, list[float]]
-    """By pass: loss of the frames 1, 2 ... of the clip."""
-    ratio: float | None = None
-    """Coarse / fine loss; null: a network with one pass."""
-    ratio_interval: Interval | None = None
-    """Interval."""
-    wins: Share | None = None
-    """Share of clips with fine loss below coarse, all frames and the last four."""
-    wins_last_frames: Share | None = None
-    """Share of clips with fine loss below coarse, all frames and the last four."""
-    token_similarity: float | None = None
-    """Mean cosine of a frame's static and planned token, first frames left out."""
-    num_clips: int
-    """Counts."""
-    num_pairs: int
-    """Counts."""
-
-
-class NextFrameResult(Result):
-    settings: dict
-    """The objective's parameters."""
-    groups: dict[str, NextFrameScore]
-    """By task, and all clips (`videos`)."""
-    passes: dict[str, dict[str, float]]
-    """By number of frames and pass: loss of clips cut to so many frames (`all`: as they are)."""
-
-
 class EvaluationResult(Result):
     """A key that is null by default is one that the evaluation did not measure."""
 
@@ -366,6 +230,10 @@ class EvaluationResult(Result):
     """Automated checks."""
     next_frame: NextFrameResult | None = None
     """Next-frame objective, if the checkpoint has its head."""
+    caption_parts: dict[str, CaptionParts] | None = None
+    """By task."""
+    preliminary: PreliminaryDiagnostics | None = None
+    """The predecessor's five diagnostics."""
 
 
 class Components(Result):

@@ -4,11 +4,13 @@
 
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes outputs/metrics/evaluation.json
 (docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode,
-answers.jsonl with greedy answers, captions.jsonl with free-form answers in several modes, and, if items have options,
-choices.parquet, one row per item. Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey
-frames) and random_query (random queries with the norm of the planned ones). The controls of controls.py run on fewer
-items; parts of clips (temporal.py) and automated checks (diagnostics.py) on fewer clips. Cost at the embedded scale:
-about a minute on two cores, below 1 GB of memory. Output is deterministic: equal inputs give equal bytes.
+answers.jsonl with greedy answers, captions.jsonl with free-form answers in several modes, if clips are long enough
+caption_parts.jsonl with such answers for parts of them, and, if items have options, choices.parquet, one row per item.
+Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey frames) and random_query (random
+queries with the norm of the planned ones). The controls of controls.py run on fewer items; parts of clips
+(temporal.py), automated checks (diagnostics.py) and other temperatures (temperature_sweep.py) on fewer clips. Cost at
+the embedded scale: about a minute on two cores, below 1 GB of memory. Output is deterministic: equal inputs give equal
+bytes.
 """
 
 import argparse
@@ -34,11 +36,13 @@ from pipeline_steps.common.files import check_outputs, replaced_folder, write_js
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.evaluation import (
     breakdown,
+    caption_parts,
     captions,
     controls,
     gaze_difference,
     multiple_choice,
     next_frame,
+    preliminary,
     statistics,
     subset_evals,
     temporal,
@@ -94,6 +98,7 @@ def main():
     next_frame_result = predictor and next_frame.measure(model, predictor, collate, dataset, chosen, settings, loading)
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
+    part_answers, lengths = caption_parts.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     result = summarise(
         table,
         answers,
@@ -106,13 +111,17 @@ def main():
     if choice_table is not None:
         result.multiple_choice = multiple_choice.summarise(choice_table, settings.bootstrap_samples, settings.seed)
     result.next_frame = next_frame_result
+    result.preliminary = preliminary.collect(model, more.observed, more.temperatures, next_frame_result)
     result.captions = captions.summarise(free_answers, objects, settings.bootstrap_samples, settings.seed)
+    result.caption_parts = caption_parts.summarise(part_answers, lengths, settings)
     with replaced_folder(arguments.outputs) as folder:
         if choice_table is not None:
             choice_table.to_parquet(folder / "choices.parquet", index=False)
         for_file(table).to_parquet(folder / "items.parquet", index=False)
         write_jsonl(folder / "answers.jsonl", answers)
         write_jsonl(folder / "captions.jsonl", free_answers)
+        if part_answers:
+            write_jsonl(folder / "caption_parts.jsonl", part_answers)
     metrics.write_json(arguments.metrics / "evaluation.json", result)
     print_summary(result)
     subset_evals.print_checks(result)

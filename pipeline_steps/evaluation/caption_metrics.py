@@ -10,12 +10,17 @@ from functools import cache
 
 import numpy as np
 
-from pipeline_steps.common.metrics import CaptionStyle
+from pipeline_steps.common.caption_results import CaptionStyle
 
 ORDERS = 4  # n-gram orders of the published BLEU-4 and CIDEr-D
 SIGMA = 6.0  # words; width of CIDEr-D's length penalty
 REPEATED = 4  # length of a phrase in words, for `repetition`
 OPENING = 3  # number of first words, for `same_opening`
+
+# words that describe the file and not the picture, as titles of stock footage do: the families of the terms that the
+# predecessor counted (evaluate_captions_local.py: 4k, hd, uhd, 720p, 1080p, fps, 30fps, 60fps, 2160, 2560, 3840)
+TECHNICAL = re.compile(r"(?:2|4|5|6|8|12)k|[fuq]?hd|\d{3,4}[pi]|\d*fps|2160|2560|3840|\d{3,4}x\d{3,4}")
+SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
 
 def words(text):
@@ -114,13 +119,18 @@ def style(texts):
         distinct_2=distinct(split, 2),
         same_opening=same_opening(split),
         same_text=largest_share(map(tuple, split), len(split)),
+        repetition_2=repetition(split, 2),
+        type_token_ratio=type_token_ratio(split),
+        num_sentences=sum(map(num_sentences, texts)) / len(texts),
+        proper_end=sum(map(ends_properly, texts)) / len(texts),
+        **technical(split),
     )
 
 
-def repetition(split):
-    """Share of the phrases of REPEATED words that occurred earlier in the same text, over all texts; 0 if no text is
+def repetition(split, order=REPEATED):
+    """Share of the phrases of `order` words that occurred earlier in the same text, over all texts; 0 if no text is
     that long."""
-    phrases = [ngrams(tokens, REPEATED) for tokens in split]
+    phrases = [ngrams(tokens, order) for tokens in split]
     total = sum(map(len, phrases))
     return sum(len(own) - len(set(own)) for own in phrases) / total if total else 0.0
 
@@ -129,6 +139,34 @@ def distinct(split, order):
     """Number of distinct n-grams divided by the number of n-grams, over all texts; None without n-grams."""
     found = [gram for tokens in split for gram in ngrams(tokens, order)]
     return len(set(found)) / len(found) if found else None
+
+
+def type_token_ratio(split):
+    """Number of distinct words of a text divided by its words, mean over the texts with words; None without any."""
+    ratios = [len(set(tokens)) / len(tokens) for tokens in split if tokens]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def num_sentences(text):
+    """Sentences of a text: what its end marks separate. A full stop inside a number separates nothing."""
+    return sum(bool(words(part)) for part in SENTENCE_END.split(text))
+
+
+def ends_properly(text):
+    """Whether a text ends with a full stop, exclamation or question mark, in or before quotes and brackets."""
+    found = list(SENTENCE_END.finditer(text.rstrip()))
+    return bool(found) and found[-1].end() == len(text.rstrip()) and bool(words(text))
+
+
+def technical(split):
+    """{field of `CaptionStyle`: value} of the words that match TECHNICAL as a whole."""
+    found = [[word for word in tokens if TECHNICAL.fullmatch(word)] for tokens in split]
+    total = sum(map(len, split))
+    return {
+        "technical": sum(map(bool, found)) / len(split),
+        "technical_words": sum(map(len, found)) / total if total else 0.0,
+        "technical_terms": dict(sorted(Counter(word for own in found for word in set(own)).items())),
+    }
 
 
 def same_opening(split):

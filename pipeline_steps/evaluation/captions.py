@@ -7,7 +7,7 @@ import torch
 
 from model import FoveationOptions
 from pipeline_steps.common import modes
-from pipeline_steps.common.metrics import Captions, CaptionScore, Missed
+from pipeline_steps.common.caption_results import Captions, CaptionScore, Missed
 from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline_steps.common.metrics import Check, Diagnostics
+from pipeline_steps.common.diagnostic_results import Check, Diagnostics
 from pipeline_steps.evaluation.attention_probes import RANDOM
 
 NO_QUERIES = "not applicable: a multi_token network has no queries"

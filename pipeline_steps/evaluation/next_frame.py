@@ -26,6 +26,7 @@ from safetensors import safe_open
 from pipeline_steps.common import metrics, params
 from pipeline_steps.common.checkpoint import load_model
 from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.next_frame import NextFrameHeads, TargetMaker, first_frames, pair_losses
@@ -39,6 +40,8 @@ HEADS, PREFIX = "objective.safetensors", "next_frame."
 VIDEOS = "videos"  # the group of all clips; the others are the tasks
 LAST = 4  # frames of the second win statistic
 NUM_FRAMES, MAX_PASSES = (8, 16), 3
+STEP = 0.1  # norm of the perturbation of an input of the head, relative to the norm of the input
+SENSITIVITIES = ("no_state", "state_sensitivity", "previous_sensitivity")  # columns that are no loss of a variant
 
 
 class NextFramePredictor:
@@ -90,6 +93,8 @@ def pair_table(model, predictor, task, items, batch, max_passes) -> pd.DataFrame
     unchanged        the prediction that nothing changes
     shuffled_state   fine, with the state after the same frame of another clip
     no_previous      fine, with zeros for the previous latent
+
+    and the columns of `sensitivities`.
     """
     counts = batch.places.counts
     firsts = first_frames(counts)
@@ -127,7 +132,7 @@ def pair_table(model, predictor, task, items, batch, max_passes) -> pd.DataFrame
     for name, tokens in found.items():
         head = "coarse" if name == "coarse" else "fine"
         losses[name] = predictor.losses(head, *parts(tokens), targets, targets.previous)
-    fine = f"fine_{model.config.num_passes}" if len(found) > 1 else "coarse"
+    fine = fine_name(model.config) if len(found) > 1 else "coarse"
     head, (state, queries) = fine.partition("_")[0], parts(found[fine])
     other = other_clip(times, table["key"])
     known = torch.from_numpy(np.maximum(other, 0)).to(index.device)
@@ -137,13 +142,48 @@ def pair_table(model, predictor, task, items, batch, max_passes) -> pd.DataFrame
     if targets.previous is not None and predictor.heads.takes_previous:
         nothing = torch.zeros_like(targets.previous)
         losses["no_previous"] = predictor.losses(head, state, queries, targets, nothing)
-    for name, values in losses.items():
+    for name, values in (losses | sensitivities(predictor, head, state, queries, targets)).items():
         table[name] = values.double().cpu().numpy()
     if len(found) > 1:
         tokens = (found[name].visual_tokens.flatten(1)[index] for name in ("coarse", fine))
         table["similarity"] = torch.cosine_similarity(*tokens).double().cpu().numpy()
         table.loc[table["frame"] == 1, "similarity"] = np.nan  # no planned query
     return table
+
+
+def fine_name(config):
+    """Name of the loss after the configured passes."""
+    return f"fine_{config.num_passes}"
+
+
+def sensitivities(predictor, head, state, queries, targets):
+    """How the head depends on its inputs: {name: [n]}; head, state and queries as in `NextFrameHeads`.
+
+    no_state: loss with zeros for state and queries. state_sensitivity, previous_sensitivity: relative change of the
+    prediction / STEP, when the state or the previous latent moves by STEP of its norm in a random direction; the latter
+    is left out if the head takes no previous latent.
+    """
+    heads, generator = predictor.heads, torch.Generator(state.device).manual_seed(0)
+
+    def predicted(state, queries, previous):
+        return heads(head, state, queries, previous, targets.grid)
+
+    def moved(values):
+        noise = torch.randn(values.shape, generator=generator, device=values.device, dtype=values.dtype)
+        length = STEP * norm(values) / norm(noise)
+        return values + noise * length.reshape(-1, *[1] * (values.dim() - 1))
+
+    def norm(values):
+        return values.flatten(1).norm(dim=1).clamp_min(1e-12)
+
+    own = predicted(state, queries, targets.previous)
+    nothing = None if queries is None else torch.zeros_like(queries)
+    without = predicted(torch.zeros_like(state), nothing, targets.previous)
+    found = {"no_state": pair_losses(without, targets.expected)}
+    others = {"state_sensitivity": predicted(moved(state), queries, targets.previous)}
+    if targets.previous is not None and heads.takes_previous:
+        others["previous_sensitivity"] = predicted(state, queries, moved(targets.previous))
+    return found | {name: norm(other - own) / norm(own) / STEP for name, other in others.items()}
 
 
 def other_clip(times, keys):
@@ -165,7 +205,7 @@ def other_clip(times, keys):
 def measure(
     model, predictor, collate, dataset, chosen, settings, loading, num_frames=NUM_FRAMES, max_passes=MAX_PASSES
 ):
-    """`metrics.NextFrameResult` of items with frames ({task: row numbers}). settings: section `evaluation`; loading:
+    """`NextFrameResult` of items with frames ({task: row numbers}). settings: section `evaluation`; loading:
     arguments of `streaming.prefetch.map_ordered`; num_frames: clips are also cut to so many first frames."""
     max_passes = max(max_passes, model.config.num_passes)
     own = subset(chosen, settings.max_items_per_task, settings.seed)
@@ -183,20 +223,16 @@ def measure(
         raise UserError("no clip of the chosen items has two frames: nothing to predict. Change evaluation.split.")
     groups = {VIDEOS: table[table["kind"] == "video"], **dict(iter(table.groupby("task")))}
     by_passes = {"all": groups[VIDEOS], **{str(count): pd.concat(own) for count, own in cut.items() if own}}
-    return metrics.NextFrameResult(
+    return NextFrameResult(
         settings=predictor.settings.model_dump(mode="json"),
-        groups={
-            name: summarise(rows, f"fine_{model.config.num_passes}", settings)
-            for name, rows in groups.items()
-            if len(rows)
-        },
+        groups={name: summarise(rows, fine_name(model.config), settings) for name, rows in groups.items() if len(rows)},
         passes={name: by_pass(rows) for name, rows in by_passes.items() if len(rows)},
     )
 
 
 def variants(rows):
     """Names of the losses in a pair table."""
-    fixed = {"task", "key", "item", "kind", "frame", "similarity"}
+    fixed = {"task", "key", "item", "kind", "frame", "similarity", *SENSITIVITIES}
     return [name for name in rows if name not in fixed and rows[name].notna().any()]
 
 
@@ -206,7 +242,7 @@ def by_pass(rows):
 
 
 def summarise(rows, fine, settings):
-    """`metrics.NextFrameScore` of the rows of a pair table. fine: name of the loss of the configured passes."""
+    """`NextFrameScore` of the rows of a pair table. fine: name of the loss of the configured passes."""
     names = variants(rows)
     frames = rows.groupby("frame")
     fields = {
@@ -216,14 +252,15 @@ def summarise(rows, fine, settings):
         },
         "num_clips": rows["key"].nunique(),
         "num_pairs": len(rows),
+        **{name: float(rows[name].mean()) for name in SENSITIVITIES if name in rows},
     }
     if fine not in names:
-        return metrics.NextFrameScore(**fields)
+        return NextFrameScore(**fields)
     by_clip = rows.groupby(["key", "item"])
     is_last = rows["frame"] > by_clip["frame"].transform("max") - LAST
     options = {"num_samples": settings.bootstrap_samples, "seed": settings.seed}
     similarity = rows["similarity"].mean()
-    return metrics.NextFrameScore(
+    return NextFrameScore(
         **fields,
         ratio=float(rows["coarse"].sum() / rows[fine].sum()),
         ratio_interval=statistics.ratio_interval(rows["coarse"], rows[fine], clips=rows["key"], **options),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pipeline_steps.evaluation import attention_probes, controls, diagnostics, temporal
+from pipeline_steps.common.diagnostic_results import TemperatureScore
+from pipeline_steps.evaluation import attention_probes, controls, diagnostics, temperature_sweep, temporal
 from pipeline_steps.evaluation.scoring import batches, subset
 from pipeline_steps.streaming.index import KINDS
 
@@ -18,6 +19,7 @@ class SubsetResults:
     controls: pd.DataFrame  # item table
     views: pd.DataFrame | None  # from `temporal.score_views`; None: not measured
     observed: attention_probes.ProbeResults | None
+    temperatures: list[TemperatureScore]  # of the clips of `observed`
 
 
 def choose(dataset, chosen, settings):
@@ -35,18 +37,20 @@ def choose(dataset, chosen, settings):
 
 def measure(model, collate, dataset, chosen, settings, prefetch, progress):
     """`SubsetResults` of the items that `choose` selects; prefetch: arguments of `streaming.prefetch.map_ordered`."""
-    for_controls, for_views, for_probes = (
+    controlled, viewed, probed = choose(dataset, chosen, settings)
+    for_controls, for_views, for_probes, for_temperatures = (
         batches(model, collate, dataset, part, settings.batch_size, prefetch)
-        for part in choose(dataset, chosen, settings)
+        for part in (controlled, viewed, probed, probed)
     )
     table = controls.score_controls(model, for_controls, settings.seed, progress)
     views = temporal.score_views(model, collate, for_views, progress)
     observed = attention_probes.observe(model, for_probes, settings.seed, progress)
-    return SubsetResults(table, views if settings.max_temporal_clips_per_task else None, observed)
+    temperatures = temperature_sweep.measure(model, for_temperatures)
+    return SubsetResults(table, views if settings.max_temporal_clips_per_task else None, observed, temperatures)
 
 
 def diagnose(model, observed, table, metrics_dir):
-    """`metrics.Diagnostics` or None; reads stage1.csv to stage3.csv in metrics_dir if they exist."""
+    """`Diagnostics` or None; reads stage1.csv to stage3.csv in metrics_dir if they exist."""
     paths = [metrics_dir / f"{stage}.csv" for stage in STAGES]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [row for text in texts for row in csv.DictReader(text.splitlines())]

@@ -39,11 +39,12 @@ from pipeline_steps.report import (
     tables,
     texts,
 )
-from pipeline_steps.report.captions import caption_overlap, caption_style, captions
+from pipeline_steps.report.captions import caption_form, caption_overlap, caption_parts, caption_style, captions
 from pipeline_steps.report.diagnostics import attention, checks
 from pipeline_steps.report.gaze_references import gaze_difference
 from pipeline_steps.report.inputs import read_inputs
 from pipeline_steps.report.multiple_choice import multiple_choice
+from pipeline_steps.report.preliminary import preliminary
 from pipeline_steps.report.sources_scores import by_source
 from pipeline_steps.report.temporal import per_frame, temporal
 from pipeline_steps.report.verdicts import verdicts
@@ -155,13 +156,16 @@ def measured_tables(result):
         multiple_choice(result),
         captions(result),
         caption_style(result),
+        caption_form(result),
         caption_overlap(result),
         temporal(result),
+        caption_parts(result),
         per_frame(result, "accuracy"),
         per_frame(result, "loss"),
         gaze_difference(result),
         checks(result),
         attention(result),
+        preliminary(result),
     ]
 
 

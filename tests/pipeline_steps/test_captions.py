@@ -3,12 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline_steps.common import modes
 from pipeline_steps.common.schemas import SceneObject
-from pipeline_steps.evaluation import caption_metrics, captions
+from pipeline_steps.evaluation import caption_metrics, caption_parts, captions
 from pipeline_steps.inference.answers import answer_batch, as_text, prompt_batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -33,6 +34,7 @@ SETTINGS = SimpleNamespace(
     seed=1,
     caption_min_words=5,
     max_captions_per_task=60,
+    max_temporal_clips_per_task=40,
     bootstrap_samples=20,
 )
 PREFETCH = {"num_workers": 0, "limit": 1, "size_of": lambda job: 1}
@@ -118,6 +120,31 @@ def test_style_of_silence():
     found = caption_metrics.style(["", ""])
     assert (found.empty, found.same_opening, found.same_text, found.repetition) == (1, 0, 1, 0)
     assert found.distinct_1 is found.distinct_2 is None
+
+
+def test_sentences_and_their_ends():
+    texts = ["A man walks. He stops!", "A 3.5 m wave", 'He said: "Go."', "", "...", "Why? (Because.)"]
+    assert [caption_metrics.num_sentences(text) for text in texts] == [2, 1, 1, 0, 0, 2]
+    assert [caption_metrics.ends_properly(text) for text in texts] == [True, False, True, False, False, True]
+    found = caption_metrics.style(texts)
+    assert found.num_sentences == 1
+    assert found.proper_end == 0.5
+
+
+def test_distinct_words_of_a_text_and_repeated_pairs():
+    found = caption_metrics.style(["a b a b", "a c", ""])
+    assert found.type_token_ratio == pytest.approx((2 / 4 + 2 / 2) / 2)
+    assert found.repetition_2 == pytest.approx(1 / 4)  # pairs: a b, b a, a b; a c
+
+
+def test_technical_terms_are_whole_words():
+    texts = ["4K intro, 4k, 30 fps", "UHD 3840x2160 at 60fps.", "Kids fly 10k kites at 4 pm in HDMI", "1080p or 720i"]
+    found = caption_metrics.style(texts)
+    assert found.technical_terms == {"1080p": 1, "3840x2160": 1, "4k": 1, "60fps": 1, "720i": 1, "fps": 1, "uhd": 1}
+    assert found.technical == 0.75
+    assert found.technical_words == pytest.approx((3 + 3 + 0 + 2) / (5 + 4 + 9 + 3))
+    of_predecessor = ["4k", "1080p", "720p", "fps", "60fps", "30fps", "hd", "uhd", "2160", "3840", "2560"]
+    assert list(caption_metrics.technical([of_predecessor])["technical_terms"]) == sorted(of_predecessor)
 
 
 # ---------------------------------------------------------------- what is to be seen
@@ -222,3 +249,88 @@ def test_which_answers_are_free_is_a_parameter(made):
     assert "text" not in tasks
     assert {row["task"] for row in measured(made, model, caption_min_words=99)[3][0]} == {"caption"}
     assert measured(made, model, max_captions_per_task=0)[3] == ([], [])
+
+
+# ---------------------------------------------------------------- parts of a clip
+
+
+def test_parts_are_of_sixteen_frames():
+    assert caption_parts.places("frames_16", 16).tolist() == list(range(16))
+    assert caption_parts.places("frames_16", 32).tolist() == list(range(1, 32, 2))
+    assert caption_parts.places("frames_4", 16).tolist() == [2, 6, 10, 14]
+    assert caption_parts.places("first_half", 32).tolist() == list(range(1, 16, 2))
+    assert caption_parts.places("second_half", 16).tolist() == list(range(8, 16))
+
+
+def test_overlap_of_parts_is_that_of_their_words():
+    texts = {"frames_4": "a", "frames_8": "a b", "first_half": "a b c", "second_half": "d", "frames_16": "a b c d"}
+    other = dict.fromkeys(texts, "a b")
+    rows = [{"key": "x", "task": "caption", "expected": "a b", **texts}]
+    rows += [{"key": "y", "task": "caption", "expected": "a b", **other}]
+    found = caption_parts.summarise(rows, {"caption": 20, "chat": 6}, SETTINGS)
+    pairs = found["caption"].pairs
+    assert pairs["frames_4 / frames_16"].overlap == pytest.approx((2 / 5 + 1) / 2)
+    assert pairs["frames_8 / frames_16"].overlap == pytest.approx((4 / 6 + 1) / 2)
+    assert pairs["first_half / second_half"].overlap == pytest.approx((0 + 1) / 2)
+    assert pairs["frames_4 / frames_8"].same == 0.5
+    assert pairs["frames_4 / frames_16"].interval[0] >= 2 / 5 - 1e-9
+    assert found["caption"].reference["first_half"] == pytest.approx((4 / 5 + 1) / 2)
+    assert found["caption"].other_clip == pytest.approx(4 / 6)
+    assert (found["caption"].num_items, found["caption"].reason) == (2, None)
+    assert found["chat"].reason == "the longest clip has 6 frames, 16 are needed"
+    assert (found["chat"].num_items, found["chat"].longest, found["chat"].pairs) == (0, 6, {})
+
+
+def test_items_of_the_same_clip_are_no_other_clip():
+    row = {"key": "x", "task": "caption", "expected": "a"} | dict.fromkeys(caption_parts.PARTS, "a")
+    assert caption_parts.summary([row, row], 16, INTERVAL).other_clip is None
+
+
+class LongClips:
+    """`TokenizedShards` whose clips have NUM frames: the packed ones, backwards and again."""
+
+    NUM = 20
+
+    def __init__(self, dataset):
+        self.dataset, self.rows = dataset, dataset.rows
+        num_frames = np.full(len(dataset), self.NUM)
+        self.index = SimpleNamespace(kind=dataset.index.kind, num_frames=num_frames)
+
+    def __getitem__(self, number):
+        item = self.dataset[number]
+        order = (len(item["frames"]) - 1 - np.arange(self.NUM)) % len(item["frames"])
+        times = np.arange(self.NUM, dtype=np.float32) / 2
+        return item | {"frames": item["frames"][order], "frame_times": times, "num_frames": self.NUM}
+
+
+def parts_measured(made, model, wrap=lambda dataset: dataset, **changes):
+    dataset = wrap(TokenizedShards(made.shards, made.tokens, "test"))
+    tokenizer = load_tokenizer(made.tokenizer)
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=checkpoints.STILL_FRAMES)
+    numbers = [number for number, row in enumerate(dataset.rows) if row["task"] in ("caption", "image")]
+    settings = SimpleNamespace(**(vars(SETTINGS) | changes))
+    chosen = {dataset.rows[number]["task"]: [number] for number in numbers}
+    rows, lengths = caption_parts.measure(model, tokenizer, collate, dataset, chosen, settings, PREFETCH)
+    return dataset, tokenizer, collate, chosen, rows, lengths, caption_parts.summarise(rows, lengths, settings)
+
+
+def test_short_clips_have_no_parts_and_a_reason(made):
+    *_, rows, lengths, found = parts_measured(made, checkpoints.make_lively_model())
+    assert (rows, lengths) == ([], {"caption": 4})  # a still is no clip
+    assert found["caption"].reason == "the longest clip has 4 frames, 16 are needed"
+
+
+def test_answers_to_parts_are_those_of_the_model(made):
+    model = checkpoints.make_lively_model()
+    dataset, tokenizer, collate, chosen, rows, lengths, found = parts_measured(made, model, LongClips)
+    assert lengths == {"caption": LongClips.NUM}
+    (row,) = rows
+    item = dataset[chosen["caption"][0]]
+    for part in caption_parts.PARTS:
+        places = caption_parts.places(part, LongClips.NUM)
+        shown = item | {name: item[name][places] for name in ("frames", "frame_times")} | {"num_frames": len(places)}
+        assert row[part] == answer_batch(model, tokenizer, collate, [shown], SETTINGS.max_answer_tokens)[0], part
+    assert len({row[part] for part in caption_parts.PARTS}) > 1
+    assert found["caption"].num_items == 1
+    *_, nothing = parts_measured(made, model, LongClips, max_temporal_clips_per_task=0)
+    assert nothing["caption"].reason == "evaluation.max_temporal_clips_per_task is 0"

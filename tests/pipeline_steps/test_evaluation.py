@@ -16,7 +16,7 @@ from pipeline_steps.common import metrics, modes, sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import PackedSample
 from pipeline_steps.evaluation import __main__ as evaluation
-from pipeline_steps.evaluation import scoring, statistics, subset_evals
+from pipeline_steps.evaluation import scoring, statistics, subset_evals, temperature_sweep
 from pipeline_steps.inference import gaze
 from pipeline_steps.inference.answers import answer_span, up_to_answer
 from pipeline_steps.streaming import index, targets
@@ -326,6 +326,7 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     assert np.shape(result.gaze["card"]["autoregressive"].per_head) == (2, 2)
     assert result.diagnostics.checks["path_agreement"].verdict == "ok"
     assert result.diagnostics.checks["collapse_in_training"].value == 0.5
+    assert [score.factor for score in more.temperatures] == list(temperature_sweep.FACTORS)
     assert result.temporal["card"]["second_half"].num_items == 2
     assert result.sources["test"]["card"] == result.tasks["card"]
     assert result.sources["test"]["text"]["text"] == result.text
@@ -340,7 +341,7 @@ def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
     settings = types.SimpleNamespace(seed=1, batch_size=2, **dict.fromkeys(limits, 0))
     with tqdm(disable=True) as progress:
         more = subset_evals.measure(network, None, data, chosen, settings, PREFETCH, progress)
-    assert (len(more.controls), more.views, more.observed) == (0, None, None)
+    assert (len(more.controls), more.views, more.observed, more.temperatures) == (0, None, None, [])
 
 
 def test_results_of_before_say_not_measured(network, tmp_path):

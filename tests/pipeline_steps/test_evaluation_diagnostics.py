@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline_steps.common import metrics
+from pipeline_steps.common.diagnostic_results import Diagnostics
 from pipeline_steps.evaluation import attention_probes, diagnostics, subset_evals
 from tests.model import tiny
 from tests.pipeline_steps.evaluated import clip
@@ -230,7 +230,7 @@ def test_tables_of_layers_and_heads():
     assert set(result.entropy) == {"coarse", "fine", "autoregressive", "random_query"}
     assert np.shape(result.entropy["fine"]) == np.shape(result.peak["fine"]) == (2, 4)  # layers, heads
     assert (result.num_items, result.num_frames) == (3, 6)
-    assert metrics.Diagnostics.model_validate(result.model_dump()) == result
+    assert Diagnostics.model_validate(result.model_dump()) == result
 
 
 def test_no_clips_no_diagnostics():

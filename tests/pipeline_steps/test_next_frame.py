@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from model.constants import IGNORE_INDEX
 from pipeline_steps.common import next_frame
+from pipeline_steps.common.diagnostic_results import NextFrameScore
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.metrics import NextFrameScore
 from pipeline_steps.evaluation import next_frame as evaluation
 from pipeline_steps.study import collect
 from pipeline_steps.training import __main__ as training_stage
@@ -418,7 +418,11 @@ def test_sensitivities_and_the_unchanged_frame():
     assert table["shuffled_state"].isna().tolist() == [False, True, False]  # no other clip has a third frame
     assert (table["shuffled_state"] - table["fine_1"]).abs()[[0, 2]].min() > 1e-6
     assert (table["no_previous"] - table["fine_1"]).abs().min() > 1e-6
-    assert "no_previous" not in evaluated(made_with(previous_latent="none"))
+    assert (table["no_state"] - table["fine_1"]).abs().min() > 1e-6
+    assert table[["state_sensitivity", "previous_sensitivity"]].min().min() > 1e-3
+    without = evaluated(made_with(previous_latent="none"))
+    assert not {"no_previous", "previous_sensitivity"} & set(without)
+    assert without["state_sensitivity"].min() > 1e-3
     assert not {"fine_1", "similarity"} & set(evaluated(made_with(make_model(coarse_only=True))))
 
 
@@ -436,7 +440,9 @@ def test_summary_of_a_pair_table():
     keys, frames = ["a"] * 6 + ["b"] * 4, [*range(1, 7), *range(1, 5)]
     coarse = [9.0, 9, 1, 1, 1, 1, 2, 2, 2, 2]
     table = pd.DataFrame({"key": keys, "frame": frames, "coarse": coarse, "fine_1": [2.0] * 6 + [1.0] * 4} | columns)
+    table = table.assign(no_state=[3.0] * 5 + [5.0] * 5, state_sensitivity=0.5)
     found = evaluation.summarise(table, "fine_1", SimpleNamespace(bootstrap_samples=20, seed=0))
+    assert (found.no_state, found.state_sensitivity, found.previous_sensitivity) == (4.0, 0.5, None)
     assert found.loss == pytest.approx({"coarse": 3.0, "fine_1": 1.6})
     assert found.per_frame["coarse"] == pytest.approx([5.5, 5.5, 1.5, 1.5, 1.0, 1.0])
     assert found.ratio == pytest.approx(30 / 16)

@@ -3,11 +3,25 @@
 import pytest
 
 from pipeline_steps.common import metrics
+from pipeline_steps.common.caption_results import (
+    CaptionParts,
+    Captions,
+    CaptionScore,
+    CaptionStyle,
+    Missed,
+    PartOverlap,
+)
+from pipeline_steps.common.diagnostic_results import (
+    Check,
+    Diagnostics,
+    PreliminaryDiagnostics,
+    TemperatureScore,
+)
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report.tables import text_of
 from tests.pipeline_steps.test_report import build, item_table, result_of, write_root
 
-STYLE = metrics.CaptionStyle(
+STYLE = CaptionStyle(
     num_words=8, empty=0, repetition=0.25, distinct_1=0.5, distinct_2=None, same_opening=1, same_text=0.1
 )
 
@@ -46,7 +60,7 @@ def group(num_items=40):
 
 
 def caption_score(missed):
-    return metrics.CaptionScore(
+    return CaptionScore(
         cider=None, cider_interval=None, bleu=0.2, meteor=0.5, meteor_interval=(0.4, 0.6), missed=missed, style=STYLE
     )
 
@@ -67,7 +81,7 @@ def a_view(loss_difference=2.0, num_items=40):
 
 
 def a_check(verdict, value=0.5, low=None, high=None):
-    return metrics.Check(verdict=verdict, value=value, low=low, high=high, meaning="a cosine", reason="it collapsed")
+    return Check(verdict=verdict, value=value, low=low, high=high, meaning="a cosine", reason="it collapsed")
 
 
 def test_an_unmeasured_table_has_no_rows_and_a_note(plain):
@@ -94,9 +108,9 @@ def test_multiple_choice_is_compared_with_chance_and_blind_with_the_total_last(p
 
 
 def test_captions_keep_attribute_columns_for_tasks_without_attributes(plain):
-    missed = metrics.Missed(complete_miss=0.1, interval=(0.0, 0.2), named=0.7, num_items=60)
+    missed = Missed(complete_miss=0.1, interval=(0.0, 0.2), named=0.7, num_items=60)
     modes = {"blind": caption_score({}), "autoregressive": caption_score({"colour": missed})}
-    captions = metrics.Captions(
+    captions = Captions(
         num_items=60,
         modes=modes,
         reference=STYLE.model_copy(update={"num_words": 9}),
@@ -119,6 +133,47 @@ def test_captions_keep_attribute_columns_for_tasks_without_attributes(plain):
     ]
     assert style[1][3:] == ["25.0%", "50.0%", "–", "100.0%", "10.0%", "0.0%"]
     assert texts(report.caption_overlap(result)) == [["caption", "60", "20.0% [10–30]", "5.0%"]]
+    assert report.caption_form(result).rows == []  # a file of before
+    form = {
+        "num_sentences": 1.25,
+        "proper_end": 0.5,
+        "type_token_ratio": 0.75,
+        "repetition_2": 0.1,
+        "technical": 0.25,
+        "technical_words": 0.02,
+        "technical_terms": {"4k": 1, "fps": 3, "hd": 3},
+    }
+    terms = STYLE.model_copy(update=form)
+    none = terms.model_copy(update={"technical": 0.0, "technical_words": 0.0, "technical_terms": {}})
+    modes["autoregressive"] = modes["autoregressive"].model_copy(update={"style": terms})
+    captions = captions.model_copy(update={"modes": modes, "reference": none})
+    assert texts(report.caption_form(result.model_copy(update={"captions": {"caption": captions}}))) == [
+        ["caption", "references", "1.2", "50.0%", "75.0%", "10.0%", "0.0%", "0.0%", "–"],
+        ["caption", "autoregressive", "1.2", "50.0%", "75.0%", "10.0%", "25.0%", "2.0%", "fps (3), hd (3), 4k (1)"],
+    ]
+
+
+def test_answers_to_parts_are_compared_or_the_reason_is_given(plain):
+    short = CaptionParts(num_items=0, longest=6, reason="the longest clip has 6 frames, 16 are needed")
+    table = report.caption_parts(plain.model_copy(update={"caption_parts": {"caption": short}}))
+    assert (table.rows, table.note) == (
+        [],
+        "Not measured for caption: the longest clip has 6 frames, 16 are needed.",
+    )
+    long = CaptionParts(
+        num_items=40,
+        longest=16,
+        reference={"frames_16": 0.25},
+        pairs={"first_half / frames_16": PartOverlap(overlap=0.5, interval=(0.4, 0.6), same=0.1)},
+        other_clip=0.3,
+    )
+    table = report.caption_parts(plain.model_copy(update={"caption_parts": {"caption": short, "story": long}}))
+    assert texts(table) == [
+        ["story", "40", "first half", "16 frames", "50.0% [40–60]", "10.0%"],
+        ["story", "40", "16 frames", "reference", "25.0%", "–"],
+        ["story", "40", "16 frames", "another clip", "30.0%", "–"],
+    ]
+    assert table.note.endswith("Not measured for caption: the longest clip has 6 frames, 16 are needed.")
 
 
 def test_parts_of_clips_are_shown_with_all_frames(plain):
@@ -168,7 +223,7 @@ def diagnosed(plain):
         "bad_check": a_check("suspicious", -0.5, low=3.0),
     }
     entropy, peak = {"fine": [[0.5, 1.0], [0.25, 0.75]]}, {"fine": [[0.5, 0.5], [0.25, 0.75]]}
-    diagnostics = metrics.Diagnostics(checks=checks, entropy=entropy, peak=peak, num_items=42, num_frames=252)
+    diagnostics = Diagnostics(checks=checks, entropy=entropy, peak=peak, num_items=42, num_frames=252)
     return plain.model_copy(update={"diagnostics": diagnostics})
 
 
@@ -181,6 +236,45 @@ def test_suspicious_checks_come_first_with_their_bounds(plain):
     ]
     assert table.note.startswith("1 suspicious, 1 ok, 1 not applicable")
     assert "42 items with 252 frames" in table.note
+
+
+def test_preliminary_diagnostics_are_one_table(plain):
+    point = TemperatureScore(factor=0.1, loss=0.5, accuracy=0.75, entropy=0.25, peak=0.6, top_tenth=0.8)
+    found = PreliminaryDiagnostics(
+        previous_latent={"loss": 2.0, "no_state": 4.0, "shuffled_state": 3.0},
+        feature_similarity={"cosine static / planned": 0.5, "cosine static / random": 0.25},
+        temperature=[point],
+        query_projection={"before": -0.1, "after": 0.2},
+        head_sensitivity={"state": 0.5, "previous": 0.1},
+        not_measured={},
+        num_items=42,
+    )
+    table = report.preliminary(plain.model_copy(update={"preliminary": found}))
+    assert texts(table) == [
+        ["1 previous latent", "loss without the previous latent / loss", "–", "–"],
+        ["1 previous latent", "loss without the state / loss", "2.000", "–"],
+        ["1 previous latent", "loss with another clip's state / loss", "1.500", "–"],
+        ["2 feature similarity", "cosine static / planned", "0.500", "0.988"],
+        ["2 feature similarity", "cosine static / random", "0.250", "0.990"],
+        [
+            "3 attention temperature",
+            "temperature × 0.1",
+            "loss 0.500, accuracy 75.0%, entropy 25.0%, largest weight 60.0%, strongest tenth 80.0%",
+            "entropy 86%, largest weight 4.6%",
+        ],
+        ["4 query projection", "cosine before", "−0.100", "−0.015"],
+        ["4 query projection", "cosine after", "0.200", "–"],
+        ["5 head sensitivity", "change by the state", "0.500", "–"],
+        ["5 head sensitivity", "change by the previous latent", "0.100", "–"],
+        ["5 head sensitivity", "state / previous latent", "5.0", "4.7"],
+    ]
+    assert table.note.startswith("Measured on 42 clips.")
+    missing = {"previous_latent": None, "head_sensitivity": None}
+    reasons = dict.fromkeys(missing, "not trained with the next-frame objective")
+    without = found.model_copy(update=missing | {"not_measured": reasons})
+    rows = texts(report.preliminary(plain.model_copy(update={"preliminary": without})))
+    assert rows[0] == ["1 previous latent", "not trained with the next-frame objective", "–", "–"]
+    assert rows[-1] == ["5 head sensitivity", "not trained with the next-frame objective", "–", "–"]
 
 
 def test_attention_is_shown_by_mode_and_layer(plain):
@@ -211,7 +305,7 @@ def test_page_and_markdown_show_all_tables(plain, tmp_path, monkeypatch):
     text = (tmp_path / "reports/report.md").read_text()
     assert 'word suspicious">suspicious</td>' in page
     for table in report.measured_tables(full):
-        shown = table.rows or table.name not in ("caption_style", "caption_overlap", "per_frame_loss")
+        shown = table.rows or table.name not in ("caption_style", "caption_form", "caption_overlap", "per_frame_loss")
         assert (f'id="table-{table.name}"' in page) == bool(shown), table.name
         assert (f"### {table.title}\n" in text) == bool(shown), table.name
         assert (tmp_path / f"reports/tables/{table.name}.md").exists() == bool(table.rows)
