@@ -1,10 +1,10 @@
-"""Generates the reference tables of docs/ from the descriptions in the schemas.
+"""Reference tables from the descriptions in the schemas: of the parameters and of the result files.
 
-    python -m pipeline_steps.common.reference            # writes docs/parameters.md and the tables of docs/metrics.md
-    python -m pipeline_steps.common.reference --check    # fails if they are out of date
+    python -m pipeline_steps.common.reference            # writes docs/parameters.md
+    python -m pipeline_steps.common.reference --check    # fails if it is out of date
+    python -m pipeline_steps.common.reference --results  # prints what the fields of the result files mean
 
-Both take seconds. The text of docs/metrics.md outside the marker lines is written by hand. Fields of one class that
-have the same description (and, of parameters, the same type) share a row. Descriptions in SELF_EVIDENT are left out.
+All take seconds. Fields of one class that have the same description (and, of parameters, the same type) share a row.
 """
 
 import argparse
@@ -20,120 +20,7 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError, run_main
 
 COMMAND = "python -m pipeline_steps.common.reference"
-# Descriptions that say no more than the field's name: left out of docs/parameters.md; no row in docs/metrics.md.
-SELF_EVIDENT = (
-    "AdamW betas.",
-    "All passes of the language model.",
-    "Attention heads.",
-    "Autocast precision.",
-    "Autoregressive minus reference.",
-    "Bootstrap seed.",
-    "By frame.",
-    "Bytes by part.",
-    "Bytes per cached number.",
-    "CPU threads.",
-    "Channels of the head.",
-    "Checkpoints to keep.",
-    "Clips for diagnostics.",
-    "Clips to overlay.",
-    "Commit hash.",
-    "Control minus autoregressive.",
-    "Counts.",
-    "Damaged share of a source.",
-    "Dropped share of a source.",
-    "Duration of a frame.",
-    "Encoder's and queries' share.",
-    "FLOPs of the answer.",
-    "FLOPs per training sample.",
-    "FLOPs.",
-    "Frame side.",
-    "Frames from which foveated is cheaper.",
-    "Frames per clip.",
-    "Frames per second.",
-    "Freeze the backbone.",
-    "Held-out clips per task.",
-    "Held-out questions.",
-    "Hidden size.",
-    "Hidden states to queries.",
-    "Interval.",
-    "Items available.",
-    "Items per source and task.",
-    "Items scored per task.",
-    "JPEG quality.",
-    "Key-value heads.",
-    "Language model.",
-    "Language models.",
-    "Largest BPE vocabulary.",
-    "Layers.",
-    "Length of the counted answer.",
-    "Limit of the gradient norm.",
-    "Longest generated answer.",
-    "Longest sequence (tokens).",
-    "Lowest accuracy of each task.",
-    "Lowest mean accuracy.",
-    "Mean lengths; what is not counted.",
-    "Mean words per text.",
-    "Means over tasks.",
-    "Measured value and bounds.",
-    "Most frames per clip.",
-    "Network.",
-    "On the part.",
-    "Optimizer steps.",
-    "Part minus full.",
-    "Patches through the encoder.",
-    "Peak learning rate of the warm-up.",
-    "Picture side.",
-    "Projections between the backbones.",
-    "Quarantined share.",
-    "Queries through the encoder.",
-    "Query passes per frame.",
-    "Query width.",
-    "Relative number of clips.",
-    "Resamples per interval.",
-    "Retries of a broken connection.",
-    "Sampled frames per second.",
-    "Samples within the budget.",
-    "Seed of the clips.",
-    "Seed of the questions.",
-    "Seed of the random clips.",
-    "Share of changed tokens.",
-    "Share of correct answers.",
-    "Share of equal fine and coarse answers.",
-    "Share of right choices.",
-    "Share of text-only samples.",
-    "Share of texts without words.",
-    "Share of the stage's samples.",
-    "Share with missing media.",
-    "Source name.",
-    "Sources to collect.",
-    "Split of the clips.",
-    "Split to count.",
-    "Split to score.",
-    "Steps between checkpoints.",
-    "Steps between validations.",
-    "Sum of the components.",
-    "Tasks with targets.",
-    "Text tokens before the first frame.",
-    "Text tokens per sample.",
-    "Text tokens with a loss.",
-    "The objective's parameters.",
-    "The same, blind.",
-    "Title.",
-    "Training questions.",
-    "Training sample.",
-    "Training samples.",
-    "Unit of the counts.",
-    "Unweighted mean over tasks.",
-    "Warm-up steps.",
-    "Weight of the absolute error.",
-    "Weight of the coarse pass's text loss.",
-    "Weight of the contrastive loss.",
-    "Weight of the entropy-margin loss.",
-    "What is measured.",
-    "`accuracy` - `blind`.",
-    "`owner/name` on the Hub.",
-)
-BEGIN, END = "<!-- generated tables: begin -->", "<!-- generated tables: end -->"
+PAGE = params.ROOT / "docs/parameters.md"
 RESULTS = {
     "evaluation.json": metrics.EvaluationResult,
     "flops.json": metrics.FlopsResult,
@@ -147,7 +34,7 @@ def parameters_page():
     blocks = [
         f"# Parameters\n\nGenerated by `{COMMAND}` from the schemas and `params.yaml` (`scale=tiny`). Do not edit.\n"
         "`a/b`: several keys, with their defaults in this order where they differ. Sides are in pixels. 0 or null "
-        "means none unless explained; no meaning: the name says it. Above a `max_*` share the stage fails.",
+        "means none unless explained. Above a `max_*` share the stage fails.",
         "|key|allowed|default|meaning|\n|-|-|-|-|\n"
         f"|`seed`|>=0|`{values['seed']}`|Training seed: weights, order of samples, random queries.|\n"
         f"|`ablation`|names in conf/ablation|`{values['ablation']}`|Ablation that was composed.|",
@@ -176,7 +63,7 @@ def _rows(model, value, prefix=""):
         values = [value[name] if value is not None else None for name in names]
         if inner is None:
             default = "" if value is None else _defaults(values)  # elements of a list have none
-            yield f"|`{key}`|{_allowed(field, values[0])}|{default}|{_shown(_meaning(model, names[0]))}|"
+            yield f"|`{key}`|{_allowed(field, values[0])}|{default}|{_meaning(model, names[0])}|"
         elif inner is field.annotation:
             first = values[0] if len(names) == 1 else _merged(values)
             yield from _rows(inner, first, f"{key}.")
@@ -223,10 +110,6 @@ def _meaning(model, name):
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _shown(meaning):
-    return "" if meaning in SELF_EVIDENT else meaning
-
-
 def _type(field):
     return _annotation(field.annotation, _bounds(field.metadata))
 
@@ -269,8 +152,7 @@ def _annotation(annotation, bounds=""):
 
 
 def metrics_tables():
-    """The generated part of docs/metrics.md: per result file a table of its fields and those of the objects in it,
-    less what is SELF_EVIDENT."""
+    """Per result file a table of its fields and those of the objects in it, in Markdown."""
     blocks, seen = [], set()
     for file, model in RESULTS.items():
         queue, lines = [model], [f"### {file}\n\n|key|meaning|\n|-|-|"]
@@ -281,7 +163,7 @@ def metrics_tables():
             seen.add(current)
             queue += [inner for field in current.model_fields.values() for inner in _inner(field.annotation)]
             rows = _result_rows(current)
-            lines += [f"|**{current.__name__}**||"] if rows and current is not model else []
+            lines += [f"|**{current.__name__}**||"] if current is not model else []
             lines += [f"|{', '.join(names)}|{meaning}|" for meaning, names in rows.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -289,13 +171,12 @@ def metrics_tables():
 
 def _result_rows(model):
     """{meaning: names of the fields} of the rows of a class of result files. The meaning names the class of a field's
-    objects where that has rows."""
+    objects."""
     rows = {}
     for name, field in model.model_fields.items():
         inner, meaning = _inner(field.annotation), _meaning(model, name)
-        if meaning not in SELF_EVIDENT:
-            kind = f" ({inner[0].__name__})" if inner and _result_rows(inner[0]) else ""
-            rows.setdefault(meaning + kind, []).append(f"`{name}`")
+        kind = f" ({inner[0].__name__})" if inner else ""
+        rows.setdefault(meaning + kind, []).append(f"`{name}`")
     return rows
 
 
@@ -306,38 +187,23 @@ def _inner(annotation):
     return [model for argument in typing.get_args(annotation) for model in _inner(argument)]
 
 
-def pages():
-    """{path: generated text of the page}."""
-    path = params.ROOT / "docs/metrics.md"
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(
-            f"{path}: the lines '{BEGIN}' and '{END}' must occur exactly once each, around the generated tables. "
-            "Restore them."
-        )
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return {
-        params.ROOT / "docs/parameters.md": parameters_page(),
-        path: f"{before}{BEGIN}\n\n{metrics_tables()}\n\n{END}{after}",
-    }
-
-
-def outdated():
-    """[(path, text)] of the `pages` that differ from their file."""
-    return [(path, text) for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]
+def is_outdated():
+    """Whether docs/parameters.md differs from the schemas and params.yaml."""
+    return not PAGE.exists() or PAGE.read_text("utf-8") != parameters_page()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate the reference tables of docs/.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
+    parser = argparse.ArgumentParser(description="Reference tables of parameters and result files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/parameters.md is out of date")
+    parser.add_argument("--results", action="store_true", help="print the fields of the result files instead")
     arguments = parser.parse_args()
-    stale = outdated()
-    if arguments.check and stale:
-        raise UserError(f"{', '.join(path.name for path, _ in stale)} out of date: run `{COMMAND}`")
-    for path, text in stale:
-        path.write_text(text, encoding="utf-8")
-        print(f"{path}: written")
+    if arguments.results:
+        print(metrics_tables())
+    elif is_outdated():
+        if arguments.check:
+            raise UserError(f"{PAGE}: out of date. Run `{COMMAND}`")
+        PAGE.write_text(parameters_page(), encoding="utf-8")
+        print(f"{PAGE}: written")
 
 
 if __name__ == "__main__":

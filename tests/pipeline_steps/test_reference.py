@@ -11,8 +11,8 @@ from pipeline_steps.common import metrics, params, reference
 from pipeline_steps.common.errors import UserError
 
 
-def test_generated_pages_are_up_to_date():
-    assert reference.outdated() == [], f"run `{reference.COMMAND}`"
+def test_the_page_of_parameters_is_up_to_date():
+    assert not reference.is_outdated(), f"run `{reference.COMMAND}`"
 
 
 def leaves(value, prefix=""):
@@ -79,3 +79,13 @@ def test_sections_of_one_class_share_rows():
     values = {"width": 1, "height": 1, "depth": 3.0, "count": None, "share": 0.5, "shares": [1.0]}
     rows = list(reference._rows(Pair, {"first": values, "second": values | {"depth": 4.0}}))
     assert rows[:2] == ["|`first/second.width/height`|>0|`1`|Size.|", "|`first/second.depth`|>0|`3.0`, `4.0`|Size.|"]
+
+
+def test_every_field_of_the_result_files_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["reference", "--results"])
+    reference.main()
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("###")] == [f"### {f}" for f in reference.RESULTS]
+    for model in reference.RESULTS.values():
+        assert all(f"`{name}`" in printed for name in model.model_fields)
+    assert "**CaptionStyle**" in printed  # of an object in an object
