@@ -9,7 +9,7 @@ that other load on the machine affects all variants equally:
     raw_batches   the same, keeping the pixels of a batch (as every loader must), which exceed the CPU caches
     pixels        our loader up to the decoded frames, in batches
     normalised    raw, then the pixels as float32, normalised
-    loader        our loader: whole batches of tokens and normalised pixels
+    loader        our loader: whole batches of tokens and uint8 pixels, normalised on the device
     webdataset    plain `WebDataset(...).shuffle().decode("pil")` in a DataLoader with as many workers: no batches
 Rates are medians over the rounds, ratios are medians of the per-round ratios. "per CPU second" divides by
 CPU time instead of wall time; other load hardly affects it.

@@ -58,7 +58,7 @@ class Reading(NamedTuple):
         if isinstance(packing, Continuation):
             order = (packing.key_order, packing.key_places) if is_varlen else (packing.key_padded, packing.key_unpadded)
             keys = (*order, packing.key_starts, packing.key_padded.shape[1])
-            mask = None if is_varlen else later_mask(packing, rows.dtype)
+            mask = None if is_varlen else later_mask(packing, cos.dtype)  # of the queries: no layer casts it
         order = (packing.order, packing.places) if is_varlen else (packing.padded, packing.unpadded)
         return cls(cos, sin, is_varlen, *order, packing.starts, packing.padded.shape[1], *keys, mask)
 

@@ -1,4 +1,4 @@
-"""Training, evaluation and flops on a machine that has torch, transformers and little more."""
+"""Entry points, training, evaluation and flops on a machine that has torch, transformers and little more."""
 
 import subprocess
 import sys
@@ -27,9 +27,9 @@ def bare(folder, module, *arguments):
     return subprocess.run(command, check=False, **settings)
 
 
-@pytest.mark.parametrize("module", ["training.__main__", "evaluation.__main__", "flops.__main__"])
-def test_entry_points_import_what_is_there(module, tmp_path):
-    done = bare(tmp_path, module)
+@pytest.mark.parametrize("stage", ["backbones", "tokens", "training", "evaluation", "flops"])
+def test_entry_points_import_what_is_there(stage, tmp_path):
+    done = bare(tmp_path, f"{stage}.__main__")
     assert done.returncode == 0, done.stderr
 
 

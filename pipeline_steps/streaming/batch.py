@@ -133,12 +133,13 @@ class Batch(Text):
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [F, 3, height, width] -> float32, normalised as the processor does, on the device of the pixels. Floats are
-    normalised already."""
+    """uint8 [F, 3, height, width], in any memory format -> contiguous float32, normalised as the processor does, on the
+    device of the pixels. Floats are normalised already."""
     if pixels.is_floating_point():
         return pixels
     mean, std = _statistics(pixels.device)
-    return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
+    floats = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.mul_(1 / 255).sub_(mean).div_(std)
 
 
 @cache

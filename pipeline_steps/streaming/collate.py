@@ -85,17 +85,18 @@ class Collator:
         return self.image_replication if item["kind"] == "image" else 1
 
     def _pixels(self, items: list[dict], num_frames: int) -> np.ndarray:
-        """Concatenate the frames, channels first: uint8 [num_frames, 3, height, width]."""
+        """Concatenate the frames: uint8 [num_frames, 3, height, width], channels last in memory as decoded. `Batch.to`
+        makes them channels first on the device: doing it here takes a tenth of the time of decoding."""
         shown = [item for item in items if len(item["frames"])]
         height, width = shown[0]["frames"].shape[1:3] if shown else (1, 1)
-        pixels = self._pool.empty((num_frames, 3, height, width), np.uint8)
+        pixels = self._pool.empty((num_frames, height, width, 3), np.uint8)
         start = 0
         for item in shown:
             count, repeats = len(item["frames"]), self._repeats(item)
-            own = pixels[start : start + count * repeats].reshape(count, repeats, 3, height, width)
-            own[:] = item["frames"].transpose(0, 3, 1, 2)[:, None]  # each frame several times in a row
+            own = pixels[start : start + count * repeats].reshape(count, repeats, height, width, 3)
+            own[:] = item["frames"][:, None]  # each frame several times in a row
             start += count * repeats
-        return pixels
+        return pixels.transpose(0, 3, 1, 2)
 
     def _padded(self, items: list[dict], num_frames: list[int], side: str) -> dict[str, torch.Tensor | BatchPlaces]:
         """Pad the sequences and return the fields of `Text`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("pydantic", reason="the parameters of the stages need pydantic")
+pytest.importorskip("pyarrow", reason="the items of the stages need pyarrow")
 
 from benchmarks.workload import clips
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger

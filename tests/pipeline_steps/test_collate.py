@@ -123,6 +123,18 @@ def test_several_tokens_per_frame_are_inserted():
     assert batch.num_frames.tolist() == [3, 0, 4]
 
 
+def test_frames_are_copied_as_decoded_and_channels_first_on_the_device():
+    """The network gets contiguous pixels, so its results do not depend on the memory format of the loader."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), dtype=np.uint8)
+    batch = make_collator()([ITEMS[0] | {"frames": frames}])
+    assert torch.equal(batch.pixel_values, torch.from_numpy(frames).permute(0, 3, 1, 2))
+    assert batch.pixel_values.is_contiguous(memory_format=torch.channels_last)
+    moved = batch.to("cpu").pixel_values
+    assert moved.is_contiguous()
+    torch.testing.assert_close(moved, torch.from_numpy(normalise(frames)))
+    assert torch.equal(batch.inputs()["pixel_values"], moved)
+
+
 def test_batch_without_frames_is_supported():
     batch = make_collator()([ITEMS[1]])
     assert len(batch.pixel_values) == 0

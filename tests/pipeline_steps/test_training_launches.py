@@ -9,7 +9,9 @@ from tests.model.launches import Launches, true_depths
 from tests.model.tiny import as_batch, make_batch, preference_batch
 from tests.pipeline_steps.test_golden_losses import make_run
 
-MAX_LAUNCHES = 4_000  # of a step with one plan
+# Of a step with one plan. bf16 adds casts between the fp32 residual stream and bf16 linear layers: two per norm, one
+# per projection onto the stream, which also needs an addition of its own.
+MAX_LAUNCHES = {"fp32": 4_000, "bf16": 4_640}
 
 
 def launched(run, batch, step=0):
@@ -26,12 +28,13 @@ def deep_run(folder, stage="stage2", optimizer="muon", **options):
     return run
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_step_has_few_launches_and_never_waits(optimizer, tmp_path):
+@pytest.mark.parametrize(("optimizer", "precision"), [("muon", "fp32"), ("muon", "bf16"), ("adamw", "fp32")])
+def test_a_step_has_few_launches_and_never_waits(optimizer, precision, tmp_path):
     run = deep_run(tmp_path, optimizer=optimizer)
+    run.common.precision = precision
     batch = as_batch(make_batch() | {"pixel_values": torch.randint(0, 255, (6, 3, 28, 28), dtype=torch.uint8)})
     launches = launched(run, batch)
-    assert 1_500 < launches.count <= MAX_LAUNCHES
+    assert 1_500 < launches.count <= MAX_LAUNCHES[precision]
     assert launches.waits == []
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline_steps.training.parameters import GROUPS, group_of, trainable_param
 from pipeline_steps.training.schedule import learning_rate
 from tests.model.tiny import as_batch, make_batch, make_model
 from tests.objectives import training_model
+from tests.pipeline_steps.test_golden_losses import make_run
 
 RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
@@ -273,6 +275,27 @@ def test_ema_is_exponential_and_swaps_back():
     with ema.in_place():
         assert model.weight.item() == pytest.approx(0.29)
     assert model.weight.item() == 2.0
+
+
+def test_a_skipped_step_moves_neither_weights_nor_average(tmp_path):
+    """The average lags behind the weights, so an update without the guard would move it."""
+    run = make_run("stage2", "question_first", tmp_path, "adamw")
+    run.common.ema_decay = 0.9
+    state, batch = train_loop.prepare(run), as_batch(make_batch())
+    train_loop.launch_step(run, state, batch, 1)
+    assert any(not torch.equal(state.ema.values[name], p) for name, p in state.ema.parameters.items())
+
+    def values() -> list[torch.Tensor]:
+        own = state.optimizer.tensors(state.names)
+        return [v.clone() for v in (*state.ema.values.values(), *run.model.state_dict().values(), *own.values())]
+
+    before = values()
+    broken = replace(batch, pixel_values=torch.full_like(batch.pixel_values, math.nan))
+    launched = train_loop.launch_step(run, state, broken, 2)
+    assert not math.isfinite(launched.values[launched.names.index("loss")])
+    assert all(map(torch.equal, values(), before))
+    train_loop.launch_step(run, state, batch, 3)
+    assert not all(map(torch.equal, values()[: len(state.ema.values)], before))
 
 
 def test_a_non_finite_loss_stops_the_run_and_saves_the_batch(tmp_path):
