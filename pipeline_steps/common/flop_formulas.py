@@ -314,8 +314,8 @@ def parallel_backward(config, sample, components, passes, num_query_passes, num_
     Attention costs twice its forward FLOPs: half for the queries, half for the keys and values.
 
     A frozen vision encoder needs no gradient of the patches; none is counted even if the code computes one. With static
-    queries neither planning nor the query passes that feed only planning get a gradient, nor do their windows. The gradient of queries that
-    pass through the layers together with the patches is zero up to the last layer.
+    queries neither planning nor the query passes that feed only planning get a gradient, nor do their windows. The
+    gradient of queries that pass through the layers together with the patches is zero up to the last layer.
     """
     text, vision, frames = config.text_config, config.vision_config, sample.num_frames
     if not (frames or trained.language) or not any(vars(trained).values()):

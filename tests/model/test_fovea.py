@@ -201,7 +201,8 @@ def test_gradients_reach_every_trained_parameter(frozen):
     model(**make_batch()).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lm_head" not in name:
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
         else:
             assert parameter.grad is None, name
 
