@@ -213,9 +213,9 @@ class FoveatedVLMConfig(PreTrainedConfig):
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"fovea_size={self.fovea_size} with {name}={getattr(self, name)!r}: the window follows queries that pass "
-                    f"through the vision encoder after the coarse pass. Set {name} to {value!r}, or fovea_size to "
-                    "0 (a fixed query with a window: query_source='static')"
+                    f"fovea_size={self.fovea_size} with {name}={getattr(self, name)!r}: the window follows queries "
+                    f"that pass through the vision encoder after the coarse pass. Set {name} to {value!r}, or "
+                    "fovea_size to 0 (a fixed query with a window: query_source='static')"
                 )
 
     @property
