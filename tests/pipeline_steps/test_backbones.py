@@ -319,7 +319,7 @@ def test_warm_up_at_two_resolutions_helps_reduced_frames():
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(vision_encoder, "Heads", Kept)
-            vision_encoder.warm_up_vision_encoder(encoder, options, 0)
+            vision_encoder.warm_up_vision_encoder(encoder, options, 1)
         with torch.no_grad():
             losses.append(vision_encoder.batch_loss(encoder, heads, frames).item())
     assert losses[1] < losses[0]
