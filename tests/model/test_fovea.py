@@ -263,3 +263,15 @@ def test_the_option_survives_saving_and_a_default_has_none(tmp_path):
 def test_what_has_no_window_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FoveatedVLMConfig(**options)
+
+
+def test_compiled_layers_give_the_same():
+    plain, compiled = make_model(**FOVEA), make_model(**FOVEA)
+    compiled.compile_hot_paths(backend="eager")  # what a graph of a layer holds, without generating code
+    for mode in ("coarse", "fine"):
+        losses = [model(**make_batch(), mode=mode).loss for model in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    gradients = [model.planner.weight.grad for model in (plain, compiled)]
+    torch.testing.assert_close(*gradients)
