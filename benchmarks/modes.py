@@ -1,6 +1,7 @@
 """Time and peak memory of the three modes over the number of frames, and their scaling exponents.
 
     python -m benchmarks.modes
+    python -m benchmarks.modes --fovea 4 4
     python -m benchmarks.modes --config outputs/stage3 --image-size 56 --output outputs/metrics/benchmark_modes.json
 
 One sample with T frames between 32 and 16 text tokens goes through a forward pass in evaluation mode, in fp32. The
@@ -8,13 +9,17 @@ weights are random, which changes neither time nor memory. Without `--config` th
 scale and DINOv2-small with SmolLM2-135M, large enough that arithmetic dominates Python overhead. Time is the fastest of
 `--repeats` runs; memory is the peak that a run allocates in addition to weights and inputs. An exponent is the slope in
 log-log space for T >= 8 (below, text dominates): 1 is linear; a fixed cost lowers the exponent.
+`--fovea R S` compares, in the same run, the network with one that encodes frames reduced by R and a window of S x S
+patches (`frame_downsampling`, `fovea_size`): wall-clock per frame and vision FLOPs, full over fovea.
 Cost: 1 to 2 minutes on one core, below 1 GB of memory.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +32,7 @@ from transformers import Dinov2Config, LlamaConfig
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.constants import IGNORE_INDEX, MODES
+from pipeline_steps.common import flop_formulas
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
@@ -129,6 +135,58 @@ def measure(
     return result
 
 
+def compare_fovea(
+    config: FoveatedVLMConfig, factor: int, size: int, frames: int, image_size: int, device: str, repeats: int
+) -> dict[str, dict]:
+    """Per mode but coarse: milliseconds per frame and vision FLOPs (encoder and queries) per frame of the network as
+    it is and with a fovea, and their ratios (full over fovea; of the times the median over rounds of both in turn)."""
+    fovea = copy.deepcopy(config)
+    fovea.frame_downsampling, fovea.fovea_size = factor, size
+    networks = {}
+    for name, own in (("full", config), ("fovea", fovea)):
+        torch.manual_seed(0)
+        networks[name] = FoveatedVLMForConditionalGeneration(own).to(device).eval()
+    sample = make_sample(config, frames, image_size, device)
+    result = {}
+    with torch.no_grad():
+        for mode in MODES[1:]:
+            times: dict[str, list[float]] = {name: [] for name in networks}
+            for _ in range(repeats):
+                for name, network in networks.items():
+                    run = lambda network=network, mode=mode: network(  # noqa: E731
+                        **sample, mode=mode, options={"return_logits": False}
+                    )
+                    times[name].append(1e3 * seconds(run, device, 1) / frames)
+            flops = {name: vision_flops(network.config, image_size, mode) for name, network in networks.items()}
+            ratios = [full / small for full, small in zip(times["full"], times["fovea"], strict=True)]
+            result[mode] = {
+                "milliseconds_per_frame": {name: statistics.median(values) for name, values in times.items()},
+                "time_ratio": statistics.median(ratios),
+                "vision_flops_per_frame": flops,
+                "vision_flops_ratio": flops["full"] / flops["fovea"],
+            }
+    return result
+
+
+def vision_flops(config: FoveatedVLMConfig, image_size: int, mode: str) -> float:
+    """FLOPs of the vision encoder and of the queries for one frame."""
+    config = copy.deepcopy(config)
+    config.vision_config.image_size = image_size
+    sample = flop_formulas.Sample(1, TEXT_BEFORE + TEXT_AFTER, TEXT_BEFORE, TEXT_AFTER)
+    components = flop_formulas.forward(config, sample, mode).components
+    return components.vision_encoder + components.query_passes
+
+
+def fovea_table(result: dict[str, dict]) -> str:
+    lines = [f"{'':<16}{'full':>12}{'fovea':>12}{'ratio':>8}"]
+    for mode, values in result.items():
+        times, flops = values["milliseconds_per_frame"], values["vision_flops_per_frame"]
+        lines.append(f"{mode:<16}{times['full']:>9.2f} ms{times['fovea']:>9.2f} ms{values['time_ratio']:>8.2f}")
+        full, small = (f"{flops[name] / 1e6:>8.1f} MFL" for name in ("full", "fovea"))
+        lines.append(f"{'  vision FLOPs':<16}{full}{small}{values['vision_flops_ratio']:>8.2f}")
+    return "\n".join(lines)
+
+
 def table(frames: tuple[int, ...], result: dict[str, dict]) -> str:
     lines = [f"{'frames':<16}" + "".join(f"{count:>9}" for count in frames) + f"{'exponent':>10}"]
     for mode, values in result.items():
@@ -159,6 +217,13 @@ def read_config(arguments: argparse.Namespace) -> FoveatedVLMConfig:
         raise UserError(
             f"--image-size is {arguments.image_size}, expected a multiple of the patch size {patch}. Round it."
         )
+    if arguments.fovea:
+        factor, size = arguments.fovea
+        if factor < 2 or arguments.image_size % (factor * patch) or not 1 <= size <= arguments.image_size // patch:
+            raise UserError(
+                f"--fovea {factor} {size}: expected a factor of 2 or more by which {arguments.image_size // patch} "
+                f"patches a side of --image-size {arguments.image_size} divide, and a window of 1 to so many patches."
+            )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch finds 0 CUDA devices. Use --device cpu.")
     return config
@@ -171,6 +236,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES)
     parser.add_argument("--image-size", type=int, default=112, help="px")
+    parser.add_argument(
+        "--fovea", type=int, nargs=2, metavar=("R", "S"), help="compare with a fovea instead, at the most frames"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
@@ -185,8 +253,13 @@ def main() -> None:
         check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
     frames = tuple(sorted(arguments.frames))
-    result = measure(config, frames, arguments.image_size, arguments.device, arguments.repeats)
-    print(table(frames, result))
+    settings = (arguments.image_size, arguments.device, arguments.repeats)
+    if arguments.fovea:
+        result = compare_fovea(config, *arguments.fovea, max(frames), *settings)
+        print(fovea_table(result))
+    else:
+        result = measure(config, frames, *settings)
+        print(table(frames, result))
     if arguments.output:
         about = {"device": arguments.device, "image_size": arguments.image_size, "num_threads": arguments.num_threads}
         write_json(arguments.output, {**about, "frames": list(frames), "modes": result})

@@ -31,9 +31,19 @@ RANGES = {
     "attention_top_k": (1, LARGE),
     "num_visual_tokens_per_frame": (1, LARGE),
     "num_passes": (1, 3),
+    "frame_downsampling": (1, LARGE),
+    "fovea_size": (0, LARGE),
     "max_num_frames": (1, LARGE),
 }
-INTEGERS = ("query_dim", "attention_top_k", "num_visual_tokens_per_frame", "num_passes", "max_num_frames")
+INTEGERS = (
+    "query_dim",
+    "attention_top_k",
+    "num_visual_tokens_per_frame",
+    "num_passes",
+    "frame_downsampling",
+    "fovea_size",
+    "max_num_frames",
+)
 
 
 class FoveatedVLMConfig(PreTrainedConfig):
@@ -67,6 +77,10 @@ class FoveatedVLMConfig(PreTrainedConfig):
             `weighted` (by a learned score). With the latter two a frame has one token, from which all queries of the
             next frame are planned.
         num_passes: fine passes in parallel mode, 1 to 3. Each plans new queries from the tokens of the previous pass.
+        frame_downsampling: the vision encoder sees the frames reduced by this factor; 1: as they are.
+        fovea_size: side, in patches of the full-resolution frame, of the window that is encoded in addition where a
+            planned query looks (`fovea.py`); 0: none. The coarse pass has no window. Needs deep attention and
+            frame_downsampling of 2 or more.
         coarse_only: train and answer with the static query only (ablation A6).
         blind: replace every frame by the mean colour, in training and at inference (a control).
         frame_time_embedding: `none`, or `sinusoidal`: add a learned projection (initially zero) of the frame's time to
@@ -111,6 +125,8 @@ class FoveatedVLMConfig(PreTrainedConfig):
         num_visual_tokens_per_frame: int = 1,
         token_aggregation: str = "none",
         num_passes: int = 1,
+        frame_downsampling: int = 1,
+        fovea_size: int = 0,
         coarse_only: bool = False,
         blind: bool = False,
         frame_time_embedding: str = "none",
@@ -142,6 +158,8 @@ class FoveatedVLMConfig(PreTrainedConfig):
         self.num_visual_tokens_per_frame = num_visual_tokens_per_frame
         self.token_aggregation = token_aggregation
         self.num_passes = num_passes
+        self.frame_downsampling = frame_downsampling
+        self.fovea_size = fovea_size
         self.coarse_only = coarse_only
         self.blind = blind
         self.frame_time_embedding = frame_time_embedding
@@ -175,12 +193,30 @@ class FoveatedVLMConfig(PreTrainedConfig):
                 f"visual_token_id={self.visual_token_id} is inside the vocabulary of {vocabulary} tokens. Use an id of "
                 f"{vocabulary} or more, so that text cannot contain the placeholder"
             )
+        self._check_fovea()
         side = math.isqrt(self.num_visual_tokens_per_frame)
         if self.architecture == "multi_token" and side**2 != self.num_visual_tokens_per_frame:
             raise ValueError(
                 f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for "
                 f"architecture='multi_token', for example {side**2} or {(side + 1) ** 2}"
             )
+
+    def _check_fovea(self) -> None:
+        if not self.fovea_size:
+            return
+        if self.frame_downsampling == 1:
+            raise ValueError(
+                f"fovea_size={self.fovea_size} with frame_downsampling=1: the whole frame has full resolution already. "
+                "Set frame_downsampling to 2 or more, or fovea_size to 0"
+            )
+        wanted = {"architecture": "foveated", "attention": "deep", "coarse_only": False}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"fovea_size={self.fovea_size} with {name}={getattr(self, name)!r}: the window follows queries "
+                    f"that pass through the vision encoder after the coarse pass. Set {name} to {value!r}, or "
+                    "fovea_size to 0 (a fixed query with a window: query_source='static')"
+                )
 
     @property
     def tokens_per_frame(self) -> int:

@@ -76,11 +76,13 @@ class EncodedFrames:
     patch_features: Tensor | None = None  # [F, N + 1, D], after the final layer norm; row 0 is the class token
     attention_weights: Tensor | None = None  # [L, F, H, K, N + 1]
     weights: list[LayerWeights] | None = None  # for other queries at the same frames; None: call the modules
+    pixel_values: Tensor | None = None  # [F, 3, side, side] at full resolution, with a fovea only
 
     def select_frames(self, index: Tensor) -> "EncodedFrames":
         """Keys and values of a subset of the frames (index: int64 [f])."""
         keys, values = ([part[index] for part in parts] for parts in (self.keys, self.values))
-        return EncodedFrames(keys, values, weights=self.weights)
+        pixels = None if self.pixel_values is None else self.pixel_values[index]
+        return EncodedFrames(keys, values, weights=self.weights, pixel_values=pixels)
 
 
 class PatchEmbeddings(nn.Module):
@@ -108,6 +110,17 @@ class Embeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return tokens + self.interpolated_positions(height, width)
+
+    def of_window(self, pixel_values: Tensor, window: Tensor) -> Tensor:
+        """Some patches of the frames [F, 3, height, width] with their positions in the frame: window [F, W] -> [F, W,
+        D]."""
+        patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
+        row, column = window // (width // patch), window % (width // patch)  # [F, W]
+        cells = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [F, 3, rows, patch, columns, patch]
+        frames = torch.arange(len(window), device=window.device)[:, None]
+        cells = cells[frames, :, row, :, column]  # [F, W, 3, patch, patch]
+        rows = self.patch_embeddings(cells.flatten(0, 1)).view(*window.shape, -1)
+        return rows + self.interpolated_positions(height, width)[0, 1:][window]
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
         """Position embeddings for a frame size, resized bicubically as in DINOv2 if it is not the pretraining size."""
@@ -226,11 +239,13 @@ class Layer(nn.Module):
         skip_patches: bool,
         output_attentions: bool,
         weights: LayerWeights | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
     ):
         """rows [F, N + 1 + K, D] (K may be 0) -> (rows, keys, values, attention weights of the query rows or None).
 
         skip_patches: return the query rows only, for the last layer if nothing uses its patches. weights: of this
-        layer, or None to call its modules.
+        layer, or None to call its modules. context: keys and values of other patches of the frame, which all rows
+        attend to; they come first in the result.
         """
         normed = self.norm1(rows)
         if weights is not None and not skip_patches:
@@ -243,6 +258,8 @@ class Layer(nn.Module):
             if skip_patches:
                 rows, normed, num_patch_rows = rows[:, num_patch_rows:], normed[:, num_patch_rows:], 0
             queries = self._queries(normed, weights)
+        if context is not None:
+            keys, values = (torch.cat(both, dim=2) for both in zip(context, (keys, values), strict=True))
         rows, seen = self.read(rows, queries, keys, values, query_attention, num_patch_rows, output_attentions, weights)
         return rows, keys, values, seen
 
@@ -323,6 +340,34 @@ class FoveatedEncoder(nn.Module):
         """
         self._check_frames(pixel_values)
         rows = self.embeddings(pixel_values)  # [F, N + 1, D]
+        return self._encode_rows(rows, query_rows, need_patch_features, output_attentions, query_attention)
+
+    def encode_window(
+        self,
+        window: Tensor,
+        encoded: EncodedFrames,
+        query_rows: Tensor | None = None,
+        output_attentions: bool = False,
+        query_attention: QueryAttention = PLAIN,
+    ) -> EncodedFrames:
+        """Encodes a window of full-resolution patches of frames that are encoded at low resolution.
+
+        window: int64 [F, W], places in the grid of `encoded.pixel_values`. Patches of the window and query rows attend
+        to the low-resolution patches and to the window. The result has the keys and values of both, in this order.
+        """
+        rows = self.embeddings.of_window(encoded.pixel_values, window)  # [F, W, D]
+        return self._encode_rows(rows, query_rows, False, output_attentions, query_attention, encoded)
+
+    def _encode_rows(
+        self,
+        rows: Tensor,
+        query_rows: Tensor | None,
+        need_patch_features: bool,
+        output_attentions: bool,
+        query_attention: QueryAttention,
+        context: EncodedFrames | None = None,
+    ) -> EncodedFrames:
+        """rows: of patches; context: other patches of the frames, which the rows attend to."""
         num_patch_rows = rows.shape[1]
         if query_rows is not None:
             rows = torch.cat([rows, query_rows], dim=1)  # [F, N + 1 + K, D]
@@ -330,13 +375,14 @@ class FoveatedEncoder(nn.Module):
         is_training = (
             torch.is_grad_enabled() and not saves_memory
         )  # else copies of the weights cost more than they save
-        joined = LayerWeights.of_layers(self.encoder.layer) if is_training else None
+        joined = context.weights if context else LayerWeights.of_layers(self.encoder.layer) if is_training else None
         encoded, weights = EncodedFrames([], [], weights=joined), []
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             skip_patches = index == last and not need_patch_features
             own = query_attention.of_layer(index)
-            arguments = (rows, own, num_patch_rows, skip_patches, output_attentions, joined and joined[index])
+            before = context and (context.keys[index], context.values[index])
+            arguments = (rows, own, num_patch_rows, skip_patches, output_attentions, joined and joined[index], before)
             rows, keys, values, seen = self._run(layer, *arguments)
             encoded.keys.append(keys)
             encoded.values.append(values)

@@ -276,9 +276,10 @@ class FrameInputs:
     active: Tensor  # bool [B]: the sample has this frame
     noise: Tensor | None = None  # [B, K, Q], for the query sources random and fixed
     allowed: Tensor | None = None  # bool [B, N + 1], for the query source oracle
+    pixel_values: Tensor | None = None  # [B, 3, side, side], with a fovea
 
     def tensors(self) -> list[Tensor]:
-        others = (self.times, self.active, self.noise, self.allowed)
+        others = (self.times, self.active, self.noise, self.allowed, self.pixel_values)
         return [*self.keys, *self.values, *(tensor for tensor in others if tensor is not None)]
 
     def map(self, function) -> "FrameInputs":
@@ -299,7 +300,8 @@ class FrameStep:
         """num_places: tokens that the cache must hold. query_source: of QUERY_SOURCES in the configuration."""
         self.query_source, self.output_attentions = query_source, output_attentions
         self.cache = LanguageCache(model, batch_size, num_places)
-        self.query_encoder = QueryEncoder(model.vision_encoder) if model.config.attention == "deep" else None
+        is_plain = model.config.attention == "deep" and model.config.frame_downsampling == 1
+        self.query_encoder = QueryEncoder(model.vision_encoder) if is_plain else None  # None: the network's own way
         self.queries = model.static_query.detach().expand(batch_size, -1, -1).clone()  # of the next frame [B, K, Q]
 
     def reset(self, first: Tensor) -> None:
@@ -319,14 +321,15 @@ class FrameStep:
         attention = model._query_attention()
         if inputs.allowed is not None:
             attention = replace(attention, allowed=inputs.allowed)
-        rows = model._query_rows(queries)  # [B, K, D]
         if self.query_encoder is None:
-            encoded = EncodedFrames(inputs.keys, inputs.values)
-            found = model.shallow_attention.attend(rows, encoded, self.output_attentions, attention)
+            encoded = EncodedFrames(inputs.keys, inputs.values, pixel_values=inputs.pixel_values)
+            found = model._attend(queries, encoded, inputs.times, attention, self.output_attentions)
+            tokens, weights = found.visual_tokens, found.attention_weights
         else:
+            rows = model._query_rows(queries)  # [B, K, D]
             found = self.query_encoder(rows, inputs.keys, inputs.values, attention, self.output_attentions)
-        features, weights = found
-        tokens = model._tokens(features, inputs.times)
+            features, weights = found
+            tokens = model._tokens(features, inputs.times)
         embeddings = tokens.to(self.cache.bias.dtype)  # [B, P, E]
         present = inputs.active[:, None].expand(embeddings.shape[:2])
         planned = model._plan(self.cache.read(embeddings, present))  # [B, K, Q]
@@ -405,7 +408,8 @@ def release_step(model, step: FrameStep) -> None:
 def step_key(model, inputs: FrameInputs, batch_size: int, num_places: int, *others) -> tuple:
     """What a captured step depends on: shapes, options and where the weights lie (their values may change)."""
     config = model.config
-    options = (config.attention_temperature, config.hard_attention, config.attention_top_k, config.query_update)
+    names = ("attention_temperature", "hard_attention", "attention_top_k", "query_update", "fovea_size")
+    options = tuple(getattr(config, name) for name in names)
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
     kinds = (inputs.noise is not None, inputs.allowed is not None)
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
@@ -442,6 +446,7 @@ def step_through_frames(
             active[t],
             None if choose.noise is None else select(choose.noise),
             None if attention.allowed is None else select(attention.allowed),
+            None if encoded.pixel_values is None else select(encoded.pixel_values),
         )
 
     start = inputs(0)

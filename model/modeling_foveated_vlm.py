@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
+from .fovea import allowed_at_low_resolution, downsample, on_full_grid, window_around_peak
 from .foveated_encoder import EncodedFrames, FoveatedEncoder, ShallowQueryAttention
 from .frame_step import choose_step, continues_from_cache, step_through_frames
 from .generation_checks import GenerationChecksMixin, check_generation
@@ -142,7 +143,7 @@ class FoveatedVLMForConditionalGeneration(
         if config.blind:
             pixel_values = torch.zeros_like(pixel_values)
         if config.architecture == "multi_token":
-            encoded = self.vision_encoder.encode(pixel_values, need_patch_features=True)
+            encoded = self.vision_encoder.encode(self._downsample(pixel_values), need_patch_features=True)
             pooled = pool_patches(encoded.patch_features, config.num_visual_tokens_per_frame)
             return [FrameTokens(self.connect(pooled, times))]
         static = self.static_query.expand(len(pixel_values), -1, -1)  # [F, K, Q]
@@ -228,24 +229,57 @@ class FoveatedVLMForConditionalGeneration(
         query_attention: QueryAttention,
         output_attentions: bool,
     ) -> tuple[EncodedFrames, FrameTokens | None]:
-        """Encodes the frames; with queries [F, K, Q] also returns their `FrameTokens`, from the same pass."""
+        """Encodes the frames, at low resolution if so configured; with queries [F, K, Q] also returns their
+        `FrameTokens`, from the same pass and without a window."""
+        encoded, found = self._encode_whole(
+            self._downsample(pixel_values), times, queries, self._at_low_resolution(query_attention), output_attentions
+        )
+        if found is not None and output_attentions:
+            found.attention_weights = on_full_grid(found.attention_weights, self.config.frame_downsampling)
+        if self.config.fovea_size:
+            encoded.pixel_values = pixel_values
+        return encoded, found
+
+    def _downsample(self, pixel_values: Tensor) -> Tensor:
+        return downsample(pixel_values, self.config.frame_downsampling, self.config.vision_config.patch_size)
+
+    def _at_low_resolution(self, query_attention: QueryAttention) -> QueryAttention:
+        """The same at the low-resolution patches."""
+        factor, allowed = self.config.frame_downsampling, query_attention.allowed
+        if factor == 1 or allowed is None:
+            return query_attention
+        return replace(query_attention, allowed=allowed_at_low_resolution(allowed, factor))
+
+    def _encode_whole(
+        self,
+        pixel_values: Tensor,
+        times: Tensor,
+        queries: Tensor | None,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+    ) -> tuple[EncodedFrames, FrameTokens | None]:
+        """`_encode` of frames that the vision encoder sees as they are."""
         if self.config.attention == "shallow":
             encoded = self.vision_encoder.encode(pixel_values, need_patch_features=True)
             encoded = self.shallow_attention.prepare(encoded)
-            return encoded, None if queries is None else self._attend(
+            return encoded, None if queries is None else self._attend_once(
                 queries, encoded, times, query_attention, output_attentions
             )
         if queries is None:
             return self.vision_encoder.encode(pixel_values), None
-        if torch.is_grad_enabled() and not any(p.requires_grad for p in self.vision_encoder.parameters()):
+        if self._is_vision_frozen():
             with torch.no_grad():  # the gradient of queries among the patches would pass through all patches
                 encoded = self.vision_encoder.encode(pixel_values)
-            return encoded, self._attend(queries, encoded, times, query_attention, output_attentions)
+            return encoded, self._attend_once(queries, encoded, times, query_attention, output_attentions)
         rows = self._query_rows(queries)
         encoded = self.vision_encoder.encode(
             pixel_values, rows, output_attentions=output_attentions, query_attention=query_attention
         )
         return encoded, FrameTokens(self._tokens(encoded.query_output, times), queries, encoded.attention_weights)
+
+    def _is_vision_frozen(self) -> bool:
+        """Whether gradients are recorded, but none for the vision encoder."""
+        return torch.is_grad_enabled() and not any(p.requires_grad for p in self.vision_encoder.parameters())
 
     def _attend(
         self,
@@ -255,6 +289,54 @@ class FoveatedVLMForConditionalGeneration(
         query_attention: QueryAttention,
         output_attentions: bool,
     ) -> FrameTokens:
+        """The `FrameTokens` of queries [f, K, Q] at encoded frames, with a window if the network has a fovea.
+        query_attention: its `allowed` refers to the patches of the full-resolution frames."""
+        if self.config.fovea_size:
+            return self._foveate(queries, encoded, times, query_attention, output_attentions)
+        low = self._at_low_resolution(query_attention)
+        found = self._attend_once(queries, encoded, times, low, output_attentions)
+        if output_attentions:
+            found.attention_weights = on_full_grid(found.attention_weights, self.config.frame_downsampling)
+        return found
+
+    def _foveate(
+        self,
+        queries: Tensor,
+        encoded: EncodedFrames,
+        times: Tensor,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+    ) -> FrameTokens:
+        """Looks at the low-resolution patches, encodes the window around the peak of the attention, and attends to
+        both with the same queries."""
+        rows, factor = self._query_rows(queries), self.config.frame_downsampling
+        low = replace(self._at_low_resolution(query_attention), explicit=True)
+        with torch.no_grad():
+            _, seen = self.vision_encoder.attend(rows, encoded, output_attentions=True, query_attention=low)
+            window = window_around_peak(seen[-1], factor, self.config.fovea_size)  # [f, W]
+        attention = query_attention
+        if attention.allowed is not None:
+            in_window = attention.allowed[:, 1:].gather(1, window)
+            attention = replace(attention, allowed=torch.cat([low.allowed, in_window], dim=1))
+        if self._is_vision_frozen():
+            with torch.no_grad():  # as in `_encode_whole`
+                both = self.vision_encoder.encode_window(window, encoded)
+            features, weights = self.vision_encoder.attend(rows, both, output_attentions, attention)
+        else:
+            both = self.vision_encoder.encode_window(window, encoded, rows, output_attentions, attention)
+            features, weights = both.query_output, both.attention_weights
+        weights = on_full_grid(weights, factor, window) if output_attentions else None
+        return FrameTokens(self._tokens(features, times), queries, weights)
+
+    def _attend_once(
+        self,
+        queries: Tensor,
+        encoded: EncodedFrames,
+        times: Tensor,
+        query_attention: QueryAttention,
+        output_attentions: bool,
+    ) -> FrameTokens:
+        """The `FrameTokens` of queries [f, K, Q] at the patches that are encoded."""
         attention = self.shallow_attention if self.config.attention == "shallow" else self.vision_encoder
         features, weights = attention.attend(self._query_rows(queries), encoded, output_attentions, query_attention)
         return FrameTokens(self._tokens(features, times), queries, weights)

@@ -17,7 +17,8 @@ class QueryAttention:
     temperature: [L], or [] for one layer; divides the logits. hard: `top_k` keeps the `top_k` largest logits of every
     head; `gumbel` selects one position per head, sampled in training with a straight-through gradient (Jang et al.
     2017, "Categorical Reparameterization with Gumbel-Softmax"), the largest otherwise. allowed: bool [F, N + 1],
-    positions that a query may attend to.
+    positions that a query may attend to. explicit: mix the values by the weights, instead of a fused kernel that has
+    none to return.
     """
 
     temperature: Tensor | None = None
@@ -25,10 +26,11 @@ class QueryAttention:
     top_k: int = 1
     allowed: Tensor | None = None
     training: bool = False
+    explicit: bool = False
 
     @property
     def is_plain(self) -> bool:
-        return self.temperature is None and self.hard == "none" and self.allowed is None
+        return self.temperature is None and self.hard == "none" and self.allowed is None and not self.explicit
 
     def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention weights of queries [F, H, K, C] to keys [F, H, N + 1, C]: [F, H, K, N + 1]."""

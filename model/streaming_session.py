@@ -179,7 +179,7 @@ class StreamingSession:
         patch = model.config.vision_config.patch_size
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         active = torch.ones(1, dtype=torch.bool, device=model.device)
-        return FrameInputs(encoded.keys, encoded.values, times, active), grid
+        return FrameInputs(encoded.keys, encoded.values, times, active, pixel_values=encoded.pixel_values), grid
 
     def _text_around_frames(self, question: str) -> tuple[list[int], list[int]]:
         """The chat's ids before and after the frames, as the processor writes them."""

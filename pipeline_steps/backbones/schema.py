@@ -63,6 +63,8 @@ class Embedded(StrictModel):
     """Peak learning rate of the warm-up."""
     vision_queries: Literal["selecting", "reading", "none"]
     """Warm-up queries: each reports the digit of a colour or place, one reports all, or none."""
+    vision_downsampling: PositiveInt
+    """Every second step of the vision warm-up shows frames reduced by this factor; 1: none."""
     language_width: PositiveInt
     """Hidden size."""
     language_layers: PositiveInt

@@ -85,6 +85,12 @@ def patch_grid(options: Embedded) -> int:
             f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected a "
             f"patch_size that divides {cell}: the labels of the warm-up refer to cells of {cell} x {cell} px."
         )
+    if cell // options.patch_size % options.vision_downsampling:
+        raise UserError(
+            f"backbones.embedded.vision_downsampling is {options.vision_downsampling}, expected a divisor of "
+            f"{cell // options.patch_size}: a cell of {cell} px has so many patches of {options.patch_size} px a side, "
+            "and a reduced patch may not reach beyond its cell."
+        )
     return options.image_size // options.patch_size
 
 
@@ -135,7 +141,9 @@ def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_work
     heads.to(device)
     loss = optimise(
         [*encoder.parameters(), *heads.parameters()],
-        lambda step: batch_loss(encoder, heads, on_device(next(stream), device)),
+        lambda step: batch_loss(
+            encoder, heads, reduced(on_device(next(stream), device), options.vision_downsampling if step % 2 else 1)
+        ),
         num_steps=steps,
         learning_rate=options.vision_learning_rate,
         precision=options.precision,
@@ -149,6 +157,18 @@ def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_work
 def on_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
     """Return the batch on `device`."""
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def reduced(batch: dict[str, Tensor], factor: int) -> dict[str, Tensor]:
+    """The batch with frames reduced by `factor`, and the labels of their patches."""
+    if factor == 1:
+        return batch
+    frames = F.avg_pool2d(batch["frames"].permute(0, 3, 1, 2).float(), factor).permute(0, 2, 3, 1)
+    labels = {}
+    for name in ("patch_digit", "patch_colour"):
+        side = round(batch[name].shape[1] ** 0.5)
+        labels[name] = batch[name].unflatten(1, (side, side))[:, ::factor, ::factor].flatten(1)
+    return {**batch, **labels, "frames": frames}
 
 
 def batch_loss(encoder: FoveatedEncoder, heads: Heads, batch: dict[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ compares the sums with `torch.utils.flop_counter.FlopCounterMode` on the real ne
 Names: T frames, N patches, D vision width, K queries and P visual tokens per frame, Q query width, E language width.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 
 from model.modeling_foveated_vlm import TIME_FEATURES
@@ -70,13 +71,13 @@ def attention(rows, context, width):
     return 2 * linear(rows, width, context)
 
 
-def vision_rows(config, rows):
-    """One vision layer for `rows` rows of one frame, without keys and values: query and output projection, attention,
-    feed-forward."""
+def vision_rows(config, rows, context=None):
+    """One vision layer for `rows` rows of one frame, without keys and values: query and output projection, attention
+    to `context` positions (default: the frame's), feed-forward."""
     width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     return (
         2 * linear(rows, width, width)
-        + attention(rows, num_vision_rows(config), width)
+        + attention(rows, context or num_vision_rows(config), width)
         + 2 * linear(rows, width, inner)
     )
 
@@ -102,6 +103,43 @@ def vision_encoder_flops(config, need_last_layer):
 def patch_embedding(config):
     """The patch-embedding convolution of one frame."""
     return linear(num_vision_rows(config) - 1, config.num_channels * config.patch_size**2, config.hidden_size)
+
+
+def at_low_resolution(config):
+    """The configuration with the frames' size as the vision encoder sees it."""
+    if config.frame_downsampling == 1:
+        return config
+    low = copy.copy(config)
+    low.vision_config, low.frame_downsampling = copy.copy(config.vision_config), 1
+    low.vision_config.image_size = config.vision_config.image_size // config.frame_downsampling
+    return low
+
+
+def window_flops(config):
+    """The pass of the window of one frame, without its queries. config: `at_low_resolution`."""
+    vision, size = config.vision_config, config.fovea_size**2
+    context = num_vision_rows(vision) + size
+    keys_and_values = vision.num_hidden_layers * 2 * linear(size, vision.hidden_size, vision.hidden_size)
+    others = (vision.num_hidden_layers - 1) * vision_rows(vision, size, context)
+    return window_embedding(config) + keys_and_values + others
+
+
+def window_embedding(config):
+    """The patch-embedding convolution of the window of one frame."""
+    vision = config.vision_config
+    return linear(config.fovea_size**2, vision.num_channels * vision.patch_size**2, vision.hidden_size)
+
+
+def window_attention(config):
+    """Attention of the K queries of one frame to its window, over all layers."""
+    vision = config.vision_config
+    one = attention(config.num_visual_tokens_per_frame, config.fovea_size**2, vision.hidden_size)
+    return vision.num_hidden_layers * one
+
+
+def gaze_flops(config):
+    """The pass of the K queries of one frame that finds the window: over the low-resolution patches, no gradient."""
+    return query_layers(config) + query_attention(config)
 
 
 def query_pass_flops(config):
@@ -176,6 +214,7 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
 
     `multi_token` and coarse-only networks cost the same in every mode.
     """
+    config = at_low_resolution(config)
     vision, text, frames = config.vision_config, config.text_config, sample.num_frames
     num_plans = config.num_passes if num_plans is None else num_plans
     multi_token = config.architecture == "multi_token"
@@ -187,11 +226,21 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
     if planning:
         passes = planning_passes(config, sample, mode, num_plans)
         num_query_passes, planned = (1 + num_plans, len(passes) * frames) if mode == "fine" else (1, frames)
+    num_windows = 0  # per frame
+    if planning and config.fovea_size:
+        num_windows = num_plans if mode == "fine" else 1
     passes.append(full_pass(config, sample, planning and mode == "fine" and bool(passes)))
     components = Components(
         vision_encoder=frames
-        * (vision_encoder_flops(vision, multi_token or shallow) + shallow * vision_keys_and_values(vision)),
-        query_passes=frames * num_query_passes * query_pass_flops(config) if num_query_passes else 0,
+        * (
+            vision_encoder_flops(vision, multi_token or shallow)
+            + shallow * vision_keys_and_values(vision)
+            + num_windows * window_flops(config)
+        ),
+        query_passes=frames
+        * (num_query_passes * query_pass_flops(config) + num_windows * (gaze_flops(config) + window_attention(config)))
+        if num_query_passes
+        else 0,
         connector=max(num_query_passes, 1) * frames * connector(config),
         planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
         language_model=sum(pass_flops(text, one) for one in passes),
@@ -200,9 +249,13 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
     once = sum(vars(components).values())
     if planning and mode == "autoregressive":
         without_backward = without_gradient(config, sample, components, passes)
-        backward = 2 * (once - without_backward) - frames * patch_embedding(vision)  # no gradient of the pixels
+        without_backward += frames * num_windows * gaze_flops(config)
+        embedding = patch_embedding(vision) + num_windows * window_embedding(config)
+        backward = 2 * (once - without_backward) - frames * embedding  # no gradient of the pixels
     else:
-        backward = parallel_backward(config, sample, components, passes, num_query_passes, trained, coarse_loss)
+        backward = parallel_backward(
+            config, sample, components, passes, num_query_passes, num_windows, trained, coarse_loss
+        )
     return ModeFlops(
         components=components,
         language_passes=[pass_flops(text, one) for one in passes],
@@ -255,14 +308,14 @@ def without_gradient(config, sample, components, passes):
     return last_layer + last_plan
 
 
-def parallel_backward(config, sample, components, passes, num_query_passes, trained, coarse_loss):
+def parallel_backward(config, sample, components, passes, num_query_passes, num_windows, trained, coarse_loss):
     """FLOPs of the backward pass of coarse and fine mode. Each matrix product costs its forward FLOPs once for the
     gradient of its weights, if they are trained, and once for the gradient of its input, if anything below is trained.
     Attention costs twice its forward FLOPs: half for the queries, half for the keys and values.
 
     A frozen vision encoder needs no gradient of the patches; none is counted even if the code computes one. With static
-    queries neither planning nor the query passes that feed only planning get a gradient. The gradient of queries that
-    pass through the layers together with the patches is zero up to the last layer.
+    queries neither planning nor the query passes that feed only planning get a gradient, nor do their windows. The
+    gradient of queries that pass through the layers together with the patches is zero up to the last layer.
     """
     text, vision, frames = config.text_config, config.vision_config, sample.num_frames
     if not (frames or trained.language) or not any(vars(trained).values()):
@@ -273,7 +326,10 @@ def parallel_backward(config, sample, components, passes, num_query_passes, trai
     shallow_keys = frames * vision_keys_and_values(vision) * (num_query_passes > 0 and config.attention == "shallow")
     flops += shallow_keys * (trained.connector + trained.vision)
     if trained.vision:
-        flops += 2 * (components.vision_encoder - shallow_keys) - frames * patch_embedding(vision)  # none of the pixels
+        windows = frames * num_windows * window_flops(config)
+        flops += 2 * (components.vision_encoder - shallow_keys - windows) - frames * patch_embedding(vision)
+        num_trained = min(num_windows, 1) if config.query_source == "static" else num_windows
+        flops += frames * num_trained * (2 * window_flops(config) - window_embedding(config))  # none of the pixels
     if not num_query_passes:
         connected = connector_of_features(config) * (trained.connector + trained.vision)
         return flops + frames * (connected + time_projection(config) * trained.connector)
@@ -284,16 +340,16 @@ def parallel_backward(config, sample, components, passes, num_query_passes, trai
         elif config.attention == "deep" and trained.vision:
             last_layer = vision_rows(vision, config.num_visual_tokens_per_frame)
             flops += 2 * frames * (query_pass_flops(config) - last_layer)
-        return flops + frames * query_pass_backward(config, trained, planned=False)
+        return flops + frames * query_pass_backward(config, trained, planned=False, with_window=num_windows > 0)
     flops += sum(pass_backward(text, one, trained) for one in passes[:-1])
     flops += components.planner * (trained.connector + 1)
     query_passes = query_pass_backward(config, trained, planned=False) + num_planned * query_pass_backward(
-        config, trained, planned=True
+        config, trained, planned=True, with_window=num_windows > 0
     )
     return flops + frames * query_passes
 
 
-def query_pass_backward(config, trained, planned):
+def query_pass_backward(config, trained, planned, with_window=False):
     """Backward pass of the queries of one frame, without the patches. planned: whether the queries are planned."""
     deep = config.attention == "deep"
     queries_need = planned or trained.connector
@@ -303,7 +359,7 @@ def query_pass_backward(config, trained, planned):
     return (
         query_projection(config) * (trained.connector + queries_need)
         + query_layers(config) * (weights + rows_need)
-        + query_attention(config) * (rows_need + keys_need)
+        + (query_attention(config) + with_window * window_attention(config)) * (rows_need + keys_need)
         + connector_of_features(config) * (trained.connector + rows_need)
         + time_projection(config) * trained.connector
     )

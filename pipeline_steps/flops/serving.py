@@ -24,7 +24,15 @@ D vision width, E language width, A, C width of all query heads and of all key-v
 """
 
 from model.frame_step import PLACES
-from pipeline_steps.common.flop_formulas import Sample, forward, head_width, language_pass, linear, num_vision_rows
+from pipeline_steps.common.flop_formulas import (
+    Sample,
+    at_low_resolution,
+    forward,
+    head_width,
+    language_pass,
+    linear,
+    num_vision_rows,
+)
 from pipeline_steps.common.metrics import AnswerCost, TrainingMemory
 
 FP32 = 4  # bytes
@@ -77,7 +85,7 @@ def key_value_bytes(text, num_positions, bytes_per_number):
 
 def vision_bytes(config, num_frames, bytes_per_number):
     """Size of the vision encoder's keys and values that the queries attend to; 0 for `multi_token`."""
-    vision = config.vision_config
+    vision = at_low_resolution(config).vision_config
     if config.architecture == "multi_token":
         return 0
     layers = 1 if config.attention == "shallow" else vision.num_hidden_layers
@@ -86,8 +94,9 @@ def vision_bytes(config, num_frames, bytes_per_number):
 
 def training_memory(config, sample, bytes_per_number):
     """`TrainingMemory` of one sample in fine mode."""
-    vision, text = config.vision_config, config.text_config
     result = forward(config, sample, "fine")
+    config = at_low_resolution(config)
+    vision, text = config.vision_config, config.text_config
     width, inner = vision.hidden_size, int(vision.hidden_size * vision.mlp_ratio)
     query_rows = result.num_query_passes * sample.num_frames * config.num_visual_tokens_per_frame
     per_row = 10 * width + 2 * inner
@@ -96,6 +105,11 @@ def training_memory(config, sample, bytes_per_number):
     if not needs_last:
         per_frame_row += vision.num_hidden_layers * width
     per_frame = num_vision_rows(vision) * per_frame_row + vision.num_channels * vision.image_size**2
+    if config.fovea_size:  # every plan has a window, with its own copy of all keys and values
+        size, num_windows = config.fovea_size**2, result.num_query_passes - 1
+        window = size * (per_frame_row - width + vision.num_channels * vision.patch_size**2)
+        copies = vision.num_hidden_layers * 2 * width * num_vision_rows(vision)
+        per_frame += num_windows * (window + copies)
     heads = text.num_attention_heads * head_width(text), text.num_key_value_heads * head_width(text)
     per_position = 6 * text.hidden_size + 3 * heads[0] + 2 * heads[1] + 4 * text.intermediate_size
     layers = 1 if config.attention == "shallow" else vision.num_hidden_layers

@@ -14,7 +14,14 @@ def check_compatibility(config, dataset, image_replication: int) -> None:
             f"{dataset.shards_dir}: the frames have {size} px, not a multiple of the vision encoder's patch size of "
             f"{patch} px. Set shards.image_size to {max(size // patch, 1) * patch}."
         )
-    tokens, grid = config.num_visual_tokens_per_frame, size // patch
+    low_patch, grid = patch * config.frame_downsampling, size // patch
+    if size % low_patch or config.fovea_size > grid:
+        raise UserError(
+            f"{dataset.shards_dir}: the frames have {size} px, {grid} patches a side. model.frame_downsampling "
+            f"{config.frame_downsampling} needs a multiple of {low_patch} px, and model.fovea_size "
+            f"{config.fovea_size} at least so many patches. Change shards.image_size or these options."
+        )
+    tokens, grid = config.num_visual_tokens_per_frame, size // low_patch
     if config.architecture == "multi_token" and tokens > grid * grid:
         raise UserError(
             f"model.num_visual_tokens_per_frame is {tokens}, but the architecture multi_token supports at "

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline_steps.common.params import StrictModel
 
@@ -40,6 +40,10 @@ class Section(StrictModel):
     """One token per query, their mean, or a learned weighting."""
     num_passes: int = Field(ge=1, le=3)
     """Fine passes, each planned from the previous one."""
+    frame_downsampling: PositiveInt
+    """The vision encoder sees frames reduced by this factor."""
+    fovea_size: NonNegativeInt
+    """Side in patches of the full-resolution window where a planned query looks; 0: none."""
     coarse_only: bool
     """Static query only (ablation A6)."""
     blind: bool

@@ -78,9 +78,25 @@ def test_command_prints_a_table_and_writes_only_to_output(monkeypatch, tmp_path,
     assert list(written["modes"]) == sorted(MODES)
 
 
+def test_the_fovea_is_compared_in_the_same_run(monkeypatch, tmp_path, capsys):
+    make_model().config.save_pretrained(tmp_path / "model")
+    options = ("--config", tmp_path / "model", "--image-size", 112, "--frames", 3, "--repeats", 2)
+    assert call(monkeypatch, *options, "--fovea", 4, 2, "--output", tmp_path / "numbers.json") == 0
+    assert capsys.readouterr().out.split()[:3] == ["full", "fovea", "ratio"]
+    found = json.loads((tmp_path / "numbers.json").read_text())["modes"]
+    assert list(found) == ["autoregressive", "fine"]
+    for values in found.values():
+        flops = values["vision_flops_per_frame"]
+        assert values["vision_flops_ratio"] == pytest.approx(flops["full"] / flops["fovea"])
+        assert values["vision_flops_ratio"] > 4  # 65 rows against 5 and 4
+        assert all(milliseconds > 0 for milliseconds in values["milliseconds_per_frame"].values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--fovea", 3, 2), "--fovea 3 2: expected a factor of 2 or more by which 8 patches"),
+        (("--fovea", 2, 9), "--fovea 2 9: expected"),
         (("--frames", 1, 65), "--frames goes up to 65, the network takes at most 64"),
         (("--config", "nowhere"), "nowhere/config.json does not exist"),
         (("--image-size", 100), "--image-size is 100, expected a multiple of the patch size 14"),

@@ -257,6 +257,8 @@ CHANGES = {
     "num_visual_tokens_per_frame": (4, {}),
     "token_aggregation": ("mean", {"num_visual_tokens_per_frame": 4}),
     "num_passes": (2, {}),
+    "frame_downsampling": (2, {}),
+    "fovea_size": (2, {"frame_downsampling": 2}),
     "query_update": ("add", {}),
     "coarse_only": (True, {}),
     "blind": (True, {}),

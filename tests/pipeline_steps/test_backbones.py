@@ -39,6 +39,7 @@ TINY = Embedded(
     vision_batch_size=4,
     vision_learning_rate=1e-3,
     vision_queries="selecting",
+    vision_downsampling=1,
     language_width=48,
     language_layers=2,
     language_heads=4,
@@ -285,6 +286,49 @@ def test_warm_up_supports_larger_frames_and_finer_patches():
     encoder = vision_encoder.build_vision_encoder(options)
     assert encoder.embeddings.position_embeddings.shape == (1, 257, 32)
     assert 0 <= vision_encoder.warm_up_vision_encoder(encoder, options, 2)["query_digit_accuracy"] <= 1
+
+
+def test_reduced_frames_keep_the_labels_of_their_patches():
+    frames = Frames("train", 1, 3, 0, size=112, grid=16)[0]
+    small = vision_encoder.reduced(frames, 4)
+    assert small["frames"].shape == (3, 28, 28, 3)
+    torch.testing.assert_close(small["frames"][0, 0, 0], frames["frames"][0, :4, :4].float().mean((0, 1)))
+    same = Frames("train", 1, 3, 0)[0]  # one patch for each of the world's cells
+    for name in ("patch_digit", "patch_colour"):
+        assert torch.equal(small[name], same[name])
+    assert vision_encoder.reduced(frames, 1) is frames
+
+
+def test_warm_up_at_two_resolutions_helps_reduced_frames():
+    """A loss on reduced frames after the same number of steps, half of them reduced, against none."""
+    frames = vision_encoder.reduced(Frames("validation", 1, 64, 0, size=112, grid=16)[0], 4)
+    losses = []
+    for factor in (1, 4):
+        options = TINY.model_copy(
+            update={"image_size": 112, "patch_size": 7, "vision_steps": 24, "vision_downsampling": factor}
+        )
+        torch.manual_seed(0)
+        encoder = vision_encoder.build_vision_encoder(options)
+        heads = None
+
+        class Kept(vision_encoder.Heads):
+            def __init__(self, *arguments):
+                nonlocal heads
+                super().__init__(*arguments)
+                heads = self
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(vision_encoder, "Heads", Kept)
+            vision_encoder.warm_up_vision_encoder(encoder, options, 1)
+        with torch.no_grad():
+            losses.append(vision_encoder.batch_loss(encoder, heads, frames).item())
+    assert losses[1] < losses[0]
+
+
+def test_a_reduced_patch_beyond_its_cell_is_rejected():
+    options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_downsampling": 8})
+    with pytest.raises(UserError, match="vision_downsampling is 8, expected a divisor of 4"):
+        vision_encoder.build_vision_encoder(options)
 
 
 # ---- local folders and the entry point ----

@@ -39,6 +39,14 @@ def test_compatible_data_are_accepted():
             56,
             "is 25.*at most 16",
         ),
+        ({"frame_downsampling": 3}, (), 56, "4 patches a side. model.frame_downsampling 3 needs a multiple of 42 px"),
+        ({"frame_downsampling": 2, "fovea_size": 5}, (), 56, "model.fovea_size 5 at least so many patches"),
+        (
+            {"architecture": "multi_token", "num_visual_tokens_per_frame": 16, "frame_downsampling": 2},
+            (),
+            56,
+            "is 16.*at most 4",
+        ),
     ],
 )
 def test_incompatible_data_are_rejected_with_the_sample(options, rows, image_size, message):

@@ -93,8 +93,10 @@ def counted(config, sample, backward=False, **options):
         {"num_visual_tokens_per_frame": 3},
         {"num_visual_tokens_per_frame": 3, "token_aggregation": "weighted", "frame_time_embedding": "sinusoidal"},
         {"num_passes": 2, "attention_temperature": 0.5, "hard_attention": "top_k"},
+        {"frame_downsampling": 2},
+        {"frame_downsampling": 2, "fovea_size": 2},
     ],
-    ids=["deep", "shallow", "coarse_only", "multi_token", "three_queries", "aggregated", "passes"],
+    ids=["deep", "shallow", "coarse_only", "multi_token", "three_queries", "aggregated", "passes", "low", "fovea"],
 )
 def test_forward_agrees_with_the_counter(mode, options):
     config = make_config(**options)
@@ -124,6 +126,38 @@ def test_training_of_single_pass_arms_agrees_with_the_counter(options):
     config = make_config(**options)
     expected = counted(config, SAMPLE, backward=True, mode="fine")
     assert formulas.training_step(config, SAMPLE, objective()) == pytest.approx(expected, rel=1e-6)
+
+
+FOVEA = {"frame_downsampling": 2, "fovea_size": 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**FOVEA, "num_visual_tokens_per_frame": 2},
+        {**FOVEA, "num_passes": 2, "query_update": "add"},
+        {**FOVEA, "query_source": "static"},
+        {**FOVEA, "query_source": "static", "num_passes": 2},
+        {"frame_downsampling": 2, "attention": "shallow"},
+    ],
+    ids=str,
+)
+def test_training_with_a_fovea_agrees_with_the_counter(options):
+    assert_agrees(options, SAMPLE, ("coarse", "fine", "autoregressive"), 1e-6)
+
+
+def test_vision_flops_of_a_fovea_fall_by_more_than_four():
+    """At the sizes of conf/study/fovea.yaml: 257 rows, against 17 and a window of 16 patches."""
+    vision = Dinov2Config(image_size=112, patch_size=7, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    text = make_config().text_config
+
+    def vision_flops(**options):
+        config = FoveatedVLMConfig(vision, text, query_dim=64, visual_scale=0.1, visual_token_id=VISUAL, **options)
+        return formulas.forward(config, SAMPLE, "autoregressive").components.vision_encoder
+
+    full, low = vision_flops(), vision_flops(frame_downsampling=4)
+    fovea = vision_flops(frame_downsampling=4, fovea_size=4)
+    assert low < fovea < full / 4
 
 
 VISION_FIRST = Sample(num_frames=5, num_text_tokens=23, num_tokens_before=1, num_labels=7)

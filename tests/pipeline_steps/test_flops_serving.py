@@ -83,7 +83,17 @@ def kept_bytes_of_batch(config, sample, batch_size):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("options", [*ARMS, {"num_visual_tokens_per_frame": 4}, {"num_passes": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *ARMS,
+        {"num_visual_tokens_per_frame": 4},
+        {"num_passes": 2},
+        {"frame_downsampling": 2},
+        {"frame_downsampling": 2, "fovea_size": 2},
+    ],
+    ids=str,
+)
 def test_activation_memory_is_within_ten_per_cent_of_saved_tensors(options):
     config = make_config(**options)
     found = serving.training_memory(config, SAMPLE, bytes_per_number=4)
