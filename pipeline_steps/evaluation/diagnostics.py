@@ -220,6 +220,8 @@ def path_agreement(config, table):
     none."""
     if config.architecture != "foveated":
         return NO_QUERIES
+    if config.fovea_size:
+        return "the coarse pass has no window, the control static_query has"
     pairs = table[table["mode"].isin(["coarse", "static_query"])]
     losses = pairs.assign(loss=pairs["loss_sum"] / pairs["num_tokens"]).pivot(
         index=["task", "key", "item"], columns="mode", values="loss"

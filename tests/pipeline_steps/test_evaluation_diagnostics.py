@@ -113,6 +113,8 @@ def test_paths_that_disagree_are_found():
     assert diagnostics.path_agreement(config, table) == pytest.approx(0.25)
     assert diagnostics.path_agreement(config, table[:2]) == pytest.approx(0.00005)
     assert diagnostics.path_agreement(config, CONTROLS_MISSING) == "the controls were not measured"
+    fovea = tiny.make_model(frame_downsampling=2, fovea_size=2).config
+    assert "the coarse pass has no window" in diagnostics.path_agreement(fovea, table)
 
 
 # ---------------------------------------------------------------- networks
