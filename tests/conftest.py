@@ -31,8 +31,8 @@ def _leave_to_this_process(pipes: list[int]) -> None:
     and the controller would wait for it without end and without a word."""
 
     def close():
-        for descriptor in pipes:
-            os.close(descriptor)
+        while pipes:  # once: a child's own child has other files at these numbers
+            os.close(pipes.pop())
 
     os.register_at_fork(after_in_child=close)
 

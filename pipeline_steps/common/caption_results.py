@@ -102,7 +102,7 @@ class CaptionParts(Result):
     num_items: int = Field(ge=0)
     """Counts."""
     longest: int = Field(ge=1)
-    """Counts."""
+    """Frames of the longest chosen video."""
     reason: str | None = None
     """Why not measured."""
     reference: dict[str, Share] = {}

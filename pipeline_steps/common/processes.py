@@ -43,26 +43,42 @@ def map_in_processes(
 ) -> Iterator:
     """Yield work(job) of every job, in order.
 
-    With one process or one job the work is done in this process. start: called once in every process that works.
+    With one process or one job the work is done in this process. start: called once in every process that works. If a
+    job fails, or the iteration ends early, the processes are ended at once.
     `work`, `start` and the jobs have to be picklable, and importable from a module other than `__main__`. UserError,
     with `advice` on what to do, if a process is killed.
     """
+    if num_processes < 1:
+        raise UserError(f"the number of processes is {num_processes}, expected at least 1")
     num_processes = min(num_processes, len(jobs))
     if num_processes <= 1:
         if start is not None:
             start()
         yield from map(work, jobs)
         return
-    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _bind, (os.getpid(),))
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _bind, (os.getpid(), start))
+    earlier = set(multiprocessing.active_children())
     try:
-        yield from pool.map(partial(_run, start, work), jobs, chunksize=chunksize)
+        yield from pool.map(partial(_run, work), jobs, chunksize=chunksize)
     except BrokenProcessPool:
-        raise UserError(f"one of {num_processes} processes was killed, probably for lack of memory. {advice}") from None
+        raise UserError(
+            f"one of {num_processes} processes was killed, probably for lack of memory (if it could not start, the "
+            f"reason is above). {advice}"
+        ) from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - earlier:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _bind(parent: int) -> None:
+_start: Callable[[], None] | None = None  # still to be called in this process
+
+
+def _bind(parent: int, start: Callable[[], None] | None) -> None:
+    global _start
+    _start = start  # not called here: errors of a pool's initializer do not reach the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
     if sys.platform == "linux":  # orphans would go on writing after the lock of the output is free
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -71,12 +87,9 @@ def _bind(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the remaining cores
 
 
-_started = False  # in this process
-
-
-def _run(start: Callable[[], None] | None, work: Callable, job):
-    global _started
-    if start is not None and not _started:  # not in the pool's initializer, whose errors do not reach the parent
-        start()
-    _started = True
+def _run(work: Callable, job):
+    global _start
+    if _start is not None:
+        _start()
+        _start = None
     return work(job)

@@ -3,9 +3,10 @@
     python -m pipeline_steps.evaluation
 
 Reads params.yaml, outputs/stage3, data/shards and data/tokens. Writes outputs/metrics/evaluation.json
-(docs/metrics.md explains every number) and outputs/evaluation/: items.parquet, one row per item and mode,
-answers.jsonl with greedy answers, captions.jsonl with free-form answers in several modes, if clips are long enough
-caption_parts.jsonl with such answers for parts of them, and, if items have options, choices.parquet, one row per item.
+(explained by `python -m pipeline_steps.common.reference --results`) and outputs/evaluation/: items.parquet, one row per
+item and mode, answers.jsonl with greedy answers, captions.jsonl with free-form answers in several modes, if clips are
+long enough caption_parts.jsonl with such answers for parts of them, and, if items have options, choices.parquet, one
+row per item.
 Modes: coarse, fine, autoregressive; controls in autoregressive mode: blind (grey frames) and random_query (random
 queries with the norm of the planned ones). The controls of controls.py run on fewer items; parts of clips
 (temporal.py), automated checks (diagnostics.py) and other temperatures (temperature_sweep.py) on fewer clips. Cost at

@@ -13,6 +13,7 @@ from pipeline_steps.evaluation.attention_probes import RANDOM
 from pipeline_steps.evaluation.diagnostics import NO_PLAN, NO_QUERIES, SHORT, cosine
 from pipeline_steps.evaluation.next_frame import VIDEOS, fine_name
 
+NO_VIDEOS = "the split has no videos"
 NOT_TRAINED = "not trained with the next-frame objective"
 PAIRS = {"static / planned": ("coarse", "fine"), "static / random": ("coarse", RANDOM)}
 
@@ -33,9 +34,12 @@ def collect(model, observed, temperatures, next_frame):
         "head_sensitivity": NOT_TRAINED,
     }
     if next_frame is not None:
-        score = next_frame.groups.get(VIDEOS) or next(iter(next_frame.groups.values()))
-        found["previous_latent"] = previous_latent(score, fine_name(model.config))
-        found["head_sensitivity"] = known(state=score.state_sensitivity, previous=score.previous_sensitivity)
+        score = next_frame.groups.get(VIDEOS)
+        if score is None:
+            found["previous_latent"] = found["head_sensitivity"] = NO_VIDEOS
+        else:
+            found["previous_latent"] = previous_latent(score, fine_name(model.config))
+            found["head_sensitivity"] = known(state=score.state_sensitivity, previous=score.previous_sensitivity)
     missing = {name: value for name, value in found.items() if isinstance(value, str)}
     empty = {name: [] if name == "temperature" else None for name in missing}
     return PreliminaryDiagnostics(**(found | empty), not_measured=missing, num_items=len(observed.num_frames))

@@ -9,13 +9,14 @@ NAMES = {
     "query_projection": "4 query projection",
     "head_sensitivity": "5 head sensitivity",
 }
-NOTE = """Measured on {} clips. 1: next-frame loss without an input / with it; 1 means that the head does not use the
-input. 2: visual tokens of the same frames with two queries; a cosine near 1 means that the query changes nothing
-(distance: relative to the mean norm). 3: autoregressive mode with the trained temperature times a factor, without
-training; entropy relative to its maximum, last layer. 4: planned and static queries; a cosine that rises means that the
-projection makes queries alike. 5: relative change of the prediction / of the input; a ratio below 1 means that the head
-copies the previous latent. The predecessor measured on random pixels, 2 and 4 with its first query in place of a
-planned one."""
+NOTE = """2 to 4 were measured on {} clips, 1 and 5 on those of the next-frame scores. 1: next-frame loss without an
+input / with it; 1 means that the head does not use the input. 2: visual tokens of the same frames with two
+queries; a cosine near 1 means that the query changes nothing (distance: relative to the mean norm). 3:
+autoregressive mode with the trained temperature times a factor, without training; entropy relative to its
+maximum, last layer. 4: planned and static queries; a cosine that rises means that the projection makes
+queries alike. 5: relative change of the prediction / of the input; a ratio below 1 means that the head
+copies the previous latent. The predecessor measured on random pixels, 2 and 4 with its first query in place
+of a planned one."""
 
 
 def number(value, digits=3):

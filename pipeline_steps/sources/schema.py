@@ -225,7 +225,7 @@ class Actions(StrictModel):
     fold: Literal[1, 2, 3] | None
     """UCF-101's list; null: other layouts."""
     validation_share: float = Field(ge=0, lt=1)
-    """Share of training groups for validation, where the data set has no own."""
+    """Share of training groups for validation, where no list is left for it."""
     num_options: int | None = Field(ge=2, le=26)
     """Options of `action_choice`; null: no such items."""
     max_samples: SampleLimits

@@ -340,6 +340,12 @@ def test_a_clip_in_two_lists_stays_in_the_held_out_one(tmp_path):
     write_lines(path, *path.read_text().split("\n")[:9], "Archery/v_Archery_g08_c01.avi 2")
     _, quarantined, _ = collected(values, tmp_path / "raw2")
     assert [reason.startswith("listed twice: ") for _, reason in quarantined] == [True]
+    held_out = tmp_path / "ucf/ucfTrainTestlist/testlist01.txt"
+    write_lines(path, *path.read_text().split("\n")[:9], "Archery/v_Archery_g01_c01.avi 2")
+    write_lines(held_out, *held_out.read_text().split("\n")[:-1], "Archery/v_Archery_g01_c01.avi")
+    samples, quarantined, _ = collected(values, tmp_path / "raw3")
+    assert samples["ucf101-v_Archery_g01_c01"].split == "test"
+    assert sorted(reason.split(":")[0].split(" ")[0] for _, reason in quarantined) == ["in", "listed"]
 
 
 def replaced(name, old, new):

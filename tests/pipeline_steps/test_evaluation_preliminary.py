@@ -170,6 +170,14 @@ def test_the_head_is_that_of_the_planned_pass_of_clips():
     assert without.head_sensitivity == {"state": 0.5}
 
 
+def test_the_head_is_not_measured_on_stills():
+    stills = next_frame()
+    del stills.groups["videos"]
+    found = collect(tiny.make_model(), stills)
+    assert found.previous_latent is found.head_sensitivity is None
+    assert set(found.not_measured.values()) == {preliminary.NO_VIDEOS}
+
+
 def test_what_was_not_measured_has_a_reason():
     found = collect(tiny.make_model())
     not_trained = dict.fromkeys(("previous_latent", "head_sensitivity"), preliminary.NOT_TRAINED)

@@ -41,7 +41,7 @@ def test_one_process_or_one_job_needs_no_other_process(num_processes, jobs):
 
 
 def test_a_killed_process_is_an_error_with_advice():
-    with pytest.raises(UserError, match=r"^one of 2 processes was killed, probably for lack of memory\. Use one\.$"):
+    with pytest.raises(UserError, match=r"^one of 2 processes was killed, probably for lack of memory .* Use one\.$"):
         list(map_in_processes(_work, ["die", *range(9)], 2, "Use one."))
 
 
@@ -53,6 +53,24 @@ def _cannot_start():
 def test_errors_of_the_start_arrive_unchanged(num_processes):
     with pytest.raises(UserError, match=r"^no tokenizer$"):
         list(map_in_processes(_work, ["a", "b"], num_processes, "", _cannot_start))
+
+
+def test_a_number_of_processes_below_one_is_refused():
+    with pytest.raises(UserError, match=r"^the number of processes is 0, expected at least 1$"):
+        list(map_in_processes(_work, ["a", "b"], 0, ""))
+
+
+def _slow(job):
+    if job == 0:
+        raise UserError("cannot be done")
+    time.sleep(60)
+
+
+def test_a_failed_job_ends_the_others_at_once():
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^cannot be done$"):
+        list(map_in_processes(_slow, range(8), 2, ""))
+    assert time.monotonic() - started < 40
 
 
 def test_errors_of_the_work_arrive_unchanged():

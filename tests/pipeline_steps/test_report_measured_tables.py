@@ -268,7 +268,7 @@ def test_preliminary_diagnostics_are_one_table(plain):
         ["5 head sensitivity", "change by the previous latent", "0.100", "–"],
         ["5 head sensitivity", "state / previous latent", "5.0", "4.7"],
     ]
-    assert table.note.startswith("Measured on 42 clips.")
+    assert table.note.startswith("2 to 4 were measured on 42 clips,")
     missing = {"previous_latent": None, "head_sensitivity": None}
     reasons = dict.fromkeys(missing, "not trained with the next-frame objective")
     without = found.model_copy(update=missing | {"not_measured": reasons})

@@ -61,6 +61,7 @@ class _Reader:
     def without_repetitions(self, clips: list[Clip]) -> list[Clip]:
         """The clips without those that a line of the same split repeats. UserError if two lines disagree."""
         first: dict[str, Clip] = {}
+        first_of_split: dict[tuple[str, str], Clip] = {}
         kept = []
         for clip in clips:
             other = first.setdefault(clip.name, clip)
@@ -68,10 +69,11 @@ class _Reader:
                 raise UserError(
                     f"{clip.where}: {clip.name} is {clip.label!r}, but {other.label!r} in {other.where}. Correct one."
                 )
-            if other is clip or other.split != clip.split:  # the latter is a leak, and reported as one
+            same = first_of_split.setdefault((clip.name, clip.split), clip)
+            if same is clip:  # in another split it is a leak, and reported as one
                 kept.append(clip)
             else:
-                self._reject(clip, f"listed twice: {other.where} and {clip.where}")
+                self._reject(clip, f"listed twice: {same.where} and {clip.where}")
         return kept
 
     def without_leaks(self, clips: list[Clip]) -> list[Clip]:
