@@ -81,6 +81,8 @@ def main():
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
         leading = studies.headline_of(kept)
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
+    if leading:
+        studied[leading.name]["tiles"] = studies.headline_tiles(studies.default_of(kept))
     with replaced_folder(reports / "tables") as folder:
         for table in [*built.values(), *(study[name] for study in studied.values() for name in STUDY_TABLES)]:
             if table.rows:
@@ -240,7 +242,7 @@ def show_study(folder, study, leads):
     found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)
-        found |= {"cards": studies.cards(study), "tiles": studies.headline_tiles(study)}
+        found["cards"] = studies.cards(study)
         if len(arms) < len(study.summary.arms):
             found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
             drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}

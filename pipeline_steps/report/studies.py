@@ -63,6 +63,20 @@ def headline_of(studies):
     return max(found, key=rank, default=None)
 
 
+def default_of(studies):
+    """The study whose runs of the default recipe are the key figures: of those on the test split, the one with most
+    such runs, then the one with the highest seeds. The default may have changed since the headline arms were compared.
+    None: there is none."""
+    found = [study for study in studies if study.summary.split == "test" and len(default_runs(study))]
+    return max(found, key=lambda study: (len(default_runs(study)), *rank(study)[2:]), default=None)
+
+
+def default_runs(study):
+    """Rows of runs.csv of the default recipe, at the study's first budget."""
+    runs = study.runs[study.runs["arm"] == HEADLINE_ARMS[0]]
+    return runs[runs["budget"] == runs["budget"].iloc[0]] if len(runs) else runs
+
+
 def rank(study):
     summary = study.summary
     highest = int(study.runs[SEEDS].to_numpy().max())
@@ -198,8 +212,7 @@ def group_name(name):
 
 def headline_tiles(study):
     """Key figures of the default recipe: name, value, note."""
-    runs = study.runs[study.runs["arm"] == HEADLINE_ARMS[0]]
-    runs = runs[runs["budget"] == runs["budget"].iloc[0]]
+    runs = default_runs(study)
     count, summary = len(runs), study.summary
     what = f"mean of {count} training runs (study {study.name})"
     tiles = []

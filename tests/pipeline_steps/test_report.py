@@ -582,6 +582,18 @@ def test_the_headline_study_has_all_arms_most_replicates_and_the_latest_seeds(tm
     assert studies.headline_of([first, more, later]) is more
 
 
+def test_the_key_figures_are_of_the_study_with_most_and_latest_runs_of_the_default(tmp_path):
+    def made(name, arms, seeds, **changes):
+        return write_study(tmp_path, study_summary(name, arms, seeds, **changes))
+
+    compared, alone = made("zeta", ("none", "A6", "B1"), (1, 2, 3)), made("alone", ("none",), (4, 5, 6))
+    others = [made("few", ("none",), (9,)), made("tuned", ("none",), (6, 7, 8, 9), split="validation")]
+    others.append(made("without", ("A6",), (6, 7, 8, 9)))
+    assert studies.default_of(others[1:]) is None
+    assert studies.default_of([compared, alone, *others]) is alone
+    assert studies.default_of([compared, *others]) is compared
+
+
 def test_the_loss_is_compared_by_group_in_the_tiers_of_the_research(tmp_path):
     study = write_study(tmp_path, study_summary())
     cells = {row[2]: row[-2:] for row in studies.effects(study).rows}
