@@ -242,7 +242,7 @@ def show_study(folder, study, leads):
     found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)
-        found["cards"] = studies.cards(study)
+        found |= {"cards": studies.cards(study), "question": study.summary.question}
         if len(arms) < len(study.summary.arms):
             found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
             drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}
