@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
@@ -21,6 +22,7 @@ from pipeline_steps.study import collect, design, plan, progress, summary
 from pipeline_steps.study.design import Seeds, Study
 from pipeline_steps.study.plan import Job, Plan, Run
 
+TRAINING = params.load(ROOT / "params.yaml")["training"]
 ALL = {"question": "Does it?", "arms": {"none": {}, "A6": {"overrides": ["ablation=A6"]}}, "seeds": [1, 2]}
 
 
@@ -87,7 +89,7 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     assert [cell.name for cell in waiting] == ["A6-same-seed2.2.2"]
     (cell,) = (cell for cell in ready if cell.budget == "same")
     assert cell.factor == 3.0
-    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * 36000
+    assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * TRAINING["stage3"]["num_samples"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
         run.jobs["stage2"] for run in made.runs[:2]
     ])  # fmt: skip
     guess = progress.measure_costs(made, tmp_path)
-    assert guess.seconds(short) == progress.FIRST_GUESS_PER_SAMPLE * 48000
+    assert guess.seconds(short) == progress.FIRST_GUESS_PER_SAMPLE * TRAINING["stage2"]["num_samples"]
     folder = tmp_path / long.folder
     folder.mkdir(parents=True)
     (folder / "done.json").write_text(json.dumps({"seconds": 304.0}))
