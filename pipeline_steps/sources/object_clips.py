@@ -85,7 +85,8 @@ def sample_clip(section, pictures: Pictures, split: str, kind: str, number: int,
     rng = np.random.default_rng(key)
     shortest, longest = section.objects.num_frames
     num_frames = int(rng.integers(shortest, longest + 1))
-    scene = world.sample_scene(rng, kind, split, pictures.cutouts, pictures.backgrounds, num_frames, is_new)
+    drawn = pictures.cutouts, pictures.backgrounds
+    scene = world.sample_scene(rng, kind, split, *drawn, num_frames, is_new, section.motion)
     extra = section.objects.num_extra_items if split == "train" else 0
     return scene, world.scene_items(scene, pictures.cutouts, rng, extra)
 

@@ -80,7 +80,7 @@ def sample_clip(section, split: str, kind: str, number: int) -> tuple[world.Scen
     else:
         chosen = {"colour": number % 6, "place": (number + number // 12) % 4}
     num_frames = 1 if kind == "image" else section.num_frames
-    scene = world.sample_scene(rng, kind, split, _digits(), num_frames, **chosen)
+    scene = world.sample_scene(rng, kind, split, _digits(), num_frames, section.motion, **chosen)
     return scene, world.scene_items(scene, rng, section.num_ask_items if split == "train" else 0)
 
 

@@ -106,7 +106,7 @@ class Procedural(StrictModel):
     """The rendered world; read only when collect lists procedural."""
 
     world: Literal["digits", "objects"]
-    """Cut-outs take `objects.*`, `seed` and `fps` only."""
+    """Cut-outs take `objects.*`, `seed`, `fps` and `motion` only."""
     seed: NonNegativeInt
     """Seed of the clips."""
     num_train_clips: PositiveInt
@@ -127,6 +127,8 @@ class Procedural(StrictModel):
     """Frames per clip."""
     noise: NonNegativeFloat
     """Standard deviation of grain."""
+    motion: Literal["smooth", "abrupt"] | None
+    """null: digits hop, objects do both."""
     num_objects_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, PositiveFloat]
     """Relative number of hopping training clips with 1 to 4 objects."""
     objects: Objects

@@ -135,18 +135,29 @@ def _hops(rng, num_objects: int, num_frames: int, base: int, change: bool = True
     return np.cumsum(np.concatenate([first, steps], 1), 1) % base
 
 
+def _steps(rng, num_objects: int, num_frames: int) -> np.ndarray:
+    """As `_hops` for the four patches of a lane, but from each patch to the next one around the lane, clockwise or not:
+    int [O, T]. Draws as many random numbers."""
+    around = np.array([0, 1, 3, 2])  # patches in order, and the place of each patch in that order
+    first = rng.integers(0, 4, (num_objects, 1))
+    direction = np.where(rng.integers(1, 4, (num_objects, num_frames - 1))[:, :1] == 1, 1, -1)
+    return around[(around[first] + direction * np.arange(num_frames)) % 4] if num_frames > 1 else first
+
+
 def sample_scene(
     rng: np.random.Generator,
     kind: str,
     split: str,
     digits: Digits,
     num_frames: int = 6,
+    motion: str | None = None,
     colour: int | None = None,
     place: int | None = None,
     background: int | None = None,
     num_objects: int | None = None,
 ) -> Scene:
-    """Sample a scene. `colour` and `place` (of the target) and `background` are sampled if None.
+    """Sample a scene. motion: smooth (digits go around their lane, patch by patch, in one direction) or abrupt (they
+    hop to any other patch of it; None too). `colour` and `place` (of the target) and `background` are sampled if None.
 
     `num_objects` defaults to four; for kind `gist` it is sampled from 1 to 4. Raises ValueError for an unknown kind or
     split.
@@ -165,10 +176,12 @@ def sample_scene(
     target = int(np.flatnonzero(order == 0)[0])
     lanes, colours = lanes[order], colours[order]
 
-    patches = _hops(rng, num_objects, num_frames, 4)  # within the lane, [O, T]
+    is_smooth = motion == "smooth"
+    patches = _steps(rng, num_objects, num_frames) if is_smooth else _hops(rng, num_objects, num_frames, 4)  # [O, T]
     values = _hops(rng, num_objects, num_frames, 10, change=kind in HOPPING_KINDS)
     picks = rng.random((num_objects, num_frames))
     jitter = rng.integers(0, PATCH - GLYPH + 1, (2, num_objects, num_frames))
+    jitter = jitter[..., :1] if is_smooth else jitter
     x = PATCH * (2 * (lanes[:, None] % 2) + patches % 2) + jitter[0]
     y = PATCH * (2 * (lanes[:, None] // 2) + patches // 2) + jitter[1]
     pools = digits.pools[split]

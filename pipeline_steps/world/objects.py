@@ -57,6 +57,7 @@ class Scene:
     background: Background
     tracks: tuple[Track, ...]  # drawn in this order
     target: int | None  # index into tracks; None: the whole frame is asked about
+    motion: str | None = None  # of every object: smooth or abrupt; None: some of both
     others: tuple[int, ...] = ()  # kind meet: the track that each track meets, -1 for none
     drift: tuple[float, float] = (0.0, 0.0)  # of the background over the clip, -1..1
     seed: int = 0  # of the background's texture
@@ -74,11 +75,13 @@ def sample_scene(
     backgrounds: Backgrounds,
     num_frames: int,
     is_new: bool = False,
+    motion: str | None = None,
 ) -> Scene:
     """Sample a scene whose target can be seen where the answer is decided.
 
     split: of the background, and of the held-out names if `is_new`; all other names are training names. Kind `still`
-    has one frame, whatever `num_frames` says.
+    has one frame, whatever `num_frames` says. motion: smooth (objects glide), abrupt (they jump) or None (some of
+    both).
     """
     if kind not in KINDS or (kind != "still" and num_frames < MIN_FRAMES):
         raise ValueError(f"kind is {kind!r} with {num_frames} frames, expected one of {KINDS}, {MIN_FRAMES} or more")
@@ -90,6 +93,7 @@ def sample_scene(
         background=backgrounds.by_split[split][0],
         tracks=(),
         target=None,
+        motion=motion,
         drift=tuple(rng.uniform(-1, 1, 2).tolist()),
         seed=int(rng.integers(0, 2**63)),
     )
@@ -157,10 +161,21 @@ def jump(points: np.ndarray, num_frames: int) -> np.ndarray:
     return points[np.arange(num_frames) * len(points) // num_frames]
 
 
-def drift(rng: np.random.Generator, centre: tuple[float, float], num_frames: int, reach: float) -> np.ndarray:
-    """Small smooth or abrupt movement around a centre: [T, 2]."""
+PATHS = {"smooth": glide, "abrupt": jump}
+
+
+def path_of(rng: np.random.Generator, motion: str | None, smooth_share: float):
+    """`glide` or `jump`, as `motion` says; None: drawn, `glide` with probability `smooth_share`."""
+    drawn = glide if rng.random() < smooth_share else jump  # drawn in any case, so that all else stays as it is
+    return PATHS.get(motion, drawn)
+
+
+def drift(
+    rng: np.random.Generator, motion: str | None, centre: tuple[float, float], num_frames: int, reach: float
+) -> np.ndarray:
+    """Small movement around a centre: [T, 2]."""
     points = np.asarray(centre) + rng.uniform(-reach, reach, (int(rng.integers(2, 4)), 2))
-    return (glide if rng.random() < 0.5 else jump)(points, num_frames)
+    return path_of(rng, motion, 0.5)(points, num_frames)
 
 
 def track(rng: np.random.Generator, pictures, path: np.ndarray, size: float, place: str = "") -> Track:
@@ -177,7 +192,7 @@ def track(rng: np.random.Generator, pictures, path: np.ndarray, size: float, pla
 def _become(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -> Scene:
     """Four objects trade places and each one changes once; one of them is marked in the first frame."""
     legs = int(rng.integers(2, 4))
-    path = glide if rng.random() < 0.6 else jump
+    path = path_of(rng, base.motion, 0.6)
     order = np.stack([rng.permutation(4) for _ in range(legs)])  # [points, objects] -> quadrant
     points = np.array(CENTRES)[order] + rng.uniform(-0.05, 0.05, (legs, 4, 2))
     before = names.draw(4)
@@ -202,7 +217,7 @@ def _place(rng: np.random.Generator, base: Scene, names: Names, num_frames: int)
     for index, place in enumerate(places):
         times = [round(num_frames * (number + rng.uniform(0.75, 1.25)) / count) for number in range(count - 1)]
         pictures = [shown[sum(t >= time for time in times)][index] for t in range(num_frames)]
-        path = drift(rng, CENTRES[place], num_frames, 0.04)
+        path = drift(rng, base.motion, CENTRES[place], num_frames, 0.04)
         tracks.append(track(rng, pictures, path, rng.uniform(0.28, 0.37), PLACES[place]))
     return _shuffled(rng, base, tracks, target=0)
 
@@ -219,9 +234,10 @@ def _meet(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) 
     turn = int(rng.integers(4))
     paths = []
     for index in range(2):
-        paths.append(drift(rng, waiting[index], num_frames, 0.015))
+        paths.append(drift(rng, base.motion, waiting[index], num_frames, 0.015))
     for index in range(2):
-        paths.append(glide(np.stack([homes[index], beside[index], beside[index], leave[index]]), num_frames))
+        points = np.stack([homes[index], beside[index], beside[index], leave[index]])
+        paths.append(PATHS.get(base.motion, glide)(points, num_frames))
     tracks = [track(rng, pictures[index], _turned(path, turn), sizes[index]) for index, path in enumerate(paths)]
     scene = replace(base, others=(-1, -1, 0, 1))
     return _shuffled(rng, scene, tracks, target=2)
@@ -232,11 +248,11 @@ def _small(rng: np.random.Generator, base: Scene, names: Names, num_frames: int)
     pictures = names.draw(5, asked=5)
     tracks = []
     for index, centre in enumerate(CENTRES):
-        path = drift(rng, centre, num_frames, 0.04)
+        path = drift(rng, base.motion, centre, num_frames, 0.04)
         tracks.append(track(rng, pictures[index + 1], path, rng.uniform(0.36, 0.42)))
     tracks = [tracks[index] for index in rng.permutation(4)]
     points = rng.uniform(0.12, 0.88, (int(rng.integers(3, 6)), 2))
-    path = (glide if rng.random() < 0.5 else jump)(points, num_frames)
+    path = path_of(rng, base.motion, 0.5)(points, num_frames)
     small = track(rng, pictures[0], path, rng.uniform(0.16, 0.2))
     return replace(base, tracks=(*tracks, small), target=4)
 
@@ -256,7 +272,7 @@ def _row(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -
         points[:, 0] += rng.uniform(-0.04, 0.04, 3) / count
         if frames > 1 and index == 0 and count > 1 and rng.random() < 0.5:
             points[0 if rng.random() < 0.5 else -1, 1] = rng.choice([-0.3, 1.3])  # enters, or leaves
-        path = points[:1] if frames == 1 else (glide if rng.random() < 0.7 else jump)(points, frames)
+        path = points[:1] if frames == 1 else path_of(rng, base.motion, 0.7)(points, frames)
         tracks.append(track(rng, pictures[index], path, size))
     return replace(base, tracks=tuple(tracks))
 

@@ -40,9 +40,9 @@ def backgrounds():
     return Backgrounds(None, 0.2, seed=1)
 
 
-def scenes(cutouts, backgrounds, kind, count=12, split="train", num_frames=T, is_new=False):
+def scenes(cutouts, backgrounds, kind, count=12, split="train", num_frames=T, is_new=False, motion=None):
     rngs = (np.random.default_rng((seed, KINDS.index(kind))) for seed in range(count))
-    return [world.sample_scene(rng, kind, split, cutouts, backgrounds, num_frames, is_new) for rng in rngs]
+    return [world.sample_scene(rng, kind, split, cutouts, backgrounds, num_frames, is_new, motion) for rng in rngs]
 
 
 def names(cutouts, track):
@@ -50,6 +50,20 @@ def names(cutouts, track):
 
 
 # ---------------------------------------------------------------- scenes and questions
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "still"])
+def test_objects_move_as_the_motion_says(cutouts, backgrounds, kind):
+    moved = {}
+    for motion in ("smooth", "abrupt"):
+        tracks = [
+            t for s in scenes(cutouts, backgrounds, kind, count=4, num_frames=16, motion=motion) for t in s.tracks
+        ]
+        steps = np.linalg.norm(np.diff([track.centres for track in tracks], axis=1), axis=2)  # [tracks, 15]
+        moved[motion] = (steps > 1e-3).mean()
+        if motion == "abrupt":  # at most five points, so at most four jumps
+            assert ((steps > 1e-3).sum(1) <= 4).all()
+    assert moved["smooth"] > 0.6
 
 
 def test_the_marked_object_becomes_the_answer(cutouts, backgrounds):

@@ -44,6 +44,7 @@ def section(collect=("procedural", "chat"), path=None, **changes):
             "num_frames": 6,
             "noise": 0.06,
             "num_objects_weights": (2, 1, 1, 1),
+            "motion": None,
             "objects": OBJECTS,
             **changes,
         },

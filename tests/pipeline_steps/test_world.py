@@ -48,6 +48,39 @@ def test_scenes_follow_the_rules_of_the_world(digits, kind):
             assert all(values_change) if kind in world.HOPPING_KINDS else not any(values_change)
 
 
+@pytest.mark.parametrize("kind", ["card", "gist", "image"])
+def test_smooth_digits_go_around_their_lane_and_all_else_stays(digits, kind):
+    num_frames = 1 if kind == "image" else 6
+    steps, directions = set(), set()
+    pairs = zip(
+        scenes(digits, kind, num_frames=num_frames, motion="smooth"),
+        scenes(digits, kind, num_frames=num_frames),
+        strict=True,
+    )
+    for smooth, abrupt in pairs:
+        for one, other in zip(smooth.objects, abrupt.objects, strict=True):
+            assert dataclasses.replace(one, corners=other.corners) == other
+            assert one.corners[0] == other.corners[0]
+            x, y = np.array(one.corners).T // 14
+            steps |= set((abs(np.diff(x)) + abs(np.diff(y))).tolist())
+            for corners in zip(one.corners, one.corners[4:], strict=False):
+                assert corners[0] == corners[1]  # back after four steps, at the same place of the patch
+            if num_frames > 2:
+                around = [[0, 1, 3, 2].index(2 * (b % 2) + a % 2) for a, b in zip(x, y, strict=True)]
+                turns = set(np.diff(around) % 4)
+                assert len(turns) == 1
+                directions |= turns
+        assert smooth.noise_seed == abrupt.noise_seed
+    assert steps == ({1} if num_frames > 1 else set())
+    assert directions == ({1, 3} if num_frames > 1 else set())
+
+
+def test_abrupt_is_the_motion_of_digits(digits):
+    assert [scene.objects for scene in scenes(digits, "card", motion="abrupt")] == [
+        scene.objects for scene in scenes(digits, "card")
+    ]
+
+
 def test_requested_answers_and_numbers_of_objects_are_sampled(digits):
     for scene in scenes(digits, "card", colour=3, place=2):
         target = scene.objects[scene.target]
