@@ -12,6 +12,7 @@ from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
 from pipeline_steps.report.tables import MISSING, Table
 
 PREDICTION = "training.stageN.objective.next_frame"
+DIGITS = 2  # of gains in per cent
 TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
 
 
@@ -19,7 +20,7 @@ TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negativ
 class Idea:
     """One arm of one idea."""
 
-    choice: Choice  # without a study: no parameter sets it
+    choice: Choice  # with study "": no study has it
     parameters: tuple[str, ...]  # that the arm changes; stageN: stage2 and stage3
     predicts: bool = False  # measured by next-frame losses, not by answers
 
@@ -35,6 +36,7 @@ def answering(idea, arm, description, *keys, rule=OTHER, study="ideas", baseline
 
 FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
 QUERIES = "model.num_visual_tokens_per_frame"
+MOTION = "sources.procedural.motion"  # digits hop by default
 IDEAS = (
     predicting("first system", "latent", "the next frame's latent", "weight"),
     predicting("1 previous latent", "drop", "dropped", "previous_latent"),
@@ -54,7 +56,9 @@ IDEAS = (
     answering("8 contrastive", "contrastive", "weight 0.1", "training.stageN.objective.contrastive.weight"),
     answering("9 frozen vision", "frozen_vision", "language model trained", FROZEN[0], rule=CHEAPER),
     answering("9 frozen vision", "frozen_both", "language model frozen", *FROZEN, rule=CHEAPER),
-    answering("10 motion", "", "abrupt (digits); abrupt or smooth (objects)", "sources.procedural.world", study=""),
+    Idea(Choice("10 motion", "smooth", "smooth digits, next frame", OTHER, "next_frame", "latent"), (MOTION,), True),
+    answering("10 motion", "smooth", "smooth digits, answers", MOTION),
+    answering("10 motion", "", "smooth or abrupt objects", MOTION, study=""),
     predicting("11 optical flow", "flow", "as target", "target"),
     answering("12 hard attention", "top_k", "four largest", "model.hard_attention"),
     answering("12 hard attention", "gumbel", "Gumbel", "model.hard_attention"),
@@ -96,7 +100,7 @@ def table(found):
                 rows.append([name, parameter, *cells, *empty_clips, verdict])
     columns = ["idea", "parameter", *(f"{group}, points" for group in groups), *(f"{CLIPS[name]}, %" for name in clips)]
     if with_clips:
-        columns += ["clips won, %", "without the state, ×", "latent − idea, points"]
+        columns += ["clips won, %", "loss without the state, ×", "latent − idea, points"]
     return Table("ideas", "Ideas of the research", [*columns, "verdict"], rows, note_of(groups, with_clips))
 
 
@@ -110,8 +114,9 @@ def note_of(groups, with_clips):
     if with_clips:
         text += (
             " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not corrected "
-            "for the number of ideas]; above 0, planned looks are better. Clips won: share of moving clips with lower "
-            "planned loss. Without the state: loss with the language model's state shuffled between clips / zeroed, "
+            "for the number of ideas]; above 0, planned looks are better. In static clips nothing changes, so where the "
+            "head has the previous latent these are shares of a tiny loss. Clips won: share of moving clips with lower "
+            "planned loss. Loss without the state: with the language model's state shuffled between clips / zeroed, "
             "divided by the planned loss, moving clips; near 1, the head does not use it. Latent − idea: difference of "
             "the gains on moving clips, pairs of runs with equal seeds and targets."
         )
@@ -119,7 +124,7 @@ def note_of(groups, with_clips):
 
 
 def not_run(choice):
-    return decisions.not_run(choice) if choice.study else "not run: no parameter of the worlds sets the motion"
+    return decisions.not_run(choice) if choice.study else "not run: no study has it"
 
 
 def study_of(idea, found):
@@ -145,7 +150,7 @@ def prediction_cells(arm, study, clips):
 
 def gain_cell(found):
     values = found.known("gain")
-    return studies.interval_cell(values, found.interval) if values else MISSING
+    return studies.interval_cell(values, found.interval, DIGITS) if values else MISSING
 
 
 def wins_cell(found):
@@ -159,7 +164,9 @@ def state_cell(found):
 
 
 def difference_cell(found):
-    return studies.interval_cell(found.differences, found.differences_interval) if found.differences else MISSING
+    if not found.differences:
+        return MISSING
+    return studies.interval_cell(found.differences, found.differences_interval, DIGITS)
 
 
 def finding(found):
@@ -173,7 +180,7 @@ def finding(found):
             entry = arm.next_frame.get(group) if arm else None
             text = f"{name} on {clips}"
             if entry is not None and entry.gain and (values := entry.known("gain")):
-                text += f" ({studies.interval_text(values, entry.interval)}%)"
+                text += f" ({studies.interval_text(values, entry.interval, DIGITS)}%)"
             parts.setdefault(OUTCOMES[entry.verdict if entry else None], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)

@@ -155,18 +155,18 @@ def effect_text(entry):
     return interval_text(entry.differences, entry.interval)
 
 
-def interval_text(values, interval):
+def interval_text(values, interval, digits=1):
     """Mean of values with its interval, times 100; interval: None with one value."""
-    text = points_text(float(np.mean(values)))
-    return f"{text} [{', '.join(map(points_text, interval))}]" if interval else text
+    mean, *borders = (points_text(value, digits) for value in (float(np.mean(values)), *(interval or ())))
+    return f"{mean} [{', '.join(borders)}]" if borders else mean
 
 
-def interval_cell(values, interval):
-    return (interval_text(values, interval), 100 * float(np.mean(values)))
+def interval_cell(values, interval, digits=1):
+    return (interval_text(values, interval, digits), 100 * float(np.mean(values)))
 
 
-def points_text(value):
-    return f"{100 * value:+.1f}".replace("-", "−")
+def points_text(value, digits=1):
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def budget_text(study, entry):

@@ -352,13 +352,13 @@ def next_frame_lines(summary):
             "budget": arm.budget,
             "clips": CLIPS[group],
             "runs": len(found.known("gain")),
-            "gain, %": f"{100 * np.mean(found.known('gain')):+.2f}" if found.known("gain") else "–",
+            "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
             "95 % interval (t)": gain_points(found.interval),
             "verdict on planned looks": found.verdict_text(summary.next_frame_margin),
             "clips won, %": spread(found.known("wins")),
             "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
             **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},
-            "baseline − arm, points": f"{100 * np.mean(found.differences):+.2f}" if found.differences else "–",
+            "baseline − arm, points": gain_text(np.mean(found.differences)) if found.differences else "–",
             "its 95 % interval": gain_points(found.differences_interval),
         }
         for arm in summary.arms
@@ -368,7 +368,8 @@ def next_frame_lines(summary):
         "Gain: 1 − loss of planned looks / loss of static looks (mean squared error of the head), mean over the runs. "
         f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
         "better or worse if it excludes 0. Loss: planned looks (static ones in networks with a single pass); divided "
-        "by it: the loss with another clip's state, with the state zeroed, and of the prediction that nothing changes. "
+        "by it: the loss with another clip's state, with the state zeroed, and of the prediction that nothing changes, "
+        "which is exact in static clips: gains there are shares of a tiny loss if the head has the previous latent. "
         "Baseline − arm: difference of the gains, pairs of runs with equal seeds and targets."
     )
     return [markdown(pd.DataFrame(rows)), note]
@@ -377,8 +378,13 @@ def next_frame_lines(summary):
 RELATIVE = {"shuffled_state": "state shuffled, ×", "no_state": "state zeroed, ×", "unchanged": "unchanged, ×"}
 
 
+def gain_text(value):
+    """A relative gain in per cent; + 0.0: no negative zero."""
+    return "–" if pd.isna(value) else f"{round(100 * value, 2) + 0.0:+.2f}"
+
+
 def gain_points(interval):
-    return "–" if interval is None else f"[{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
+    return "–" if interval is None else f"[{', '.join(map(gain_text, interval))}]"
 
 
 def times_text(value):
@@ -460,7 +466,7 @@ def run_table(table, study):
                 relative_gain(rows, group, f"fine_{arm_parameters(study, arm)['model']['num_passes']}")
                 for arm, rows in table.groupby("arm", sort=False)
             ]
-            shown[f"gain, {clips}"] = percent(pd.concat(gains).reindex(table.index))
+            shown[f"gain, {clips}, %"] = pd.concat(gains).reindex(table.index).map(gain_text)
     shown["commit"] = table["commit"]
     return markdown(shown)
 

@@ -132,7 +132,9 @@ def test_accuracies_of_arms_without_text_loss_are_no_results(tmp_path, table, fo
         "| 1.050 | 1.500 | 2.062 | – | – |"
     ) in text
     assert "| flow | x1 | static clips | 2 | +0.00 | [+0.00, +0.00] | too few runs |" in text
-    assert "| skip | x1 | 1 | 1 | 1 | – | – | – | – |" in text  # its run
+    assert (
+        "| skip | x1 | 1 | 1 | 1 | – | – | – | – | – | – | – | – | – | – | – | +10.00 | +20.00 | c0ffee |" in text
+    )  # its run
     assert (folder / "runs.svg").exists()
     without = table[table["arm"] != "beside_text"]
     without.to_csv(folder / "runs.csv", index=False)
@@ -206,7 +208,7 @@ def test_ideas_without_runs_name_the_command():
     assert rows["3 skip: query to head"]["verdict"] == "not run: make study name=next_frame"
     assert rows["5 entropy margin: weight 0.1"]["verdict"] == "not run: make study name=ideas"
     assert rows["fovea: low resolution alone"]["verdict"] == "not run: make study name=fovea"
-    assert rows["10 motion: abrupt (digits); abrupt or smooth (objects)"]["verdict"].startswith("not run: no parameter")
+    assert rows["10 motion: smooth or abrupt objects"]["verdict"] == "not run: no study has it"
     assert ideas.finding([]).endswith(
         "not measured for latent on moving clips, latent on static clips, delta on moving clips, delta on static clips"
         ", flow on moving clips, flow on static clips."
@@ -218,14 +220,14 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
     assert rows["1 previous latent: dropped"] == {
         "idea": "1 previous latent: dropped",
         "parameter": "training.stageN.objective.next_frame.previous_latent",
-        "moving clips, %": "+3.0 [+3.0, +3.0]",
-        "static clips, %": "+0.0 [+0.0, +0.0]",
+        "moving clips, %": "+3.00 [+3.00, +3.00]",
+        "static clips, %": "+0.00 [+0.00, +0.00]",
         "clips won, %": "50.0 [25–75]",
-        "without the state, ×": "1.05 / 1.50",
-        "latent − idea, points": "+0.0 [−2.5, +2.5]",
+        "loss without the state, ×": "1.05 / 1.50",
+        "latent − idea, points": "+0.00 [−2.48, +2.48]",
         "verdict": "moving clips: planned looks better; static clips: equal within 1% (next_frame, 3 runs)",
     }
-    assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−10.0 [−15.0, −5.0]"
+    assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−10.00 [−14.97, −5.03]"
     assert rows["2 delta: with L1 safeguard"]["latent − idea, points"] == "–"
     assert rows["3 skip: query to head"]["verdict"].endswith("static clips: too few runs (next_frame, 1 run)")
     assert rows["6 separate heads: coarse and planned"]["moving clips, %"] == "–"
@@ -234,11 +236,11 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
 
 def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
     text = ideas.finding([kept(found, table)])
-    assert "static ones: reproduced for latent on static clips (+0.0 [+0.0, +0.0]%), delta on moving clips (" in text
-    assert "refuted, planned looks are better, for latent on moving clips (+3.0 [+0.5, +5.5]%);" in text
-    assert "not refuted, planned looks are even worse, for delta on static clips (−10.0 [−15.0, −5.0]%);" in text
-    assert "undecided for flow on moving clips (+3.3 [−25.4, +32.0]%);" in text
-    assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.0 [+0.0, +0.0]%).")
+    assert "static ones: reproduced for latent on static clips (+0.00 [+0.00, +0.00]%), delta on moving clips (" in text
+    assert "refuted, planned looks are better, for latent on moving clips (+3.00 [+0.52, +5.48]%);" in text
+    assert "not refuted, planned looks are even worse, for delta on static clips (−10.00 [−14.97, −5.03]%);" in text
+    assert "undecided for flow on moving clips (+3.33 [−25.35, +32.02]%);" in text
+    assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
 
 
 def test_ideas_about_answers_are_compared_as_in_the_decision_table(tmp_path):
