@@ -1,11 +1,60 @@
 """Schema of reports/study/<name>/summary.json, which a study writes and the report reads."""
 
+from statistics import fmean
 from typing import Literal
 
 from pipeline_steps.common.metrics import Result
+from pipeline_steps.common.result import Interval, Share
 
 BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undecided", "unmatched budgets"
 EXPLORATORY = "exploratory"
+TOO_FEW, SINGLE_PASS = "too few runs", "single pass"
+CLIPS = {"videos": "moving clips", "image": "static clips"}  # groups of the next-frame losses in runs.csv
+FINE, COARSE = "fine", "coarse"
+
+
+class NextFrameGain(Result):
+    """Whether planned looks predict the next frame better than static ones, in one group of clips.
+
+    Lists have one entry per run of the arm; null: the run has no such clips, or the network has a single pass.
+    """
+
+    loss: dict[str, list[float | None]]
+    """By variant: mean squared error of the head. `fine`: the configured number of passes; the others as in
+    `NextFrameScore`, and `no_state` (state zeroed)."""
+    wins: list[Share | None]
+    """Share of clips with fine loss below coarse."""
+    gain: list[float | None]
+    """1 - fine / coarse loss."""
+    interval: Interval | None
+    """95 % t-interval of the mean gain; null: fewer than two runs."""
+    verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "single pass"]
+    """Of planned looks, by the interval. Equal: it lies within the study's `next_frame_margin`."""
+    differences: list[float]
+    """Gain of the baseline minus the arm's, per pair; empty: the baseline, another target, or no pair."""
+    differences_interval: Interval | None
+    """95 % t-interval of their mean; null: fewer than two pairs."""
+
+    @property
+    def reference(self):
+        """Loss of the last configured pass, per run."""
+        return self.loss.get(FINE, self.loss[COARSE])
+
+    def relative(self, variant):
+        """Mean over runs of the loss of a variant / `reference`; None without such a run."""
+        pairs = zip(self.loss.get(variant, []), self.reference, strict=False)
+        ratios = [own / other for own, other in pairs if own is not None and other]
+        return fmean(ratios) if ratios else None
+
+    def verdict_text(self, margin):
+        """The verdict in words; margin: the study's `next_frame_margin`."""
+        words = {EQUAL: f"equal within {100 * margin:g}%", SINGLE_PASS: "no planned looks"}
+        words |= {BETTER: "planned looks better", WORSE: "planned looks worse"}
+        return words.get(self.verdict, self.verdict)
+
+    def known(self, name):
+        """The values of `gain` or `wins` that are not null."""
+        return [value for value in getattr(self, name) if value is not None]
 
 
 class ArmResult(Result):
@@ -33,6 +82,10 @@ class ArmResult(Result):
     """Mean over runs."""
     training_seconds: float | None
     """Median over runs without interruption; null: there is none."""
+    answers_trained: bool = True
+    """Whether stage 2 or 3 trains answers; if not, accuracies are no result."""
+    next_frame: dict[str, NextFrameGain] = {}
+    """By group of clips (`CLIPS`); empty: not trained to predict the next frame."""
 
 
 class ComparisonResult(Result):
@@ -80,6 +133,8 @@ class StudySummary(Result):
     """All runs."""
     margin: float
     """Differences below it count as none."""
+    next_frame_margin: float = 0.01
+    """Gains of planned looks in next-frame prediction below it count as none."""
     plateau: float
     """Mean token accuracy from which a run has left the plateau."""
     split: str = "test"
@@ -89,4 +144,4 @@ class StudySummary(Result):
     arms: list[ArmResult]
     """In the study's order."""
     comparisons: list[ComparisonResult]
-    """Every arm and group of tasks."""
+    """Every arm and group of tasks, where both arms train answers."""

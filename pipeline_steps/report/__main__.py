@@ -30,6 +30,7 @@ from pipeline_steps.report import (
     decisions,
     differences,
     figures,
+    ideas,
     markdown,
     plots,
     provenance,
@@ -55,6 +56,7 @@ HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("studies", "Studies"),
     ("decisions", "Decisions"),
+    ("ideas", "Ideas"),
     ("tasks", "This run"),
     ("gaze", "Gaze"),
     ("compute", "Compute"),
@@ -99,6 +101,7 @@ def main():
         "verdicts": found,
         "studies": list(studied.values()),
         "headline": leading and studied[leading.name],
+        "finding": ideas.finding(kept),
         "lead": texts.lead(inputs, numbers),
         "tiles": texts.tiles(numbers),
         "tables": built,
@@ -134,6 +137,7 @@ def build_tables(inputs, settings, kept):
         table.name: table
         for table in (
             decisions.table(kept),
+            ideas.table(kept),
             tables.targets(result, settings.targets),
             tables.accuracies(result),
             tables.losses(result),

@@ -6,8 +6,6 @@ The verdicts of the groups decide by the row's rule; an alternative without runs
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipeline_steps.common.study_results import BETTER, EQUAL, WORSE
 from pipeline_steps.report import studies
 from pipeline_steps.report.tables import MISSING, Table
@@ -58,8 +56,7 @@ def table(found):
     rows = []
     for choice, study in chosen:
         if study is None:
-            verdict = f"not run: make study name={choice.study}"
-            rows.append([name_of(choice), *(MISSING for _ in groups), MISSING, verdict, RULES[choice.rule]])
+            rows.append([name_of(choice), *(MISSING for _ in groups), MISSING, not_run(choice), RULES[choice.rule]])
         else:
             labels = dict.fromkeys(entry.arm for entry in entries(choice, study))
             rows += [row(choice, study, label, groups) for label in labels]
@@ -78,6 +75,10 @@ def name_of(choice, budget=""):
     return f"{choice.decision}: {choice.description}" + (f", {studies.budget_name(budget)}" if budget else "")
 
 
+def not_run(choice):
+    return f"not run: make study name={choice.study}"
+
+
 def entries(choice, study):
     """The `ComparisonResult`s of a choice in a study, of all budgets and groups."""
     return [
@@ -87,33 +88,48 @@ def entries(choice, study):
     ]
 
 
-def best_study(choice, found):
-    """The study with most pairs of a choice, of these the one with the highest seeds; None without runs."""
-    having = [study for study in found if entries(choice, study)]
-    return max(having, key=lambda study: (most_pairs(choice, study), studies.rank(study)[1:]), default=None)
+def best_study(choice, found, measured=entries, size=lambda entry: len(entry.differences)):
+    """The study with most pairs of a choice, of these the one with the highest seeds; None without runs. measured: what
+    a study has of a choice; size: the pairs, or runs, of one of these."""
+    having = [study for study in found if measured(choice, study)]
+
+    def key(study):
+        return max(map(size, measured(choice, study))), studies.rank(study)[1:]
+
+    return max(having, key=key, default=None)
 
 
-def most_pairs(choice, study):
-    return max(len(entry.differences) for entry in entries(choice, study))
+def by_group(choice, study, label):
+    """{group of tasks: `ComparisonResult`} of a choice at one budget."""
+    return {entry.group: entry for entry in entries(choice, study) if entry.arm == label}
+
+
+def effect_cells(own, groups):
+    """A cell per group of tasks, of what `by_group` returns."""
+    return [
+        studies.interval_cell(own[group].differences, own[group].interval) if group in own else MISSING
+        for group in groups
+    ]
+
+
+def verdict_text(choice, study, own):
+    """What the comparisons `own` decide, and of which study."""
+    count = len(next(iter(own.values())).differences)
+    found = outcome(choice.rule, [entry.verdict for entry in own.values()])
+    return f"{found} ({study.name}, {count} pair{'s' * (count > 1)})"
 
 
 def row(choice, study, label, groups):
-    own = {entry.group: entry for entry in entries(choice, study) if entry.arm == label}
+    own = by_group(choice, study, label)
     first = next(iter(own.values()))
     budget = label.partition(", ")[2]
-    cells = [
-        (studies.effect_text(own[group]), 100 * float(np.mean(own[group].differences))) if group in own else MISSING
-        for group in groups
-    ]
-    count = len(first.differences)
-    pairs = f"{count} pair{'s' * (count > 1)}"
     gain, tier = studies.gain_cells(studies.improvement(study, first))
     lower = gain if gain is MISSING else (f"{gain[0]}, {tier.partition(' (')[0]}", gain[1])
     return [
         name_of(choice, budget),
-        *cells,
+        *effect_cells(own, groups),
         lower,
-        f"{outcome(choice.rule, [entry.verdict for entry in own.values()])} ({study.name}, {pairs})",
+        verdict_text(choice, study, own),
         RULES[choice.rule],
     ]
 

@@ -7,7 +7,15 @@ import pandas as pd
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import read_json
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE, StudySummary
+from pipeline_steps.common.study_results import (
+    BETTER,
+    EQUAL,
+    EXPLORATORY,
+    UNDECIDED,
+    UNMATCHED,
+    WORSE,
+    StudySummary,
+)
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, number
@@ -144,12 +152,21 @@ def statement(study, entry, num_questions):
 
 def effect_text(entry):
     """Mean difference of a `ComparisonResult` with its t-interval, in points."""
-    text = points_text(float(np.mean(entry.differences)))
-    return f"{text} [{', '.join(map(points_text, entry.interval))}]" if entry.interval else text
+    return interval_text(entry.differences, entry.interval)
 
 
-def points_text(value):
-    return f"{100 * value:+.1f}".replace("-", "−")
+def interval_text(values, interval, digits=1):
+    """Mean of values with its interval, times 100; interval: None with one value."""
+    mean, *borders = (points_text(value, digits) for value in (float(np.mean(values)), *(interval or ())))
+    return f"{mean} [{', '.join(borders)}]" if borders else mean
+
+
+def interval_cell(values, interval, digits=1):
+    return (interval_text(values, interval, digits), 100 * float(np.mean(values)))
+
+
+def points_text(value, digits=1):
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def budget_text(study, entry):
@@ -238,19 +255,21 @@ def arms(study, chosen):
     groups = list(summary.arms[0].groups)
     rows = []
     for arm in chosen:
-        exact = [value for value in arm.exact_match if value is not None]
+        trained, exact = arm.answers_trained, [value for value in arm.exact_match if value is not None]
         low, high = share_interval(arm.num_above_plateau, len(arm.seeds))
         rows.append(
             [
                 label(summary, arm),
                 (str(len(arm.seeds)), len(arm.seeds)),
-                spread(exact) if exact else MISSING,
-                *(spread(arm.groups[group]) for group in groups),
+                spread(exact) if exact and trained else MISSING,
+                *(spread(arm.groups[group]) if trained else MISSING for group in groups),
                 (
                     f"{arm.num_above_plateau} of {len(arm.seeds)} [{100 * low:.0f}–{100 * high:.0f}%]",
                     arm.num_above_plateau,
-                ),
-                (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged),
+                )
+                if trained
+                else MISSING,
+                (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged) if trained else MISSING,
                 number(arm.training_flops / 1e12, 1),
                 MISSING if arm.training_seconds is None else number(arm.training_seconds / 60, 1),
             ]
@@ -264,6 +283,8 @@ def arms(study, chosen):
         "generated answers. Brackets of the runs above the plateau: 95% interval of the share. Converged: the "
         "validation loss fell by less than 1% over the last quarter of stage 3, or rose. Minutes: of training, median."
     )
+    if untrained := [label(summary, arm) for arm in chosen if not arm.answers_trained]:
+        note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
     return Table(f"study_{study.name}", f"Arms of study {study.name}", columns, rows, note, strong=[2, 3])
 
 
@@ -277,6 +298,11 @@ def budget_name(budget):
     return budget.replace("equal_flops", "equal FLOPs")
 
 
+def trained_arms(chosen):
+    """Those of the `ArmResult`s whose accuracies are results."""
+    return [arm for arm in chosen if arm.answers_trained]
+
+
 def spread(values):
     """Mean with the lowest and the highest value, in per cent, as a cell."""
     low, mean, high = (100 * value for value in (min(values), float(np.mean(values)), max(values)))
@@ -287,7 +313,7 @@ def by_task(study, chosen):
     """Table of the token accuracy and the exact match of the `ArmResult`s `chosen` in every task."""
     tasks = [name.removeprefix("accuracy_") for name in study.runs.columns if name.startswith("accuracy_")]
     rows = []
-    for arm in chosen:
+    for arm in trained_arms(chosen):
         runs = study.runs[(study.runs["arm"] == arm.arm) & (study.runs["budget"] == arm.budget)]
         for name, prefix in (("token accuracy", "accuracy_"), ("exact match", "exact_match_")):
             cells = [
@@ -417,7 +443,10 @@ def forest_label(entry):
 
 
 def points(study, chosen):
-    """(draw, width, height): every run of the `ArmResult`s `chosen`: exact match, and token accuracy by group."""
+    """(draw, width, height): every run of the `ArmResult`s `chosen` that train answers: exact match, and token accuracy
+    by group; None without such an arm."""
+    if not (chosen := trained_arms(chosen)):
+        return None
     groups = list(chosen[0].groups)
     names_of_arms = [label(study.summary, arm).replace(" (", "\n(") for arm in chosen]
     names = ["exact match", *(SHORT_NAMES.get(group, group) for group in groups)]

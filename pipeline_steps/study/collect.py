@@ -17,6 +17,7 @@ from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
+from pipeline_steps.common.study_results import CLIPS
 from pipeline_steps.report.inputs import CONFIG
 from pipeline_steps.report.training_flops import budget_of, read_config
 from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
@@ -150,9 +151,10 @@ def next_frame_columns(found):
     """Columns of an `EvaluationResult`'s next-frame losses, of clips and of stills (task image); {} without them."""
     groups = {} if found is None else found.groups
     columns = {}
-    for name in ("videos", "image"):
+    for name in CLIPS:
         if name in groups:
             columns |= {f"next_frame_{name}_{variant}": value for variant, value in groups[name].loss.items()}
+            columns[f"next_frame_{name}_no_state"] = groups[name].no_state
             columns[f"next_frame_{name}_wins"] = groups[name].wins
     return columns
 

@@ -81,6 +81,8 @@ class Study(StrictModel):
     their number, the others are exploratory. null: all."""
     margin: float = Field(default=0.03, gt=0)
     """Differences of token accuracy below it count as none."""
+    next_frame_margin: float = Field(default=0.01, gt=0)
+    """Relative gains of planned over static looks in next-frame loss below it count as none."""
     plateau: float = Field(default=0.75, gt=0, lt=1)
     """Mean token accuracy from which a run counts as having left the plateau."""
 

@@ -17,15 +17,28 @@ from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import write_text
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.study_results import EXPLORATORY, UNDECIDED, ArmResult, ComparisonResult, StudySummary
+from pipeline_steps.common.study_results import (
+    CLIPS,
+    COARSE,
+    EXPLORATORY,
+    FINE,
+    SINGLE_PASS,
+    UNDECIDED,
+    ArmResult,
+    ComparisonResult,
+    NextFrameGain,
+    StudySummary,
+)
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of, read_study
+from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, composed, label_of, read_study
 from pipeline_steps.study.plan import RESULTS
 
 SEEDS = ("training_seed", "backbones_seed", "data_seed")
-ACCURACY, EXACT = "accuracy_", "exact_match_"
+ACCURACY = "accuracy_"
+NEXT_FRAME = "next_frame_"  # columns next_frame_<clips>_<variant>, NextFrameScore's losses, and ..._wins
+VARIANTS = (COARSE, "autoregressive", "unchanged", "shuffled_state", "no_state", "no_previous")
 COLOURS = ("#2f80ed", "#d97706", "#12a594", "#8b5cf6", "#c2410c", "#64748b")
 
 
@@ -45,7 +58,10 @@ def write_summary(name, study, results=ROOT / RESULTS):
     except FileNotFoundError:
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
     summary = summarise(name, table, study)
-    write_text(folder / "runs.svg", figure(table, study))
+    if any(arm.answers_trained for arm in summary.arms):
+        write_text(folder / "runs.svg", figure(table, study))
+    else:
+        (folder / "runs.svg").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
     write_text(folder / "README.md", page(summary, table, study))
     return folder / "README.md"
@@ -74,9 +90,10 @@ def comparisons(table, study):
     """`ComparisonResult`s of every arm with its baseline, in every budget and group that both have."""
     groups = groups_of(table, study)
     groups = {name: tasks for name, tasks in groups.items() if name != "all"} or groups
+    trained = trained_on_answers(table, study)
     pairs, conditions = {}, {}
     for (arm, budget), rows in table.groupby(["arm", "budget"], sort=False):
-        if (baseline := baseline_of(study, arm)) == arm:
+        if (baseline := baseline_of(study, arm)) == arm or not {arm, baseline} <= trained:
             continue
         entry = study.budgets.get(budget)
         reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
@@ -115,6 +132,86 @@ def comparisons(table, study):
         )
         for entry in found
     ]
+
+
+def arm_parameters(study, arm):
+    """Parameters of an arm's runs, but for seeds and budget; read-only."""
+    return composed((*study.base, *study.arms[arm].overrides))
+
+
+def trained_on_answers(table, study):
+    """The arms of the table whose stage 2 or 3 has a loss on answers. Without next-frame losses in the table: all."""
+    arms = set(table["arm"])
+    if not any(name.startswith(NEXT_FRAME) for name in table):
+        return arms
+    return {arm for arm in arms | {baseline_of(study, arm) for arm in arms} if trains_answers(study, arm)}
+
+
+def trains_answers(study, arm):
+    training = arm_parameters(study, arm)["training"]
+    stages = [training[stage] for stage in ("stage2", "stage3")]
+    return any(stage["loss"] == "preference" or stage["objective"]["text"]["weight"] > 0 for stage in stages)
+
+
+def next_frame_of(runs, table, study):
+    """{group of clips: `NextFrameGain`} of the runs of an arm at a budget; {} without next-frame losses."""
+    arm, budget = runs[["arm", "budget"]].iloc[0]
+    groups = [name for name in CLIPS if number_column(runs, f"{NEXT_FRAME}{name}_{COARSE}").notna().any()]
+    return {group: gain_of(runs, table, study, arm, budget, group) for group in groups}
+
+
+def gain_of(runs, table, study, arm, budget, group):
+    """`NextFrameGain` of an arm's runs at a budget, in a group of clips."""
+    fine = f"fine_{arm_parameters(study, arm)['model']['num_passes']}"
+    losses = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in VARIANTS}
+    losses[FINE] = number_column(runs, f"{NEXT_FRAME}{group}_{fine}")
+    gain = relative_gain(runs, group, fine)
+    values = gain.dropna().to_numpy()
+    verdict, interval = statistics.gain_verdict(values, study.next_frame_margin)
+    differences = paired_gains(runs, table, study, arm, budget, group, fine)
+    return NextFrameGain(
+        loss={name: optional(column) for name, column in losses.items() if column.notna().any()},
+        wins=optional(number_column(runs, f"{NEXT_FRAME}{group}_wins")),
+        gain=optional(gain),
+        interval=interval,
+        verdict=verdict if losses[FINE].notna().any() else SINGLE_PASS,
+        differences=differences.tolist(),
+        differences_interval=statistics.t_interval(differences),
+    )
+
+
+def relative_gain(runs, group, fine):
+    """1 - fine / coarse loss of every run; missing where a loss is, or where the coarse loss is 0."""
+    coarse = number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}")
+    return 1 - number_column(runs, f"{NEXT_FRAME}{group}_{fine}") / coarse.where(coarse > 0)
+
+
+def paired_gains(runs, table, study, arm, budget, group, fine):
+    """Gains of the baseline minus those of the arm with the same seeds and budget, for arms with the same target."""
+    baseline = baseline_of(study, arm)
+    base = table[(table["arm"] == baseline) & (table["budget"] == budget)]
+    if baseline == arm or base.empty or target_of(study, baseline) != target_of(study, arm):
+        return np.zeros(0)
+    other = f"fine_{arm_parameters(study, baseline)['model']['num_passes']}"
+    pairs = [
+        relative_gain(rows, group, name).set_axis(pd.MultiIndex.from_frame(rows[list(SEEDS)]))
+        for rows, name in ((base, other), (runs, fine))
+    ]
+    return (pairs[0] - pairs[1]).dropna().to_numpy()
+
+
+def target_of(study, arm):
+    """What the head predicts in the last stage."""
+    return arm_parameters(study, arm)["training"]["stage3"]["objective"]["next_frame"]["target"]
+
+
+def number_column(table, name):
+    """A column as numbers; missing values where the table has no such column."""
+    return table[name].astype(float) if name in table else pd.Series(np.nan, table.index)
+
+
+def optional(column):
+    return [None if pd.isna(value) else value for value in column.tolist()]
 
 
 def matched_budget(base, own):
@@ -156,7 +253,7 @@ def power_warning(study):
 
 def summarise(name, table, study):
     """`StudySummary` of the table of runs."""
-    groups = groups_of(table, study)
+    groups, trained = groups_of(table, study), trained_on_answers(table, study)
     arms = []
     for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False):
         converged = runs["converged"].dropna().astype(bool)
@@ -167,13 +264,15 @@ def summarise(name, table, study):
                 budget=budget,
                 seeds=runs[list(SEEDS)].to_numpy().tolist(),
                 groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
-                exact_match=[None if pd.isna(value) else value for value in runs["exact_match_accuracy"]],
+                exact_match=optional(runs["exact_match_accuracy"]),
                 num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
                 num_converged=int(converged.sum()),
                 num_measured=len(converged),
                 training_samples=float(runs["training_samples"].mean()),
                 training_flops=float(runs["training_flops"].mean()),
                 training_seconds=float(whole["training_seconds"].median()) if len(whole) else None,
+                answers_trained=arm in trained,
+                next_frame=next_frame_of(runs, table, study),
             )
         )
     return StudySummary(
@@ -183,6 +282,7 @@ def summarise(name, table, study):
         num_runs=len(table),
         num_planned=len(cells_of(study)),
         margin=study.margin,
+        next_frame_margin=study.next_frame_margin,
         plateau=study.plateau,
         split=split_of(study),
         group_tasks={group: list(tasks) for group, tasks in groups.items()},
@@ -204,7 +304,11 @@ def page(summary, table, study):
     parts += ["## Arms", arm_table(summary)]
     if summary.comparisons:
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
-    parts += ["![Token accuracy of every run by task](runs.svg)", "## Runs", run_table(table, study)]
+    if any(arm.next_frame for arm in summary.arms):
+        parts += ["## Next frame: planned against static looks", *next_frame_lines(summary)]
+    if any(arm.answers_trained for arm in summary.arms):
+        parts += ["![Token accuracy of every run by task](runs.svg)"]
+    parts += ["## Runs", run_table(table, study)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -214,16 +318,17 @@ def arm_table(summary):
         count = len(arm.seeds)
         low, high = share_interval(arm.num_above_plateau, count)
         above = f"{arm.num_above_plateau} of {count} [{100 * low:.0f}, {100 * high:.0f} %]"
+        trained = arm.answers_trained
         minutes = arm.training_seconds
         rows.append(
             {
                 "arm": arm.arm,
                 "budget": arm.budget,
                 "runs": count,
-                **{f"{group}, %": spread(values) for group, values in arm.groups.items()},
-                "exact match, %": spread([value for value in arm.exact_match if value is not None]),
-                f"runs above {100 * summary.plateau:.0f} %": above,
-                "converged": f"{arm.num_converged} of {arm.num_measured}",
+                **{f"{group}, %": spread(values if trained else []) for group, values in arm.groups.items()},
+                "exact match, %": spread([value for value in arm.exact_match if trained and value is not None]),
+                f"runs above {100 * summary.plateau:.0f} %": above if trained else "–",
+                "converged": f"{arm.num_converged} of {arm.num_measured}" if trained else "–",
                 "training TFLOP": f"{arm.training_flops / 1e12:.1f}",
                 "minutes": "–" if minutes is None else f"{minutes / 60:.1f}",
             }
@@ -233,7 +338,57 @@ def arm_table(summary):
         "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
         "backward, by task at its mean lengths, of the trained weights. Minutes: median of runs without interruption."
     )
+    if untrained := [arm.arm for arm in summary.arms if not arm.answers_trained]:
+        names = ", ".join(dict.fromkeys(untrained))
+        note += f" Answers were not trained in stages 2 and 3 of {names}, so their accuracies are no results."
     return f"{markdown(pd.DataFrame(rows))}\n\n{note}"
+
+
+def next_frame_lines(summary):
+    """A table of the next-frame losses and how to read it."""
+    rows = [
+        {
+            "arm": arm.arm,
+            "budget": arm.budget,
+            "clips": CLIPS[group],
+            "runs": len(found.known("gain")),
+            "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
+            "95 % interval (t)": gain_points(found.interval),
+            "verdict on planned looks": found.verdict_text(summary.next_frame_margin),
+            "clips won, %": spread(found.known("wins")),
+            "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
+            **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},
+            "baseline − arm, points": gain_text(np.mean(found.differences)) if found.differences else "–",
+            "its 95 % interval": gain_points(found.differences_interval),
+        }
+        for arm in summary.arms
+        for group, found in arm.next_frame.items()
+    ]
+    note = (
+        "Gain: 1 − loss of planned looks / loss of static looks (mean squared error of the head), mean over the runs. "
+        f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
+        "better or worse if it excludes 0. Loss: planned looks (static ones in networks with a single pass); divided "
+        "by it: the loss with another clip's state, with the state zeroed, and of the prediction that nothing changes, "
+        "which is exact in static clips: gains there are shares of a tiny loss if the head has the previous latent. "
+        "Baseline − arm: difference of the gains, pairs of runs with equal seeds and targets."
+    )
+    return [markdown(pd.DataFrame(rows)), note]
+
+
+RELATIVE = {"shuffled_state": "state shuffled, ×", "no_state": "state zeroed, ×", "unchanged": "unchanged, ×"}
+
+
+def gain_text(value):
+    """A relative gain in per cent; + 0.0: no negative zero."""
+    return "–" if pd.isna(value) else f"{round(100 * value, 2) + 0.0:+.2f}"
+
+
+def gain_points(interval):
+    return "–" if interval is None else f"[{', '.join(map(gain_text, interval))}]"
+
+
+def times_text(value):
+    return "–" if value is None else f"{value:.3f}"
 
 
 def spread(values):
@@ -297,12 +452,21 @@ def points(interval):
 def run_table(table, study):
     tasks = groups_of(table, study)["all"]
     shown = table[["arm", "budget", *SEEDS]].rename(columns=lambda name: name.replace("_seed", " seed"))
-    shown["mean"] = percent(table["mean_token_accuracy"])
-    shown["loss"] = table["mean_loss"].map("{:.3f}".format)
-    shown["exact match"] = percent(table["exact_match_accuracy"])
-    for task in tasks:
-        shown[task] = percent(table[f"{ACCURACY}{task}"])
-    shown["converged"] = table["converged"].map({True: "yes", False: "no"}).fillna("–")
+    trained = table["arm"].isin(trained_on_answers(table, study))
+    answers = {"mean": percent(table["mean_token_accuracy"]), "loss": table["mean_loss"].map("{:.3f}".format)}
+    answers["exact match"] = percent(table["exact_match_accuracy"])
+    answers |= {task: percent(table[f"{ACCURACY}{task}"]) for task in tasks}
+    answers["converged"] = table["converged"].map({True: "yes", False: "no"}).fillna("–")
+    for name, column in answers.items():
+        if trained.any():
+            shown[name] = column.where(trained, "–")
+    for group, clips in CLIPS.items():
+        if f"{NEXT_FRAME}{group}_{COARSE}" in table:
+            gains = [
+                relative_gain(rows, group, f"fine_{arm_parameters(study, arm)['model']['num_passes']}")
+                for arm, rows in table.groupby("arm", sort=False)
+            ]
+            shown[f"gain, {clips}, %"] = pd.concat(gains).reindex(table.index).map(gain_text)
     shown["commit"] = table["commit"]
     return markdown(shown)
 
@@ -320,6 +484,7 @@ def markdown(table):
 def figure(table, study):
     """Every run as a point, by task and arm, as SVG text."""
     tasks = groups_of(table, study)["all"]
+    table = table[table["arm"].isin(trained_on_answers(table, study))]
     labels = list(dict.fromkeys(zip(table["arm"], table["budget"], strict=True)))
     with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"}):
         canvas, axes = plt.subplots(figsize=(8.4, 3.6 + 0.25 * (len(labels) // 4)), layout="constrained")

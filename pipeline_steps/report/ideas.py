@@ -1,0 +1,198 @@
+"""The research's twelve ideas and the fovea: parameter, measured effect with interval, verdict.
+
+An idea about the text objective is compared by its answers, as in the decision table. Of an idea about next-frame
+prediction, the effect is the gain of planned over static looks.
+"""
+
+from dataclasses import dataclass
+
+from pipeline_steps.common.study_results import BETTER, CLIPS, EQUAL, SINGLE_PASS, TOO_FEW, UNDECIDED, WORSE
+from pipeline_steps.report import decisions, studies
+from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
+from pipeline_steps.report.tables import MISSING, Table
+
+PREDICTION = "training.stageN.objective.next_frame"
+DIGITS = 2  # of gains in per cent
+TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
+
+
+@dataclass(frozen=True)
+class Idea:
+    """One arm of one idea."""
+
+    choice: Choice  # with study "": no study has it
+    parameters: tuple[str, ...]  # that the arm changes; stageN: stage2 and stage3
+    predicts: bool = False  # measured by next-frame losses, not by answers
+
+
+def predicting(idea, arm, description, *names):
+    keys = tuple(f"{PREDICTION}.{name}" for name in names)
+    return Idea(Choice(idea, arm, description, OTHER, "next_frame", "latent"), keys, predicts=True)
+
+
+def answering(idea, arm, description, *keys, rule=OTHER, study="ideas", baseline="none"):
+    return Idea(Choice(idea, arm, description, rule, study, baseline), keys)
+
+
+FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
+QUERIES = "model.num_visual_tokens_per_frame"
+MOTION = "sources.procedural.motion"  # digits hop by default
+IDEAS = (
+    predicting("first system", "latent", "the next frame's latent", "weight"),
+    predicting("1 previous latent", "drop", "dropped", "previous_latent"),
+    predicting("1 previous latent", "noise", "with noise", "previous_latent"),
+    predicting("1 previous latent", "no_previous", "omitted", "previous_latent"),
+    predicting("2 delta", "delta", "with L1 safeguard", "target", "l1_weight"),
+    predicting("3 skip", "skip", "query to head", "skip_query"),
+    answering("4 temperature", "temperature_01", "0.1", "model.attention_temperature"),
+    answering("4 temperature", "temperature_03", "0.3", "model.attention_temperature"),
+    answering("4 temperature", "temperature_learned", "learnable", "model.learnable_temperature"),
+    answering("5 entropy margin", "entropy", "weight 0.1", "training.stageN.objective.entropy.weight"),
+    predicting("6 separate heads", "separate_heads", "coarse and planned", "separate_heads"),
+    answering("7 queries", "K2", "two", QUERIES),
+    answering("7 queries", "K4", "four", QUERIES),
+    answering("7 queries", "K4_mean", "four, averaged", QUERIES, "model.token_aggregation"),
+    answering("7 queries", "K9", "nine", QUERIES),
+    answering("8 contrastive", "contrastive", "weight 0.1", "training.stageN.objective.contrastive.weight"),
+    answering("9 frozen vision", "frozen_vision", "language model trained", FROZEN[0], rule=CHEAPER),
+    answering("9 frozen vision", "frozen_both", "language model frozen", *FROZEN, rule=CHEAPER),
+    Idea(Choice("10 motion", "smooth", "smooth digits, next frame", OTHER, "next_frame", "latent"), (MOTION,), True),
+    answering("10 motion", "smooth", "smooth digits, answers", MOTION),
+    answering("10 motion", "", "smooth or abrupt objects", MOTION, study=""),
+    predicting("11 optical flow", "flow", "as target", "target"),
+    answering("12 hard attention", "top_k", "four largest", "model.hard_attention"),
+    answering("12 hard attention", "gumbel", "Gumbel", "model.hard_attention"),
+    answering(
+        *("fovea", "fovea", "low resolution with a window", "model.frame_downsampling", "model.fovea_size"),
+        **{"rule": CHEAPER, "study": "fovea", "baseline": "full"},
+    ),
+    answering(
+        *("fovea", "low", "low resolution alone", "model.frame_downsampling"),
+        **{"rule": CHEAPER, "study": "fovea", "baseline": "full"},
+    ),
+)
+
+
+def table(found):
+    """`Table` of IDEAS from a list of `studies.Study`."""
+    chosen = [(idea, study_of(idea, found)) for idea in IDEAS]
+    asked = [(idea.choice, study) for idea, study in chosen if study and not idea.predicts]
+    groups = list(dict.fromkeys(entry.group for pair in asked for entry in decisions.entries(*pair)))
+    with_clips = any(study for idea, study in chosen if idea.predicts)
+    clips = list(CLIPS) if with_clips else []
+    empty = [MISSING] * len(groups)
+    empty_clips = [MISSING] * (len(clips) + 3 if with_clips else 0)
+    rows = []
+    for idea, study in chosen:
+        choice, parameter = idea.choice, ", ".join(idea.parameters)
+        if study is None:
+            rows.append([decisions.name_of(choice), parameter, *empty, *empty_clips, not_run(choice)])
+        elif idea.predicts:
+            for arm in predictions(choice, study):
+                cells, verdict = prediction_cells(arm, study, clips)
+                budget = arm.budget if len({other.budget for other in study.summary.arms}) > 1 else ""
+                rows.append([decisions.name_of(choice, budget), parameter, *empty, *cells, verdict])
+        else:
+            for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
+                own = decisions.by_group(choice, study, label)
+                cells, verdict = decisions.effect_cells(own, groups), decisions.verdict_text(choice, study, own)
+                name = decisions.name_of(choice, label.partition(", ")[2])
+                rows.append([name, parameter, *cells, *empty_clips, verdict])
+    columns = ["idea", "parameter", *(f"{group}, points" for group in groups), *(f"{CLIPS[name]}, %" for name in clips)]
+    if with_clips:
+        columns += ["clips won, %", "loss without the state, ×", "latent − idea, points"]
+    return Table("ideas", "Ideas of the research", [*columns, "verdict"], rows, note_of(groups, with_clips))
+
+
+def note_of(groups, with_clips):
+    text = "stageN: stages 2 and 3."
+    if groups:
+        text += (
+            " Points: default minus idea, token accuracy [95% t-interval], pairs of runs with equal seeds; verdicts "
+        )
+        text += "and rules as under Decisions; fovea: full resolution minus idea."
+    if with_clips:
+        text += (
+            " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not corrected "
+            "for the number of ideas]; above 0, planned looks are better. In static clips nothing changes, so where the "
+            "head has the previous latent these are shares of a tiny loss. Clips won: share of moving clips with lower "
+            "planned loss. Loss without the state: with the language model's state shuffled between clips / zeroed, "
+            "divided by the planned loss, moving clips; near 1, the head does not use it. Latent − idea: difference of "
+            "the gains on moving clips, pairs of runs with equal seeds and targets."
+        )
+    return text
+
+
+def not_run(choice):
+    return decisions.not_run(choice) if choice.study else "not run: no study has it"
+
+
+def study_of(idea, found):
+    if idea.predicts:
+        return decisions.best_study(idea.choice, found, predictions, lambda arm: len(arm.seeds))
+    return decisions.best_study(idea.choice, found)
+
+
+def predictions(choice, study):
+    """The `ArmResult`s with next-frame losses of a choice's arm, one per budget."""
+    return [arm for arm in study.summary.arms if arm.arm == choice.arm and arm.next_frame]
+
+
+def prediction_cells(arm, study, clips):
+    """(cells of an `ArmResult` by group of clips and of the moving ones, verdict)."""
+    found, moving = arm.next_frame, arm.next_frame.get("videos")
+    margin, count = study.summary.next_frame_margin, len(arm.seeds)
+    cells = [gain_cell(found[name]) if name in found else MISSING for name in clips]
+    cells += [MISSING] * 3 if moving is None else [wins_cell(moving), state_cell(moving), difference_cell(moving)]
+    words = "; ".join(f"{CLIPS[name]}: {found[name].verdict_text(margin)}" for name in clips if name in found)
+    return cells, f"{words} ({study.name}, {count} run{'s' * (count > 1)})"
+
+
+def gain_cell(found):
+    values = found.known("gain")
+    return studies.interval_cell(values, found.interval, DIGITS) if values else MISSING
+
+
+def wins_cell(found):
+    values = found.known("wins")
+    return studies.spread(values) if values else MISSING
+
+
+def state_cell(found):
+    ratios = [found.relative(name) for name in ("shuffled_state", "no_state")]
+    return (" / ".join("–" if value is None else f"{value:.2f}" for value in ratios), ratios[0])
+
+
+def difference_cell(found):
+    if not found.differences:
+        return MISSING
+    return studies.interval_cell(found.differences, found.differences_interval, DIGITS)
+
+
+def finding(found):
+    """What the runs say about the research's negative result, a sentence."""
+    parts = {}
+    for name in TARGETS:
+        idea = next(idea for idea in IDEAS if idea.choice.arm == name)
+        study = study_of(idea, found)
+        arm = study and predictions(idea.choice, study)[0]
+        for group, clips in CLIPS.items():
+            entry = arm.next_frame.get(group) if arm else None
+            text = f"{name} on {clips}"
+            if entry is not None and entry.gain and (values := entry.known("gain")):
+                text += f" ({studies.interval_text(values, entry.interval, DIGITS)}%)"
+            parts.setdefault(OUTCOMES[entry.verdict if entry else None], []).append(text)
+    order = dict.fromkeys(OUTCOMES.values())
+    outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)
+    return f"The research found that planned looks predict the next frame no better than static ones: {outcomes}."
+
+
+OUTCOMES = {
+    EQUAL: "reproduced",
+    BETTER: "refuted, planned looks are better,",
+    WORSE: "not refuted, planned looks are even worse,",
+    UNDECIDED: "undecided",
+    TOO_FEW: "not decided by fewer than three runs",
+    SINGLE_PASS: "not decided without planned looks",
+    None: "not measured",
+}

@@ -1,0 +1,269 @@
+"""The research's ideas: gains of planned looks in next-frame prediction, and the table of all ideas."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.study_results import CLIPS, StudySummary
+from pipeline_steps.report import ideas, studies
+from pipeline_steps.report.tables import text_of
+from pipeline_steps.study import collect, statistics, summary
+from pipeline_steps.study.design import read_study
+from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
+
+STUDY = read_study("next_frame")
+FINE = {  # loss after one planned look, seed by seed, on moving and on static clips; the static look has 1 and 0.5
+    "latent": ([0.98, 0.96, 0.97], [0.5, 0.5, 0.5]),  # gains .02 .04 .03, and 0
+    "delta": ([1.002, 0.998, 1.0], [0.55, 0.54, 0.56]),  # gains -.002 .002 0, and -.10 -.08 -.12
+    "flow": ([0.9, 1.1, 0.9], [0.5, None, 0.5]),  # gains .1 -.1 .1, and 0 0; the second run has no static clips
+    "drop": ([0.97, 0.97, 0.97], [0.5, 0.5, 0.5]),  # gains .03 .03 .03
+    "skip": ([0.9], [0.4]),  # one seed
+    "latent_A6": ([None, None, None], [None, None, None]),  # one pass
+    "beside_text": ([0.99, 0.99, 0.99], [0.5, 0.5, 0.5]),  # trains answers
+}
+ANSWERS = {"training_samples": 18000, "training_flops": 1e13, "training_seconds": 200.0, "attempts": 1}
+ANSWERS |= {"mean_token_accuracy": 0.125, "exact_match_accuracy": 0.375, "mean_loss": 5.0, "converged": False}
+ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("card", "follow", "ask_colour", "ask_place")}
+ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("caption", "image", "gist")} | {"commit": "c0ffee"}
+
+
+def row(arm, number, moving, static):
+    """A row of runs.csv: `number` is the seed - 1."""
+    names = {"run": f"{arm}-{number}", "arm": arm, "budget": "x1", **dict.fromkeys(summary.SEEDS, number + 1)}
+    losses = {}
+    for group, fine, coarse in (("videos", moving, 1.0), ("image", static, 0.5)):
+        absent = arm == "flow" and fine is None
+        state = 2 * coarse if fine is None else 1.05 * fine
+        values = {"coarse": coarse, "fine_1": fine, "fine_2": 9.0, "shuffled_state": state, "unchanged": 2 * coarse}
+        values |= {"no_state": 1.5 * (fine or coarse), "wins": None if fine is None else 0.25 * (1 + number)}
+        losses |= {f"next_frame_{group}_{name}": None if absent else value for name, value in values.items()}
+    return names | ANSWERS | losses
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows = []
+    for arm, (moving, static) in FINE.items():
+        rows += [row(arm, number, *pair) for number, pair in enumerate(zip(moving, static, strict=True))]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def found(table):
+    return summary.summarise("next_frame", table, STUDY)
+
+
+def arm_of(found, name):
+    return next(arm for arm in found.arms if arm.arm == name)
+
+
+def test_gains_are_one_minus_fine_over_coarse_with_a_t_interval_over_the_runs(found):
+    moving, static = (arm_of(found, "latent").next_frame[group] for group in ("videos", "image"))
+    assert moving.gain == pytest.approx([0.02, 0.04, 0.03])
+    half = 4.302653 * 0.01 / 3**0.5  # quantile of Student's distribution with two degrees of freedom, s = .01
+    assert moving.interval == pytest.approx((0.03 - half, 0.03 + half))
+    assert (moving.verdict, static.verdict) == ("better", "equal")
+    assert moving.loss["fine"] == [0.98, 0.96, 0.97]
+    assert moving.wins == [0.25, 0.5, 0.75]
+    assert moving.relative("shuffled_state") == pytest.approx(1.05)
+    assert moving.relative("no_state") == pytest.approx(1.5)
+    assert moving.relative("unchanged") == pytest.approx((2 / 0.98 + 2 / 0.96 + 2 / 0.97) / 3)
+    assert moving.relative("no_previous") is None
+    assert (moving.differences, moving.differences_interval) == ([], None)
+
+
+def test_the_interval_decides(found):
+    verdicts = {(arm.arm, group): entry.verdict for arm in found.arms for group, entry in arm.next_frame.items()}
+    assert verdicts["delta", "videos"] == "equal"  # 0 +- .005
+    assert verdicts["delta", "image"] == "worse"  # -.1 +- .05
+    assert verdicts["flow", "videos"] == "undecided"  # .033 +- .287
+    assert verdicts["flow", "image"] == "too few runs"  # one run has no static clips
+    assert verdicts["drop", "videos"] == "better"
+    assert verdicts["skip", "videos"] == verdicts["skip", "image"] == "too few runs"
+    assert verdicts["latent_A6", "videos"] == "single pass"
+    assert statistics.gain_verdict(np.array([0.02, 0.04, 0.03]), 0.06)[0] == "equal"  # a larger margin
+
+
+def test_absent_losses_are_null_and_one_run_has_no_interval(found):
+    static, one = arm_of(found, "flow").next_frame["image"], arm_of(found, "skip").next_frame["videos"]
+    assert static.gain == [0, None, 0]
+    assert static.loss["fine"] == [0.5, None, 0.5]
+    assert static.wins == [0.25, None, 0.75]
+    assert (one.gain, one.interval) == ([pytest.approx(0.1)], None)
+    single = arm_of(found, "latent_A6").next_frame["videos"]
+    assert single.gain == [None, None, None]
+    assert "fine" not in single.loss
+    assert single.relative("shuffled_state") == 2  # of the only pass
+
+
+def test_gains_are_compared_with_the_baseline_where_the_target_is_the_same(found):
+    drop, skip = arm_of(found, "drop").next_frame["videos"], arm_of(found, "skip").next_frame["videos"]
+    assert drop.differences == pytest.approx([-0.01, 0.01, 0])
+    half = 4.302653 * 0.01 / 3**0.5
+    assert drop.differences_interval == pytest.approx((-half, half), abs=1e-6)
+    assert (skip.differences, skip.differences_interval) == ([pytest.approx(-0.08)], None)
+    assert arm_of(found, "delta").next_frame["videos"].differences == []
+    assert arm_of(found, "flow").next_frame["videos"].differences == []
+
+
+def test_a_coarse_loss_of_zero_has_no_gain(table):
+    changed = table.assign(next_frame_image_coarse=0.0)
+    static = arm_of(summary.summarise("next_frame", changed, STUDY), "latent").next_frame["image"]
+    assert static.gain == [None, None, None]
+    assert static.verdict == "too few runs"
+
+
+def test_accuracies_of_arms_without_text_loss_are_no_results(tmp_path, table, found):
+    assert [arm.arm for arm in found.arms if arm.answers_trained] == ["beside_text"]
+    assert found.comparisons == []  # the baseline trains no answers
+    folder = tmp_path / "next_frame"
+    folder.mkdir()
+    table.to_csv(folder / "runs.csv", index=False)
+    text = summary.write_summary("next_frame", STUDY, tmp_path).read_text()
+    assert "Answers were not trained in stages 2 and 3 of latent, delta, flow, drop, skip, latent_A6, so" in text
+    assert "| latent | x1 | 3 | – | – | – | – | – | – |" in text
+    assert "| beside_text | x1 | 3 | 12.5 (12.5 to 12.5) |" in text
+    assert (
+        "| latent | x1 | moving clips | 3 | +3.00 | [+0.52, +5.48] | planned looks better | 50.0 (25.0 to 75.0) | 0.97 "
+        "| 1.050 | 1.500 | 2.062 | – | – |"
+    ) in text
+    assert "| flow | x1 | static clips | 2 | +0.00 | [+0.00, +0.00] | too few runs |" in text
+    assert (
+        "| skip | x1 | 1 | 1 | 1 | – | – | – | – | – | – | – | – | – | – | – | +10.00 | +20.00 | c0ffee |" in text
+    )  # its run
+    assert (folder / "runs.svg").exists()
+    without = table[table["arm"] != "beside_text"]
+    without.to_csv(folder / "runs.csv", index=False)
+    text = summary.write_summary("next_frame", STUDY, tmp_path).read_text()
+    assert "12.5" not in text
+    assert "runs.svg" not in text
+    assert not (folder / "runs.svg").exists()
+    again = (folder / "summary.json").read_bytes()
+    summary.write_summary("next_frame", STUDY, tmp_path)
+    assert (folder / "summary.json").read_bytes() == again
+
+
+def test_summaries_of_an_earlier_version_have_no_next_frame_part(found):
+    content = json.loads(found.model_dump_json())
+    del content["next_frame_margin"]
+    for arm in content["arms"]:
+        del arm["next_frame"], arm["answers_trained"]
+    old = StudySummary.model_validate(content)
+    assert all(arm.answers_trained and arm.next_frame == {} for arm in old.arms)
+    for path in (ROOT / "reports/study").glob("*/summary.json"):
+        assert StudySummary.model_validate_json(path.read_text()).arms
+
+
+def test_collected_columns_are_what_the_summary_reads():
+    score = NextFrameScore(
+        loss={"coarse": 1.0, "fine_1": 0.9, "shuffled_state": 1.1},
+        per_frame={},
+        wins=0.5,
+        no_state=1.2,
+        **{"num_clips": 1, "num_pairs": 1},
+    )
+    columns = collect.next_frame_columns(
+        NextFrameResult(settings={}, groups={"videos": score, "card": score}, passes={})
+    )
+    assert columns == {
+        **{"next_frame_videos_coarse": 1.0, "next_frame_videos_fine_1": 0.9},
+        **{"next_frame_videos_shuffled_state": 1.1, "next_frame_videos_no_state": 1.2, "next_frame_videos_wins": 0.5},
+    }
+
+
+# ---------------------------------------------------------------- the table
+
+
+def cells_of(found):
+    """{idea: texts of its cells by column} of the table of ideas."""
+    table = ideas.table(found)
+    return {row[0]: dict(zip(table.columns, map(text_of, row), strict=True)) for row in table.rows}
+
+
+def kept(found, table):
+    return studies.Study(found, table, None)
+
+
+def test_every_idea_has_its_arm_study_and_parameter_in_conf():
+    assert {idea.choice.decision.split()[0] for idea in ideas.IDEAS} == {"first", *map(str, range(1, 13)), "fovea"}
+    for idea in ideas.IDEAS:
+        if idea.choice.study:
+            study = read_study(idea.choice.study)
+            assert {idea.choice.arm, idea.choice.baseline} <= set(study.arms), idea
+            text = " ".join((*study.base, *study.arms[idea.choice.arm].overrides))
+            for override in study.arms[idea.choice.arm].overrides:
+                if override.startswith("ablation="):
+                    text += (ROOT / f"conf/ablation/{override.partition('=')[2]}.yaml").read_text()
+            for parameter in idea.parameters:
+                assert parameter.replace("stageN", "stage3") in text or parameter.split(".")[-1] in text, idea
+
+
+def test_ideas_without_runs_name_the_command():
+    rows = cells_of([])
+    assert len(rows) == len(ideas.IDEAS)
+    assert rows["3 skip: query to head"]["verdict"] == "not run: make study name=next_frame"
+    assert rows["5 entropy margin: weight 0.1"]["verdict"] == "not run: make study name=ideas"
+    assert rows["fovea: low resolution alone"]["verdict"] == "not run: make study name=fovea"
+    assert rows["10 motion: smooth or abrupt objects"]["verdict"] == "not run: no study has it"
+    assert ideas.finding([]).endswith(
+        "not measured for latent on moving clips, latent on static clips, delta on moving clips, delta on static clips"
+        ", flow on moving clips, flow on static clips."
+    )
+
+
+def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, table):
+    rows = cells_of([kept(found, table)])
+    assert rows["1 previous latent: dropped"] == {
+        "idea": "1 previous latent: dropped",
+        "parameter": "training.stageN.objective.next_frame.previous_latent",
+        "moving clips, %": "+3.00 [+3.00, +3.00]",
+        "static clips, %": "+0.00 [+0.00, +0.00]",
+        "clips won, %": "50.0 [25–75]",
+        "loss without the state, ×": "1.05 / 1.50",
+        "latent − idea, points": "+0.00 [−2.48, +2.48]",
+        "verdict": "moving clips: planned looks better; static clips: equal within 1% (next_frame, 3 runs)",
+    }
+    assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−10.00 [−14.97, −5.03]"
+    assert rows["2 delta: with L1 safeguard"]["latent − idea, points"] == "–"
+    assert rows["3 skip: query to head"]["verdict"].endswith("static clips: too few runs (next_frame, 1 run)")
+    assert rows["6 separate heads: coarse and planned"]["moving clips, %"] == "–"
+    assert rows["8 contrastive: weight 0.1"]["moving clips, %"] == "–"
+
+
+def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
+    text = ideas.finding([kept(found, table)])
+    assert "static ones: reproduced for latent on static clips (+0.00 [+0.00, +0.00]%), delta on moving clips (" in text
+    assert "refuted, planned looks are better, for latent on moving clips (+3.00 [+0.52, +5.48]%);" in text
+    assert "not refuted, planned looks are even worse, for delta on static clips (−10.00 [−14.97, −5.03]%);" in text
+    assert "undecided for flow on moving clips (+3.33 [−25.35, +32.02]%);" in text
+    assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
+
+
+def test_ideas_about_answers_are_compared_as_in_the_decision_table(tmp_path):
+    study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
+    row = cells_of([study])["5 entropy margin: weight 0.1"]
+    assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
+    assert row["verdict"] == "undecided (ideas, 3 pairs)"
+    assert "moving clips, %" not in row
+
+
+def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):
+    write_root(tmp_path)
+    folder = tmp_path / "reports/study/next_frame"
+    folder.mkdir(parents=True)
+    table[table["arm"] != "beside_text"].to_csv(folder / "runs.csv", index=False)
+    summary.write_summary("next_frame", STUDY, tmp_path / "reports/study")
+    page = build(tmp_path, monkeypatch)
+    text = (tmp_path / "reports/report.md").read_text()
+    sentence = "refuted, planned looks are better, for latent on moving clips"
+    assert page.index("<h2>Ideas of the research</h2>") < page.index(sentence) < page.index('id="ideas-rows"')
+    assert text.index("## Ideas of the research") < text.index(sentence) < text.index("| 1 previous latent: dropped |")
+    assert "| latent | 3 | – | – | – | – | – | – |" in text
+    assert "Every task in study next_frame" not in page + text
+    assert not (tmp_path / "reports/figures/study_next_frame_points.svg").exists()
+    assert "| 1 previous latent: dropped |" in (tmp_path / "reports/tables/ideas.md").read_text()
+    assert all(clips in page for clips in CLIPS.values())
