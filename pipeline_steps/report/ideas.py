@@ -113,12 +113,13 @@ def note_of(groups, with_clips):
         text += "and rules as under Decisions; fovea: full resolution minus idea."
     if with_clips:
         text += (
-            " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not corrected "
-            "for the number of ideas]; above 0, planned looks are better. In static clips nothing changes, so where "
-            "the head has the previous latent these are shares of a tiny loss. Clips won: share of moving clips with "
-            "lower planned loss. Loss without the state: with the language model's state shuffled between clips / zeroed, "
-            "divided by the planned loss, moving clips; near 1, the head does not use it. Latent − idea: difference of "
-            "the gains on moving clips, pairs of runs with equal seeds and targets."
+            " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not "
+            "corrected for the number of ideas]; above 0, planned looks are better. In static clips nothing "
+            "changes, so where the head has the previous latent these are shares of a tiny loss. Clips won: share "
+            "of moving clips with lower planned loss. Loss without the state: with the language model's state "
+            "shuffled between clips / zeroed, divided by the planned loss, moving clips; near 1, the head does "
+            "not use it. Latent − idea: difference of the gains on moving clips, pairs of runs with equal seeds "
+            "and targets."
         )
     return text
 
