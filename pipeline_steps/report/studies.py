@@ -7,15 +7,7 @@ import pandas as pd
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import read_json
-from pipeline_steps.common.study_results import (
-    BETTER,
-    EQUAL,
-    EXPLORATORY,
-    UNDECIDED,
-    UNMATCHED,
-    WORSE,
-    StudySummary,
-)
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, number

@@ -24,6 +24,7 @@ from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study.design import TRAINING_STAGES
+from pipeline_steps.study.next_frame import NEXT_FRAME
 from pipeline_steps.study.plan import folder_of
 
 MODE = "autoregressive"
@@ -153,9 +154,9 @@ def next_frame_columns(found):
     columns = {}
     for name in CLIPS:
         if name in groups:
-            columns |= {f"next_frame_{name}_{variant}": value for variant, value in groups[name].loss.items()}
-            columns[f"next_frame_{name}_no_state"] = groups[name].no_state
-            columns[f"next_frame_{name}_wins"] = groups[name].wins
+            columns |= {f"{NEXT_FRAME}{name}_{variant}": value for variant, value in groups[name].loss.items()}
+            columns[f"{NEXT_FRAME}{name}_no_state"] = groups[name].no_state
+            columns[f"{NEXT_FRAME}{name}_wins"] = groups[name].wins
     return columns
 
 

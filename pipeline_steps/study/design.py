@@ -24,6 +24,7 @@ SEED_KEYS = {  # which parameters each kind of seed sets
     "backbones": ("backbones.embedded.seed",),
     "data": ("sources.procedural.seed", "sources.chat.seed", "shards.seed"),
 }
+SEEDS = tuple(f"{kind}_seed" for kind in SEED_KEYS)  # columns of runs.csv
 TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -238,6 +239,11 @@ def as_seeds(entry):
 def composed(overrides):
     """Parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets. Read-only."""
     return params.parse("conf/", params.compose_checked(overrides))
+
+
+def arm_parameters(study, arm):
+    """Parameters of an arm's runs, but for seeds and budget; read-only."""
+    return composed((*study.base, *study.arms[arm].overrides))
 
 
 def parameters_of(cell):

@@ -21,24 +21,27 @@ from pipeline_steps.common.study_results import (
     CLIPS,
     COARSE,
     EXPLORATORY,
-    FINE,
-    SINGLE_PASS,
     UNDECIDED,
     ArmResult,
     ComparisonResult,
-    NextFrameGain,
     StudySummary,
 )
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, composed, label_of, read_study
+from pipeline_steps.study.design import (
+    SEEDS,
+    EqualFlops,
+    baseline_of,
+    budgets_of,
+    cells_of,
+    label_of,
+    read_study,
+)
+from pipeline_steps.study.next_frame import NEXT_FRAME, next_frame_of, optional, relative_gain, trained_on_answers
 from pipeline_steps.study.plan import RESULTS
 
-SEEDS = ("training_seed", "backbones_seed", "data_seed")
 ACCURACY = "accuracy_"
-NEXT_FRAME = "next_frame_"  # columns next_frame_<clips>_<variant>, NextFrameScore's losses, and ..._wins
-VARIANTS = (COARSE, "autoregressive", "unchanged", "shuffled_state", "no_state", "no_previous")
 COLOURS = ("#2f80ed", "#d97706", "#12a594", "#8b5cf6", "#c2410c", "#64748b")
 
 
@@ -132,86 +135,6 @@ def comparisons(table, study):
         )
         for entry in found
     ]
-
-
-def arm_parameters(study, arm):
-    """Parameters of an arm's runs, but for seeds and budget; read-only."""
-    return composed((*study.base, *study.arms[arm].overrides))
-
-
-def trained_on_answers(table, study):
-    """The arms of the table whose stage 2 or 3 has a loss on answers. Without next-frame losses in the table: all."""
-    arms = set(table["arm"])
-    if not any(name.startswith(NEXT_FRAME) for name in table):
-        return arms
-    return {arm for arm in arms | {baseline_of(study, arm) for arm in arms} if trains_answers(study, arm)}
-
-
-def trains_answers(study, arm):
-    training = arm_parameters(study, arm)["training"]
-    stages = [training[stage] for stage in ("stage2", "stage3")]
-    return any(stage["loss"] == "preference" or stage["objective"]["text"]["weight"] > 0 for stage in stages)
-
-
-def next_frame_of(runs, table, study):
-    """{group of clips: `NextFrameGain`} of the runs of an arm at a budget; {} without next-frame losses."""
-    arm, budget = runs[["arm", "budget"]].iloc[0]
-    groups = [name for name in CLIPS if number_column(runs, f"{NEXT_FRAME}{name}_{COARSE}").notna().any()]
-    return {group: gain_of(runs, table, study, arm, budget, group) for group in groups}
-
-
-def gain_of(runs, table, study, arm, budget, group):
-    """`NextFrameGain` of an arm's runs at a budget, in a group of clips."""
-    fine = f"fine_{arm_parameters(study, arm)['model']['num_passes']}"
-    losses = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in VARIANTS}
-    losses[FINE] = number_column(runs, f"{NEXT_FRAME}{group}_{fine}")
-    gain = relative_gain(runs, group, fine)
-    values = gain.dropna().to_numpy()
-    verdict, interval = statistics.gain_verdict(values, study.next_frame_margin)
-    differences = paired_gains(runs, table, study, arm, budget, group, fine)
-    return NextFrameGain(
-        loss={name: optional(column) for name, column in losses.items() if column.notna().any()},
-        wins=optional(number_column(runs, f"{NEXT_FRAME}{group}_wins")),
-        gain=optional(gain),
-        interval=interval,
-        verdict=verdict if losses[FINE].notna().any() else SINGLE_PASS,
-        differences=differences.tolist(),
-        differences_interval=statistics.t_interval(differences),
-    )
-
-
-def relative_gain(runs, group, fine):
-    """1 - fine / coarse loss of every run; missing where a loss is, or where the coarse loss is 0."""
-    coarse = number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}")
-    return 1 - number_column(runs, f"{NEXT_FRAME}{group}_{fine}") / coarse.where(coarse > 0)
-
-
-def paired_gains(runs, table, study, arm, budget, group, fine):
-    """Gains of the baseline minus those of the arm with the same seeds and budget, for arms with the same target."""
-    baseline = baseline_of(study, arm)
-    base = table[(table["arm"] == baseline) & (table["budget"] == budget)]
-    if baseline == arm or base.empty or target_of(study, baseline) != target_of(study, arm):
-        return np.zeros(0)
-    other = f"fine_{arm_parameters(study, baseline)['model']['num_passes']}"
-    pairs = [
-        relative_gain(rows, group, name).set_axis(pd.MultiIndex.from_frame(rows[list(SEEDS)]))
-        for rows, name in ((base, other), (runs, fine))
-    ]
-    return (pairs[0] - pairs[1]).dropna().to_numpy()
-
-
-def target_of(study, arm):
-    """What the head predicts in the last stage."""
-    return arm_parameters(study, arm)["training"]["stage3"]["objective"]["next_frame"]["target"]
-
-
-def number_column(table, name):
-    """A column as numbers; missing values where the table has no such column."""
-    return table[name].astype(float) if name in table else pd.Series(np.nan, table.index)
-
-
-def optional(column):
-    return [None if pd.isna(value) else value for value in column.tolist()]
 
 
 def matched_budget(base, own):
@@ -462,10 +385,7 @@ def run_table(table, study):
             shown[name] = column.where(trained, "–")
     for group, clips in CLIPS.items():
         if f"{NEXT_FRAME}{group}_{COARSE}" in table:
-            gains = [
-                relative_gain(rows, group, f"fine_{arm_parameters(study, arm)['model']['num_passes']}")
-                for arm, rows in table.groupby("arm", sort=False)
-            ]
+            gains = [relative_gain(rows, study, arm, group) for arm, rows in table.groupby("arm", sort=False)]
             shown[f"gain, {clips}, %"] = pd.concat(gains).reindex(table.index).map(gain_text)
     shown["commit"] = table["commit"]
     return markdown(shown)
