@@ -81,27 +81,27 @@ def table(found):
     with_clips = any(study for idea, study in chosen if idea.predicts)
     clips = list(CLIPS) if with_clips else []
     empty = [MISSING] * len(groups)
-    empty_clips = [MISSING] * (len(clips) + 3 if with_clips else 0)
+    empty_clips, beside = [MISSING] * len(clips), ["clips won, %", "loss without the state, ×", "latent − idea, points"]
+    beside = beside if with_clips else []
+    empty_beside = [MISSING] * len(beside)
     rows = []
     for idea, study in chosen:
         choice, parameter = idea.choice, ", ".join(idea.parameters)
         if study is None:
-            rows.append([decisions.name_of(choice), parameter, *empty, *empty_clips, not_run(choice)])
+            rows.append([decisions.name_of(choice), parameter, *empty, *empty_clips, not_run(choice), *empty_beside])
         elif idea.predicts:
             for arm in predictions(choice, study):
-                cells, verdict = prediction_cells(arm, study, clips)
+                cells = prediction_cells(arm, study, clips)
                 budget = arm.budget if len({other.budget for other in study.summary.arms}) > 1 else ""
-                rows.append([decisions.name_of(choice, budget), parameter, *empty, *cells, verdict])
+                rows.append([decisions.name_of(choice, budget), parameter, *empty, *cells])
         else:
             for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
                 own = decisions.by_group(choice, study, label)
                 cells, verdict = decisions.effect_cells(own, groups), decisions.verdict_text(choice, study, own)
                 name = decisions.name_of(choice, label.partition(", ")[2])
-                rows.append([name, parameter, *cells, *empty_clips, verdict])
+                rows.append([name, parameter, *cells, *empty_clips, verdict, *empty_beside])
     columns = ["idea", "parameter", *(f"{group}, points" for group in groups), *(f"{CLIPS[name]}, %" for name in clips)]
-    if with_clips:
-        columns += ["clips won, %", "loss without the state, ×", "latent − idea, points"]
-    return Table("ideas", "Ideas of the research", [*columns, "verdict"], rows, note_of(groups, with_clips))
+    return Table("ideas", "Ideas of the research", [*columns, "verdict", *beside], rows, note_of(groups, with_clips))
 
 
 def note_of(groups, with_clips):
@@ -140,13 +140,13 @@ def predictions(choice, study):
 
 
 def prediction_cells(arm, study, clips):
-    """(cells of an `ArmResult` by group of clips and of the moving ones, verdict)."""
+    """Cells of an `ArmResult`: gain by group of clips, verdict, and what stands beside it, of the moving clips."""
     found, moving = arm.next_frame, arm.next_frame.get("videos")
     margin, count = study.summary.next_frame_margin, len(arm.seeds)
     cells = [gain_cell(found[name]) if name in found else MISSING for name in clips]
-    cells += [MISSING] * 3 if moving is None else [wins_cell(moving), state_cell(moving), difference_cell(moving)]
+    beside = [MISSING] * 3 if moving is None else [wins_cell(moving), state_cell(moving), difference_cell(moving)]
     words = "; ".join(f"{CLIPS[name]}: {found[name].verdict_text(margin)}" for name in clips if name in found)
-    return cells, f"{words} ({study.name}, {count} run{'s' * (count > 1)})"
+    return [*cells, f"{words} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
 
 
 def gain_cell(found):
