@@ -34,6 +34,10 @@ def answering(idea, arm, description, *keys, rule=OTHER, study="ideas", baseline
     return Idea(Choice(idea, arm, description, rule, study, baseline), keys)
 
 
+def fovea(arm, description, *keys):
+    return answering("fovea", arm, description, *keys, rule=CHEAPER, study="fovea", baseline="full")
+
+
 FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
 QUERIES = "model.num_visual_tokens_per_frame"
 MOTION = "sources.procedural.motion"  # digits hop by default
@@ -62,14 +66,8 @@ IDEAS = (
     predicting("11 optical flow", "flow", "as target", "target"),
     answering("12 hard attention", "top_k", "four largest", "model.hard_attention"),
     answering("12 hard attention", "gumbel", "Gumbel", "model.hard_attention"),
-    answering(
-        *("fovea", "fovea", "low resolution with a window", "model.frame_downsampling", "model.fovea_size"),
-        **{"rule": CHEAPER, "study": "fovea", "baseline": "full"},
-    ),
-    answering(
-        *("fovea", "low", "low resolution alone", "model.frame_downsampling"),
-        **{"rule": CHEAPER, "study": "fovea", "baseline": "full"},
-    ),
+    fovea("fovea", "low resolution with a window", "model.frame_downsampling", "model.fovea_size"),
+    fovea("low", "low resolution alone", "model.frame_downsampling"),
 )
 
 
