@@ -8,6 +8,7 @@ from statistics import median
 
 from rich.table import Table
 
+from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import folder_of
 
@@ -20,34 +21,43 @@ FIRST_GUESS_PER_SAMPLE = 0.0055
 
 @dataclass(frozen=True)
 class Costs:
-    """Expected seconds of jobs: medians of the finished ones, training per sample."""
+    """Expected seconds of jobs."""
 
-    measured: dict[str, float]
+    # {(stage or "training", network or None for any): median}, see measure_costs
+    measured: dict[tuple[str, str | None], float]
 
     def seconds(self, job):
-        """Expected seconds of a `Job`, by its stage and, if it trains, its samples."""
-        if job.stage in TRAINING_STAGES:
-            per_sample = self.measured.get("training", FIRST_GUESS_PER_SAMPLE)
-            return per_sample * num_samples(job)
-        return self.measured.get(job.stage, FIRST_GUESS.get(job.stage, 60))
+        """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess."""
+        trains = job.stage in TRAINING_STAGES
+        kind = "training" if trains else job.stage
+        found = self.measured.get((kind, network_of(job)), self.measured.get((kind, None)))
+        if trains:
+            return (FIRST_GUESS_PER_SAMPLE if found is None else found) * num_samples(job)
+        return FIRST_GUESS.get(job.stage, 60) if found is None else found
 
 
 def num_samples(job):
     return job.parameters["training"][job.stage]["num_samples"]
 
 
+def network_of(job):
+    """Identifies what the time of a sample depends on: the network, its sizes and those of its inputs."""
+    backbones = {name: value for name, value in job.parameters["backbones"]["embedded"].items() if name != "seed"}
+    return fingerprint(job.parameters["model"], backbones, job.parameters["shards"]["image_size"])
+
+
 def measure_costs(plan, studies):
-    """`Costs` from the jobs of the plan that are done in the folder `studies`."""
+    """`Costs` from the jobs of the plan that are done in the folder `studies`, training per sample."""
     found = {}
     for job in plan.jobs.values():
         path = studies / job.folder / "done.json"
         if path.exists():
             seconds = json.loads(path.read_text())["seconds"]
-            if job.stage in TRAINING_STAGES:
-                found.setdefault("training", []).append(seconds / num_samples(job))
-            else:
-                found.setdefault(job.stage, []).append(seconds)
-    return Costs({name: median(values) for name, values in found.items()})
+            trains = job.stage in TRAINING_STAGES
+            kind, value = ("training", seconds / num_samples(job)) if trains else (job.stage, seconds)
+            for network in (network_of(job), None):
+                found.setdefault((kind, network), []).append(value)
+    return Costs({key: median(values) for key, values in found.items()})
 
 
 def states(plan, studies):

@@ -1,5 +1,6 @@
 """Studies: their design, the plan of shared jobs, running it through Snakemake, and what is collected."""
 
+import copy
 import json
 import os
 import signal
@@ -345,6 +346,14 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
     (folder / "done.json").write_text(json.dumps({"seconds": 304.0}))
     costs = progress.measure_costs(made, tmp_path)
     assert costs.seconds(short) == pytest.approx(304.0)
+    other = plan.Job(**vars(short) | {"parameters": copy.deepcopy(short.parameters), "key": "other"})
+    other.parameters["model"]["num_passes"] = 2  # slower, it turns out
+    assert costs.seconds(other) == pytest.approx(304.0)
+    both = plan.Plan("mine", "commit", jobs={("stage2", job.key): job for job in (long, other)})
+    (tmp_path / other.folder).mkdir(parents=True)
+    (tmp_path / other.folder / "done.json").write_text(json.dumps({"seconds": 608.0}))
+    assert progress.measure_costs(both, tmp_path).seconds(short) == pytest.approx(304.0)
+    assert progress.measure_costs(both, tmp_path).seconds(other) == pytest.approx(608.0)
     found = progress.states(made, tmp_path)
     assert found["stage2", long.key] == "done"
     everything = sum(costs.seconds(job) for job in made.jobs.values())
