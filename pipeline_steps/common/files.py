@@ -6,6 +6,7 @@ The stages decide what the files contain, so no stage lists this module in dvc.y
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -61,11 +62,17 @@ def check_outputs(folders=(), files=()):
 # ---------------------------------------------------------------- writing: whole files and folders or nothing
 
 
+NUMBERS = re.compile(r"\[\n\s*(?:[-+.\w]+,?\s+)+\]")  # no JSON string has a line break, so this is never within one
+
+
 def to_json(value, indent=None):
-    """Deterministic JSON of a Record (fields in their own order) or of plain data (keys sorted)."""
+    """Deterministic JSON of a Record (fields in their own order) or of plain data (keys sorted). With `indent`, the
+    numbers of a list share a line."""
     if hasattr(value, "model_dump"):
-        return json.dumps(value.model_dump(mode="json"), indent=indent, ensure_ascii=False)
-    return json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=True)
+        text = json.dumps(value.model_dump(mode="json"), indent=indent, ensure_ascii=False)
+    else:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=True)
+    return NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
 
 def write_text(path, text):

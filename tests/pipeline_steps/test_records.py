@@ -1,5 +1,6 @@
 """Records survive a round trip, bad ones are named, and files and folders are written whole or not at all."""
 
+import json
 import threading
 
 import pytest
@@ -16,6 +17,15 @@ def test_round_trip_with_every_kind_of_line_break(tmp_path):
     write_jsonl(tmp_path / "deep" / "index.jsonl", [sample, sample.model_copy(update={"key": "b"})])
     assert [s.key for s in read_samples(tmp_path / "deep" / "index.jsonl")] == ["a", "b"]
     assert read_samples(tmp_path / "deep" / "index.jsonl")[0] == sample
+
+
+def test_numbers_of_a_list_share_a_line():
+    value = {"a": [1, 2.5, -3e-05, None], "b": ["[\n 1,\n 2\n]", "2"], "c": [[1, 2], []], "d": [{"e": [True]}]}
+    text = to_json(value, indent=1)
+    assert json.loads(text) == value
+    for line in (' "a": [1, 2.5, -3e-05, null],\n', "  [1, 2],\n", '   "e": [true]\n'):
+        assert line in text
+    assert to_json(value) == json.dumps(value, sort_keys=True)
 
 
 @pytest.mark.parametrize(
