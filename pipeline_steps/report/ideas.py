@@ -1,7 +1,8 @@
 """The research's twelve ideas and the fovea: parameter, measured effect with interval, verdict.
 
-An idea about the text objective is compared by its answers, as in the decision table. Of an idea about next-frame
-prediction, the effect is the gain of planned over static looks.
+An idea about the text objective is compared by its answers. Of an idea about next-frame prediction, the effect is the
+gain of planned over static looks. Verdicts are by 95 % t-intervals and exploratory: not corrected for the number of
+ideas, and of as few as three runs.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pipeline_steps.common.study_results import BETTER, CLIPS, EQUAL, SINGLE_PASS, TOO_FEW, UNDECIDED, WORSE
 from pipeline_steps.report import decisions, studies
 from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
+from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
 PREDICTION = "training.stageN.objective.next_frame"
@@ -95,7 +97,7 @@ def table(found):
         else:
             for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
                 own = decisions.by_group(choice, study, label)
-                cells, verdict = decisions.effect_cells(own, groups), decisions.verdict_text(choice, study, own)
+                cells, verdict = decisions.effect_cells(own, groups), verdict_text(choice, study, own)
                 name = decisions.name_of(choice, label.partition(", ")[2])
                 rows.append([name, parameter, *cells, *empty_clips, verdict, *empty_beside])
     columns = ["idea", "parameter", *(f"{group}, points" for group in groups), *(f"{CLIPS[name]}, %" for name in clips)]
@@ -106,9 +108,10 @@ def note_of(groups, with_clips):
     text = "stageN: stages 2 and 3."
     if groups:
         text += (
-            " Points: default minus idea, token accuracy [95% t-interval], pairs of runs with equal seeds; verdicts "
+            " Points: default minus idea (fovea: full resolution minus idea), token accuracy [95% t-interval, not "
+            "corrected for the number of ideas], pairs of runs with equal seeds. The intervals decide, by the rules "
+            "under Decisions, equal within 3 points."
         )
-        text += "and rules as under Decisions; fovea: full resolution minus idea."
     if with_clips:
         text += (
             " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not "
@@ -120,6 +123,14 @@ def note_of(groups, with_clips):
             "and targets."
         )
     return text
+
+
+def verdict_text(choice, study, own):
+    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, and of which study."""
+    margin, count = study.summary.margin, len(next(iter(own.values())).differences)
+    verdicts = [interval_verdict(entry.interval, len(entry.differences), margin) for entry in own.values()]
+    found = TOO_FEW if TOO_FEW in verdicts else decisions.outcome(choice.rule, verdicts)
+    return f"{found} ({study.name}, {count} pair{'s' * (count > 1)})"
 
 
 def not_run(choice):

@@ -25,8 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, UNDECIDED, WORSE
+
 ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % interval decides everything
 SMALLEST = 1e-30  # p-values below it are 0
+MIN_VALUES = 3  # of an interval that decides
 LOG_RATIO, DIFFERENCE = "log ratio", "difference"
 
 
@@ -177,6 +180,17 @@ def equivalence_power(differences, margin, level=0.9):
     errors = error * np.sqrt(stats.chi2.ppf(ranks, count - 1) / (count - 1))  # of such studies, in quantiles
     room = np.maximum(margin - stats.t.isf((1 - level) / 2, count - 1) * errors, 0)
     return float(np.mean(2 * stats.norm.cdf(room / error) - 1))
+
+
+def interval_verdict(interval, num_values, margin):
+    """Verdict by a mean's 95 % interval, without correction for other questions: TOO_FEW below `MIN_VALUES`, EQUAL if
+    the interval lies within +- margin, BETTER or WORSE if it excludes 0, else UNDECIDED."""
+    if num_values < MIN_VALUES:
+        return TOO_FEW
+    low, high = interval
+    if -margin <= low and high <= margin:
+        return EQUAL
+    return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
 
 
 def holm(p_values):

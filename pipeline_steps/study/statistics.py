@@ -21,8 +21,8 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
-from pipeline_steps.report.statistics import holm
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
+from pipeline_steps.report.statistics import holm, interval_verdict
 
 LEVEL = 0.95
 EQUIVALENCE_LEVEL = 0.90  # of the interval that has to lie within the margin: two one-sided tests at 5 %
@@ -70,16 +70,10 @@ def t_interval(values, level=LEVEL):
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def gain_verdict(values, margin, smallest=3):
-    """(verdict, 95 % t-interval) of the mean of `values`, one per run: TOO_FEW below `smallest`, EQUAL if the interval
-    lies within +- margin, BETTER or WORSE if it excludes 0, else UNDECIDED. The interval is None for fewer than two."""
+def gain_verdict(values, margin):
+    """(verdict, 95 % t-interval) of the mean of `values`, one per run, as `report.statistics.interval_verdict`."""
     interval = t_interval(values)
-    if len(values) < smallest:
-        return TOO_FEW, interval
-    low, high = interval
-    if -margin <= low and high <= margin:
-        return EQUAL, interval
-    return (BETTER if low > 0 else WORSE if high < 0 else UNDECIDED), interval
+    return interval_verdict(interval, len(values), margin), interval
 
 
 def bounded_interval(values, low, high, level=LEVEL, seed=0):

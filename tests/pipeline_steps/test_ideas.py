@@ -10,6 +10,7 @@ from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameS
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import CLIPS, StudySummary
 from pipeline_steps.report import ideas, studies
+from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study import collect, statistics, summary
 from pipeline_steps.study.design import read_study
@@ -243,12 +244,33 @@ def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
     assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
 
 
-def test_ideas_about_answers_are_compared_as_in_the_decision_table(tmp_path):
+def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
     row = cells_of([study])["5 entropy margin: weight 0.1"]
     assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
-    assert row["verdict"] == "undecided (ideas, 3 pairs)"
+    assert row["verdict"] == "depends on the tasks (ideas, 3 pairs)"  # no exact test of three pairs decides anything
     assert "moving clips, %" not in row
+
+
+@pytest.mark.parametrize(
+    ("interval", "count", "verdict"),
+    [
+        ((-0.029, 0.03), 3, "equal"),
+        ((0.001, 0.029), 3, "equal"),
+        ((-0.031, 0.02), 3, "undecided"),
+        ((0.01, 0.04), 3, "better"),
+        ((-0.04, -0.01), 8, "worse"),
+        ((0.01, 0.04), 2, "too few runs"),
+        (None, 1, "too few runs"),
+    ],
+)
+def test_an_interval_decides(interval, count, verdict):
+    assert interval_verdict(interval, count, 0.03) == verdict
+
+
+def test_few_pairs_decide_nothing(tmp_path):
+    study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2)))
+    assert cells_of([study])["5 entropy margin: weight 0.1"]["verdict"] == "too few runs (ideas, 2 pairs)"
 
 
 def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):
