@@ -9,6 +9,7 @@ from pipeline_steps.common.result import Interval, Share
 BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undecided", "unmatched budgets"
 EXPLORATORY = "exploratory"
 TOO_FEW, SINGLE_PASS = "too few runs", "single pass"
+SEEDS = ["training_seed", "backbones_seed", "data_seed"]  # columns of runs.csv
 CLIPS = {"videos": "moving clips", "image": "static clips"}  # groups of the next-frame losses in runs.csv
 FINE, COARSE = "fine", "coarse"
 

@@ -7,12 +7,20 @@ import pandas as pd
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import read_json
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE, StudySummary
+from pipeline_steps.common.study_results import (
+    BETTER,
+    EQUAL,
+    EXPLORATORY,
+    SEEDS,
+    UNDECIDED,
+    UNMATCHED,
+    WORSE,
+    StudySummary,
+)
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, number
 
-SEEDS = ["training_seed", "backbones_seed", "data_seed"]
 HEADLINE_ARMS = ("none", "A6", "B1")
 GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that must read everything", "all": "all tasks"}
 SHORT_NAMES = {"gaze": "need a gaze", "reading": "read everything", "all": "all tasks"}  # in figures

@@ -24,7 +24,6 @@ SEED_KEYS = {  # which parameters each kind of seed sets
     "backbones": ("backbones.embedded.seed",),
     "data": ("sources.procedural.seed", "sources.chat.seed", "shards.seed"),
 }
-SEEDS = tuple(f"{kind}_seed" for kind in SEED_KEYS)  # columns of runs.csv
 TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SINGLE_PASS, NextFrameGain
+from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SEEDS, SINGLE_PASS, NextFrameGain
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import SEEDS, arm_parameters, baseline_of
+from pipeline_steps.study.design import arm_parameters, baseline_of
 
 NEXT_FRAME = "next_frame_"  # columns next_frame_<clips>_<variant>, NextFrameScore's losses, and ..._wins
 VARIANTS = (COARSE, "autoregressive", "unchanged", "shuffled_state", "no_state", "no_previous")
@@ -70,7 +70,7 @@ def paired_gains(runs, table, study, arm, budget, group):
     if baseline == arm or base.empty or target_of(study, baseline) != target_of(study, arm):
         return np.zeros(0)
     own, other = (
-        relative_gain(rows, study, name, group).set_axis(pd.MultiIndex.from_frame(rows[list(SEEDS)]))
+        relative_gain(rows, study, name, group).set_axis(pd.MultiIndex.from_frame(rows[SEEDS]))
         for rows, name in ((runs, arm), (base, baseline))
     )
     return (other - own).dropna().to_numpy()

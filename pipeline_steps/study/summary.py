@@ -21,6 +21,7 @@ from pipeline_steps.common.study_results import (
     CLIPS,
     COARSE,
     EXPLORATORY,
+    SEEDS,
     UNDECIDED,
     ArmResult,
     ComparisonResult,
@@ -30,7 +31,6 @@ from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import (
-    SEEDS,
     EqualFlops,
     baseline_of,
     budgets_of,
@@ -100,8 +100,8 @@ def comparisons(table, study):
             continue
         entry = study.budgets.get(budget)
         reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
-        base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(list(SEEDS))
-        own = rows.set_index(list(SEEDS))
+        base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(SEEDS)
+        own = rows.set_index(SEEDS)
         common = base.index.intersection(own.index)
         if not len(common):
             continue
@@ -185,7 +185,7 @@ def summarise(name, table, study):
             ArmResult(
                 arm=arm,
                 budget=budget,
-                seeds=runs[list(SEEDS)].to_numpy().tolist(),
+                seeds=runs[SEEDS].to_numpy().tolist(),
                 groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
                 exact_match=optional(runs["exact_match_accuracy"]),
                 num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
