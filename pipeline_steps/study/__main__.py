@@ -5,7 +5,7 @@
 
 What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
 (workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into
-reports/study/NAME/ as they end: runs.csv, items.parquet, and in the end README.md with comparisons and runs.svg.
+reports/study/NAME/ as they end: runs.csv, items.parquet, and in the end README.md with comparisons and runs.png.
 A failed job does not stop the others. Interrupted or killed, the same command continues. Jobs live in
 ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten minutes of one core per run.
 """

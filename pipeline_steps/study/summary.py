@@ -1,4 +1,4 @@
-"""The summary of a study: README.md, runs.svg and summary.json (for the report) in reports/study/<name>/, from runs.csv
+"""The summary of a study: README.md, runs.png and summary.json (for the report) in reports/study/<name>/, from runs.csv
 alone.
 
     python -m pipeline_steps.study.summary NAME
@@ -15,7 +15,7 @@ import pandas as pd
 
 from pipeline_steps.common import metrics
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import write_text
+from pipeline_steps.common.files import write_bytes, write_text
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import (
     CLIPS,
@@ -42,7 +42,7 @@ from pipeline_steps.study.next_frame import NEXT_FRAME, next_frame_of, optional,
 from pipeline_steps.study.plan import RESULTS
 
 ACCURACY = "accuracy_"
-COLOURS = ("#2f80ed", "#d97706", "#12a594", "#8b5cf6", "#c2410c", "#64748b")
+COLOUR = "#2f80ed"
 
 
 def main():
@@ -53,7 +53,7 @@ def main():
 
 
 def write_summary(name, study, results=ROOT / RESULTS):
-    """Writes README.md, runs.svg and summary.json beside the study's runs.csv; returns the path of README.md. UserError
+    """Writes README.md, runs.png and summary.json beside the study's runs.csv; returns the path of README.md. UserError
     without runs."""
     folder = results / name
     try:
@@ -62,9 +62,9 @@ def write_summary(name, study, results=ROOT / RESULTS):
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
     summary = summarise(name, table, study)
     if any(arm.answers_trained for arm in summary.arms):
-        write_text(folder / "runs.svg", figure(table, study))
+        write_bytes(folder / "runs.png", figure(table, study))
     else:
-        (folder / "runs.svg").unlink(missing_ok=True)  # of an earlier version
+        (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
     write_text(folder / "README.md", page(summary, table, study))
     return folder / "README.md"
@@ -230,7 +230,7 @@ def page(summary, table, study):
     if any(arm.next_frame for arm in summary.arms):
         parts += ["## Next frame: planned against static looks", *next_frame_lines(summary)]
     if any(arm.answers_trained for arm in summary.arms):
-        parts += ["![Token accuracy of every run by task](runs.svg)"]
+        parts += ["![Token accuracy of every run by task](runs.png)"]
     parts += ["## Runs", run_table(table, study)]
     return "\n\n".join(parts) + "\n"
 
@@ -402,41 +402,35 @@ def markdown(table):
 
 
 def figure(table, study):
-    """Every run as a point, by task and arm, as SVG text."""
+    """Every run as a point, as PNG bytes: a row per arm and budget, a panel per task, with mean and exact match."""
     tasks = groups_of(table, study)["all"]
     table = table[table["arm"].isin(trained_on_answers(table, study))]
-    labels = list(dict.fromkeys(zip(table["arm"], table["budget"], strict=True)))
-    with plt.rc_context({"svg.hashsalt": "study", "font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        canvas, axes = plt.subplots(figsize=(8.4, 3.6 + 0.25 * (len(labels) // 4)), layout="constrained")
-        for index, (arm, budget) in enumerate(labels):
-            rows = table[(table["arm"] == arm) & (table["budget"] == budget)]
-            colour = COLOURS[index % len(COLOURS)]
-            shift = (index - (len(labels) - 1) / 2) * 0.8 / len(labels)
-            name = arm if len(study.budgets) == 1 else f"{arm}, {budget}"
-            columns = ["mean_token_accuracy", *(f"{ACCURACY}{task}" for task in tasks), "exact_match_accuracy"]
-            for place, column in enumerate(columns):
-                values = rows[column].to_numpy(dtype=float)
-                offsets = np.linspace(-0.25, 0.25, len(values)) * 0.8 / len(labels) if len(values) > 1 else np.zeros(1)
-                label = name if place == 0 else None
-                axes.scatter(place + shift + offsets, values, s=14, color=colour, alpha=0.75, linewidths=0, label=label)
-                axes.hlines(
-                    np.nanmean(values),
-                    place + shift - 0.3 / len(labels),
-                    place + shift + 0.3 / len(labels),
-                    color=colour,
-                )
-        axes.set_xticks(range(len(tasks) + 2), ["mean", *tasks, "exact\nmatch"])
-        axes.set_ylim(0, 1.02)
-        axes.set_ylabel("accuracy")
-        axes.grid(axis="y", linewidth=0.5)
-        axes.set_axisbelow(True)
-        for border in (0.5, len(tasks) + 0.5):
-            axes.axvline(border, color="0.6", linewidth=0.8)
-        canvas.legend(loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
-        text = io.StringIO()
-        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    arms = table["arm"] if len(study.budgets) == 1 else table["arm"] + ", " + table["budget"]
+    columns = {"mean": "mean_token_accuracy"} | {task: f"{ACCURACY}{task}" for task in tasks}
+    columns |= {"exact match": "exact_match_accuracy"}
+    names = list(dict.fromkeys(arms))
+    with plt.rc_context({"font.size": 9, "font.family": "DejaVu Sans"}):
+        size = 1.4 + 1.05 * len(columns), 0.8 + 0.3 * len(names)
+        canvas, panels = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharex=True, sharey=True)
+        for axes, (title, column) in zip(panels, columns.items(), strict=True):
+            for place, name in enumerate(names):
+                values = 100 * table.loc[arms == name, column].to_numpy(dtype=float)
+                offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
+                axes.scatter(values, place + offsets, s=14, color=COLOUR, alpha=0.75, linewidths=0, clip_on=False)
+                axes.vlines(np.nanmean(values), place - 0.35, place + 0.35, color="black", linewidth=1.2)
+            axes.set_title(title, fontsize=9)
+            axes.grid(linewidth=0.5)
+            axes.set_axisbelow(True)
+            axes.tick_params(left=False)
+        panels[0].set_xlim(0, 100)
+        panels[0].set_xticks((0, 50, 100))
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        canvas.supxlabel("accuracy, %; line: mean of the runs", fontsize=9)
+        content = io.BytesIO()
+        canvas.savefig(content, format="png", dpi=120, metadata={"Software": None})
         plt.close(canvas)
-    return text.getvalue()
+    return content.getvalue()
 
 
 if __name__ == "__main__":

@@ -136,13 +136,13 @@ def test_accuracies_of_arms_without_text_loss_are_no_results(tmp_path, table, fo
     assert (
         "| skip | x1 | 1 | 1 | 1 | – | – | – | – | – | – | – | – | – | – | – | +10.00 | +20.00 | c0ffee |" in text
     )  # its run
-    assert (folder / "runs.svg").exists()
+    assert (folder / "runs.png").exists()
     without = table[table["arm"] != "beside_text"]
     without.to_csv(folder / "runs.csv", index=False)
     text = summary.write_summary("next_frame", STUDY, tmp_path).read_text()
     assert "12.5" not in text
-    assert "runs.svg" not in text
-    assert not (folder / "runs.svg").exists()
+    assert "runs.png" not in text
+    assert not (folder / "runs.png").exists()
     again = (folder / "summary.json").read_bytes()
     summary.write_summary("next_frame", STUDY, tmp_path)
     assert (folder / "summary.json").read_bytes() == again

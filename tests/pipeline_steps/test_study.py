@@ -481,7 +481,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "**worse** at equal samples; 8 runs not converged" in text  # B1 reads more, at twice the FLOPs
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
-    assert "<svg" in (tmp_path / "mine/runs.svg").read_text()
+    assert (tmp_path / "mine/runs.png").read_bytes().startswith(b"\x89PNG")
     found = StudySummary.model_validate_json((tmp_path / "mine/summary.json").read_text())
     assert (found.num_runs, found.num_planned, found.baseline) == (24, 24, "none")
     assert [(arm.arm, len(arm.seeds), arm.num_above_plateau, arm.num_converged) for arm in found.arms] == [
