@@ -19,8 +19,9 @@ heatmap.png, a clip of the first run: as docs/heatmap.png it is the README's pic
 Before anything runs, `--dry-run` with the same arguments lists the jobs with samples, training FLOPs and minutes at a
 stated rate, and what to copy to a bare machine (benchmarks/natural_cost.py); missing inputs are made first, as they
 decide what the jobs are. Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without
-it, copy plan.json, which `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and evaluation need torch,
-transformers, pydantic, pyarrow, PyYAML and pandas; heatmaps, left out where it is missing, Matplotlib.
+it, copy plan.json, which `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and
+evaluation need torch, transformers, pydantic, pyarrow, PyYAML and pandas; heatmaps, left out where it is missing,
+Matplotlib.
 Cost: meant for 25 minutes of one H100 for three arms and one seed (not measured yet); on a CPU about an hour an arm.
 """
 
@@ -35,7 +36,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.natural_cost import describe
 from benchmarks.natural_plan import HEATMAPS, PRESETS, folder_hash, make_plan
 from benchmarks.natural_results import keep, write_results
 from pipeline_steps.backbones import own_chats
@@ -191,6 +191,8 @@ def main() -> int:
     if HEATMAPS not in {stage for stage, _ in plan.jobs}:
         print("no heatmaps: Matplotlib is not installed", flush=True)
     if arguments.dry_run:
+        from benchmarks.natural_cost import describe  # imports what makes data, which a bare machine may lack
+
         print(describe(plan, left, arguments, arguments.rate))
         return 0
     signal.signal(signal.SIGTERM, _raise_stop)
