@@ -83,3 +83,23 @@ def test_backbones_are_taken_out_of_a_checkpoint(finished_run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["language_model", "vision_encoder"]
     places = (tmp_path / "language_model", finished_run / "data/backbones/language_model")
     assert len({(place / "tokenizer.json").read_bytes() for place in places}) == 1
+
+
+def test_training_clips_are_scored_and_drawn_like_held_out_ones(finished_run, tmp_path):
+    """What shows the result on one's own training clips beside the held-out ones (docs/training.md)."""
+    (tmp_path / "data").symlink_to(finished_run / "data")
+    shutil.copytree(finished_run / "outputs/metrics", tmp_path / "outputs/metrics")
+    (tmp_path / "outputs/stage3").symlink_to(finished_run / "outputs/stage3")
+    splits = ["evaluation.split=train", "heatmaps.split=train", "heatmaps.num_sheet_clips=3"]
+    pipeline.write_params(tmp_path, *splits, "evaluation.max_items_per_task=3")
+    pipeline.run_all(tmp_path, "evaluation", "heatmaps")
+    scores = [json.loads((place / "outputs/metrics/evaluation.json").read_text()) for place in (finished_run, tmp_path)]
+    assert [entry["provenance"]["split"] for entry in scores] == ["test", "train"]
+    assert scores[0]["tasks"].keys() == scores[1]["tasks"].keys()
+    index = json.loads((tmp_path / "reports/heatmaps/index.json").read_text())
+    assert index["split"] == "train"
+    raw = [json.loads(line) for line in (finished_run / "data/raw/index.jsonl").read_text().splitlines()]
+    training = {sample["key"] for sample in raw if sample["split"] == "train"}
+    drawn = {clip["key"] for clip in (*index["clips"], *index["contact_sheet"]["clips"])}
+    assert drawn
+    assert drawn <= training

@@ -8,7 +8,7 @@ from pipeline_steps.common.params import StrictModel
 
 
 class Section(StrictModel):
-    split: Literal["validation", "test"]
+    split: Literal["train", "validation", "test"]
     """Split of the clips."""
     num_clips: PositiveInt
     """Clips per task: the first by key."""

@@ -243,6 +243,7 @@ def show_study(folder, study, leads):
         "forest": studies.forest(comparisons, margin),
     }
     found = {"name": study.name, "arms": studies.arms(study, study.summary.arms)}
+    found["heatmap"] = attention_figures.kept(study)
     found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)

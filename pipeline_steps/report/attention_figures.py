@@ -1,4 +1,6 @@
-"""Figures from reports/heatmaps besides the single clips: the contact sheet, and attention over the frames."""
+"""Figures of attention besides the single clips of reports/heatmaps: its contact sheet, attention over the frames, and
+the heatmaps that are kept with studies.
+"""
 
 import io
 
@@ -58,13 +60,33 @@ def contact_sheet(folder, index):
     path = folder / sheet["picture"]
     if not path.exists():
         raise UserError(f"{folder / 'index.json'} names {path}, which does not exist. Run `dvc repro heatmaps`.")
-    buffer = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.save(buffer, "WEBP", quality=QUALITY)
-        size = {"width": picture.width, "height": picture.height}
     caption = (
         f"{len(sheet['clips'])} clips. Selection rule: {sheet['rule']}. Overlay: attention in the {sheet['mode']} "
         "mode. White box: the target. Right: every scored token is the most likely one. Attention should be on the "
         "target in the best clips; in the worst it is often beside it."
     )
-    return {"content": buffer.getvalue(), "caption": caption, "picture": sheet["picture"], **size}
+    return embedded(path) | {"caption": caption, "picture": sheet["picture"]}
+
+
+def kept(study):
+    """{content: WebP, width, height, caption, alt, picture} of a study's heatmap.png, or None if it has none."""
+    if study.heatmap is None:
+        return None
+    caption = (
+        f"A held-out clip of a run of study {study.name}: its frames, and over them the attention of the static and of "
+        "the planned queries. White box: the target."
+    )
+    alt = f"Frames of a clip of study {study.name} with the attention over them"
+    return embedded(study.heatmap) | {"caption": caption, "alt": alt, "picture": study.heatmap.name}
+
+
+def embedded(path):
+    """{content: WebP, width, height} of a picture. UserError if it cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as picture:
+            picture.save(buffer, "WEBP", quality=QUALITY)
+            size = {"width": picture.width, "height": picture.height}
+    except OSError as error:
+        raise UserError(f"{path} is no picture ({error}). Remove it, or write it again.") from None
+    return {"content": buffer.getvalue(), **size}

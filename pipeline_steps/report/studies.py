@@ -1,6 +1,7 @@
 """Studies on the page: verdicts over training runs, arms, tasks and figures with every run, from reports/study."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,7 @@ class Study:
     summary: StudySummary
     runs: pd.DataFrame  # runs.csv
     task_losses: pd.DataFrame | None  # of items.parquet: nats per scored token, a row per run, a column per task
+    heatmap: Path | None = None  # heatmap.png, which `python -m benchmarks.natural --keep` adds
 
     @property
     def name(self):
@@ -51,10 +53,9 @@ def read_study(folder):
     summary = read_json(folder / "summary.json", StudySummary, f"python -m pipeline_steps.study.summary {folder.name}")
     if not (folder / "runs.csv").exists():
         raise UserError(f"{folder / 'runs.csv'}: missing beside summary.json; run `make study name={folder.name}`")
-    items = folder / "items.parquet"
-    return Study(
-        summary, pd.read_csv(folder / "runs.csv"), losses_of(pd.read_parquet(items)) if items.exists() else None
-    )
+    items, heatmap = folder / "items.parquet", folder / "heatmap.png"
+    losses = losses_of(pd.read_parquet(items)) if items.exists() else None
+    return Study(summary, pd.read_csv(folder / "runs.csv"), losses, heatmap if heatmap.exists() else None)
 
 
 def losses_of(items):

@@ -3,6 +3,10 @@
 Questions about rows of digits, "Say 471 backwards" -> "174" and three more kinds: every question is unique, so no two
 splits share one. Or the user's own chats: a .jsonl with a list `messages` of {role, content} per line and, optionally,
 its `split`. Without it the stage `shards` assigns one; equal chats are of the same split.
+
+Rows may be those of SmolTalk (HuggingFaceTB/smoltalk, any of its subsets, saved with `to_json`): their columns of
+PUBLISHED_COLUMNS say where a chat comes from and how it was rated, and are ignored. Any other column is an error, as it
+might change what the chat means, such as the tools and thinking modes of SmolTalk 2's `chat_template_kwargs`.
 """
 
 from collections.abc import Iterator
@@ -18,6 +22,9 @@ from pipeline_steps.sources.metadata import read_jsonl
 
 KINDS = ("repeat", "backwards", "next", "largest")
 LENGTHS = (3, 4, 5, 6)
+COLUMNS = {"messages", "split"}
+PUBLISHED_COLUMNS = {"source", "full_topic", "category", "difficulty", "quality", "reward_model_score"}
+PUBLISHED_COLUMNS |= {"conversation_tokens"}
 
 
 def make_question(rng: np.random.Generator, kind: str) -> tuple[str, str]:
@@ -51,8 +58,11 @@ def chats(path: Path) -> Iterator[RawSample]:
         raise UserError(f"sources.chat.path is {path}: the file has no chats. Write one per line.")
     for line, row in rows:
         where = f"{path} line {line}"
-        if unknown := sorted(set(row) - {"messages", "split"}):
-            raise UserError(f"{where}: found {', '.join(unknown)}, expected messages and, optionally, split.")
+        if unknown := sorted(set(row) - COLUMNS - PUBLISHED_COLUMNS):
+            raise UserError(
+                f"{where}: unknown column {', '.join(unknown)}. Expected messages and, optionally, split; ignored are "
+                f"{', '.join(sorted(PUBLISHED_COLUMNS))}, as in SmolTalk. Remove other columns."
+            )
         item = {"messages": chat_messages(where, row.get("messages")), "task": "text"}
         key = f"chat-{line:06d}"
         try:

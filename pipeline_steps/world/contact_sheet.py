@@ -2,7 +2,8 @@
 
     python -m pipeline_steps.world.contact_sheet --cutouts FOLDER [--backgrounds FOLDER] [--output sheet.jpg] [--seed N]
 
-Shows six frames of each clip; a green box marks the place that the question is about. Takes seconds.
+Shows six frames of each clip, the stills in one row, and of the tasks in NEW_SHOWN also a clip with held-out names and
+a held-out background (`*_new`); a green box marks the place that the question is about. Takes seconds.
 """
 
 import argparse
@@ -17,31 +18,79 @@ from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import Backgrounds, Cutouts
 
 SIZE, SHOWN, NUM_FRAMES = 224, 6, 12  # px of a rendered frame; frames shown of a clip's frames
-TILE, GAP, TEXT = 140, 3, 22  # px on the sheet
+TILE, GAP, TEXT, FONT = 132, 3, 24, 15  # px on the sheet
 HELD_OUT_SHARE = 0.2
-TARGET = (60, 230, 90)
+TARGET, NEW_COLOUR = (60, 230, 90), (176, 64, 0)
+STILL = "still"
+NEW_SHOWN = ("become", "meet")
 
 
 def sheet(cutouts: Cutouts, backgrounds: Backgrounds, seed: int) -> Image.Image:
-    """One row of frames per task, its text above."""
-    width, height = SHOWN * (TILE + GAP) - GAP, TILE + TEXT + GAP
-    kinds = [kind for kind in world.KINDS if kind != "still"]
-    page = Image.new("RGB", (width, len(kinds) * height), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for row, kind in enumerate(kinds):
-        rng = np.random.default_rng((seed, row))
-        scene = world.sample_scene(rng, kind, "train", cutouts, backgrounds, NUM_FRAMES)
-        frames, boxes = world.render(scene, cutouts, backgrounds, SIZE)
-        item = world.scene_items(scene, cutouts)[0]
-        text = f"{kind}:  {item['user'] or 'Describe the video.'}  {item['assistant']}"
-        draw.text((2, row * height + 3), text, "black", font)
-        for column, t in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN).round().astype(int)):
-            frame = Image.fromarray(frames[t])
-            if item["target"] is not None and boxes[item["target"], t].any():
-                ImageDraw.Draw(frame).rectangle((SIZE * boxes[item["target"], t]).tolist(), outline=TARGET, width=2)
-            tile = frame.resize((TILE, TILE), Image.Resampling.LANCZOS)
-            page.paste(tile, (column * (TILE + GAP), row * height + TEXT))
+    """A row of frames for every task, its text above: every kind, NEW_SHOWN with held-out names, and a row of stills,
+    half of them with held-out names."""
+    rows = [(kind, False) for kind in world.KINDS if kind != STILL] + [(kind, True) for kind in NEW_SHOWN]
+    strips = [_clip(cutouts, backgrounds, (seed, number), *row) for number, row in enumerate(rows)]
+    strips.append(_stills(cutouts, backgrounds, (seed, len(rows))))
+    height = sum(strip.height for strip in strips) + GAP * (len(strips) - 1)
+    page, y = Image.new("RGB", (strips[0].width, height), "white"), 0
+    for strip in strips:
+        page.paste(strip, (0, y))
+        y += strip.height + GAP
     return page
+
+
+def _sample(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], kind: str, is_new: bool):
+    """(frames, boxes of the target or None, item) of a training clip, or of a test clip with held-out names."""
+    split = "test" if is_new else "train"
+    scene = world.sample_scene(np.random.default_rng(key), kind, split, cutouts, backgrounds, NUM_FRAMES, is_new)
+    frames, boxes = world.render(scene, cutouts, backgrounds, SIZE)
+    item = world.scene_items(scene, cutouts)[0]
+    return frames, None if item["target"] is None else boxes[item["target"]], item
+
+
+def _strip(num_lines: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    strip = Image.new("RGB", (SHOWN * (TILE + GAP) - GAP, num_lines * TEXT + TILE), "white")
+    return strip, ImageDraw.Draw(strip)
+
+
+def _label(draw: ImageDraw.ImageDraw, x: int, line: int, task: str, text: str) -> None:
+    """Writes the task, in a colour of its own where names are held out, and its text behind it."""
+    font = ImageFont.load_default(FONT)
+    place = x + 2, line * TEXT + 3
+    draw.text(place, task, NEW_COLOUR if task.endswith(world.NEW) else "black", font, stroke_width=0.4)
+    draw.text((place[0] + draw.textlength(f"{task}   ", font), place[1]), text, "black", font)
+
+
+def _clip(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], kind: str, is_new: bool) -> Image.Image:
+    """SHOWN frames of a clip under its question and answer."""
+    frames, boxes, item = _sample(cutouts, backgrounds, key, kind, is_new)
+    strip, draw = _strip(1)
+    _label(draw, 0, 0, item["task"], f"{item['user'] or 'Describe the video.'}  {item['assistant']}")
+    for column, t in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN).round().astype(int)):
+        frame = Image.fromarray(frames[t])
+        if boxes is not None and boxes[t].any():
+            ImageDraw.Draw(frame).rectangle((SIZE * boxes[t]).tolist(), outline=TARGET, width=2)
+        _paste(strip, frame, column)
+    return strip
+
+
+def _stills(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...]) -> Image.Image:
+    """SHOWN stills; a line of text for every two: first trained names, then held-out ones."""
+    strip, draw = _strip(2)
+    for half, is_new in enumerate((False, True)):
+        answers = []
+        for number in range(SHOWN // 2):
+            frames, _, item = _sample(cutouts, backgrounds, (*key, half, number), STILL, is_new)
+            answers.append(item["assistant"])
+            _paste(strip, Image.fromarray(frames[0]), half * SHOWN // 2 + number)
+        side = "left" if half == 0 else "right"
+        _label(draw, 0, half, item["task"], f"({side}) {item['user']}  {';  '.join(answers)}")
+    return strip
+
+
+def _paste(strip: Image.Image, frame: Image.Image, column: int) -> None:
+    tile = frame.resize((TILE, TILE), Image.Resampling.LANCZOS)
+    strip.paste(tile, (column * (TILE + GAP), strip.height - TILE))
 
 
 def main() -> None:
@@ -54,7 +103,7 @@ def main() -> None:
     check_outputs(files=[arguments.output])
     cutouts = Cutouts(arguments.cutouts, HELD_OUT_SHARE, arguments.seed)
     backgrounds = Backgrounds(arguments.backgrounds, HELD_OUT_SHARE, arguments.seed)
-    sheet(cutouts, backgrounds, arguments.seed).save(arguments.output, quality=70)
+    sheet(cutouts, backgrounds, arguments.seed).save(arguments.output, quality=60)
     print(f"{arguments.output}: {arguments.output.stat().st_size // 1000} kB")
 
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from benchmarks import natural
+from benchmarks import natural, natural_cost, natural_plan, natural_results
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.study_results import StudySummary
+from pipeline_steps.study.plan import folder_of
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
 from tests import drawings
 
@@ -38,7 +39,7 @@ def keys(plan, stage):
 
 
 def test_arms_share_data_and_seeds_share_backbones(arguments):
-    plan = natural.make_plan(arguments)
+    plan = natural_plan.make_plan(arguments)
     assert [run.name for run in plan.runs] == [f"{arm}-x1-seed{n}.1.{n}" for n in (1, 2) for arm in arguments.arms]
     counts = {stage: len(set(keys(plan, stage))) for stage in plan.runs[0].jobs}
     shared = {"sources": 2, "shards": 2, "tokens": 2, "backbones": 1}
@@ -46,15 +47,16 @@ def test_arms_share_data_and_seeds_share_backbones(arguments):
     for run in plan.runs:
         assert (run.parameters["training"]["common"]["device"], run.parameters["seed"]) == ("cuda", run.seeds["data"])
         assert run.parameters["sources"]["procedural"]["world"] == "objects"
+        assert run.parameters["evaluation"]["max_captions_per_task"] == 0  # needs packages that a bare machine lacks
 
 
 def test_other_pictures_are_other_work_and_another_place_is_not(arguments, tmp_path):
-    before = natural.make_plan(arguments)
+    before = natural_plan.make_plan(arguments)
     arguments.cutouts = (tmp_path / "cutouts").rename(tmp_path / "moved")
-    assert natural.make_plan(arguments).jobs.keys() == before.jobs.keys()
+    assert natural_plan.make_plan(arguments).jobs.keys() == before.jobs.keys()
     metadata = tmp_path / "moved/metadata.jsonl"
     metadata.write_text(metadata.read_text() + "\n")
-    other = natural.make_plan(arguments)
+    other = natural_plan.make_plan(arguments)
     assert keys(other, "backbones") == keys(before, "backbones")
     assert not set(keys(other, "stage1")) & set(keys(before, "stage1"))
 
@@ -63,39 +65,39 @@ def test_other_chats_are_other_work(arguments, tmp_path):
     arguments.chats = tmp_path / "chats.jsonl"
     for text in ("{}\n", "[]\n"):
         arguments.chats.write_text(text)
-        plan = natural.make_plan(arguments)
+        plan = natural_plan.make_plan(arguments)
         paths = {run.parameters["sources"]["chat"]["path"] for run in plan.runs}
         assert len(paths) == 1
         (job,) = {(job.stage, job.key) for job in plan.jobs.values() if job.stage == "backbones"}
-        place = arguments.output / natural.folder_of(*job)
+        place = arguments.output / folder_of(*job)
         place.mkdir(parents=True, exist_ok=True)
         assert (place / paths.pop()).read_text() == text
 
 
 def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatch):
-    made = natural.make_plan(arguments)
-    monkeypatch.setattr(natural, "find_spec", lambda name: None)
-    read = natural.make_plan(arguments)
+    made = natural_plan.make_plan(arguments)
+    monkeypatch.setattr(natural_plan, "find_spec", lambda name: None)
+    read = natural_plan.make_plan(arguments)
     assert (read.runs, read.jobs) == (made.runs, made.jobs)
     arguments.seeds = [3]
     with pytest.raises(UserError, match=r"a plan of other work \(seeds \[1, 2\], here \[3\]\)"):
-        natural.make_plan(arguments)
+        natural_plan.make_plan(arguments)
     (arguments.output / "plan.json").unlink()
     with pytest.raises(UserError, match=r"plan\.json: missing, and Hydra"):
-        natural.make_plan(arguments)
+        natural_plan.make_plan(arguments)
 
 
 def test_an_unknown_arm_is_named(arguments):
     arguments.arms = ["A66"]
     with pytest.raises(UserError, match=r"--arms A66: there is no conf/ablation/A66\.yaml"):
-        natural.make_plan(arguments)
+        natural_plan.make_plan(arguments)
 
 
 def test_a_curve_is_means_of_its_parts(tmp_path):
     rows = [f"train,{step},{8 * step},,{step}.0," for step in range(1, 21)]
     rows += ["validation,20,,fine,2.0,0.5", "validation,20,,fine,4.0,0.7", "validation,20,,coarse,9.0,0.1"]
     (tmp_path / "stage.csv").write_text("\n".join(["event,step,samples,mode,loss,accuracy", *rows]) + "\n")
-    found = natural.curve(tmp_path / "stage.csv")
+    found = natural_results.curve(tmp_path / "stage.csv")
     assert found["train"] == [[16 * n, 2 * n - 0.5] for n in range(1, 11)]
     assert found["validation"] == [[20, 3.0, 0.6]]
 
@@ -119,10 +121,34 @@ def run(finished_run, tmp_path, monkeypatch):
     return call
 
 
+def test_wheels_are_what_a_bare_machine_lacks():
+    locked = natural_cost.locked_versions()
+    wheels = natural_cost.wheels_of(natural_cost.NEEDED, natural_cost.GIVEN, locked)
+    assert {"pydantic", "pydantic-core", "pyarrow", "av", "imagehash", "pywavelets", "pandas"} <= set(wheels)
+    assert not {"torch", "transformers", "numpy", "tokenizers", "dvc", "hydra-core"} & set(wheels)
+    assert all(entry["version"] == locked[name] and entry["bytes"] > 1000 for name, entry in wheels.items())
+
+
+def test_the_rate_of_the_estimate_is_stated(monkeypatch):
+    assert natural_cost.assumed_rate("cpu")[0] == natural_cost.CPU_FLOPS
+    monkeypatch.setattr(natural_cost.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(natural_cost.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    rate, reason = natural_cost.assumed_rate("cuda")
+    assert rate == pytest.approx(0.06 * 312e12)
+    assert reason == "6% of the peak of an NVIDIA A100-SXM4-80GB; --rate sets another"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(natural, "GRACE", 20.0)
+    assert run("--dry-run", "--rate", "1e9") == 0
+    estimate = capsys.readouterr().out
+    assert not (tmp_path / "output/jobs").exists()
+    stages = [line.split() for line in estimate.splitlines() if line.startswith("stage")]
+    assert [(row[0], row[2:5]) for row in stages] == [(f"stage{n}", ["to", "do", "16"]) for n in (1, 2, 3)]
+    assert "minutes at 1 GFLOP/s (--rate)" in estimate
+    assert "cutouts, as --cutouts" in estimate
     assert run("--minutes", 30 / 60) == natural.STOPPED  # ten seconds of work
     assert "stopped: run the same command to continue" in capsys.readouterr().out
     done = set((tmp_path / "output/jobs").rglob("done.json"))
@@ -131,6 +157,7 @@ def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, ca
     results = tmp_path / "output/results"
     (row,) = pd.read_csv(results / "runs.csv").to_dict("records")
     assert (row["run"], row["arm"], row["training_samples"]) == ("none-x1-seed1.1.1", "none", 48)
+    assert 1e15 * sum(float(cells[5]) for cells in stages) == pytest.approx(row["training_flops"], rel=0.1)
     (summary,) = json.loads((results / "scores.json").read_text())
     assert set(summary["tasks"]) == {*KINDS, *(f"{kind}_new" for kind in NEW_KINDS)}
     assert set(GAZE_KINDS) <= set(summary["gaze"])
@@ -144,7 +171,7 @@ def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, ca
 
 
 def row(run, tasks, accuracy):
-    """What `natural.keep` reads of a row of runs.csv."""
+    """What `natural_results.keep` reads of a row of runs.csv."""
     seeds = {f"{kind}_seed": value for kind, value in run.seeds.items()}
     budget = {"training_samples": 10, "training_flops": 1e9, "training_seconds": 5.0, "attempts": 1, "converged": True}
     budget |= {"commit": "c0ffee", "validation_loss_change": 0.0, "blind_accuracy": 0.1, "parameters": "0"}
@@ -154,7 +181,7 @@ def row(run, tasks, accuracy):
 
 
 def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
-    plan = natural.make_plan(arguments)
+    plan = natural_plan.make_plan(arguments)
     results = arguments.output / "results"
     (results / plan.runs[0].name).mkdir(parents=True)
     (results / plan.runs[0].name / "overview.png").write_bytes(b"picture")
@@ -164,7 +191,7 @@ def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
     table.to_csv(results / "runs.csv", index=False)
     for name in ("items.parquet", "scores.json", "scores.md"):
         (results / name).write_text("")
-    folder = natural.keep(plan, arguments.output, "objects", tmp_path / "studies")
+    folder = natural_results.keep(plan, arguments.output, "objects", tmp_path / "studies")
     assert (folder / "heatmap.png").read_bytes() == b"picture"
     summary = StudySummary.model_validate_json((folder / "summary.json").read_text())
     assert {(entry.arm, entry.group) for entry in summary.comparisons} == {

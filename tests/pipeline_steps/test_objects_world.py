@@ -14,8 +14,8 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.world import contact_sheet, tuxpaint
 from pipeline_steps.world import objects as world
-from pipeline_steps.world import tuxpaint
 from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
 from tests import drawings
@@ -418,3 +418,23 @@ def test_too_few_names_for_the_tasks_about_new_ones(folder, tmp_path):
     with pytest.raises(UserError, match=r"held_out_share 0\.1 leaves 1 names .* set num_new_clips to 0"):
         collect(section(folder, held_out_share=0.1), tmp_path / "raw")
     collect(section(folder, held_out_share=0.0, num_new_clips=0), tmp_path / "raw")
+
+
+def test_the_contact_sheet_shows_every_kind_stills_and_held_out_names(folder, monkeypatch):
+    shown = []
+    sample = contact_sheet._sample
+
+    def recorded(*arguments):
+        frames, boxes, item = sample(*arguments)
+        shown.append((item["task"], len(frames), boxes is not None))
+        return frames, boxes, item
+
+    monkeypatch.setattr(contact_sheet, "_sample", recorded)
+    page = contact_sheet.sheet(Cutouts(folder, 0.2, 1), Backgrounds(None, 0.2, 1), 1)
+    assert {task for task, *_ in shown} == {*KINDS, "become_new", "meet_new", "still_new"}
+    assert [task for task, num_frames, _ in shown if num_frames == 1] == ["still"] * 3 + ["still_new"] * 3
+    assert {task.removesuffix("_new") for task, _, has_box in shown if has_box} == set(GAZE_KINDS)
+    rows = len(KINDS) - 1 + len(contact_sheet.NEW_SHOWN) + 1
+    assert page.width == 6 * contact_sheet.TILE + 5 * contact_sheet.GAP
+    assert rows * contact_sheet.TILE < page.height < rows * (contact_sheet.TILE + 2 * contact_sheet.TEXT)
+    assert contact_sheet.NEW_COLOUR in {colour for _, colour in page.getcolors(page.width * page.height)}

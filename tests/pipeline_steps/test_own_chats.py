@@ -78,6 +78,24 @@ def test_the_source_chat_reads_what_is_written(tokenizer, tmp_path, monkeypatch)
     assert {sample.items[0].task for sample in samples} == {"text"}
 
 
+def test_columns_of_smoltalk_are_ignored(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, *GOOD["messages"]]
+    rated = {"category": "math", "difficulty": "easy", "quality": "good", "reward_model_score": 0.1}
+    rows = [
+        {"messages": turns, "source": "systemchats-30k"},
+        {"full_topic": "Travel/Trains", "messages": turns[1:]},
+        {"messages": turns[1:], **rated, "conversation_tokens": 7},
+    ]
+    path = tmp_path / "smoltalk.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = list(chat.collect(SimpleNamespace(path=str(path))))
+    assert [[message.role for message in sample.items[0].messages] for sample in samples] == [
+        ["system", "user", "assistant"],
+        *[["user", "assistant"]] * 2,
+    ]
+    assert {sample.source for sample in samples} == {"chat"}
+
+
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
@@ -86,7 +104,8 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     [
         ([], "the file has no chats"),
         ([GOOD, {"messages": GOOD["messages"][:1]}], "line 2: a chat must start with user and end with assistant"),
-        ([{"question": "a", "messages": []}], "line 1: found question, expected messages and, optionally, split"),
+        ([{"question": "a", "messages": []}], "line 1: unknown column question. Expected messages and, optionally"),
+        ([GOOD | {"source": "s", "chat_template_kwargs": {}}], "line 1: unknown column chat_template_kwargs"),
         ([{"split": "test"}], "line 1: messages is 'None'"),
         ([GOOD | {"split": "held out"}], "line 1: split: .*'held out'"),
         (["not JSON"], "line 1"),

@@ -557,6 +557,26 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
 
 
+def test_the_kept_heatmap_of_a_study_is_in_its_section(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    for name, arms in (("leading", ("none", "A6", "B1")), ("natural", ("none", "A6")), ("plain", ("none", "F1"))):
+        write_study(tmp_path, study_summary(name, arms))
+    for name in ("leading", "natural"):
+        Image.new("RGB", (96, 64), "#345").save(tmp_path / "reports/study" / name / "heatmap.png")
+    page = build(tmp_path, monkeypatch)
+    places = {name: page.index(f'alt="Frames of a clip of study {name} with') for name in ("leading", "natural")}
+    assert page.index('id="studies"') < places["leading"] < page.index("<summary>Study natural</summary>")
+    section = page[page.index("<summary>Study natural</summary>") : page.index("<summary>Study plain</summary>")]
+    assert 'src="data:image/webp;base64,' in section
+    assert "A held-out clip of a run of study natural" in section
+    assert "clip of study plain" not in page
+    text = (tmp_path / "reports/report.md").read_text()
+    assert text.count("](study/natural/heatmap.png)") == text.count("](study/leading/heatmap.png)") == 1
+    (tmp_path / "reports/study/natural/heatmap.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"study/natural/heatmap\.png is no picture"):
+        build(tmp_path, monkeypatch)
+
+
 def test_a_study_with_more_arms_leads_with_the_headline_arms_and_folds_the_others(tmp_path, monkeypatch):
     write_root(tmp_path)
     write_study(tmp_path, study_summary(arms=("none", "A6", "A6_16", "B1")))
