@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.common.params import StrictModel
+from pipeline_steps.world import digits
 
 
 class Local(StrictModel):
@@ -114,3 +115,28 @@ class Section(StrictModel):
     """Pinned repositories."""
     embedded: Embedded
     """Sizes and warm-up of the embedded backbones."""
+
+    @model_validator(mode="after")
+    def _patches_subdivide_the_worlds(self):
+        """The warm-up renders frames of the procedural world and labels their cells."""
+        if self.kind != "embedded":
+            return self
+        own, sizes = self.embedded, [digits.UNITS * scale for scale in digits.SCALES]
+        if own.image_size not in sizes:
+            raise ValueError(
+                f"embedded.image_size is {own.image_size}, expected one of {', '.join(map(str, sizes))}: the "
+                "procedural world supports only these sizes"
+            )
+        cell = own.image_size // digits.GRID  # px of one of the world's patches, which holds at most one digit
+        if cell % own.patch_size:
+            raise ValueError(
+                f"embedded.image_size is {own.image_size} and patch_size {own.patch_size}, expected a patch_size that "
+                f"divides {cell}: the labels of the warm-up refer to cells of {cell} x {cell} px"
+            )
+        if cell // own.patch_size % own.vision_downsampling:
+            raise ValueError(
+                f"embedded.vision_downsampling is {own.vision_downsampling}, expected a divisor of "
+                f"{cell // own.patch_size}: a cell of {cell} px has so many patches of {own.patch_size} px a side, "
+                "and a reduced patch may not reach beyond its cell"
+            )
+        return self

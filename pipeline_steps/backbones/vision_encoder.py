@@ -24,7 +24,6 @@ from transformers import Dinov2Config
 
 from model.foveated_encoder import EncodedFrames, FoveatedEncoder
 from pipeline_steps.common.device import choose_device
-from pipeline_steps.common.errors import UserError
 from pipeline_steps.world import digits as world
 
 from .frames import Frames, pixel_values
@@ -47,8 +46,8 @@ CLASS_TOKEN_SIZES = {
 
 
 def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
-    """Build a randomly initialised DINOv2. Raises UserError if its patches do not subdivide the world's patches."""
-    grid = patch_grid(options)
+    """Build a randomly initialised DINOv2."""
+    grid = options.image_size // options.patch_size
     config = Dinov2Config(
         image_size=options.image_size,
         patch_size=options.patch_size,
@@ -69,29 +68,6 @@ def build_vision_encoder(options: Embedded) -> FoveatedEncoder:
     grid = rows[:, None] + columns[None]  # row plus column embedding: place queries are learned much sooner
     encoder.embeddings.position_embeddings.data[0, 1:] = grid.flatten(0, 1)
     return encoder
-
-
-def patch_grid(options: Embedded) -> int:
-    """Patches along a side of a frame. Raises UserError for sizes that the world cannot render or label."""
-    sizes = [world.UNITS * scale for scale in world.SCALES]
-    if options.image_size not in sizes:
-        raise UserError(
-            f"backbones.embedded.image_size is {options.image_size}, expected one of "
-            f"{', '.join(map(str, sizes))}: the procedural world supports only these sizes."
-        )
-    cell = options.image_size // world.GRID  # px of one of the world's patches, which holds at most one digit
-    if cell % options.patch_size:
-        raise UserError(
-            f"backbones.embedded: image_size is {options.image_size} and patch_size {options.patch_size}, expected a "
-            f"patch_size that divides {cell}: the labels of the warm-up refer to cells of {cell} x {cell} px."
-        )
-    if cell // options.patch_size % options.vision_downsampling:
-        raise UserError(
-            f"backbones.embedded.vision_downsampling is {options.vision_downsampling}, expected a divisor of "
-            f"{cell // options.patch_size}: a cell of {cell} px has so many patches of {options.patch_size} px a side, "
-            "and a reduced patch may not reach beyond its cell."
-        )
-    return options.image_size // options.patch_size
 
 
 class Heads(nn.Module):
@@ -132,7 +108,7 @@ def warm_up_vision_encoder(encoder: FoveatedEncoder, options: Embedded, num_work
     {"loss", "query_digit_accuracy" (not for `vision_queries: none`), "patch_digit_accuracy", "patch_colour_accuracy"}.
     """
     heads, steps = Heads(options.vision_width, options.vision_queries), options.vision_steps
-    sizes = {"size": options.image_size, "grid": patch_grid(options)}
+    sizes = {"size": options.image_size, "grid": options.image_size // options.patch_size}
     num_crowded = round(CROWDED_SHARE * steps)
     frames = Frames("train", steps, options.vision_batch_size, options.seed, num_crowded, **sizes)
     stream = iter(DataLoader(frames, batch_size=None, num_workers=num_workers, prefetch_factor=8))
@@ -209,7 +185,7 @@ def patch_loss(heads: Heads, encoded: EncodedFrames, batch: dict[str, Tensor]) -
 def held_out_accuracies(encoder: FoveatedEncoder, heads: Heads, options: Embedded) -> dict[str, float]:
     """Return accuracies on frames with validation digits, without empty patches and absent objects."""
     encoder.eval()
-    sizes = {"size": options.image_size, "grid": patch_grid(options)}
+    sizes = {"size": options.image_size, "grid": options.image_size // options.patch_size}
     frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, **sizes)[0]
     found = [held_out_logits(encoder, heads, part) for part in frames["frames"].split(PIXELS // options.image_size**2)]
     digits, colours, *queries = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -267,18 +267,24 @@ def test_non_finite_loss_fails_the_stage(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("image_size", "patch_size", "message"),
+    ("image_size", "patch_size", "downsampling", "message"),
     [
-        (84, 14, r"image_size is 84, expected one of 56, 112, 224"),
-        (112, 16, r"image_size is 112 and patch_size 16, expected a patch_size that divides 28"),
-        (56, 28, r"expected a patch_size that divides 14"),
+        (84, 14, 1, r"image_size is 84, expected one of 56, 112, 224"),
+        (112, 16, 1, r"image_size is 112 and patch_size 16, expected a patch_size that divides 28"),
+        (56, 28, 1, r"expected a patch_size that divides 14"),
+        (112, 7, 8, r"vision_downsampling is 8, expected a divisor of 4"),
     ],
 )
-def test_patch_grid_that_does_not_subdivide_the_worlds_is_rejected(image_size, patch_size, message):
+def test_patches_that_do_not_subdivide_the_worlds_are_refused_with_the_parameters(
+    image_size, patch_size, downsampling, message
+):
+    content = params.load(params.ROOT / "params.yaml")
+    sizes = {"image_size": image_size, "patch_size": patch_size, "vision_downsampling": downsampling}
+    content["backbones"]["embedded"] |= sizes
     with pytest.raises(UserError, match=message):
-        vision_encoder.build_vision_encoder(
-            TINY.model_copy(update={"image_size": image_size, "patch_size": patch_size})
-        )
+        params.check("params.yaml", content)
+    content["backbones"]["kind"] = "local"  # no warm-up
+    params.check("params.yaml", content)
 
 
 def test_warm_up_supports_larger_frames_and_finer_patches():
@@ -323,12 +329,6 @@ def test_warm_up_at_two_resolutions_helps_reduced_frames():
         with torch.no_grad():
             losses.append(vision_encoder.batch_loss(encoder, heads, frames).item())
     assert losses[1] < losses[0]
-
-
-def test_a_reduced_patch_beyond_its_cell_is_rejected():
-    options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_downsampling": 8})
-    with pytest.raises(UserError, match="vision_downsampling is 8, expected a divisor of 4"):
-        vision_encoder.build_vision_encoder(options)
 
 
 # ---- local folders and the entry point ----
