@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline_steps.common.params import StrictModel
-from pipeline_steps.world import digits
+from pipeline_steps.world.grid import GRID, SCALES, UNITS
 
 
 class Local(StrictModel):
@@ -121,13 +121,13 @@ class Section(StrictModel):
         """The warm-up renders frames of the procedural world and labels their cells."""
         if self.kind != "embedded":
             return self
-        own, sizes = self.embedded, [digits.UNITS * scale for scale in digits.SCALES]
+        own, sizes = self.embedded, [UNITS * scale for scale in SCALES]
         if own.image_size not in sizes:
             raise ValueError(
                 f"embedded.image_size is {own.image_size}, expected one of {', '.join(map(str, sizes))}: the "
                 "procedural world supports only these sizes"
             )
-        cell = own.image_size // digits.GRID  # px of one of the world's patches, which holds at most one digit
+        cell = own.image_size // GRID  # px of one of the world's patches, which holds at most one digit
         if cell % own.patch_size:
             raise ValueError(
                 f"embedded.image_size is {own.image_size} and patch_size {own.patch_size}, expected a patch_size that "

@@ -21,11 +21,9 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-UNITS = 56  # units along a side of the frame
-SCALES = (1, 2, 4)  # supported px per unit
-PATCH = 14  # units along a side of a patch
+from pipeline_steps.world.grid import GRID, PATCH, SCALES, UNITS
+
 GLYPH = 12  # units along a side of a digit
-GRID = UNITS // PATCH
 NO_DIGIT, NO_COLOUR, NO_PLACE = 10, 6, 4
 
 SPLITS = ("train", "validation", "test")
