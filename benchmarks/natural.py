@@ -36,7 +36,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.natural_plan import HEATMAPS, PRESETS, folder_hash, make_plan
+from benchmarks.natural_plan import HEATMAPS, PRESETS, check_arms, folder_hash, make_plan
 from benchmarks.natural_results import keep, write_results
 from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
@@ -45,6 +45,7 @@ from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
+from pipeline_steps.study.design import NAME
 from pipeline_steps.study.plan import Plan, folder_of
 
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
@@ -153,10 +154,29 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
+def check_arguments(arguments) -> None:
+    """UserError, before anything is made."""
+    for option, value in (("rate", arguments.rate), ("minutes", arguments.minutes), ("jobs", arguments.jobs)):
+        if value is not None and not value > 0:
+            raise UserError(f"--{option} is {value:g}, expected a number above 0")
+    if wrong := [seed for seed in arguments.seeds if seed < 0]:
+        raise UserError(f"--seeds: {wrong[0]}, expected whole numbers of at least 0")
+    check_arms(arguments.arms)
+    if arguments.keep and not NAME.fullmatch(arguments.keep):
+        raise UserError(f"--keep {arguments.keep}: expected a name of letters, digits, _, . and -")
+    if arguments.device == "cuda" and not arguments.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("torch finds no CUDA device. On a CPU run with --preset cpu.")
+
+
 def find_inputs(arguments) -> None:
     """Fills in --cutouts and --chats. UserError for what is missing."""
     if not (arguments.pretrained / "language_model").is_dir():
         raise UserError(f"{arguments.pretrained}: no pretrained backbones there. Run `make pretrained`.")
+    if arguments.chats is not None and not arguments.chats.is_file():
+        raise UserError(f"--chats {arguments.chats}: no such file. docs/data.md says what belongs there.")
     if arguments.cutouts is None:
         arguments.cutouts = cache_folder() / "tuxpaint"
         if not (arguments.cutouts / "metadata.jsonl").exists():
@@ -164,27 +184,22 @@ def find_inputs(arguments) -> None:
 
             print(f"{arguments.cutouts}: downloading {tuxpaint.PACKAGE}", flush=True)
             tuxpaint.build(arguments.cutouts, None)
+    if not (arguments.cutouts / "metadata.jsonl").exists():
+        raise UserError(f"{arguments.cutouts}/metadata.jsonl: missing. docs/world_objects.md says what belongs there.")
     if arguments.chats is None:
         language = arguments.pretrained / "language_model"
         arguments.chats = cache_folder() / "chats" / f"{folder_hash(language)}.jsonl"
         if not arguments.chats.exists():
             print(f"{arguments.chats}: asking {language}", flush=True)
-            own_chats.write_chats(language, arguments.chats, device=arguments.device)
-    if not arguments.chats.is_file():
-        raise UserError(f"--chats {arguments.chats}: no such file. docs/data.md says what belongs there.")
-    if not (arguments.cutouts / "metadata.jsonl").exists():
-        raise UserError(f"{arguments.cutouts}/metadata.jsonl: missing. docs/world_objects.md says what belongs there.")
+            device = "auto" if arguments.dry_run else arguments.device  # a plan for a GPU is made anywhere
+            own_chats.write_chats(language, arguments.chats, device=device)
 
 
 def main() -> int:
     arguments = read_arguments()
     began = time.monotonic()
+    check_arguments(arguments)
     find_inputs(arguments)
-    if arguments.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available() and not arguments.dry_run:
-            raise UserError("torch finds no CUDA device. On a CPU run with --preset cpu.")
     plan = make_plan(arguments)
     left = [job for job in plan.jobs.values() if not is_done(job, arguments.output)]
     print(f"{arguments.output}: {len(plan.runs)} runs, {len(left)} of {len(plan.jobs)} jobs to do", flush=True)

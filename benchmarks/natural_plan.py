@@ -46,6 +46,13 @@ def make_plan(arguments) -> Plan:
     return plan
 
 
+def check_arms(arms: list[str]) -> None:
+    """UserError for an arm that conf/ablation lacks."""
+    known = sorted(path.stem for path in (ROOT / "conf/ablation").glob("*.yaml"))
+    if unknown := [arm for arm in arms if arm not in known]:
+        raise UserError(f"--arms {unknown[0]}: there is no conf/ablation/{unknown[0]}.yaml (there are: {known})")
+
+
 def cells_of(arguments, inputs: dict[str, str]) -> list[Cell]:
     """A `Cell` for every arm and seed; a seed is that of training and data, as the backbones are given."""
     base = (f"data={PRESETS[arguments.preset]}", *BASE, f"training.common.device={arguments.device}")
@@ -56,9 +63,6 @@ def cells_of(arguments, inputs: dict[str, str]) -> list[Cell]:
         base += (f"sources.procedural.objects.backgrounds={inputs['backgrounds']}",)
     if "chats" in inputs:
         base += (f"sources.chat.path={inputs['chats']}",)
-    known = sorted(path.stem for path in (ROOT / "conf/ablation").glob("*.yaml"))
-    if unknown := [arm for arm in arguments.arms if arm not in known]:
-        raise UserError(f"--arms {unknown[0]}: there is no conf/ablation/{unknown[0]}.yaml (there are: {known})")
     return [
         Cell(arm, "x1", Seeds(training=seed, backbones=1, data=seed), (*base, *arguments.set, f"ablation={arm}"), 1.0)
         for seed in arguments.seeds

@@ -1,6 +1,7 @@
 """`benchmarks.natural`: its plan, and a run at a size of seconds with stand-ins for the pretrained backbones."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -87,10 +88,43 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         natural_plan.make_plan(arguments)
 
 
-def test_an_unknown_arm_is_named(arguments):
-    arguments.arms = ["A66"]
-    with pytest.raises(UserError, match=r"--arms A66: there is no conf/ablation/A66\.yaml"):
-        natural_plan.make_plan(arguments)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--arms", "A66"), r"--arms A66: there is no conf/ablation/A66\.yaml"),
+        (("--rate", "0"), "--rate is 0, expected a number above 0"),
+        (("--minutes", "-1"), "--minutes is -1, expected a number above 0"),
+        (("--jobs", "-1"), "--jobs is -1, expected"),
+        (("--seeds", "1", "-2"), "--seeds: -2, expected whole numbers"),
+        (("--keep", "a/b"), "--keep a/b: expected a name"),
+        (("--chats", "missing.jsonl"), r"--chats missing\.jsonl: no such file"),
+        (("--cutouts", "missing"), r"missing/metadata\.jsonl: missing"),
+        (("--pretrained", "missing"), "missing: no pretrained backbones there"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pretrained/language_model").mkdir(parents=True)
+    monkeypatch.setattr(natural.own_chats, "write_chats", lambda *_, **__: pytest.fail("chats were written"))
+    defaults = ("--dry-run", "--pretrained", str(tmp_path / "pretrained"), "--output", str(tmp_path / "output"))
+    monkeypatch.setattr(sys, "argv", ["natural", *defaults, "--cutouts", str(tmp_path), *words])
+    (tmp_path / "metadata.jsonl").touch()
+    with pytest.raises(SystemExit, match="1"):
+        run_main(natural.main)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_plan_for_a_gpu_is_made_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "pretrained/language_model").mkdir(parents=True)
+    (tmp_path / "pretrained/language_model/config.json").write_text("{}")
+    (tmp_path / "metadata.jsonl").touch()
+    asked = []
+    monkeypatch.setattr(natural, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(natural.own_chats, "write_chats", lambda *_, device: asked.append(device))
+    paths = {"pretrained": tmp_path / "pretrained", "cutouts": tmp_path, "chats": None}
+    for dry_run in (True, False):
+        natural.find_inputs(SimpleNamespace(device="cuda", dry_run=dry_run, **paths))
+    assert asked == ["auto", "cuda"]
 
 
 def test_a_curve_is_means_of_its_parts(tmp_path):
