@@ -37,7 +37,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.natural_plan import HEATMAPS, PRESETS, check_arms, folder_hash, make_plan
-from benchmarks.natural_results import keep, write_results
+from benchmarks.natural_results import check_kept_name, keep, write_results
 from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
@@ -45,7 +45,6 @@ from pipeline_steps.common.files import write_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
-from pipeline_steps.study.design import NAME
 from pipeline_steps.study.plan import Plan, folder_of
 
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
@@ -149,7 +148,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, metavar="FLOPS", help="FLOP/s of training, for the minutes of --dry-run")
     arguments = parser.parse_args()
     arguments.device = arguments.device or DEVICES[arguments.preset]
-    arguments.jobs = arguments.jobs or (3 if arguments.device == "cuda" else 1)
+    if arguments.jobs is None:
+        arguments.jobs = 3 if arguments.device == "cuda" else 1
     arguments.output = (arguments.output or ROOT / "outputs" / "natural" / arguments.preset).resolve()
     return arguments
 
@@ -159,11 +159,19 @@ def check_arguments(arguments) -> None:
     for option, value in (("rate", arguments.rate), ("minutes", arguments.minutes), ("jobs", arguments.jobs)):
         if value is not None and not value > 0:
             raise UserError(f"--{option} is {value:g}, expected a number above 0")
+    if arguments.minutes is not None and 60 * arguments.minutes <= GRACE:
+        raise UserError(
+            f"--minutes is {arguments.minutes:g}, expected more than {GRACE / 60:g}: the last {GRACE:g} seconds are "
+            "for saving"
+        )
     if wrong := [seed for seed in arguments.seeds if seed < 0]:
         raise UserError(f"--seeds: {wrong[0]}, expected whole numbers of at least 0")
+    for option, values in (("arms", arguments.arms), ("seeds", arguments.seeds)):
+        if len(set(values)) < len(values):
+            raise UserError(f"--{option} {' '.join(map(str, values))}: expected each once")
     check_arms(arguments.arms)
-    if arguments.keep and not NAME.fullmatch(arguments.keep):
-        raise UserError(f"--keep {arguments.keep}: expected a name of letters, digits, _, . and -")
+    if arguments.keep:
+        check_kept_name(arguments.keep)
     if arguments.device == "cuda" and not arguments.dry_run:
         import torch
 

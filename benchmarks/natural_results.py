@@ -5,15 +5,17 @@ import shutil
 from pathlib import Path
 
 from benchmarks.natural_plan import HEATMAPS
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import write_json, write_text
 from pipeline_steps.common.metrics import EvaluationResult, read_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.study.collect import MODE, collect, finished
-from pipeline_steps.study.design import TRAINING_STAGES, Seeds, Study
+from pipeline_steps.study.design import NAME, STUDIES, TRAINING_STAGES, Seeds, Study
 from pipeline_steps.study.plan import RESULTS, Plan, Run, folder_of
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW
 
-POINTS = 10  # of a stage's learning curve in scores.json
+SCORES = "scores.json"  # which studies of conf/study lack
+POINTS = 10  # of a stage's learning curve in it
 
 
 def summarise(run: Run, output: Path) -> dict:
@@ -79,13 +81,22 @@ def write_results(plan: Plan, output: Path) -> list[str]:
         return []
     collect(plan, output, results)
     summaries = [summarise(run, output) for run in done]
-    write_json(results / "scores.json", summaries)
+    write_json(results / SCORES, summaries)
     write_text(results / "scores.md", "\n".join(line for entry in summaries for line in tables(entry)) + "\n")
     for run in done:
         drawn = output / folder_of(HEATMAPS, run.jobs.get(HEATMAPS, "")) / "reports/heatmaps"
         if HEATMAPS in run.jobs and any(drawn.glob("*.png")):
             shutil.copytree(drawn, results / run.name, dirs_exist_ok=True)
     return [run.name for run in done]
+
+
+def check_kept_name(name: str, studies: Path = ROOT / RESULTS, designs: Path = STUDIES) -> None:
+    """UserError for a name that is no folder's, or that of other results, which would be lost."""
+    if not NAME.fullmatch(name) or name.startswith("."):
+        raise UserError(f"--keep {name}: expected a name of letters, digits, _, . and -, with no . at its beginning")
+    folder = studies / name
+    if (designs / f"{name}.yaml").exists() or (folder.exists() and not (folder / SCORES).is_file()):
+        raise UserError(f"--keep {name}: {folder} is for the results of another study. Choose another name.")
 
 
 def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) -> Path:
@@ -95,7 +106,7 @@ def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) ->
 
     results, folder = output / "results", studies / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("runs.csv", "items.parquet", "scores.json", "scores.md"):
+    for file in ("runs.csv", "items.parquet", SCORES, "scores.md"):
         shutil.copyfile(results / file, folder / file)
     drawn = [results / run.name / "overview.png" for run in plan.runs]
     for picture in [path for path in drawn if path.exists()][:1]:

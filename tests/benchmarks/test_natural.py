@@ -97,6 +97,12 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--jobs", "-1"), "--jobs is -1, expected"),
         (("--seeds", "1", "-2"), "--seeds: -2, expected whole numbers"),
         (("--keep", "a/b"), "--keep a/b: expected a name"),
+        (("--keep", ".."), r"--keep \.\.: expected a name"),
+        (("--keep", "confirm"), "--keep confirm: .*confirm is for the results of another study"),
+        (("--jobs", "0"), "--jobs is 0, expected"),
+        (("--minutes", "0.75"), "--minutes is 0.75, expected more than 0.75"),
+        (("--arms", "none", "none"), "--arms none none: expected each once"),
+        (("--seeds", "1", "1"), "--seeds 1 1: expected each once"),
         (("--chats", "missing.jsonl"), r"--chats missing\.jsonl: no such file"),
         (("--cutouts", "missing"), r"missing/metadata\.jsonl: missing"),
         (("--pretrained", "missing"), "missing: no pretrained backbones there"),
@@ -112,6 +118,16 @@ def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp
         run_main(natural.main)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "output").exists()
+
+
+def test_results_are_kept_over_those_of_an_earlier_run_only(tmp_path):
+    designs, studies = tmp_path / "conf", tmp_path / "studies"
+    natural_results.check_kept_name("mine", studies, designs)
+    (studies / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mine is for the results of another study"):
+        natural_results.check_kept_name("mine", studies, designs)
+    (studies / "mine" / natural_results.SCORES).touch()
+    natural_results.check_kept_name("mine", studies, designs)
 
 
 def test_a_plan_for_a_gpu_is_made_anywhere(tmp_path, monkeypatch):
