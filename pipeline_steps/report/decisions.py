@@ -114,8 +114,12 @@ def effect_cells(own, groups):
 
 def verdict_text(choice, study, own):
     """What the comparisons `own` decide, and of which study."""
+    return attributed(outcome(choice.rule, [entry.verdict for entry in own.values()]), study, own)
+
+
+def attributed(found, study, own):
+    """The outcome `found` with the study and the number of pairs behind it."""
     count = len(next(iter(own.values())).differences)
-    found = outcome(choice.rule, [entry.verdict for entry in own.values()])
     return f"{found} ({study.name}, {count} pair{'s' * (count > 1)})"
 
 

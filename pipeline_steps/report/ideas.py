@@ -127,10 +127,11 @@ def note_of(groups, with_clips):
 
 def verdict_text(choice, study, own):
     """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, and of which study."""
-    margin, count = study.summary.margin, len(next(iter(own.values())).differences)
+    margin = study.summary.margin
     verdicts = [interval_verdict(entry.interval, len(entry.differences), margin) for entry in own.values()]
-    found = TOO_FEW if TOO_FEW in verdicts else decisions.outcome(choice.rule, verdicts)
-    return f"{found} ({study.name}, {count} pair{'s' * (count > 1)})"
+    return decisions.attributed(
+        TOO_FEW if TOO_FEW in verdicts else decisions.outcome(choice.rule, verdicts), study, own
+    )
 
 
 def not_run(choice):

@@ -15,29 +15,30 @@ from pipeline_steps.study.plan import folder_of
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
 STATES = (DONE, RUNNING, WAITING, FAILED)
 # Seconds on one core at the embedded scale, for stages that have not run here yet; training: per sample
-FIRST_GUESS = {"backbones": 120, "sources": 20, "shards": 15, "tokens": 15, "evaluation": 60, "flops": 10}
 FIRST_GUESS_PER_SAMPLE = 0.0055
+FIRST_GUESS = {"backbones": 120, "sources": 20, "shards": 15, "tokens": 15, "evaluation": 60, "flops": 10}
+FIRST_GUESS |= {"training": FIRST_GUESS_PER_SAMPLE}
 
 
 @dataclass(frozen=True)
 class Costs:
     """Expected seconds of jobs."""
 
-    # {(stage or "training", network or None for any): median}, see measure_costs
+    # {(kind of work, network or None for any): median per amount}, see work_of
     measured: dict[tuple[str, str | None], float]
 
     def seconds(self, job):
         """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess."""
-        trains = job.stage in TRAINING_STAGES
-        kind = "training" if trains else job.stage
-        found = self.measured.get((kind, network_of(job)), self.measured.get((kind, None)))
-        if trains:
-            return (FIRST_GUESS_PER_SAMPLE if found is None else found) * num_samples(job)
-        return FIRST_GUESS.get(job.stage, 60) if found is None else found
+        kind, amount = work_of(job)
+        guess = self.measured.get((kind, None), FIRST_GUESS.get(kind, 60))
+        return amount * self.measured.get((kind, network_of(job)), guess)
 
 
-def num_samples(job):
-    return job.parameters["training"][job.stage]["num_samples"]
+def work_of(job):
+    """(kind, amount): a training stage's work is its samples, whichever stage it is; of others, the job is the unit."""
+    if job.stage in TRAINING_STAGES:
+        return "training", job.parameters["training"][job.stage]["num_samples"]
+    return job.stage, 1
 
 
 def network_of(job):
@@ -47,16 +48,14 @@ def network_of(job):
 
 
 def measure_costs(plan, studies):
-    """`Costs` from the jobs of the plan that are done in the folder `studies`, training per sample."""
+    """`Costs` from the jobs of the plan that are done in the folder `studies`."""
     found = {}
     for job in plan.jobs.values():
         path = studies / job.folder / "done.json"
         if path.exists():
-            seconds = json.loads(path.read_text())["seconds"]
-            trains = job.stage in TRAINING_STAGES
-            kind, value = ("training", seconds / num_samples(job)) if trains else (job.stage, seconds)
+            seconds, (kind, amount) = json.loads(path.read_text())["seconds"], work_of(job)
             for network in (network_of(job), None):
-                found.setdefault((kind, network), []).append(value)
+                found.setdefault((kind, network), []).append(seconds / amount)
     return Costs({key: median(values) for key, values in found.items()})
 
 

@@ -405,10 +405,11 @@ def figure(table, study):
     """Every run as a point, as PNG bytes: a row per arm and budget, a panel per task, with mean and exact match."""
     tasks = groups_of(table, study)["all"]
     table = table[table["arm"].isin(trained_on_answers(table, study))]
-    arms = table["arm"] if len(study.budgets) == 1 else table["arm"] + ", " + table["budget"]
+    labels = [label_of(study, arm, budget) for arm, budget in zip(table["arm"], table["budget"], strict=True)]
+    arms = pd.Series(labels, index=table.index)
     columns = {"mean": "mean_token_accuracy"} | {task: f"{ACCURACY}{task}" for task in tasks}
     columns |= {"exact match": "exact_match_accuracy"}
-    names = list(dict.fromkeys(arms))
+    names = list(dict.fromkeys(labels))
     with plt.rc_context({"font.size": 9, "font.family": "DejaVu Sans"}):
         size = 1.4 + 1.05 * len(columns), 0.8 + 0.3 * len(names)
         canvas, panels = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharex=True, sharey=True)
