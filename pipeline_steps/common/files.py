@@ -165,6 +165,19 @@ def _swap_in(partial, path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path):
+    """Delete a folder of which no half may be found later, such as a saved state: it is renamed first.
+
+    A crash leaves a hidden `.NAME.deleted`; the next call for a neighbour, or for a new `path`, deletes that too.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    for deleted in path.parent.glob(".*.deleted"):
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
 def scratch_folder(stage, fingerprint):
     """Create and return `${RUN_SCRATCH:-.}/.scratch/<stage>/<fingerprint>`, a folder for unfinished work.
 

@@ -12,7 +12,7 @@ import os
 import shutil
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import read_record, write_bytes, write_json
+from pipeline_steps.common.files import read_record, remove_folder, write_bytes, write_json
 from pipeline_steps.shards.pack import Settings, ShardReport
 
 
@@ -95,7 +95,7 @@ def read_reports(scratch, plan_hashes):
 def remove_outdated_folders(scratch, raw_dir):
     """Remove finished, unused scratch folders of the same raw data with other parameters or older code."""
     for folder in scratch.parent.iterdir():
-        if folder == scratch or not (folder / "finished").exists():
+        if folder == scratch or folder.suffix == ".deleted" or not (folder / "finished").exists():
             continue
         with open(folder.with_suffix(".lock"), "a") as lock_file:
             try:
@@ -103,4 +103,4 @@ def remove_outdated_folders(scratch, raw_dir):
             except BlockingIOError:
                 continue
             if read_record(Settings, folder / "settings.json", "shards").raw_dir == raw_dir:
-                shutil.rmtree(folder)
+                remove_folder(folder)

@@ -18,7 +18,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from pipeline_steps.common.files import (
     check_outputs,
     locked_scratch,
     read_record,
+    remove_folder,
     replaced_folder,
     write_json,
     write_text,
@@ -129,7 +129,7 @@ def run_stage(arguments: argparse.Namespace, parameters, group: DistributedConte
             start = start_folder(arguments, parameters)
             result |= {"parameters": table, "sources": trained_sources(run, start)}
             publish(arguments, start, run, result, time.time() - started)
-            shutil.rmtree(folder)
+            remove_folder(folder)
         group.wait()
 
 

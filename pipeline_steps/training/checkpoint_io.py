@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import writable
+from pipeline_steps.common.files import remove_folder, writable
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 FORMAT = 2
@@ -74,7 +74,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict], values: dict, 
     """
     _write_whole(folder / f"step-{step:08d}", tensors, values | {"step": step, "format": FORMAT})
     for old in _states(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[dict[str, dict], dict] | None:

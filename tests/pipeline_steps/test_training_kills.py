@@ -32,6 +32,8 @@ def wait_for(process, pattern, folder, seconds=60):
 
 def kill_at(moment, folder, rng):
     """Start the stage and kill it at this moment; False when it was too late."""
+    if moment == "while the states are deleted":
+        shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
     (process,) = pipeline.start_training(folder, "stage2")
     if moment == "any time":
         process.join(rng.uniform(0.2, 4.0))
@@ -40,6 +42,9 @@ def kill_at(moment, folder, rng):
         time.sleep(rng.uniform(0, 0.02))
     elif moment == "while the best weights are written":
         wait_for(process, ".scratch/stage2/*/.best*", folder)
+    elif moment == "while the states are deleted":
+        wait_for(process, "outputs/stage2/model.safetensors", folder, 120)
+        time.sleep(rng.uniform(0, 0.005))
     else:  # publish
         wait_for(process, "outputs/.stage2.partial/*", folder, 120)
         time.sleep(rng.uniform(0, 0.1))
@@ -53,9 +58,10 @@ def test_twenty_kills_do_not_change_the_result(finished_run, tmp_path):
     expected = folder_for(finished_run, tmp_path / "expected")
     pipeline.train(expected, "stage2")
     folder, rng, kills = folder_for(finished_run, tmp_path / "killed"), random.Random(1), {}
-    moments = ["any time"] * 9 + ["while a state is written"] * 7
+    moments = ["any time"] * 6 + ["while a state is written"] * 7
     rng.shuffle(moments)
-    for moment in [*moments, "while the best weights are written", "publish", "publish", "publish"]:
+    late = ["publish", "publish", "publish", *["while the states are deleted"] * 3]
+    for moment in [*moments, "while the best weights are written", *late]:
         kills[moment] = kills.get(moment, 0) + kill_at(moment, folder, rng)
     while sum(kills.values()) < NUM_KILLS:  # some came too late, when the stage was over: once more from the start
         shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)

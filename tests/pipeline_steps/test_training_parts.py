@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.monitoring.metrics_logger import start_loggers
 from pipeline_steps.training import checkpoint_io, checks, train_loop
@@ -179,6 +180,29 @@ def test_tied_weights_are_written_once_and_restored(tmp_path):
     tensors, _ = checkpoint_io.load_state(tmp_path)
     assert tensors["model"].keys() == model.state_dict().keys()
     make_model().load_state_dict(tensors["model"])
+
+
+def test_a_kill_during_a_deletion_leaves_no_half_of_a_state(tmp_path, monkeypatch):
+    def killed(path, ignore_errors=False):
+        for file in sorted(path.glob("**/state.json"))[:1]:
+            file.unlink()
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    tensors = {"model": {"w": torch.ones(1)}}
+    checkpoint_io.save_state(run, 1, tensors, {}, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint_io.save_state(run, 2, tensors, {}, keep=1)
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["step-00000002"]
+    checkpoint_io.save_state(run, 3, tensors, {}, keep=1)
+    assert [path.name for path in run.iterdir()] == ["step-00000003"]
+    with monkeypatch.context() as patched:
+        patched.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            files.remove_folder(run)
+    assert checkpoint_io.load_state(run) is None
 
 
 def test_a_state_of_another_format_is_rejected(tmp_path):
