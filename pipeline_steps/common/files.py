@@ -126,6 +126,8 @@ def replaced_folder(path):
     check_outputs(folders=[path])
     with writable(path):
         lock = _lock_empty(partial)
+        if not path.exists() and _old(path).exists():  # killed between the two renames
+            os.rename(_old(path), path)
     try:
         try:
             yield partial
@@ -156,8 +158,12 @@ def _lock_empty(folder):
     return lock
 
 
+def _old(path):
+    return path.with_name(f".{path.name}.old")
+
+
 def _swap_in(partial, path):
-    old = path.with_name(f".{path.name}.old")
+    old = _old(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.rename(path, old)

@@ -53,9 +53,15 @@ def read_study(folder):
     summary = read_json(folder / "summary.json", StudySummary, f"python -m pipeline_steps.study.summary {folder.name}")
     if not (folder / "runs.csv").exists():
         raise UserError(f"{folder / 'runs.csv'}: missing beside summary.json; run `make study name={folder.name}`")
+    runs = pd.read_csv(folder / "runs.csv")
+    if len(runs) != summary.num_runs:
+        raise UserError(
+            f"{folder}: runs.csv has {len(runs)} runs, but summary.json is of {summary.num_runs}. "
+            f"Run `python -m pipeline_steps.study.summary {folder.name}`"
+        )
     items, heatmap = folder / "items.parquet", folder / "heatmap.png"
     losses = losses_of(pd.read_parquet(items)) if items.exists() else None
-    return Study(summary, pd.read_csv(folder / "runs.csv"), losses, heatmap if heatmap.exists() else None)
+    return Study(summary, runs, losses, heatmap if heatmap.exists() else None)
 
 
 def losses_of(items):

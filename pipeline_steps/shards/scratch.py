@@ -102,5 +102,9 @@ def remove_outdated_folders(scratch, raw_dir):
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if read_record(Settings, folder / "settings.json", "shards").raw_dir == raw_dir:
+            try:
+                same = read_record(Settings, folder / "settings.json", "shards").raw_dir == raw_dir
+            except UserError:  # of a version with other parameters
+                same = False
+            if same:
                 remove_folder(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.common.files import parse, scratch_folder, write_bytes
+from pipeline_steps.common.integrity import sha256_file
 from pipeline_steps.common.schemas import TokensManifest
 from pipeline_steps.streaming.transfer import CHUNK, Command, TransferError, Transfers
 
@@ -94,7 +95,7 @@ def download_index(url: str, split: str, retries: int, transfers: Transfers | No
     tokens = parse(TokensManifest, manifests["tokens"].decode("utf-8", "replace"), where).splits.get(split)
     for entry in tokens.shards if tokens else ():
         path = folder / "tokens" / split / entry.name
-        if path.exists():
+        if path.exists() and sha256_file(path) == entry.sha256:
             continue
         content = download(url, f"tokens/{split}/{entry.name}", retries, MAX_SIDECAR, transfers)
         if hashlib.sha256(content).hexdigest() != entry.sha256:

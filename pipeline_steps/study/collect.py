@@ -54,12 +54,12 @@ def collect(plan, studies, results):
         new = new.sort_values("run", key=lambda column: column.map(order), ignore_index=True)
         new_items = pd.concat([items[~items["run"].isin(names)], new_items], ignore_index=True)
     table, items = new, new_items
+    content = io.BytesIO()
+    items.to_parquet(content, index=False, compression="zstd")
+    write_bytes(results / "items.parquet", content.getvalue())  # first: a kill must not leave rows without items
     text = io.StringIO()
     table.to_csv(text, index=False, float_format="%.6g", lineterminator="\n")
     write_text(results / "runs.csv", text.getvalue())
-    content = io.BytesIO()
-    items.to_parquet(content, index=False, compression="zstd")
-    write_bytes(results / "items.parquet", content.getvalue())
     return table
 
 

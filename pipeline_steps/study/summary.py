@@ -77,8 +77,14 @@ def group_accuracy(table, tasks):
 
 def groups_of(table, study):
     """{group: tasks} of the study, and "all" for every scored task. Default groups of another world are left out;
-    UserError for a group of which only a part was scored."""
+    UserError for a group of which only a part was scored, and for runs that lack tasks of others."""
     tasks = [name.removeprefix(ACCURACY) for name in table.columns if name.startswith(ACCURACY)]
+    for run, row in table.set_index("run").iterrows():
+        if lacking := [task for task in tasks if pd.isna(row[f"{ACCURACY}{task}"])]:
+            raise UserError(
+                f"runs.csv: {run} has no accuracy of {', '.join(lacking)}, which other runs have, so their means would "
+                "be of different tasks. Delete its row and run the study again, or compare it in a study of its own."
+            )
     groups = {"all": tasks}
     for name, group in study.groups.items():
         absent = [task for task in group if task not in tasks]

@@ -118,8 +118,9 @@ def _states(folder: Path) -> list[Path]:
 def _write_whole(target: Path, tensors: dict[str, dict], values: dict) -> None:
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     with writable(target.parent):
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():  # else a kill between the two renames left `old` alone
+            shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         for name, group in tensors.items():

@@ -64,7 +64,7 @@ def test_tests_of_the_gpu_are_collected_where_packages_are_missing():
 
 
 def test_processes_are_killed_at_their_time_limit():
-    code, output = gpu.run_process([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 1)
+    code, output = gpu.run_process([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 3)
     assert (code, output) == (None, "begun\n")
 
 

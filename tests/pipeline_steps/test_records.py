@@ -57,6 +57,14 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_failed_folder_leaves_the_old_one_after_a_kill_between_two_renames(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "one").touch()
+    with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["one"]
+
+
 def test_a_second_writer_waits_and_finds_the_folder_empty(tmp_path):
     inside, go, seen = threading.Event(), threading.Event(), []
 

@@ -676,6 +676,14 @@ def test_a_study_of_another_version_names_the_command(tmp_path):
         studies.read_studies(tmp_path)
 
 
+def test_a_summary_of_other_runs_is_refused(tmp_path):
+    study = write_study(tmp_path, study_summary())
+    folder = tmp_path / "reports/study" / study.name
+    study.runs.iloc[:-1].to_csv(folder / "runs.csv", index=False)
+    with pytest.raises(UserError, match=rf"runs.csv has \d+ runs, but .* pipeline_steps.study.summary {study.name}"):
+        studies.read_study(folder)
+
+
 def test_summary_and_plots_contain_the_results(built):
     root = built[0]
     found = json.loads((root / "reports/metrics/summary.json").read_text())

@@ -35,7 +35,7 @@ from pipeline_steps.shards import fan_out
 from pipeline_steps.shards.__main__ import build, check_quarantine
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.shards.schema import Section
-from pipeline_steps.shards.scratch import read_reports
+from pipeline_steps.shards.scratch import read_reports, remove_outdated_folders
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
 from tests.test_pipeline_contract import WITHOUT_EFFECT
 
@@ -329,6 +329,16 @@ def test_split_parameters_and_rewritten_media_repack_nothing(tmp_path):
     write_stills(raw, range(10))
     assert "0 shards packed" in run_to_its_end(raw, output, tmp_path, max_quarantined=0.1, max_hash_distance=None)
     assert inodes(output) == before
+
+
+def test_scratch_folders_of_other_versions_are_left_alone(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, settings in ((own, "{}"), (other, '{"raw_dir": "raw", "option_of_another_version": 1}')):
+        folder.mkdir()
+        (folder / "finished").touch()
+        (folder / "settings.json").write_text(settings)
+    remove_outdated_folders(own, "raw")
+    assert (other / "settings.json").exists()
 
 
 @pytest.mark.slow

@@ -23,11 +23,20 @@ def folder_for(finished_run, folder, *overrides):
     return folder
 
 
-def wait_for(process, pattern, folder, seconds=60):
-    """Until a path like this is there, or the process has ended."""
-    deadline = time.monotonic() + seconds
-    while not list(folder.glob(pattern)) and process.is_alive() and time.monotonic() < deadline:
+def wait_for(process, pattern, folder, seconds=120):
+    """Until there is a path like this that is newer than the call, or the process has ended."""
+    called, deadline = time.time() - 0.01, time.monotonic() + seconds
+    while not any(changed(path) > called for path in folder.glob(pattern)):
+        if not process.is_alive() or time.monotonic() > deadline:
+            break
         time.sleep(0.001)
+
+
+def changed(path):
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:
+        return 0.0
 
 
 def kill_at(moment, folder, rng):
@@ -43,10 +52,10 @@ def kill_at(moment, folder, rng):
     elif moment == "while the best weights are written":
         wait_for(process, ".scratch/stage2/*/.best*", folder)
     elif moment == "while the states are deleted":
-        wait_for(process, "outputs/stage2/model.safetensors", folder, 120)
+        wait_for(process, "outputs/stage2/model.safetensors", folder)
         time.sleep(rng.uniform(0, 0.005))
     else:  # publish
-        wait_for(process, "outputs/.stage2.partial/*", folder, 120)
+        wait_for(process, "outputs/.stage2.partial/*", folder)
         time.sleep(rng.uniform(0, 0.1))
     alive = process.is_alive()
     process.kill()

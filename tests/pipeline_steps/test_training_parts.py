@@ -241,6 +241,19 @@ def test_the_best_weights_survive_a_kill_between_two_renames(tmp_path):
     assert (tensors["model"]["w"].item(), values["step"]) == (1.0, 3)
 
 
+def test_the_best_weights_survive_a_second_kill_while_the_next_are_written(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    checkpoint_io.save_best(tmp_path, {"model": {"w": torch.ones(1)}}, {"step": 3, "loss": 1.0})
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_io, "_save_tensors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint_io.save_best(tmp_path, {"model": {"w": torch.zeros(1)}}, {"step": 4, "loss": 0.9})
+    assert checkpoint_io.load_best(tmp_path)[1]["step"] == 3
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_optimizer_resumes_from_its_state(tmp_path, name):
     def trained(steps, saved=None):

@@ -151,12 +151,12 @@ def test_time_limits_fire_on_slow_servers(server, how, monkeypatch):
 
 
 def test_a_reader_that_pauses_keeps_its_connection(server, monkeypatch):
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 2.0)
     server.content = tar_of({f"clip-{n}.jpg": bytes(300_000) for n in range(8)})
     transfers, sha256 = Transfers(), hashlib.sha256(server.content).hexdigest()
     samples = remote.read_shard(server.url, "a.tar", set(KEYS), sha256, 0, transfers)
     next(samples)
-    time.sleep(1.5)
+    time.sleep(2.5)
     assert len(list(samples)) == 7
     assert transfers.failures == 0
 

@@ -202,6 +202,15 @@ def test_closing_early_leaves_no_threads_or_processes(root, server):
     assert threading.active_count() <= threads
 
 
+def test_a_damaged_copy_of_a_sidecar_is_downloaded_again(root, server):
+    folder = remote.download_index(server.url, "train", 0)
+    (first, *_) = sorted((folder / "tokens/train").iterdir())
+    content = first.read_bytes()
+    first.write_bytes(content[:100])
+    assert remote.download_index(server.url, "train", 0) == folder
+    assert first.read_bytes() == content
+
+
 def test_broken_connection_is_retried_without_duplicate_samples(root, server):
     settings = section(server.url)
     data = dataset(settings)

@@ -24,8 +24,8 @@ for STAGE in ORDER:
             lambda wildcards, stage=STAGE: [
                 f"jobs/{before}/{key}/done.json" for before, key in JOBS[stage, wildcards.key]["inputs"].values()
             ],
-        output:
-            f"jobs/{STAGE}/{{key}}/done.json",
+        output: # update: a study that runs beside this one may have made it meanwhile; Snakemake would delete it first
+            update(f"jobs/{STAGE}/{{key}}/done.json"),
         threads: 1
         priority: ORDER.index(STAGE) # runs that have begun are finished first
         resources:
