@@ -154,6 +154,19 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
+def command_of(arguments) -> str:
+    """The command that makes these results, without what is of one machine: paths, --jobs, --minutes."""
+    words = ["python", "-m", "benchmarks.natural", "--preset", arguments.preset, "--arms", *arguments.arms]
+    words += ["--seeds", *map(str, arguments.seeds)]
+    if arguments.device != DEVICES[arguments.preset]:
+        words += ["--device", arguments.device]
+    for name in ("cutouts", "backgrounds", "chats"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", name.upper()]
+    words += ["--set", *arguments.set] if arguments.set else []
+    return shlex.join([*words, "--keep", arguments.keep] if arguments.keep else words)
+
+
 def check_arguments(arguments) -> None:
     """UserError, before anything is made."""
     for option, value in (("rate", arguments.rate), ("minutes", arguments.minutes), ("jobs", arguments.jobs)):
@@ -206,6 +219,7 @@ def find_inputs(arguments) -> None:
 def main() -> int:
     arguments = read_arguments()
     began = time.monotonic()
+    command = command_of(arguments)
     check_arguments(arguments)
     find_inputs(arguments)
     plan = make_plan(arguments)
@@ -227,7 +241,7 @@ def main() -> int:
     names = write_results(plan, arguments.output)
     print(f"{len(names)} of {len(plan.runs)} runs: {arguments.output / 'results'}")
     if arguments.keep and names:
-        print(f"kept in {keep(plan, arguments.output, arguments.keep)}")
+        print(f"kept in {keep(plan, arguments.output, arguments.keep, command)}")
     print("finished" if is_finished else "stopped: run the same command to continue")
     return 0 if is_finished else STOPPED
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.natural_plan import HEATMAPS
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import write_json, write_text
+from pipeline_steps.common.files import check_outputs, write_json, write_text
 from pipeline_steps.common.metrics import EvaluationResult, read_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.study.collect import MODE, collect, finished
@@ -97,11 +97,12 @@ def check_kept_name(name: str, studies: Path = ROOT / RESULTS, designs: Path = S
     folder = studies / name
     if (designs / f"{name}.yaml").exists() or (folder.exists() and not (folder / SCORES).is_file()):
         raise UserError(f"--keep {name}: {folder} is for the results of another study. Choose another name.")
+    check_outputs(files=[folder / SCORES]) if folder.exists() else check_outputs(folders=[folder])
 
 
-def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) -> Path:
+def keep(plan: Plan, output: Path, name: str, command: str, studies: Path = ROOT / RESULTS) -> Path:
     """Copies the results of the finished runs, but for most pictures, to `studies`/name and compares the arms there;
-    returns the folder."""
+    returns the folder. command: what made them, for its README.md."""
     from pipeline_steps.study.summary import write_summary  # needs Matplotlib
 
     results, folder = output / "results", studies / name
@@ -118,7 +119,7 @@ def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) ->
         seeds=tuple({run.name.split("-seed")[1]: Seeds(**run.seeds) for run in plan.runs}.values()),
         groups=groups | {"gaze, new names": tuple(f"{kind}{NEW}" for kind in GAZE_KINDS)},
     )
-    write_summary(name, study, studies)
+    write_summary(name, study, studies, command)
     return folder
 
 

@@ -128,6 +128,8 @@ def test_results_are_kept_over_those_of_an_earlier_run_only(tmp_path):
         natural_results.check_kept_name("mine", studies, designs)
     (studies / "mine" / natural_results.SCORES).touch()
     natural_results.check_kept_name("mine", studies, designs)
+    with pytest.raises(UserError, match=r"scores\.json/mine: cannot be written \(Not a directory\)"):
+        natural_results.check_kept_name("mine", studies / "mine" / natural_results.SCORES, designs)
 
 
 def test_a_plan_for_a_gpu_is_made_anywhere(tmp_path, monkeypatch):
@@ -241,7 +243,13 @@ def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
     table.to_csv(results / "runs.csv", index=False)
     for name in ("items.parquet", "scores.json", "scores.md"):
         (results / name).write_text("")
-    folder = natural_results.keep(plan, arguments.output, "objects", tmp_path / "studies")
+    arguments.keep = "objects"
+    command = natural.command_of(arguments)
+    folder = natural_results.keep(plan, arguments.output, "objects", command, tmp_path / "studies")
+    made_by = "python -m benchmarks.natural --preset gpu --arms none A6 B1 --seeds 1 2 --cutouts CUTOUTS --keep objects"
+    text = (folder / "README.md").read_text()
+    assert f"`{made_by}`" in text
+    assert "make study" not in text
     assert (folder / "heatmap.png").read_bytes() == b"picture"
     summary = StudySummary.model_validate_json((folder / "summary.json").read_text())
     assert {(entry.arm, entry.group) for entry in summary.comparisons} == {
