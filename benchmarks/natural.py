@@ -257,7 +257,7 @@ def check_chats(path: Path) -> None:
     different = {sample.items[0].model_dump_json() for sample in samples}
     if len(different) < len(SPLITS):
         raise UserError(
-            f"--chats {path}: {len(different)} different chats, expected at least one each for "
+            f"--chats {path}: {len(different)} different chat(s), expected at least one each for "
             f"{', '.join(SPLITS)}. Add chats, or leave --chats out: the language model then makes its own."
         )
     if not {None, "train"} & {sample.split for sample in samples}:

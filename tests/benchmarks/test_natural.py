@@ -113,7 +113,7 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--seeds", "1", "1"), "--seeds 1 1: expected each once"),
         (("--chats", "missing.jsonl"), r"--chats missing\.jsonl: no such file, expected a \.jsonl"),
         (("--chats", "."), r"--chats \.: is a folder, expected a \.jsonl"),
-        (("--chats", "one.jsonl"), r"--chats one\.jsonl: 1 different chats, expected at least one each for train"),
+        (("--chats", "one.jsonl"), r"--chats one\.jsonl: 1 different chat\(s\), expected at least one each for train"),
         (("--chats", "held_out.jsonl"), r"--chats held_out\.jsonl: no chat has the split train"),
         (("--chats", "columns.jsonl"), r"columns\.jsonl line 1: unknown column question"),
         (("--cutouts", "missing"), r"--cutouts: missing/metadata\.jsonl cannot be read \(No such file"),
