@@ -7,18 +7,19 @@
 Needs the backbones of `make pretrained` (--pretrained names another folder with vision_encoder and language_model) and
 a folder of cut-outs (docs/world_objects.md; without --cutouts the photographs of tuxpaint are downloaded). The recipe
 is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters. The text-only samples are --chats, a
-.jsonl (without it: the language model's own answers, which pipeline_steps.backbones.own_chats writes first).
+.jsonl (without it: the language model's own answers, which the first run makes and keeps in the user's cache).
 
 The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
-made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training from its last state, other
-stages from their start. Results, in --output/results: runs.csv and items.parquet as of a study, scores.json (learning
-curves, accuracy with blind and chance, gaze against chance), scores.md with its tables, and heatmaps of every run.
+made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training and shards where they were,
+other stages from their start; one of these that --minutes stopped twice is an error. Results, in --output/results:
+runs.csv and items.parquet as of a study, scores.json (learning curves, accuracy with blind and chance, gaze against
+chance), scores.md with its tables, and heatmaps of every run.
 --keep NAME copies them to reports/study/NAME, which the report shows, with comparisons of the arms as in any study and
 heatmap.png, a clip of the first run: as docs/heatmap.png it is the README's picture.
 
 Before anything runs, `--dry-run` with the same arguments lists the jobs with samples, training FLOPs and minutes at a
-stated rate, and what to copy to a bare machine (benchmarks/natural_cost.py); missing inputs are made first, as they
-decide what the jobs are. Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without
+stated rate, and what to copy to a bare machine (benchmarks/natural_cost.py). It makes no chats: where they are missing
+it says how to make them. Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without
 it, copy plan.json, which `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and
 evaluation need torch, transformers, pydantic, pyarrow, PyYAML and pandas; heatmaps, left out where it is missing,
 Matplotlib.
@@ -26,6 +27,7 @@ Cost: meant for 25 minutes of one H100 for three arms and one seed (not measured
 """
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -34,19 +36,24 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.natural_plan import HEATMAPS, PRESETS, check_arms, folder_hash, make_plan
+from benchmarks.natural_plan import FOLDERS, HEATMAPS, PRESETS, check_arms, folder_hash, make_plan
 from benchmarks.natural_results import check_kept_name, keep, write_results
 from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import write_json
+from pipeline_steps.common.files import exclusive, write_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
+from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import Plan, folder_of
+from pipeline_steps.world.cutouts import SPLITS, read_folder
 
+RESUMED = (*TRAINING_STAGES, "shards")  # stages that continue where they were stopped
+CHATS_MINUTES = 6  # that the language model's own chats took on a CPU
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 STOPPED = 75  # exit code (EX_TEMPFAIL): not finished, run the same command again
 GRACE = 45.0  # seconds that stages get to save their state
@@ -72,15 +79,45 @@ def run_jobs(plan: Plan, output: Path, num_jobs: int, device: str, end: float | 
                 if len(running) < num_jobs and ready and key not in running and not is_done(job, output):
                     running[key] = start(job, output, device), time.monotonic()
             if end is not None and time.monotonic() > end:
+                for key, (_, started) in running.items():
+                    record_stop(plan.jobs[key], output, time.monotonic() - started)
                 return False
             time.sleep(0.5)
         return True
     finally:
         stop(process for process, _ in running.values())
+        for key, (process, started) in running.items():
+            if process.returncode == 0:  # it was at its end
+                finish(plan.jobs[key], output, 0, started, plan.commit)
 
 
 def is_done(job, output: Path) -> bool:
     return (output / folder_of(job.stage, job.key) / "done.json").exists()
+
+
+def stops_of(job, output: Path) -> list[float]:
+    """Seconds after which --minutes stopped the job, one value for each time."""
+    path = output / folder_of(job.stage, job.key) / "stopped.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def record_stop(job, output: Path, seconds: float) -> None:
+    folder = output / folder_of(job.stage, job.key)
+    write_json(folder / "stopped.json", [*stops_of(job, output), round(seconds, 1)])
+
+
+def check_minutes(plan: Plan, output: Path, seconds: float) -> None:
+    """UserError if `seconds` are too few for a job that starts over each time: it was stopped twice, at least once
+    after about as long."""
+    for job in plan.jobs.values():
+        stops = stops_of(job, output)
+        if job.stage in RESUMED or is_done(job, output) or len(stops) < 2 or seconds > 1.1 * max(stops):
+            continue
+        raise UserError(
+            f"--minutes stopped {job.stage} {len(stops)} times, after up to {max(stops):.0f} s "
+            f"({output / folder_of(job.stage, job.key)}): it starts over each time, so it would never end. Give more "
+            f"than --minutes {(1.1 * max(stops) + GRACE) / 60:.1f}, or leave --minutes out."
+        )
 
 
 def start(job, output: Path, device: str) -> subprocess.Popen:
@@ -154,6 +191,19 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
+def command_of(arguments) -> str:
+    """The command that makes these results, without what is of one machine: paths, --jobs, --minutes."""
+    words = ["python", "-m", "benchmarks.natural", "--preset", arguments.preset, "--arms", *arguments.arms]
+    words += ["--seeds", *map(str, arguments.seeds)]
+    if arguments.device != DEVICES[arguments.preset]:
+        words += ["--device", arguments.device]
+    for name in ("cutouts", "backgrounds", "chats"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", name.upper()]
+    words += ["--set", *arguments.set] if arguments.set else []
+    return shlex.join([*words, "--keep", arguments.keep] if arguments.keep else words)
+
+
 def check_arguments(arguments) -> None:
     """UserError, before anything is made."""
     for option, value in (("rate", arguments.rate), ("minutes", arguments.minutes), ("jobs", arguments.jobs)):
@@ -180,11 +230,13 @@ def check_arguments(arguments) -> None:
 
 
 def find_inputs(arguments) -> None:
-    """Fills in --cutouts and --chats. UserError for what is missing."""
+    """Fills in --cutouts and, where they were made before, --chats. UserError for what is missing or unusable."""
     if not (arguments.pretrained / "language_model").is_dir():
         raise UserError(f"{arguments.pretrained}: no pretrained backbones there. Run `make pretrained`.")
-    if arguments.chats is not None and not arguments.chats.is_file():
-        raise UserError(f"--chats {arguments.chats}: no such file. docs/data.md says what belongs there.")
+    if arguments.chats is not None:
+        check_chats(arguments.chats)
+    if arguments.backgrounds is not None and len(read_folder(arguments.backgrounds, "--backgrounds")) < len(SPLITS):
+        raise UserError(f"--backgrounds {arguments.backgrounds}: expected at least {len(SPLITS)} pictures, add some.")
     if arguments.cutouts is None:
         arguments.cutouts = cache_folder() / "tuxpaint"
         if not (arguments.cutouts / "metadata.jsonl").exists():
@@ -192,23 +244,66 @@ def find_inputs(arguments) -> None:
 
             print(f"{arguments.cutouts}: downloading {tuxpaint.PACKAGE}", flush=True)
             tuxpaint.build(arguments.cutouts, None)
-    if not (arguments.cutouts / "metadata.jsonl").exists():
-        raise UserError(f"{arguments.cutouts}/metadata.jsonl: missing. docs/world_objects.md says what belongs there.")
-    if arguments.chats is None:
-        language = arguments.pretrained / "language_model"
-        arguments.chats = cache_folder() / "chats" / f"{folder_hash(language)}.jsonl"
-        if not arguments.chats.exists():
-            print(f"{arguments.chats}: asking {language}", flush=True)
-            device = "auto" if arguments.dry_run else arguments.device  # a plan for a GPU is made anywhere
-            own_chats.write_chats(language, arguments.chats, device=device)
+    read_folder(arguments.cutouts, "--cutouts")
+    if arguments.chats is None and (made := own_chats_path(arguments.pretrained)).exists():
+        arguments.chats = made
+
+
+def check_chats(path: Path) -> None:
+    """UserError for chats that no run can use."""
+    from pipeline_steps.sources.chat import chats
+
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"--chats {path}: {found}, expected a .jsonl of chats (docs/data.md).")
+    samples = list(chats(path))
+    different = {sample.items[0].model_dump_json() for sample in samples}
+    if len(different) < len(SPLITS):
+        raise UserError(
+            f"--chats {path}: {len(different)} different chat(s), expected at least one each for "
+            f"{', '.join(SPLITS)}. Add chats, or leave --chats out: the language model then makes its own."
+        )
+    if not {None, "train"} & {sample.split for sample in samples}:
+        raise UserError(f"--chats {path}: no chat has the split train. Add some, or remove the column split.")
+
+
+def own_chats_path(pretrained: Path) -> Path:
+    """Where the chats of this language model are kept."""
+    return cache_folder() / "chats" / f"{folder_hash(pretrained / FOLDERS['language'])}.jsonl"
+
+
+def make_chats(arguments) -> None:
+    """Makes the language model's own chats and fills in --chats. UserError where no plan can be made for them."""
+    path, language = own_chats_path(arguments.pretrained), arguments.pretrained / FOLDERS["language"]
+    if find_spec("hydra") is None:
+        raise UserError(
+            "--chats is not given, and Hydra, which a plan for new chats needs, is not installed. Where it is, run "
+            f"`{chats_command(arguments)}` and --dry-run; copy the chats and plan.json."
+        )
+    print(
+        f"{path}: asking {language} {len(own_chats.questions(None))} questions, about {CHATS_MINUTES} minutes on a "
+        "CPU; stopped, it starts over",
+        flush=True,
+    )
+    own_chats.write_chats(language, path, device=arguments.device)
+    arguments.chats = path
+
+
+def chats_command(arguments) -> str:
+    path, language = own_chats_path(arguments.pretrained), arguments.pretrained / FOLDERS["language"]
+    return f"python -m pipeline_steps.backbones.own_chats --language {language} --output {path}"
 
 
 def main() -> int:
     arguments = read_arguments()
     began = time.monotonic()
+    command = command_of(arguments)
     check_arguments(arguments)
     find_inputs(arguments)
     plan = make_plan(arguments)
+    if arguments.chats is None and not arguments.dry_run:
+        make_chats(arguments)
+        plan = make_plan(arguments)
     left = [job for job in plan.jobs.values() if not is_done(job, arguments.output)]
     print(f"{arguments.output}: {len(plan.runs)} runs, {len(left)} of {len(plan.jobs)} jobs to do", flush=True)
     if HEATMAPS not in {stage for stage, _ in plan.jobs}:
@@ -217,9 +312,28 @@ def main() -> int:
         from benchmarks.natural_cost import describe  # imports what makes data, which a bare machine may lack
 
         print(describe(plan, left, arguments, arguments.rate))
+        if arguments.chats is None:
+            print(
+                "\nThe chats are not made yet, so job keys, samples of text and plan.json are provisional. The run "
+                f"will make them first: {len(own_chats.questions(None))} answers, about {CHATS_MINUTES} minutes on a "
+                f"CPU, kept in {own_chats_path(arguments.pretrained)}. To plan for another machine, make them now:\n"
+                f"  {chats_command(arguments)}"
+            )
         return 0
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    busy = f"--output {arguments.output}: another process of this benchmark is at work there: wait for it or stop it"
+    with exclusive(arguments.output / "lock", busy):
+        return run(arguments, plan, began, command)
+
+
+def run(arguments, plan: Plan, began: float, command: str) -> int:
+    """Runs the plan, collects what is finished and returns the exit code. began: of time.monotonic."""
     signal.signal(signal.SIGTERM, _raise_stop)
-    end = None if arguments.minutes is None else began + 60 * arguments.minutes - GRACE
+    end = seconds = None
+    if arguments.minutes is not None:
+        end = began + 60 * arguments.minutes - GRACE
+        seconds = end - time.monotonic()
+        check_minutes(plan, arguments.output, seconds)
     try:
         is_finished = run_jobs(plan, arguments.output, arguments.jobs, arguments.device, end)
     except (KeyboardInterrupt, Stop):
@@ -227,7 +341,9 @@ def main() -> int:
     names = write_results(plan, arguments.output)
     print(f"{len(names)} of {len(plan.runs)} runs: {arguments.output / 'results'}")
     if arguments.keep and names:
-        print(f"kept in {keep(plan, arguments.output, arguments.keep)}")
+        print(f"kept in {keep(plan, arguments.output, arguments.keep, command)}")
+    if not is_finished and seconds is not None:
+        check_minutes(plan, arguments.output, seconds)
     print("finished" if is_finished else "stopped: run the same command to continue")
     return 0 if is_finished else STOPPED
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from benchmarks.natural_plan import FOLDERS, code_files, files_of
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
+from pipeline_steps.backbones import own_chats
 from pipeline_steps.common import params
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.schemas import PackedSample
@@ -108,7 +109,7 @@ def costs_of(plan, arguments) -> dict[tuple[str, str], Cost]:
         if data not in examples:
             examples[data] = example_rows(document, arguments)
         clips = object_clips.plan(document.sources.procedural)
-        counts = {"sources": num_samples(document, clips, arguments), "evaluation": num_scored(document, clips)}
+        counts = {"sources": num_samples(clips, arguments), "evaluation": num_scored(document, clips)}
         counts["shards"] = counts["tokens"] = counts["sources"]
         for stage, key in run.jobs.items():
             if stage in TRAINING_STAGES:
@@ -132,11 +133,10 @@ def with_inputs(parameters: dict, arguments) -> dict:
     return parameters | {"sources": sources | given}
 
 
-def num_samples(document, clips: list, arguments) -> int:
+def num_samples(clips: list, arguments) -> int:
     """Clips and text-only samples that the stage `sources` makes."""
-    settings = document.sources.chat
-    if arguments.chats is None:
-        return len(clips) + settings.num_train + settings.num_validation + settings.num_test
+    if arguments.chats is None:  # the language model's own, not made yet
+        return len(clips) + len(own_chats.questions(None))
     with open(arguments.chats, "rb") as file:
         return len(clips) + sum(1 for line in file if line.strip())
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import write_json
+from pipeline_steps.common.files import check_outputs, writable, write_json
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.study.design import Cell, Seeds, parameters_of
@@ -28,20 +28,28 @@ def make_plan(arguments) -> Plan:
     """The `Plan` of all runs, written to plan.json. Without Hydra: the one that is there. UserError if it is missing or
     of other arguments or code."""
     code, path = code_files(), arguments.output / "plan.json"
-    inputs = link_inputs(arguments)
+    links = links_of(arguments)
+    inputs = {name: f"../../../inputs/{link}" for name, (link, _) in links.items()}  # from jobs/<stage>/<key>
     wanted = {"inputs": inputs, "code": fingerprint(code), "arms": arguments.arms, "seeds": arguments.seeds}
     wanted |= {"preset": arguments.preset, "device": arguments.device, "set": list(arguments.set)}
     if find_spec("hydra") is None:
-        return read_plan(path, wanted)
+        plan = read_plan(path, wanted)
+        link_inputs(arguments.output, links)
+        return plan
     stages, libraries = read_stages(), installed_versions()
     plan = Plan("natural", commit())
     targets = (*TARGETS, HEATMAPS) if find_spec("matplotlib") else TARGETS
     for cell in cells_of(arguments, inputs):
-        parameters = parameters_of(cell)
+        try:
+            parameters = parameters_of(cell)
+        except UserError as error:
+            raise UserError(f"{error}\n  Check --set {' '.join(arguments.set)}" if arguments.set else error) from None
         jobs = jobs_of(stages, parameters, code, targets, libraries)
         plan.jobs |= {(job.stage, job.key): job for job in jobs.values() if (job.stage, job.key) not in plan.jobs}
         keys = {stage: job.key for stage, job in jobs.items()}
         plan.runs.append(Run(cell.name, cell.arm, cell.budget, cell.seeds.model_dump(), parameters, keys))
+    check_outputs(files=[path, arguments.output / "results" / "runs.csv"])
+    link_inputs(arguments.output, links)
     write_json(path, wanted | plan.as_dict())
     return plan
 
@@ -94,23 +102,26 @@ def read_plan(path: Path, wanted: dict) -> Plan:
     return Plan(content["study"], content["commit"], runs, [], {(job.stage, job.key): job for job in jobs})
 
 
-def link_inputs(arguments) -> dict[str, str]:
-    """{name: path of an input as seen from a job's folder}. The path contains the content's hash, so that other
+def links_of(arguments) -> dict[str, tuple[str, Path]]:
+    """{name of an input: (name of its link, its path)}. The link's name contains the content's hash, so that other
     content is other work."""
     folders = {"pretrained": arguments.pretrained, "cutouts": arguments.cutouts}
     if arguments.backgrounds is not None:
         folders["backgrounds"] = arguments.backgrounds
-    hashes = {name: (folder, folder_hash(folder)) for name, folder in folders.items()}
+    links = {name: (f"{name}-{folder_hash(folder)}", folder) for name, folder in folders.items()}
     if arguments.chats is not None:
-        hashes["chats"] = arguments.chats, f"{sha256_file(arguments.chats)[:16]}.jsonl"
-    found = {}
-    for name, (path, content) in hashes.items():
-        link = arguments.output / "inputs" / f"{name}-{content}"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
-        found[name] = f"../../../inputs/{link.name}"  # jobs/<stage>/<key>
-    return found
+        links["chats"] = f"chats-{sha256_file(arguments.chats)[:16]}.jsonl", arguments.chats
+    return links
+
+
+def link_inputs(output: Path, links: dict[str, tuple[str, Path]]) -> None:
+    """Links to the inputs in output/inputs. UserError if they cannot be written."""
+    with writable(output):
+        for name, path in links.values():
+            link = output / "inputs" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
 
 
 def folder_hash(folder: Path) -> str:

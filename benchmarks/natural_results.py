@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.natural_plan import HEATMAPS
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import write_json, write_text
+from pipeline_steps.common.files import check_outputs, write_json, write_text
 from pipeline_steps.common.metrics import EvaluationResult, read_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.study.collect import MODE, collect, finished
@@ -95,18 +95,20 @@ def check_kept_name(name: str, studies: Path = ROOT / RESULTS, designs: Path = S
     if not NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"--keep {name}: expected a name of letters, digits, _, . and -, with no . at its beginning")
     folder = studies / name
-    if (designs / f"{name}.yaml").exists() or (folder.exists() and not (folder / SCORES).is_file()):
+    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES).is_file()
+    if foreign or (designs / f"{name}.yaml").exists():
         raise UserError(f"--keep {name}: {folder} is for the results of another study. Choose another name.")
+    check_outputs(files=[folder / SCORES]) if folder.exists() else check_outputs(folders=[folder])
 
 
-def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) -> Path:
+def keep(plan: Plan, output: Path, name: str, command: str, studies: Path = ROOT / RESULTS) -> Path:
     """Copies the results of the finished runs, but for most pictures, to `studies`/name and compares the arms there;
-    returns the folder."""
+    returns the folder. command: what made them, for its README.md."""
     from pipeline_steps.study.summary import write_summary  # needs Matplotlib
 
     results, folder = output / "results", studies / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("runs.csv", "items.parquet", SCORES, "scores.md"):
+    for file in (SCORES, "runs.csv", "items.parquet", "scores.md"):  # first what tells whose folder it is
         shutil.copyfile(results / file, folder / file)
     drawn = [results / run.name / "overview.png" for run in plan.runs]
     for picture in [path for path in drawn if path.exists()][:1]:
@@ -118,7 +120,7 @@ def keep(plan: Plan, output: Path, name: str, studies: Path = ROOT / RESULTS) ->
         seeds=tuple({run.name.split("-seed")[1]: Seeds(**run.seeds) for run in plan.runs}.values()),
         groups=groups | {"gaze, new names": tuple(f"{kind}{NEW}" for kind in GAZE_KINDS)},
     )
-    write_summary(name, study, studies)
+    write_summary(name, study, studies, command)
     return folder
 
 

@@ -1,10 +1,14 @@
 """The package is installed from its repository only, and its command starts without the heavy libraries."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from model.constants import MODES
 from pipeline_steps.inference import ask
@@ -21,6 +25,16 @@ def test_the_arguments_of_ask_are_read_without_the_heavy_libraries():
 
 def test_ask_offers_the_modes_of_the_model():
     assert ask.MODES == MODES
+
+
+def test_make_pretrained_installs_the_same_versions_everywhere():
+    """The extra's packages are in the lock, which constrains them, or pinned."""
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["pretrained"]
+    free = {canonicalize_name(entry.name): entry.specifier for entry in map(Requirement, extra)}
+    free = {name: specifier for name, specifier in free.items() if name not in map(canonicalize_name, locked)}
+    assert {"gguf", "ml-dtypes", "onnx"} <= free.keys()
+    assert all(re.fullmatch(r"==[\d.]+", str(specifier)) for specifier in free.values()), free
 
 
 @pytest.fixture

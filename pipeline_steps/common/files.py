@@ -196,6 +196,17 @@ def scratch_folder(stage, fingerprint):
 
 
 @contextmanager
+def exclusive(path, busy):
+    """Holds the lock file `path`; UserError with the message `busy` if another process holds it."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield
+
+
+@contextmanager
 def locked_scratch(stage, fingerprint):
     """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits.
 

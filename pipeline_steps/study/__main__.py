@@ -11,7 +11,6 @@ ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten mi
 """
 
 import argparse
-import fcntl
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import write_json
+from pipeline_steps.common.files import exclusive, write_json
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop
@@ -56,11 +55,7 @@ def main():
         return 0
     folder = studies / plan.study
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"the study {plan.study} is running already ({folder}): wait for it or stop it") from None
+    with exclusive(folder / "lock", f"the study {plan.study} is running already ({folder}): wait for it or stop it"):
         while True:
             todo = only_arms(plan, study, arguments.arms)
             write_json(folder / "plan.json", todo.as_dict())

@@ -236,8 +236,10 @@ def as_seeds(entry):
 
 @cache
 def composed(overrides):
-    """Parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets. Read-only."""
-    return params.parse("conf/", params.compose_checked(overrides))
+    """Valid parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets. Read-only."""
+    content = params.parse("conf/", params.compose_checked(overrides))
+    params.check(f"conf/ ({' '.join(overrides)})", content)
+    return content
 
 
 def arm_parameters(study, arm):

@@ -52,9 +52,9 @@ def main():
     print(write_summary(name, read_study(name)))
 
 
-def write_summary(name, study, results=ROOT / RESULTS):
-    """Writes README.md, runs.png and summary.json beside the study's runs.csv; returns the path of README.md. UserError
-    without runs."""
+def write_summary(name, study, results=ROOT / RESULTS, command=None):
+    """Writes README.md, runs.png and summary.json beside the study's runs.csv; returns the path of README.md. command:
+    what makes the runs, by default `make study`. UserError without runs."""
     folder = results / name
     try:
         table = pd.read_csv(folder / "runs.csv")
@@ -66,7 +66,7 @@ def write_summary(name, study, results=ROOT / RESULTS):
     else:
         (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
-    write_text(folder / "README.md", page(summary, table, study))
+    write_text(folder / "README.md", page(summary, table, study, command))
     return folder / "README.md"
 
 
@@ -226,10 +226,10 @@ def split_of(study):
     return given[-1] if given else "test"
 
 
-def page(summary, table, study):
+def page(summary, table, study, command=None):
     """The summary as Markdown."""
     parts = [f"# Study {summary.name}", summary.question]
-    parts += [f"{summary.num_runs} of {summary.num_planned} runs. `make study name={summary.name}`"]
+    parts += [f"{summary.num_runs} of {summary.num_planned} runs. `{command or f'make study name={summary.name}'}`"]
     parts += ["## Arms", arm_table(summary)]
     if summary.comparisons:
         parts += ["## Baseline against other arms", *comparison_lines(summary)]

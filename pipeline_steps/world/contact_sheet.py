@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline_steps.common.errors import run_main
+from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import Backgrounds, Cutouts
@@ -23,6 +23,7 @@ HELD_OUT_SHARE = 0.2
 TARGET, NEW_COLOUR = (60, 230, 90), (176, 64, 0)
 STILL = "still"
 NEW_SHOWN = ("become", "meet")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def sheet(cutouts: Cutouts, backgrounds: Backgrounds, seed: int) -> Image.Image:
@@ -100,9 +101,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("world_objects.jpg"))
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    check_outputs(files=[arguments.output])
+    if arguments.output.suffix.lower() not in ENDINGS:
+        raise UserError(f"--output {arguments.output}: expected a file name that ends in {', '.join(ENDINGS)}.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}, expected a whole number of at least 0.")
     cutouts = Cutouts(arguments.cutouts, HELD_OUT_SHARE, arguments.seed)
     backgrounds = Backgrounds(arguments.backgrounds, HELD_OUT_SHARE, arguments.seed)
+    check_outputs(files=[arguments.output])  # last, as it makes the folder
     sheet(cutouts, backgrounds, arguments.seed).save(arguments.output, quality=60)
     print(f"{arguments.output}: {arguments.output.stat().st_size // 1000} kB")
 

@@ -2,16 +2,22 @@
 
 import json
 import re
+import shutil
 import sys
+import time
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
 from benchmarks import natural, natural_cost, natural_plan, natural_results
 from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.files import exclusive
 from pipeline_steps.common.study_results import StudySummary
-from pipeline_steps.study.plan import folder_of
+from pipeline_steps.study.plan import Job, Plan, folder_of
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
 from tests import drawings
 
@@ -33,6 +39,12 @@ def arguments(tmp_path):
     folders = {name: tmp_path / name for name in ("cutouts", "pretrained", "output")}
     options = {"preset": "gpu", "device": "cuda", "set": [], "backgrounds": None, "chats": None}
     return SimpleNamespace(arms=["none", "A6", "B1"], seeds=[1, 2], **options, **folders)
+
+
+def write_chats(path, count, **columns):
+    turns = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"messages": chat, **columns}) + "\n" for chat in turns))
 
 
 def keys(plan, stage):
@@ -103,17 +115,36 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--minutes", "0.75"), "--minutes is 0.75, expected more than 0.75"),
         (("--arms", "none", "none"), "--arms none none: expected each once"),
         (("--seeds", "1", "1"), "--seeds 1 1: expected each once"),
-        (("--chats", "missing.jsonl"), r"--chats missing\.jsonl: no such file"),
-        (("--cutouts", "missing"), r"missing/metadata\.jsonl: missing"),
+        (("--chats", "missing.jsonl"), r"--chats missing\.jsonl: no such file, expected a \.jsonl"),
+        (("--chats", "."), r"--chats \.: is a folder, expected a \.jsonl"),
+        (("--chats", "one.jsonl"), r"--chats one\.jsonl: 1 different chat\(s\), expected at least one each for train"),
+        (("--chats", "held_out.jsonl"), r"--chats held_out\.jsonl: no chat has the split train"),
+        (("--chats", "columns.jsonl"), r"columns\.jsonl line 1: unknown column question"),
+        (("--cutouts", "missing"), r"--cutouts: missing/metadata\.jsonl cannot be read \(No such file"),
+        (("--backgrounds", "missing"), r"--backgrounds: missing/metadata\.jsonl cannot be read \(No such file"),
+        (("--backgrounds", "pretrained"), r"--backgrounds: pretrained/metadata\.jsonl cannot be read \(No such file"),
+        (("--backgrounds", "one"), r"--backgrounds one: expected at least 3 pictures"),
+        (("--set", "sources.chat.nmu_train=3"), r"Could not override 'sources\.chat\.nmu_train'.*\n  Check --set sour"),
+        (("--set", "training.stage1.num_samples=few"), r"stage1\.num_samples: .*\"few\"(.*\n)*  Check --set training"),
+        (("--set", "training=3"), r"training: should be .*, found 3(.*\n)*  Check --set training=3"),
+        (("--output", "one.jsonl"), r"one\.jsonl/plan\.json: cannot be written \(Not a directory\)"),
         (("--pretrained", "missing"), "missing: no pretrained backbones there"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained/language_model").mkdir(parents=True)
+    (tmp_path / "pretrained/language_model/config.json").write_text("{}")
+    drawings.write(tmp_path / "cutouts")
+    drawings.write(tmp_path / "one")
+    rows = (tmp_path / "one/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "one/metadata.jsonl").write_text(rows[0])
+    write_chats(tmp_path / "one.jsonl", 1)
+    write_chats(tmp_path / "held_out.jsonl", 9, split="test")
+    (tmp_path / "columns.jsonl").write_text('{"question": "Which?"}\n')
     monkeypatch.setattr(natural.own_chats, "write_chats", lambda *_, **__: pytest.fail("chats were written"))
-    defaults = ("--dry-run", "--pretrained", str(tmp_path / "pretrained"), "--output", str(tmp_path / "output"))
-    monkeypatch.setattr(sys, "argv", ["natural", *defaults, "--cutouts", str(tmp_path), *words])
-    (tmp_path / "metadata.jsonl").touch()
+    defaults = ("--preset", "cpu", "--pretrained", "pretrained", "--output", "output", "--cutouts", "cutouts")
+    monkeypatch.setattr(sys, "argv", ["natural", *defaults, *words])
     with pytest.raises(SystemExit, match="1"):
         run_main(natural.main)
     assert re.search(message, capsys.readouterr().err)
@@ -124,23 +155,75 @@ def test_results_are_kept_over_those_of_an_earlier_run_only(tmp_path):
     designs, studies = tmp_path / "conf", tmp_path / "studies"
     natural_results.check_kept_name("mine", studies, designs)
     (studies / "mine").mkdir(parents=True)
+    natural_results.check_kept_name("mine", studies, designs)
+    (studies / "mine" / "runs.csv").touch()
     with pytest.raises(UserError, match=r"mine is for the results of another study"):
         natural_results.check_kept_name("mine", studies, designs)
     (studies / "mine" / natural_results.SCORES).touch()
     natural_results.check_kept_name("mine", studies, designs)
+    with pytest.raises(UserError, match=r"scores\.json/mine: cannot be written \(Not a directory\)"):
+        natural_results.check_kept_name("mine", studies / "mine" / natural_results.SCORES, designs)
 
 
-def test_a_plan_for_a_gpu_is_made_anywhere(tmp_path, monkeypatch):
-    (tmp_path / "pretrained/language_model").mkdir(parents=True)
-    (tmp_path / "pretrained/language_model/config.json").write_text("{}")
-    (tmp_path / "metadata.jsonl").touch()
-    asked = []
+def test_a_dry_run_makes_no_chats_and_says_how_they_are_made(arguments, tmp_path, monkeypatch, capsys):
+    asked, described = [], []
     monkeypatch.setattr(natural, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(natural.own_chats, "write_chats", lambda *_, device: asked.append(device))
-    paths = {"pretrained": tmp_path / "pretrained", "cutouts": tmp_path, "chats": None}
-    for dry_run in (True, False):
-        natural.find_inputs(SimpleNamespace(device="cuda", dry_run=dry_run, **paths))
-    assert asked == ["auto", "cuda"]
+    monkeypatch.setattr(natural.own_chats, "write_chats", lambda _, path, device: asked.append((path, device)))
+    monkeypatch.setattr(natural_cost, "describe", lambda *given: described.append(given) or "the estimate")
+    words = ["natural", "--dry-run", "--arms", "none"]
+    for name in ("cutouts", "pretrained", "output"):
+        words += [f"--{name}", str(getattr(arguments, name))]
+    monkeypatch.setattr(sys, "argv", words)
+    assert natural.main() == 0
+    assert len(described) == 1
+    path = natural.own_chats_path(arguments.pretrained)
+    message = capsys.readouterr().out
+    assert "not made yet" in message
+    assert f"python -m pipeline_steps.backbones.own_chats --language {arguments.pretrained}/language_model" in message
+    assert f"{len(natural.own_chats.questions(None))} answers, about 6 minutes on a CPU, kept in {path}." in message
+    assert asked == []
+    natural.make_chats(arguments)
+    assert asked == [(path, "cuda")]
+    write_chats(path, 9)
+    assert natural.main() == 0
+    assert "not made yet" not in capsys.readouterr().out
+
+
+def test_a_stage_that_minutes_stopped_twice_is_an_error(tmp_path):
+    job = Job("sources", "key", "python -c 'import time; time.sleep(60)'", {"ablation": "none"}, {}, {}, ())
+    trained = replace(job, stage="stage1")
+    plan = Plan("natural", "c0ffee", jobs={(own.stage, own.key): own for own in (job, trained)})
+    for _ in range(2):
+        natural.check_minutes(plan, tmp_path, 1.0)
+        assert not natural.run_jobs(plan, tmp_path, 2, "cpu", time.monotonic() + 1.0)
+    folder = re.escape(str(tmp_path / "jobs/sources/key"))
+    with pytest.raises(UserError, match=rf"--minutes stopped sources 2 times, after up to [12] s \({folder}\): it .*"):
+        natural.check_minutes(plan, tmp_path, 1.0)
+    natural.check_minutes(plan, tmp_path, 10.0)
+
+
+def test_a_stage_that_ends_when_it_is_stopped_is_done(tmp_path):
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('ready', flush=True)"
+    job = Job("stage1", "key", f'python -c "{code}; time.sleep(60)"', {"ablation": "none"}, {}, {}, ())
+    plan = Plan("natural", "c0ffee", jobs={(job.stage, job.key): job})
+    natural.run_jobs(plan, tmp_path, 1, "cpu", time.monotonic() + 5.0)
+    assert "ready" in (tmp_path / job.folder / "log.txt").read_text()
+    assert natural.is_done(job, tmp_path)
+
+
+def test_two_runs_do_not_write_into_one_folder(arguments, monkeypatch):
+    arguments.chats = arguments.output.with_name("chats.jsonl")
+    write_chats(arguments.chats, 9)
+    words = ["natural", "--preset", "cpu", "--arms", "none", "--chats", str(arguments.chats)]
+    for name in ("cutouts", "pretrained", "output"):
+        words += [f"--{name}", str(getattr(arguments, name))]
+    monkeypatch.setattr(sys, "argv", words)
+    arguments.output.mkdir(exist_ok=True)
+    with (
+        exclusive(arguments.output / "lock", ""),
+        pytest.raises(UserError, match=r"--output .*: another process of this benchmark is at work there"),
+    ):
+        natural.main()
 
 
 def test_a_curve_is_means_of_its_parts(tmp_path):
@@ -156,8 +239,7 @@ def test_a_curve_is_means_of_its_parts(tmp_path):
 def run(finished_run, tmp_path, monkeypatch):
     """Runs the command with the embedded backbones in place of the pretrained ones; returns its exit code."""
     drawings.write(tmp_path / "cutouts")
-    turns = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    write_chats(tmp_path / "chats.jsonl", 24)
     words = ["natural", "--preset", "cpu", "--arms", "none", "--pretrained", finished_run / "data/backbones"]
     words += ["--cutouts", tmp_path / "cutouts", "--output", tmp_path / "output"]
     words += ["--chats", tmp_path / "chats.jsonl"]
@@ -230,7 +312,7 @@ def row(run, tasks, accuracy):
     return {"run": run.name, "arm": run.arm, "budget": run.budget, **seeds, **budget, **scores, **named}
 
 
-def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
+def test_kept_results_are_compared_like_a_study(arguments, tmp_path, monkeypatch):
     plan = natural_plan.make_plan(arguments)
     results = arguments.output / "results"
     (results / plan.runs[0].name).mkdir(parents=True)
@@ -241,7 +323,20 @@ def test_kept_results_are_compared_like_a_study(arguments, tmp_path):
     table.to_csv(results / "runs.csv", index=False)
     for name in ("items.parquet", "scores.json", "scores.md"):
         (results / name).write_text("")
-    folder = natural_results.keep(plan, arguments.output, "objects", tmp_path / "studies")
+    arguments.keep = "objects"
+    command = natural.command_of(arguments)
+    keep = partial(natural_results.keep, plan, arguments.output, "objects", command)
+    with monkeypatch.context() as patched:
+        copies = [shutil.copyfile, Mock(side_effect=KeyboardInterrupt)]
+        patched.setattr(natural_results.shutil, "copyfile", lambda *paths: copies.pop(0)(*paths))
+        with pytest.raises(KeyboardInterrupt):
+            keep(tmp_path / "studies")
+    natural_results.check_kept_name("objects", tmp_path / "studies", tmp_path)  # the same command works again
+    folder = keep(tmp_path / "studies")
+    made_by = "python -m benchmarks.natural --preset gpu --arms none A6 B1 --seeds 1 2 --cutouts CUTOUTS --keep objects"
+    text = (folder / "README.md").read_text()
+    assert f"`{made_by}`" in text
+    assert "make study" not in text
     assert (folder / "heatmap.png").read_bytes() == b"picture"
     summary = StudySummary.model_validate_json((folder / "summary.json").read_text())
     assert {(entry.arm, entry.group) for entry in summary.comparisons} == {

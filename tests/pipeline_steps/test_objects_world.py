@@ -1,6 +1,7 @@
 """The world of objects: what is drawn is what the ground truth says, held-out things are held out, files are rows."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -366,6 +367,20 @@ def test_a_machine_without_the_packages_tools(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (("--output", "new/sheet.foo"), r"--output new/sheet\.foo: expected a file name that ends in \.jpg, "),
+    (("--seed", "-1"), "--seed is -1, expected a whole number"),
+    (("--cutouts", "none"), r"none/metadata\.jsonl cannot be read \(No such file"),
+    (("--backgrounds", "none"), r"none/metadata\.jsonl cannot be read \(No such file"),
+])  # fmt: skip
+def test_wrong_arguments_of_the_contact_sheet_make_nothing(words, message, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["contact_sheet", "--cutouts", str(folder), "--output", "new/sheet.jpg", *words])
+    with pytest.raises(UserError, match=message):
+        contact_sheet.main()
+    assert not any(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- the source
 
 
@@ -398,6 +413,10 @@ def test_the_source_writes_what_the_digits_write(raw):
             assert len(own.boxes) == sample.num_source_frames
         for item in sample.items:
             assert (item.target is not None) == (item.task.removesuffix("_new") in GAZE_KINDS)
+    rows = [json.loads(line) for line in (raw / "procedural/metadata.jsonl").read_text().splitlines()]
+    shown = {split: {row["background"] for row in rows if row.get("split") == split} for split in SPLITS}
+    assert all(shown.values())
+    assert sum(map(len, shown.values())) == len(set.union(*shown.values())), "a held-out background was trained on"
     pictures = json.loads((raw / "procedural/pictures.json").read_text())
     assert len(pictures["sha256"]) == 10
     assert {split: len(own) for split, own in pictures["names"].items()} == {"train": 6, "validation": 2, "test": 2}
