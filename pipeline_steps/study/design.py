@@ -52,7 +52,7 @@ class Arm(StrictModel):
 
 
 class EqualFlops(StrictModel):
-    """A budget with as many training FLOPs as the study's first arm has at another budget, seed by seed."""
+    """A budget with as many training FLOPs as the arm's baseline has at another budget, seed by seed."""
 
     flops_of: str
     """Name of that other budget, whose runs of both arms have to be finished first."""
