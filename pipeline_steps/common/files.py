@@ -4,12 +4,14 @@ The stages decide what the files contain, so no stage lists this module in dvc.y
 """
 
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -207,8 +209,9 @@ def exclusive(path, busy):
 
 
 @contextmanager
-def locked_scratch(stage, fingerprint):
-    """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits.
+def locked_scratch(stage, fingerprint, each_minute=lambda: None):
+    """Yields (scratch_folder, open lock file), one process at a time: a second run of the same work waits, and calls
+    `each_minute` meanwhile.
 
     The lock (flock) ends with the process and with the children that inherited the file, however they end.
     """
@@ -218,8 +221,16 @@ def locked_scratch(stage, fingerprint):
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{stage}: waiting for another run of the same work ({folder})", file=sys.stderr)
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield (
-            scratch_folder(stage, fingerprint),
-            lock_file,
-        )  # created again if the other run has finished and removed it
+            _wait_for(lock_file, each_minute)
+        # created again if the other run has finished and removed it
+        yield scratch_folder(stage, fingerprint), lock_file
+
+
+def _wait_for(lock_file, each_minute):
+    for second in itertools.count(1):
+        time.sleep(1)
+        try:
+            return fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if second % 60 == 0:
+                each_minute()

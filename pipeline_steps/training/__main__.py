@@ -180,11 +180,13 @@ def prepare_run(
 @contextmanager
 def shared_scratch(group: DistributedContext, stage: str, fingerprint: str) -> Iterator[Path]:
     """Yields the scratch folder of the run, locked by the main process. With several machines it must be on a shared
-    disk."""
+    disk. While it waits for the lock, the other ranks hear from it, as a collective has a time limit."""
     if not group.is_main:
-        yield group.broadcast(None)
+        while (folder := group.broadcast(None)) is None:
+            pass
+        yield folder
         return
-    with locked_scratch(stage, fingerprint) as (folder, _):
+    with locked_scratch(stage, fingerprint, each_minute=lambda: group.broadcast(None)) as (folder, _):
         yield group.broadcast(folder)
 
 

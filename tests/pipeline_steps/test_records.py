@@ -2,13 +2,18 @@
 
 import json
 import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import parse, replaced_folder, to_json, write_jsonl, write_text
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import RawSample, read_samples, slug
+from pipeline_steps.training.__main__ import shared_scratch
 from tests.pipeline_steps.clips import text_row
 
 
@@ -91,6 +96,30 @@ def test_a_second_writer_waits_and_finds_the_folder_empty(tmp_path):
         thread.join(20)
     assert seen == []
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["out", "out/two"]
+
+
+def test_a_run_that_waits_for_its_scratch_folder_says_so_each_minute(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    heard = []
+    with ExitStack() as other:
+        folder, _ = other.enter_context(files.locked_scratch("stage1", "work"))
+
+        def each_minute():
+            heard.append(len(heard))
+            if len(heard) == 3:
+                other.close()
+
+        with files.locked_scratch("stage1", "work", each_minute) as (again, _):
+            assert again == folder
+    assert heard == [0, 1, 2]
+
+
+def test_ranks_wait_with_the_main_process_for_the_scratch_folder():
+    told = [None, None, Path("folder")]
+    group = SimpleNamespace(is_main=False, broadcast=lambda value: told.pop(0))
+    with shared_scratch(group, "stage1", "work") as folder:
+        assert folder == Path("folder")
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):
