@@ -85,6 +85,7 @@ def test_backbones_are_taken_out_of_a_checkpoint(finished_run, tmp_path):
     assert len({(place / "tokenizer.json").read_bytes() for place in places}) == 1
 
 
+@pytest.mark.slow
 def test_training_clips_are_scored_and_drawn_like_held_out_ones(finished_run, tmp_path):
     """What shows the result on one's own training clips beside the held-out ones (docs/training.md)."""
     (tmp_path / "data").symlink_to(finished_run / "data")

@@ -146,6 +146,7 @@ def test_ranks_read_disjoint_shards_and_samples(root, world_size):
         assert not one & other
 
 
+@pytest.mark.slow
 def test_resuming_anywhere_gives_the_same_batches(root):
     settings = section(pipe(root))
     data = dataset(settings)
