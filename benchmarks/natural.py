@@ -55,6 +55,7 @@ from pipeline_steps.world.cutouts import SPLITS, read_folder
 RESUMED = (*TRAINING_STAGES, "shards")  # stages that continue where they were stopped
 CHATS_MINUTES = 6  # that the language model's own chats took on a CPU
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+OPTIONS = {"seed": "--seeds", "ablation": "--arms", "data": "--preset"}  # that set parameters of every run
 STOPPED = 75  # exit code (EX_TEMPFAIL): not finished, run the same command again
 GRACE = 45.0  # seconds that stages get to save their state
 
@@ -219,6 +220,9 @@ def check_arguments(arguments) -> None:
     for option, values in (("arms", arguments.arms), ("seeds", arguments.seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"--{option} {' '.join(map(str, values))}: expected each once")
+    for override in arguments.set:
+        if option := OPTIONS.get(override.partition("=")[0].lstrip("+")):
+            raise UserError(f"--set {override}: {option} sets this. Give {option} instead.")
     check_arms(arguments.arms)
     if arguments.keep:
         check_kept_name(arguments.keep)

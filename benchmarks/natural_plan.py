@@ -21,7 +21,6 @@ BASE = ("scale=smollm2_135m", "backbones.kind=local", "runtime.tensorboard=false
 BASE += ("runtime.heatmaps_every=null",)
 HEATMAPS = "heatmaps"
 FOLDERS = {"vision": "vision_encoder", "language": "language_model"}  # of --pretrained
-SUFFIXES = (".json", ".jsonl", ".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".jinja", ".txt")
 
 
 def make_plan(arguments) -> Plan:
@@ -125,15 +124,15 @@ def link_inputs(output: Path, links: dict[str, tuple[str, Path]]) -> None:
 
 
 def folder_hash(folder: Path) -> str:
-    """16 hex digits of the names and contents of a folder's weights, settings and pictures."""
+    """16 hex digits of the names and contents of a folder's files."""
     return fingerprint([(str(path.relative_to(folder)), sha256_file(path)) for path in files_of(folder)])
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The weights, settings and pictures in a folder. UserError if there are none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The files in a folder but hidden ones. UserError if there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: no such folder, or nothing in it (expected {', '.join(SUFFIXES)}).")
+        raise UserError(f"{folder}: no such folder, or nothing in it.")
     return files
 
 

@@ -127,6 +127,8 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--set", "sources.chat.nmu_train=3"), r"Could not override 'sources\.chat\.nmu_train'.*\n  Check --set sour"),
         (("--set", "training.stage1.num_samples=few"), r"stage1\.num_samples: .*\"few\"(.*\n)*  Check --set training"),
         (("--set", "training=3"), r"training: should be .*, found 3(.*\n)*  Check --set training=3"),
+        (("--set", "seed=5"), "--set seed=5: --seeds sets this"),
+        (("--set", "ablation=A6"), "--set ablation=A6: --arms sets this"),
         (("--output", "one.jsonl"), r"one\.jsonl/plan\.json: cannot be written \(Not a directory\)"),
         (("--pretrained", "missing"), "missing: no pretrained backbones there"),
     ],
@@ -149,6 +151,13 @@ def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp
         run_main(natural.main)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "output").exists()
+
+
+def test_pictures_of_any_kind_are_part_of_the_work(tmp_path):
+    (tmp_path / "owl.tif").write_bytes(b"one")
+    before = natural_plan.folder_hash(tmp_path)
+    (tmp_path / "owl.tif").write_bytes(b"two")
+    assert natural_plan.folder_hash(tmp_path) != before
 
 
 def test_results_are_kept_over_those_of_an_earlier_run_only(tmp_path):
