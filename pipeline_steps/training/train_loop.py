@@ -7,6 +7,7 @@ and resumed ends with bit-identical weights (on CPU, with the same number of thr
 import copy
 import signal
 from contextlib import contextmanager
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ def train(run: TrainContext) -> dict:
             if launched.done is None:
                 finish_step(run, state)  # a CPU has done it already
             after_step(run, state, step + 1)
+    if is_stopping(run):  # since the last step
+        stop_after(run, run.num_steps)
     with averaged(state):
         final = validate(run, run.num_steps, modes=("fine", "autoregressive"))
     run.history += final
@@ -328,11 +331,12 @@ def group_norms(optimizer: Optimizer) -> dict[str, torch.Tensor]:
 
 
 def after_step(run: TrainContext, state: TrainState, done: int) -> None:
-    """Validates, logs attention maps and saves the state when due. Exits if SIGTERM was received."""
+    """Validates, logs attention maps and saves the state when due, always after the last step: the final validation
+    can take long. Exits if SIGTERM was received."""
     last = done == run.num_steps
     every, saves = run.runtime.heatmaps_every, done % run.runtime.checkpoint_every == 0
     validates, draws = done % run.common.validate_every == 0 and not last, every and (done % every == 0 or last)
-    stop = run.distributed.sum(run.stop_requested)[0] > 0
+    stop = is_stopping(run)
     if last or saves or stop or validates or draws:
         finish_step(run, state)  # before anything of it is saved or shown
     if validates:
@@ -345,14 +349,22 @@ def after_step(run: TrainContext, state: TrainState, done: int) -> None:
     if draws:
         with averaged(state):
             log_attention_maps(run, done)
-    if (saves or stop) and not last:
+    if saves or stop or last:
         save_state(run, state, done)
-    if stop and not last:
-        announce(
-            run,
-            [f"{run.stage}: stopped by SIGTERM after step {done}. Run the same command to resume ({run.folder})."],
-        )
-        raise SystemExit(SIGTERM_EXIT_CODE)
+    if stop:
+        stop_after(run, done)
+
+
+def is_stopping(run: TrainContext) -> bool:
+    """Whether any process has received SIGTERM. Every rank must call this."""
+    return run.distributed.sum(run.stop_requested)[0] > 0
+
+
+def stop_after(run: TrainContext, step: int) -> NoReturn:
+    """Exits after the step whose state was saved."""
+    message = f"{run.stage}: stopped by SIGTERM after step {step}. Run the same command to resume ({run.folder})."
+    announce(run, [message])
+    raise SystemExit(SIGTERM_EXIT_CODE)
 
 
 def warn_on_plateau(run: TrainContext, step: int) -> None:
@@ -372,7 +384,8 @@ def warn_on_plateau(run: TrainContext, step: int) -> None:
 
 @contextmanager
 def stop_on_sigterm(run: TrainContext):
-    """Inside the block SIGTERM, which clusters send before preemption, finishes the step and saves the state."""
+    """Inside the block SIGTERM, which clusters send before preemption, finishes the step and saves the state. After it
+    the signal ends the process: the state of the last step is saved."""
 
     def request(*_):
         run.stop_requested = True

@@ -1,6 +1,7 @@
 """Training in several CPU processes: the curve of one process, whatever the number of processes and pieces."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -169,5 +170,29 @@ def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_pat
     assert "stopped by SIGTERM after step" in log.read_text()
     assert len(list(folder.glob(".scratch/stage1/*/step-*"))) == 1
     pipeline.train(folder, "stage1", num_processes)
+    for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sigterm_after_the_last_step_loses_only_the_final_validation(finished_run, tmp_path, num_processes):
+    options = ("runtime.checkpoint_every=1000", "training.common.max_validation_items=1000")
+    expected, folder = tmp_path / "expected", tmp_path / "stopped"
+    for place in (expected, folder):
+        place.mkdir()
+        folder_for(finished_run, place, *options)
+    pipeline.train(expected, "stage1", num_processes)
+    processes = pipeline.start_training(folder, "stage1", num_processes)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".scratch/stage1/*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(120)
+    assert all(process.exitcode in (143, -signal.SIGTERM) for process in processes)
+    assert not (folder / "outputs/stage1").exists()
+    pipeline.train(folder, "stage1", num_processes)
+    assert "resuming from step 5 of 5" in (folder / "log-0.txt").read_text()
     for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
