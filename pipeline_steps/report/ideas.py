@@ -15,6 +15,7 @@ from pipeline_steps.report.tables import MISSING, Table
 
 PREDICTION = "training.stageN.objective.next_frame"
 DIGITS = 2  # of gains in per cent
+BESIDE = ("clips won, %", "loss without the state, ×", "reference − idea, points")  # columns after the verdict
 TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
 
 
@@ -22,14 +23,17 @@ TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negativ
 class Idea:
     """One arm of one idea."""
 
-    choice: Choice  # with study "": no study has it
+    choice: Choice
     parameters: tuple[str, ...]  # that the arm changes; stageN: stage2 and stage3
     predicts: bool = False  # measured by next-frame losses, not by answers
 
 
 def predicting(idea, arm, description, *names):
-    keys = tuple(f"{PREDICTION}.{name}" for name in names)
-    return Idea(Choice(idea, arm, description, OTHER, "next_frame", "latent"), keys, predicts=True)
+    return next_frame(idea, arm, description, *(f"{PREDICTION}.{name}" for name in names))
+
+
+def next_frame(idea, arm, description, *keys, study="next_frame", baseline="latent"):
+    return Idea(Choice(idea, arm, description, OTHER, study, baseline), keys, predicts=True)
 
 
 def answering(idea, arm, description, *keys, rule=OTHER, study="ideas", baseline="none"):
@@ -43,6 +47,7 @@ def fovea(arm, description, *keys):
 FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
 QUERIES = "model.num_visual_tokens_per_frame"
 MOTION = "sources.procedural.motion"  # digits hop by default
+OBJECTS = {"study": "next_frame_objects", "baseline": "jump"}
 IDEAS = (
     predicting("first system", "latent", "the next frame's latent", "weight"),
     predicting("1 previous latent", "drop", "dropped", "previous_latent"),
@@ -62,9 +67,10 @@ IDEAS = (
     answering("8 contrastive", "contrastive", "weight 0.1", "training.stageN.objective.contrastive.weight"),
     answering("9 frozen vision", "frozen_vision", "language model trained", FROZEN[0], rule=CHEAPER),
     answering("9 frozen vision", "frozen_both", "language model frozen", *FROZEN, rule=CHEAPER),
-    Idea(Choice("10 motion", "smooth", "smooth digits, next frame", OTHER, "next_frame", "latent"), (MOTION,), True),
+    next_frame("10 motion", "smooth", "smooth digits, next frame", MOTION),
     answering("10 motion", "smooth", "smooth digits, answers", MOTION),
-    answering("10 motion", "", "smooth or abrupt objects", MOTION, study=""),
+    next_frame("10 motion", "jump", "objects jump, flow", MOTION, **OBJECTS),
+    next_frame("10 motion", "glide", "objects glide, flow", MOTION, **OBJECTS),
     predicting("11 optical flow", "flow", "as target", "target"),
     answering("12 hard attention", "top_k", "four largest", "model.hard_attention"),
     answering("12 hard attention", "gumbel", "Gumbel", "model.hard_attention"),
@@ -81,14 +87,19 @@ def table(found):
     with_clips = any(study for idea, study in chosen if idea.predicts)
     clips = list(CLIPS) if with_clips else []
     empty = [MISSING] * len(groups)
-    empty_clips, beside = [MISSING] * len(clips), ["clips won, %", "loss without the state, ×", "latent − idea, points"]
+    empty_clips, beside = (
+        [MISSING] * len(clips),
+        ["clips won, %", "loss without the state, ×", "reference − idea, points"],
+    )
     beside = beside if with_clips else []
     empty_beside = [MISSING] * len(beside)
     rows = []
     for idea, study in chosen:
         choice, parameter = idea.choice, ", ".join(idea.parameters)
         if study is None:
-            rows.append([decisions.name_of(choice), parameter, *empty, *empty_clips, not_run(choice), *empty_beside])
+            rows.append(
+                [decisions.name_of(choice), parameter, *empty, *empty_clips, decisions.not_run(choice), *empty_beside]
+            )
         elif idea.predicts:
             for arm in predictions(choice, study):
                 cells = prediction_cells(arm, study, clips)
@@ -119,8 +130,8 @@ def note_of(groups, with_clips):
             "changes, so where the head has the previous latent these are shares of a tiny loss. Clips won: share "
             "of moving clips with lower planned loss. Loss without the state: with the language model's state "
             "shuffled between clips / zeroed, divided by the planned loss, moving clips; near 1, the head does "
-            "not use it. Latent − idea: difference of the gains on moving clips, pairs of runs with equal seeds "
-            "and targets."
+            "not use it. Reference − idea: difference of the gains on moving clips (latent minus idea; jumping "
+            "minus gliding objects), pairs of runs with equal seeds and targets."
         )
     return text
 
@@ -132,10 +143,6 @@ def verdict_text(choice, study, own):
     return decisions.attributed(
         TOO_FEW if TOO_FEW in verdicts else decisions.outcome(choice.rule, verdicts), study, own
     )
-
-
-def not_run(choice):
-    return decisions.not_run(choice) if choice.study else "not run: no study has it"
 
 
 def study_of(idea, found):

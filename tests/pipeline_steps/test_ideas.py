@@ -192,15 +192,14 @@ def kept(found, table):
 def test_every_idea_has_its_arm_study_and_parameter_in_conf():
     assert {idea.choice.decision.split()[0] for idea in ideas.IDEAS} == {"first", *map(str, range(1, 13)), "fovea"}
     for idea in ideas.IDEAS:
-        if idea.choice.study:
-            study = read_study(idea.choice.study)
-            assert {idea.choice.arm, idea.choice.baseline} <= set(study.arms), idea
-            text = " ".join((*study.base, *study.arms[idea.choice.arm].overrides))
-            for override in study.arms[idea.choice.arm].overrides:
-                if override.startswith("ablation="):
-                    text += (ROOT / f"conf/ablation/{override.partition('=')[2]}.yaml").read_text()
-            for parameter in idea.parameters:
-                assert parameter.replace("stageN", "stage3") in text or parameter.split(".")[-1] in text, idea
+        study = read_study(idea.choice.study)
+        assert {idea.choice.arm, idea.choice.baseline} <= set(study.arms), idea
+        text = " ".join((*study.base, *study.arms[idea.choice.arm].overrides))
+        for override in study.arms[idea.choice.arm].overrides:
+            if override.startswith("ablation="):
+                text += (ROOT / f"conf/ablation/{override.partition('=')[2]}.yaml").read_text()
+        for parameter in idea.parameters:
+            assert parameter.replace("stageN", "stage3") in text or parameter.split(".")[-1] in text, idea
 
 
 def test_ideas_without_runs_name_the_command():
@@ -209,7 +208,7 @@ def test_ideas_without_runs_name_the_command():
     assert rows["3 skip: query to head"]["verdict"] == "not run: make study name=next_frame"
     assert rows["5 entropy margin: weight 0.1"]["verdict"] == "not run: make study name=ideas"
     assert rows["fovea: low resolution alone"]["verdict"] == "not run: make study name=fovea"
-    assert rows["10 motion: smooth or abrupt objects"]["verdict"] == "not run: no study has it"
+    assert rows["10 motion: objects glide, flow"]["verdict"] == "not run: make study name=next_frame_objects"
     assert ideas.finding([]).endswith(
         "not measured for latent on moving clips, latent on static clips, delta on moving clips, delta on static clips"
         ", flow on moving clips, flow on static clips."
@@ -225,11 +224,11 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
         "static clips, %": "+0.00 [+0.00, +0.00]",
         "clips won, %": "50.0 [25–75]",
         "loss without the state, ×": "1.05 / 1.50",
-        "latent − idea, points": "+0.00 [−2.48, +2.48]",
+        "reference − idea, points": "+0.00 [−2.48, +2.48]",
         "verdict": "moving clips: planned looks better; static clips: equal within 1% (next_frame, 3 runs)",
     }
     assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−10.00 [−14.97, −5.03]"
-    assert rows["2 delta: with L1 safeguard"]["latent − idea, points"] == "–"
+    assert rows["2 delta: with L1 safeguard"]["reference − idea, points"] == "–"
     assert rows["3 skip: query to head"]["verdict"].endswith("static clips: too few runs (next_frame, 1 run)")
     assert rows["6 separate heads: coarse and planned"]["moving clips, %"] == "–"
     assert rows["8 contrastive: weight 0.1"]["moving clips, %"] == "–"
