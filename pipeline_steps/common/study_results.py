@@ -10,7 +10,8 @@ BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undeci
 EXPLORATORY = "exploratory"
 TOO_FEW, SINGLE_PASS = "too few runs", "single pass"
 SEEDS = ["training_seed", "backbones_seed", "data_seed"]  # columns of runs.csv
-CLIPS = {"videos": "moving clips", "image": "static clips"}  # groups of the next-frame losses in runs.csv
+VIDEOS = "videos"
+CLIPS = {VIDEOS: "moving clips", "image": "static clips"}  # groups of the next-frame losses in runs.csv
 FINE, COARSE = "fine", "coarse"
 
 
@@ -26,7 +27,8 @@ class NextFrameGain(Result):
     wins: list[Share | None]
     """Share of clips with fine loss below coarse."""
     gain: list[float | None]
-    """1 - fine / coarse loss."""
+    """(coarse - fine loss) / the run's coarse loss on moving clips, also for static clips: there the loss is near 0.
+    Fine in networks with a single pass: the loss of the baseline's run with the same seeds."""
     interval: Interval | None
     """95 % t-interval of the mean gain; null: fewer than two runs."""
     verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "single pass"]
@@ -35,6 +37,14 @@ class NextFrameGain(Result):
     """Gain of the baseline minus the arm's, per pair; empty: the baseline, another target, or no pair."""
     differences_interval: Interval | None
     """95 % t-interval of their mean; null: fewer than two pairs."""
+    measures: dict[str, list[float | None]] = {}
+    """By name: `wins_last_frames`, `token_similarity`, `state_sensitivity` and `previous_sensitivity` of
+    `NextFrameScore`."""
+    frame_gains: list[float] = []
+    """Gain in the frames 1, 2 ... of moving clips, mean over runs, relative to the frame's coarse loss."""
+    pass_gains: dict[str, list[float]] = {}
+    """By number of frames that moving clips are cut to (`all`: as they are): gain after 1, 2 ... planned passes, mean
+    over runs, relative to the coarse loss of these clips."""
 
     @property
     def reference(self):
@@ -54,8 +64,9 @@ class NextFrameGain(Result):
         return words.get(self.verdict, self.verdict)
 
     def known(self, name):
-        """The values of `gain` or `wins` that are not null."""
-        return [value for value in getattr(self, name) if value is not None]
+        """The values of `gain`, `wins` or a measure that are not null."""
+        values = self.measures[name] if name in self.measures else getattr(self, name)
+        return [value for value in values if value is not None]
 
 
 class ArmResult(Result):

@@ -40,16 +40,33 @@ def answering(idea, arm, description, *keys, rule=OTHER, study="ideas", baseline
     return Idea(Choice(idea, arm, description, rule, study, baseline), keys)
 
 
+def text_beside(arm, description, name):
+    keys = (f"{PREDICTION}.{name}",)
+    return answering("first system", arm, description, *keys, study="next_frame", baseline="text_only")
+
+
+def static(arm, description, name, baseline="latent"):
+    return next_frame("first system", arm, description, "model.coarse_only", f"{PREDICTION}.{name}", baseline=baseline)
+
+
 def fovea(arm, description, *keys):
     return answering("fovea", arm, description, *keys, rule=CHEAPER, study="fovea", baseline="full")
 
 
 FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
 QUERIES = "model.num_visual_tokens_per_frame"
+AGGREGATED = QUERIES, "model.token_aggregation"
 MOTION = "sources.procedural.motion"  # digits hop by default
 OBJECTS = {"study": "next_frame_objects", "baseline": "jump"}
 IDEAS = (
     predicting("first system", "latent", "the next frame's latent", "weight"),
+    predicting("first system", "frames_16", "clips of 16 frames", "weight"),
+    predicting("first system", "beside_text", "beside the text loss", "weight"),
+    text_beside("beside_text", "beside the text loss, answers", "weight"),
+    predicting("first system", "modes", "modes 60/20/20", "modes"),
+    text_beside("modes", "modes 60/20/20, answers", "modes"),
+    static("latent_A6", "static looks trained apart", "weight"),
+    static("no_previous_A6", "the same without previous latent", "previous_latent", baseline="no_previous"),
     predicting("1 previous latent", "drop", "dropped", "previous_latent"),
     predicting("1 previous latent", "noise", "with noise", "previous_latent"),
     predicting("1 previous latent", "no_previous", "omitted", "previous_latent"),
@@ -62,8 +79,11 @@ IDEAS = (
     predicting("6 separate heads", "separate_heads", "coarse and planned", "separate_heads"),
     answering("7 queries", "K2", "two", QUERIES),
     answering("7 queries", "K4", "four", QUERIES),
-    answering("7 queries", "K4_mean", "four, averaged", QUERIES, "model.token_aggregation"),
     answering("7 queries", "K9", "nine", QUERIES),
+    answering("7 queries", "K2_mean", "two, averaged", *AGGREGATED),
+    answering("7 queries", "K4_mean", "four, averaged", *AGGREGATED),
+    answering("7 queries", "K4_weighted", "four, weighted", *AGGREGATED),
+    answering("7 queries", "K9_mean", "nine, averaged", *AGGREGATED),
     answering("8 contrastive", "contrastive", "weight 0.1", "training.stageN.objective.contrastive.weight"),
     answering("9 frozen vision", "frozen_vision", "language model trained", FROZEN[0], rule=CHEAPER),
     answering("9 frozen vision", "frozen_both", "language model frozen", *FROZEN, rule=CHEAPER),
@@ -119,19 +139,19 @@ def note_of(groups, with_clips):
     text = "stageN: stages 2 and 3."
     if groups:
         text += (
-            " Points: default minus idea (fovea: full resolution minus idea), token accuracy [95% t-interval, not "
-            "corrected for the number of ideas], pairs of runs with equal seeds. The intervals decide, by the rules "
-            "under Decisions, equal within 3 points."
+            " Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text loss alone "
+            "minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs with "
+            "equal seeds. The intervals decide, by the rules under Decisions, equal within 3 points."
         )
     if with_clips:
         text += (
-            " Clips: 1 − planned / static loss in next-frame prediction, mean over runs [95% t-interval, not "
-            "corrected for the number of ideas]; above 0, planned looks are better. In static clips nothing "
-            "changes, so where the head has the previous latent these are shares of a tiny loss. Clips won: share "
-            "of moving clips with lower planned loss. Loss without the state: with the language model's state "
-            "shuffled between clips / zeroed, divided by the planned loss, moving clips; near 1, the head does "
-            "not use it. Reference − idea: difference of the gains on moving clips (latent minus idea; jumping "
-            "minus gliding objects), pairs of runs with equal seeds and targets."
+            " Clips: (static − planned loss) / static loss on moving clips in next-frame prediction, mean over runs "
+            "[95% t-interval, not corrected for the number of ideas]; above 0, planned looks are better. Static looks "
+            "trained apart: against the planned looks of the model with the same objective. Clips won: share of "
+            "moving clips with lower planned loss. Loss without the state: with the language model's state shuffled "
+            "between clips / zeroed, divided by the planned loss, moving clips; near 1, the head does not use it. "
+            "Reference − idea: difference of the gains on moving clips (latent minus idea; jumping minus gliding "
+            "objects), pairs of runs with equal seeds and targets."
         )
     return text
 

@@ -17,14 +17,13 @@ from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
-from pipeline_steps.common.study_results import CLIPS
 from pipeline_steps.report.inputs import CONFIG
 from pipeline_steps.report.training_flops import budget_of, read_config
 from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
 from pipeline_steps.streaming.dataset import TokenizedShards
+from pipeline_steps.study import next_frame
 from pipeline_steps.study.design import TRAINING_STAGES
-from pipeline_steps.study.next_frame import NEXT_FRAME
 from pipeline_steps.study.plan import folder_of
 
 MODE = "autoregressive"
@@ -127,7 +126,7 @@ def row_of(run, studies):
         "mean_loss": result.mean[MODE].loss,
         **{f"accuracy_{task}": scores[MODE].accuracy for task, scores in sorted(result.tasks.items())},
         **{f"exact_match_{task}": found.exact_match for task, found in sorted(result.generation.items())},
-        **next_frame_columns(result.next_frame),
+        **next_frame.columns_of(result.next_frame),
         "blind_accuracy": result.mean["blind"].accuracy,
         "validation_loss_change": change,
         "converged": converged,
@@ -146,18 +145,6 @@ def counts_of(shards, tokens, parameters):
 def training_items(shards, tokens):
     """The items of the training split, which the runs of a seed share."""
     return TokenizedShards(shards, tokens, "train", with_frames=False)
-
-
-def next_frame_columns(found):
-    """Columns of an `EvaluationResult`'s next-frame losses, of clips and of stills (task image); {} without them."""
-    groups = {} if found is None else found.groups
-    columns = {}
-    for name in CLIPS:
-        if name in groups:
-            columns |= {f"{NEXT_FRAME}{name}_{variant}": value for variant, value in groups[name].loss.items()}
-            columns[f"{NEXT_FRAME}{name}_no_state"] = groups[name].no_state
-            columns[f"{NEXT_FRAME}{name}_wins"] = groups[name].wins
-    return columns
 
 
 def load(path):

@@ -3,12 +3,35 @@
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SEEDS, SINGLE_PASS, NextFrameGain
+from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SEEDS, SINGLE_PASS, VIDEOS, NextFrameGain
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import arm_parameters, baseline_of
 
-NEXT_FRAME = "next_frame_"  # columns next_frame_<clips>_<variant>, NextFrameScore's losses, and ..._wins
+# Columns next_frame_<clips>_<variant>: NextFrameScore's losses, wins and measures; of moving clips also
+# next_frame_frame_<number>_<variant> and next_frame_passes_<frames>_<variant>.
+NEXT_FRAME = "next_frame_"
+FRAME, PASSES = f"{NEXT_FRAME}frame_", f"{NEXT_FRAME}passes_"
+STATIC_TASKS = ("image", "still")  # of the digit world and of the world of objects
 VARIANTS = (COARSE, "autoregressive", "unchanged", "shuffled_state", "no_state", "no_previous")
+MEASURES = ("wins_last_frames", "token_similarity", "state_sensitivity", "previous_sensitivity")
+
+
+def columns_of(found):
+    """Columns of runs.csv from a `NextFrameResult`; {} for None."""
+    if found is None:
+        return {}
+    groups, columns = dict(found.groups), {}
+    static = next((groups[task] for task in STATIC_TASKS if task in groups), None)
+    for name, group in ((VIDEOS, groups.get(VIDEOS)), ("image", static)):
+        if group is not None:
+            prefix = f"{NEXT_FRAME}{name}_"
+            columns |= {f"{prefix}{variant}": value for variant, value in group.loss.items()}
+            columns |= {f"{prefix}{measure}": getattr(group, measure) for measure in ("no_state", "wins", *MEASURES)}
+    for variant, values in groups[VIDEOS].per_frame.items() if VIDEOS in groups else ():
+        columns |= {f"{FRAME}{number}_{variant}": value for number, value in enumerate(values, start=1)}
+    for count, losses in found.passes.items():
+        columns |= {f"{PASSES}{count}_{variant}": value for variant, value in losses.items()}
+    return columns
 
 
 def trained_on_answers(table, study):
@@ -36,44 +59,105 @@ def gain_of(runs, table, study, arm, budget, group):
     """`NextFrameGain` of an arm's runs at a budget, in a group of clips."""
     losses = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in VARIANTS}
     losses[FINE] = fine_loss(runs, study, arm, group)
+    has_planned = losses[FINE].notna().any()
     gain = relative_gain(runs, study, arm, group)
+    if not has_planned:
+        gain = gain_over_static(runs, table, study, arm, budget, group)
     values = gain.dropna().to_numpy()
     verdict, interval = statistics.gain_verdict(values, study.next_frame_margin)
     differences = paired_gains(runs, table, study, arm, budget, group)
+    measures = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in MEASURES}
     return NextFrameGain(
         loss={name: optional(column) for name, column in losses.items() if column.notna().any()},
         wins=optional(number_column(runs, f"{NEXT_FRAME}{group}_wins")),
         gain=optional(gain),
         interval=interval,
-        verdict=verdict if losses[FINE].notna().any() else SINGLE_PASS,
+        verdict=verdict if has_planned or len(values) else SINGLE_PASS,
         differences=differences.tolist(),
         differences_interval=statistics.t_interval(differences),
+        measures={name: optional(column) for name, column in measures.items() if column.notna().any()},
+        frame_gains=frame_gains(runs, study, arm) if group == VIDEOS else [],
+        pass_gains=pass_gains(runs) if group == VIDEOS else {},
     )
 
 
 def fine_loss(runs, study, arm, group):
     """Loss of the last configured pass of an arm's runs; missing in networks with a single pass."""
-    num_passes = arm_parameters(study, arm)["model"]["num_passes"]
-    return number_column(runs, f"{NEXT_FRAME}{group}_fine_{num_passes}")
+    return number_column(runs, f"{NEXT_FRAME}{group}_{fine_name(study, arm)}")
+
+
+def fine_name(study, arm):
+    return f"fine_{arm_parameters(study, arm)['model']['num_passes']}"
 
 
 def relative_gain(runs, study, arm, group):
-    """1 - fine / coarse loss of every run of an arm; missing where a loss is, or where the coarse loss is 0."""
+    """Gain of every run of an arm, as in `NextFrameGain`; missing where a loss is, or where the divisor is 0."""
     coarse = number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}")
-    return 1 - fine_loss(runs, study, arm, group) / coarse.where(coarse > 0)
+    return (coarse - fine_loss(runs, study, arm, group)) / moving_loss(runs)
+
+
+def moving_loss(runs):
+    """Coarse loss on moving clips; missing where it is 0."""
+    loss = number_column(runs, f"{NEXT_FRAME}{VIDEOS}_{COARSE}")
+    return loss.where(loss > 0)
+
+
+def gain_over_static(runs, table, study, arm, budget, group):
+    """Gain of the baseline's planned looks over the static ones of an arm that was trained with these alone, for every
+    run of the arm; missing without a run of the baseline with its seeds and budget, or for another target."""
+    planned = baseline_runs(table, study, arm, budget)
+    if planned is None:
+        return pd.Series(np.nan, runs.index)
+    planned = by_seeds(planned, fine_loss(planned, study, baseline_of(study, arm), group))
+    own = by_seeds(runs, number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}"))
+    return ((own - planned.reindex(own.index)) / by_seeds(runs, moving_loss(runs))).set_axis(runs.index)
 
 
 def paired_gains(runs, table, study, arm, budget, group):
     """Gains of the baseline minus those of the arm with the same seeds and budget, for arms with the same target."""
-    baseline = baseline_of(study, arm)
-    base = table[(table["arm"] == baseline) & (table["budget"] == budget)]
-    if baseline == arm or base.empty or target_of(study, baseline) != target_of(study, arm):
+    base = baseline_runs(table, study, arm, budget)
+    if base is None:
         return np.zeros(0)
     own, other = (
-        relative_gain(rows, study, name, group).set_axis(pd.MultiIndex.from_frame(rows[SEEDS]))
-        for rows, name in ((runs, arm), (base, baseline))
+        by_seeds(rows, relative_gain(rows, study, name, group))
+        for rows, name in ((runs, arm), (base, baseline_of(study, arm)))
     )
     return (other - own).dropna().to_numpy()
+
+
+def baseline_runs(table, study, arm, budget):
+    """The runs of an arm's baseline at a budget; None for the baseline itself, without runs or with another target."""
+    baseline = baseline_of(study, arm)
+    found = table[(table["arm"] == baseline) & (table["budget"] == budget)]
+    is_other = target_of(study, baseline) != target_of(study, arm)
+    return None if baseline == arm or found.empty or is_other else found
+
+
+def by_seeds(runs, column):
+    return column.set_axis(pd.MultiIndex.from_frame(runs[SEEDS]))
+
+
+def frame_gains(runs, study, arm):
+    """As in `NextFrameGain`; [] where a run of the arm has no losses by frame."""
+    found, number = [], 1
+    while f"{FRAME}{number}_{COARSE}" in runs:
+        coarse, fine = (number_column(runs, f"{FRAME}{number}_{name}") for name in (COARSE, fine_name(study, arm)))
+        found.append(float((1 - fine / coarse.where(coarse > 0)).mean()))
+        number += 1
+    return [] if np.isnan(found).any() else found
+
+
+def pass_gains(runs):
+    """As in `NextFrameGain`."""
+    found = {}
+    for name in runs:
+        count, _, variant = name.removeprefix(PASSES).partition("_")
+        if name.startswith(f"{PASSES}{count}_fine") and variant.startswith("fine_"):
+            coarse = number_column(runs, f"{PASSES}{count}_{COARSE}")
+            gain = float((1 - runs[name].astype(float) / coarse.where(coarse > 0)).mean())
+            if not np.isnan(gain):
+                found.setdefault(count, []).append(gain)
+    return found
 
 
 def target_of(study, arm):

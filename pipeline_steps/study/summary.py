@@ -23,6 +23,7 @@ from pipeline_steps.common.study_results import (
     EXPLORATORY,
     SEEDS,
     UNDECIDED,
+    VIDEOS,
     ArmResult,
     ComparisonResult,
     StudySummary,
@@ -294,17 +295,54 @@ def next_frame_lines(summary):
         for group, found in arm.next_frame.items()
     ]
     note = (
-        "Gain: 1 − loss of planned looks / loss of static looks (mean squared error of the head), mean over the runs. "
+        "Gain: (loss of static − loss of planned looks) / the run's loss of static looks on moving clips (mean squared "
+        "error of the head), mean over the runs. In networks with a single pass: of the baseline's planned looks over "
+        "these, which were trained apart, pairs of runs with equal seeds. "
         f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
         "better or worse if it excludes 0. Loss: planned looks (static ones in networks with a single pass); divided "
-        "by it: the loss with another clip's state, with the state zeroed, and of the prediction that nothing changes, "
-        "which is exact in static clips: gains there are shares of a tiny loss if the head has the previous latent. "
+        "by it: the loss with another clip's state, with the state zeroed, with the previous latent zeroed, and of the "
+        "prediction that nothing changes, which is exact in static clips. "
         "Baseline − arm: difference of the gains, pairs of runs with equal seeds and targets."
     )
-    return [markdown(pd.DataFrame(rows)), note]
+    return [markdown(pd.DataFrame(rows)), note, *diagnostics_lines(summary)]
 
 
-RELATIVE = {"shuffled_state": "state shuffled, ×", "no_state": "state zeroed, ×", "unchanged": "unchanged, ×"}
+RELATIVE = {
+    "shuffled_state": "state shuffled, ×",
+    "no_state": "state zeroed, ×",
+    "no_previous": "previous latent zeroed, ×",
+    "unchanged": "unchanged, ×",
+}
+
+
+def diagnostics_lines(summary):
+    """A table of what else was measured on moving clips, and how to read it; [] without any."""
+    arms = [arm for arm in summary.arms if VIDEOS in arm.next_frame and arm.next_frame[VIDEOS].measures]
+    rows = []
+    for arm in arms:
+        found = arm.next_frame[VIDEOS]
+        row = {"arm": arm.arm, "budget": arm.budget}
+        for name, (title, factor, digits) in DIAGNOSTICS.items():
+            values = found.known(name) if name in found.measures else []
+            row[title] = f"{factor * np.mean(values):.{digits}f}" if values else "–"
+        row["gain by frame, %"] = ", ".join(map(gain_text, found.frame_gains)) or "–"
+        gains = (f"{count}: {', '.join(map(gain_text, values))}" for count, values in found.pass_gains.items())
+        rows.append(row | {"gain after 1, 2, 3 passes, %": "; ".join(gains) or "–"})
+    note = (
+        "Moving clips, means of the runs with these measures. Similarity: cosine of a frame's static and planned "
+        "token. Sensitivity: relative change of the prediction / of the input. Gains here are relative to the loss of "
+        "static looks in the same frames; after more passes than were trained, and by the number of frames that clips "
+        "are cut to (all: as they are)."
+    )
+    return [markdown(pd.DataFrame(rows)), note] if rows else []
+
+
+DIAGNOSTICS = {
+    "wins_last_frames": ("clips won in the last four frames, %", 100, 1),
+    "token_similarity": ("token similarity", 1, 3),
+    "state_sensitivity": ("sensitivity to the state", 1, 3),
+    "previous_sensitivity": ("to the previous latent", 1, 3),
+}
 
 
 def gain_text(value):
