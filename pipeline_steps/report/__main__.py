@@ -144,6 +144,7 @@ def build_tables(inputs, settings, kept):
             tables.gaze(result),
             controls.costs(result),
             *measured_tables(result),
+            preliminary(result, kept),
             *differences.tables(inputs, settings),
             tables.flops(inputs.flops),
             *compute.tables(inputs.flops),
@@ -171,7 +172,6 @@ def measured_tables(result):
         gaze_difference(result),
         checks(result),
         attention(result),
-        preliminary(result),
     ]
 
 

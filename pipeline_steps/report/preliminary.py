@@ -1,7 +1,11 @@
 """Table of the five preliminary diagnostics, beside what the predecessor found."""
 
+from statistics import fmean
+
+from pipeline_steps.common.study_results import VIDEOS
 from pipeline_steps.report.tables import MISSING, Table
 
+STUDY, ARM = "next_frame", "latent"
 NAMES = {
     "previous_latent": "1 previous latent",
     "feature_similarity": "2 feature similarity",
@@ -33,20 +37,43 @@ PREDECESSOR = {  # its knowledge base, 6 January 2026; the maximum of the entrop
 }
 
 
-def preliminary(result):
-    """A row per measure of the five diagnostics; of one that was not measured, a row with the reason."""
+def preliminary(result, kept=()):
+    """A row per measure of the five diagnostics; of one that was not measured, a row with the reason. Where the run
+    was trained without the next-frame objective, 1 and 5 are those of the study next_frame among `kept` (a list of
+    `studies.Study`)."""
     found = result.preliminary
     columns = ["diagnostic", "measure", "value", "predecessor"]
     table = Table("preliminary", "Preliminary diagnostics", columns, [])
     if found is None:
         table.note = "Not measured: the evaluation ran without diagnostic clips."
         return table
+    lent, num_runs = of_study(kept)
     for name, make in zip(NAMES, (previous_latent, similarity, temperature, projection, sensitivity), strict=True):
-        value = getattr(found, name)
+        value, label = getattr(found, name), NAMES[name]
+        if not value and lent.get(name):
+            value, label = lent[name], f"{label} ({STUDY}, {num_runs} run{'s' * (num_runs > 1)})"
         cells = make(value) if value else {found.not_measured[name]: MISSING}
-        table.rows += [[NAMES[name], key, cell, PREDECESSOR.get(key, MISSING)] for key, cell in cells.items()]
+        table.rows += [[label, key, cell, PREDECESSOR.get(key, MISSING)] for key, cell in cells.items()]
     table.note = " ".join(NOTE.format(found.num_items).split())
     return table
+
+
+def of_study(kept):
+    """({diagnostic: its values}, number of runs) of the arm in STUDY that is trained as the predecessor's first system,
+    means of its runs; ({}, 0) without any."""
+    arms = (arm for study in kept if study.name == STUDY for arm in study.summary.arms)
+    arm = next((arm for arm in arms if arm.arm == ARM and VIDEOS in arm.next_frame), None)
+    if arm is None:
+        return {}, 0
+    moving = arm.next_frame[VIDEOS]
+    ratios = {name: moving.relative(name) for name in ("no_previous", "no_state", "shuffled_state")}
+    means = {
+        name: fmean(values)
+        for name in ("state", "previous")
+        if (values := moving.known(f"{name}_sensitivity") if f"{name}_sensitivity" in moving.measures else [])
+    }
+    losses = {"loss": 1.0} | {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    return {"previous_latent": losses, "head_sensitivity": means if "state" in means else None}, len(arm.seeds)
 
 
 def previous_latent(losses):

@@ -1,5 +1,6 @@
 """The report's tables beyond tasks and modes, on invented results whose cells are known."""
 
+import pandas as pd
 import pytest
 
 from pipeline_steps.common import metrics
@@ -17,9 +18,11 @@ from pipeline_steps.common.diagnostic_results import (
     PreliminaryDiagnostics,
     TemperatureScore,
 )
+from pipeline_steps.common.study_results import NextFrameGain
 from pipeline_steps.report import __main__ as report
+from pipeline_steps.report.studies import Study
 from pipeline_steps.report.tables import text_of
-from tests.pipeline_steps.test_report import build, item_table, result_of, write_root
+from tests.pipeline_steps.test_report import build, item_table, result_of, study_summary, write_root
 
 STYLE = CaptionStyle(
     num_words=8, empty=0, repetition=0.25, distinct_1=0.5, distinct_2=None, same_opening=1, same_text=0.1
@@ -275,6 +278,29 @@ def test_preliminary_diagnostics_are_one_table(plain):
     rows = texts(report.preliminary(plain.model_copy(update={"preliminary": without})))
     assert rows[0] == ["1 previous latent", "not trained with the next-frame objective", "–", "–"]
     assert rows[-1] == ["5 head sensitivity", "not trained with the next-frame objective", "–", "–"]
+    rows = texts(report.preliminary(plain.model_copy(update={"preliminary": without}), [next_frame_study()]))
+    assert rows[:3] == [
+        ["1 previous latent (next_frame, 2 runs)", "loss without the previous latent / loss", "–", "–"],
+        ["1 previous latent (next_frame, 2 runs)", "loss without the state / loss", "2.500", "–"],
+        ["1 previous latent (next_frame, 2 runs)", "loss with another clip's state / loss", "–", "–"],
+    ]
+    assert rows[-3:] == [
+        ["5 head sensitivity (next_frame, 2 runs)", "change by the state", "0.300", "–"],
+        ["5 head sensitivity (next_frame, 2 runs)", "change by the previous latent", "0.150", "–"],
+        ["5 head sensitivity (next_frame, 2 runs)", "state / previous latent", "2.0", "4.7"],
+    ]
+    own = report.preliminary(plain.model_copy(update={"preliminary": found}), [next_frame_study()])
+    assert texts(own) == texts(table)  # what the run itself measured comes first
+
+
+def next_frame_study():
+    summary = study_summary("next_frame", ("latent", "delta"), (1, 2))
+    measures = {"state_sensitivity": [0.2, 0.4], "previous_sensitivity": [0.1, 0.2]}
+    nothing = {"interval": None, "differences": [], "differences_interval": None, "verdict": "too few runs"}
+    moving = {"loss": {"coarse": [1.0, 1.0], "fine": [0.5, 0.5], "no_state": [1.0, 1.5]}, "measures": measures}
+    gains = NextFrameGain(**moving, wins=[0.5, 0.5], gain=[0.5, 0.5], **nothing)
+    summary.arms[0].next_frame = {"videos": gains}
+    return Study(summary, pd.DataFrame(), None)
 
 
 def test_attention_is_shown_by_mode_and_layer(plain):
