@@ -22,7 +22,7 @@ from pipeline_steps.report.training_flops import budget_of, read_config
 from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
 from pipeline_steps.streaming.dataset import TokenizedShards
-from pipeline_steps.study import next_frame
+from pipeline_steps.study import caption_parts, next_frame
 from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import folder_of
 
@@ -127,6 +127,7 @@ def row_of(run, studies):
         **{f"accuracy_{task}": scores[MODE].accuracy for task, scores in sorted(result.tasks.items())},
         **{f"exact_match_{task}": found.exact_match for task, found in sorted(result.generation.items())},
         **next_frame.columns_of(result.next_frame),
+        **caption_parts.columns_of(result.caption_parts),
         "blind_accuracy": result.mean["blind"].accuracy,
         "validation_loss_change": change,
         "converged": converged,

@@ -30,7 +30,7 @@ from pipeline_steps.common.study_results import (
 )
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
-from pipeline_steps.study import statistics
+from pipeline_steps.study import caption_parts, statistics
 from pipeline_steps.study.design import (
     EqualFlops,
     baseline_of,
@@ -236,6 +236,7 @@ def page(summary, table, study, command=None):
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
     if any(arm.next_frame for arm in summary.arms):
         parts += ["## Next frame: planned against static looks", *next_frame_lines(summary)]
+    parts += caption_lines(table)
     if any(arm.answers_trained for arm in summary.arms):
         parts += ["![Token accuracy of every run by task](runs.png)"]
     parts += ["## Runs", run_table(table, study)]
@@ -343,6 +344,16 @@ DIAGNOSTICS = {
     "state_sensitivity": ("sensitivity to the state", 1, 3),
     "previous_sensitivity": ("to the previous latent", 1, 3),
 }
+
+
+def caption_lines(table):
+    """A table of the answers to parts of clips, with a title; [] without any."""
+    rows = [
+        {"arm": arm, "budget": budget, "answers for": one, "compared with": other, "word overlap, %": spread(values)}
+        for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False)
+        for one, other, values in caption_parts.rows_of(runs)
+    ]
+    return ["## Answers to parts of clips", markdown(pd.DataFrame(rows)), caption_parts.NOTE] if rows else []
 
 
 def gain_text(value):
