@@ -30,7 +30,8 @@ from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.plan import RESULTS, make_plan
-from pipeline_steps.study.summary import power_warning, write_summary
+from pipeline_steps.study.results import power_warning
+from pipeline_steps.study.summary import write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
 

@@ -24,25 +24,17 @@ from pipeline_steps.common.study_results import (
     SEEDS,
     UNDECIDED,
     VIDEOS,
-    ArmResult,
-    ComparisonResult,
-    StudySummary,
 )
-from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.statistics import equivalence_power, share_interval
-from pipeline_steps.study import caption_parts, statistics
+from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
-    EqualFlops,
-    baseline_of,
-    budgets_of,
-    cells_of,
     label_of,
     read_study,
 )
-from pipeline_steps.study.next_frame import NEXT_FRAME, next_frame_of, optional, relative_gain, trained_on_answers
+from pipeline_steps.study.next_frame import NEXT_FRAME, relative_gain, trained_on_answers
 from pipeline_steps.study.plan import RESULTS
+from pipeline_steps.study.results import ACCURACY, summarise
 
-ACCURACY = "accuracy_"
 COLOUR = "#2f80ed"
 
 
@@ -63,168 +55,12 @@ def write_summary(name, study, results=ROOT / RESULTS, command=None):
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
     summary = summarise(name, table, study)
     if any(arm.answers_trained for arm in summary.arms):
-        write_bytes(folder / "runs.png", figure(table, study))
+        write_bytes(folder / "runs.png", figure(table, study, summary.group_tasks["all"]))
     else:
         (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
     write_text(folder / "README.md", page(summary, table, study, command))
     return folder / "README.md"
-
-
-def group_accuracy(table, tasks):
-    """Mean token accuracy over `tasks`, one value per row of the table of runs."""
-    return table[[f"{ACCURACY}{task}" for task in tasks]].mean(axis=1)
-
-
-def groups_of(table, study):
-    """{group: tasks} of the study, and "all" for every scored task. Default groups of another world are left out;
-    UserError for a group of which only a part was scored, and for runs that lack tasks of others."""
-    tasks = [name.removeprefix(ACCURACY) for name in table.columns if name.startswith(ACCURACY)]
-    for run, row in table.set_index("run").iterrows():
-        if lacking := [task for task in tasks if pd.isna(row[f"{ACCURACY}{task}"])]:
-            raise UserError(
-                f"runs.csv: {run} has no accuracy of {', '.join(lacking)}, which other runs have, so their means would "
-                "be of different tasks. Delete its row and run the study again, or compare it in a study of its own."
-            )
-    groups = {"all": tasks}
-    for name, group in study.groups.items():
-        absent = [task for task in group if task not in tasks]
-        if absent and (len(absent) < len(group) or "groups" in study.model_fields_set):
-            raise UserError(f"group {name}: no run was scored on {', '.join(absent)} (tasks: {', '.join(tasks)})")
-        if not absent:
-            groups[name] = list(group)
-    return groups
-
-
-def comparisons(table, study):
-    """`ComparisonResult`s of every arm with its baseline, in every budget and group that both have."""
-    groups = groups_of(table, study)
-    groups = {name: tasks for name, tasks in groups.items() if name != "all"} or groups
-    trained = trained_on_answers(table, study)
-    pairs, conditions = {}, {}
-    for (arm, budget), rows in table.groupby(["arm", "budget"], sort=False):
-        if (baseline := baseline_of(study, arm)) == arm or not {arm, baseline} <= trained:
-            continue
-        entry = study.budgets.get(budget)
-        reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
-        base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(SEEDS)
-        own = rows.set_index(SEEDS)
-        common = base.index.intersection(own.index)
-        if not len(common):
-            continue
-        base, own = base.loc[common], own.loc[common]
-        label = label_of(study, arm, budget)
-        conditions[label] = {
-            "baseline": baseline,
-            "matched": matched_budget(base, own),
-            "num_not_converged": sum(int((side["converged"] == False).sum()) for side in (base, own)),  # noqa: E712
-        }
-        for group, tasks in groups.items():
-            pairs[label, group] = (group_accuracy(base, tasks) - group_accuracy(own, tasks)).to_numpy()
-    found = statistics.compare(
-        pairs,
-        study.margin,
-        matched=lambda label: conditions[label]["matched"] is not None,
-        headline=lambda label: study.headline is None or label in study.headline,
-    )
-    return [
-        ComparisonResult(
-            arm=entry.arm,
-            group=entry.group,
-            differences=list(entry.differences),
-            interval=entry.interval,
-            bounded_interval=entry.bounded,
-            p_value=entry.p_value,
-            p_adjusted=entry.p_adjusted,
-            verdict=entry.verdict,
-            smallest_margin=entry.smallest_margin,
-            **conditions[entry.arm],
-        )
-        for entry in found
-    ]
-
-
-def matched_budget(base, own):
-    """What the budgets of two paired tables have in common: "samples", "FLOPs", "samples and FLOPs"; "convergence" if
-    both differ but every run of both has converged; None if nothing, or if a budget is unknown."""
-    equal = [
-        name
-        for name, column in (("samples", "training_samples"), ("FLOPs", "training_flops"))
-        if np.all(np.abs(own[column].to_numpy() / base[column].to_numpy() - 1) <= TOLERANCE)
-    ]
-    if equal:
-        return " and ".join(equal)
-    known = all(side[["training_samples", "training_flops"]].notna().all(axis=None) for side in (base, own))
-    settled = all((side["converged"] == True).all() for side in (base, own))  # noqa: E712
-    return "convergence" if known and settled else None
-
-
-def power_warning(study):
-    """A sentence if the study's headline questions cannot be decided by its number of pairs, else None."""
-    groups = len(study.groups) or 1
-    labels = [
-        label_of(study, arm, budget)
-        for arm in study.arms
-        if baseline_of(study, arm) != arm
-        for budget in budgets_of(study, arm)
-    ]
-    asked = [label for label in labels if study.headline is None or label in study.headline]
-    if not asked:
-        return None
-    num_pairs = len(study.seeds)
-    smallest = statistics.smallest_p(num_pairs, len(asked) * groups)
-    if smallest < 1 - statistics.LEVEL:
-        return None
-    return (
-        f"With {num_pairs} seed(s) and {len(asked) * groups} questions no difference can be significant (smallest "
-        f"corrected p: {smallest:.2g}). For verdicts, add seeds or name fewer questions in `headline`."
-    )
-
-
-def summarise(name, table, study):
-    """`StudySummary` of the table of runs."""
-    groups, trained = groups_of(table, study), trained_on_answers(table, study)
-    arms = []
-    for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False):
-        converged = runs["converged"].dropna().astype(bool)
-        whole = runs[runs["attempts"] == 1]  # of a resumed run, only the last attempt's time is known
-        arms.append(
-            ArmResult(
-                arm=arm,
-                budget=budget,
-                seeds=runs[SEEDS].to_numpy().tolist(),
-                groups={group: group_accuracy(runs, tasks).tolist() for group, tasks in groups.items()},
-                exact_match=optional(runs["exact_match_accuracy"]),
-                num_above_plateau=int((runs["mean_token_accuracy"] >= study.plateau).sum()),
-                num_converged=int(converged.sum()),
-                num_measured=len(converged),
-                training_samples=float(runs["training_samples"].mean()),
-                training_flops=float(runs["training_flops"].mean()),
-                training_seconds=float(whole["training_seconds"].median()) if len(whole) else None,
-                answers_trained=arm in trained,
-                next_frame=next_frame_of(runs, table, study),
-            )
-        )
-    return StudySummary(
-        name=name,
-        question=study.question,
-        baseline=next(iter(study.arms)),
-        num_runs=len(table),
-        num_planned=len(cells_of(study)),
-        margin=study.margin,
-        next_frame_margin=study.next_frame_margin,
-        plateau=study.plateau,
-        split=split_of(study),
-        group_tasks={group: list(tasks) for group, tasks in groups.items()},
-        arms=arms,
-        comparisons=comparisons(table, study),
-    )
-
-
-def split_of(study):
-    """The split that the study's runs are scored on: its override of evaluation.split, else test."""
-    given = [override.partition("=")[2] for override in study.base if override.startswith("evaluation.split=")]
-    return given[-1] if given else "test"
 
 
 def page(summary, table, study, command=None):
@@ -239,7 +75,7 @@ def page(summary, table, study, command=None):
     parts += caption_lines(table)
     if any(arm.answers_trained for arm in summary.arms):
         parts += ["![Token accuracy of every run by task](runs.png)"]
-    parts += ["## Runs", run_table(table, study)]
+    parts += ["## Runs", run_table(table, study, summary.group_tasks["all"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -427,8 +263,7 @@ def points(interval):
     return "–" if interval is None else f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
 
-def run_table(table, study):
-    tasks = groups_of(table, study)["all"]
+def run_table(table, study, tasks):
     shown = table[["arm", "budget", *SEEDS]].rename(columns=lambda name: name.replace("_seed", " seed"))
     trained = table["arm"].isin(trained_on_answers(table, study))
     answers = {"mean": percent(table["mean_token_accuracy"]), "loss": table["mean_loss"].map("{:.3f}".format)}
@@ -456,9 +291,8 @@ def markdown(table):
     return "\n".join(lines)
 
 
-def figure(table, study):
+def figure(table, study, tasks):
     """Every run as a point, as PNG bytes: a row per arm and budget, a panel per task, with mean and exact match."""
-    tasks = groups_of(table, study)["all"]
     table = table[table["arm"].isin(trained_on_answers(table, study))]
     labels = [label_of(study, arm, budget) for arm, budget in zip(table["arm"], table["budget"], strict=True)]
     arms = pd.Series(labels, index=table.index)

@@ -12,7 +12,7 @@ from pipeline_steps.common.study_results import CLIPS, StudySummary
 from pipeline_steps.report import ideas, studies
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import text_of
-from pipeline_steps.study import next_frame, statistics, summary
+from pipeline_steps.study import next_frame, results, statistics, summary
 from pipeline_steps.study.design import read_study
 from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
 
@@ -35,7 +35,7 @@ ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("caption", "image", "gist")} 
 
 def row(arm, number, moving, static):
     """A row of runs.csv: `number` is the seed - 1."""
-    names = {"run": f"{arm}-{number}", "arm": arm, "budget": "x1", **dict.fromkeys(summary.SEEDS, number + 1)}
+    names = {"run": f"{arm}-{number}", "arm": arm, "budget": "x1", **dict.fromkeys(results.SEEDS, number + 1)}
     losses = {}
     for group, fine, coarse in (("videos", moving, 1.0), ("image", static, 0.5)):
         absent = arm == "flow" and fine is None
@@ -56,7 +56,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def found(table):
-    return summary.summarise("next_frame", table, STUDY)
+    return results.summarise("next_frame", table, STUDY)
 
 
 def arm_of(found, name):
@@ -114,18 +114,18 @@ def test_gains_are_compared_with_the_baseline_where_the_target_is_the_same(found
 
 def test_static_looks_that_were_trained_apart_are_compared_with_planned_ones_by_seed(table):
     changed = table[(table["arm"] != "latent") | (table["training_seed"] > 1)]
-    single = arm_of(summary.summarise("next_frame", changed, STUDY), "latent_A6").next_frame
+    single = arm_of(results.summarise("next_frame", changed, STUDY), "latent_A6").next_frame
     assert single["videos"].gain == [None, pytest.approx(0.04), pytest.approx(0.03)]
     assert single["image"].gain == [None, 0, 0]
     assert single["videos"].differences == []
     changed = table[table["arm"] != "latent"]
-    alone = arm_of(summary.summarise("next_frame", changed, STUDY), "latent_A6").next_frame["videos"]
+    alone = arm_of(results.summarise("next_frame", changed, STUDY), "latent_A6").next_frame["videos"]
     assert (alone.gain, alone.verdict) == ([None, None, None], "single pass")
 
 
 def test_a_coarse_loss_of_zero_has_no_gain(table):
     changed = table.assign(next_frame_videos_coarse=0.0)
-    static = arm_of(summary.summarise("next_frame", changed, STUDY), "latent").next_frame["image"]
+    static = arm_of(results.summarise("next_frame", changed, STUDY), "latent").next_frame["image"]
     assert static.gain == [None, None, None]
     assert static.verdict == "too few runs"
 
@@ -208,13 +208,13 @@ def test_static_clips_of_both_worlds_are_one_group(task):
 
 def test_what_else_was_measured_is_shown(table):
     rows = table[table["arm"] == "latent"].assign(**next_frame.columns_of(result_of("videos")))
-    found = summary.summarise("next_frame", rows, STUDY)
+    found = results.summarise("next_frame", rows, STUDY)
     videos = arm_of(found, "latent").next_frame["videos"]
     assert videos.frame_gains == pytest.approx([0.1, 0.5])
     assert videos.pass_gains == {"all": [pytest.approx(0.1)], "8": pytest.approx([0.2, 0.3])}
     text = summary.page(found, rows, STUDY)
     assert "| latent | x1 | 25.0 | 0.990 | 0.500 | 0.750 | +10.00, +50.00 | all: +10.00; 8: +20.00, +30.00 |" in text
-    assert "sensitivity to the state" not in summary.page(summary.summarise("next_frame", table, STUDY), table, STUDY)
+    assert "sensitivity to the state" not in summary.page(results.summarise("next_frame", table, STUDY), table, STUDY)
 
 
 # ---------------------------------------------------------------- the table

@@ -20,7 +20,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.study import __main__ as study_main
-from pipeline_steps.study import collect, design, plan, progress, summary
+from pipeline_steps.study import collect, design, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
 from pipeline_steps.study.plan import Job, Plan, Run
 
@@ -468,7 +468,7 @@ def runs_table(seeds=8, flops=None):
                     "run": f"{arm}-{seed}",
                     "arm": arm,
                     "budget": "x1",
-                    **dict.fromkeys(summary.SEEDS, seed),
+                    **dict.fromkeys(results.SEEDS, seed),
                     "training_samples": 60000,
                     "training_flops": (flops or {}).get(arm, 1e14),
                     "training_seconds": 300.0,
@@ -515,16 +515,17 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
 
 def test_summary_is_the_same_bytes_again(tmp_path):
     table = runs_table(seeds=2)
-    pages = [summary.page(summary.summarise("mine", table, STUDY), table, STUDY) for _ in range(2)]
+    pages = [summary.page(results.summarise("mine", table, STUDY), table, STUDY) for _ in range(2)]
     assert pages[0] == pages[1]
-    assert summary.figure(table, STUDY) == summary.figure(table, STUDY)
+    tasks = results.groups_of(table, STUDY)["all"]
+    assert summary.figure(table, STUDY, tasks) == summary.figure(table, STUDY, tasks)
 
 
 def test_arms_with_other_seeds_or_budgets_get_no_verdict():
     table = runs_table()
-    table.loc[table["arm"] == "A6", list(summary.SEEDS)] += 100
+    table.loc[table["arm"] == "A6", list(results.SEEDS)] += 100
     table.loc[table["arm"] == "B1", ["training_samples", "training_flops"]] *= 2
-    found = summary.comparisons(table, STUDY)
+    found = results.comparisons(table, STUDY)
     assert {entry.arm for entry in found} == {"B1"}
     assert {(entry.verdict, entry.matched) for entry in found} == {("unmatched budgets", None)}
 
@@ -532,7 +533,7 @@ def test_arms_with_other_seeds_or_budgets_get_no_verdict():
 def test_unequal_budgets_are_matched_if_every_run_has_converged():
     table = runs_table()
     table.loc[table["arm"] != "none", ["training_samples", "training_flops"]] *= 2
-    found = {entry.arm: (entry.matched, entry.verdict) for entry in summary.comparisons(table, STUDY)[::2]}
+    found = {entry.arm: (entry.matched, entry.verdict) for entry in results.comparisons(table, STUDY)[::2]}
     assert found == {"A6": ("convergence", "better"), "B1": (None, "unmatched budgets")}  # B1 has not converged
 
 
@@ -542,19 +543,19 @@ def test_an_unknown_budget_gets_no_verdict(changes):
     table.loc[table["arm"] == "A6", ["training_samples", "training_flops"]] *= 2
     for name, value in changes.items():
         table.loc[table["arm"] == "A6", name] = value
-    assert {entry.verdict for entry in summary.comparisons(table, STUDY) if entry.arm == "A6"} == {"unmatched budgets"}
+    assert {entry.verdict for entry in results.comparisons(table, STUDY) if entry.arm == "A6"} == {"unmatched budgets"}
 
 
 def test_the_summary_names_the_split_and_the_tasks_of_every_group():
-    found = summary.summarise("mine", runs_table(), STUDY.model_copy(update={"base": ("evaluation.split=validation",)}))
+    found = results.summarise("mine", runs_table(), STUDY.model_copy(update={"base": ("evaluation.split=validation",)}))
     assert found.split == "validation"
-    assert summary.summarise("mine", runs_table(), STUDY).split == "test"
+    assert results.summarise("mine", runs_table(), STUDY).split == "test"
     assert found.group_tasks["gaze"] == ["card", "follow"]
 
 
 def test_only_headline_questions_are_corrected_and_get_a_verdict():
     study = STUDY.model_copy(update={"headline": ("B1",)})
-    found = summary.comparisons(runs_table(), study)
+    found = results.comparisons(runs_table(), study)
     assert [(entry.arm, entry.verdict) for entry in found] == [
         ("A6", "exploratory"),
         ("A6", "exploratory"),
@@ -565,28 +566,28 @@ def test_only_headline_questions_are_corrected_and_get_a_verdict():
 
 
 def test_a_design_that_cannot_decide_says_so():
-    assert "With 3 seed(s) and 4 questions" in summary.power_warning(STUDY.model_copy(update={"seeds": (1, 2, 3)}))
-    assert summary.power_warning(STUDY) is None
+    assert "With 3 seed(s) and 4 questions" in results.power_warning(STUDY.model_copy(update={"seeds": (1, 2, 3)}))
+    assert results.power_warning(STUDY) is None
 
 
 def test_a_group_of_which_a_task_was_not_scored_is_refused():
     study = STUDY.model_copy(update={"groups": {"gaze": ("card", "folow")}})
     with pytest.raises(UserError, match=r"group gaze: no run was scored on folow"):
-        summary.groups_of(runs_table(), study)
+        results.groups_of(runs_table(), study)
 
 
 def test_a_run_that_lacks_a_task_is_refused():
     table = runs_table()
     table.loc[table["run"] == "A6-3", "accuracy_follow"] = np.nan
     with pytest.raises(UserError, match=r"A6-3 has no accuracy of follow, which other runs have"):
-        summary.comparisons(table, STUDY)
+        results.comparisons(table, STUDY)
 
 
 def test_equal_flops_are_compared_with_the_budget_that_they_follow():
     study = STUDY.model_copy(update={"budgets": {"x1": 1.0, "same": design.EqualFlops(flops_of="x1")}})
     table = runs_table(flops={"B1": 2e14})
     same = table[table["arm"] == "B1"].assign(budget="same", training_samples=30000, training_flops=1e14)
-    found = summary.comparisons(pd.concat([table, same]), study)
+    found = results.comparisons(pd.concat([table, same]), study)
     matched = {entry.arm: entry.matched for entry in found}
     assert matched == {"A6, x1": "samples and FLOPs", "B1, x1": "samples", "B1, same": "FLOPs"}
     assert len(found) == 6
@@ -594,7 +595,7 @@ def test_equal_flops_are_compared_with_the_budget_that_they_follow():
 
 def test_an_arm_may_have_its_own_baseline():
     arms = {**STUDY.arms, "B1": STUDY.arms["B1"].model_copy(update={"baseline": "A6"})}
-    found = summary.comparisons(runs_table(), STUDY.model_copy(update={"arms": arms}))
+    found = results.comparisons(runs_table(), STUDY.model_copy(update={"arms": arms}))
     assert [(entry.arm, entry.baseline) for entry in found][2:] == [("B1", "A6"), ("B1", "A6")]
 
 
