@@ -45,12 +45,12 @@ from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import exclusive, write_json
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import MAX_SEED, ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
 from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import Plan, folder_of
-from pipeline_steps.world.cutouts import SPLITS, read_folder
+from pipeline_steps.world.cutouts import SPLITS, different, read_folder
 
 RESUMED = (*TRAINING_STAGES, "shards")  # stages that continue where they were stopped
 CHATS_MINUTES = 6  # that the language model's own chats took on a CPU
@@ -215,8 +215,8 @@ def check_arguments(arguments) -> None:
             f"--minutes is {arguments.minutes:g}, expected more than {GRACE / 60:g}: the last {GRACE:g} seconds are "
             "for saving"
         )
-    if wrong := [seed for seed in arguments.seeds if seed < 0]:
-        raise UserError(f"--seeds: {wrong[0]}, expected whole numbers of at least 0")
+    if wrong := [seed for seed in arguments.seeds if not 0 <= seed <= MAX_SEED]:
+        raise UserError(f"--seeds: {wrong[0]}, expected whole numbers from 0 to {MAX_SEED}")
     for option, values in (("arms", arguments.arms), ("seeds", arguments.seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"--{option} {' '.join(map(str, values))}: expected each once")
@@ -239,8 +239,13 @@ def find_inputs(arguments) -> None:
         raise UserError(f"{arguments.pretrained}: no pretrained backbones there. Run `make pretrained`.")
     if arguments.chats is not None:
         check_chats(arguments.chats)
-    if arguments.backgrounds is not None and len(read_folder(arguments.backgrounds, "--backgrounds")) < len(SPLITS):
-        raise UserError(f"--backgrounds {arguments.backgrounds}: expected at least {len(SPLITS)} pictures, add some.")
+    if arguments.backgrounds is not None:
+        count = len(different(read_folder(arguments.backgrounds, "--backgrounds")))
+        if count < len(SPLITS):
+            raise UserError(
+                f"--backgrounds {arguments.backgrounds}: {count} different picture(s), expected at least "
+                f"{len(SPLITS)}, add some."
+            )
     if arguments.cutouts is None:
         arguments.cutouts = cache_folder() / "tuxpaint"
         if not (arguments.cutouts / "metadata.jsonl").exists():

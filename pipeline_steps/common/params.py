@@ -81,6 +81,7 @@ def section_modules():
     return {name: f"pipeline_steps.{name}.schema" for name in names} | OTHER_SECTIONS
 
 
+MAX_SEED = 2**63 - 1  # what torch and NumPy both take
 # top-level keys of params.yaml that results may depend on: all but `runtime`
 RESULT_KEYS = ("seed", "ablation", *sorted(section_modules().keys() - {"runtime"}))
 
@@ -90,7 +91,7 @@ def schema():
     sections = {
         name: (importlib.import_module(module).Section, ...) for name, module in sorted(section_modules().items())
     }
-    seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and NumPy both take
+    seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
     return create_model("Params", __base__=StrictModel, seed=(seed, ...), ablation=(str, ...), **sections)
 
 

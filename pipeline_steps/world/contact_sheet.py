@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.world import objects as world
-from pipeline_steps.world.cutouts import Backgrounds, Cutouts
+from pipeline_steps.world.cutouts import Backgrounds, Cutouts, read_folder
 
 SIZE, SHOWN, NUM_FRAMES = 224, 6, 12  # px of a rendered frame; frames shown of a clip's frames
 TILE, GAP, TEXT, FONT = 132, 3, 24, 15  # px on the sheet
@@ -105,6 +105,9 @@ def main() -> None:
         raise UserError(f"--output {arguments.output}: expected a file name that ends in {', '.join(ENDINGS)}.")
     if arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}, expected a whole number of at least 0.")
+    read_folder(arguments.cutouts, "--cutouts")
+    if arguments.backgrounds is not None:
+        read_folder(arguments.backgrounds, "--backgrounds")
     cutouts = Cutouts(arguments.cutouts, HELD_OUT_SHARE, arguments.seed)
     backgrounds = Backgrounds(arguments.backgrounds, HELD_OUT_SHARE, arguments.seed)
     check_outputs(files=[arguments.output])  # last, as it makes the folder

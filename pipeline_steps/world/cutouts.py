@@ -1,8 +1,9 @@
 """Pictures for the world of objects: cut-outs with transparency, and backgrounds, each with a name.
 
 Both are read from a folder in ImageFolder format: picture files and a metadata.jsonl with a row
-`{"file_name": "frog.png", "name": "frog"}` per picture. Several pictures may share a name. Backgrounds can also be
-textures made here: a pattern in a colour, such as "green stripes". Everything is divided into splits by name.
+`{"file_name": "frog.png", "name": "frog"}` per picture. Several pictures may share a name; files with equal bytes must.
+Backgrounds can also be textures made here: a pattern in a colour, such as "green stripes". Cut-outs are divided into
+splits by name, photographs by content, textures by pattern and colour.
 """
 
 import hashlib
@@ -45,11 +46,16 @@ class Picture:
 def read_folder(folder: str | Path | None, key: str) -> list[Picture]:
     """The pictures that metadata.jsonl of `folder` names, in its order. key: the parameter, for messages.
 
-    UserError for a missing folder, metadata or file and for a row without a usable name, with file and row.
+    UserError for a missing folder, metadata or file, for a row without a usable name and for equal files of two names,
+    with file and row.
     """
     if not folder:
         raise UserError(f"{key} is null, expected a folder of pictures with a metadata.jsonl (file_name and name).")
     folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{key}: {folder}: no such folder. Expected pictures with a metadata.jsonl (file_name and name)."
+        )
     metadata = folder / "metadata.jsonl"
     try:
         lines = metadata.read_text(encoding="utf-8").splitlines()
@@ -67,6 +73,12 @@ def read_folder(folder: str | Path | None, key: str) -> list[Picture]:
         if repeated[picture.path] != picture.line:
             both = f"in line {picture.line} and in line {repeated[picture.path]}"
             raise UserError(f"{metadata}: {picture.path.name} is {both}. A picture has one row.")
+    first = {}
+    for picture in pictures:
+        other = first.setdefault(picture.sha256, picture)
+        if other.name != picture.name:
+            both = (f"{each.path.name} (line {each.line}, {each.name})" for each in (other, picture))
+            raise UserError(f"{metadata}: {' and '.join(both)} are equal files. Remove one, or give both one name.")
     if not pictures:
         raise UserError(f"{metadata}: has no rows. Write one per picture.")
     return pictures
@@ -95,6 +107,14 @@ def _picture(folder: Path, where: str, number: int, line: str) -> Picture:
     except OSError as error:
         raise UserError(f"{where}: {path} cannot be read ({error.strerror}). Add the file or remove the row.") from None
     return Picture(path, name, number, digest)
+
+
+def different(pictures: list[Picture]) -> list[Picture]:
+    """The first picture of each content."""
+    first = {}
+    for picture in pictures:
+        first.setdefault(picture.sha256, picture)
+    return list(first.values())
 
 
 def open_picture(picture: Picture, mode: str) -> Image.Image:
@@ -184,8 +204,8 @@ class Background:
 class Backgrounds:
     """Photographs of a folder, or textures where `folder` is null; by_split[split]: list of Background, disjoint.
 
-    Photographs are divided one by one, textures so that every pattern and every colour is trained on and their held-out
-    combinations are not.
+    Photographs are divided one by one, equal files counting as one; textures so that every pattern and every colour is
+    trained on and their held-out combinations are not.
     """
 
     def __init__(self, folder: str | Path | None, held_out_share: float, seed: int):
@@ -199,11 +219,13 @@ class Backgrounds:
                     self.by_split[split].append(Background(f"{colour} {pattern}", None, pattern, colour))
             return
         key = "sources.procedural.objects.backgrounds"
-        self.pictures = read_folder(folder, key)
+        self.pictures = different(read_folder(folder, key))
         order = np.random.default_rng((seed, len(self.pictures))).permutation(len(self.pictures))
         count = max(1, round(held_out_share * len(order)))
         if len(order) < 3:
-            raise UserError(f"{key}: {folder} holds {len(order)} pictures, expected at least 3: one for each split.")
+            raise UserError(
+                f"{key}: {folder} holds {len(order)} different pictures, expected at least 3: one for each split."
+            )
         parts = {"validation": order[:count], "test": order[count : 2 * count], "train": order[2 * count :]}
         self.by_split = {
             split: [Background(self.pictures[index].name, int(index)) for index in sorted(parts[split])]

@@ -1,6 +1,7 @@
 """The world of objects: what is drawn is what the ground truth says, held-out things are held out, files are rows."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -274,7 +275,7 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, folder):
 def test_a_folder_that_is_not_given_or_not_there():
     with pytest.raises(UserError, match=r"objects\.cutouts is null"):
         Cutouts(None, 0.1, seed=1)
-    with pytest.raises(UserError, match=r"/none/metadata\.jsonl cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"key: /none: no such folder\. Expected pictures with a metadata"):
         read_folder("/none", "key")
 
 
@@ -294,8 +295,31 @@ def test_photographs_as_backgrounds(tmp_path, cutouts):
     corner = np.median(frames[:, :6].reshape(-1, 3), 0)
     assert np.abs(corner - (40 * number, 90, 30)).max() < 4
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    with pytest.raises(UserError, match="holds 2 pictures, expected at least 3"):
+    with pytest.raises(UserError, match="holds 2 different pictures, expected at least 3"):
         Backgrounds(tmp_path, 0.2, seed=1)
+
+
+def test_photographs_with_equal_bytes_are_of_one_split(tmp_path):
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (8, 8), (40 * (number // 2), 90, 30)).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "name": f"meadow {number // 2}"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    photographs = Backgrounds(tmp_path, 0.3, seed=1)
+    shown = [photographs.pictures[own.picture].sha256 for split in SPLITS for own in photographs.by_split[split]]
+    assert len(shown) == len(set(shown)) == 6
+    rows[7]["name"] = "lake"
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = r"6\.png \(line 7, meadow 3\) and 7\.png \(line 8, lake\) are equal files\. Remove one"
+    with pytest.raises(UserError, match=message):
+        Backgrounds(tmp_path, 0.3, seed=1)
+
+
+def test_cutouts_with_equal_bytes_have_one_name(tmp_path):
+    drawings.write(tmp_path)
+    shutil.copy(tmp_path / "ball.png", tmp_path / "key.png")
+    with pytest.raises(UserError, match=r"ball\.png \(line 1, ball\) and key\.png \(line 9, key\) are equal files"):
+        Cutouts(tmp_path, 0.2, seed=1)
 
 
 @pytest.mark.parametrize(("caption", "name"), [
@@ -370,8 +394,8 @@ def test_a_machine_without_the_packages_tools(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     (("--output", "new/sheet.foo"), r"--output new/sheet\.foo: expected a file name that ends in \.jpg, "),
     (("--seed", "-1"), "--seed is -1, expected a whole number"),
-    (("--cutouts", "none"), r"none/metadata\.jsonl cannot be read \(No such file"),
-    (("--backgrounds", "none"), r"none/metadata\.jsonl cannot be read \(No such file"),
+    (("--cutouts", "none"), r"--cutouts: none: no such folder\. Expected pictures with a metadata"),
+    (("--backgrounds", "none"), r"--backgrounds: none: no such folder\. Expected"),
 ])  # fmt: skip
 def test_wrong_arguments_of_the_contact_sheet_make_nothing(words, message, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
