@@ -51,10 +51,12 @@ def questions(path: Path | None) -> list[str]:
     if path is None:
         return [question.format(topic=topic) for topic in TOPICS for question in QUESTIONS]
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error}). --questions is a text file with a question per line."
+            f"{path}: cannot be read ({error.strerror}). --questions is a text file with a question per line."
         ) from None
     if not lines:
         raise UserError(f"{path}: no questions. Write one per line.")

@@ -4,7 +4,7 @@ Shared by the sources `folder` and `tars`. Every function raises ValueError, wit
 interpret.
 """
 
-import codecs
+import json
 import math
 import re
 
@@ -16,13 +16,8 @@ INNER = re.compile(rf"[ \t]*(?:{PLACEHOLDER})")
 
 
 def decoded(content: bytes) -> str:
-    """Decode UTF-8 or UTF-16, with or without a byte order mark. Raises UnicodeDecodeError."""
-    head = content[:2]
-    if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return content.decode("utf-16")
-    if len(head) == 2 and head.count(0) == 1:  # JSON and the names of columns start with an ASCII character
-        return content.decode("utf-16-be" if head[0] == 0 else "utf-16-le").removeprefix("\ufeff")
-    return content.decode("utf-8-sig")
+    """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError."""
+    return content.decode(json.detect_encoding(content))  # JSON and the names of columns start with an ASCII character
 
 
 def answer_text(answer):

@@ -58,8 +58,13 @@ def test_questions_are_built_in_or_lines_of_a_file(tmp_path):
     (tmp_path / "questions.txt").write_text("\n")
     with pytest.raises(UserError, match=r"questions\.txt: no questions"):
         own_chats.questions(tmp_path / "questions.txt")
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read \(No such file"):
         own_chats.questions(tmp_path / "none.txt")
+    (tmp_path / "questions.txt").write_text("One?\n", encoding="utf-8-sig")
+    assert own_chats.questions(tmp_path / "questions.txt") == ["One?"]
+    (tmp_path / "questions.txt").write_text("One?\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"questions\.txt: not UTF-8 \(byte 0\)\. Save the file as UTF-8"):
+        own_chats.questions(tmp_path / "questions.txt")
 
 
 def test_the_source_chat_reads_what_is_written(tokenizer, tmp_path, monkeypatch):
@@ -116,6 +121,27 @@ def test_a_chat_that_cannot_be_read_is_named_by_its_line(tmp_path, lines, messag
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     with pytest.raises(UserError, match=message):
         list(chat.collect(SimpleNamespace(path=str(path))))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_chats_in_every_unicode_encoding_are_read(tmp_path, encoding):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(GOOD).replace('"b"', '"Größe"') + "\n", encoding=encoding)
+    (sample,) = chat.collect(SimpleNamespace(path=str(path)))
+    assert sample.items[0].messages[1].content == "Größe"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": "Größe"}\n'.encode("latin-1"), r"line 1: not UTF-8 \(byte 16\)\. Save the file as UTF-8"),
+        ("{}\n".encode("utf-16")[:-1], r"chats\.jsonl: not UTF-16.* \(byte \d\)\. Save it as UTF-8"),
+    ],
+)
+def test_chats_that_are_no_unicode_are_named(tmp_path, content, message):
+    (tmp_path / "chats.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(chat.collect(SimpleNamespace(path=str(tmp_path / "chats.jsonl"))))
 
 
 def test_a_missing_file_of_chats_is_named(tmp_path):
