@@ -49,24 +49,32 @@ def _sample(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], ki
     return frames, None if item["target"] is None else boxes[item["target"]], item
 
 
-def _strip(num_lines: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    strip = Image.new("RGB", (SHOWN * (TILE + GAP) - GAP, num_lines * TEXT + TILE), "white")
-    return strip, ImageDraw.Draw(strip)
-
-
-def _label(draw: ImageDraw.ImageDraw, x: int, line: int, task: str, text: str) -> None:
-    """Writes the task, in a colour of its own where names are held out, and its text behind it."""
-    font = ImageFont.load_default(FONT)
-    place = x + 2, line * TEXT + 3
-    draw.text(place, task, NEW_COLOUR if task.endswith(world.NEW) else "black", font, stroke_width=0.4)
-    draw.text((place[0] + draw.textlength(f"{task}   ", font), place[1]), text, "black", font)
+def _strip(labels: list[tuple[str, str]]) -> Image.Image:
+    """Room for SHOWN tiles under labels: a task, in a colour of its own where names are held out, and its text. Each
+    starts a line, and goes on in the next one where the strip ends."""
+    font, width = ImageFont.load_default(FONT), SHOWN * (TILE + GAP) - GAP
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    placed, line = [], -1  # [(x, line, text, colour)]
+    for task, text in labels:
+        x, line = 2 + measure(f"{task}   ", font), line + 1
+        placed.append((2, line, task, NEW_COLOUR if task.endswith(world.NEW) else "black"))
+        start = x
+        for word in text.split(" "):
+            if x + measure(word, font) > width:
+                x, line = start, line + 1
+            placed.append((x, line, word, "black"))
+            x += measure(f"{word} ", font)
+    strip = Image.new("RGB", (width, (line + 1) * TEXT + TILE), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, line, text, colour in placed:
+        draw.text((x, line * TEXT + 3), text, colour, font, stroke_width=0.4 if x == 2 else 0)
+    return strip
 
 
 def _clip(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], kind: str, is_new: bool) -> Image.Image:
     """SHOWN frames of a clip under its question and answer."""
     frames, boxes, item = _sample(cutouts, backgrounds, key, kind, is_new)
-    strip, draw = _strip(1)
-    _label(draw, 0, 0, item["task"], f"{item['user'] or 'Describe the video.'}  {item['assistant']}")
+    strip = _strip([(item["task"], f"{item['user'] or 'Describe the video.'}  {item['assistant']}")])
     for column, t in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN).round().astype(int)):
         frame = Image.fromarray(frames[t])
         if boxes is not None and boxes[t].any():
@@ -76,16 +84,19 @@ def _clip(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], kind
 
 
 def _stills(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...]) -> Image.Image:
-    """SHOWN stills; a line of text for every two: first trained names, then held-out ones."""
-    strip, draw = _strip(2)
-    for half, is_new in enumerate((False, True)):
-        answers = []
-        for number in range(SHOWN // 2):
-            frames, _, item = _sample(cutouts, backgrounds, (*key, half, number), STILL, is_new)
-            answers.append(item["assistant"])
-            _paste(strip, Image.fromarray(frames[0]), half * SHOWN // 2 + number)
-        side = "left" if half == 0 else "right"
-        _label(draw, 0, half, item["task"], f"({side}) {item['user']}  {';  '.join(answers)}")
+    """SHOWN stills under two labels: half of them with trained names, on the left, and half with held-out ones."""
+    pictures, labels = [], []
+    for half, side in enumerate(("left", "right")):
+        samples = [
+            _sample(cutouts, backgrounds, (*key, half, number), STILL, side == "right") for number in range(SHOWN // 2)
+        ]
+        pictures += [Image.fromarray(frames[0]) for frames, _, _ in samples]
+        items = [item for _, _, item in samples]
+        answers = ";  ".join(item["assistant"] for item in items)
+        labels.append((items[0]["task"], f"({side}) {items[0]['user']}  {answers}"))
+    strip = _strip(labels)
+    for column, picture in enumerate(pictures):
+        _paste(strip, picture, column)
     return strip
 
 

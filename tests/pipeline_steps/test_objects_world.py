@@ -481,3 +481,15 @@ def test_the_contact_sheet_shows_every_kind_stills_and_held_out_names(folder, mo
     assert page.width == 6 * contact_sheet.TILE + 5 * contact_sheet.GAP
     assert rows * contact_sheet.TILE < page.height < rows * (contact_sheet.TILE + 2 * contact_sheet.TEXT)
     assert contact_sheet.NEW_COLOUR in {colour for _, colour in page.getcolors(page.width * page.height)}
+
+
+def test_long_answers_on_the_contact_sheet_go_on_in_the_next_line(tmp_path):
+    drawings.write(tmp_path)
+    text = (tmp_path / "metadata.jsonl").read_text().replace('"name": "', '"name": "very carefully painted ')
+    (tmp_path / "metadata.jsonl").write_text(text)
+    strip = contact_sheet._stills(Cutouts(tmp_path, 0.2, 1), Backgrounds(None, 0.2, 1), (1,))
+    num_lines = (strip.height - contact_sheet.TILE) // contact_sheet.TEXT
+    assert num_lines >= 4
+    lines = np.asarray(strip)[: -contact_sheet.TILE].reshape(num_lines, contact_sheet.TEXT, strip.width, 3)
+    assert (lines < 128).any((1, 2, 3)).all()
+    assert (lines[:, :, -1] == 255).all()
