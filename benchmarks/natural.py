@@ -10,10 +10,10 @@ is conf/data/objects.yaml or objects_cpu.yaml; --set changes single parameters. 
 .jsonl (without it: the language model's own answers, which the first run makes and keeps in the user's cache).
 
 The stages run as `python -m pipeline_steps.<stage>`, each in a folder of its own below --output; what arms share is
-made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: training and shards where they were,
-other stages from their start; one of these that --minutes stopped twice is an error. Results, in --output/results:
-runs.csv and items.parquet as of a study, scores.json (learning curves, accuracy with blind and chance, gaze against
-chance), scores.md with its tables, and heatmaps of every run.
+made once. Killed, stopped by --minutes or by Ctrl-C, the same command continues: chats, training and shards where they
+were, other stages from their start; one of these that --minutes stopped twice is an error. Results, in
+--output/results: runs.csv and items.parquet as of a study, scores.json (learning curves, accuracy with blind and
+chance, gaze against chance), scores.md with its tables, and heatmaps of every run.
 --keep NAME copies them to reports/study/NAME, which the report shows, with comparisons of the arms as in any study and
 heatmap.png, a clip of the first run: as docs/heatmap.png it is the README's picture.
 
@@ -45,6 +45,7 @@ from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import exclusive, write_json
+from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import MAX_SEED, ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
@@ -277,8 +278,9 @@ def check_chats(path: Path) -> None:
 
 
 def own_chats_path(pretrained: Path) -> Path:
-    """Where the chats of this language model are kept."""
-    return cache_folder() / "chats" / f"{folder_hash(pretrained / FOLDERS['language'])}.jsonl"
+    """Where the chats of this language model are kept; other questions are other chats."""
+    asked = own_chats.questions(None), own_chats.MAX_TOKENS
+    return cache_folder() / "chats" / f"{fingerprint(folder_hash(pretrained / FOLDERS['language']), *asked)}.jsonl"
 
 
 def make_chats(arguments) -> None:
@@ -291,7 +293,7 @@ def make_chats(arguments) -> None:
         )
     print(
         f"{path}: asking {language} {len(own_chats.questions(None))} questions, about {CHATS_MINUTES} minutes on a "
-        "CPU; stopped, it starts over",
+        "CPU; stopped, the same command continues",
         flush=True,
     )
     own_chats.write_chats(language, path, device=arguments.device)

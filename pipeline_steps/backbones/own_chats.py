@@ -5,11 +5,14 @@
 Training a part of the samples on them keeps what a pretrained language model can say while it learns to see, where no
 data set of chats is at hand (self-distillation; with the Hub, `smoltalk` has real ones). The questions are QUESTIONS
 about every topic of TOPICS, or the lines of --questions. Answers are greedy; one that has not ended after --max-tokens
-is left out, and the count is printed.
+is left out, and the count is printed. Every batch of answers is kept in .scratch/own_chats until all are there: after a
+kill, the same command in the same folder continues, and writes the same bytes.
 """
 
 import argparse
 import json
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import write_text
+from pipeline_steps.common.files import locked_scratch, write_json, write_text
+from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.monitoring.progress import progress_bar
 
 QUESTIONS = (
@@ -43,6 +47,8 @@ TOPIC_LIST = (
     "Canada, Brazil, Japan, India, London, Paris, New York, democracy, honesty, courage, patience, luck, fear, "
     "happiness, sadness, anger, politeness"
 )
+MAX_TOKENS = 64  # of an answer
+LIBRARIES = ("torch", "transformers")  # they determine the answers
 TOPICS = tuple(TOPIC_LIST.split(", "))
 
 
@@ -64,8 +70,11 @@ def questions(path: Path | None) -> list[str]:
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, asked: list[str], max_tokens: int, batch_size: int) -> list[tuple[str, str]]:
-    """[(question, its greedy answer)] in the order of `asked`, without answers that are empty or did not end."""
+def answer(model, tokenizer, asked: list[str], max_tokens: int, batch_size: int, kept: Path) -> list[tuple[str, str]]:
+    """[(question, its greedy answer)] in the order of `asked`, without answers that are empty or did not end.
+
+    kept: a folder with a file for every batch that is answered; those that are there are not answered again.
+    """
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         for text in asked
@@ -73,6 +82,10 @@ def answer(model, tokenizer, asked: list[str], max_tokens: int, batch_size: int)
     order = sorted(range(len(asked)), key=lambda number: len(prompts[number]))  # little padding
     found = {}
     for start in progress_bar("answers", range(0, len(order), batch_size), unit="batch"):
+        path = kept / f"{start:06d}.json"
+        if path.exists():
+            found |= dict(json.loads(path.read_text(encoding="utf-8")))
+            continue
         numbers = order[start : start + batch_size]
         batch = tokenizer(
             [prompts[number] for number in numbers], padding=True, add_special_tokens=False, return_tensors="pt"
@@ -80,11 +93,14 @@ def answer(model, tokenizer, asked: list[str], max_tokens: int, batch_size: int)
         tokens = model.generate(
             **batch, do_sample=False, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id
         )
+        answers = {}
         for number, row in zip(numbers, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             if tokenizer.eos_token_id in row:
                 text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)]).strip()
                 if text:
-                    found[number] = text
+                    answers[number] = text
+        write_json(path, list(answers.items()))
+        found |= answers
     return [(asked[number], found[number]) for number in sorted(found)]
 
 
@@ -92,7 +108,7 @@ def write_chats(
     language: Path,
     output: Path,
     questions_file: Path | None = None,
-    max_tokens: int = 64,
+    max_tokens: int = MAX_TOKENS,
     batch_size: int = 64,
     device: str = "auto",
 ) -> int:
@@ -103,17 +119,23 @@ def write_chats(
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(language, dtype="auto" if device == "cuda" else torch.float32)
     asked = questions(questions_file)
-    chats = answer(model.to(device).eval(), tokenizer, asked, max_tokens, batch_size)
-    if not chats:
-        raise UserError(f"none of {len(asked)} answers ended within {max_tokens} tokens: raise --max-tokens.")
-    lines = [
-        json.dumps(
-            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]},
-            ensure_ascii=False,
-        )
-        for question, text in chats
-    ]
-    write_text(output, "\n".join(lines) + "\n")
+    files = [path for path in sorted(language.rglob("*")) if path.is_file()]
+    contents = [(str(path.relative_to(language)), sha256_file(path)) for path in files]
+    libraries = [version(name) for name in LIBRARIES]
+    work = fingerprint(contents, asked, max_tokens, batch_size, str(model.dtype), device, libraries, Path(__file__))
+    with locked_scratch("own_chats", work) as (kept, _):
+        chats = answer(model.to(device).eval(), tokenizer, asked, max_tokens, batch_size, kept)
+        if not chats:
+            raise UserError(f"none of {len(asked)} answers ended within {max_tokens} tokens: raise --max-tokens.")
+        lines = [
+            json.dumps(
+                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]},
+                ensure_ascii=False,
+            )
+            for question, text in chats
+        ]
+        write_text(output, "\n".join(lines) + "\n")
+        shutil.rmtree(kept)
     print(
         f"{output}: {len(chats)} chats; {len(asked) - len(chats)} answers were empty or longer than {max_tokens} tokens"
     )
@@ -125,7 +147,7 @@ def main() -> None:
     parser.add_argument("--language", type=Path, required=True, help="folder of a language model with a chat template")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     parser.add_argument("--questions", type=Path, help="text file with a question per line (default: built in)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="per answer (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="per answer (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()

@@ -194,6 +194,9 @@ def test_a_dry_run_makes_no_chats_and_says_how_they_are_made(arguments, tmp_path
     assert asked == []
     natural.make_chats(arguments)
     assert asked == [(path, "cuda")]
+    with monkeypatch.context() as patched:
+        patched.setattr(natural.own_chats, "TOPICS", ("chess",))
+        assert natural.own_chats_path(arguments.pretrained) != path
     write_chats(path, 9)
     assert natural.main() == 0
     assert "not made yet" not in capsys.readouterr().out

@@ -16,12 +16,21 @@ from tests.pipeline_steps.chats import save_tokenizer
 class Model:
     """Answers a question with `answers[question]`, and ends it unless the answer has three dots."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, tokenizer, answers):
         self.tokenizer, self.answers, self.batches = tokenizer, answers, []
+        self.max_batches = None  # is interrupted after these
+
+    def to(self, device):
+        return self
+
+    def eval(self):
+        return self
 
     def generate(self, input_ids, attention_mask, **options):
+        if len(self.batches) == self.max_batches:
+            raise KeyboardInterrupt
         self.batches.append(len(input_ids))
         rows = []
         for row, mask in zip(input_ids, attention_mask, strict=True):
@@ -42,10 +51,10 @@ def tokenizer(tmp_path):
     return tokenizer
 
 
-def test_answers_keep_their_question_and_those_without_an_end_are_left_out(tokenizer):
+def test_answers_keep_their_question_and_those_without_an_end_are_left_out(tokenizer, tmp_path):
     answers = {"Say red": "red", "And now say something longer": "1 2 3", "Go on": "1 2 3 ...", "Nothing": " "}
     model = Model(tokenizer, answers)
-    found = own_chats.answer(model, tokenizer, list(answers), max_tokens=8, batch_size=3)
+    found = own_chats.answer(model, tokenizer, list(answers), max_tokens=8, batch_size=3, kept=tmp_path)
     assert found == [("Say red", "red"), ("And now say something longer", "1 2 3")]
     assert model.batches == [3, 1]
 
@@ -67,20 +76,55 @@ def test_questions_are_built_in_or_lines_of_a_file(tmp_path):
         own_chats.questions(tmp_path / "questions.txt")
 
 
-def test_the_source_chat_reads_what_is_written(tokenizer, tmp_path, monkeypatch):
-    model = Model(tokenizer, {"One?": "1", "Two?": "2 é"})
-    loaded = SimpleNamespace(to=lambda device: SimpleNamespace(eval=lambda: model))
-    monkeypatch.setattr(own_chats.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    monkeypatch.setattr(own_chats.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
-    (tmp_path / "questions.txt").write_text("One?\nTwo?\n")
+@pytest.fixture
+def load(tokenizer, tmp_path, monkeypatch):
+    """Has `Model` loaded in place of a language model, and its questions in questions.txt; returns it."""
+
+    def load(answers):
+        model = Model(tokenizer, answers)
+        monkeypatch.setattr(own_chats.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+        monkeypatch.setattr(own_chats.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+        (tmp_path / "questions.txt").write_text("".join(f"{question}\n" for question in answers))
+        (tmp_path / "language").mkdir(exist_ok=True)
+        return model
+
+    monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
+    return load
+
+
+def test_the_source_chat_reads_what_is_written(load, tmp_path):
+    load({"One?": "1", "Two?": "2 é"})
     path = tmp_path / "chats.jsonl"
-    assert own_chats.write_chats(tmp_path, path, tmp_path / "questions.txt", device="cpu") == 2
+    assert own_chats.write_chats(tmp_path / "language", path, tmp_path / "questions.txt", device="cpu") == 2
     samples = list(chat.collect(SimpleNamespace(path=str(path))))
     assert [[message.content for message in sample.items[0].messages] for sample in samples] == [
         ["One?", "1"],
         ["Two?", "2 é"],
     ]
     assert {sample.items[0].task for sample in samples} == {"text"}
+
+
+def test_after_a_kill_the_same_command_continues_with_the_same_bytes(load, tmp_path):
+    answers = {f"Question {number}": f"{number} é" for number in range(8)} | {"Without end": "..."}
+
+    def write(name, max_batches=None):
+        model = load(answers)
+        model.max_batches = max_batches
+        try:
+            own_chats.write_chats(
+                tmp_path / "language", tmp_path / name, tmp_path / "questions.txt", batch_size=2, device="cpu"
+            )
+        except KeyboardInterrupt:
+            assert not (tmp_path / name).exists()
+        return len(model.batches)
+
+    assert write("whole.jsonl") == 5
+    assert [write("chats.jsonl", max_batches) for max_batches in (0, 2, 1, None)] == [0, 2, 1, 2]
+    assert (tmp_path / "chats.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert [path.suffix for path in (tmp_path / ".scratch/own_chats").iterdir()] == [".lock"]
+    assert write("more.jsonl", max_batches=3) == 3
+    (tmp_path / "language/model.safetensors").write_bytes(b"other weights")
+    assert write("more.jsonl") == 5
 
 
 def test_columns_of_smoltalk_are_ignored(tmp_path):
