@@ -36,16 +36,14 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.natural_plan import FOLDERS, HEATMAPS, PRESETS, check_arms, folder_hash, make_plan
+from benchmarks.natural_chats import check_chats, made_later, make_chats, own_chats_path
+from benchmarks.natural_plan import HEATMAPS, PRESETS, check_arms, make_plan
 from benchmarks.natural_results import check_kept_name, keep, write_results
-from pipeline_steps.backbones import own_chats
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import exclusive, write_json
-from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import MAX_SEED, ROOT
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
@@ -54,7 +52,6 @@ from pipeline_steps.study.plan import Plan, folder_of
 from pipeline_steps.world.cutouts import SPLITS, different, read_folder
 
 RESUMED = (*TRAINING_STAGES, "shards")  # stages that continue where they were stopped
-CHATS_MINUTES = 6  # that the language model's own chats took on a CPU
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 OPTIONS = {"seed": "--seeds", "ablation": "--arms", "data": "--preset"}  # that set parameters of every run
 STOPPED = 75  # exit code (EX_TEMPFAIL): not finished, run the same command again
@@ -259,52 +256,6 @@ def find_inputs(arguments) -> None:
         arguments.chats = made
 
 
-def check_chats(path: Path) -> None:
-    """UserError for chats that no run can use."""
-    from pipeline_steps.sources.chat import chats
-
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"--chats {path}: {found}, expected a .jsonl of chats (docs/data.md).")
-    samples = list(chats(path))
-    different = {sample.items[0].model_dump_json() for sample in samples}
-    if len(different) < len(SPLITS):
-        raise UserError(
-            f"--chats {path}: {len(different)} different chat(s), expected at least one each for "
-            f"{', '.join(SPLITS)}. Add chats, or leave --chats out: the language model then makes its own."
-        )
-    if not {None, "train"} & {sample.split for sample in samples}:
-        raise UserError(f"--chats {path}: no chat has the split train. Add some, or remove the column split.")
-
-
-def own_chats_path(pretrained: Path) -> Path:
-    """Where the chats of this language model are kept; other questions are other chats."""
-    asked = own_chats.questions(None), own_chats.MAX_TOKENS
-    return cache_folder() / "chats" / f"{fingerprint(folder_hash(pretrained / FOLDERS['language']), *asked)}.jsonl"
-
-
-def make_chats(arguments) -> None:
-    """Makes the language model's own chats and fills in --chats. UserError where no plan can be made for them."""
-    path, language = own_chats_path(arguments.pretrained), arguments.pretrained / FOLDERS["language"]
-    if find_spec("hydra") is None:
-        raise UserError(
-            "--chats is not given, and Hydra, which a plan for new chats needs, is not installed. Where it is, run "
-            f"`{chats_command(arguments)}` and --dry-run; copy the chats and plan.json."
-        )
-    print(
-        f"{path}: asking {language} {len(own_chats.questions(None))} questions, about {CHATS_MINUTES} minutes on a "
-        "CPU; stopped, the same command continues",
-        flush=True,
-    )
-    own_chats.write_chats(language, path, device=arguments.device)
-    arguments.chats = path
-
-
-def chats_command(arguments) -> str:
-    path, language = own_chats_path(arguments.pretrained), arguments.pretrained / FOLDERS["language"]
-    return f"python -m pipeline_steps.backbones.own_chats --language {language} --output {path}"
-
-
 def main() -> int:
     arguments = read_arguments()
     began = time.monotonic()
@@ -313,7 +264,7 @@ def main() -> int:
     find_inputs(arguments)
     plan = make_plan(arguments)
     if arguments.chats is None and not arguments.dry_run:
-        make_chats(arguments)
+        arguments.chats = make_chats(arguments.pretrained, arguments.device)
         plan = make_plan(arguments)
     left = [job for job in plan.jobs.values() if not is_done(job, arguments.output)]
     print(f"{arguments.output}: {len(plan.runs)} runs, {len(left)} of {len(plan.jobs)} jobs to do", flush=True)
@@ -324,12 +275,7 @@ def main() -> int:
 
         print(describe(plan, left, arguments, arguments.rate))
         if arguments.chats is None:
-            print(
-                "\nThe chats are not made yet, so job keys, samples of text and plan.json are provisional. The run "
-                f"will make them first: {len(own_chats.questions(None))} answers, about {CHATS_MINUTES} minutes on a "
-                f"CPU, kept in {own_chats_path(arguments.pretrained)}. To plan for another machine, make them now:\n"
-                f"  {chats_command(arguments)}"
-            )
+            print(made_later(arguments.pretrained))
         return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
     busy = f"--output {arguments.output}: another process of this benchmark is at work there: wait for it or stop it"

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 
-from benchmarks import natural, natural_cost, natural_plan, natural_results
+from benchmarks import natural, natural_chats, natural_cost, natural_plan, natural_results
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import exclusive
 from pipeline_steps.common.study_results import StudySummary
@@ -145,7 +145,7 @@ def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp
     write_chats(tmp_path / "one.jsonl", 1)
     write_chats(tmp_path / "held_out.jsonl", 9, split="test")
     (tmp_path / "columns.jsonl").write_text('{"question": "Which?"}\n')
-    monkeypatch.setattr(natural.own_chats, "write_chats", lambda *_, **__: pytest.fail("chats were written"))
+    monkeypatch.setattr(natural_chats.own_chats, "write_chats", lambda *_, **__: pytest.fail("chats were written"))
     defaults = ("--preset", "cpu", "--pretrained", "pretrained", "--output", "output", "--cutouts", "cutouts")
     monkeypatch.setattr(sys, "argv", ["natural", *defaults, *words])
     with pytest.raises(SystemExit, match="1"):
@@ -177,8 +177,8 @@ def test_results_are_kept_over_those_of_an_earlier_run_only(tmp_path):
 
 def test_a_dry_run_makes_no_chats_and_says_how_they_are_made(arguments, tmp_path, monkeypatch, capsys):
     asked, described = [], []
-    monkeypatch.setattr(natural, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(natural.own_chats, "write_chats", lambda _, path, device: asked.append((path, device)))
+    monkeypatch.setattr(natural_chats, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(natural_chats.own_chats, "write_chats", lambda _, path, device: asked.append((path, device)))
     monkeypatch.setattr(natural_cost, "describe", lambda *given: described.append(given) or "the estimate")
     words = ["natural", "--dry-run", "--arms", "none"]
     for name in ("cutouts", "pretrained", "output"):
@@ -186,17 +186,19 @@ def test_a_dry_run_makes_no_chats_and_says_how_they_are_made(arguments, tmp_path
     monkeypatch.setattr(sys, "argv", words)
     assert natural.main() == 0
     assert len(described) == 1
-    path = natural.own_chats_path(arguments.pretrained)
+    path = natural_chats.own_chats_path(arguments.pretrained)
     message = capsys.readouterr().out
     assert "not made yet" in message
     assert f"python -m pipeline_steps.backbones.own_chats --language {arguments.pretrained}/language_model" in message
-    assert f"{len(natural.own_chats.questions(None))} answers, about 6 minutes on a CPU, kept in {path}." in message
+    assert (
+        f"{len(natural_chats.own_chats.questions(None))} answers, about 6 minutes on a CPU, kept in {path}." in message
+    )
     assert asked == []
-    natural.make_chats(arguments)
+    assert natural_chats.make_chats(arguments.pretrained, "cuda") == path
     assert asked == [(path, "cuda")]
     with monkeypatch.context() as patched:
-        patched.setattr(natural.own_chats, "TOPICS", ("chess",))
-        assert natural.own_chats_path(arguments.pretrained) != path
+        patched.setattr(natural_chats.own_chats, "TOPICS", ("chess",))
+        assert natural_chats.own_chats_path(arguments.pretrained) != path
     write_chats(path, 9)
     assert natural.main() == 0
     assert "not made yet" not in capsys.readouterr().out
