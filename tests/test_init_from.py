@@ -1,16 +1,24 @@
 """`training.init_from`: a stage that starts from a finished checkpoint, and what it refuses."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
 
 import pytest
 import torch
+from dvc.repo import Repo
 from safetensors.torch import load_file
 
 from model import FoveatedVLMForConditionalGeneration
 from pipeline_steps.backbones.local import copy_backbones
 from pipeline_steps.backbones.schema import Local
-from tests import pipeline
+from pipeline_steps.common.params import ROOT
+from tests import pipeline, repository
 
 SLOW = "{connector: 1.0e-9, vision: 1.0e-9, language: 1.0e-9}"
 
@@ -104,3 +112,69 @@ def test_training_clips_are_scored_and_drawn_like_held_out_ones(finished_run, tm
     drawn = {clip["key"] for clip in (*index["clips"], *index["contact_sheet"]["clips"])}
     assert drawn
     assert drawn <= training
+
+
+@pytest.fixture
+def reproduced(finished_run, tmp_path, monkeypatch):
+    """A repository after `dvc repro` at the size of `finished_run`, everything committed."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    repository.copy_to(root)
+    for name in ("data", "outputs", "reports/heatmaps"):
+        shutil.copytree(finished_run / name, root / name)
+    shutil.copy(finished_run / "params.yaml", root / "params.yaml")
+    repository.write_fakes(root)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    with chdir(root):
+        Repo().commit(force=True)
+    for words in (("config", "user.name", "Test"), ("config", "user.email", "test@localhost"), ("add", "--all")):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    subprocess.run(["git", "commit", "--quiet", "--message", "Reproduced"], cwd=root, check=True)
+    return root
+
+
+def write_clips(finished_run, folder):
+    """Clips of the digit world with a question each, as one's own folder."""
+    folder.mkdir()
+    rows, left = [], {"train": 12, "validation": 3, "test": 3}
+    for line in (finished_run / "data/raw/index.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        item, split = sample["items"][0], sample["split"]
+        if sample["kind"] == "video" and item["user"] and left[split]:
+            left[split] -= 1
+            shutil.copy(finished_run / "data/raw" / sample["path"], folder / f"{sample['key']}.mp4")
+            asked = {"question": item["user"], "answer": item["assistant"]}
+            rows.append({"file_name": f"{sample['key']}.mp4", "split": split, **asked})
+    assert not any(left.values())
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_documented_lines_fine_tune_a_checkpoint(finished_run, reproduced, tmp_path):
+    """The lines of docs/training.md as they stand there, but for the paths and the size."""
+    write_clips(finished_run, tmp_path / "clips")
+    section = (ROOT / "docs/training.md").read_text().split("\n## Fine-tune a checkpoint\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^ {4}(.+)$", section, re.MULTILINE)
+    at = next(number for number, line in enumerate(lines) if line.startswith("mine=("))
+    assert "-S training.init_from=/path/to/start" in lines[at]
+    assert "-S sources.folder.path=/path/to/clips" in lines[at]
+    small = " ".join(f"-S {override}" for override in (*pipeline.SECONDS, "heatmaps.num_sheet_clips=2"))
+    script = "\n".join([*lines[: at + 1], f"mine+=({small})", *lines[at + 1 :]]).replace("/path/to", str(tmp_path))
+    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", script], cwd=reproduced, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    ran = re.findall(r"^Running stage '(\w+)'", done.stdout, re.MULTILINE)
+    trained = ["sources", "shards", "tokens", "streaming", "stage1", "stage2", "stage3", "flops"]
+    assert {name: ran.count(name) for name in ["backbones", *trained]} == {"backbones": 0} | dict.fromkeys(trained, 1)
+    assert ran.count("evaluation") == ran.count("heatmaps") == ran.count("report") == 2
+    assert "reports/metrics/summary.json" in done.stdout  # of `dvc metrics diff`
+    tuned, start = (load_file(place / "model.safetensors") for place in (reproduced / "mine", tmp_path / "start"))
+    assert tuned.keys() == start.keys()
+    assert any(not torch.equal(tuned[name], start[name]) for name in start)
+    changed = ["git", "status", "--porcelain", "--untracked-files=no"]
+    assert subprocess.run(changed, cwd=reproduced, capture_output=True, text=True, check=True).stdout == ""
+    for path in (finished_run / "outputs/stage3").iterdir():
+        assert (reproduced / "outputs/stage3" / path.name).read_bytes() == path.read_bytes()

@@ -14,19 +14,15 @@ from dvc.repo import Repo
 from pipeline_steps.common import params
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.training.checkpoint_io import run_fingerprint
+from tests import repository
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNTIME = yaml.safe_load((ROOT / "params.yaml").read_text())["runtime"]
 WITHOUT_EFFECT = [f"pipeline_steps/common/{name}.py" for name in ("errors", "files", "params", "runtime_schema")]
 WITHOUT_EFFECT += [f"pipeline_steps/monitoring/{name}.py" for name in ("metrics_logger", "mfu", "progress")]
 
 
-def paths(entries):
-    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
-
-
 def stages_that_list(path):
-    return {name for name, stage in STAGES.items() if path in paths(stage["deps"])}
+    return {name for name, stage in repository.STAGES.items() if path in repository.paths(stage["deps"])}
 
 
 class Copy:
@@ -73,32 +69,11 @@ def line_more(text):
     return text + "\n# one line more\n"
 
 
-def write_fakes(root):
-    """A small file for every out, and for every dependency inside an out."""
-    wanted = [
-        path for stage in STAGES.values() for kind in ("outs", "metrics", "deps") for path in paths(stage.get(kind, []))
-    ]
-    wanted = [path for path in wanted if not path.startswith("${")]  # training.init_from: data/backbones
-    for path in sorted(wanted, key=len, reverse=True):  # first what lies inside of others
-        target = root / path
-        if not target.exists():
-            target = target if target.suffix else target / "fake.txt"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(f"fake of {path}\n")
-    (root / "outputs/parameters.json").write_text('{\n "valid": true\n}\n')
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.split("\0"):
-        if name and name != "dvc.lock" and not name.startswith(("docs/", "tests/")) and (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, root / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-    write_fakes(root)
+    repository.copy_to(root)
+    repository.write_fakes(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(root / ".dvc/site"))
         with chdir(root):
@@ -138,7 +113,7 @@ def test_a_parameter_of_one_stage_reruns_it_what_counts_it_and_what_prints_it(co
 )
 def test_a_line_of_code_reruns_the_stages_that_list_it(copy, path, listed):
     expected = stages_that_list(listed)
-    assert 5 < len(expected) < len(STAGES)
+    assert 5 < len(expected) < len(repository.STAGES)
     with copy.changed(path, line_more):
         assert copy.status() == expected
 
