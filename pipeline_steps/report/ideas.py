@@ -157,12 +157,19 @@ def note_of(groups, with_clips):
 
 
 def verdict_text(choice, study, own):
-    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, and of which study."""
+    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ, and
+    of which study."""
     margin = study.summary.margin
-    verdicts = [interval_verdict(entry.interval, len(entry.differences), margin) for entry in own.values()]
-    return decisions.attributed(
-        TOO_FEW if TOO_FEW in verdicts else decisions.outcome(choice.rule, verdicts), study, own
-    )
+    verdicts = {group: interval_verdict(e.interval, len(e.differences), margin) for group, e in own.items()}
+    if TOO_FEW in verdicts.values():
+        return decisions.attributed(TOO_FEW, study, own)
+    text = decisions.outcome(choice.rule, list(verdicts.values()))
+    if len(set(verdicts.values())) > 1:
+        text += "; " + ", ".join(f"{group}: {OF_IDEA[verdict]}" for group, verdict in verdicts.items())
+    return decisions.attributed(text, study, own)
+
+
+OF_IDEA = {BETTER: "worse", EQUAL: "equal", WORSE: "better", UNDECIDED: "undecided"}  # by the verdict on the reference
 
 
 def study_of(idea, found):

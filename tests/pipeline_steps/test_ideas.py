@@ -288,7 +288,9 @@ def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
     row = cells_of([study])["5 entropy margin: weight 0.1"]
     assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
-    assert row["verdict"] == "depends on the tasks (ideas, 3 pairs)"  # no exact test of three pairs decides anything
+    assert (
+        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs)"
+    )  # no exact test of three pairs decides anything
     assert "moving clips, %" not in row
 
 
