@@ -157,8 +157,8 @@ def note_of(groups, with_clips):
 
 
 def verdict_text(choice, study, own):
-    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ, and
-    of which study."""
+    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ,
+    and of which study."""
     margin = study.summary.margin
     verdicts = {group: interval_verdict(e.interval, len(e.differences), margin) for group, e in own.items()}
     if TOO_FEW in verdicts.values():
