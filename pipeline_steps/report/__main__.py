@@ -137,7 +137,7 @@ def build_tables(inputs, settings, kept):
         table.name: table
         for table in (
             decisions.table(kept),
-            ideas.table(kept),
+            *ideas.tables(kept),
             tables.targets(result, settings.targets),
             tables.accuracies(result),
             tables.losses(result),

@@ -11,7 +11,7 @@ from pipeline_steps.report import studies
 from pipeline_steps.report.tables import MISSING, Table
 
 CHEAPER, OTHER = "cheaper", "other"
-RULES = {CHEAPER: "taken unless worse", OTHER: "taken if better"}
+RULES = {CHEAPER: "unless worse", OTHER: "if better"}  # when an alternative is taken
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def table(found):
         else:
             labels = dict.fromkeys(entry.arm for entry in entries(choice, study))
             rows += [row(choice, study, label, groups) for label in labels]
-    columns = ["alternative", *(f"{group}, points" for group in groups), "lower loss", "verdict", "rule"]
+    columns = ["alternative", *(f"{group}, points" for group in groups), "lower loss", "verdict", "taken"]
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
-        f"smaller minus the larger. {RULES[CHEAPER].capitalize()} (in a group of tasks): those that cost less. "
-        f"{RULES[OTHER].capitalize()} (in a group, and worse in none): the others. {studies.TIERS}"
+        f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
+        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. {studies.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
     )

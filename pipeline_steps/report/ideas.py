@@ -7,13 +7,15 @@ ideas, and of as few as three runs.
 
 from dataclasses import dataclass
 
-from pipeline_steps.common.study_results import BETTER, CLIPS, EQUAL, SINGLE_PASS, TOO_FEW, UNDECIDED, WORSE
+from pipeline_steps.common.study_results import BETTER, CLIPS, EQUAL, SINGLE_PASS, TOO_FEW, UNDECIDED, VIDEOS, WORSE
 from pipeline_steps.report import decisions, studies
 from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
-PREDICTION = "training.stageN.objective.next_frame"
+OBJECTIVE = "training.stageN.objective"
+PREDICTION = f"{OBJECTIVE}.next_frame"
+PARAMETER_NOTE = f"stageN: stages 2 and 3; next_frame, entropy and contrastive: in {OBJECTIVE}."
 DIGITS = 2  # of gains in per cent
 BESIDE = ("clips won, %", "loss without the state, ×", "reference − idea, points")  # columns after the verdict
 TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
@@ -75,7 +77,7 @@ IDEAS = (
     answering("4 temperature", "temperature_01", "0.1", "model.attention_temperature"),
     answering("4 temperature", "temperature_03", "0.3", "model.attention_temperature"),
     answering("4 temperature", "temperature_learned", "learnable", "model.learnable_temperature"),
-    answering("5 entropy margin", "entropy", "weight 0.1", "training.stageN.objective.entropy.weight"),
+    answering("5 entropy margin", "entropy", "weight 0.1", f"{OBJECTIVE}.entropy.weight"),
     predicting("6 separate heads", "separate_heads", "coarse and planned", "separate_heads"),
     answering("7 queries", "K2", "two", QUERIES),
     answering("7 queries", "K4", "four", QUERIES),
@@ -84,7 +86,7 @@ IDEAS = (
     answering("7 queries", "K4_mean", "four, averaged", *AGGREGATED),
     answering("7 queries", "K4_weighted", "four, weighted", *AGGREGATED),
     answering("7 queries", "K9_mean", "nine, averaged", *AGGREGATED),
-    answering("8 contrastive", "contrastive", "weight 0.1", "training.stageN.objective.contrastive.weight"),
+    answering("8 contrastive", "contrastive", "weight 0.1", f"{OBJECTIVE}.contrastive.weight"),
     answering("9 frozen vision", "frozen_vision", "language model trained", FROZEN[0], rule=CHEAPER),
     answering("9 frozen vision", "frozen_both", "language model frozen", *FROZEN, rule=CHEAPER),
     next_frame("10 motion", "smooth", "smooth digits, next frame", MOTION),
@@ -99,61 +101,63 @@ IDEAS = (
 )
 
 
-def table(found):
-    """`Table` of IDEAS from a list of `studies.Study`."""
+def tables(found):
+    """The two `Table`s of IDEAS from a list of `studies.Study`: those compared by answers, and by next-frame losses."""
     chosen = [(idea, study_of(idea, found)) for idea in IDEAS]
-    asked = [(idea.choice, study) for idea, study in chosen if study and not idea.predicts]
-    groups = list(dict.fromkeys(entry.group for pair in asked for entry in decisions.entries(*pair)))
-    with_clips = any(study for idea, study in chosen if idea.predicts)
-    clips = list(CLIPS) if with_clips else []
-    empty = [MISSING] * len(groups)
-    empty_clips, beside = (
-        [MISSING] * len(clips),
-        ["clips won, %", "loss without the state, ×", "reference − idea, points"],
+    return (
+        answers_table([(idea, study) for idea, study in chosen if not idea.predicts]),
+        prediction_table([(idea, study) for idea, study in chosen if idea.predicts]),
     )
-    beside = beside if with_clips else []
-    empty_beside = [MISSING] * len(beside)
+
+
+def answers_table(chosen):
+    asked = [(idea.choice, study) for idea, study in chosen if study]
+    groups = list(dict.fromkeys(entry.group for pair in asked for entry in decisions.entries(*pair)))
     rows = []
     for idea, study in chosen:
-        choice, parameter = idea.choice, ", ".join(idea.parameters)
+        choice, parameter = idea.choice, parameter_text(idea)
         if study is None:
-            rows.append(
-                [decisions.name_of(choice), parameter, *empty, *empty_clips, decisions.not_run(choice), *empty_beside]
-            )
-        elif idea.predicts:
-            for arm in predictions(choice, study):
-                cells = prediction_cells(arm, study, clips)
-                budget = arm.budget if len({other.budget for other in study.summary.arms}) > 1 else ""
-                rows.append([decisions.name_of(choice, budget), parameter, *empty, *cells])
-        else:
-            for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
-                own = decisions.by_group(choice, study, label)
-                cells, verdict = decisions.effect_cells(own, groups), verdict_text(choice, study, own)
-                name = decisions.name_of(choice, label.partition(", ")[2])
-                rows.append([name, parameter, *cells, *empty_clips, verdict, *empty_beside])
-    columns = ["idea", "parameter", *(f"{group}, points" for group in groups), *(f"{CLIPS[name]}, %" for name in clips)]
-    return Table("ideas", "Ideas of the research", [*columns, "verdict", *beside], rows, note_of(groups, with_clips))
+            rows.append([decisions.name_of(choice), parameter, *[MISSING] * len(groups), decisions.not_run(choice)])
+            continue
+        for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
+            own = decisions.by_group(choice, study, label)
+            name = decisions.name_of(choice, label.partition(", ")[2])
+            rows.append([name, parameter, *decisions.effect_cells(own, groups), verdict_text(choice, study, own)])
+    columns = ["idea", "parameter", *(f"{group}, points" for group in groups), "verdict"]
+    note = (
+        f"{PARAMETER_NOTE} Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text "
+        "loss alone minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs "
+        "with equal seeds. The intervals decide, by the rules under Decisions, equal within 3 points."
+    )
+    return Table("ideas", "Ideas compared by answers", columns, rows, note)
 
 
-def note_of(groups, with_clips):
-    text = "stageN: stages 2 and 3."
-    if groups:
-        text += (
-            " Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text loss alone "
-            "minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs with "
-            "equal seeds. The intervals decide, by the rules under Decisions, equal within 3 points."
-        )
-    if with_clips:
-        text += (
-            " Clips: (static − planned loss) / static loss on moving clips in next-frame prediction, mean over runs "
-            "[95% t-interval, not corrected for the number of ideas]; above 0, planned looks are better. Static looks "
-            "trained apart: against the planned looks of the model with the same objective. Clips won: share of "
-            "moving clips with lower planned loss. Loss without the state: with the language model's state shuffled "
-            "between clips / zeroed, divided by the planned loss, moving clips; near 1, the head does not use it. "
-            "Reference − idea: difference of the gains on moving clips (latent minus idea; jumping minus gliding "
-            "objects), pairs of runs with equal seeds and targets."
-        )
-    return text
+def prediction_table(chosen):
+    rows = []
+    for idea, study in chosen:
+        choice, parameter = idea.choice, parameter_text(idea)
+        if study is None:
+            empty = [MISSING] * len(CLIPS), [MISSING] * len(BESIDE)
+            rows.append([decisions.name_of(choice), parameter, *empty[0], decisions.not_run(choice), *empty[1]])
+            continue
+        for arm in predictions(choice, study):
+            budget = arm.budget if len({other.budget for other in study.summary.arms}) > 1 else ""
+            rows.append([decisions.name_of(choice, budget), parameter, *prediction_cells(arm, study)])
+    columns = ["idea", "parameter", *(f"{clips}, %" for clips in CLIPS.values()), "verdict", *BESIDE]
+    note = (
+        f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss on moving clips, mean over runs [95% "
+        "t-interval, not corrected for the number of ideas]; above 0, planned looks are better. Static looks trained "
+        "apart: against the planned looks of the model with the same objective. Clips won: share of moving clips with "
+        "lower planned loss. Loss without the state: with the language model's state shuffled between clips / zeroed, "
+        "divided by the planned loss, moving clips; near 1, the head does not use it. Reference − idea: difference of "
+        "the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs with equal seeds "
+        "and targets."
+    )
+    return Table("ideas_next_frame", "Ideas compared by next-frame prediction", columns, rows, note)
+
+
+def parameter_text(idea):
+    return ", ".join(name.removeprefix(f"{OBJECTIVE}.") for name in idea.parameters)
 
 
 def verdict_text(choice, study, own):
@@ -183,14 +187,19 @@ def predictions(choice, study):
     return [arm for arm in study.summary.arms if arm.arm == choice.arm and arm.next_frame]
 
 
-def prediction_cells(arm, study, clips):
+def prediction_cells(arm, study):
     """Cells of an `ArmResult`: gain by group of clips, verdict, and what stands beside it, of the moving clips."""
-    found, moving = arm.next_frame, arm.next_frame.get("videos")
+    found, moving = arm.next_frame, arm.next_frame.get(VIDEOS)
     margin, count = study.summary.next_frame_margin, len(arm.seeds)
-    cells = [gain_cell(found[name]) if name in found else MISSING for name in clips]
-    beside = [MISSING] * 3 if moving is None else [wins_cell(moving), state_cell(moving), difference_cell(moving)]
-    words = "; ".join(f"{CLIPS[name]}: {found[name].verdict_text(margin)}" for name in clips if name in found)
-    return [*cells, f"{words} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
+    cells = [gain_cell(found[name]) if name in found else MISSING for name in CLIPS]
+    beside = [MISSING] * len(BESIDE)
+    if moving is not None:
+        beside = [wins_cell(moving), state_cell(moving), difference_cell(moving)]
+    words = {clips: found[name].verdict_text(margin) for name, clips in CLIPS.items() if name in found}
+    text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
+    if len(words) == len(CLIPS) and len(set(words.values())) == 1:
+        text = next(iter(words.values()))
+    return [*cells, f"{text} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
 
 
 def gain_cell(found):

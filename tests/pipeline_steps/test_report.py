@@ -658,10 +658,10 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
             "−10.0 [−10.0, −10.0]",
             "+50%, above 15%",
             "undecided (many, 3 pairs)",
-            "taken if better",
+            "if better",
         ),
     ]
-    assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "taken unless worse"]
+    assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
     known = {path.stem for path in (params.ROOT / "conf/study").glob("*.yaml")}
     for choice in decisions.CHOICES:
