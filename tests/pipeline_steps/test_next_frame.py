@@ -11,10 +11,8 @@ from torch.nn import functional as F
 
 from model.constants import IGNORE_INDEX
 from pipeline_steps.common import next_frame
-from pipeline_steps.common.diagnostic_results import NextFrameScore
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.evaluation import next_frame as evaluation
-from pipeline_steps.study import collect
 from pipeline_steps.training import __main__ as training_stage
 from pipeline_steps.training import checkpointing, objectives, train_loop
 from pipeline_steps.training.checkpoint_io import load_state
@@ -470,14 +468,3 @@ def test_a_published_head_is_found_with_its_settings(tmp_path):
     save_file(weights, path, {"objective": made.section(**options(head_width=16)).model_dump_json()})
     with pytest.raises(UserError, match="the head does not fit its settings"):
         evaluation.load_predictor(tmp_path, training.network)
-
-
-def test_a_study_has_columns_of_clips_and_stills():
-    scores = {"loss": {"coarse": 2.0, "fine_1": 1.0}, "per_frame": {}, "num_clips": 1, "num_pairs": 1}
-    groups = {"videos": NextFrameScore(**scores, wins=0.75), "image": NextFrameScore(**scores), "card": {}}
-    found = collect.next_frame_columns(SimpleNamespace(groups=groups))
-    assert found["next_frame_videos_fine_1"] == 1.0
-    assert found["next_frame_videos_wins"] == 0.75
-    assert found["next_frame_image_coarse"] == 2.0
-    assert not any("card" in name for name in found)
-    assert collect.next_frame_columns(None) == {}
