@@ -8,6 +8,7 @@ from pipeline_steps.common.result import Interval, Share
 
 BETTER, EQUAL, WORSE, UNDECIDED, UNMATCHED = "better", "equal", "worse", "undecided", "unmatched budgets"
 EXPLORATORY = "exploratory"
+NOT_LEARNED = "not learned: no better than predicting no change"
 TOO_FEW, SINGLE_PASS = "too few runs", "single pass"
 SEEDS = ["training_seed", "backbones_seed", "data_seed"]  # columns of runs.csv
 VIDEOS = "videos"
@@ -56,6 +57,12 @@ class NextFrameGain(Result):
         pairs = zip(self.loss.get(variant, []), self.reference, strict=False)
         ratios = [own / other for own, other in pairs if own is not None and other]
         return fmean(ratios) if ratios else None
+
+    @property
+    def is_learned(self):
+        """Of moving clips: whether the head predicts better than that nothing changes; True where it is unknown."""
+        ratio = self.relative("unchanged")
+        return ratio is None or ratio > 1
 
     def verdict_text(self, margin):
         """The verdict in words; margin: the study's `next_frame_margin`."""

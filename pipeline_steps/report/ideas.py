@@ -7,7 +7,17 @@ ideas, and of as few as three runs.
 
 from dataclasses import dataclass
 
-from pipeline_steps.common.study_results import BETTER, CLIPS, EQUAL, SINGLE_PASS, TOO_FEW, UNDECIDED, VIDEOS, WORSE
+from pipeline_steps.common.study_results import (
+    BETTER,
+    CLIPS,
+    EQUAL,
+    NOT_LEARNED,
+    SINGLE_PASS,
+    TOO_FEW,
+    UNDECIDED,
+    VIDEOS,
+    WORSE,
+)
 from pipeline_steps.report import decisions, studies
 from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
 from pipeline_steps.report.statistics import interval_verdict
@@ -197,7 +207,9 @@ def prediction_cells(arm, study):
         beside = [wins_cell(moving), state_cell(moving), difference_cell(moving)]
     words = {clips: found[name].verdict_text(margin) for name, clips in CLIPS.items() if name in found}
     text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
-    if len(words) == len(CLIPS) and len(set(words.values())) == 1:
+    if moving is not None and not moving.is_learned:
+        text = NOT_LEARNED
+    elif len(words) == len(CLIPS) and len(set(words.values())) == 1:
         text = next(iter(words.values()))
     return [*cells, f"{text} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
 

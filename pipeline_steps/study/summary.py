@@ -21,6 +21,7 @@ from pipeline_steps.common.study_results import (
     CLIPS,
     COARSE,
     EXPLORATORY,
+    NOT_LEARNED,
     SEEDS,
     UNDECIDED,
     VIDEOS,
@@ -121,7 +122,9 @@ def next_frame_lines(summary):
             "runs": len(found.known("gain")),
             "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
             "95 % interval (t)": gain_points(found.interval),
-            "verdict on planned looks": found.verdict_text(summary.next_frame_margin),
+            "verdict on planned looks": found.verdict_text(summary.next_frame_margin)
+            if arm.next_frame.get(VIDEOS, found).is_learned
+            else NOT_LEARNED,
             "clips won, %": spread(found.known("wins")),
             "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
             **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},

@@ -201,6 +201,16 @@ def test_collected_columns_are_what_the_summary_reads():
     assert next_frame.columns_of(None) == {}
 
 
+def test_a_head_that_predicts_no_better_than_no_change_has_no_verdict(table):
+    trivial = table.assign(next_frame_videos_unchanged=0.5)
+    found = results.summarise("next_frame", trivial, STUDY)
+    assert "| latent | x1 | moving clips | 3 | +3.00 | [+0.52, +5.48] | not learned: no" in summary.page(
+        found, trivial, STUDY
+    )
+    verdict = cells_of([kept(found, trivial)])["first system: the next frame's latent"]["verdict"]
+    assert verdict == "not learned: no better than predicting no change (next_frame, 3 runs)"
+
+
 @pytest.mark.parametrize("task", ["image", "still"])
 def test_static_clips_of_both_worlds_are_one_group(task):
     assert next_frame.columns_of(result_of("videos", task))["next_frame_image_coarse"] == 1.0
