@@ -71,8 +71,8 @@ class NextFrameGain(Result):
         return words.get(self.verdict, self.verdict)
 
     def known(self, name):
-        """The values of `gain`, `wins` or a measure that are not null."""
-        values = self.measures[name] if name in self.measures else getattr(self, name)
+        """The values of `gain`, `wins` or a measure that are not null; [] for a measure that no run has."""
+        values = getattr(self, name) if name in ("gain", "wins") else self.measures.get(name, [])
         return [value for value in values if value is not None]
 
 
@@ -105,6 +105,12 @@ class ArmResult(Result):
     """Whether stage 2 or 3 trains answers; if not, accuracies are no result."""
     next_frame: dict[str, NextFrameGain] = {}
     """By group of clips (`CLIPS`); empty: not trained to predict the next frame."""
+
+    def prediction_verdict(self, group, margin):
+        """The verdict on planned looks in a group of clips, in words; none for a head that has learned nothing. margin:
+        the study's `next_frame_margin`."""
+        moving = self.next_frame.get(VIDEOS)
+        return NOT_LEARNED if moving and not moving.is_learned else self.next_frame[group].verdict_text(margin)
 
 
 class ComparisonResult(Result):

@@ -11,7 +11,6 @@ from pipeline_steps.common.study_results import (
     BETTER,
     CLIPS,
     EQUAL,
-    NOT_LEARNED,
     SINGLE_PASS,
     TOO_FEW,
     UNDECIDED,
@@ -205,11 +204,9 @@ def prediction_cells(arm, study):
     beside = [MISSING] * len(BESIDE)
     if moving is not None:
         beside = [wins_cell(moving), state_cell(moving), difference_cell(moving)]
-    words = {clips: found[name].verdict_text(margin) for name, clips in CLIPS.items() if name in found}
+    words = {clips: arm.prediction_verdict(name, margin) for name, clips in CLIPS.items() if name in found}
     text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
-    if moving is not None and not moving.is_learned:
-        text = NOT_LEARNED
-    elif len(words) == len(CLIPS) and len(set(words.values())) == 1:
+    if len(words) == len(CLIPS) and len(set(words.values())) == 1:
         text = next(iter(words.values()))
     return [*cells, f"{text} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
 

@@ -67,11 +67,7 @@ def of_study(kept):
         return {}, 0
     moving = arm.next_frame[VIDEOS]
     ratios = {name: moving.relative(name) for name in ("no_previous", "no_state", "shuffled_state")}
-    means = {
-        name: fmean(values)
-        for name in ("state", "previous")
-        if (values := moving.known(f"{name}_sensitivity") if f"{name}_sensitivity" in moving.measures else [])
-    }
+    means = {name: fmean(values) for name in ("state", "previous") if (values := moving.known(f"{name}_sensitivity"))}
     losses = {"loss": 1.0} | {name: ratio for name, ratio in ratios.items() if ratio is not None}
     return {"previous_latent": losses, "head_sensitivity": means if "state" in means else None}, len(arm.seeds)
 

@@ -1,5 +1,7 @@
 """Next-frame losses of a study: whether planned looks predict the next frame better than static ones, from runs.csv."""
 
+from itertools import count, takewhile
+
 import numpy as np
 import pandas as pd
 
@@ -20,7 +22,7 @@ def columns_of(found):
     """Columns of runs.csv from a `NextFrameResult`; {} for None."""
     if found is None:
         return {}
-    groups, columns = dict(found.groups), {}
+    groups, columns = found.groups, {}
     static = next((groups[task] for task in STATIC_TASKS if task in groups), None)
     for name, group in ((VIDEOS, groups.get(VIDEOS)), ("image", static)):
         if group is not None:
@@ -29,8 +31,8 @@ def columns_of(found):
             columns |= {f"{prefix}{measure}": getattr(group, measure) for measure in ("no_state", "wins", *MEASURES)}
     for variant, values in groups[VIDEOS].per_frame.items() if VIDEOS in groups else ():
         columns |= {f"{FRAME}{number}_{variant}": value for number, value in enumerate(values, start=1)}
-    for count, losses in found.passes.items():
-        columns |= {f"{PASSES}{count}_{variant}": value for variant, value in losses.items()}
+    for length, losses in found.passes.items():
+        columns |= {f"{PASSES}{length}_{variant}": value for variant, value in losses.items()}
     return columns
 
 
@@ -60,8 +62,9 @@ def gain_of(runs, table, study, arm, budget, group):
     losses = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in VARIANTS}
     losses[FINE] = fine_loss(runs, study, arm, group)
     has_planned = losses[FINE].notna().any()
-    gain = relative_gain(runs, study, arm, group)
-    if not has_planned:
+    if has_planned:
+        gain = relative_gain(runs, study, arm, group)
+    else:
         gain = gain_over_static(runs, table, study, arm, budget, group)
     values = gain.dropna().to_numpy()
     verdict, interval = statistics.gain_verdict(values, study.next_frame_margin)
@@ -138,26 +141,30 @@ def by_seeds(runs, column):
 
 
 def frame_gains(runs, study, arm):
-    """As in `NextFrameGain`; [] where a run of the arm has no losses by frame."""
-    found, number = [], 1
-    while f"{FRAME}{number}_{COARSE}" in runs:
-        coarse, fine = (number_column(runs, f"{FRAME}{number}_{name}") for name in (COARSE, fine_name(study, arm)))
-        found.append(float((1 - fine / coarse.where(coarse > 0)).mean()))
-        number += 1
-    return [] if np.isnan(found).any() else found
+    """As in `NextFrameGain`, of the frames that the arm's clips have."""
+    fine = fine_name(study, arm)
+    return while_known(lambda number: mean_gain(runs, f"{FRAME}{number}_", fine))
 
 
 def pass_gains(runs):
     """As in `NextFrameGain`."""
-    found = {}
-    for name in runs:
-        count, _, variant = name.removeprefix(PASSES).partition("_")
-        if name.startswith(f"{PASSES}{count}_fine") and variant.startswith("fine_"):
-            coarse = number_column(runs, f"{PASSES}{count}_{COARSE}")
-            gain = float((1 - runs[name].astype(float) / coarse.where(coarse > 0)).mean())
-            if not np.isnan(gain):
-                found.setdefault(count, []).append(gain)
-    return found
+    lengths = dict.fromkeys(name.removeprefix(PASSES).partition("_")[0] for name in runs if name.startswith(PASSES))
+    found = {
+        length: while_known(lambda number, length=length: mean_gain(runs, f"{PASSES}{length}_", f"fine_{number}"))
+        for length in lengths
+    }
+    return {length: gains for length, gains in found.items() if gains}
+
+
+def mean_gain(runs, prefix, fine):
+    """1 - fine / coarse loss of the columns with a prefix, mean over the runs that have both; NaN without any."""
+    coarse = number_column(runs, f"{prefix}{COARSE}")
+    return float((1 - number_column(runs, f"{prefix}{fine}") / coarse.where(coarse > 0)).mean())
+
+
+def while_known(gain_of_number):
+    """The gains of the numbers 1, 2 ... until one is NaN."""
+    return list(takewhile(lambda gain: not np.isnan(gain), map(gain_of_number, count(1))))
 
 
 def target_of(study, arm):

@@ -21,7 +21,6 @@ from pipeline_steps.common.study_results import (
     CLIPS,
     COARSE,
     EXPLORATORY,
-    NOT_LEARNED,
     SEEDS,
     UNDECIDED,
     VIDEOS,
@@ -122,9 +121,7 @@ def next_frame_lines(summary):
             "runs": len(found.known("gain")),
             "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
             "95 % interval (t)": gain_points(found.interval),
-            "verdict on planned looks": found.verdict_text(summary.next_frame_margin)
-            if arm.next_frame.get(VIDEOS, found).is_learned
-            else NOT_LEARNED,
+            "verdict on planned looks": arm.prediction_verdict(group, summary.next_frame_margin),
             "clips won, %": spread(found.known("wins")),
             "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
             **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},
@@ -163,7 +160,7 @@ def diagnostics_lines(summary):
         found = arm.next_frame[VIDEOS]
         row = {"arm": arm.arm, "budget": arm.budget}
         for name, (title, factor, digits) in DIAGNOSTICS.items():
-            values = found.known(name) if name in found.measures else []
+            values = found.known(name)
             row[title] = f"{factor * np.mean(values):.{digits}f}" if values else "–"
         row["gain by frame, %"] = ", ".join(map(gain_text, found.frame_gains)) or "–"
         gains = (f"{count}: {', '.join(map(gain_text, values))}" for count, values in found.pass_gains.items())

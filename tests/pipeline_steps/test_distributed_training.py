@@ -151,15 +151,20 @@ def test_a_failing_process_stops_all_processes_with_its_error(finished_run, tmp_
     assert not (folder / "outputs/stage1").exists()
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_path, num_processes):
-    options = ("runtime.checkpoint_every=1000", "training.stage1.num_samples=160")
+def started_beside_a_whole_run(finished_run, tmp_path, options, num_processes):
+    """(folder of a finished run of stage 1, folder of one that has just been started, its processes)."""
     expected, folder = tmp_path / "expected", tmp_path / "stopped"
     for place in (expected, folder):
         place.mkdir()
         folder_for(finished_run, place, *options)
     pipeline.train(expected, "stage1", num_processes)
-    processes = pipeline.start_training(folder, "stage1", num_processes)
+    return expected, folder, pipeline.start_training(folder, "stage1", num_processes)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_path, num_processes):
+    options = ("runtime.checkpoint_every=1000", "training.stage1.num_samples=160")
+    expected, folder, processes = started_beside_a_whole_run(finished_run, tmp_path, options, num_processes)
     log, deadline = folder / "log-0.txt", time.monotonic() + 120
     while not (log.exists() and "loss " in log.read_text()) and time.monotonic() < deadline:  # the bar: it trains
         time.sleep(0.01)
@@ -177,12 +182,7 @@ def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_pat
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_sigterm_after_the_last_step_loses_only_the_final_validation(finished_run, tmp_path, num_processes):
     options = ("runtime.checkpoint_every=1000", "training.common.max_validation_items=1000")
-    expected, folder = tmp_path / "expected", tmp_path / "stopped"
-    for place in (expected, folder):
-        place.mkdir()
-        folder_for(finished_run, place, *options)
-    pipeline.train(expected, "stage1", num_processes)
-    processes = pipeline.start_training(folder, "stage1", num_processes)
+    expected, folder, processes = started_beside_a_whole_run(finished_run, tmp_path, options, num_processes)
     deadline = time.monotonic() + 120
     while not list(folder.glob(".scratch/stage1/*/step-*")) and time.monotonic() < deadline:
         time.sleep(0.001)

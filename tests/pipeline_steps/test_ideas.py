@@ -201,6 +201,14 @@ def test_collected_columns_are_what_the_summary_reads():
     assert next_frame.columns_of(None) == {}
 
 
+def test_arms_with_shorter_clips_keep_their_gains_by_frame(table):
+    rows = table[table["arm"] == "latent"].assign(**next_frame.columns_of(result_of("videos")))
+    longer = {f"next_frame_frame_3_{name}": [1.0] for name in ("coarse", "fine_1")}
+    rows = pd.concat([rows, rows.iloc[:1].assign(arm="frames_16", run="long", **longer)])
+    gains = {arm.arm: arm.next_frame["videos"].frame_gains for arm in results.summarise("next_frame", rows, STUDY).arms}
+    assert gains == {"latent": pytest.approx([0.1, 0.5]), "frames_16": pytest.approx([0.1, 0.5, 0.0])}
+
+
 def test_a_head_that_predicts_no_better_than_no_change_has_no_verdict(table):
     trivial = table.assign(next_frame_videos_unchanged=0.5)
     found = results.summarise("next_frame", trivial, STUDY)
