@@ -37,6 +37,15 @@ def _leave_to_this_process(pipes: list[int]) -> None:
     os.register_at_fork(after_in_child=close)
 
 
+@pytest.fixture(autouse=True)
+def real_time_priority_is_refused():
+    """A codec may raise the priority of the thread that calls it (tests/pipeline_steps/clips.py)."""
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        pytest.fail("the test left its process with a real-time priority")
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """A folder in which every stage but the report has run, at a size of seconds. Read-only for the tests."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -19,6 +21,21 @@ def index_of(image, num_frames):
     return round((float(np.asarray(image).mean()) - 20) * num_frames / 200)
 
 
+@contextmanager
+def kept_scheduling():
+    """libsvtav1 gives the thread that calls it, where root does, real-time priority (99) and leaves it so. The kernel takes
+    no core from such a thread or its children to give it to another: a few that wait for each other hold all cores."""
+    if not hasattr(os, "sched_setscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@kept_scheduling()
 def write_clip(
     path, frames, fps=2, codec="libx264", options=None, gop=12, stamps=None, rotation=0, pix_fmt="yuv420p", context=None
 ):

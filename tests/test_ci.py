@@ -1,0 +1,68 @@
+"""What stops a command of .ci/run that stands still, and names the tests that had not ended."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CI = Path(__file__).parents[1] / ".ci"
+
+
+def watched(script, seconds="60 60"):
+    command = [sys.executable, CI / "watched.py", sys.executable, "-u", "-c", script]
+    return subprocess.run(
+        command, env=os.environ | {"WATCHED_SECONDS": seconds}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_command_is_shown_with_its_exit_code():
+    done = watched("import sys; print('out'); print('error', file=sys.stderr); sys.exit(3)")
+    assert done.returncode == 3
+    lines = done.stdout.splitlines()
+    assert sorted(lines[:2]) == ["error", "out"]
+    assert lines[-1].startswith("largest process: ")
+    assert watched("import os; os.kill(os.getpid(), 9)").returncode == 137
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "code", "why"),
+    [
+        ("import time; print('begun'); time.sleep(60)", "60 1", 125, "stopped: nothing was printed for 1 s. Load "),
+        (
+            "import time\nwhile True: print('begun'); time.sleep(.1)",
+            "1 60",
+            124,
+            "stopped: still running after 1 s. Load ",
+        ),
+    ],
+)
+def test_a_command_is_stopped_with_its_stacks_and_the_threads_that_were_awake(script, seconds, code, why):
+    done = watched("import faulthandler; faulthandler.enable()\n" + script, seconds)
+    assert done.returncode == code
+    begun, stack, stopped = (done.stdout.index(text) for text in ("begun", 'File "<string>"', why))
+    assert begun < stack < stopped
+    assert "STAT CLS" in done.stdout[stopped:]
+
+
+def test_a_process_that_outlives_its_command_is_not_waited_for():
+    done = watched("import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])")
+    assert done.returncode == 0
+
+
+def test_tests_that_had_not_ended_are_named(tmp_path):
+    (tmp_path / "log").write_text(
+        "tests/a.py::test_one[a b] \n"
+        "tests/b.py::test_two \n"
+        "[gw0] [  1%] PASSED tests/a.py::test_one[a b] \n"
+        "tests/a.py::test_three \n"
+        "[gw1] [  2%] FAILED tests/b.py::test_two \n"
+        "  File tests/b.py, line 3\n"
+        "largest process: 12 MiB\n"
+    )
+    functions = f"source <(sed -n '/^facts()/,/^}}/p; /^unfinished()/,/^}}/p' {CI / 'run'})"
+    done = subprocess.run(
+        ["bash", "-c", f"work={tmp_path}; {functions}; facts"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "largest process: 12 MiB not ended: tests/a.py::test_three"
