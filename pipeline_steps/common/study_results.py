@@ -17,7 +17,7 @@ FINE, COARSE = "fine", "coarse"
 
 
 class NextFrameGain(Result):
-    """Whether planned looks predict the next frame better than static ones, in one group of clips.
+    """Whether planned queries predict the next frame better than static ones, in one group of clips.
 
     Lists have one entry per run of the arm; null: the run has no such clips, or the network has a single pass.
     """
@@ -33,7 +33,7 @@ class NextFrameGain(Result):
     interval: Interval | None
     """95 % t-interval of the mean gain; null: fewer than two runs."""
     verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "single pass"]
-    """Of planned looks, by the interval. Equal: it lies within the study's `next_frame_margin`."""
+    """Of planned queries, by the interval. Equal: it lies within the study's `next_frame_margin`."""
     differences: list[float]
     """Gain of the baseline minus the arm's, per pair; empty: the baseline, another target, or no pair."""
     differences_interval: Interval | None
@@ -66,8 +66,8 @@ class NextFrameGain(Result):
 
     def verdict_text(self, margin):
         """The verdict in words; margin: the study's `next_frame_margin`."""
-        words = {EQUAL: f"equal within {100 * margin:g}%", SINGLE_PASS: "no planned looks"}
-        words |= {BETTER: "planned looks better", WORSE: "planned looks worse"}
+        words = {EQUAL: f"equal within {100 * margin:g}%", SINGLE_PASS: "no planned queries"}
+        words |= {BETTER: "planned queries better", WORSE: "planned queries worse"}
         return words.get(self.verdict, self.verdict)
 
     def known(self, name):
@@ -107,8 +107,8 @@ class ArmResult(Result):
     """By group of clips (`CLIPS`); empty: not trained to predict the next frame."""
 
     def prediction_verdict(self, group, margin):
-        """The verdict on planned looks in a group of clips, in words; none for a head that has learned nothing. margin:
-        the study's `next_frame_margin`."""
+        """The verdict on planned queries in a group of clips, in words; none for a head that has learned nothing.
+        margin: the study's `next_frame_margin`."""
         moving = self.next_frame.get(VIDEOS)
         return NOT_LEARNED if moving and not moving.is_learned else self.next_frame[group].verdict_text(margin)
 
@@ -159,7 +159,7 @@ class StudySummary(Result):
     margin: float
     """Differences below it count as none."""
     next_frame_margin: float = 0.01
-    """Gains of planned looks in next-frame prediction below it count as none."""
+    """Gains of planned queries in next-frame prediction below it count as none."""
     plateau: float
     """Mean token accuracy from which a run has left the plateau."""
     split: str = "test"

@@ -1,4 +1,4 @@
-"""How well the next frame is predicted after static and planned looks, from a checkpoint with a head for it.
+"""How well the next frame is predicted after static and planned queries, from a checkpoint with a head for it.
 
     python -m pipeline_steps.evaluation.next_frame [--checkpoint outputs/stage3] [--out outputs/metrics/next_frame.json]
         [--num-frames 8 16] [--max-passes 3]
@@ -277,7 +277,7 @@ def wins(by_clip, fine):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Next-frame losses of a checkpoint after static and planned looks.")
+    parser = argparse.ArgumentParser(description="Next-frame losses of a checkpoint after static and planned queries.")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/stage3"))
     parser.add_argument("--autoencoder", help="its folder, if not the one that the checkpoint names")

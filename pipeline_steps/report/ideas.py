@@ -1,7 +1,7 @@
 """The research's twelve ideas and the fovea: parameter, measured effect with interval, verdict.
 
 An idea about the text objective is compared by its answers. Of an idea about next-frame prediction, the effect is the
-gain of planned over static looks. Verdicts are by 95 % t-intervals and exploratory: not corrected for the number of
+gain of planned over static queries. Verdicts are by 95 % t-intervals and exploratory: not corrected for the number of
 ideas, and of as few as three runs.
 """
 
@@ -76,7 +76,7 @@ IDEAS = (
     text_beside("beside_text", "beside the text loss, answers", "weight"),
     predicting("first system", "modes", "modes 60/20/20", "modes"),
     text_beside("modes", "modes 60/20/20, answers", "modes"),
-    static("latent_A6", "static looks trained apart", "weight"),
+    static("latent_A6", "static queries trained apart", "weight"),
     static("no_previous_A6", "the same without previous latent", "previous_latent", baseline="no_previous"),
     predicting("1 previous latent", "drop", "dropped", "previous_latent"),
     predicting("1 previous latent", "noise", "with noise", "previous_latent"),
@@ -155,12 +155,12 @@ def prediction_table(chosen):
     columns = ["idea", "parameter", *(f"{clips}, %" for clips in CLIPS.values()), "verdict", *BESIDE]
     note = (
         f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss on moving clips, mean over runs [95% "
-        "t-interval, not corrected for the number of ideas]; above 0, planned looks are better. Static looks trained "
-        "apart: against the planned looks of the model with the same objective. Clips won: share of moving clips with "
-        "lower planned loss. Loss without the state: with the language model's state shuffled between clips / zeroed, "
-        "divided by the planned loss, moving clips; near 1, the head does not use it. Reference − idea: difference of "
-        "the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs with equal seeds "
-        "and targets."
+        "t-interval, not corrected for the number of ideas]; above 0, planned queries are better. Static queries "
+        "trained apart: against the planned queries of the model with the same objective. Clips won: share of moving "
+        "clips with lower planned loss. Loss without the state: with the language model's state shuffled between clips "
+        "/ zeroed, divided by the planned loss, moving clips; near 1, the head does not use it. Reference − idea: "
+        "difference of the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs "
+        "with equal seeds and targets."
     )
     return Table("ideas_next_frame", "Ideas compared by next-frame prediction", columns, rows, note)
 
@@ -247,15 +247,15 @@ def finding(found):
             parts.setdefault(OUTCOMES[entry.verdict if entry else None], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)
-    return f"The research found that planned looks predict the next frame no better than static ones: {outcomes}."
+    return f"The research found that planned queries predict the next frame no better than static ones: {outcomes}."
 
 
 OUTCOMES = {
     EQUAL: "reproduced",
-    BETTER: "refuted, planned looks are better,",
-    WORSE: "not refuted, planned looks are even worse,",
+    BETTER: "refuted, planned queries are better,",
+    WORSE: "not refuted, planned queries are even worse,",
     UNDECIDED: "undecided",
     TOO_FEW: "not decided by fewer than three runs",
-    SINGLE_PASS: "not decided without planned looks",
+    SINGLE_PASS: "not decided without planned queries",
     None: "not measured",
 }

@@ -82,7 +82,7 @@ class Study(StrictModel):
     margin: float = Field(default=0.03, gt=0)
     """Differences of token accuracy below it count as none."""
     next_frame_margin: float = Field(default=0.01, gt=0)
-    """Relative gains of planned over static looks in next-frame loss below it count as none."""
+    """Relative gains of planned over static queries in next-frame loss below it count as none."""
     plateau: float = Field(default=0.75, gt=0, lt=1)
     """Mean token accuracy from which a run counts as having left the plateau."""
 

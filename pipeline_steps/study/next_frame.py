@@ -1,4 +1,4 @@
-"""Next-frame losses of a study: whether planned looks predict the next frame better than static ones, from runs.csv."""
+"""Next-frame losses of a study: whether planned queries predict the next frame better than static, from runs.csv."""
 
 from itertools import count, takewhile
 
@@ -106,8 +106,8 @@ def moving_loss(runs):
 
 
 def gain_over_static(runs, table, study, arm, budget, group):
-    """Gain of the baseline's planned looks over the static ones of an arm that was trained with these alone, for every
-    run of the arm; missing without a run of the baseline with its seeds and budget, or for another target."""
+    """Gain of the baseline's planned queries over the static ones of an arm that was trained with these alone, for
+    every run of the arm; missing without a run of the baseline with its seeds and budget, or for another target."""
     planned = baseline_runs(table, study, arm, budget)
     if planned is None:
         return pd.Series(np.nan, runs.index)

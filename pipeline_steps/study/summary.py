@@ -71,7 +71,7 @@ def page(summary, table, study, command=None):
     if summary.comparisons:
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
     if any(arm.next_frame for arm in summary.arms):
-        parts += ["## Next frame: planned against static looks", *next_frame_lines(summary)]
+        parts += ["## Next frame: planned against static queries", *next_frame_lines(summary)]
     parts += caption_lines(table)
     if any(arm.answers_trained for arm in summary.arms):
         parts += ["![Token accuracy of every run by task](runs.png)"]
@@ -121,7 +121,7 @@ def next_frame_lines(summary):
             "runs": len(found.known("gain")),
             "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
             "95 % interval (t)": gain_points(found.interval),
-            "verdict on planned looks": arm.prediction_verdict(group, summary.next_frame_margin),
+            "verdict on planned queries": arm.prediction_verdict(group, summary.next_frame_margin),
             "clips won, %": spread(found.known("wins")),
             "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
             **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},
@@ -132,11 +132,11 @@ def next_frame_lines(summary):
         for group, found in arm.next_frame.items()
     ]
     note = (
-        "Gain: (loss of static − loss of planned looks) / the run's loss of static looks on moving clips (mean squared "
-        "error of the head), mean over the runs. In networks with a single pass: of the baseline's planned looks over "
-        "these, which were trained apart, pairs of runs with equal seeds. "
+        "Gain: (loss of static − loss of planned queries) / the run's loss of static queries on moving clips (mean "
+        "squared error of the head), mean over the runs. In networks with a single pass: of the baseline's planned "
+        "queries over these, which were trained apart, pairs of runs with equal seeds. "
         f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
-        "better or worse if it excludes 0. Loss: planned looks (static ones in networks with a single pass); divided "
+        "better or worse if it excludes 0. Loss: planned queries (static ones in networks with a single pass); divided "
         "by it: the loss with another clip's state, with the state zeroed, with the previous latent zeroed, and of the "
         "prediction that nothing changes, which is exact in static clips. "
         "Baseline − arm: difference of the gains, pairs of runs with equal seeds and targets."
@@ -168,8 +168,8 @@ def diagnostics_lines(summary):
     note = (
         "Moving clips, means of the runs with these measures. Similarity: cosine of a frame's static and planned "
         "token. Sensitivity: relative change of the prediction / of the input. Gains here are relative to the loss of "
-        "static looks in the same frames; after more passes than were trained, and by the number of frames that clips "
-        "are cut to (all: as they are)."
+        "static queries in the same frames; after more passes than were trained, and by the number of frames that "
+        "clips are cut to (all: as they are)."
     )
     return [markdown(pd.DataFrame(rows)), note] if rows else []
 

@@ -1,4 +1,4 @@
-"""The research's ideas: gains of planned looks in next-frame prediction, and the table of all ideas."""
+"""The research's ideas: gains of planned queries in next-frame prediction, and the table of all ideas."""
 
 import json
 
@@ -17,8 +17,8 @@ from pipeline_steps.study.design import read_study
 from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
 
 STUDY = read_study("next_frame")
-FINE = {  # loss after one planned look, seed by seed, on moving and on static clips; the static look has 1 and 0.5, and
-    # gains are relative to the 1
+FINE = {  # loss after one planned query, seed by seed, on moving and on static clips; the static query has 1 and 0.5,
+    # and gains are relative to the 1
     "latent": ([0.98, 0.96, 0.97], [0.5, 0.5, 0.5]),  # gains .02 .04 .03, and 0
     "delta": ([1.002, 0.998, 1.0], [0.55, 0.54, 0.56]),  # gains -.002 .002 0, and -.05 -.04 -.06
     "flow": ([0.9, 1.1, 0.9], [0.5, None, 0.5]),  # gains .1 -.1 .1, and 0 0; the second run has no static clips
@@ -86,7 +86,7 @@ def test_the_interval_decides(found):
     assert verdicts["flow", "image"] == "too few runs"  # one run has no static clips
     assert verdicts["drop", "videos"] == "better"
     assert verdicts["skip", "videos"] == verdicts["skip", "image"] == "too few runs"
-    assert verdicts["latent_A6", "videos"] == "better"  # the planned looks of latent
+    assert verdicts["latent_A6", "videos"] == "better"  # the planned queries of latent
     assert verdicts["latent_A6", "image"] == "equal"
     assert statistics.gain_verdict(np.array([0.02, 0.04, 0.03]), 0.06)[0] == "equal"  # a larger margin
 
@@ -141,8 +141,8 @@ def test_accuracies_of_arms_without_text_loss_are_no_results(tmp_path, table, fo
     assert "| latent | x1 | 3 | – | – | – | – | – | – |" in text
     assert "| beside_text | x1 | 3 | 12.5 (12.5 to 12.5) |" in text
     assert (
-        "| latent | x1 | moving clips | 3 | +3.00 | [+0.52, +5.48] | planned looks better | 50.0 (25.0 to 75.0) | 0.97 "
-        "| 1.050 | 1.500 | – | 2.062 | – | – |"
+        "| latent | x1 | moving clips | 3 | +3.00 | [+0.52, +5.48] | planned queries better | 50.0 (25.0 to 75.0) "
+        "| 0.97 | 1.050 | 1.500 | – | 2.062 | – | – |"
     ) in text
     assert "| flow | x1 | static clips | 2 | +0.00 | [+0.00, +0.00] | too few runs |" in text
     assert (
@@ -287,7 +287,7 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
         "clips won, %": "50.0 [25–75]",
         "loss without the state, ×": "1.05 / 1.50",
         "reference − idea, points": "+0.00 [−2.48, +2.48]",
-        "verdict": "moving clips: planned looks better; static clips: equal within 1% (next_frame, 3 runs)",
+        "verdict": "moving clips: planned queries better; static clips: equal within 1% (next_frame, 3 runs)",
     }
     assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−5.00 [−7.48, −2.52]"
     assert rows["2 delta: with L1 safeguard"]["reference − idea, points"] == "–"
@@ -299,8 +299,8 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
 def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
     text = ideas.finding([kept(found, table)])
     assert "static ones: reproduced for latent on static clips (+0.00 [+0.00, +0.00]%), delta on moving clips (" in text
-    assert "refuted, planned looks are better, for latent on moving clips (+3.00 [+0.52, +5.48]%);" in text
-    assert "not refuted, planned looks are even worse, for delta on static clips (−5.00 [−7.48, −2.52]%);" in text
+    assert "refuted, planned queries are better, for latent on moving clips (+3.00 [+0.52, +5.48]%);" in text
+    assert "not refuted, planned queries are even worse, for delta on static clips (−5.00 [−7.48, −2.52]%);" in text
     assert "undecided for flow on moving clips (+3.33 [−25.35, +32.02]%);" in text
     assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
 
@@ -344,7 +344,7 @@ def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, tabl
     summary.write_summary("next_frame", STUDY, tmp_path / "reports/study")
     page = build(tmp_path, monkeypatch)
     text = (tmp_path / "reports/report.md").read_text()
-    sentence = "refuted, planned looks are better, for latent on moving clips"
+    sentence = "refuted, planned queries are better, for latent on moving clips"
     ideas_at, losses_at = page.index('id="ideas-rows"'), page.index('id="ideas_next_frame-rows"')
     assert page.index("<h2>Ideas of the research</h2>") < page.index(sentence) < ideas_at < losses_at
     assert text.index("## Ideas of the research") < text.index(sentence) < text.index("| 1 previous latent: dropped |")
