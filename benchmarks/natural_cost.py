@@ -40,7 +40,7 @@ ASSUMED_GPU = "H100"  # where no GPU is found
 UTILISATION = 0.06  # of the peak; an earlier version of this network reached 6.1 % of an H100 with 32 samples a step
 CPU_FLOPS = 5.2e10  # of one core, FLOP/s: the CPU run in docs/experiment_log.md, 0.164 PFLOP in 3,125 s
 GIVEN = ("torch", "transformers")  # what a bare machine has, with their own requirements
-NEEDED = ("pydantic", "pyarrow", "pyyaml", "pandas", "pillow")  # by every stage
+NEEDED = ("pydantic", "pyarrow", "pyyaml", "pandas", "pillow", "simplejpeg")  # by every stage
 NEEDED += ("av", "imagehash", "scipy")  # to make data; imagehash needs scipy
 NEEDED += ("matplotlib",)  # to draw heatmaps
 

@@ -4,7 +4,6 @@ An item is one question with its answer. Items about the same clip share its fra
 read from the tar at the byte offsets in the sidecar, so opening a data set reads no tar.
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from pipeline_steps.common import sidecar
 from pipeline_steps.common.errors import UserError
@@ -27,7 +26,6 @@ from pipeline_steps.streaming.file_cache import FileCache
 from pipeline_steps.streaming.targets import ground_truth
 
 MAX_IDLE_BYTES = 64 * 2**20  # unused memory kept for the frames of later items
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow for damaged bytes
 
 
 class UnreadableSample(UserError):
@@ -188,13 +186,10 @@ class TokenizedShards:
         frames = self._pool.empty((len(raw.jpegs), size, size, 3) if raw.jpegs else (0, 0, 0, 3), np.uint8)
         for number, content in enumerate(raw.jpegs):
             try:
-                frames[number] = decode(content, size)
-            except DECODE_ERRORS as error:
+                decode(content, frames[number])
+            except ValueError as error:
                 where = f"{self.shards_dir}/{self.split}"
-                why = (
-                    "not an image" if isinstance(error, UnidentifiedImageError) else error
-                )  # omit the object's address
-                raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({why})") from None
+                raise UnreadableSample(where, key, f"frame {number} cannot be decoded ({error})") from None
         item = {**raw.row, "frames": frames}
         if self.target_patch_size is not None:
             grid = frames.shape[1] // self.target_patch_size
@@ -221,12 +216,13 @@ class TokenizedShards:
         return self._tars[self.shard_number(number)]
 
 
-def decode(content: bytes, size: int) -> np.ndarray:
-    """Decode a JPEG to uint8 [size, size, 3]. Raises one of DECODE_ERRORS for damaged data or another image size."""
-    with Image.open(io.BytesIO(content)) as picture:
-        if picture.size != (size, size):
-            raise ValueError(f"{picture.width} x {picture.height} px instead of {size} x {size}")
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+def decode(content: bytes, pixels: np.ndarray) -> None:
+    """Decode a JPEG into `pixels`, uint8 [height, width, 3], to the bit as Pillow does, but faster and without holding
+    the interpreter's lock. Raises ValueError for damaged data or another size."""
+    height, width, *_ = decode_jpeg_header(content)
+    if (height, width) != pixels.shape[:2]:
+        raise ValueError(f"{width} x {height} px instead of {pixels.shape[1]} x {pixels.shape[0]}")
+    decode_jpeg(content, "RGB", fastdct=False, fastupsample=False, buffer=pixels)
 
 
 def _parse(raw: RawItem) -> PackedSample:

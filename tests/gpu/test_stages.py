@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("pydantic", reason="the parameters of the stages need pydantic")
 pytest.importorskip("pyarrow", reason="the items of the stages need pyarrow")
+pytest.importorskip("simplejpeg", reason="the frames of the stages need simplejpeg")
 
 from benchmarks.workload import clips
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger

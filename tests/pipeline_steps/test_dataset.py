@@ -1,5 +1,6 @@
 """Random access to packed data: rows on demand, frames by offset, files that do not belong together."""
 
+import io
 import json
 import os
 import tracemalloc
@@ -7,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline_steps.common import sidecar
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming import index
-from pipeline_steps.streaming.dataset import UnreadableSample
+from pipeline_steps.streaming.dataset import UnreadableSample, decode
 from pipeline_steps.streaming.file_cache import FileCache
 from tests.pipeline_steps import packed
 from tests.pipeline_steps.packed import SIZE, Clip, clips, open_split, write
@@ -119,6 +121,19 @@ def test_adjacent_pieces_are_read_together(tmp_path, monkeypatch):
     assert pieces == [content[offset : offset + size] for offset, size in places]
     assert [(size, offset) for _, size, offset in calls] == [(4_005, 0), (14, 50_000), (9, 30_000), (20, 30_000)]
     assert FileCache().read(str(tmp_path / "file"), []) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}, {"mode": "L"}])
+def test_frames_are_decoded_to_the_pixels_of_pillow(options):
+    options = {"mode": "RGB"} | options
+    noise = np.random.default_rng(1).integers(0, 256, (7, 9, 3)).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).resize((54, 42)).convert(options.pop("mode")).save(content, "JPEG", **options)
+    pixels = np.zeros((42, 54, 3), np.uint8)
+    decode(content.getvalue(), pixels)
+    assert np.array_equal(pixels, Image.open(content).convert("RGB"))
+    with pytest.raises(ValueError, match="54 x 42 px instead of 42 x 42"):
+        decode(content.getvalue(), np.zeros((42, 42, 3), np.uint8))
 
 
 def test_damaged_frames_raise_one_error_that_names_the_sample(tmp_path):
