@@ -11,7 +11,6 @@ kill, the same command in the same folder continues, and writes the same bytes.
 
 import argparse
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import locked_scratch, write_json, write_text
+from pipeline_steps.common.files import locked_scratch, remove_folder, write_json, write_text
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 from pipeline_steps.monitoring.progress import progress_bar
 
@@ -135,7 +134,7 @@ def write_chats(
             for question, text in chats
         ]
         write_text(output, "\n".join(lines) + "\n")
-        shutil.rmtree(kept)
+        remove_folder(kept)
     print(
         f"{output}: {len(chats)} chats; {len(asked) - len(chats)} answers were empty or longer than {max_tokens} tokens"
     )
