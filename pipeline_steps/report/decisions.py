@@ -1,16 +1,19 @@
 """The decision table: what the studies say about every choice of the default recipe.
 
 A row compares the default recipe with one alternative, in every group of tasks, in the study with most pairs of both.
-The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command.
+The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command. Of fewer
+than six pairs, which no exact test can call different, the uncorrected intervals decide.
 """
 
 from dataclasses import dataclass
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, WORSE
+from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, WORSE
 from pipeline_steps.report import studies
+from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
 CHEAPER, OTHER = "cheaper", "other"
+FEWEST_PAIRS = 6  # with which a two-sided sign-flip test can have p < 0.05
 RULES = {CHEAPER: "unless worse", OTHER: "if better"}  # when an alternative is taken
 
 
@@ -64,7 +67,8 @@ def table(found):
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
         f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
-        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. {studies.TIERS}"
+        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Fewer than {FEWEST_PAIRS} pairs: the "
+        f"intervals decide, equal within the study's margin, not corrected for the number of rows. {studies.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
@@ -113,8 +117,25 @@ def effect_cells(own, groups):
 
 
 def verdict_text(choice, study, own):
-    """What the comparisons `own` decide, and of which study."""
-    return attributed(outcome(choice.rule, [entry.verdict for entry in own.values()]), study, own)
+    """What the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ, of which study."""
+    verdicts = {group: verdict(entry, study.summary.margin) for group, entry in own.items()}
+    if TOO_FEW in verdicts.values():
+        return attributed(TOO_FEW, study, own)
+    text = outcome(choice.rule, list(verdicts.values()))
+    if len(set(verdicts.values())) > 1:
+        text += "; " + ", ".join(f"{group}: {OF_ALTERNATIVE.get(found, found)}" for group, found in verdicts.items())
+    return attributed(text, study, own)
+
+
+OF_ALTERNATIVE = {BETTER: "worse", WORSE: "better"}  # by the verdict on the default; the others are symmetric
+
+
+def verdict(entry, margin):
+    """The verdict on the default of a `ComparisonResult`: the study's, or the interval's where it has few pairs."""
+    count = len(entry.differences)
+    if count >= FEWEST_PAIRS or entry.matched is None:
+        return entry.verdict
+    return interval_verdict(entry.interval, count, margin)
 
 
 def attributed(found, study, own):

@@ -19,7 +19,6 @@ from pipeline_steps.common.study_results import (
 )
 from pipeline_steps.report import decisions, studies
 from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
-from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
 OBJECTIVE = "training.stageN.objective"
@@ -131,12 +130,13 @@ def answers_table(chosen):
         for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
             own = decisions.by_group(choice, study, label)
             name = decisions.name_of(choice, label.partition(", ")[2])
-            rows.append([name, parameter, *decisions.effect_cells(own, groups), verdict_text(choice, study, own)])
+            verdict = decisions.verdict_text(choice, study, own)
+            rows.append([name, parameter, *decisions.effect_cells(own, groups), verdict])
     columns = ["idea", "parameter", *(f"{group}, points" for group in groups), "verdict"]
     note = (
         f"{PARAMETER_NOTE} Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text "
         "loss alone minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs "
-        "with equal seeds. The intervals decide, by the rules under Decisions, equal within 3 points."
+        "with equal seeds. Verdicts by the rules under Decisions."
     )
     return Table("ideas", "Ideas compared by answers", columns, rows, note)
 
@@ -167,22 +167,6 @@ def prediction_table(chosen):
 
 def parameter_text(idea):
     return ", ".join(name.removeprefix(f"{OBJECTIVE}.") for name in idea.parameters)
-
-
-def verdict_text(choice, study, own):
-    """What the intervals of the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ,
-    and of which study."""
-    margin = study.summary.margin
-    verdicts = {group: interval_verdict(e.interval, len(e.differences), margin) for group, e in own.items()}
-    if TOO_FEW in verdicts.values():
-        return decisions.attributed(TOO_FEW, study, own)
-    text = decisions.outcome(choice.rule, list(verdicts.values()))
-    if len(set(verdicts.values())) > 1:
-        text += "; " + ", ".join(f"{group}: {OF_IDEA[verdict]}" for group, verdict in verdicts.items())
-    return decisions.attributed(text, study, own)
-
-
-OF_IDEA = {BETTER: "worse", EQUAL: "equal", WORSE: "better", UNDECIDED: "undecided"}  # by the verdict on the reference
 
 
 def study_of(idea, found):

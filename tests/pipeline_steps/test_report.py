@@ -657,7 +657,7 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
             "+44.0 [+30.0, +50.0]",
             "−10.0 [−10.0, −10.0]",
             "+50%, above 15%",
-            "undecided (many, 3 pairs)",
+            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs)",
             "if better",
         ),
     ]
