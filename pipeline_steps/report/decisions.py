@@ -36,7 +36,7 @@ CHOICES = (
     Choice("more tokens", "B1_4", "four pooled", OTHER, "headline"),
     Choice("freeze", "F1", "both backbones (F1)", CHEAPER, "phase1a"),
     Choice("freeze", "F2", "language model (F2)", CHEAPER, "phase1a"),
-    Choice("freeze", "A5", "vision encoder (A5)", CHEAPER, "controls"),
+    Choice("freeze", "frozen_vision", "vision encoder (A5)", CHEAPER, "ideas"),
     Choice("connector rate", "LR2", "× 10 (LR2)", OTHER, "phase1a"),
     Choice("connector rate", "LR3", "× 0.3 (LR3)", OTHER, "phase1a"),
     Choice("connector rate", "LR4", "× 0.1 (LR4)", OTHER, "phase1a"),
