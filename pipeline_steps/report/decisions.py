@@ -53,8 +53,8 @@ CHOICES = (
 
 
 def table(found):
-    """`Table` of all CHOICES from a list of `studies.Study`."""
-    chosen = [(choice, best_study(choice, found)) for choice in CHOICES]
+    """`Table` of all CHOICES from a list of `studies.Study`, those without runs last."""
+    chosen = sorted(((choice, best_study(choice, found)) for choice in CHOICES), key=lambda pair: pair[1] is None)
     groups = list(dict.fromkeys(entry.group for choice, study in chosen if study for entry in entries(choice, study)))
     rows = []
     for choice, study in chosen:
