@@ -244,6 +244,7 @@ def wait_until_quiet(folder):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_run_stops_its_jobs_and_resumes(tmp_path):
     raw = tmp_path / "raw"
     write_stills(raw, range(32))

@@ -43,9 +43,13 @@ def studies(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- design
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/study").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_of_the_repository_is_valid(path):
-    study = design.read_study(path.stem)
+MANY_ARMS = ("controls", "ideas", "next_frame", "phase1a")  # a third of a second each
+NAMES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in MANY_ARMS)) for n in NAMES])
+def test_every_study_of_the_repository_is_valid(name):
+    study = design.read_study(name)
     for arm in study.arms:
         design.parameters_of(next(cell for cell in design.cells_of(study) if cell.arm == arm))
 
