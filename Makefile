@@ -73,7 +73,7 @@ bench: setup ## speed and memory as ratios to the predecessor's algorithm, and t
 	python -m benchmarks.modes
 
 clean: ## remove scratch files and tool caches (keeps .venv, results and finished jobs of studies)
-	find "$${RUN_SCRATCH:-.}/.scratch" -mindepth 1 -maxdepth 1 ! -name study -exec rm -rf {} + 2>/dev/null || true
+	find .scratch -mindepth 1 -maxdepth 1 ! -name study -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .pytest_cache .ruff_cache .snakemake
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

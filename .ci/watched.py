@@ -34,6 +34,8 @@ def main(command: list[str]) -> int:
             code = process.wait()
     finally:
         send(process, signal.SIGKILL)  # what is left of it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)  # its memory counts then
     print(f"largest process: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB", flush=True)
     return code if code >= 0 else 128 - code
 
@@ -48,7 +50,8 @@ def follow(process: subprocess.Popen, total: float, silence: float) -> int | Non
     running = quiet = 0.0
     before = time.monotonic()
     while True:
-        printed = selector.select(1)
+        ended = process.poll() is not None  # a process it has left may hold the pipe: only what is there is read
+        printed = selector.select(0 if ended else 1)
         now = time.monotonic()
         passed, before = min(now - before, 5), now
         running += passed
@@ -59,7 +62,7 @@ def follow(process: subprocess.Popen, total: float, silence: float) -> int | Non
                 return None
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
-        elif process.poll() is not None:  # a process it has left holds the pipe
+        elif ended:
             return None
         if running > total:
             return 124
@@ -69,10 +72,12 @@ def follow(process: subprocess.Popen, total: float, silence: float) -> int | Non
 
 def threads() -> str:
     """Load, number of threads, and those of them that run, may run or wait for a device."""
-    header, *rows = subprocess.run(TABLE, capture_output=True, text=True, check=True).stdout.splitlines()
+    try:
+        header, *rows = subprocess.run(TABLE, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"What was awake is not known, for want of ps: {error}"
     awake = [row for row in rows if row.split()[2][0] in "RD"]
-    with open("/proc/loadavg") as file:
-        load = file.read().strip()
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return "\n".join([f"Load {load}; {len(awake)} of {len(rows)} threads were awake:", header, *awake[:40]])
 
 

@@ -5,7 +5,7 @@
 
 `speed`: clips of 8 frames of 224 px, packed as the stage `shards` packs them, measured in alternating rounds, so
 that other load on the machine affects all variants equally:
-    raw           Pillow decodes the same JPEG files from memory, in as many threads
+    raw           Pillow decodes the same JPEG files from memory, in as many threads (ours decodes with simplejpeg)
     raw_batches   the same, keeping the pixels of a batch (as every loader must), which exceed the CPU caches
     pixels        our loader up to the decoded frames, in batches
     normalised    raw, then the pixels as float32, normalised

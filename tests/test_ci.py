@@ -29,12 +29,12 @@ def test_a_command_is_shown_with_its_exit_code():
 @pytest.mark.parametrize(
     ("script", "seconds", "code", "why"),
     [
-        ("import time; print('begun'); time.sleep(60)", "60 1", 125, "stopped: nothing was printed for 1 s. Load "),
+        ("import time; print('begun'); time.sleep(60)", "60 5", 125, "stopped: nothing was printed for 5 s. "),
         (
             "import time\nwhile True: print('begun'); time.sleep(.1)",
-            "1 60",
+            "5 60",
             124,
-            "stopped: still running after 1 s. Load ",
+            "stopped: still running after 5 s. ",
         ),
     ],
 )
@@ -43,12 +43,27 @@ def test_a_command_is_stopped_with_its_stacks_and_the_threads_that_were_awake(sc
     assert done.returncode == code
     begun, stack, stopped = (done.stdout.index(text) for text in ("begun", 'File "<string>"', why))
     assert begun < stack < stopped
-    assert "STAT CLS" in done.stdout[stopped:]
+    assert "STAT CLS" in done.stdout[stopped:] or "ps: " in done.stdout[stopped:]
 
 
-def test_a_process_that_outlives_its_command_is_not_waited_for():
-    done = watched("import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])")
+@pytest.mark.parametrize(
+    "does", ["time.sleep(60)", "[(print('left', flush=True), time.sleep(.2)) for _ in range(300)]"]
+)
+def test_a_process_that_outlives_its_command_is_not_waited_for(does):
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', \"import time; {does}\"]); print('last')"
+    done = watched(script)
     assert done.returncode == 0
+    assert "last" in done.stdout
+
+
+def test_the_memory_of_a_stopped_command_is_its_own():
+    done = watched("import time; kept = b'1' * 200 * 2**20; time.sleep(60)", "60 3")
+    assert int(done.stdout.rsplit("largest process: ", 1)[1].split()[0]) > 200
+
+
+def test_what_cannot_be_listed_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "ps: " in watched("import time; time.sleep(60)", "60 3").stdout
 
 
 def test_tests_that_had_not_ended_are_named(tmp_path):

@@ -150,7 +150,7 @@ def write_clips(finished_run, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(900)
 def test_the_documented_lines_fine_tune_a_checkpoint(finished_run, reproduced, tmp_path):
     """The lines of docs/training.md as they stand there, but for the paths and the size."""
     write_clips(finished_run, tmp_path / "clips")

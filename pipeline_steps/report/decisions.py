@@ -1,13 +1,13 @@
 """The decision table: what the studies say about every choice of the default recipe.
 
 A row compares the default recipe with one alternative, in every group of tasks, in the study with most pairs of both.
-The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command. Of fewer
-than six pairs, which no exact test can call different, the uncorrected intervals decide.
+The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command. Where the
+study's exact test says nothing, of fewer than six pairs or beyond its headline questions, uncorrected intervals decide.
 """
 
 from dataclasses import dataclass
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, WORSE
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNMATCHED, WORSE
 from pipeline_steps.report import studies
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
@@ -67,8 +67,9 @@ def table(found):
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
         f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
-        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Fewer than {FEWEST_PAIRS} pairs: the "
-        f"intervals decide, equal within the study's margin, not corrected for the number of rows. {studies.TIERS}"
+        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Tested: by exact tests, corrected for the "
+        "study's questions; else the intervals decide, equal within the study's margin, not corrected. x0.3: with "
+        f"three tenths of the default's samples, not converged. {studies.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
@@ -122,7 +123,7 @@ def verdict_text(choice, study, own):
     if TOO_FEW in verdicts.values():
         return attributed(TOO_FEW, study, own)
     text = outcome(choice.rule, list(verdicts.values()))
-    if len(set(verdicts.values())) > 1:
+    if len(set(verdicts.values())) > 1 or UNMATCHED in verdicts.values():
         text += "; " + ", ".join(f"{group}: {OF_ALTERNATIVE.get(found, found)}" for group, found in verdicts.items())
     return attributed(text, study, own)
 
@@ -131,17 +132,23 @@ OF_ALTERNATIVE = {BETTER: "worse", WORSE: "better"}  # by the verdict on the def
 
 
 def verdict(entry, margin):
-    """The verdict on the default of a `ComparisonResult`: the study's, or the interval's where it has few pairs."""
-    count = len(entry.differences)
-    if count >= FEWEST_PAIRS or entry.matched is None:
+    """The verdict on the default of a `ComparisonResult`: the study's, or the interval's if its test says nothing."""
+    if entry.matched is None or not by_interval(entry):
         return entry.verdict
-    return interval_verdict(entry.interval, count, margin)
+    return interval_verdict(entry.interval, len(entry.differences), margin)
+
+
+def by_interval(entry):
+    return len(entry.differences) < FEWEST_PAIRS or entry.verdict == EXPLORATORY
 
 
 def attributed(found, study, own):
-    """The outcome `found` with the study and the number of pairs behind it."""
-    count = len(next(iter(own.values())).differences)
-    return f"{found} ({study.name}, {count} pair{'s' * (count > 1)})"
+    """The outcome `found` with what is behind it: the study, its budget if it has one other than the default's, the
+    number of pairs, and whether their test or their interval decides."""
+    first = next(iter(own.values()))
+    count, budgets = len(first.differences), {arm.budget for arm in study.summary.arms}
+    parts = [study.name, *(budgets - {"x1"} if len(budgets) == 1 else ()), f"{count} pair{'s' * (count > 1)}"]
+    return f"{found} ({', '.join(parts)}{'' if by_interval(first) else ', tested'})"
 
 
 def row(choice, study, label, groups):

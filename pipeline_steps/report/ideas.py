@@ -1,8 +1,8 @@
 """The research's twelve ideas and the fovea: parameter, measured effect with interval, verdict.
 
-An idea about the text objective is compared by its answers. Of an idea about next-frame prediction, the effect is the
-gain of planned over static queries. Verdicts are by 95 % t-intervals and exploratory: not corrected for the number of
-ideas, and of as few as three runs.
+An idea about the text objective is compared by its answers, by the rules of `decisions`. Of an idea about next-frame
+prediction, the effect is the gain of planned over static queries, decided by its 95 % t-interval. With the three runs
+that most ideas have, all verdicts are exploratory: not corrected for the number of ideas.
 """
 
 from dataclasses import dataclass

@@ -23,8 +23,8 @@ def index_of(image, num_frames):
 
 @contextmanager
 def kept_scheduling():
-    """libsvtav1 gives the thread that calls it, where root does, real-time priority (99) and leaves it so. The kernel
-    takes no core from such a thread or its children for another: a few that wait for each other hold all cores."""
+    """libsvtav1, when root runs it, gives the thread that calls it real-time priority (99) and leaves it so. Ordinary
+    threads cannot preempt such a thread or its children: a few that wait for each other hold all cores."""
     if not hasattr(os, "sched_setscheduler"):  # not Linux
         yield
         return

@@ -134,6 +134,8 @@ def test_frames_are_decoded_to_the_pixels_of_pillow(options):
     assert np.array_equal(pixels, Image.open(content).convert("RGB"))
     with pytest.raises(ValueError, match="54 x 42 px instead of 42 x 42"):
         decode(content.getvalue(), np.zeros((42, 42, 3), np.uint8))
+    with pytest.raises(ValueError, match="extraneous bytes"):  # Pillow skips them
+        decode(content.getvalue()[:2] + b"damage" + content.getvalue()[2:], pixels)
 
 
 def test_damaged_frames_raise_one_error_that_names_the_sample(tmp_path):

@@ -663,10 +663,28 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     ]
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
+    not_run = [cells[-2].startswith("not run: make study") for cells in rows.values()]
+    assert not_run == sorted(not_run)  # last
+    assert False in not_run
     known = {path.stem for path in (params.ROOT / "conf/study").glob("*.yaml")}
     for choice in decisions.CHOICES:
         assert choice.study in known
         assert {choice.arm, choice.baseline} <= set(read_study(choice.study).arms), choice
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "tested", "matched", "expected"),
+    [
+        (6, "undecided", "samples", "undecided"),  # corrected for many questions
+        (6, "exploratory", "samples", "better"),
+        (5, "undecided", "samples", "better"),
+        (2, "undecided", "samples", "too few runs"),
+        (5, "unmatched budgets", None, "unmatched budgets"),
+    ],
+)
+def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched, expected):
+    entry = SimpleNamespace(differences=[0.1] * num_pairs, interval=(0.09, 0.11), verdict=tested, matched=matched)
+    assert decisions.verdict(entry, margin=0.03) == expected
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):
