@@ -287,7 +287,7 @@ def attend(
         mixed = attend_varlen(queries, keys, values, reading, scale)
         return Gather.apply(mixed, reading.back, reading.order), held if keep else None
     queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, heads, S, C]
-    is_grouped = True if queries.shape[1] != groups else False  # noqa: SIM210: a symbolic number's own is no bool
+    is_grouped = True if queries.shape[1] != groups else False  # noqa: SIM210 (compiled, a comparison is no bool)
     options = {"dropout_p": dropout, "scale": scale, "enable_gqa": is_grouped}
     mixed = F.scaled_dot_product_attention(
         queries, keys, values, reading.mask, is_causal=reading.mask is None, **options
