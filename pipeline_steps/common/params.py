@@ -19,7 +19,7 @@ import importlib
 import json
 import re
 import typing
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated
 
@@ -86,6 +86,7 @@ MAX_SEED = 2**63 - 1  # what torch and NumPy both take
 RESULT_KEYS = ("seed", "ablation", *sorted(section_modules().keys() - {"runtime"}))
 
 
+@cache
 def schema():
     """The model of the whole file: `seed`, `ablation` and one section per entry of `section_modules`."""
     sections = {

@@ -218,7 +218,7 @@ class TokenizedShards:
 
 def decode(content: bytes, pixels: np.ndarray) -> None:
     """Decode a JPEG into `pixels`, uint8 [height, width, 3], to the bit as Pillow does, but faster and without holding
-    the interpreter's lock. Raises ValueError for damaged data or another size."""
+    the interpreter's lock. Raises ValueError for damaged data, also such as other decoders repair, or another size."""
     height, width, *_ = decode_jpeg_header(content)
     if (height, width) != pixels.shape[:2]:
         raise ValueError(f"{width} x {height} px instead of {pixels.shape[1]} x {pixels.shape[0]}")
