@@ -101,18 +101,18 @@ def stack_size(shape: tuple[int, ...]) -> int:
 
 
 def stack_memory(shapes: list[tuple[int, ...]]) -> int:
-    """Bytes that orthogonalization works with at most: of every number of a stack two copies in fp32 (gradient and
-    momentum) and three in bfloat16 (the matrices, their next iterate, a product)."""
+    """Bytes of device memory that orthogonalization works with at most: of every number of a stack two copies in fp32
+    (gradient and momentum) and three in bfloat16 (the matrices, their next iterate, a product)."""
     numbers = Counter(tuple(sorted(shape)) for shape in shapes)
     return max((14 * math.prod(shape) * min(count, stack_size(shape)) for shape, count in numbers.items()), default=0)
 
 
 def orthogonalize(matrices: torch.Tensor, group: dict) -> torch.Tensor:
-    """bfloat16 matrices near the semi-orthogonal ones of [k, m, n], by Newton-Schulz iterations (Jordan et al. 2024).
-    group: has ns_coefficients, ns_steps and eps."""
+    """Matrices near the semi-orthogonal ones of [k, m, n], by Newton-Schulz iterations (Jordan et al. 2024), in
+    `iteration_dtype`. group: has ns_coefficients, ns_steps and eps."""
     a, b, c = group["ns_coefficients"]
     is_tall = matrices.shape[1] > matrices.shape[2]
-    found = matrices.bfloat16()
+    found = matrices.to(iteration_dtype(matrices.device))
     found = found.mT if is_tall else found
     found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
@@ -120,6 +120,12 @@ def orthogonalize(matrices: torch.Tensor, group: dict) -> torch.Tensor:
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         found = torch.baddbmm(found, gram, found, beta=a)
     return found.mT if is_tall else found
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, as in torch's own Muon, but float32 on a CPU: without bfloat16 instructions, which most CPUs lack,
+    the products of the iterations take ten times as long as in float32."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Optimizer:

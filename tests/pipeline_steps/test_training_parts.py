@@ -17,7 +17,7 @@ from pipeline_steps.training import checkpoint_io, checks, train_loop
 from pipeline_steps.training.__main__ import by_task
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.ema import EMA
-from pipeline_steps.training.optimizers import Optimizer
+from pipeline_steps.training.optimizers import MOMENTUM, Muon, Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
 from tests.model.tiny import as_batch, make_batch, make_model
@@ -296,6 +296,31 @@ def test_muon_updates_are_orthogonal_and_as_large_as_adamws():
     values = torch.linalg.svdvals(matrix.detach())
     assert values[0] / values[-1] < 2  # Newton-Schulz leaves them between about .7 and 1.2
     assert matrix.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.25)
+
+
+def test_muon_is_torchs_own_but_iterates_in_fp32_on_the_cpu():
+    """Equal to torch's bfloat16 iterations up to their rounding, and to those in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((48, 16), (16, 48), (32, 32))]
+    found = []
+    for kind in (torch.optim.Muon, Muon):
+        matrices = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        options = {"momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"} if kind is torch.optim.Muon else {}
+        optimizer = kind([{"params": matrices, "lr": 1.0, "weight_decay": 0.0}], **options)
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient.clone()
+        optimizer.step()
+        found.append([matrix.detach() for matrix in matrices])
+    group = optimizer.param_groups[0]
+    for gradient, torchs, own in zip(gradients, *found, strict=True):
+        scale = 0.2 * max(gradient.shape) ** 0.5
+        torch.testing.assert_close(own / scale, torchs / scale, atol=0.02, rtol=0)
+        a, b, c = group["ns_coefficients"]
+        exact = gradient.double() / gradient.double().norm()
+        for _ in range(group["ns_steps"]):
+            gram = exact @ exact.mT
+            exact = a * exact + (b * gram + c * gram @ gram) @ exact
+        torch.testing.assert_close(own / scale, -exact.float(), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- averages and guards
