@@ -33,7 +33,6 @@ CHOICES = (
     Choice("static query", "A6", "one token (A6)", CHEAPER, "confirm_longest"),
     Choice("static query", "A6_16", "sixteen tokens", OTHER, "tokens"),
     Choice("more tokens", "B1", "sixteen pooled (B1)", OTHER, "confirm_longest"),
-    Choice("more tokens", "B1_equal_flops", "sixteen pooled, equal FLOPs", OTHER, "confirm_longest"),
     Choice("more tokens", "B1_4", "four pooled", OTHER, "tokens"),
     Choice("freeze", "F1", "both backbones (F1)", CHEAPER, "phase1a"),
     Choice("freeze", "F2", "language model (F2)", CHEAPER, "phase1a"),
