@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -303,10 +304,9 @@ def test_muon_is_torchs_own_but_iterates_in_fp32_on_the_cpu():
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=generator) for shape in ((48, 16), (16, 48), (32, 32))]
     found = []
-    for kind in (torch.optim.Muon, Muon):
+    for kind in (partial(torch.optim.Muon, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"), Muon):
         matrices = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
-        options = {"momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"} if kind is torch.optim.Muon else {}
-        optimizer = kind([{"params": matrices, "lr": 1.0, "weight_decay": 0.0}], **options)
+        optimizer = kind([{"params": matrices, "lr": 1.0, "weight_decay": 0.0}])
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.grad = gradient.clone()
         optimizer.step()
