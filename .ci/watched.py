@@ -1,8 +1,9 @@
-"""Run a command, show what it prints, and stop it after 40 minutes or when it has printed nothing for 16.
+"""Run a command, show what it prints, and stop it when its time is over or when it has been silent for too long.
 
-No test may take longer than 15 minutes, and each of the two test processes names the test it starts: a longer silence
-means that both stand still. Stacks and the threads that were awake are printed then. The memory of the largest process
-is the last line. Exit codes: the command's, 124 after 40 minutes, 125 after the silence.
+WATCHED_SECONDS holds both numbers. No test may take longer than 15 minutes, and each of the two test processes names
+the test it starts: a longer silence means that both stand still. Stacks and the threads that were awake are printed
+then. The memory of the largest process is the last line. Exit codes: the command's, 124 after its time, 125 after the
+silence.
 """
 
 import contextlib
