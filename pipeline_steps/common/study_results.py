@@ -166,6 +166,8 @@ class StudySummary(Result):
     """Split that was scored; studies that choose a recipe score the validation split."""
     group_tasks: dict[str, list[str]] = {}
     """Tasks of every group of `comparisons`; empty in files of an earlier version."""
+    series: dict[str, list[str]] = {}
+    """{series: arms, smallest first} of a scaling grid."""
     arms: list[ArmResult]
     """In the study's order."""
     comparisons: list[ComparisonResult]

@@ -35,6 +35,7 @@ from pipeline_steps.report import (
     plots,
     provenance,
     reading,
+    scaling,
     studies,
     summary,
     tables,
@@ -86,7 +87,12 @@ def main():
     if leading:
         studied[leading.name]["tiles"] = studies.headline_tiles(studies.default_of(kept))
     with replaced_folder(reports / "tables") as folder:
-        for table in [*built.values(), *(study[name] for study in studied.values() for name in STUDY_TABLES)]:
+        own = [
+            table
+            for study in studied.values()
+            for table in (*(study[name] for name in STUDY_TABLES), *study["scaling"])
+        ]
+        for table in [*built.values(), *own]:
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
@@ -251,8 +257,10 @@ def show_study(folder, study, leads):
         if len(arms) < len(study.summary.arms):
             found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
             drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}
+    found["scaling"] = scaling.tables(study)
+    drawn["grid"] = scaling.figure(study)
     for name, figure in drawn.items():
-        caption = studies.CAPTIONS[name.removeprefix("first_")]
+        caption = scaling.CAPTION if name == "grid" else studies.CAPTIONS[name.removeprefix("first_")]
         found[name] = figure and save_figure(folder, f"study_{study.name}_{name}", figure, caption)
     if found["first"]:
         found["first"] |= {name: found[f"first_{name}"] for name in ("points", "forest")}

@@ -43,6 +43,16 @@ class Study:
     def name(self):
         return self.summary.name
 
+    def losses(self, runs, group):
+        """Mean loss over the tasks of a group, one per row of `runs` (rows of runs.csv); None without per-item results
+        of the group."""
+        if group == "all":
+            return runs["mean_loss"].to_numpy(float)
+        tasks = self.summary.group_tasks.get(group)
+        if self.task_losses is None or not tasks:
+            return None
+        return self.task_losses.loc[runs["run"], tasks].mean(axis=1).to_numpy(float)
+
 
 def read_studies(folder):
     """Every `Study` in reports/study, by name. UserError for a file that does not match or is missing."""
@@ -398,14 +408,8 @@ def tier(gain):
 def improvement(study, entry, group="all"):
     """1 - loss of the baseline / loss of the arm, an array with an entry per pair of runs, mean over the group's tasks;
     empty without per-item results of the group."""
-    own, base = paired_runs(study, entry)
-    if group == "all":
-        return 1 - base["mean_loss"].to_numpy(float) / own["mean_loss"].to_numpy(float)
-    tasks = study.summary.group_tasks.get(group)
-    if study.task_losses is None or not tasks:
-        return np.zeros(0)
-    own, base = (study.task_losses.loc[runs["run"], tasks].mean(axis=1).to_numpy(float) for runs in (own, base))
-    return 1 - base / own
+    own, base = (study.losses(runs, group) for runs in paired_runs(study, entry))
+    return np.zeros(0) if own is None else 1 - base / own
 
 
 def p_text(value):

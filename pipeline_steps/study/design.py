@@ -79,6 +79,9 @@ class Study(StrictModel):
     headline: tuple[str, ...] | None = None
     """Comparisons that get a verdict, as `ARM` or, with several budgets, `ARM, BUDGET`; p-values are corrected for
     their number, the others are exploratory. null: all."""
+    series: dict[str, tuple[str, ...]] = {}
+    """Of a scaling grid: {way of training: its arms, smallest network first}. Scaling laws are fitted to each, and the
+    first is compared with the others."""
     margin: float = Field(default=0.03, gt=0)
     """Differences of token accuracy below it count as none."""
     next_frame_margin: float = Field(default=0.01, gt=0)
@@ -150,6 +153,10 @@ def check(study, path):
         for override in (*study.base, *arm.overrides):
             if override.split("=")[0].lstrip("+~") in keys:
                 raise UserError(f"{path}: arm {name}: {override}: seeds come from `seeds`; remove the override")
+    for name, arms in study.series.items():
+        if unknown := [arm for arm in arms if arm not in study.arms]:
+            known = ", ".join(study.arms)
+            raise UserError(f"{path}: series {name}: there is no arm {', '.join(unknown)} (there are: {known})")
     check_equal_flops(study, path)
     labels = [
         label_of(study, arm, budget)

@@ -48,6 +48,7 @@ def summarise(name, table, study):
         plateau=study.plateau,
         split=split_of(study),
         group_tasks={group: list(tasks) for group, tasks in groups.items()},
+        series={name: list(arms) for name, arms in study.series.items()},
         arms=arms,
         comparisons=comparisons(table, study),
     )

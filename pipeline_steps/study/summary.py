@@ -25,7 +25,9 @@ from pipeline_steps.common.study_results import (
     UNDECIDED,
     VIDEOS,
 )
+from pipeline_steps.report import scaling
 from pipeline_steps.report.statistics import equivalence_power, share_interval
+from pipeline_steps.report.studies import read_study as read_study_files
 from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
     label_of,
@@ -59,12 +61,13 @@ def write_summary(name, study, results=ROOT / RESULTS, command=None):
     else:
         (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
-    write_text(folder / "README.md", page(summary, table, study, command))
+    grid = scaling.tables(read_study_files(folder)) if study.series else []
+    write_text(folder / "README.md", page(summary, table, study, command, grid))
     return folder / "README.md"
 
 
-def page(summary, table, study, command=None):
-    """The summary as Markdown."""
+def page(summary, table, study, command=None, grid=()):
+    """The summary as Markdown. grid: tables of a scaling grid."""
     parts = [f"# Study {summary.name}", summary.question]
     parts += [f"{summary.num_runs} of {summary.num_planned} runs. `{command or f'make study name={summary.name}'}`"]
     parts += ["## Arms", arm_table(summary)]
@@ -72,6 +75,7 @@ def page(summary, table, study, command=None):
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
     if any(arm.next_frame for arm in summary.arms):
         parts += ["## Next frame: planned against static queries", *next_frame_lines(summary)]
+    parts += [found.markdown(2).rstrip() for found in grid if found.rows]
     parts += caption_lines(table)
     if any(arm.answers_trained for arm in summary.arms):
         parts += ["![Token accuracy of every run by task](runs.png)"]
