@@ -37,6 +37,14 @@ def language_config(scale):
     )
 
 
+def scale_of(backbones):
+    """Which of LANGUAGE_MODELS the section `backbones` of the parameters (a dict) takes from the Hub, or None."""
+    if backbones["kind"] != "hub":
+        return None
+    repository = backbones["hub"]["language"]["repository"]
+    return next((name for name in LANGUAGE_MODELS if repository.endswith(f"/SmolLM2-{name}-Instruct")), None)
+
+
 def scaled(scale, options):
     """`FoveatedVLMConfig` of a scale with the parameters `options` (section `model`); `query_dim` is the vision
     encoder's width."""

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT, StrictModel
+from pipeline_steps.flops import iso, scales
 
 STUDIES = ROOT / "conf" / "study"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -58,6 +59,14 @@ class EqualFlops(StrictModel):
     """Name of that other budget, whose runs of both arms have to be finished first."""
 
 
+class Flops(StrictModel):
+    """A budget of training FLOPs, from which the samples follow by formula, for samples of 8 frames and 128 text tokens
+    (`python -m pipeline_steps.flops --budget`). For pretrained backbones."""
+
+    flops: float = Field(gt=0)
+    """Forward and backward, all weights trained; divided over the three stages as their samples are."""
+
+
 class Study(StrictModel):
     """A grid of training runs, every arm with every seed at every budget."""
 
@@ -69,8 +78,8 @@ class Study(StrictModel):
     """{name: arm}; the first is the baseline unless an arm names another."""
     seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
     """Replicates; a number stands for the seed of training, backbones and data alike."""
-    budgets: dict[str, float | EqualFlops] = {"x1": 1.0}
-    """{name: factor on the training samples of the three stages, or `flops_of: NAME`}."""
+    budgets: dict[str, float | EqualFlops | Flops] = {"x1": 1.0}
+    """{name: factor on the training samples of the three stages, or `flops_of: NAME`, or `flops: NUMBER`}."""
     groups: dict[str, tuple[str, ...]] = {
         "gaze": ("card", "follow", "ask_colour", "ask_place"),
         "reading": ("caption", "image", "gist"),
@@ -98,9 +107,10 @@ class Cell:
     budget: str
     seeds: Seeds
     overrides: tuple[str, ...]  # Hydra overrides without those of the budget
-    factor: float | None  # on the training samples; None: follows from the runs of `flops_of`
+    factor: float | None  # on the training samples; None: follows from `flops`, or from the runs of `flops_of`
     flops_of: str | None = None
     baseline: str | None = None  # whose FLOPs those are
+    flops: float | None = None
 
     @property
     def name(self):
@@ -140,7 +150,7 @@ def check(study, path):
             if not isinstance(study.budgets.get(budget.flops_of), float):
                 known = ", ".join(other for other, value in study.budgets.items() if isinstance(value, float)) or "none"
                 raise UserError(f"{path}: budget {name}: flops_of is {budget.flops_of!r}, expected one of: {known}")
-        elif not budget > 0:
+        elif isinstance(budget, float) and not budget > 0:
             raise UserError(f"{path}: budget {name} is {budget}: expected a factor above 0")
     for name, arm in study.arms.items():
         for budget in arm.budgets or ():
@@ -210,7 +220,9 @@ def cells_of(study):
     for name, arm in study.arms.items():
         for budget, entry in product(budgets_of(study, name), seeds_of(study, name)):
             value, overrides = study.budgets[budget], (*study.base, *arm.overrides)
-            if not isinstance(value, EqualFlops):
+            if isinstance(value, Flops):
+                cells.append(Cell(name, budget, entry, overrides, None, flops=value.flops))
+            elif not isinstance(value, EqualFlops):
                 cells.append(Cell(name, budget, entry, overrides, value))
             elif (baseline := baseline_of(study, name)) != name:
                 cells.append(Cell(name, budget, entry, overrides, None, value.flops_of, baseline))
@@ -225,6 +237,9 @@ def with_factors(cells, flops):
     gets the baseline's FLOPs divided by its own arm's, of the runs with its seeds at the budget `flops_of`."""
     ready, waiting = [], []
     for cell in cells:
+        if cell.flops is not None:
+            ready.append(replace(cell, factor=factor_of(cell)))
+            continue
         if cell.flops_of is None:
             ready.append(cell)
             continue
@@ -235,6 +250,28 @@ def with_factors(cells, flops):
             before = next(c.factor for c in cells if (c.arm, c.budget) == (cell.arm, cell.flops_of))
             ready.append(replace(cell, factor=before * base / own))
     return ready, waiting
+
+
+def factor_of(cell):
+    """The factor on the samples of a cell with a budget of training FLOPs. UserError for backbones whose shape is not
+    known before they are trained, and for less than a sample."""
+    parameters = composed(cell.overrides)
+    network = scales.scale_of(parameters["backbones"])
+    if network is None:
+        known = ", ".join(scales.LANGUAGE_MODELS)
+        raise UserError(
+            f"arm {cell.arm}: budget {cell.budget} gives training FLOPs, which are counted for SmolLM2 of {known} from "
+            "the Hub only (scale=smollm2_135m and larger). Give a factor on the samples instead."
+        )
+    config = scales.scaled(network, parameters["model"])
+    objective = params.check(f"conf/ ({' '.join(cell.overrides)})", parameters).training.stage3.objective
+    (found,) = iso.budget_samples([cell.flops], {network: {cell.arm: config}}, iso.BUDGET_SAMPLE, objective)
+    if found.num_samples < 1:
+        raise UserError(
+            f"arm {cell.arm}: budget {cell.budget} has {cell.flops:.3g} FLOPs, but a training sample costs "
+            f"{found.flops_per_sample:.3g}"
+        )
+    return found.num_samples / sum(parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
 
 
 def as_seeds(entry):

@@ -103,7 +103,7 @@ def stage_table(plan, found, costs, num_parallel):
 def run_table(plan, found, costs):
     """`rich` table of the runs with the seconds that each adds: what it shares with a run above it counts there."""
     table = Table(title=f"study {plan.study}: {len(plan.runs)} runs, {len(plan.jobs)} jobs")
-    for column in ("run", "jobs to do", "shared", "expected time on one core"):
+    for column in ("run", "samples", "jobs to do", "shared", "expected time on one core"):
         table.add_column(column, justify="left" if column == "run" else "right")
     counted = set()
     for run in plan.runs:
@@ -111,7 +111,8 @@ def run_table(plan, found, costs):
         own = [name for name in todo if name not in counted]
         counted |= set(own)
         seconds = sum(costs.seconds(plan.jobs[name]) for name in own)
-        table.add_row(run.name, str(len(own)), str(len(run.jobs) - len(own)), format_time(seconds))
+        samples = sum(run.parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
+        table.add_row(run.name, f"{samples:,}", str(len(own)), str(len(run.jobs) - len(own)), format_time(seconds))
     return table
 
 

@@ -17,8 +17,10 @@ import yaml
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.flop_formulas import training_step
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
+from pipeline_steps.flops import iso, scales
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
@@ -55,8 +57,9 @@ def test_every_study_of_the_repository_can_be_read(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_study_of_the_repository_is_valid(name):
     study = design.read_study(name)
+    cells, _ = design.with_factors(design.cells_of(study), {})
     for arm in study.arms:
-        design.parameters_of(next(cell for cell in design.cells_of(study) if cell.arm == arm))
+        design.parameters_of(next(cell for cell in cells if cell.arm == arm))
 
 
 def test_every_arm_meets_every_seed_and_budget():
@@ -103,9 +106,37 @@ def test_equal_flops_follow_from_the_runs_at_another_budget():
     assert design.parameters_of(cell)["training"]["stage3"]["num_samples"] == 3 * TRAINING["stage3"]["num_samples"]
 
 
+def test_training_flops_set_the_samples_of_pretrained_backbones():
+    study = make(arms={"big": {"overrides": ["scale=smollm2_135m"]}}, budgets={"C": {"flops": 1.6e16}}, seeds=[1])
+    (cell,), waiting = design.with_factors(design.cells_of(study), {})
+    assert not waiting
+    config = scales.scaled("135M", design.composed(cell.overrides)["model"])
+    objective = params.check("conf", design.composed(cell.overrides)).training.stage3.objective
+    expected = 1.6e16 / training_step(config, iso.BUDGET_SAMPLE, objective)
+    found = design.parameters_of(cell)["training"]
+    samples = [found[stage]["num_samples"] for stage in design.TRAINING_STAGES]
+    assert sum(samples) == pytest.approx(expected, abs=3)
+    assert samples[0] == samples[1] == pytest.approx(12 * samples[2], rel=0.01)  # 1,000,000 to 83,000 as in conf/scale
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flops", "message"),
+    [
+        ([], 1e16, r"arm a: budget C gives training FLOPs, which are counted for SmolLM2 of 135M, 360M, 1.7B"),
+        (["scale=smollm2_135m"], 1e9, r"arm a: budget C has 1e\+09 FLOPs, but a training sample costs \d"),
+    ],
+)
+def test_training_flops_that_cannot_be_counted_are_refused(overrides, flops, message):
+    study = make(arms={"a": {"overrides": overrides}}, budgets={"C": {"flops": flops}}, seeds=[1])
+    with pytest.raises(UserError, match=message):
+        design.with_factors(design.cells_of(study), {})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"series": {"one": ["none", "A7"]}}, r"series one: there is no arm A7 \(there are: none, A6\)"),
+        ({"budgets": {"C": {"flops": 0}}}, "budgets.C"),
         ({"budgets": {"x1": 1, "same": {"flops_of": "x3"}}}, "budget same: flops_of is 'x3', expected one of: x1"),
         (
             {"arms": {"none": {}, "A6": {"budgets": ["same"]}}, "budgets": {"x1": 1, "same": {"flops_of": "x1"}}},
