@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
@@ -28,8 +29,12 @@ class Costs:
     measured: dict[tuple[str, str | None], float]
 
     def seconds(self, job):
-        """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess."""
+        """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess.
+        NaN for the training and evaluation of a pretrained network that was not measured: others say nothing of it."""
         kind, amount = work_of(job)
+        of_network = kind in ("training", "evaluation") and job.parameters["backbones"]["kind"] != "embedded"
+        if of_network and (kind, network_of(job)) not in self.measured:
+            return math.nan
         guess = self.measured.get((kind, None), FIRST_GUESS.get(kind, 60))
         return amount * self.measured.get((kind, network_of(job)), guess)
 
@@ -43,8 +48,11 @@ def work_of(job):
 
 def network_of(job):
     """Identifies what the time of a sample depends on: the network, its sizes and those of its inputs."""
-    backbones = {name: value for name, value in job.parameters["backbones"]["embedded"].items() if name != "seed"}
-    return fingerprint(job.parameters["model"], backbones, job.parameters["shards"]["image_size"])
+    backbones = job.parameters["backbones"]
+    embedded = {name: value for name, value in backbones["embedded"].items() if name != "seed"}
+    return fingerprint(
+        job.parameters["model"], backbones | {"embedded": embedded}, job.parameters["shards"]["image_size"]
+    )
 
 
 def measure_costs(plan, studies):
@@ -141,7 +149,9 @@ def failures(plan, studies):
 
 
 def format_time(seconds):
-    """Such as '45 s', '12 min' or '3 h 20 min'."""
+    """Such as '45 s', '12 min' or '3 h 20 min'; 'unknown' for NaN."""
+    if math.isnan(seconds):
+        return "unknown"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

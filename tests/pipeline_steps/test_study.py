@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -412,7 +413,24 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
     assert progress.total_seconds(made, found, costs) == pytest.approx(everything - 304.0)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])
+def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, clean):
+    scales_of = {name: {"overrides": [f"scale={name}"]} for name in ("smollm2_135m", "smollm2_360m")}
+    made = plan.make_plan("mine", make(arms=scales_of, seeds=[1]))
+    small, large = (made.jobs["stage2", run.jobs["stage2"]] for run in made.runs)
+    costs = progress.measure_costs(made, tmp_path)
+    assert math.isnan(costs.seconds(small))
+    assert costs.seconds(made.jobs["sources", made.runs[0].jobs["sources"]]) > 0
+    assert progress.format_time(progress.total_seconds(made, progress.states(made, tmp_path), costs)) == "unknown"
+    (tmp_path / small.folder).mkdir(parents=True)
+    (tmp_path / small.folder / "done.json").write_text(json.dumps({"seconds": 1000.0}))
+    costs = progress.measure_costs(made, tmp_path)
+    assert costs.seconds(small) == 1000.0
+    assert math.isnan(costs.seconds(large))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (float("nan"), "unknown")]
+)
 def test_times_are_readable(seconds, text):
     assert progress.format_time(seconds) == text
 
