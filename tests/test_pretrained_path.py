@@ -32,6 +32,7 @@ FEW = (
     "runtime.num_workers=1",
     "training.common.batch_size=2",
     "training.common.micro_batch_size=1",
+    "training.common.optimizer=adamw",  # Muon's iterations would take most of the time
     "training.common.precision=fp32",
     "training.common.device=cpu",
     "training.common.num_threads=1",

@@ -143,6 +143,15 @@ class ComparisonResult(Result):
     """Runs of both arms whose validation loss was still falling."""
 
 
+class Series(Result):
+    """One way of training at several sizes."""
+
+    name: str
+    """Name of the series."""
+    arms: list[str]
+    """Names of its arms, smallest network first."""
+
+
 class StudySummary(Result):
     """What a study has found so far."""
 
@@ -166,8 +175,8 @@ class StudySummary(Result):
     """Split that was scored; studies that choose a recipe score the validation split."""
     group_tasks: dict[str, list[str]] = {}
     """Tasks of every group of `comparisons`; empty in files of an earlier version."""
-    series: dict[str, list[str]] = {}
-    """{series: arms, smallest first} of a scaling grid."""
+    series: list[Series] = []
+    """Of a scaling grid, in the study's order."""
     arms: list[ArmResult]
     """In the study's order."""
     comparisons: list[ComparisonResult]

@@ -37,9 +37,13 @@ def language_config(scale):
     )
 
 
-def scale_of(backbones):
-    """Which of LANGUAGE_MODELS the section `backbones` of the parameters (a dict) takes from the Hub, or None."""
-    if backbones["kind"] != "hub":
+def scale_of(parameters):
+    """Which of LANGUAGE_MODELS the parameters (a nested dict) take from the Hub, with the vision encoder and frames
+    that are counted here; None: another network."""
+    backbones, vision = parameters["backbones"], vision_config()
+    if backbones["kind"] != "hub" or parameters["shards"]["image_size"] != vision.image_size:
+        return None
+    if not backbones["hub"]["vision"]["repository"].endswith("/dinov2-small"):
         return None
     repository = backbones["hub"]["language"]["repository"]
     return next((name for name in LANGUAGE_MODELS if repository.endswith(f"/SmolLM2-{name}-Instruct")), None)

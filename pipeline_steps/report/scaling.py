@@ -6,19 +6,38 @@ A study names its series in conf/study (`series`); pipeline_steps.report.scaling
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from matplotlib.ticker import LogLocator
 
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.report import scaling_laws as laws
+from pipeline_steps.report.studies import COLOURS, SEEDS, SHORT_NAMES
 from pipeline_steps.report.tables import MISSING, Table, number
 
-NAMES = {"all": "all tasks", "gaze": "need a gaze", "reading": "read everything"}
-COLOURS = ("#2f80ed", "#d97706", "#12a594", "#b05cc6")
 MARKERS = "osD^v"
-MIN_BUDGETS = 2
-EXPONENT_NOTE = (
+BY_SEED = (
+    "Every law, minimum and ratio is computed seed by seed; brackets: 95% t-intervals over the seeds, not corrected "
+    "for the number of rows. With fewer than three seeds nothing is decided"
+)
+LAWS_NOTE = (
     "Loss = a × (training FLOPs)^−b over the budgets of one size, least squares in logarithms; an arm's FLOPs are "
     "proportional to its samples, so b is the same in samples. Error: root mean square of the loss around its law. "
-    "Falls: the 95% t-interval of b is above 0."
+    f"{BY_SEED}; the interval of a single seed is the line's, over its budgets, and says nothing about other seeds."
+)
+SIZES_NOTE = (
+    "Equal training FLOPs: the losses of all sizes, read off between the budgets that were run, and the minimum of the "
+    "parabola through them (–: not between the smallest and the largest size for every seed). Verdict: the size whose "
+    f"loss is certainly below every other's. {BY_SEED}."
+)
+CROSSINGS_NOTE = (
+    "Arms in the same place of two series, over the training FLOPs that both were trained with: ratio of the first's "
+    "loss to the second's. A crossing is stated if the order at both ends is certain and not the same, and changes "
+    f"once for every seed. Nothing is extrapolated. {BY_SEED}."
+)
+CAPTION = (
+    "Loss of every arm of the grid over its training FLOPs, by group of tasks",
+    "Held-out clips, autoregressive mode; both axes logarithmic. Points: runs; lines: means of the seeds that have all "
+    "budgets. A colour per series, a marker per size; thicker lines come later in the series.",
 )
 
 
@@ -27,43 +46,61 @@ class Grid:
     """What a study's series say in one group of tasks."""
 
     group: str
-    series: dict  # {name: [`scaling_laws.Arm`]}, smallest first
-    noise: float | None  # see `scaling_laws.noise_of`
+    series: dict[str, list]  # {name: [`scaling_laws.Arm`, or None where runs are missing]}, as in the study
+    left_out: dict[str, int]  # {arm: runs that are not part of its complete grid of seeds and budgets}
 
 
 def grids(study):
-    """[`Grid`], one per group of tasks, of a `studies.Study`; arms with fewer than two budgets are left out, and series
-    without any. [] for a study without series."""
+    """[`Grid`] of a `studies.Study`, one per group of tasks; [] for a study without series. UserError for runs without
+    a loss."""
+    groups = {"all": None, **study.summary.group_tasks} if study.summary.series else {}
     found = []
-    for group in {"all": None, **study.summary.group_tasks} if study.summary.series else {}:
-        series = {}
-        for name, arms in study.summary.series.items():
-            made = [arm for arm in (arm_of(study, arm, group) for arm in arms) if arm is not None]
-            if made:
-                series[name] = made
-        if series:
-            noise = laws.noise_of([arm for arms in series.values() for arm in arms])
-            found.append(Grid(group, series, noise))
+    for group in groups:
+        series, left_out = {}, {}
+        for entry in study.summary.series:
+            made = {arm: arm_of(study, arm, group) for arm in entry.arms}
+            series[entry.name] = [arm for arm, _ in made.values()]
+            left_out |= {name: count for name, (_, count) in made.items() if count}
+        found.append(Grid(group, series, left_out))
     return found
 
 
 def arm_of(study, arm, group):
-    """`scaling_laws.Arm` of the runs of an arm; None with fewer than two budgets."""
+    """What `scaling_laws.make_arm` returns of the runs of an arm. UserError for a run without a loss."""
     runs = study.runs[study.runs["arm"] == arm]
-    if runs["training_samples"].nunique() < MIN_BUDGETS:
-        return None
     losses = study.losses(runs, group)
     if losses is None:
-        return None
-    return laws.make_arm(arm, runs["training_flops"], runs["training_samples"], losses)
+        raise UserError(
+            f"reports/study/{study.name}/items.parquet: missing, so there is no loss of tasks that "
+            f"{group_name(group)}. Run the study again"
+        )
+    table = pd.DataFrame(
+        {
+            "seed": runs[SEEDS].astype(str).agg(".".join, axis=1) if len(runs) else [],
+            "budget": runs["budget"],
+            "flops": runs["training_flops"],
+            "samples": runs["training_samples"],
+            "loss": losses,
+        }
+    )
+    try:
+        return laws.make_arm(arm, table)
+    except ValueError as error:
+        raise UserError(
+            f"reports/study/{study.name}: {group_name(group)}: {error}, which has no logarithm. Delete the run's row "
+            "in runs.csv and run the study again"
+        ) from None
+
+
+def group_name(group):
+    return SHORT_NAMES.get(group, group)
 
 
 def tables(study):
-    """[`Table`]: laws, best sizes at equal FLOPs, crossings; without rows where the runs do not reach."""
+    """[`Table`]: laws, best sizes at equal FLOPs, crossings; without rows where the runs do not reach. [] for a study
+    without series."""
     found = grids(study)
-    if not found:
-        return []
-    return [exponents(study, found), best_sizes(study, found), crossings(study, found)]
+    return [exponents(study, found), best_sizes(study, found), crossings(study, found)] if found else []
 
 
 def exponents(study, found):
@@ -71,122 +108,103 @@ def exponents(study, found):
     rows = []
     for grid in found:
         for name, arms in grid.series.items():
-            for arm in arms:
+            for arm in filter(None, arms):
                 law = laws.power_law(arm)
-                losses, tflops = np.exp(arm.log_loss), np.exp(arm.log_flops) / 1e12
-                interval = law.interval
-                falls = "–" if interval is None else "falls" if interval[0] > 0 else "undecided"
-                error = np.sqrt(np.mean(law.residuals**2))
+                tflops, losses = np.exp(arm.log_flops.mean(axis=0)) / 1e12, np.exp(arm.log_loss.mean(axis=0))
                 rows.append(
                     [
-                        NAMES.get(grid.group, grid.group),
+                        group_name(grid.group),
                         name,
                         arm.name,
-                        (str(int(arm.num_runs.sum())), int(arm.num_runs.sum())),
+                        f"{len(arm.seeds)} × {len(tflops)}",
                         number(np.exp(arm.log_size) / 1e6, 0),
                         (f"{tflops[0]:.3g} to {tflops[-1]:.3g}", tflops[-1]),
                         (f"{losses[0]:.3f} to {losses[-1]:.3f}", losses[-1]),
-                        exponent_cell(law),
-                        (f"{error:.0%}", error),
-                        falls,
+                        cell(law.exponent, law.interval, ".2f"),
+                        (f"{law.error:.0%}", law.error),
+                        law.verdict,
                     ]
                 )
-    columns = ["tasks", "series", "arm", "runs", "MFLOP per sample", "TFLOP", "loss", "exponent b", "error", "verdict"]
+    columns = ["tasks", "series", "arm", "seeds × budgets", "MFLOP per sample", "TFLOP", "loss", "exponent b", "error"]
+    note = LAWS_NOTE + omissions(found)
     title = f"Power laws of study {study.name}"
-    return Table(f"study_{study.name}_laws", title, columns, rows, EXPONENT_NOTE, strong=[7])
+    return Table(f"study_{study.name}_laws", title, [*columns, "verdict"], rows, note, strong=[7])
 
 
-def exponent_cell(law):
-    text = f"{law.exponent:.2f}"
-    if law.interval:
-        text += f" [{law.interval[0]:.2f}, {law.interval[1]:.2f}]"
-    return (text.replace("-", "−"), law.exponent)
+def omissions(found):
+    """A sentence on the runs and arms that the laws leave out, or ""."""
+    left_out = found[0].left_out
+    absent = [arm for arm, count in left_out.items() if all(arm != entry.name for entry in present(found[0]))]
+    parts = [f"{arm} {count}" for arm, count in left_out.items()]
+    text = f" Left out because other seeds or budgets are missing: runs of {', '.join(parts)}." if parts else ""
+    return text + (f" Without two budgets: {', '.join(absent)}." if absent else "")
+
+
+def present(grid):
+    return [arm for arms in grid.series.values() for arm in arms if arm is not None]
+
+
+def cell(value, interval, form, factor=1.0):
+    """A number with its interval, as a cell."""
+    text = format(value * factor, form)
+    if interval:
+        text += f" [{', '.join(format(border * factor, form) for border in interval)}]"
+    return (text.replace("-", "−"), value)
 
 
 def best_sizes(study, found):
-    """Table of the best size of every series at equal training FLOPs."""
+    """Table of the sizes of every series at equal training FLOPs."""
     rows = []
     for grid in found:
         for name, arms in grid.series.items():
-            if len(arms) < 2 or grid.noise is None:
-                continue
-            for entry in laws.optima(arms, grid.noise):
-                size = MISSING
-                if entry.size is not None:
-                    text = f"{entry.size / 1e6:.0f}"
-                    if entry.interval:
-                        text += f" [{entry.interval[0] / 1e6:.0f}, {entry.interval[1] / 1e6:.0f}]"
-                    size = (text, entry.size)
+            for entry in laws.best_sizes([arm for arm in arms if arm is not None]):
                 rows.append(
                     [
-                        NAMES.get(grid.group, grid.group),
+                        group_name(grid.group),
                         name,
                         (f"{entry.flops / 1e12:.3g}", entry.flops),
-                        ", ".join(f"{loss:.3f}" for loss in entry.losses),
-                        entry.best,
-                        (f"{entry.share:.0%}", entry.share),
-                        size,
-                        entry.best if entry.is_decided else "undecided",
+                        ", ".join(f"{arm} {loss:.3f}" for arm, loss in entry.losses.items()),
+                        MISSING if entry.size is None else cell(entry.size, entry.interval, ".0f", 1e-6),
+                        entry.verdict,
                     ]
                 )
-    columns = ["tasks", "series", "TFLOP", "losses, smallest size first", "lowest", "in draws"]
-    columns += ["minimum, MFLOP per sample", "verdict"]
-    note = (
-        "Equal training FLOPs: the losses of all sizes at a compute budget, read off between the budgets that were "
-        "run, and the minimum of the parabola through them (– : not between the smallest and the largest size). In "
-        f"draws: how often the same size stays the best when every loss gets noise of the spread around the laws "
-        f"({noise_text(found)}); decided from {laws.LEVEL:.0%}."
-    )
-    return Table(f"study_{study.name}_sizes", f"Best size at equal FLOPs in study {study.name}", columns, rows, note)
+    columns = ["tasks", "series", "TFLOP", "loss", "minimum, MFLOP per sample", "best size"]
+    title = f"Sizes at equal FLOPs in study {study.name}"
+    return Table(f"study_{study.name}_sizes", title, columns, rows, SIZES_NOTE)
 
 
 def crossings(study, found):
-    """Table of the order of the first series and each other one over the budgets that both have."""
+    """Table of the order of the first series' arms and those of each other one, over the budgets that both have."""
     rows = []
     for grid in found:
-        names = list(grid.series)
-        for name in names[1:]:
-            if grid.noise is None:
-                continue
-            entry = laws.crossing((names[0], grid.series[names[0]]), (name, grid.series[name]), grid.noise)
-            if entry is None:
-                continue
-            place = MISSING
-            if entry.crossing is not None:
-                low, high = (value / 1e12 for value in entry.interval)
-                place = (f"{entry.crossing / 1e12:.3g} [{low:.3g}, {high:.3g}]", entry.crossing)
-            rows.append(
-                [
-                    NAMES.get(grid.group, grid.group),
-                    f"{entry.first} / {entry.second}",
-                    (f"{entry.flops[0] / 1e12:.3g} to {entry.flops[1] / 1e12:.3g}", entry.flops[1]),
-                    *(
-                        (f"{ratio:.2f} [{low:.2f}, {high:.2f}]", ratio)
-                        for ratio, (low, high) in zip(entry.ratios, entry.intervals, strict=True)
-                    ),
-                    place,
-                    entry.verdict,
-                ]
-            )
-    columns = ["tasks", "series", "TFLOP", "loss ratio, lowest budget", "highest budget", "crossing, TFLOP", "verdict"]
-    note = (
-        "The lowest loss of each series over its sizes, at the compute budgets that both were trained with: ratio of "
-        f"the first to the second [95% of draws, with noise of {noise_text(found)}]. A crossing is stated if the order "
-        "at both ends is certain and not the same. Nothing is extrapolated."
-    )
-    return Table(f"study_{study.name}_crossings", f"Crossings in study {study.name}", columns, rows, note)
-
-
-def noise_text(found):
-    return ", ".join(
-        f"{NAMES.get(grid.group, grid.group)} {grid.noise:.0%}" for grid in found if grid.noise is not None
-    )
+        first, *others = grid.series.values()
+        for arms in others:
+            for pair in zip(first, arms, strict=False):
+                entry = None if None in pair else laws.crossing(*pair)
+                if entry is None:
+                    continue
+                place = MISSING if entry.crossing is None else cell(entry.crossing, entry.interval, ".3g", 1e-12)
+                rows.append(
+                    [
+                        group_name(grid.group),
+                        " / ".join(arm.name for arm in pair),
+                        (f"{entry.flops[0] / 1e12:.3g} to {entry.flops[1] / 1e12:.3g}", entry.flops[1]),
+                        *(
+                            cell(ratio, interval, ".2f")
+                            for ratio, interval in zip(entry.ratios, entry.intervals, strict=True)
+                        ),
+                        place,
+                        entry.verdict,
+                    ]
+                )
+    columns = ["tasks", "arms", "TFLOP", "loss ratio, fewest FLOPs", "most FLOPs", "crossing, TFLOP", "verdict"]
+    return Table(f"study_{study.name}_crossings", f"Crossings in study {study.name}", columns, rows, CROSSINGS_NOTE)
 
 
 def figure(study):
     """(draw, width, height): loss of every arm over training FLOPs, a panel per group of tasks; None without arms of
     two budgets."""
-    found = grids(study)
+    found = [grid for grid in grids(study) if present(grid)]
     if not found:
         return None
 
@@ -195,41 +213,26 @@ def figure(study):
         for axes, grid in zip(panels, found, strict=True):
             for line, arms in enumerate(grid.series.values()):
                 for place, arm in enumerate(arms):
-                    axes.plot(
-                        np.exp(arm.log_flops) / 1e12,
-                        np.exp(arm.log_loss),
-                        label=arm.name,
-                        color=COLOURS[line % len(COLOURS)],
-                        marker=MARKERS[place % len(MARKERS)],
-                        markersize=5,
-                        linewidth=0.8 + 0.7 * place,
-                        alpha=0.9,
-                    )
-            axes.set_title(NAMES.get(grid.group, grid.group), fontsize=10, loc="left")
+                    if arm is None:
+                        continue
+                    style = {"color": COLOURS[line % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+                    mean = [np.exp(values.mean(axis=0)) for values in (arm.log_flops, arm.log_loss)]
+                    axes.plot(mean[0] / 1e12, mean[1], label=arm.name, linewidth=0.8 + 0.7 * place, ms=5, **style)
+                    if len(arm.seeds) > 1:
+                        runs = [np.exp(values).ravel() for values in (arm.log_flops, arm.log_loss)]
+                        axes.scatter(runs[0] / 1e12, runs[1], s=9, alpha=0.6, linewidths=0, **style)
+            axes.set_title(group_name(grid.group), fontsize=10, loc="left")
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_ylabel("loss, nats per token")
-            axes.yaxis.set_major_locator(ticks())
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter("")
             axes.grid(which="both", linewidth=0.5)
             axes.set_axisbelow(True)
-        panels[-1].xaxis.set_major_locator(ticks())
-        panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panels[-1].xaxis.set_minor_formatter("")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_formatter("")
         panels[-1].set_xlabel("training TFLOP")
         columns = max(len(grid.series) for grid in found)
         canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
     return draw, 6.2, 0.9 + 2.3 * len(found)
-
-
-def ticks():
-    return LogLocator(subs=(1, 2, 5))
-
-
-CAPTION = (
-    "Loss of every arm of the grid over its training FLOPs, by group of tasks",
-    "Held-out clips, autoregressive mode; both axes logarithmic. A colour per series, a marker per size; thicker lines "
-    "are larger networks.",
-)

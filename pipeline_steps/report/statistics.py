@@ -27,6 +27,7 @@ from scipy import optimize, stats
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, UNDECIDED, WORSE
 
+LEVEL = 0.95
 ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % interval decides everything
 SMALLEST = 1e-30  # p-values below it are 0
 MIN_VALUES = 3  # of an interval that decides
@@ -159,6 +160,24 @@ def _items_error(drawn):
     if num_seeds > 1:
         variance -= np.var(drawn - shared[:, None], axis=0).mean() / (num_seeds - 1)
     return float(max(variance, 0.0) ** 0.5)
+
+
+def t_interval(values, level=LEVEL):
+    """Student's interval of the mean, (low, high); None for fewer than two values."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return None
+    half = stats.t.isf((1 - level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def slope_interval(x, y, level=LEVEL):
+    """Student's interval of the slope of a least-squares line, (low, high); None for fewer than three points."""
+    if len(x) < 3:
+        return None
+    found = stats.linregress(x, y)
+    half = float(stats.t.isf((1 - level) / 2, len(x) - 2) * found.stderr)
+    return float(found.slope) - half, float(found.slope) + half
 
 
 def share_interval(count, total, level=1 - ALPHA):

@@ -45,13 +45,18 @@ class Study:
 
     def losses(self, runs, group):
         """Mean loss over the tasks of a group, one per row of `runs` (rows of runs.csv); None without per-item results
-        of the group."""
+        of the group. UserError for runs without these."""
         if group == "all":
             return runs["mean_loss"].to_numpy(float)
         tasks = self.summary.group_tasks.get(group)
         if self.task_losses is None or not tasks:
             return None
-        return self.task_losses.loc[runs["run"], tasks].mean(axis=1).to_numpy(float)
+        if absent := [run for run in runs["run"] if run not in self.task_losses.index]:
+            raise UserError(
+                f"reports/study/{self.name}: items.parquet has no items of {', '.join(absent[:3])}, which runs.csv "
+                "has. Delete their rows and run the study again"
+            )
+        return self.task_losses.loc[runs["run"], tasks].mean(axis=1, skipna=False).to_numpy(float)
 
 
 def read_studies(folder):

@@ -77,9 +77,10 @@ def show_plan(study, plan, todo, studies, cores, console):
     found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
     console.print(study.question)
     console.print(progress.run_table(todo, found, costs))
-    seconds = progress.total_seconds(todo, found, costs)
+    seconds, num_unknown = progress.total_seconds(todo, found, costs)
     share = progress.format_time(seconds / cores)
-    console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}.")
+    unknown = f", without {num_unknown} jobs of pretrained networks that have not run here" if num_unknown else ""
+    console.print(f"Expected: {progress.format_time(seconds)} on one core, about {share} on {cores}{unknown}.")
     if plan.waiting:
         console.print(f"{len(plan.waiting)} more run(s), of equal FLOPs, are planned when those they follow are done.")
     if (warning := power_warning(study)) is not None:

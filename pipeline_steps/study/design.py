@@ -88,9 +88,9 @@ class Study(StrictModel):
     headline: tuple[str, ...] | None = None
     """Comparisons that get a verdict, as `ARM` or, with several budgets, `ARM, BUDGET`; p-values are corrected for
     their number, the others are exploratory. null: all."""
-    series: dict[str, tuple[str, ...]] = {}
-    """Of a scaling grid: {way of training: its arms, smallest network first}. Scaling laws are fitted to each, and the
-    first is compared with the others."""
+    series: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Of a scaling grid: {way of training: its arms, smallest network first}. Scaling laws are fitted to each arm, and
+    the first series' arms are compared with those in the same place of the others."""
     margin: float = Field(default=0.03, gt=0)
     """Differences of token accuracy below it count as none."""
     next_frame_margin: float = Field(default=0.01, gt=0)
@@ -167,6 +167,11 @@ def check(study, path):
         if unknown := [arm for arm in arms if arm not in study.arms]:
             known = ", ".join(study.arms)
             raise UserError(f"{path}: series {name}: there is no arm {', '.join(unknown)} (there are: {known})")
+    listed = [arm for arms in study.series.values() for arm in arms]
+    if twice := sorted({arm for arm in listed if listed.count(arm) > 1}):
+        raise UserError(
+            f"{path}: series: an arm belongs to one place of one series, but {', '.join(twice)} has several"
+        )
     check_equal_flops(study, path)
     labels = [
         label_of(study, arm, budget)
@@ -254,22 +259,23 @@ def with_factors(cells, flops):
 
 def factor_of(cell):
     """The factor on the samples of a cell with a budget of training FLOPs. UserError for backbones whose shape is not
-    known before they are trained, and for less than a sample."""
+    known before they are trained, and for less than a sample per stage."""
     parameters = composed(cell.overrides)
-    network = scales.scale_of(parameters["backbones"])
+    network = scales.scale_of(parameters)
     if network is None:
         known = ", ".join(scales.LANGUAGE_MODELS)
         raise UserError(
             f"arm {cell.arm}: budget {cell.budget} gives training FLOPs, which are counted for SmolLM2 of {known} from "
-            "the Hub only (scale=smollm2_135m and larger). Give a factor on the samples instead."
+            "the Hub only (scale=smollm2_135m and larger), with DINOv2-small and frames of 224 px. Give a factor on "
+            "the samples instead."
         )
     config = scales.scaled(network, parameters["model"])
     objective = params.check(f"conf/ ({' '.join(cell.overrides)})", parameters).training.stage3.objective
     (found,) = iso.budget_samples([cell.flops], {network: {cell.arm: config}}, iso.BUDGET_SAMPLE, objective)
-    if found.num_samples < 1:
+    if found.num_samples < len(TRAINING_STAGES):
         raise UserError(
             f"arm {cell.arm}: budget {cell.budget} has {cell.flops:.3g} FLOPs, but a training sample costs "
-            f"{found.flops_per_sample:.3g}"
+            f"{found.flops_per_sample:.3g}, and each of {len(TRAINING_STAGES)} stages needs one"
         )
     return found.num_samples / sum(parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
 

@@ -129,8 +129,10 @@ def num_finished(plan, found):
 
 
 def total_seconds(plan, found, costs):
-    """Expected seconds, on one core, of all that is not done."""
-    return sum(costs.seconds(job) for name, job in plan.jobs.items() if found[name] != DONE)
+    """(expected seconds, on one core, of all that is not done and whose cost is known; number of other jobs)."""
+    seconds = [costs.seconds(job) for name, job in plan.jobs.items() if found[name] != DONE]
+    known = [value for value in seconds if not math.isnan(value)]
+    return sum(known), len(seconds) - len(known)
 
 
 def failures(plan, studies):

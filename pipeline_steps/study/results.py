@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.study_results import SEEDS, ArmResult, ComparisonResult, StudySummary
+from pipeline_steps.common.study_results import SEEDS, ArmResult, ComparisonResult, Series, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of
@@ -48,7 +48,7 @@ def summarise(name, table, study):
         plateau=study.plateau,
         split=split_of(study),
         group_tasks={group: list(tasks) for group, tasks in groups.items()},
-        series={name: list(arms) for name, arms in study.series.items()},
+        series=[Series(name=name, arms=list(arms)) for name, arms in study.series.items()],
         arms=arms,
         comparisons=comparisons(table, study),
     )

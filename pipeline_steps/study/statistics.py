@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from scipy import stats
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
-from pipeline_steps.report.statistics import holm, interval_verdict
+from pipeline_steps.report.statistics import LEVEL, holm, interval_verdict, t_interval
 
-LEVEL = 0.95
 EQUIVALENCE_LEVEL = 0.90  # of the interval that has to lie within the margin: two one-sided tests at 5 %
 MAX_EXACT_PAIRS = 16  # 65,536 patterns of signs; beyond, as many are drawn
 NUM_DRAWS = 20_000
@@ -59,15 +57,6 @@ def sign_flip_p(differences, seed=0):
         signs[0] = 1  # what was observed is one of the patterns
     sums, observed = np.abs(signs @ values), abs(values.sum())
     return float(np.mean(sums >= observed - 1e-12))
-
-
-def t_interval(values, level=LEVEL):
-    """Student's interval of the mean, (low, high); None for fewer than two values."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return None
-    half = stats.t.isf((1 - level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def gain_verdict(values, margin):

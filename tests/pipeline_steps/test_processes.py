@@ -123,7 +123,7 @@ def test_a_crashed_test_process_is_noticed_while_its_forked_children_live(tmp_pa
     (tmp_path / "test_hung.py").write_text(HUNG)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", "1", "--max-worker-restart=0", tmp_path]
     with open(tmp_path / "log", "w+") as log:  # not a pipe: the children keep it open
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
         options = {"stdout": log, "stderr": log, "cwd": tmp_path, "env": environment, "timeout": 90}
         done = subprocess.run(command, **options, check=False)
         log.seek(0)
