@@ -9,6 +9,7 @@ import pytest
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.study_results import TOO_FEW
 from pipeline_steps.report import figures, scaling, studies
+from pipeline_steps.study import summary
 from pipeline_steps.study.design import Study
 from pipeline_steps.study.summary import write_summary
 
@@ -55,6 +56,12 @@ def write_runs(folder, study, kept=lambda arm, budget, seed: True):
     folder.mkdir(parents=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     pd.DataFrame(items).to_parquet(folder / "items.parquet")
+
+
+@pytest.fixture(autouse=True)
+def without_picture(monkeypatch):
+    """runs.png takes seconds, and is tested elsewhere."""
+    monkeypatch.setattr(summary, "figure", lambda *_: b"")
 
 
 @pytest.fixture

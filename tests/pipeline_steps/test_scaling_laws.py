@@ -11,7 +11,7 @@ SIZES = (1e8, 2e8, 4e8)  # training FLOPs per sample
 SAMPLES = np.array([5e3, 1e4, 2e4, 4e4])
 NOISE = 0.03  # of the logarithm of a run's loss
 SHIFT = 0.06  # of an arm's logarithm in one seed
-REPEATS = 400
+REPEATS = 250
 MIDDLE = 1e12
 
 
