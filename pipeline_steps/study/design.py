@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT, StrictModel
-from pipeline_steps.flops import iso, scales
 
 STUDIES = ROOT / "conf" / "study"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -260,6 +259,8 @@ def with_factors(cells, flops):
 def factor_of(cell):
     """The factor on the samples of a cell with a budget of training FLOPs. UserError for backbones whose shape is not
     known before they are trained, and for less than a sample per stage."""
+    from pipeline_steps.flops import iso, scales  # seconds of imports that no job of a study needs
+
     parameters = composed(cell.overrides)
     network = scales.scale_of(parameters)
     if network is None:

@@ -234,6 +234,13 @@ def test_a_change_of_code_changes_the_stages_that_use_it():
     assert [stage for stage in before if before[stage].key != after[stage].key] == ["evaluation"]
 
 
+def test_a_job_starts_without_the_libraries_of_its_stage():
+    """They take seconds, and every job starts a process of its own."""
+    code = "import sys, pipeline_steps.study.job; print([name for name in ('torch', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_jobs_come_after_those_that_they_need(clean):
     seen = set()
     for name, job in plan.make_plan("mine", make()).jobs.items():
