@@ -61,8 +61,7 @@ def table(found):
         if study is None:
             rows.append([name_of(choice), *(MISSING for _ in groups), MISSING, not_run(choice), RULES[choice.rule]])
         else:
-            labels = dict.fromkeys(entry.arm for entry in entries(choice, study))
-            rows += [row(choice, study, label, groups) for label in labels]
+            rows += [row(choice, study, label, groups) for label in labels(choice, study)]
     columns = ["alternative", *(f"{group}, points" for group in groups), "lower loss", "verdict", "taken"]
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
@@ -91,6 +90,14 @@ def entries(choice, study):
         for entry in study.summary.comparisons
         if entry.arm.partition(", ")[0] == choice.arm and entry.baseline == choice.baseline
     ]
+
+
+def labels(choice, study):
+    """Labels of a choice's comparisons in a study, one per budget; of a scaling grid, that of the largest budget."""
+    samples = {arm.budget: arm.training_samples for arm in study.summary.arms if arm.arm == choice.arm}
+    found = list(dict.fromkeys(entry.arm for entry in entries(choice, study)))
+    largest = max(found, key=lambda label: samples.get(label.partition(", ")[2], 0))
+    return [largest] if study.summary.series else found
 
 
 def best_study(choice, found, measured=entries, size=lambda entry: len(entry.differences)):

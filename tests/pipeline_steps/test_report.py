@@ -18,7 +18,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.common.study_results import StudySummary
+from pipeline_steps.common.study_results import Series, StudySummary
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, decisions, keep, studies, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, STAGES, Run, read_inputs
@@ -670,6 +670,21 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     for choice in decisions.CHOICES:
         assert choice.study in known
         assert {choice.arm, choice.baseline} <= set(read_study(choice.study).arms), choice
+
+
+def test_a_decision_of_a_scaling_grid_is_that_of_its_largest_budget(tmp_path):
+    summary = study_summary()
+    shared = {"arm": "B1", "groups": {"all": [0.6, 0.6]}, "exact_match": [0.3, 0.3], "num_above_plateau": 0}
+    arms = [
+        summary.arms[1].model_copy(update=shared | {"budget": name, "training_samples": samples})
+        for name, samples in (("x2", 12e4), ("x1", 6e4))
+    ]
+    pairs = [entry.model_copy(update={"arm": f"B1, {arm.budget}"}) for arm in arms for entry in summary.comparisons]
+    grid = summary.model_copy(update={"arms": arms, "comparisons": pairs, "series": [Series(name="one", arms=["B1"])]})
+    choice = next(choice for choice in decisions.CHOICES if choice.arm == "B1")
+    assert decisions.labels(choice, SimpleNamespace(summary=grid)) == ["B1, x2"]
+    plain = grid.model_copy(update={"series": []})
+    assert decisions.labels(choice, SimpleNamespace(summary=plain)) == ["B1, x2", "B1, x1"]
 
 
 @pytest.mark.parametrize(
