@@ -19,25 +19,29 @@ BY_SEED = (
     "Every law, minimum and ratio is computed seed by seed; brackets: 95% t-intervals over the seeds, not corrected "
     "for the number of rows. With fewer than three seeds nothing is decided"
 )
+STRAIGHT = (
+    "Losses are read off on straight lines between the budgets that were run; a difference counts beyond what the "
+    "bends of the measured laws may add to it, so at least three budgets are needed"
+)
 LAWS_NOTE = (
     "Loss = a × (training FLOPs)^−b over the budgets of one size, least squares in logarithms; an arm's FLOPs are "
     "proportional to its samples, so b is the same in samples. Error: root mean square of the loss around its law. "
     f"{BY_SEED}; the interval of a single seed is the line's, over its budgets, and says nothing about other seeds."
 )
 SIZES_NOTE = (
-    "Equal training FLOPs: the losses of all sizes, read off between the budgets that were run, and the minimum of the "
-    "parabola through them (–: not between the smallest and the largest size for every seed). Verdict: the size whose "
-    f"loss is certainly below every other's. {BY_SEED}."
+    "Equal training FLOPs: the losses of the sizes, and the minimum of the parabola through them (–: not between the "
+    "smallest and the largest size for every seed). Best size: its loss is below every other's by the intervals of the "
+    f"differences. {STRAIGHT}. {BY_SEED}."
 )
 CROSSINGS_NOTE = (
     "Arms in the same place of two series, over the training FLOPs that both were trained with: ratio of the first's "
-    "loss to the second's. A crossing is stated if the order at both ends is certain and not the same, and changes "
-    f"once for every seed. Nothing is extrapolated. {BY_SEED}."
+    "loss to the second's. A crossing is stated if the order at both ends is clear by the intervals and not the same, "
+    f"and changes once for every seed. Nothing is extrapolated. {STRAIGHT}. {BY_SEED}."
 )
 CAPTION = (
     "Loss of every arm of the grid over its training FLOPs, by group of tasks",
-    "Held-out clips, autoregressive mode; both axes logarithmic. Points: runs; lines: means of the seeds that have all "
-    "budgets. A colour per series, a marker per size; thicker lines come later in the series.",
+    "Held-out clips, autoregressive mode; both axes logarithmic. Lines: means of the seeds that have all budgets; "
+    "small points: their runs. A colour per series, a marker per size; thicker lines come later in the series.",
 )
 
 
@@ -48,6 +52,7 @@ class Grid:
     group: str
     series: dict[str, list]  # {name: [`scaling_laws.Arm`, or None where runs are missing]}, as in the study
     left_out: dict[str, int]  # {arm: runs that are not part of its complete grid of seeds and budgets}
+    absent: list[str]  # arms without two budgets
 
 
 def grids(study):
@@ -56,12 +61,13 @@ def grids(study):
     groups = {"all": None, **study.summary.group_tasks} if study.summary.series else {}
     found = []
     for group in groups:
-        series, left_out = {}, {}
+        series, left_out, absent = {}, {}, []
         for entry in study.summary.series:
             made = {arm: arm_of(study, arm, group) for arm in entry.arms}
             series[entry.name] = [arm for arm, _ in made.values()]
-            left_out |= {name: count for name, (_, count) in made.items() if count}
-        found.append(Grid(group, series, left_out))
+            left_out |= {name: count for name, (arm, count) in made.items() if count and arm}
+            absent += [name for name, (arm, _) in made.items() if arm is None]
+        found.append(Grid(group, series, left_out, absent))
     return found
 
 
@@ -72,7 +78,7 @@ def arm_of(study, arm, group):
     if losses is None:
         raise UserError(
             f"reports/study/{study.name}/items.parquet: missing, so there is no loss of tasks that "
-            f"{group_name(group)}. Run the study again"
+            f"{group_name(group)}. Delete runs.csv beside it, too, and run the study again"
         )
     table = pd.DataFrame(
         {
@@ -87,8 +93,8 @@ def arm_of(study, arm, group):
         return laws.make_arm(arm, table)
     except ValueError as error:
         raise UserError(
-            f"reports/study/{study.name}: {group_name(group)}: {error}, which has no logarithm. Delete the run's row "
-            "in runs.csv and run the study again"
+            f"reports/study/{study.name}: {group_name(group)}: {error}. Delete the row in runs.csv and run the study "
+            "again"
         ) from None
 
 
@@ -110,15 +116,15 @@ def exponents(study, found):
         for name, arms in grid.series.items():
             for arm in filter(None, arms):
                 law = laws.power_law(arm)
-                tflops, losses = np.exp(arm.log_flops.mean(axis=0)) / 1e12, np.exp(arm.log_loss.mean(axis=0))
+                flops, losses = np.exp(arm.log_flops.mean(axis=0)), np.exp(arm.log_loss.mean(axis=0))
                 rows.append(
                     [
                         group_name(grid.group),
                         name,
                         arm.name,
-                        f"{len(arm.seeds)} × {len(tflops)}",
+                        f"{len(arm.seeds)} × {len(flops)}",
                         number(np.exp(arm.log_size) / 1e6, 0),
-                        (f"{tflops[0]:.3g} to {tflops[-1]:.3g}", tflops[-1]),
+                        (f"{tflop(flops[0])} to {tflop(flops[-1])}", flops[-1]),
                         (f"{losses[0]:.3f} to {losses[-1]:.3f}", losses[-1]),
                         cell(law.exponent, law.interval, ".2f"),
                         (f"{law.error:.0%}", law.error),
@@ -132,16 +138,19 @@ def exponents(study, found):
 
 
 def omissions(found):
-    """A sentence on the runs and arms that the laws leave out, or ""."""
-    left_out = found[0].left_out
-    absent = [arm for arm, count in left_out.items() if all(arm != entry.name for entry in present(found[0]))]
-    parts = [f"{arm} {count}" for arm, count in left_out.items()]
+    """A sentence on the runs and arms that are left out, or ""."""
+    parts = [f"{arm} {count}" for arm, count in found[0].left_out.items()]
     text = f" Left out because other seeds or budgets are missing: runs of {', '.join(parts)}." if parts else ""
-    return text + (f" Without two budgets: {', '.join(absent)}." if absent else "")
+    return text + (f" Without runs at two budgets: {', '.join(found[0].absent)}." if found[0].absent else "")
 
 
 def present(grid):
     return [arm for arms in grid.series.values() for arm in arms if arm is not None]
+
+
+def tflop(flops):
+    """FLOPs as a number of TFLOP with three digits, such as 0.52, 12.3 or 160000."""
+    return np.format_float_positional(flops / 1e12, precision=3, unique=False, fractional=False, trim="-")
 
 
 def cell(value, interval, form, factor=1.0):
@@ -162,33 +171,39 @@ def best_sizes(study, found):
                     [
                         group_name(grid.group),
                         name,
-                        (f"{entry.flops / 1e12:.3g}", entry.flops),
+                        (str(entry.num_seeds), entry.num_seeds),
+                        (tflop(entry.flops), entry.flops),
                         ", ".join(f"{arm} {loss:.3f}" for arm, loss in entry.losses.items()),
                         MISSING if entry.size is None else cell(entry.size, entry.interval, ".0f", 1e-6),
                         entry.verdict,
                     ]
                 )
-    columns = ["tasks", "series", "TFLOP", "loss", "minimum, MFLOP per sample", "best size"]
+    columns = ["tasks", "series", "seeds", "TFLOP", "loss", "minimum, MFLOP per sample", "best size"]
     title = f"Sizes at equal FLOPs in study {study.name}"
-    return Table(f"study_{study.name}_sizes", title, columns, rows, SIZES_NOTE)
+    return Table(f"study_{study.name}_sizes", title, columns, rows, SIZES_NOTE + omissions(found))
 
 
 def crossings(study, found):
     """Table of the order of the first series' arms and those of each other one, over the budgets that both have."""
-    rows = []
+    rows, apart = [], {}
     for grid in found:
         first, *others = grid.series.values()
-        for arms in others:
-            for pair in zip(first, arms, strict=False):
-                entry = None if None in pair else laws.crossing(*pair)
-                if entry is None:
-                    continue
-                place = MISSING if entry.crossing is None else cell(entry.crossing, entry.interval, ".3g", 1e-12)
+        for pair in (pair for arms in others for pair in zip(first, arms, strict=True) if None not in pair):
+            names = " / ".join(arm.name for arm in pair)
+            entry = laws.crossing(*pair)
+            if entry is None:
+                apart[names] = None
+            else:
+                place = MISSING
+                if entry.crossing is not None:
+                    low, high = map(tflop, entry.interval)
+                    place = (f"{tflop(entry.crossing)} [{low}, {high}]", entry.crossing)
                 rows.append(
                     [
                         group_name(grid.group),
-                        " / ".join(arm.name for arm in pair),
-                        (f"{entry.flops[0] / 1e12:.3g} to {entry.flops[1] / 1e12:.3g}", entry.flops[1]),
+                        names,
+                        (str(entry.num_seeds), entry.num_seeds),
+                        (f"{tflop(entry.flops[0])} to {tflop(entry.flops[1])}", entry.flops[1]),
                         *(
                             cell(ratio, interval, ".2f")
                             for ratio, interval in zip(entry.ratios, entry.intervals, strict=True)
@@ -197,8 +212,19 @@ def crossings(study, found):
                         entry.verdict,
                     ]
                 )
-    columns = ["tasks", "arms", "TFLOP", "loss ratio, fewest FLOPs", "most FLOPs", "crossing, TFLOP", "verdict"]
-    return Table(f"study_{study.name}_crossings", f"Crossings in study {study.name}", columns, rows, CROSSINGS_NOTE)
+    columns = [
+        "tasks",
+        "arms",
+        "seeds",
+        "TFLOP",
+        "loss ratio, fewest FLOPs",
+        "most FLOPs",
+        "crossing, TFLOP",
+        "verdict",
+    ]
+    note = CROSSINGS_NOTE + (f" Without a common seed or common FLOPs: {', '.join(apart)}." if apart else "")
+    title = f"Crossings in study {study.name}"
+    return Table(f"study_{study.name}_crossings", title, columns, rows, note + omissions(found))
 
 
 def figure(study):

@@ -13,10 +13,13 @@ would leave out the vision encoder and the number of tokens).
 
 The unit is a seed: each of these is computed for every seed, and intervals are Student's over the seeds, because the
 runs of one seed share backbones and data and may all lie above or below those of another. Two arms are compared seed by
-seed. With fewer than three seeds nothing is decided. tests/pipeline_steps/test_scaling_laws.py measures the intervals'
-coverage and how often a difference is stated where there is none.
+seed. With fewer than three seeds nothing is decided. A straight line between two budgets of a bent law is wrong for all
+seeds alike, which no interval over seeds shows: a difference counts only beyond what the arms' `bend`s may explain.
+tests/pipeline_steps/test_scaling_laws.py measures the intervals' coverage and how often a difference is stated where
+there is none.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +39,17 @@ class Arm:
     log_flops: np.ndarray  # [seeds, budgets], of the training
     log_loss: np.ndarray  # [seeds, budgets]
     log_size: float  # of the training FLOPs per sample
+
+    @property
+    def bend(self):
+        """How far the mean loss may be from straight lines between neighbouring budgets, in logarithms: a quarter of
+        its largest distance from a line over two steps (exact for a parabola with equal steps); with two budgets
+        nothing is known, and it is infinite."""
+        x, y = self.log_flops.mean(axis=0), self.log_loss.mean(axis=0)
+        if len(x) < 3:
+            return math.inf
+        part = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+        return float(np.abs(y[:-2] * (1 - part) + y[2:] * part - y[1:-1]).max()) / 4
 
 
 @dataclass(frozen=True)
@@ -57,32 +71,38 @@ class BestSize:
     """The sizes of a series at one budget."""
 
     flops: float
+    num_seeds: int  # that all arms have
     losses: dict[str, float]  # {arm: geometric mean over the seeds}, smallest network first
-    size: float | None  # training FLOPs per sample at the parabola's minimum; None: not within the sizes for every seed
-    interval: tuple[float, float] | None  # 95 %, over the seeds
-    verdict: str  # the arm whose loss is certainly below every other's
+    size: (
+        float | None
+    )  # training FLOPs per sample at the parabola's minimum; None: not within the sizes for every seed,
+    # or fewer than three seeds
+    interval: tuple[float, float] | None  # 95 %, over the seeds, within the sizes
+    verdict: str  # the arm whose loss is below every other's by the intervals
 
 
 @dataclass(frozen=True)
 class Crossing:
     """Two arms over the budgets that both were trained with; ratios are of the first's loss to the second's."""
 
+    num_seeds: int  # that both have
     flops: tuple[float, float]  # lowest and highest
     ratios: tuple[float, float]  # there
     intervals: tuple[tuple[float, float] | None, tuple[float, float] | None]  # 95 %, over the seeds
-    crossing: float | None  # FLOPs; None unless the order at both ends is certain, and changes once for every seed
-    interval: tuple[float, float] | None  # 95 %, over the seeds
+    crossing: float | None  # FLOPs; None unless the order at both ends is clear, and changes once for every seed
+    interval: tuple[float, float] | None  # 95 %, over the seeds, within the FLOPs of both
     verdict: str
 
 
 def make_arm(name, runs):
     """(`Arm`, number of runs left out) of a table with the columns seed, budget, flops, samples and loss, one row per
     run: the seeds and budgets that form the largest complete grid. (None, all of them) if that has no two budgets.
-    ValueError for values that have no logarithm."""
+    ValueError for values that have no logarithm, and for budgets of a seed with equal FLOPs."""
     for row in runs.itertuples():
         for column in ("flops", "samples", "loss"):
             if not getattr(row, column) > 0 or not np.isfinite(getattr(row, column)):
-                raise ValueError(f"{name}, budget {row.budget}, seed {row.seed}: {column} is {getattr(row, column)}")
+                value = getattr(row, column)
+                raise ValueError(f"{name}, budget {row.budget}, seed {row.seed}: {column} is {value}: no logarithm")
     seeds, budgets = largest_grid(set(zip(runs["seed"], runs["budget"], strict=True)))
     if len(budgets) < 2:
         return None, len(runs)
@@ -91,7 +111,9 @@ def make_arm(name, runs):
         np.log(kept[column].to_numpy(float)).reshape(len(seeds), len(budgets))
         for column in ("flops", "samples", "loss")
     )
-    arm = Arm(name, tuple(sorted(seeds)), flops, losses, float(np.mean(flops - samples)))
+    if not (np.diff(flops) > 0).all():
+        raise ValueError(f"{name}: budgets {', '.join(map(str, budgets))} of a seed have equal training FLOPs")
+    arm = Arm(name, tuple(seeds), flops, losses, float(np.mean(flops - samples)))
     return arm, len(runs) - len(kept)
 
 
@@ -101,8 +123,11 @@ def largest_grid(cells):
     budgets_of = {}
     for seed, budget in sorted(cells):
         budgets_of.setdefault(seed, set()).add(budget)
-    sets = {tuple(sorted(one & other)) for one in budgets_of.values() for other in budgets_of.values()}
-    found = [([seed for seed, has in budgets_of.items() if has.issuperset(some)], list(some)) for some in sorted(sets)]
+    sets: set[frozenset] = set()
+    for has in budgets_of.values():  # all intersections of the budgets of some seeds
+        sets |= {frozenset(has), *(some & has for some in sets)}
+    ordered = sorted(sorted(some) for some in sets)
+    found = [([seed for seed, has in budgets_of.items() if has.issuperset(some)], some) for some in ordered]
     return max(found, key=lambda grid: (len(grid[1]) >= 2, len(grid[0]) * len(grid[1]), len(grid[0])), default=([], []))
 
 
@@ -150,32 +175,38 @@ def best_sizes(arms, num_levels=3):
         return []
     arms = sorted(arms, key=lambda arm: arm.log_size)
     sizes = np.array([arm.log_size for arm in arms])
-    levels = np.linspace(low, high, num_levels)
+    levels = np.linspace(low, high, num_levels) if low < high else np.array([low])
     losses = np.stack([interpolated(arm, seeds, levels) for arm in arms])  # [arms, seeds, levels]
     found = []
     for place, level in enumerate(levels):
         values = losses[:, :, place]
         minima = minimum(sizes, values)
-        inside = np.isfinite(minima).all()
+        inside = len(seeds) >= MIN_VALUES and np.isfinite(minima).all()
         found.append(
             BestSize(
                 flops=float(np.exp(level)),
+                num_seeds=len(seeds),
                 losses={arm.name: float(np.exp(value)) for arm, value in zip(arms, values.mean(axis=1), strict=True)},
                 size=float(np.exp(minima.mean())) if inside else None,
-                interval=exponentiated(t_interval(minima)) if inside else None,
-                verdict=lowest([arm.name for arm in arms], values),
+                interval=exponentiated(t_interval(minima), sizes) if inside else None,
+                verdict=lowest(arms, values),
             )
         )
     return found
 
 
-def lowest(names, values):
-    """The name whose `values` [names, seeds] are certainly below every other's, pair by pair, or why there is none."""
+def lowest(arms, values):
+    """Name of the `Arm` whose `values` [arms, seeds] are below every other's, pair by pair and by more than their bends
+    may explain, or why there is none."""
     if values.shape[1] < MIN_VALUES:
         return TOO_FEW
     best = int(values.mean(axis=1).argmin())
-    others = (t_interval(values[row] - values[best]) for row in range(len(names)) if row != best)
-    return names[best] if all(low > 0 for low, _ in others) else UNDECIDED
+    below = (
+        t_interval(values[row] - values[best])[0] > arm.bend + arms[best].bend
+        for row, arm in enumerate(arms)
+        if row != best
+    )
+    return arms[best].name if all(below) else UNDECIDED
 
 
 def minimum(sizes, values):
@@ -205,18 +236,20 @@ def crossing(first, second):
     if len(seeds) < MIN_VALUES:
         verdict = TOO_FEW
     else:
-        signs = [1 if border[0] > 0 else -1 if border[1] < 0 else 0 for border in intervals]  # 0: either may be lower
+        bend = first.bend + second.bend
+        signs = [1 if border[0] > bend else -1 if border[1] < -bend else 0 for border in intervals]  # 0: not clear
         places = [single_change(levels, row) for row in gaps]
         if set(signs) == {-1} or set(signs) == {1}:
             verdict = f"{(first if signs[0] < 0 else second).name} lower throughout"
         elif signs[0] * signs[-1] == -1 and None not in places:
-            place, interval = float(np.exp(np.mean(places))), exponentiated(t_interval(places))
+            place, interval = float(np.exp(np.mean(places))), exponentiated(t_interval(places), (low, high))
             before, after = (first, second) if signs[0] < 0 else (second, first)
             verdict = f"{before.name} lower before, {after.name} after"
         else:
             verdict = UNDECIDED
     ends = (0, -1)
     return Crossing(
+        num_seeds=len(seeds),
         flops=(float(np.exp(low)), float(np.exp(high))),
         ratios=tuple(float(np.exp(gaps[:, end].mean())) for end in ends),
         intervals=tuple(exponentiated(intervals[end]) for end in ends),
@@ -236,5 +269,6 @@ def single_change(levels, gap):
     return float(levels[before] + part * (levels[before + 1] - levels[before]))
 
 
-def exponentiated(interval):
-    return None if interval is None else tuple(float(np.exp(border)) for border in interval)
+def exponentiated(interval, within=(-math.inf, math.inf)):
+    """An interval of a logarithm as one of the quantity, cut to what was run; None stays None."""
+    return None if interval is None else tuple(np.exp(np.clip(interval, min(within), max(within))).tolist())

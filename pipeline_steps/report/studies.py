@@ -56,6 +56,8 @@ class Study:
                 f"reports/study/{self.name}: items.parquet has no items of {', '.join(absent[:3])}, which runs.csv "
                 "has. Delete their rows and run the study again"
             )
+        if lacking := [task for task in tasks if task not in self.task_losses.columns]:
+            raise UserError(f"reports/study/{self.name}: items.parquet has no items of task {', '.join(lacking)}")
         return self.task_losses.loc[runs["run"], tasks].mean(axis=1, skipna=False).to_numpy(float)
 
 
@@ -69,18 +71,22 @@ def read_study(folder):
     if not (folder / "runs.csv").exists():
         raise UserError(f"{folder / 'runs.csv'}: missing beside summary.json; run `make study name={folder.name}`")
     runs = pd.read_csv(folder / "runs.csv")
+    if twice := runs.loc[runs["run"].duplicated(), "run"].tolist():
+        raise UserError(f"{folder / 'runs.csv'}: {', '.join(twice[:3])} has two rows. Delete one of them")
     if len(runs) != summary.num_runs:
         raise UserError(
             f"{folder}: runs.csv has {len(runs)} runs, but summary.json is of {summary.num_runs}. "
             f"Run `python -m pipeline_steps.study.summary {folder.name}`"
         )
-    items, heatmap = folder / "items.parquet", folder / "heatmap.png"
-    losses = losses_of(pd.read_parquet(items)) if items.exists() else None
-    return Study(summary, runs, losses, heatmap if heatmap.exists() else None)
+    heatmap = folder / "heatmap.png"
+    return Study(summary, runs, losses_of(folder / "items.parquet"), heatmap if heatmap.exists() else None)
 
 
-def losses_of(items):
-    """Loss per scored token of items.parquet, a row per run and a column per task."""
+def losses_of(path):
+    """Loss per scored token of items.parquet, a row per run and a column per task; None without the file."""
+    if not path.exists():
+        return None
+    items = pd.read_parquet(path)
     sums = items.groupby(["run", "task"], sort=True)[["loss_sum", "num_tokens"]].sum()
     return (sums["loss_sum"].astype(float) / sums["num_tokens"]).unstack("task")
 

@@ -66,6 +66,8 @@ def earlier_results(results):
     """(runs.csv, items.parquet) of an earlier collection, or (None, None)."""
     if not (results / "runs.csv").exists():
         return None, None
+    if not (results / "items.parquet").exists():
+        raise UserError(f"{results / 'items.parquet'}: missing beside runs.csv; delete runs.csv, too, to collect again")
     return pd.read_csv(results / "runs.csv"), pd.read_parquet(results / "items.parquet")
 
 

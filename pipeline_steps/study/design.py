@@ -166,6 +166,11 @@ def check(study, path):
         if unknown := [arm for arm in arms if arm not in study.arms]:
             known = ", ".join(study.arms)
             raise UserError(f"{path}: series {name}: there is no arm {', '.join(unknown)} (there are: {known})")
+    if len({len(arms) for arms in study.series.values()}) > 1:
+        counts = ", ".join(f"{name} {len(arms)}" for name, arms in study.series.items())
+        raise UserError(
+            f"{path}: series: arms in the same place are compared, but they have different numbers: {counts}"
+        )
     listed = [arm for arms in study.series.values() for arm in arms]
     if twice := sorted({arm for arm in listed if listed.count(arm) > 1}):
         raise UserError(

@@ -97,7 +97,9 @@ def stage_table(plan, found, costs, num_parallel):
     left = {name: costs.seconds(job) for name, job in plan.jobs.items() if found[name] in (RUNNING, WAITING)}
     done = num_finished(plan, found)
     title = f"study {plan.study}: {done} of {len(plan.runs)} runs done"
-    table = Table(title=title, caption=f"about {format_time(sum(left.values()) / num_parallel)} left")
+    known = [seconds for seconds in left.values() if not math.isnan(seconds)]
+    unknown = f", and {len(left) - len(known)} jobs of unknown cost" if len(known) < len(left) else ""
+    table = Table(title=title, caption=f"about {format_time(sum(known) / num_parallel)} left{unknown}")
     for column in ("stage", *STATES):
         table.add_column(column, justify="left" if column == "stage" else "right")
     counts = {}

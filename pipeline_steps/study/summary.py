@@ -27,7 +27,7 @@ from pipeline_steps.common.study_results import (
 )
 from pipeline_steps.report import scaling
 from pipeline_steps.report.statistics import equivalence_power, share_interval
-from pipeline_steps.report.studies import read_study as read_study_files
+from pipeline_steps.report.studies import Study, losses_of
 from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
     label_of,
@@ -56,12 +56,12 @@ def write_summary(name, study, results=ROOT / RESULTS, command=None):
     except FileNotFoundError:
         raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
     summary = summarise(name, table, study)
+    grid = scaling.tables(Study(summary, table, losses_of(folder / "items.parquet")))  # before anything is written
     if any(arm.answers_trained for arm in summary.arms):
         write_bytes(folder / "runs.png", figure(table, study, summary.group_tasks["all"]))
     else:
         (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
-    grid = scaling.tables(read_study_files(folder)) if study.series else []
     write_text(folder / "README.md", page(summary, table, study, command, grid))
     return folder / "README.md"
 

@@ -10,6 +10,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.study_results import TOO_FEW
 from pipeline_steps.report import figures, scaling, studies
 from pipeline_steps.study import summary
+from pipeline_steps.study.collect import earlier_results
 from pipeline_steps.study.design import Study
 from pipeline_steps.study.summary import write_summary
 
@@ -88,13 +89,14 @@ def test_laws_sizes_and_crossings_are_by_group_of_tasks(grid):
     assert {row[-1] for row in laws.rows} == {"falls"}
     found = [row for row in sizes.rows if row[0] == "need a gaze"]
     assert {row[-1] for row in found} == {"one_M", "many_M"}
-    assert found[0][3].startswith("one_S ")
-    assert all(1e8 < row[4][1] < 8e8 for row in found)
+    assert found[0][4].startswith("one_S ")
+    assert all(1e8 < row[5][1] < 8e8 for row in found)
+    assert {row[2] for row in (*sizes.rows, *crossings.rows)} == {("3", 3)}
     assert [row[1] for row in crossings.rows[:3]] == ["one_S / many_S", "one_M / many_M", "one_L / many_L"]
     verdicts = {(row[0], row[1]): row[-1] for row in crossings.rows}
     assert verdicts["read everything", "one_M / many_M"] == "many_M lower throughout"
     assert verdicts["need a gaze", "one_S / many_S"] == "many_S lower before, one_S after"
-    (place,) = (row[5] for row in crossings.rows if (row[0], row[1]) == ("need a gaze", "one_S / many_S"))
+    (place,) = (row[6] for row in crossings.rows if (row[0], row[1]) == ("need a gaze", "one_S / many_S"))
     assert place == ("2 [2, 2]", pytest.approx(2e12, rel=0.02))
 
 
@@ -122,9 +124,22 @@ def test_what_is_missing_is_left_out_and_named(tmp_path):
     )
     laws, sizes, crossings = scaling.tables(studies.read_study(write_summary("part", study, tmp_path).parent))
     assert "many_L" not in {row[2] for row in laws.rows}
-    assert "missing: runs of one_M 2, many_L 3. Without two budgets: many_L." in laws.note  # of seed 3, or of x8
-    assert {row[3].count("_") for row in sizes.rows if row[1] == "many"} == {2}
+    for table in (laws, sizes, crossings):  # of x8, which seed 3 lacks
+        assert "missing: runs of one_M 2. Without runs at two budgets: many_L." in table.note
+    assert {row[4].count("_") for row in sizes.rows if row[1] == "many"} == {2}
     assert {row[1] for row in crossings.rows} == {"one_S / many_S", "one_M / many_M"}
+
+
+def test_pairs_without_a_common_seed_are_named(tmp_path):
+    study = design(seeds=(1, 2, 3, 4, 5, 6))
+    write_runs(tmp_path / "apart", study, lambda arm, budget, seed: (seed > 3) == (arm == "many_S"))
+    *_, crossings = scaling.tables(studies.read_study(write_summary("apart", study, tmp_path).parent))
+    assert "Without a common seed or common FLOPs: one_S / many_S." in crossings.note
+
+
+@pytest.mark.parametrize(("flops", "text"), [(5.2e11, "0.52"), (1.234e13, "12.3"), (1.6e17, "160000")])
+def test_flops_are_numbers_of_three_digits(flops, text):
+    assert scaling.tflop(flops) == text
 
 
 def test_few_budgets_or_seeds_decide_nothing(tmp_path):
@@ -149,6 +164,25 @@ def test_a_run_without_items_is_refused_by_name(grid):
     items[items["run"] != "one_S-x1-1"].to_parquet(grid.parent / "items.parquet")
     with pytest.raises(UserError, match=r"items\.parquet has no items of one_S-x1-1"):
         scaling.tables(studies.read_study(grid.parent))
+
+
+def test_broken_files_are_refused_and_the_summary_stays(grid):
+    before = (grid.parent / "summary.json").read_bytes()
+    items = pd.read_parquet(grid.parent / "items.parquet")
+    items[items["task"] != "gist"].to_parquet(grid.parent / "items.parquet")
+    study = design()
+    with pytest.raises(UserError, match=r"items\.parquet has no items of task gist"):
+        write_summary("grid", study, grid.parent.parent)
+    (grid.parent / "items.parquet").unlink()
+    with pytest.raises(UserError, match=r"items\.parquet: missing, .* Delete runs\.csv beside it, too"):
+        write_summary("grid", study, grid.parent.parent)
+    with pytest.raises(UserError, match=r"items\.parquet: missing beside runs\.csv; delete runs\.csv, too"):
+        earlier_results(grid.parent)
+    assert (grid.parent / "summary.json").read_bytes() == before
+    runs = pd.read_csv(grid.parent / "runs.csv")
+    pd.concat([runs, runs.iloc[:1]]).to_csv(grid.parent / "runs.csv", index=False)
+    with pytest.raises(UserError, match="one_S-x1-1 has two rows"):
+        studies.read_study(grid.parent)
 
 
 def test_a_study_without_series_has_no_grid(tmp_path):

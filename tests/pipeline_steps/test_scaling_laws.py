@@ -58,6 +58,12 @@ def table(cells):
         ([(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (3, 2), (3, 1)], (1, 2, 3), 2, 2),
         ([(1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (5, 1)], (1,), 2, 4),  # one budget has no law
         ([(1, 1), (1, 2), (2, 2), (2, 4), (3, 1)], (1,), 2, 3),  # budgets that no two seeds share
+        (
+            [(n, b) for n, bs in ((1, (1, 2, 4, 8)), (2, (1, 2, 4, 16)), (3, (1, 2, 8, 16))) for b in bs],
+            (1, 2, 3),
+            2,
+            6,
+        ),
     ],
 )
 def test_the_largest_complete_grid_is_used(cells, seeds, budgets, left_out):
@@ -80,6 +86,23 @@ def test_a_value_without_a_logarithm_is_refused_by_name(value, column):
     runs.loc[2, column] = value
     with pytest.raises(ValueError, match=rf"a, budget 1, seed 2: {column} is {value}"):
         laws.make_arm("a", runs)
+
+
+def test_budgets_of_equal_compute_are_refused():
+    runs = table([(1, 1), (1, 2)])
+    runs["flops"] = 5.0
+    with pytest.raises(ValueError, match="a: budgets 1, 2 of a seed have equal training FLOPs"):
+        laws.make_arm("a", runs)
+
+
+def test_the_bend_is_what_straight_lines_miss():
+    samples = np.geomspace(1e4, 8e4, 4)
+    arm = make("a", lambda size, count: np.exp(np.log(count / 1e4) ** 2), samples=samples)
+    middles = (np.log(samples[:-1] * samples[1:]) / 2)[None]
+    missed = laws.interpolated(arm, [0], middles[0] + np.log(1e8))[0] - (middles[0] - np.log(1e4)) ** 2
+    assert arm.bend == pytest.approx(missed.max())
+    assert make("a", power(0.3)).bend == pytest.approx(0, abs=1e-12)
+    assert make("a", power(0.3), samples=samples[:2]).bend == float("inf")
 
 
 # ---------------------------------------------------------------- power laws
@@ -159,7 +182,8 @@ def test_a_clear_best_size_is_decided_and_its_interval_covers():
 
 
 def test_few_seeds_or_sizes_state_nothing():
-    assert {entry.verdict for entry in laws.best_sizes(series(chinchilla, seeds=2))} == {TOO_FEW}
+    few = laws.best_sizes(series(chinchilla, seeds=2, samples=np.geomspace(2.5e3, 1.6e5, 25)))
+    assert {(entry.verdict, entry.size, entry.num_seeds) for entry in few} == {(TOO_FEW, None, 2)}
     assert {entry.size for entry in laws.best_sizes(series(chinchilla, sizes=SIZES[:2]))} == {None}
     assert {entry.size for entry in laws.best_sizes(series(chinchilla, sizes=(1e8, 1e8, 2e8)))} == {None}
     ties = laws.best_sizes(series(lambda size, samples: 1.0))
@@ -168,6 +192,25 @@ def test_few_seeds_or_sizes_state_nothing():
     assert laws.minimum(sizes, np.array([[5.0], [2.0], [3.0]]))[0] == pytest.approx(2.25)
     assert np.isnan(laws.minimum(sizes, np.array([[9.0], [4.0], [1.0]]))[0])  # at 4: not within the sizes
     assert np.isnan(laws.minimum(sizes, np.array([[1.0], [2.0], [1.0]]))[0])  # a maximum
+
+
+@pytest.mark.parametrize("bent", [lambda flops: 0.2 + 1e12 / flops, lambda flops: 1 + (flops / 1e12) ** -0.5])
+def test_a_bent_law_that_sizes_share_makes_none_the_best_and_no_crossing(bent):
+    """Straight lines between budgets are wrong for all seeds alike, and there is hardly any noise to hide it."""
+    rng = np.random.default_rng(5)
+    samples = np.array([5e3, 1.7e4, 5e4, 1e5])
+    found = []
+    for _ in range(40):
+        arms = [
+            make(f"{size:g}", lambda size, count: bent(size * count) * np.exp(rng.normal(0, 0.003)), size, samples)
+            for size in (1e8, 1.3e8, 1.66e8)
+        ]
+        found += [entry.verdict for entry in (*laws.best_sizes(arms), laws.crossing(*arms[:2]))]
+    assert found.count(UNDECIDED) >= 0.9 * len(found)
+    two = [
+        make(name, lambda size, count: bent(size * count), size, samples[:2]) for name, size in (("a", 1e8), ("b", 2e8))
+    ]
+    assert laws.crossing(*two).verdict == UNDECIDED
 
 
 # ---------------------------------------------------------------- two arms

@@ -140,6 +140,10 @@ def test_training_flops_that_cannot_be_counted_are_refused(overrides, flops, mes
     [
         (
             {"series": {"one": ["none"], "two": ["A6", "none"]}},
+            "have different numbers: one 1, two 2",
+        ),
+        (
+            {"series": {"one": ["none"], "two": ["none"]}},
             "belongs to one place of one series, but none has several",
         ),
         ({"series": {"one": []}}, "series.one"),
