@@ -25,7 +25,10 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
     "pipeline_steps/monitoring": "progress, curves and pictures of a run; it gets values and returns none",
 }
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
-ALSO = {"monitoring": {"training"}, "study": {"report"}}  # counts what a training step computes; collects budgets
+ALSO = {
+    "monitoring": {"training"},
+    "study": {"report", "flops"},
+}  # counts what a training step computes; collects budgets
 MEDIA = {
     "model/__init__.py",
     "model/frames.py",

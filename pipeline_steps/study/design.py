@@ -272,8 +272,7 @@ def factor_of(cell):
         known = ", ".join(scales.LANGUAGE_MODELS)
         raise UserError(
             f"arm {cell.arm}: budget {cell.budget} gives training FLOPs, which are counted for SmolLM2 of {known} from "
-            "the Hub only (scale=smollm2_135m and larger), with DINOv2-small and frames of 224 px. Give a factor on "
-            "the samples instead."
+            "the Hub only, with DINOv2-small and frames of 224 px. Give a factor on the samples instead."
         )
     config = scales.scaled(network, parameters["model"])
     objective = params.check(f"conf/ ({' '.join(cell.overrides)})", parameters).training.stage3.objective
