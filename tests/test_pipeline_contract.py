@@ -26,9 +26,9 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
 }
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
 ALSO = {
-    "monitoring": {"training"},
-    "study": {"report", "flops"},
-}  # counts what a training step computes; collects budgets
+    "monitoring": {"training"},  # counts what a training step computes
+    "study": {"report", "flops"},  # collects and counts budgets
+}
 MEDIA = {
     "model/__init__.py",
     "model/frames.py",
