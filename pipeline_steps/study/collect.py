@@ -166,12 +166,13 @@ def items_of(run, studies):
 
 def convergence(curve):
     """(relative fall of the mean validation loss, fine mode, over the last quarter of the stage, whether that is below
-    CONVERGED or the loss rose), of a stage's csv; (None, None) with fewer than two validations."""
+    CONVERGED or the loss rose), of a stage's csv; (None, None) without a validation before that quarter."""
     table = pd.read_csv(curve)
     rows = table[(table["event"] == "validation") & (table["mode"] == "fine")]
     loss = rows.groupby(["step", "task"])["loss"].mean().groupby("step").mean()
-    if len(loss) < 2:
+    start = 0.75 * loss.index[-1] if len(loss) else 0
+    if len(loss) < 2 or loss.index[0] > start:
         return None, None
-    before = float(np.interp(0.75 * loss.index[-1], loss.index, loss))
+    before = float(np.interp(start, loss.index, loss))
     change = (before - float(loss.iloc[-1])) / before
     return (change, bool(change < CONVERGED)) if np.isfinite(change) else (None, None)

@@ -499,6 +499,7 @@ def test_convergence_is_the_fall_over_the_last_quarter(tmp_path):
     assert converged
     assert collect.convergence(curve(tmp_path / "c.csv", {500: 0.5, 1000: 0.7}))[1]  # has passed its minimum
     assert collect.convergence(curve(tmp_path / "d.csv", {500: 0.5})) == (None, None)
+    assert collect.convergence(curve(tmp_path / "e.csv", {800: 0.5, 1000: 0.5})) == (None, None)  # too late to tell
 
 
 def killed(*_, **__):
