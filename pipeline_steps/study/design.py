@@ -162,6 +162,23 @@ def check(study, path):
         for override in (*study.base, *arm.overrides):
             if override.split("=")[0].lstrip("+~") in keys:
                 raise UserError(f"{path}: arm {name}: {override}: seeds come from `seeds`; remove the override")
+    check_series(study, path)
+    check_equal_flops(study, path)
+    labels = [
+        label_of(study, arm, budget)
+        for arm in study.arms
+        for budget in budgets_of(study, arm)
+        if baseline_of(study, arm) != arm
+    ]
+    for label in study.headline or ():
+        if label not in labels:
+            raise UserError(
+                f"{path}: headline {label!r} is no comparison of this study (there are: {', '.join(labels)})"
+            )
+
+
+def check_series(study, path):
+    """UserError for series with unknown arms, of different lengths, or that share an arm."""
     for name, arms in study.series.items():
         if unknown := [arm for arm in arms if arm not in study.arms]:
             known = ", ".join(study.arms)
@@ -176,18 +193,6 @@ def check(study, path):
         raise UserError(
             f"{path}: series: an arm belongs to one place of one series, but {', '.join(twice)} has several"
         )
-    check_equal_flops(study, path)
-    labels = [
-        label_of(study, arm, budget)
-        for arm in study.arms
-        for budget in budgets_of(study, arm)
-        if baseline_of(study, arm) != arm
-    ]
-    for label in study.headline or ():
-        if label not in labels:
-            raise UserError(
-                f"{path}: headline {label!r} is no comparison of this study (there are: {', '.join(labels)})"
-            )
 
 
 def check_equal_flops(study, path):
@@ -282,7 +287,12 @@ def factor_of(cell):
             f"arm {cell.arm}: budget {cell.budget} has {cell.flops:.3g} FLOPs, but a training sample costs "
             f"{found.flops_per_sample:.3g}, and each of {len(TRAINING_STAGES)} stages needs one"
         )
-    return found.num_samples / sum(parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
+    return found.num_samples / total_samples(parameters)
+
+
+def total_samples(parameters):
+    """Training samples of the three stages; parameters: a nested dict."""
+    return sum(parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
 
 
 def as_seeds(entry):

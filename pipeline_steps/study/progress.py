@@ -10,7 +10,7 @@ from statistics import median
 from rich.table import Table
 
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.study.design import TRAINING_STAGES
+from pipeline_steps.study.design import TRAINING_STAGES, total_samples
 from pipeline_steps.study.plan import folder_of
 
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
@@ -94,12 +94,12 @@ def is_locked(path):
 
 def stage_table(plan, found, costs, num_parallel):
     """`rich` table of the jobs by stage and state, with the expected time left on `num_parallel` cores."""
-    left = {name: costs.seconds(job) for name, job in plan.jobs.items() if found[name] in (RUNNING, WAITING)}
+    left = [costs.seconds(job) for name, job in plan.jobs.items() if found[name] in (RUNNING, WAITING)]
     done = num_finished(plan, found)
     title = f"study {plan.study}: {done} of {len(plan.runs)} runs done"
-    known = [seconds for seconds in left.values() if not math.isnan(seconds)]
-    unknown = f", and {len(left) - len(known)} jobs of unknown cost" if len(known) < len(left) else ""
-    table = Table(title=title, caption=f"about {format_time(sum(known) / num_parallel)} left{unknown}")
+    seconds, num_unknown = total_of(left)
+    unknown = f", and {num_unknown} jobs of unknown cost" if num_unknown else ""
+    table = Table(title=title, caption=f"about {format_time(seconds / num_parallel)} left{unknown}")
     for column in ("stage", *STATES):
         table.add_column(column, justify="left" if column == "stage" else "right")
     counts = {}
@@ -121,8 +121,8 @@ def run_table(plan, found, costs):
         own = [name for name in todo if name not in counted]
         counted |= set(own)
         seconds = sum(costs.seconds(plan.jobs[name]) for name in own)
-        samples = sum(run.parameters["training"][stage]["num_samples"] for stage in TRAINING_STAGES)
-        table.add_row(run.name, f"{samples:,}", str(len(own)), str(len(run.jobs) - len(own)), format_time(seconds))
+        samples = f"{total_samples(run.parameters):,}"
+        table.add_row(run.name, samples, str(len(own)), str(len(run.jobs) - len(own)), format_time(seconds))
     return table
 
 
@@ -132,7 +132,11 @@ def num_finished(plan, found):
 
 def total_seconds(plan, found, costs):
     """(expected seconds, on one core, of all that is not done and whose cost is known; number of other jobs)."""
-    seconds = [costs.seconds(job) for name, job in plan.jobs.items() if found[name] != DONE]
+    return total_of([costs.seconds(job) for name, job in plan.jobs.items() if found[name] != DONE])
+
+
+def total_of(seconds):
+    """(sum of those that are known, number of the others)."""
     known = [value for value in seconds if not math.isnan(value)]
     return sum(known), len(seconds) - len(known)
 

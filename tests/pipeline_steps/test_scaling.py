@@ -101,7 +101,7 @@ def test_laws_sizes_and_crossings_are_by_group_of_tasks(grid):
 
 
 def test_series_keep_the_order_of_the_study(tmp_path):
-    study = design().model_copy(update={"series": {name: SERIES[name] for name in ("one", "many")}})
+    study = design()
     assert list(study.series) != sorted(study.series)
     write_runs(tmp_path / "order", study)
     found = studies.read_study(write_summary("order", study, tmp_path).parent)
