@@ -94,10 +94,11 @@ def entries(choice, study):
 
 def labels(choice, study):
     """Labels of a choice's comparisons in a study, one per budget; of a scaling grid, that of the largest budget."""
-    samples = {arm.budget: arm.training_samples for arm in study.summary.arms if arm.arm == choice.arm}
     found = list(dict.fromkeys(entry.arm for entry in entries(choice, study)))
-    largest = max(found, key=lambda label: samples.get(label.partition(", ")[2], 0))
-    return [largest] if study.summary.series else found
+    if not study.summary.series:
+        return found
+    samples = {arm.budget: arm.training_samples for arm in study.summary.arms if arm.arm == choice.arm}
+    return [max(found, key=lambda label: samples.get(label.partition(", ")[2], 0))]
 
 
 def best_study(choice, found, measured=entries, size=lambda entry: len(entry.differences)):

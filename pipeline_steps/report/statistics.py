@@ -27,8 +27,8 @@ from scipy import optimize, stats
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, UNDECIDED, WORSE
 
-LEVEL = 0.95
 ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % interval decides everything
+LEVEL = 1 - ALPHA  # of two-sided intervals
 SMALLEST = 1e-30  # p-values below it are 0
 MIN_VALUES = 3  # of an interval that decides
 LOG_RATIO, DIFFERENCE = "log ratio", "difference"
@@ -180,7 +180,7 @@ def slope_interval(x, y, level=LEVEL):
     return float(found.slope) - half, float(found.slope) + half
 
 
-def share_interval(count, total, level=1 - ALPHA):
+def share_interval(count, total, level=LEVEL):
     """Clopper-Pearson interval of a share, (low, high)."""
     found = stats.binomtest(count, total).proportion_ci(confidence_level=level, method="exact")
     return float(found.low), float(found.high)
