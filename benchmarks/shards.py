@@ -3,9 +3,9 @@
     python -m benchmarks.shards
     python -m benchmarks.shards --clips 1000 --samples-per-shard 100 --image-size 224
 
-Renders `--files` h264 clips of 10 s (640 x 360, 25 frames per second, moving textures), lists them as `--clips` samples
-and decodes them with the same `read_media` calls in one process per core, at most 2: the upper bound. Then runs the
-whole stage (plan, Snakemake jobs, JPEG, tars, hashes, near-duplicate search, publishing) on the same cores, into an
+Renders `--files` h264 clips of `--seconds` (640 x 360, 25 frames per second, moving textures), lists them as `--clips`
+samples and decodes them with the same `read_media` calls in one process per core, at most 2: the upper bound. Then runs
+the whole stage (plan, Snakemake jobs, JPEG, tars, hashes, near-duplicate search, publishing) on the same cores, into an
 empty scratch folder. Prints clips per second of both and their ratio, in wall time and in CPU time (more reliable on a
 busy machine), then the time of a second run with one added clip.
 Cost: 3 minutes.
@@ -31,7 +31,7 @@ from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.schema import Section
 
-WIDTH, HEIGHT, FPS, SECONDS = 640, 360, 25, 10
+WIDTH, HEIGHT, FPS = 640, 360, 25
 MAX_PROCESSES = 2
 
 
@@ -52,7 +52,7 @@ def make_section(image_size: int, samples_per_shard: int) -> Section:
     )
 
 
-def write_clip(folder: Path, number: int) -> None:
+def write_clip(folder: Path, seconds: int, number: int) -> None:
     """Writes two textures moving in opposite directions, with grain: as costly to decode as ordinary video."""
     rng = np.random.default_rng(number)
     size = (WIDTH * 2, HEIGHT * 2)
@@ -63,7 +63,7 @@ def write_clip(folder: Path, number: int) -> None:
     with av.open(str(folder / f"{number:04d}.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS), options={"preset": "veryfast", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for t in range(FPS * SECONDS):
+        for t in range(FPS * seconds):
             one = back[t : t + HEIGHT, 2 * t : 2 * t + WIDTH]
             other = front[HEIGHT - t : 2 * HEIGHT - t, WIDTH - 2 * t : 2 * WIDTH - 2 * t]
             grain = rng.integers(-6, 7, (HEIGHT, WIDTH, 1), np.int16)
@@ -87,7 +87,9 @@ def write_index(raw: Path, num_files: int, num_clips: int) -> list[Path]:
     return paths
 
 
-def decode(path: Path, section: Section) -> int:
+def decode(path: Path, section: Section) -> tuple[int, float]:
+    """(frames, CPU seconds of this process) of one clip."""
+    start = time.process_time()
     policy = {
         "fps": section.fps,
         "max_frames": section.max_frames,
@@ -95,7 +97,7 @@ def decode(path: Path, section: Section) -> int:
         "resize_mode": section.resize_mode,
         "hdr": section.hdr,
     }
-    return len(read_media(path, "video", **policy).frames)
+    return len(read_media(path, "video", **policy).frames), time.process_time() - start
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
@@ -103,15 +105,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_processes])  # Snakemake's jobs inherit it
     raw.mkdir()
     section = make_section(arguments.image_size, arguments.samples_per_shard)
-    with multiprocessing.get_context().Pool(num_processes) as pool:
-        pool.map(partial(write_clip, raw), range(arguments.files))
-    paths = write_index(raw, arguments.files, arguments.clips)
-    bound = Timer()
-    with multiprocessing.get_context().Pool(num_processes) as pool:
-        num_frames = sum(pool.imap_unordered(partial(decode, section=section), paths, chunksize=4))
-        pool.close()
-        pool.join()
-    bound.stop()
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:  # not forked: this process may have threads
+        pool.map(partial(write_clip, raw, arguments.seconds), range(arguments.files), chunksize=1)
+        paths = write_index(raw, arguments.files, arguments.clips)
+        bound = Timer()  # the processes have started
+        decoded = list(pool.imap_unordered(partial(decode, section=section), paths, chunksize=4))
+        bound.stop()
+    num_frames, bound.processor = (sum(column) for column in zip(*decoded, strict=True))
     stage = Timer()
     manifest = build(section, raw, folder / "shards")
     stage.stop()
@@ -142,6 +142,7 @@ class Timer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shard building against decoding alone.")
     parser.add_argument("--files", type=int, default=16)
+    parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--samples-per-shard", type=int, default=50)

@@ -20,6 +20,7 @@ from pipeline_steps.backbones.schema import Local
 from pipeline_steps.common.params import ROOT
 from tests import pipeline, repository
 
+pytestmark = pytest.mark.slow  # a whole run
 SLOW = "{connector: 1.0e-9, vision: 1.0e-9, language: 1.0e-9}"
 
 
@@ -93,7 +94,6 @@ def test_backbones_are_taken_out_of_a_checkpoint(finished_run, tmp_path):
     assert len({(place / "tokenizer.json").read_bytes() for place in places}) == 1
 
 
-@pytest.mark.slow
 def test_training_clips_are_scored_and_drawn_like_held_out_ones(finished_run, tmp_path):
     """What shows the result on one's own training clips beside the held-out ones (docs/training.md)."""
     (tmp_path / "data").symlink_to(finished_run / "data")
@@ -149,7 +149,6 @@ def write_clips(finished_run, folder):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_documented_lines_fine_tune_a_checkpoint(finished_run, reproduced, tmp_path):
     """The lines of docs/training.md as they stand there, but for the paths and the size."""

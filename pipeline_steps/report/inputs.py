@@ -135,6 +135,17 @@ def read_items(path, missing):
     return None
 
 
+def read_study_items(path, columns=None):
+    """items.parquet of a study, all columns or these. UserError if it is damaged or lacks one of them."""
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (ValueError, OSError) as error:  # pyarrow: no such column, or not a whole Parquet file
+        raise UserError(
+            f"{path}: {str(error).splitlines()[0]}. Restore it (`git checkout {path}`), or delete it and runs.csv, and "
+            "run the command in README.md beside them, which collects both again"
+        ) from None
+
+
 def read_runs(folder):
     """All reports/runs/<ablation>-seed<k>.json as `Run`s. UserError for another name, format or version."""
     runs = []

@@ -19,6 +19,7 @@ from pipeline_steps.common.study_results import (
     StudySummary,
 )
 from pipeline_steps.report.budgets import TOLERANCE
+from pipeline_steps.report.inputs import read_study_items
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, number
 
@@ -83,10 +84,11 @@ def read_study(folder):
 
 
 def losses_of(path):
-    """Loss per scored token of items.parquet, a row per run and a column per task; None without the file."""
+    """Loss per scored token of items.parquet, a row per run and a column per task; None without the file. UserError if
+    it is damaged or lacks a column."""
     if not path.exists():
         return None
-    items = pd.read_parquet(path)
+    items = read_study_items(path, ["run", "task", "num_tokens", "loss_sum"])
     sums = items.groupby(["run", "task"], sort=True)[["loss_sum", "num_tokens"]].sum()
     return (sums["loss_sum"].astype(float) / sums["num_tokens"]).unstack("task")
 

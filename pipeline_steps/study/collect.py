@@ -17,7 +17,7 @@ from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
 from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
-from pipeline_steps.report.inputs import CONFIG
+from pipeline_steps.report.inputs import CONFIG, read_study_items
 from pipeline_steps.report.training_flops import budget_of, read_config
 from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
@@ -68,7 +68,7 @@ def earlier_results(results):
         return None, None
     if not (results / "items.parquet").exists():
         raise UserError(f"{results / 'items.parquet'}: missing beside runs.csv; delete runs.csv, too, to collect again")
-    return pd.read_csv(results / "runs.csv"), pd.read_parquet(results / "items.parquet")
+    return pd.read_csv(results / "runs.csv"), read_study_items(results / "items.parquet")
 
 
 def check_earlier(plan, results):

@@ -336,7 +336,9 @@ def test_kept_results_are_compared_like_a_study(arguments, tmp_path, monkeypatch
     accuracy = {"none": 0.8, "A6": 0.6, "B1": 0.7}
     table = pd.DataFrame([row(run, tasks, accuracy[run.arm]) for run in plan.runs])
     table.to_csv(results / "runs.csv", index=False)
-    for name in ("items.parquet", "scores.json", "scores.md"):
+    items = [{"run": run.name, "task": task, "num_tokens": 2, "loss_sum": 1.0} for run in plan.runs for task in tasks]
+    pd.DataFrame(items).to_parquet(results / "items.parquet")
+    for name in ("scores.json", "scores.md"):
         (results / name).write_text("")
     arguments.keep = "objects"
     command = natural.command_of(arguments)

@@ -173,6 +173,12 @@ def test_broken_files_are_refused_and_the_summary_stays(grid):
     study = design()
     with pytest.raises(UserError, match=r"items\.parquet has no items of task gist"):
         write_summary("grid", study, grid.parent.parent)
+    items.drop(columns="loss_sum").to_parquet(grid.parent / "items.parquet")
+    with pytest.raises(UserError, match=r"items\.parquet: .*loss_sum.*Restore it \(`git checkout "):
+        write_summary("grid", study, grid.parent.parent)
+    (grid.parent / "items.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"items\.parquet: .*0 bytes.*run the command in README\.md"):
+        earlier_results(grid.parent)
     (grid.parent / "items.parquet").unlink()
     with pytest.raises(UserError, match=r"items\.parquet: missing, .* Delete runs\.csv beside it, too"):
         write_summary("grid", study, grid.parent.parent)
