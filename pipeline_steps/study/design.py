@@ -49,6 +49,8 @@ class Arm(StrictModel):
     """Names of the budgets of this arm; null: all."""
     baseline: str | None = None
     """The arm that it is compared with; null: the study's first."""
+    sample_factor: float = Field(1.0, gt=0)
+    """On its training samples, beside the budget's factor: for known equal FLOPs, cost of the baseline's sample / own."""
 
 
 class EqualFlops(StrictModel):
@@ -237,7 +239,7 @@ def cells_of(study):
             if isinstance(value, Flops):
                 cells.append(Cell(name, budget, entry, overrides, None, flops=value.flops))
             elif not isinstance(value, EqualFlops):
-                cells.append(Cell(name, budget, entry, overrides, value))
+                cells.append(Cell(name, budget, entry, overrides, value * arm.sample_factor))
             elif (baseline := baseline_of(study, name)) != name:
                 cells.append(Cell(name, budget, entry, overrides, None, value.flops_of, baseline))
     names = [cell.name for cell in cells]
