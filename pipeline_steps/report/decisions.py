@@ -27,12 +27,14 @@ class Choice:
     rule: str  # a key of RULES
     study: str  # in conf/study, that runs it
     baseline: str = "none"
+    equal_flops: bool = False  # at equal training FLOPs that are not equal samples
 
 
 CHOICES = (
     Choice("static query", "A6", "one token (A6)", CHEAPER, "confirm_longest"),
     Choice("static query", "A6_16", "sixteen tokens", OTHER, "tokens"),
     Choice("more tokens", "B1", "sixteen pooled (B1)", OTHER, "confirm_longest"),
+    Choice("more tokens", "B1", "sixteen pooled (B1), equal FLOPs", OTHER, "equal_flops", equal_flops=True),
     Choice("more tokens", "B1_4", "four pooled", OTHER, "tokens"),
     Choice("freeze", "F1", "both backbones (F1)", CHEAPER, "phase1a"),
     Choice("freeze", "F2", "language model (F2)", CHEAPER, "phase1a"),
@@ -88,7 +90,9 @@ def entries(choice, study):
     return [
         entry
         for entry in study.summary.comparisons
-        if entry.arm.partition(", ")[0] == choice.arm and entry.baseline == choice.baseline
+        if entry.arm.partition(", ")[0] == choice.arm
+        and entry.baseline == choice.baseline
+        and (entry.matched == "FLOPs") == choice.equal_flops
     ]
 
 

@@ -50,7 +50,7 @@ class Arm(StrictModel):
     baseline: str | None = None
     """The arm that it is compared with; null: the study's first."""
     sample_factor: float = Field(1.0, gt=0)
-    """On its training samples, beside the budget's factor: for known equal FLOPs, cost of the baseline's sample / own."""
+    """On its training samples, beside the budget's factor: of two arms with known costs per sample, for equal FLOPs."""
 
 
 class EqualFlops(StrictModel):

@@ -661,6 +661,12 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
             "if better",
         ),
     ]
+    assert rows["more tokens: sixteen pooled (B1), equal FLOPs"][-2] == "not run: make study name=equal_flops"
+    paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
+    flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
+    of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
+    assert of_flops["more tokens: sixteen pooled (B1), equal FLOPs"] == rows["more tokens: sixteen pooled (B1)"]
+    assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
     not_run = [cells[-2].startswith("not run: make study") for cells in rows.values()]

@@ -96,6 +96,17 @@ def test_a_budget_scales_the_samples_of_every_stage():
         assert found[1][stage]["num_samples"] == found[0][stage]["num_samples"] / 2
 
 
+def test_an_arm_with_a_factor_has_that_many_samples_of_every_budget():
+    arms = {"none": {}, "A6": {"overrides": ["ablation=A6"], "sample_factor": 0.25}}
+    study = make(arms=arms, budgets={"x1": 1, "x2": 2, "same": {"flops_of": "x2"}}, seeds=[1])
+    flops = {"none-x2-seed1.1.1": 3e14, "A6-x2-seed1.1.1": 1e14}
+    ready, _ = design.with_factors(design.cells_of(study), flops)
+    assert {cell.name.partition("-seed")[0]: cell.factor for cell in ready} == {
+        **{"none-x1": 1, "none-x2": 2},
+        **{"A6-x1": 0.25, "A6-x2": 0.5, "A6-same": 1.5},
+    }
+
+
 def test_equal_flops_follow_from_the_runs_at_another_budget():
     study = make(budgets={"x2": 2, "same": {"flops_of": "x2"}}, seeds=[1, 2])
     cells = design.cells_of(study)
