@@ -37,6 +37,8 @@ from pipeline_steps.report import (
     reading,
     scaling,
     studies,
+    study_figures,
+    study_tables,
     summary,
     tables,
     texts,
@@ -85,7 +87,7 @@ def main():
         leading = studies.headline_of(kept)
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
     if leading:
-        studied[leading.name]["tiles"] = studies.headline_tiles(studies.default_of(kept))
+        studied[leading.name]["tiles"] = study_tables.headline_tiles(studies.default_of(kept))
     with replaced_folder(reports / "tables") as folder:
         own = [
             table
@@ -245,22 +247,26 @@ def show_study(folder, study, leads):
     its arms are shown before all."""
     comparisons, margin = study.summary.comparisons, study.summary.margin
     drawn = {
-        "points": studies.points(study, study.summary.arms),
-        "forest": studies.forest(comparisons, margin),
+        "points": study_figures.points(study, study.summary.arms),
+        "forest": study_figures.forest(comparisons, margin),
     }
-    found = {"name": study.name, "arms": studies.arms(study, study.summary.arms)}
+    found = {"name": study.name, "arms": study_tables.arms(study, study.summary.arms)}
     found["heatmap"] = attention_figures.kept(study)
-    found |= {"tasks": studies.by_task(study, study.summary.arms), "effects": studies.effects(study), "first": None}
+    found |= {"tasks": study_tables.by_task(study, study.summary.arms), "effects": study_tables.effects(study)}
+    found["first"] = None
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)
-        found |= {"cards": studies.cards(study), "question": study.summary.question}
+        found |= {"cards": study_tables.cards(study), "question": study.summary.question}
         if len(arms) < len(study.summary.arms):
-            found["first"] = {"arms": studies.arms(study, arms), "tasks": studies.by_task(study, arms)}
-            drawn |= {"first_points": studies.points(study, arms), "first_forest": studies.forest(first, margin)}
+            found["first"] = {"arms": study_tables.arms(study, arms), "tasks": study_tables.by_task(study, arms)}
+            drawn |= {
+                "first_points": study_figures.points(study, arms),
+                "first_forest": study_figures.forest(first, margin),
+            }
     found["scaling"] = scaling.tables(study)
     drawn["grid"] = scaling.figure(study)
     for name, figure in drawn.items():
-        caption = scaling.CAPTION if name == "grid" else studies.CAPTIONS[name.removeprefix("first_")]
+        caption = scaling.CAPTION if name == "grid" else study_figures.CAPTIONS[name.removeprefix("first_")]
         found[name] = figure and save_figure(folder, f"study_{study.name}_{name}", figure, caption)
     if found["first"]:
         found["first"] |= {name: found[f"first_{name}"] for name in ("points", "forest")}

@@ -8,7 +8,7 @@ study's exact test says nothing, of fewer than six pairs or beyond its headline 
 from dataclasses import dataclass
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNMATCHED, WORSE
-from pipeline_steps.report import studies
+from pipeline_steps.report import studies, study_tables
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
@@ -70,7 +70,7 @@ def table(found):
         f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
         f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Tested: by exact tests, corrected for the "
         "study's questions; else the intervals decide, equal within the study's margin, not corrected. x0.3: with "
-        f"three tenths of the default's samples, not converged. {studies.TIERS}"
+        f"three tenths of the default's samples, not converged. {study_tables.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
@@ -124,7 +124,7 @@ def by_group(choice, study, label):
 def effect_cells(own, groups):
     """A cell per group of tasks, of what `by_group` returns."""
     return [
-        studies.interval_cell(own[group].differences, own[group].interval) if group in own else MISSING
+        study_tables.interval_cell(own[group].differences, own[group].interval) if group in own else MISSING
         for group in groups
     ]
 
@@ -167,7 +167,7 @@ def row(choice, study, label, groups):
     own = by_group(choice, study, label)
     first = next(iter(own.values()))
     budget = label.partition(", ")[2]
-    gain, tier = studies.gain_cells(studies.improvement(study, first))
+    gain, tier = study_tables.gain_cells(studies.improvement(study, first))
     lower = gain if gain is MISSING else (f"{gain[0]}, {tier.partition(' (')[0]}", gain[1])
     return [
         name_of(choice, budget),

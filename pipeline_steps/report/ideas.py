@@ -17,7 +17,7 @@ from pipeline_steps.common.study_results import (
     VIDEOS,
     WORSE,
 )
-from pipeline_steps.report import decisions, studies
+from pipeline_steps.report import decisions, study_tables
 from pipeline_steps.report.decisions import CHEAPER, OTHER, Choice
 from pipeline_steps.report.tables import MISSING, Table
 
@@ -197,12 +197,12 @@ def prediction_cells(arm, study):
 
 def gain_cell(found):
     values = found.known("gain")
-    return studies.interval_cell(values, found.interval, DIGITS) if values else MISSING
+    return study_tables.interval_cell(values, found.interval, DIGITS) if values else MISSING
 
 
 def wins_cell(found):
     values = found.known("wins")
-    return studies.spread(values) if values else MISSING
+    return study_tables.spread(values) if values else MISSING
 
 
 def state_cell(found):
@@ -213,7 +213,7 @@ def state_cell(found):
 def difference_cell(found):
     if not found.differences:
         return MISSING
-    return studies.interval_cell(found.differences, found.differences_interval, DIGITS)
+    return study_tables.interval_cell(found.differences, found.differences_interval, DIGITS)
 
 
 def finding(found):
@@ -227,7 +227,7 @@ def finding(found):
             entry = arm.next_frame.get(group) if arm else None
             text = f"{name} on {clips}"
             if entry is not None and entry.gain and (values := entry.known("gain")):
-                text += f" ({studies.interval_text(values, entry.interval, DIGITS)}%)"
+                text += f" ({study_tables.interval_text(values, entry.interval, DIGITS)}%)"
             parts.setdefault(OUTCOMES[entry.verdict if entry else None], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)

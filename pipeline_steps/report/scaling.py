@@ -11,7 +11,8 @@ from matplotlib.ticker import LogLocator
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.report import scaling_laws as laws
-from pipeline_steps.report.studies import COLOURS, SEEDS, SHORT_NAMES
+from pipeline_steps.report.studies import SEEDS, SHORT_NAMES
+from pipeline_steps.report.study_figures import COLOURS
 from pipeline_steps.report.tables import MISSING, Table, number
 
 MARKERS = "osD^v"

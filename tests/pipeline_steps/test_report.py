@@ -20,7 +20,7 @@ from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import Series, StudySummary
 from pipeline_steps.report import __main__ as report
-from pipeline_steps.report import attention_figures, decisions, keep, studies, verdicts
+from pipeline_steps.report import attention_figures, decisions, keep, studies, study_tables, verdicts
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, STAGES, Run, read_inputs
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study.design import read_study
@@ -617,10 +617,10 @@ def test_the_key_figures_are_of_the_study_with_most_and_latest_runs_of_the_defau
 
 def test_the_loss_is_compared_by_group_in_the_tiers_of_the_research(tmp_path):
     study = write_study(tmp_path, study_summary())
-    cells = {row[2]: row[-2:] for row in studies.effects(study).rows}
+    cells = {row[2]: row[-2:] for row in study_tables.effects(study).rows}
     assert cells["gaze"] == [("+50%", pytest.approx(50)), "above 15% (2 of 2 pairs above 5%)"]
     assert cells["reading"] == [("−25%", pytest.approx(-25)), "worse (0 of 2 pairs above 5%)"]
-    tiers = [studies.tier([gain]).partition(" (")[0] for gain in (0.04, 0.051, 0.15, 0.151)]
+    tiers = [study_tables.tier([gain]).partition(" (")[0] for gain in (0.04, 0.051, 0.15, 0.151)]
     assert tiers == ["up to 5%", "5 to 15%", "5 to 15%", "above 15%"]
 
 
