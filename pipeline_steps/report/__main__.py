@@ -87,7 +87,9 @@ def main():
         leading = studies.headline_of(kept)
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
     if leading:
-        studied[leading.name]["tiles"] = study_tables.headline_tiles(studies.default_of(kept))
+        studied[leading.name]["tiles"] = study_tables.headline_tiles(
+            studies.default_of(kept, numbers["training_samples"])
+        )
     with replaced_folder(reports / "tables") as folder:
         own = [
             table

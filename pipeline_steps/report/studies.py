@@ -88,12 +88,13 @@ def headline_of(studies):
     return max(found, key=rank, default=None)
 
 
-def default_of(studies):
-    """The study whose runs of the default recipe are the key figures: of those on the test split, the one with most
-    such runs, then the one with the highest seeds. The default may have changed since the headline arms were compared.
-    None: there is none."""
+def default_of(studies, num_samples):
+    """The study whose runs of the default recipe are the key figures: of those on the test split, with `num_samples`
+    training samples if there is such a study, the one with most such runs, then the one with the highest seeds. The
+    default may have changed since the headline arms were compared. None: there is none."""
     found = [study for study in studies if study.summary.split == "test" and len(default_runs(study))]
-    return max(found, key=lambda study: (len(default_runs(study)), *rank(study)[2:]), default=None)
+    whole = [study for study in found if (default_runs(study)["training_samples"] == num_samples).all()]
+    return max(whole or found, key=lambda study: (len(default_runs(study)), *rank(study)[2:]), default=None)
 
 
 def default_runs(study):

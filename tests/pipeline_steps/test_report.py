@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -519,6 +520,7 @@ def write_study(root, summary):
         for seeds in arm.seeds:
             name, value = f"{arm.arm}-{seeds[0]}", score(arm.arm, seeds[0])
             row = {"run": name, "arm": arm.arm, "budget": arm.budget, **dict.fromkeys(studies.SEEDS, seeds[0])}
+            row["training_samples"] = arm.training_samples
             row |= {"training_flops": 3e13 if arm.arm == "B1" else 1.5e13, "mean_token_accuracy": value}
             row |= {"mean_loss": 0.2 if arm.arm == "none" else 0.4, "exact_match_accuracy": value - 0.3}
             row |= {f"accuracy_{task}": value for task in TASKS} | {"exact_match_card": value - 0.3}
@@ -610,9 +612,15 @@ def test_the_key_figures_are_of_the_study_with_most_and_latest_runs_of_the_defau
     compared, alone = made("zeta", ("none", "A6", "B1"), (1, 2, 3)), made("alone", ("none",), (4, 5, 6))
     others = [made("few", ("none",), (9,)), made("tuned", ("none",), (6, 7, 8, 9), split="validation")]
     others.append(made("without", ("A6",), (6, 7, 8, 9)))
-    assert studies.default_of(others[1:]) is None
-    assert studies.default_of([compared, alone, *others]) is alone
-    assert studies.default_of([compared, *others]) is compared
+    found = partial(studies.default_of, num_samples=60_000)
+    assert found(others[1:]) is None
+    assert found([compared, alone, *others]) is alone
+    assert found([compared, *others]) is compared
+    summary = study_summary("short", ("none",), range(10, 20))
+    arms = [arm.model_copy(update={"training_samples": 18_000.0}) for arm in summary.arms]
+    short = write_study(tmp_path, summary.model_copy(update={"arms": arms}))
+    assert found([compared, short]) is compared  # its runs are as long as the pipeline's
+    assert studies.default_of([compared, short], num_samples=100) is short  # no study's are
 
 
 def test_the_loss_is_compared_by_group_in_the_tiers_of_the_research(tmp_path):
