@@ -233,8 +233,9 @@ def save_figure(folder, name, figure, caption=None):
         "alt": alternative,
         "caption": caption,
     }
+    drawn = figures.svg(draw, width, height)
     for theme, suffix in (("light", ""), ("dark", "-dark")):
-        text = figures.svg(draw, theme, width, height)
+        text = drawn[theme]
         (folder / f"{name}{suffix}.svg").write_text(text, encoding="utf-8")
         entry[theme] = data_uri(text.encode(), "image/svg+xml")
     return entry

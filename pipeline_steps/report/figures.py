@@ -35,9 +35,9 @@ STYLE = {
 }
 
 
-def svg(draw, theme, width, height):
-    """SVG text of draw(figure, ink) in a theme."""
-    ink, faint = INK[theme], FAINT[theme]
+def svg(draw, width, height):
+    """{theme: SVG text} of draw(figure, ink), drawn in the light theme; in the dark one ink and lines change colour."""
+    ink, faint = INK["light"], FAINT["light"]
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     with matplotlib.rc_context({**STYLE, **colours, "axes.edgecolor": faint, "grid.color": faint}):
         figure = plt.figure(figsize=(width, height))
@@ -45,7 +45,8 @@ def svg(draw, theme, width, height):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)
-    return buffer.getvalue()
+    light = buffer.getvalue()
+    return {"light": light, "dark": light.replace(ink, INK["dark"]).replace(faint, FAINT["dark"])}
 
 
 def tasks(result):

@@ -49,7 +49,11 @@ def test_statements_name_the_break_even_and_the_share_of_vision(result):
 
 
 def test_the_frontier_figure_shows_every_size_and_is_deterministic(result):
-    drawn = [figures.svg(*[compute.frontier(result)[0], "light", *compute.frontier(result)[1:]]) for _ in range(2)]
+    drawn = [figures.svg(*compute.frontier(result)) for _ in range(2)]
     assert drawn[0] == drawn[1]
-    assert all(colour in drawn[0] for colour in compute.COLOURS.values())
-    assert not re.search(r"nan", drawn[0], re.IGNORECASE)
+    assert set(drawn[0]) == {"light", "dark"}
+    for theme, text in drawn[0].items():
+        assert all(colour in text for colour in compute.COLOURS.values())
+        assert not re.search(r"nan", text, re.IGNORECASE)
+        for colours in (figures.INK, figures.FAINT):
+            assert [name for name, colour in colours.items() if colour in text] == [theme]

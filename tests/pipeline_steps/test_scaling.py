@@ -110,7 +110,7 @@ def test_series_keep_the_order_of_the_study(tmp_path):
 
 def test_the_figure_shows_every_arm_in_every_group(grid):
     draw, width, height = scaling.figure(studies.read_study(grid.parent))
-    text = figures.svg(draw, "light", width, height)
+    text = figures.svg(draw, width, height)["light"]
     for name in (*ARMS, "all tasks", "need a gaze", "read everything", "training TFLOP"):
         assert name in text
 
