@@ -3,8 +3,8 @@
     python -m benchmarks.gpu                              writes outputs/gpu.json
     python -m benchmarks.gpu --minutes 5 --sizes 135M tiny --output gpu.json
 
-1. The tests marked `gpu` (tests/gpu), where pytest is installed.
-2. The reference of the speed figures (benchmarks/original.py) against the network, in fp32 on the GPU.
+1. The reference of the speed figures (benchmarks/original.py) against the network, in fp32 on the GPU.
+2. The tests marked `gpu` (tests/gpu, and those of the captured frame step), where pytest is installed.
 3. `benchmarks.speed` for every size, in the order of --sizes, and for the first one compiled too; each in a process of
    its own that gets a share of the time that is left.
 
@@ -30,6 +30,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import format_exc
 
 import torch
 
@@ -46,7 +47,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"135M": 4.0, "small_gpu": 1.5, "1.7B": 2.5, "360M": 1.5, "tiny": 1.0}
 COMPILED = 2.5
 SECONDS = 1.5  # per figure, where a call is shorter
-TESTS = ("tests/gpu", "--confcutdir=tests/gpu", "--override-ini=addopts=--import-mode=importlib", "-m", "gpu")
+TESTS = (
+    "tests/gpu",
+    "tests/model/test_frame_step.py",
+    "--confcutdir=tests/gpu",
+    "--override-ini=addopts=--import-mode=importlib",
+    "-m",
+    "gpu",
+)
 TESTS_SHARE = 0.25  # of the time, at most
 RESERVE = 15.0  # seconds for the end
 TAIL = 3000  # characters of a failed process's output
@@ -123,7 +131,10 @@ def run_all(
     def left() -> float:
         return end - time.monotonic()
 
-    result["equality"] = check_equality(device)
+    try:
+        result["equality"] = check_equality(device)
+    except Exception as error:  # the rest is measured, and the file says so
+        result["equality"] = {"ok": False, "error": f"{type(error).__name__}: {error}", "output": format_exc()[-TAIL:]}
     write_json(output, result)
     result["tests"] = run_tests(TESTS_SHARE * left())
     print("tests:", {name: value for name, value in result["tests"].items() if name != "output"}, flush=True)

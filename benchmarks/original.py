@@ -216,7 +216,7 @@ class Original(nn.Module):
     def _encode(self, frames: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Patch features [F, N + 1, D], and of every layer the keys and values [F, N + 1, D] that queries attend to."""
         encoder = self.network.vision_encoder
-        rows, keys_and_values = encoder.embeddings(frames), []
+        rows, keys_and_values = encoder.embeddings(frames.to(self.network.dtype)), []
         for layer in encoder.encoder.layer:
             keys_and_values.append(_keys_and_values(layer.attention.attention, layer.norm1(rows)))
             rows = self._layer(layer, rows, _keys_and_values(layer.attention.attention, layer.norm1(rows)))

@@ -4,12 +4,12 @@
     python -m benchmarks.speed --size 135M --device cuda --output 135M.json
     python -m benchmarks.speed --only train --samples 8 --rounds 9
 
-Both sides use the same random weights, batches, precision and, in training, the same step around the forward pass:
-frames from page-locked memory, backward pass, gradient clipping, fused AdamW, the loss and the norm read. They run
-alternately, so other load on the machine affects both alike. Times are medians over the rounds; a ratio is the median
-of the rounds' ratios, reference over network: 2 is twice as fast. On a CPU the ratio of processor times is beside that
-of wall times; other load hardly affects it. Memory is the peak of one call with the weights and the optimizer's state;
-its ratio is network over reference: .5 is half.
+Both sides use the same random weights, batches and precision (bf16 is autocast in training and the weights' type in
+inference) and, in training, the same step around the forward pass: frames from page-locked memory, backward pass,
+gradient clipping, fused AdamW, the loss and the norm read. They run alternately, so other load on the machine affects
+both alike. Times are medians over the rounds; a ratio is the median of the rounds' ratios, reference over network: 2 is
+twice as fast. On a CPU the ratio of processor times is beside that of wall times; other load hardly affects it. Memory
+is the peak of one call with the weights and the optimizer's state; its ratio is network over reference: .5 is half.
 
     train          one optimizer step on a mixture of samples of 1 to 64 frames, as one micro-batch and as four
     modes          a forward pass with loss, per mode, number of samples (1, 8) and frames (1, 8, 64)
@@ -20,6 +20,7 @@ Cost: 2 minutes on one core at the embedded scale, 1 GB of memory.
 """
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -78,6 +79,13 @@ class Bench:
             self.network = FoveatedVLMForConditionalGeneration(self.config)
         self.original = Original(self.network)
 
+    @cached_property
+    def cast(self) -> tuple[FoveatedVLMForConditionalGeneration, Original]:
+        """(network, original) with a copy of the weights in the precision of inference, which needs no autocast."""
+        network = copy.deepcopy(self.network).eval()
+        network = network.to(torch.bfloat16) if self.precision == "bf16" else network
+        return network, Original(network)
+
     def autocast(self):
         kind = self.device.split(":")[0]
         return torch.autocast(kind, torch.bfloat16) if self.precision == "bf16" else nullcontext()
@@ -125,20 +133,11 @@ class Bench:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def weights(self) -> int:
-        """Bytes of the network's weights."""
-        return sum(tensor.nbytes for tensor in self.network.state_dict(keep_vars=True).values())
-
     def host(self, batch: Batch | PaddedBatch) -> Batch | PaddedBatch:
         """The batch in page-locked memory where there is a GPU, from which copies need not be waited for."""
         if self.device == "cpu":
             return batch
-        if isinstance(batch, PaddedBatch):
-            return batch.pin_memory()
-        for name, value in vars(batch).items():
-            if torch.is_tensor(value):
-                setattr(batch, name, value.pin_memory())
-        return batch
+        return batch.pin_memory()
 
     # ---- figures: {name: function that measures it}
 
@@ -178,7 +177,7 @@ class Bench:
         for step in steps.values():
             step()  # makes the optimizer's state, and graphs
         state = sum(v.nbytes for own in optimizer.state.values() for v in own.values() if torch.is_tensor(v))
-        result = self.compare(steps["original"], steps["network"], num_samples, self.weights() + state)
+        result = self.compare(steps["original"], steps["network"], num_samples, weights_of(self.network) + state)
         side = self.config.vision_config.image_size
         result["flops"] = StepFlops(self.network, side).of_batch(batch, self.config.num_passes)
         peak = peak_flops(None, self.device, self.precision)
@@ -210,37 +209,41 @@ class Bench:
     def mode(self, mode: str, num_samples: int, num_frames: int) -> dict:
         """A forward pass with loss; rates are frames per second."""
         batch, padded = self._clips(num_samples, num_frames)
+        network, original = self.cast
 
         @torch.no_grad()
         def run(side: str) -> Tensor:
-            with self.autocast():
-                if side == "original":
-                    return self.original(padded, mode).loss
-                options = FoveationOptions(return_logits=False)
-                return self.network(**batch.inputs(), labels=batch.labels, mode=mode, options=options).loss
+            if side == "original":
+                return original(padded, mode).loss
+            options = FoveationOptions(return_logits=False)
+            return network(**batch.inputs(), labels=batch.labels, mode=mode, options=options).loss
 
         count = num_samples * num_frames
-        return self.compare(partial(run, "original"), partial(run, "network"), count, self.weights())
+        return self.compare(partial(run, "original"), partial(run, "network"), count, weights_of(network))
 
     def first_token(self, num_frames: int) -> dict:
         """The first token of the answer to one sample, autoregressive."""
         batch, padded = self._clips(1, num_frames)
+        network, original = self.cast
 
         @torch.no_grad()
         def run(side: str) -> Tensor:
-            with self.autocast():
-                if side == "original":
-                    return self.original.first_token(padded)
-                return self.network.generate(**batch.inputs(), max_new_tokens=1, do_sample=False)
+            if side == "original":
+                return original.first_token(padded)
+            return network.generate(**batch.inputs(), max_new_tokens=1, do_sample=False)
 
-        return self.compare(partial(run, "original"), partial(run, "network"), 1, self.weights())
+        return self.compare(partial(run, "original"), partial(run, "network"), 1, weights_of(network))
 
     def _clips(self, num_samples: int, num_frames: int) -> tuple[Batch, PaddedBatch]:
         """The same clips for both sides, on the device."""
-        self.network.eval()
         batch = clips(self.config, num_samples, num_frames)
         padded = pad(self.config, **batch.inputs(), labels=batch.labels)
         return batch.to(self.device), padded.to(self.device)
+
+
+def weights_of(network: nn.Module) -> int:
+    """Bytes of the weights."""
+    return sum(tensor.nbytes for tensor in network.state_dict(keep_vars=True).values())
 
 
 def _without_compilation(run: Callable) -> Callable:

@@ -279,8 +279,18 @@ class FrameInputs:
     pixel_values: Tensor | None = None  # [B, 3, side, side], with a fovea
 
     def tensors(self) -> list[Tensor]:
+        return [*self.keys, *self.values, *self._others()]
+
+    def _others(self) -> list[Tensor]:
         others = (self.times, self.active, self.noise, self.allowed, self.pixel_values)
-        return [*self.keys, *self.values, *(tensor for tensor in others if tensor is not None)]
+        return [tensor for tensor in others if tensor is not None]
+
+    def copy_(self, other: "FrameInputs") -> None:
+        """Takes over the values of inputs of the same shapes; on CUDA, keys and values in one kernel, which takes one
+        dtype only."""
+        torch._foreach_copy_([*self.keys, *self.values], [*other.keys, *other.values])
+        for own, value in zip(self._others(), other._others(), strict=True):
+            own.copy_(value)
 
     def map(self, function) -> "FrameInputs":
         """The same with function(tensor) in place of every tensor."""
@@ -355,7 +365,7 @@ class FrameStepGraph(FrameStep):
         self._replay, self._outputs = (capture or capture_cuda)(lambda: step(model, self.inputs))
 
     def __call__(self, model, inputs: FrameInputs) -> FrameTokens:
-        torch._foreach_copy_(self.inputs.tensors(), inputs.tensors())
+        self.inputs.copy_(inputs)
         self._replay()
         out = self._outputs
         weights = None if out.attention_weights is None else out.attention_weights.clone()

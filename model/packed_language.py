@@ -285,7 +285,7 @@ def attend(
         keys, values = keys.chunk(2, dim=-2)
     if reading.is_varlen:
         mixed = attend_varlen(queries, keys, values, reading, scale)
-        return Gather.apply(mixed, reading.back, reading.order), held if keep else None
+        return Gather.apply(mixed, reading.back, reading.order).flatten(1), held if keep else None
     queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, heads, S, C]
     is_grouped = True if queries.shape[1] != groups else False  # noqa: SIM210 (compiled, a comparison is no bool)
     options = {"dropout_p": dropout, "scale": scale, "enable_gqa": is_grouped}

@@ -41,7 +41,8 @@ def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
     """Train both backbones and the tokenizer, and write them below `folder`. Returns the metrics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU by use_deterministic_algorithms
     torch.set_num_threads(options.num_threads)
-    torch.use_deterministic_algorithms(True)
+    # Positions of reduced frames are resized bicubically, for whose gradient CUDA has no deterministic kernel.
+    torch.use_deterministic_algorithms(True, warn_only=options.vision_downsampling > 1)
     tokenizer = train_tokenizer(options.vocabulary_size, options.max_positions)
     torch.manual_seed(options.seed)
     language_model = build_language_model(options, tokenizer)

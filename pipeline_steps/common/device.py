@@ -13,4 +13,9 @@ def choose_device(wanted: str = "auto", key: str = "device") -> str:
             f"{key} is cuda, but torch finds no CUDA GPU. Set it to auto or cpu, or install the driver and a torch "
             "build with CUDA."
         )
-    return "cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda"
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    # cuDNN's attention builds a plan, in up to a second, for every new shape, and clips differ in length. Flash and
+    # memory-efficient kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return "cuda"

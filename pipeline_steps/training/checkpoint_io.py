@@ -145,12 +145,11 @@ def _save_tensors(tensors: dict, path: Path) -> None:
     """Writes tied tensors once and their other names as metadata, because safetensors rejects shared memory."""
     first, names = {}, {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
         if place in first:
             names[name] = first[place][0]
         else:
-            first[place] = name, tensor
+            first[place] = name, tensor.detach().cpu()
     try:
         save_file({name: tensor.contiguous() for name, tensor in first.values()}, path, metadata=names or None)
     except SafetensorError as error:

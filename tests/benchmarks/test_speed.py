@@ -12,6 +12,8 @@ import yaml
 from benchmarks import speed, workload
 from benchmarks.workload import MIXTURE, SCALES, clips, embedded_configs, mixture, network_config, read_scale
 from model import FoveatedVLMForConditionalGeneration
+from model.constants import MODES
+from model.frame_step import step_obstacle
 from pipeline_steps.backbones.language_model import build_language_model
 from pipeline_steps.backbones.schema import Embedded
 from pipeline_steps.backbones.tokenizer import train_tokenizer
@@ -101,6 +103,21 @@ def test_both_sides_of_a_step_compute_the_same():
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert losses[0][0] != losses[0][2]  # the weights move
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_inference_needs_no_autocast_and_both_sides_compute_the_same(precision):
+    bench = make_bench()
+    bench.precision = precision
+    network, original = bench.cast
+    assert network.dtype == original.network.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert bench.network.dtype == torch.float32
+    assert step_obstacle(network) is None  # the fast frame step is what is measured
+    batch, padded = bench._clips(2, 3)
+    for mode in MODES:
+        loss = float(network(**batch.inputs(), labels=batch.labels, mode=mode).loss)
+        assert loss == pytest.approx(float(original(padded, mode).loss), abs=1e-4 if precision == "fp32" else 0.02)
 
 
 def test_ratios_are_medians_over_alternating_rounds(monkeypatch):

@@ -6,6 +6,8 @@ python -m pytest tests/gpu --confcutdir=tests/gpu -m gpu        on a machine wit
 import pytest
 import torch
 
+from pipeline_steps.common.device import choose_device
+
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])
 
@@ -23,5 +25,6 @@ def cuda(request) -> str:
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    """Convolutions in fp32, not in TF32, which differs from the CPU in the fourth digit."""
+    """Convolutions in fp32, not in TF32, which differs from the CPU in the fourth digit; kernels as in the stages."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    choose_device()

@@ -5,16 +5,17 @@ The file's name puts it last: compilation takes most of the time of these tests.
 
 import pytest
 
-from tests.gpu.test_network import PRECISIONS, STEPS, moved, train
+from tests.gpu.test_network import PRECISIONS, STEPS, WIDTHS, moved, train
 from tests.model.tiny import make_batch, make_model, rows_of
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_compiled_steps_train_alike(precision, cuda):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compiled_steps_train_alike(width, precision, cuda):
     """With several shapes: one compilation serves them all."""
     losses = []
     for is_compiled in (False, True):
-        model = make_model().to(cuda)
+        model = make_model(language_width=width).to(cuda)
         if is_compiled:
             model.compile_hot_paths()
         batches = [make_batch(), rows_of(make_batch(), [0, 3]), rows_of(make_batch(), [1]), make_batch()]

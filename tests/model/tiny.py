@@ -20,13 +20,15 @@ LAYOUTS = {"question_first": FIRST_VISUAL, "vision_first": (1, 0, 1, 1), "nothin
 BOS = 1
 
 
-def make_model(vocab_size: int = VISUAL, max_positions: int = 128, **options) -> FoveatedVLMForConditionalGeneration:
+def make_model(
+    vocab_size: int = VISUAL, max_positions: int = 128, language_width: int = 48, **options
+) -> FoveatedVLMForConditionalGeneration:
     """Random weights, the same at every call; the placeholder is the first id after the vocabulary."""
     torch.manual_seed(0)
     vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
     text = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=48,
+        hidden_size=language_width,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
