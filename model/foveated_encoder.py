@@ -4,11 +4,10 @@ Shapes: F frames, N patches (without the class token), K query rows per frame, D
 query width, L layers.
 
 The modules below are DINOv2's (Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision") and
-have the key
-names of the published checkpoints, so weights load by name with any version of `transformers`. In addition, `encode`
-caches the keys and values of every layer, and query rows can pass through the layers. A query row attends to the class
-token and the patches of its frame. Neither patches nor other query rows attend to it, so the patch features do not
-depend on the queries.
+have the key names of the published checkpoints, so weights load by name with any version of `transformers`. In
+addition, `encode` caches the keys and values of every layer, and query rows can pass through the layers. A query row
+attends to the class token and the patches of its frame. Neither patches nor other query rows attend to it, so the patch
+features do not depend on the queries.
 """
 
 from dataclasses import dataclass
@@ -429,36 +428,3 @@ class FoveatedEncoder(nn.Module):
                 f"pixel_values has shape {tuple(shape)}, expected [frames, {channels}, "
                 f"height, width] with height and width multiples of the patch size {patch}. Resize the frames first"
             )
-
-
-class ShallowQueryAttention(nn.Module):
-    """One cross-attention layer from the queries to the final patch features (ablation A1).
-
-    It has its own projections and a residual connection, like a decoder layer. Keys and values are computed once per
-    frame.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.query_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def prepare(self, encoded: EncodedFrames) -> EncodedFrames:
-        """Keys and values of the patch features, as an `EncodedFrames` of one layer. Needs `encoded.patch_features`."""
-        keys, values = self.attention.keys_and_values(encoded.patch_features)
-        return EncodedFrames([keys], [values], patch_features=encoded.patch_features)
-
-    def attend(
-        self,
-        query_rows: Tensor,
-        encoded: EncodedFrames,
-        output_attentions: bool = False,
-        query_attention: QueryAttention = PLAIN,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Like `FoveatedEncoder.attend`, with one layer."""
-        normed, query_attention = self.query_norm(query_rows), query_attention.of_layer(0)
-        mixed, weights = self.attention(
-            normed, encoded.keys[0], encoded.values[0], query_attention, output_attentions=output_attentions
-        )
-        return self.layernorm(query_rows + mixed), weights[None] if output_attentions else None

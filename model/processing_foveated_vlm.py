@@ -28,7 +28,8 @@ from .image_processing_foveated_vlm import (
     normalise,
     positive_integer,
 )
-from .video_processing_foveated_vlm import FoveatedVLMVideoProcessor, is_frames
+from .processing_inputs import are_conversations, per_text, visual_places, with_options
+from .video_processing_foveated_vlm import FoveatedVLMVideoProcessor
 
 PROBE = "\N{REPLACEMENT CHARACTER}"
 MEDIA_OPTIONS = (
@@ -40,20 +41,6 @@ MEDIA_OPTIONS = (
     "max_frames",
 )  # of the image and video processor
 PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: None, "do_not_pad": None}
-
-
-def visual_places(
-    layout: str, num_places: int, question_end: int, visual_id: int, bos_id: int
-) -> tuple[int, np.ndarray]:
-    """(position in the text's ids, int64 ids to insert there) of the placeholders of a sample.
-
-    question_end: position of the question's end-of-turn token. num_places: number of placeholders; 0: nothing is
-    inserted.
-    """
-    places = np.full(num_places, visual_id, np.int64)
-    if layout == "vision_first" and num_places:
-        return 0, np.concatenate([[bos_id], places])
-    return question_end, places
 
 
 class FoveatedVLMProcessor(ProcessorMixin):
@@ -136,8 +123,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
 
     @hdr.setter
     def hdr(self, mode: str) -> None:
-        self.image_processor = _changed(self.image_processor, {"hdr": mode})
-        self.video_processor = _changed(self.video_processor, {"hdr": mode})
+        self.image_processor = with_options(self.image_processor, {"hdr": mode})
+        self.video_processor = with_options(self.video_processor, {"hdr": mode})
 
     @property
     def fps(self) -> float:
@@ -263,8 +250,8 @@ class FoveatedVLMProcessor(ProcessorMixin):
         if not isinstance(texts, list | tuple):
             raise ValueError(f"text: expected a question or a list of questions, found {type(text).__name__} {text!r}")
         is_single, kinds = isinstance(text, str), [placeholders(t) if isinstance(t, str) else [] for t in texts]
-        own_videos = _per_text("video", videos, is_single, kinds)
-        own_images = _per_text("image", images, is_single, kinds)
+        own_videos = per_text("video", videos, is_single, kinds)
+        own_images = per_text("image", images, is_single, kinds)
         times = [None] * len(texts) if times is None else times
         if len(times) != len(texts):
             raise ValueError(
@@ -289,7 +276,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         that are texts. Returns the rendered text; with `tokenize=True` the ids, or with `return_dict=True` all tensors.
         Raises ValueError for a message of another form, and as a call does.
         """
-        is_batch = _is_batch(conversation)
+        is_batch = are_conversations(conversation)
         conversations = [
             standard_messages(getattr(messages, "messages", messages), self.system, self.tokenizer.all_special_tokens)
             for messages in (conversation if is_batch else [conversation])
@@ -418,7 +405,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         still, moving = own | images_kwargs, own | videos_kwargs
         moving.pop("do_sample_frames", None)
         still = {name: value for name, value in still.items() if name not in ("fps", "max_frames")}
-        return _changed(self.image_processor, still), _changed(self.video_processor, moving)
+        return with_options(self.image_processor, still), with_options(self.video_processor, moving)
 
     def _padded(self, rows: list[np.ndarray], layout: dict) -> dict:
         """input_ids and attention_mask of the rows: arrays [B, S], or lists without padding."""
@@ -459,57 +446,3 @@ class FoveatedVLMProcessor(ProcessorMixin):
                 f"tokens. Raise max_length or lower max_frames"
             )
         return kept
-
-
-def _changed(part, options: dict):
-    """The image or video processor with other options."""
-    if not options:
-        return part
-    options = {"size" if name == "image_size" else name: value for name, value in options.items()}
-    options.pop("return_tensors", None)
-    saved = {name: value for name, value in part.to_dict().items() if name != "auto_map"}
-    return type(part)(**(saved | options))
-
-
-def _is_batch(conversation) -> bool:
-    first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
-    return isinstance(first, list | tuple) or hasattr(first, "messages")
-
-
-def _per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[list]:
-    """The images or videos of every text, from the forms that a call takes. kinds: the placeholders of every text."""
-    if not kinds:
-        raise ValueError(f"0 questions but {0 if media is None else len(media)} {kind}s. Pass at least one question")
-    if media is None:
-        return [[] for _ in kinds]
-    is_list = isinstance(media, list | tuple)
-    if is_single:
-        if not is_list or (kind == "video" and is_frames(media)):
-            return [[media]]
-        nested = (
-            len(media) == 1 and isinstance(media[0], list | tuple) and not (kind == "video" and is_frames(media[0]))
-        )
-        own = list(media[0] if nested else media)
-        if kind == "video" and len(own) != 1 and not kinds[0]:
-            raise ValueError(f"1 questions but {len(own)} videos. Pass a list with one video (or None) per question")
-        return [own]
-    counts = [own.count(kind) for own in kinds]
-    is_list = hasattr(media, "__len__") and not isinstance(media, str)
-    flat = is_list and not any(isinstance(own, list | tuple) or own is None for own in media)
-    if flat and sum(counts) == len(media) and sum(counts):  # one for each placeholder
-        left = iter(media)
-        return [[next(left) for _ in range(count)] for count in counts]
-    found = len(media) if is_list else 1
-    if not is_list or found != len(kinds) or not kinds:
-        raise ValueError(
-            f"{len(kinds)} questions but {found} {kind}s. Pass a list with one {kind} (or None) per question"
-        )
-    return [_listed(kind, own) for own in media]
-
-
-def _listed(kind: str, own) -> list:
-    if own is None:
-        return []
-    if isinstance(own, list | tuple) and not (kind == "video" and own and is_frames(own)):
-        return list(own)
-    return [own]

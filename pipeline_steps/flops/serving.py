@@ -23,7 +23,7 @@ vocabulary           V numbers in fp32 per labelled position
 D vision width, E language width, A, C width of all query heads and of all key-value heads, I feed-forward width.
 """
 
-from model.frame_step import PLACES
+from model.static_layers import PLACES
 from pipeline_steps.common.flop_formulas import (
     Sample,
     at_low_resolution,

@@ -9,7 +9,7 @@ import torch
 
 from model.constants import IGNORE_INDEX
 from model.packing import BatchPlaces
-from model.processing_foveated_vlm import visual_places
+from model.processing_inputs import visual_places
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.batch import Batch, Text
 from pipeline_steps.streaming.buffer_pool import BufferPool
