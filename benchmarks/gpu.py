@@ -133,7 +133,7 @@ def run_all(
 
     try:
         result["equality"] = check_equality(device)
-    except Exception as error:  # the rest is measured, and the file says so
+    except (RuntimeError, ValueError) as error:  # the rest is measured, and the file says so
         result["equality"] = {"ok": False, "error": f"{type(error).__name__}: {error}", "output": format_exc()[-TAIL:]}
     write_json(output, result)
     result["tests"] = run_tests(TESTS_SHARE * left())

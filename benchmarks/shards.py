@@ -142,7 +142,7 @@ class Timer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shard building against decoding alone.")
     parser.add_argument("--files", type=int, default=16)
-    parser.add_argument("--seconds", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=10, choices=range(1, 13), metavar="1-12", help="of a clip")
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--samples-per-shard", type=int, default=50)

@@ -66,6 +66,15 @@ def test_what_cannot_be_listed_is_said(monkeypatch):
     assert "ps: " in watched("import time; time.sleep(60)", "60 3").stdout
 
 
+def test_tests_that_failed_are_named(tmp_path):
+    lines = ["FAILED tests/a.py::test_one - assert 1 == 2", "ERROR tests/b.py::test_two - OSError"]
+    (tmp_path / "log").write_text("\n".join(["[gw0] [ 1%] FAILED tests/a.py::test_one ", *lines, "FAILED: nothing"]))
+    functions = f"source <(sed -n '/^failures()/,/^}}/p' {CI / 'run'})"
+    command = f"set -euo pipefail; work={tmp_path}; {functions}; failures; echo end; : > $work/log; failures"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [*lines, "end"]
+
+
 def test_tests_that_had_not_ended_are_named(tmp_path):
     (tmp_path / "log").write_text(
         "tests/a.py::test_one[a b] \n"

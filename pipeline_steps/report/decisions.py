@@ -69,8 +69,9 @@ def table(found):
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
         f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
         f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Tested: by exact tests, corrected for the "
-        "study's questions; else the intervals decide, equal within the study's margin, not corrected. x0.3: with "
-        f"three tenths of the default's samples, not converged. {study_tables.TIERS}"
+        "study's questions; else the intervals decide, equal within the study's margin, not corrected. x0.3: the "
+        "default has three tenths of its samples, an alternative at equal FLOPs fewer; not converged. "
+        f"{study_tables.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
@@ -78,7 +79,8 @@ def table(found):
 
 
 def name_of(choice, budget=""):
-    return f"{choice.decision}: {choice.description}" + (f", {studies.budget_name(budget)}" if budget else "")
+    is_told = not budget or choice.equal_flops  # the description says it
+    return f"{choice.decision}: {choice.description}" + ("" if is_told else f", {studies.budget_name(budget)}")
 
 
 def not_run(choice):

@@ -6,7 +6,7 @@ import pandas as pd
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report import studies
 from pipeline_steps.report.statistics import equivalence_power, share_interval
-from pipeline_steps.report.tables import MISSING, Table, number
+from pipeline_steps.report.tables import MISSING, Table, count, number
 
 PILLS = {BETTER: "better", EQUAL: "equal", WORSE: "worse", UNDECIDED: "undecided", UNMATCHED: "not comparable"}
 
@@ -116,12 +116,13 @@ def arms(study, chosen):
                 if trained
                 else MISSING,
                 (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged) if trained else MISSING,
+                count(round(arm.training_samples)),
                 number(arm.training_flops / 1e12, 1),
                 MISSING if arm.training_seconds is None else number(arm.training_seconds / 60, 1),
             ]
         )
     columns = ["arm", "runs", "exact match, %", *(f"token accuracy, {group}, %" for group in groups)]
-    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "training TFLOP", "minutes"]
+    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "samples", "training TFLOP", "minutes"]
     note = (
         f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, {summary.split} split, "
         "autoregressive mode: "

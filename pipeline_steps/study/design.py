@@ -158,6 +158,12 @@ def check(study, path):
             if budget not in study.budgets:
                 known = ", ".join(study.budgets)
                 raise UserError(f"{path}: arm {name}: there is no budget {budget!r} (there are: {known})")
+        kinds = {type(study.budgets[used]) for used in budgets_of(study, name)}
+        if arm.sample_factor != 1 and float not in kinds:
+            raise UserError(
+                f"{path}: arm {name}: sample_factor {arm.sample_factor:g} changes nothing, as its budgets are FLOPs. "
+                "Remove it, or give the arm a budget that is a factor"
+            )
         if baseline_of(study, name) not in study.arms:
             raise UserError(f"{path}: arm {name}: its baseline {arm.baseline!r} is no arm of this study")
         keys = [key for group in SEED_KEYS.values() for key in group]

@@ -100,6 +100,7 @@ def arm_table(summary):
                 "exact match, %": spread([value for value in arm.exact_match if trained and value is not None]),
                 f"runs above {100 * summary.plateau:.0f} %": above if trained else "–",
                 "converged": f"{arm.num_converged} of {arm.num_measured}" if trained else "–",
+                "samples": f"{arm.training_samples:,.0f}",
                 "training TFLOP": f"{arm.training_flops / 1e12:.1f}",
                 "minutes": "–" if minutes is None else f"{minutes / 60:.1f}",
             }

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,6 +62,9 @@ def test_tests_of_the_gpu_are_collected_where_packages_are_missing():
     assert "test_steps_train_in_every_precision" in dict(chosen)
     assert all("cuda" in parameters and "cpu" not in parameters for _, parameters in chosen)
     assert "the parameters of the stages need pydantic" in done.stdout
+    assert re.search(
+        r"^tests/model/test_frame_step.py::test_a_cuda_graph_is_the_eager_step.* SKIPPED", done.stdout, re.M
+    )
 
 
 def test_processes_are_killed_at_their_time_limit():
@@ -101,6 +105,16 @@ def test_a_failed_step_fails_the_whole(tmp_path, monkeypatch):
     assert list(written["sizes"]) == ["tiny", "tiny compiled"]
     for found in written["sizes"].values():
         assert found == {"ok": False, "exit_code": 1, "output": "Traceback: it broke"}
+
+
+def test_a_check_that_breaks_fails_the_whole_and_the_rest_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "check_equality", Mock(side_effect=RuntimeError("CUDA error: no kernel")))
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"ok": True, "reasons": []})
+    monkeypatch.setattr(gpu, "measure_size", lambda *_: {"ok": True})
+    assert not gpu.run_all(["tiny"], 1.0, tmp_path / "gpu.json", device="cpu")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert (written["equality"]["ok"], written["equality"]["error"]) == (False, "RuntimeError: CUDA error: no kernel")
+    assert list(written["sizes"]) == ["tiny", "tiny compiled"]
 
 
 def test_every_process_gets_a_share_of_the_time_that_is_left(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ BF16 = 0.05
 STEPS = {"fp32": 0.01, "bf16": 0.05}  # AdamW divides small differences of gradients by small gradients
 LAYOUTS = ("question_first", "vision_first")
 PRECISIONS = ("fp32", "bf16")
-WIDTHS = (48, 64)  # of the language model: in bf16 on CUDA, heads of 12 are padded, heads of 16 take the varlen kernel
+WIDTHS = (48, 64)  # of the language model: in bf16 on CUDA, heads of 12 take the padded path, of 16 the varlen kernel
 OPTIONS = [{}, {"attention": "shallow"}, {"architecture": "multi_token", "num_visual_tokens_per_frame": 4}]
 
 

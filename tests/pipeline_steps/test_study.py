@@ -175,6 +175,11 @@ def test_training_flops_that_cannot_be_counted_are_refused(overrides, flops, mes
         ({"arms": {"A 6": {}}}, "arm 'A 6': use letters"),
         ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
         ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
+        ({"arms": {"none": {"sample_factor": 0}}}, "arms.none.sample_factor"),
+        (
+            {"arms": {"none": {"sample_factor": 0.5}}, "budgets": {"C": {"flops": 1e15}}},
+            "arm none: sample_factor 0.5 changes nothing, as its budgets are FLOPs. Remove it",
+        ),
         ({"armz": {}}, "armz: Extra inputs"),
         ({"seeds": []}, "seeds: "),
         ({"seeds": [-1]}, "seeds"),
