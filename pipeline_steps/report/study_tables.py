@@ -110,7 +110,7 @@ def arms(study, chosen):
                 spread(exact) if exact and trained else MISSING,
                 *(spread(arm.groups[group]) if trained else MISSING for group in groups),
                 (
-                    f"{arm.num_above_plateau} of {len(arm.seeds)} [{100 * low:.0f}–{100 * high:.0f}%]",
+                    f"{arm.num_above_plateau} of {len(arm.seeds)} [{100 * low:.0f}–{100 * high:.0f}]",
                     arm.num_above_plateau,
                 )
                 if trained
@@ -122,13 +122,14 @@ def arms(study, chosen):
             ]
         )
     columns = ["arm", "runs", "exact match, %", *(f"token accuracy, {group}, %" for group in groups)]
-    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "samples", "training TFLOP", "minutes"]
+    columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "samples", "TFLOP", "min"]
     note = (
         f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, {summary.split} split, "
         "autoregressive mode: "
         "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
-        "generated answers. Brackets of the runs above the plateau: 95% interval of the share. Converged: the "
-        "validation loss fell by less than 1% over the last quarter of stage 3, or rose. Minutes: of training, median."
+        "generated answers. Brackets of the runs above the plateau: 95% interval of the share, in %. Converged: "
+        "the validation loss fell by less than 1% over the last quarter of stage 3, or rose. Samples, TFLOP and "
+        "minutes: of training; minutes are medians."
     )
     if untrained := [studies.label(summary, arm) for arm in chosen if not arm.answers_trained]:
         note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
