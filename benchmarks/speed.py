@@ -135,9 +135,7 @@ class Bench:
 
     def host(self, batch: Batch | PaddedBatch) -> Batch | PaddedBatch:
         """The batch in page-locked memory where there is a GPU, from which copies need not be waited for."""
-        if self.device == "cpu":
-            return batch
-        return batch.pin_memory()
+        return batch if self.device == "cpu" else batch.pin_memory()
 
     # ---- figures: {name: function that measures it}
 

@@ -233,9 +233,8 @@ def save_figure(folder, name, figure, caption=None):
         "alt": alternative,
         "caption": caption,
     }
-    drawn = figures.svg(draw, width, height)
-    for theme, suffix in (("light", ""), ("dark", "-dark")):
-        text = drawn[theme]
+    for theme, text in figures.svg(draw, width, height).items():
+        suffix = "" if theme == "light" else f"-{theme}"
         (folder / f"{name}{suffix}.svg").write_text(text, encoding="utf-8")
         entry[theme] = data_uri(text.encode(), "image/svg+xml")
     return entry
