@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.workload import network_config
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
-from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.device import choose_device
+from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
 TEXT_BEFORE, TEXT_AFTER, ANSWER = 40, 8, 16  # tokens
@@ -66,7 +67,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="folder with the config.json of a model (default: embedded sizes)")
     parser.add_argument("--frames", type=int, nargs="+", default=[6, 64])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
@@ -76,13 +77,11 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = read_arguments()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but PyTorch finds 0 CUDA devices. Use --device cpu.")
+    device, dtype = choose_device(arguments.device, "--device"), getattr(torch, arguments.dtype)
     if arguments.output:
         check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
     config = FoveatedVLMConfig.from_pretrained(arguments.config) if arguments.config else network_config("tiny")
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     model = FoveatedVLMForConditionalGeneration(config).to(device, dtype).eval()
     kinds = ("dynamic", "static", "graph") if device == "cuda" else ("dynamic", "static")

@@ -33,6 +33,7 @@ from transformers import Dinov2Config, LlamaConfig
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from model.constants import IGNORE_INDEX, MODES
 from pipeline_steps.common import flop_formulas
+from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
@@ -199,7 +200,7 @@ def table(frames: tuple[int, ...], result: dict[str, dict]) -> str:
 
 
 def read_config(arguments: argparse.Namespace) -> FoveatedVLMConfig:
-    """The configuration to measure. UserError if the other arguments do not match it or the machine."""
+    """The configuration to measure. UserError if the other arguments do not match it."""
     if arguments.config is None:
         config = default_config()
     elif (arguments.config / "config.json").exists():
@@ -224,8 +225,6 @@ def read_config(arguments: argparse.Namespace) -> FoveatedVLMConfig:
                 f"--fovea {factor} {size}: expected a factor of 2 or more by which {arguments.image_size // patch} "
                 f"patches a side of --image-size {arguments.image_size} divide, and a window of 1 to so many patches."
             )
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but PyTorch finds 0 CUDA devices. Use --device cpu.")
     return config
 
 
@@ -239,7 +238,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fovea", type=int, nargs=2, metavar=("R", "S"), help="compare with a fovea instead, at the most frames"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
@@ -253,7 +252,8 @@ def main() -> None:
         check_outputs(files=[arguments.output])
     torch.set_num_threads(arguments.num_threads)
     frames = tuple(sorted(arguments.frames))
-    settings = (arguments.image_size, arguments.device, arguments.repeats)
+    device = choose_device(arguments.device, "--device")
+    settings = (arguments.image_size, device, arguments.repeats)
     if arguments.fovea:
         result = compare_fovea(config, *arguments.fovea, max(frames), *settings)
         print(fovea_table(result))
@@ -261,7 +261,7 @@ def main() -> None:
         result = measure(config, frames, *settings)
         print(table(frames, result))
     if arguments.output:
-        about = {"device": arguments.device, "image_size": arguments.image_size, "num_threads": arguments.num_threads}
+        about = {"device": device, "image_size": arguments.image_size, "num_threads": arguments.num_threads}
         write_json(arguments.output, {**about, "frames": list(frames), "modes": result})
 
 

@@ -327,7 +327,7 @@ def commit() -> dict:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed and memory as ratios to the predecessor's algorithm.")
     parser.add_argument("--size", choices=tuple(SCALES), default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:3], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--samples", type=int, default=32, help="of a training step")
     parser.add_argument("--rounds", type=int, default=15, help="at most, per figure")

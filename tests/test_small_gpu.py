@@ -25,11 +25,17 @@ FEW = (
     "training.common.batch_size=4",
     "training.common.device=cpu",
     "training.common.num_threads=1",
+    "training.common.precision=fp32",  # without bf16 instructions a CPU takes minutes
     "training.common.max_validation_items=1",
     "training.stage1.num_samples=8",
     "training.stage1.text_share=0.25",
     "evaluation.batch_size=8",
+    "evaluation.max_items_per_task=2",
+    "evaluation.max_control_items_per_task=1",
+    "evaluation.max_temporal_clips_per_task=1",
+    "evaluation.max_diagnostic_clips=1",
     "evaluation.max_answers_per_task=1",
+    "evaluation.max_captions_per_task=1",
     "evaluation.bootstrap_samples=20",
     "heatmaps.num_clips=1",
 )

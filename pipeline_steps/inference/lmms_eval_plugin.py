@@ -25,6 +25,7 @@ from model.chat_messages import text_without_placeholders
 from model.constants import MODES
 from model.input_checks import check_inputs
 from model.pictures import IMAGE_SUFFIXES
+from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference.answers import embedded_prompts
 from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_context_length, last_control_token
@@ -219,7 +220,7 @@ def check_arguments(unknown):
 
 def own_device():
     """The GPU of this process, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if choose_device() == "cuda" else "cpu"
 
 
 def as_list(value):

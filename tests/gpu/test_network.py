@@ -1,6 +1,7 @@
 """The network on a device: modes, precisions, answers, the reference. Needs torch and transformers."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.original import Original, pad
 from benchmarks.workload import mixture, network_config
 from model import FoveatedVLMForConditionalGeneration, FoveationOptions
-from tests.model.tiny import MODES, make_batch, make_model, one_sample
+from tests.model.tiny import MODES, PAD, VISUAL, make_batch, make_model, one_sample
 
 FP32 = 1e-4  # kernels of a GPU sum in another order
 BF16 = 0.05
@@ -19,6 +20,11 @@ LAYOUTS = ("question_first", "vision_first")
 PRECISIONS = ("fp32", "bf16")
 WIDTHS = (48, 64)  # of the language model: in bf16 on CUDA, heads of 12 take the padded path, of 16 the varlen kernel
 OPTIONS = [{}, {"attention": "shallow"}, {"architecture": "multi_token", "num_visual_tokens_per_frame": 4}]
+MORE_OPTIONS = [  # which the reference does not have
+    {"frame_downsampling": 2, "fovea_size": 2, "frame_time_embedding": "sinusoidal"},
+    {"learnable_temperature": True, "hard_attention": "top_k", "attention_top_k": 3, "tie_first_query": False},
+    {"num_visual_tokens_per_frame": 2, "token_aggregation": "weighted", "query_update": "add"},
+]
 
 
 def moved(batch: dict, device: str) -> dict:
@@ -47,7 +53,7 @@ def train(model, batch: dict, precision: str, num_steps: int, learning_rate: flo
 @torch.no_grad()
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + MORE_OPTIONS, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_losses_are_those_of_the_cpu(width, options, layout, precision, device):
     model = make_model(layout=layout, language_width=width, **options)
@@ -104,6 +110,30 @@ def test_answers_are_those_of_the_cpu(mode, device):
         expected = model.to("cpu").generate(**sample, mode=mode, max_new_tokens=6, do_sample=False)
         found = model.to(device).generate(**moved(sample, device), mode=mode, max_new_tokens=6, do_sample=False)
         assert found.tolist() == expected.tolist()
+
+
+class Processor:
+    """What a session asks of a processor. The chat has the same ids around the frames, whatever the question."""
+
+    fps, image_size = 1.0, 56
+    tokenizer = SimpleNamespace(eos_token_id=PAD, pad_token_id=PAD, decode=lambda ids, **options: str(ids.tolist()))
+
+    def check_question(self, question: str) -> None:
+        pass
+
+    def __call__(self, text: str, videos=None) -> dict:
+        return {"input_ids": torch.tensor([[3, 4, 5, *([] if videos is None else [VISUAL]), 6, 7]])}
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "shallow"}, MORE_OPTIONS[-1]], ids=str)
+def test_a_session_sees_and_answers_what_it_does_on_the_cpu(options, device):
+    frames, seen = make_batch()["pixel_values"], []
+    for own in ("cpu", device):
+        session = make_model(**options).to(own).stream(Processor(), "Where?", max_num_frames=8)
+        maps = [session.push(frame).cpu() for frame in frames]
+        seen.append((torch.stack(maps), session.visual_tokens.cpu(), session.ask(max_new_tokens=6)))
+    torch.testing.assert_close(seen[1][:2], seen[0][:2], atol=FP32, rtol=FP32)
+    assert seen[1][2] == seen[0][2]
 
 
 def test_a_root_mean_square_is_one_operation_each_way(cuda):

@@ -20,17 +20,20 @@ from pipeline_steps.training.train_loop import prepare, train_step
 from tests.model.tiny import as_batch, make_batch, preference_batch
 from tests.pipeline_steps.test_golden_losses import NUM_STEPS, RUNS, make_run
 
+OBJECTIVES = {"coarse": {"weight": 0.5}, "entropy": {"weight": 0.3}, "contrastive": {"weight": 0.2, "margin": -1.0}}
 STEPS = {"fp32": 0.01, "bf16": 0.05}  # optimizers divide small differences of gradients by small gradients
 
 
-def batch_of(stage: str):
-    return as_batch(preference_batch() if stage == "stage3" else make_batch())
+def batch_of(run):
+    """As the loader gives it: for a GPU in pinned memory."""
+    batch = as_batch(preference_batch() if run.stage == "stage3" else make_batch())
+    return batch if run.device == "cpu" else batch.pin_memory()
 
 
-def run_on(device: str, name: str, folder, **common):
-    """name: of RUNS; common: of training.common."""
+def run_on(device: str, name: str, folder, objective: dict | None = None, **common):
+    """name: of RUNS; objective: changes of the section; common: of training.common."""
     stage, _, optimizer = name.partition(", ")
-    run = make_run(stage, "question_first", folder, optimizer or "adamw")
+    run = make_run(stage, "question_first", folder, optimizer or "adamw", objective)
     run.model.to(device)
     run.distributed = DistributedContext(device=device)
     run.common.__dict__.update(common)
@@ -39,7 +42,7 @@ def run_on(device: str, name: str, folder, **common):
 
 
 def steps(run, trainer, first: int = 0, last: int = NUM_STEPS) -> list[float]:
-    return [train_step(run, trainer, batch_of(run.stage), step)["loss"] for step in range(first, last)]
+    return [train_step(run, trainer, batch_of(run), step)["loss"] for step in range(first, last)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -48,6 +51,14 @@ def test_every_stage_trains_as_on_the_cpu_in_fp32(name, precision, device, tmp_p
     runs = run_on("cpu", name, tmp_path), run_on(device, name, tmp_path, precision=precision)
     expected, found = (steps(run, prepare(run)) for run in runs)
     assert found == pytest.approx(expected, abs=STEPS[precision])
+
+
+def test_other_objectives_train_as_on_the_cpu(device, tmp_path):
+    losses = []
+    for own in ("cpu", device):
+        run = run_on(own, "stage2", tmp_path, OBJECTIVES)
+        losses.append(steps(run, prepare(run)))
+    assert losses[1] == pytest.approx(losses[0], abs=STEPS["fp32"])
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -1,0 +1,147 @@
+"""A pytest plugin for machines without a GPU: the tests marked `gpu` on a CUDA device made of host memory.
+
+    python -m pytest -p tests.emulated_cuda tests/gpu tests/model/test_frame_step.py -m gpu
+
+Numbers come from the CPU's kernels, so this finds what ends a run on a GPU before the first number: tensors on two
+devices, operations that CUDA's paths call wrongly, a variable-length kernel with wrong shapes. It cannot find errors in
+CUDA's own kernels, and says nothing of graphs, compilation, memory or speed: such tests are skipped. device.cpp is
+compiled against the headers of the installed torch (2.13 tried) in about 20 seconds, into a temporary folder.
+
+Needs g++. Must be imported before torch, of a build without CUDA.
+"""
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+COMPILER = ("g++", "-std=c++20", "-shared", "-fPIC", "-O1")
+LIBRARIES = ("c10", "torch_cpu")
+SKIPPED = {
+    "test_with_compilation.py": "nothing is compiled for an emulated device",
+    "test_a_root_mean_square_is_one_operation_each_way": "CUDA's own kernels",
+    "test_the_micro_batch_that_is_chosen_fits_the_memory": "memory is not limited",
+    "test_the_scale_small_gpu_learns_a_batch_in_50_steps": "takes an hour on a CPU",
+}
+
+
+def load_device() -> None:
+    """Compile device.cpp and load it. RuntimeError if torch is there already: it has looked for devices."""
+    if "torch" in sys.modules:
+        raise RuntimeError(
+            "torch is imported already. Name the plugin on the command line: pytest -p tests.emulated_cuda"
+        )
+    torch = Path(find_spec("torch").origin).parent
+    include, libraries = torch / "include", torch / "lib"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "device.so")
+        command = [*COMPILER, Path(__file__).parent / "device.cpp", "-o", target, f"-I{include}"]
+        command += [f"-I{include / 'torch/csrc/api/include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+        subprocess.run([*command, *(f"-l{name}" for name in LIBRARIES)], check=True)
+        ctypes.CDLL(str(target))
+
+
+class Event:
+    """`torch.cuda.Event` of a device that has done its work when a call returns."""
+
+    def __init__(self, *arguments, **options):
+        self._time = 0.0
+
+    def record(self, *arguments) -> None:
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1000 * (other._time - self._time)
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Properties:
+    """`torch.cuda.get_device_properties` of a device whose peak is known."""
+
+    name, major, minor, total_memory = "NVIDIA H100 80GB HBM3", 9, 0, 80 * 2**30
+
+
+def attend_varlen(queries, keys, values, starts, key_starts, longest, longest_keys, *, window_size=None, scale=None):
+    """`torch.nn.attention.varlen.varlen_attn`, one sequence after the other, with the kernel's checks."""
+    import torch
+    from torch.nn import functional as F
+
+    (num_heads, width), devices = queries.shape[1:], {queries.device.type, starts.device.type}
+    assert (devices, starts.dtype, key_starts.dtype) == ({"cuda"}, torch.int32, torch.int32)
+    assert (num_heads, width % 8, window_size) == (keys.shape[1], 0, (-1, 0))
+    assert queries.dtype in (torch.float16, torch.bfloat16)
+    found, starts, key_starts = [], starts.tolist(), key_starts.tolist()
+    for start, end, key_start, key_end in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
+        size, num_keys = end - start, key_end - key_start
+        assert (size <= longest, num_keys <= longest_keys) == (True, True)
+        seen = torch.ones(size, num_keys, dtype=torch.bool, device=queries.device).tril(num_keys - size)
+        own = (queries[start:end], keys[key_start:key_end], values[key_start:key_end])
+        mixed = F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in own), seen, scale=scale)
+        found.append(mixed.transpose(0, 1))
+    return torch.cat(found)
+
+
+def capture_by_calling(function):
+    """`capture_cuda` of model/frame_step.py: a replay calls the function again and hands over its outputs."""
+    outputs = function()
+
+    def replay() -> None:
+        vars(outputs).update(vars(function()))
+
+    return replay, outputs
+
+
+def replace_python_functions() -> None:
+    """What torch asks its CUDA library for, and its kernels and graphs."""
+    import torch
+    from torch.cuda.amp import common
+    from torch.nn.attention import varlen
+
+    cuda, nothing = torch.cuda, lambda *arguments, **options: None
+    cuda.is_available = cuda.is_bf16_supported = cuda.is_initialized = lambda *arguments, **options: True
+    cuda._is_in_bad_fork = cuda.is_current_stream_capturing = lambda: False
+    cuda.device_count, cuda.current_device = lambda: 1, lambda: 0
+    cuda.get_device_properties = lambda *arguments: Properties
+    cuda.get_device_name = lambda *arguments: Properties.name
+    cuda.get_device_capability = lambda *arguments: (Properties.major, Properties.minor)
+    cuda.max_memory_allocated = cuda.memory_allocated = cuda.max_memory_reserved = lambda *arguments: 0
+    cuda._lazy_init = cuda.synchronize = cuda.set_device = cuda.manual_seed_all = nothing
+    cuda.empty_cache = cuda.reset_peak_memory_stats = nothing
+    cuda.Event, cuda.get_rng_state_all = Event, list
+    common.amp_definitely_not_available = lambda: False
+    varlen.varlen_attn = attend_varlen
+
+    def as_bytes(storage):
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+    of_host = torch.UntypedStorage.clone
+    torch.UntypedStorage.clone = lambda self: (
+        as_bytes(self).clone().untyped_storage() if self.device.type == "cuda" else of_host(self)
+    )
+
+
+@cache
+def reason_to_skip(path: str, name: str) -> str | None:
+    return SKIPPED.get(Path(path).name) or SKIPPED.get(name)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    from model import frame_step
+
+    frame_step.capture_cuda = capture_by_calling
+    for item in items:
+        reason = reason_to_skip(str(item.path), item.originalname)
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+load_device()
+replace_python_functions()
