@@ -11,6 +11,7 @@ Needs g++. Must be imported before torch, of a build without CUDA.
 """
 
 import ctypes
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,18 +33,24 @@ SKIPPED = {
 
 
 def load_device() -> None:
-    """Compile device.cpp and load it. RuntimeError if torch is there already: it has looked for devices."""
-    if "torch" in sys.modules:
-        raise RuntimeError(
-            "torch is imported already. Name the plugin on the command line: pytest -p tests.emulated_cuda"
+    """Compile device.cpp and load it. UsageError where that is not possible."""
+    if "torch" in sys.modules:  # which has looked for devices
+        raise pytest.UsageError(
+            "torch is imported already. Name the plugin on the command line: -p tests.emulated_cuda"
         )
     torch = Path(find_spec("torch").origin).parent
     include, libraries = torch / "include", torch / "lib"
+    if (libraries / "libtorch_cuda.so").exists():
+        raise pytest.UsageError(f"the torch in {torch} is built with CUDA. Leave out -p tests.emulated_cuda")
+    if shutil.which(COMPILER[0]) is None:
+        raise pytest.UsageError(f"tests.emulated_cuda needs {COMPILER[0]}, which is not installed (Debian: g++)")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "device.so")
         command = [*COMPILER, Path(__file__).parent / "device.cpp", "-o", target, f"-I{include}"]
         command += [f"-I{include / 'torch/csrc/api/include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
-        subprocess.run([*command, *(f"-l{name}" for name in LIBRARIES)], check=True)
+        done = subprocess.run([*command, *(f"-l{name}" for name in LIBRARIES)], capture_output=True, text=True)
+        if done.returncode:
+            raise pytest.UsageError(f"device.cpp does not compile against the torch in {torch}:\n{done.stderr[-2000:]}")
         ctypes.CDLL(str(target))
 
 
