@@ -39,6 +39,7 @@ from benchmarks.speed import PARTS, about
 from benchmarks.workload import SCALES, mixture, network_config
 from model import FoveatedVLMForConditionalGeneration
 from model.constants import MODES
+from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 
@@ -160,6 +161,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("benchmarks.gpu needs a CUDA device and torch finds none: on a CPU run `make bench`.")
+    choose_device("cuda")
     check_outputs(files=[arguments.output])
     if not run_all(arguments.sizes, arguments.minutes, arguments.output):
         print(f"error: a test, a check or a measurement failed: see {arguments.output}.", file=sys.stderr)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks.gpu import TESTS
 from pipeline_steps.common.params import ROOT
@@ -13,6 +14,7 @@ from pipeline_steps.common.params import ROOT
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the device is compiled with g++")
 def test_the_gpu_tests_pass_on_an_emulated_device():
     command = [sys.executable, "-m", "pytest", "-p", "tests.emulated_cuda", "-p", "no:cacheprovider", *TESTS]

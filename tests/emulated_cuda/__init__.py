@@ -2,12 +2,12 @@
 
     python -m pytest -p tests.emulated_cuda tests/gpu tests/model/test_frame_step.py -m gpu
 
-Numbers come from the CPU's kernels, so this finds what ends a run on a GPU before the first number: tensors on two
-devices, operations that CUDA's paths call wrongly, a variable-length kernel with wrong shapes. It cannot find errors in
-CUDA's own kernels, and says nothing of graphs, compilation, memory or speed: such tests are skipped. device.cpp is
-compiled against the headers of the installed torch (2.13 tried) in about 20 seconds, into a temporary folder.
+Numbers come from the CPU's kernels. This finds most operations that mix tensors of the CPU and of the GPU, and wrong
+arguments of the variable-length kernel. It does not test CUDA's kernels, graph capture, compilation, generators, the
+order of asynchronous work, memory or speed. device.cpp is compiled against the headers of the installed torch (2.13
+tried) in about 20 seconds, once per process of pytest-xdist.
 
-Needs g++. Must be imported before torch, of a build without CUDA.
+Needs g++ and a torch built without CUDA, which must not be imported yet.
 """
 
 import ctypes
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,16 +75,23 @@ class Properties:
     name, major, minor, total_memory = "NVIDIA H100 80GB HBM3", 9, 0, 80 * 2**30
 
 
-def attend_varlen(queries, keys, values, starts, key_starts, longest, longest_keys, *, window_size=None, scale=None):
-    """`torch.nn.attention.varlen.varlen_attn`, one sequence after the other, with the kernel's checks."""
+def attend_varlen(
+    queries, keys, values, starts, key_starts, longest, longest_keys, *, window_size=None, scale=None, enable_gqa=False
+):
+    """`torch.nn.attention.varlen.varlen_attn` of torch 2.13, one sequence after the other, with the kernel's checks."""
     import torch
     from torch.nn import functional as F
 
-    (num_heads, width), devices = queries.shape[1:], {queries.device.type, starts.device.type}
-    assert (devices, starts.dtype, key_starts.dtype) == ({"cuda"}, torch.int32, torch.int32)
-    assert (num_heads, width % 8, window_size) == (keys.shape[1], 0, (-1, 0))
+    num_heads, width = queries.shape[1:]
+    repeats, rest = divmod(num_heads, keys.shape[1])
+    assert {part.device.type for part in (queries, keys, values, starts, key_starts)} == {"cuda"}
+    assert (starts.dtype, key_starts.dtype, len(starts)) == (torch.int32, torch.int32, len(key_starts))
+    assert (width % 8, rest, keys.shape, window_size) == (0, 0, values.shape, (-1, 0))
+    assert enable_gqa or repeats == 1
     assert queries.dtype in (torch.float16, torch.bfloat16)
+    keys, values = (part.repeat_interleave(repeats, 1) for part in (keys, values))
     found, starts, key_starts = [], starts.tolist(), key_starts.tolist()
+    assert (starts[0], starts[-1], key_starts[0], key_starts[-1]) == (0, len(queries), 0, len(keys))
     for start, end, key_start, key_end in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
         size, num_keys = end - start, key_end - key_start
         assert (size <= longest, num_keys <= longest_keys) == (True, True)
@@ -94,16 +100,6 @@ def attend_varlen(queries, keys, values, starts, key_starts, longest, longest_ke
         mixed = F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in own), seen, scale=scale)
         found.append(mixed.transpose(0, 1))
     return torch.cat(found)
-
-
-def capture_by_calling(function):
-    """`capture_cuda` of model/frame_step.py: a replay calls the function again and hands over its outputs."""
-    outputs = function()
-
-    def replay() -> None:
-        vars(outputs).update(vars(function()))
-
-    return replay, outputs
 
 
 def replace_python_functions() -> None:
@@ -135,17 +131,13 @@ def replace_python_functions() -> None:
     )
 
 
-@cache
-def reason_to_skip(path: str, name: str) -> str | None:
-    return SKIPPED.get(Path(path).name) or SKIPPED.get(name)
-
-
 def pytest_collection_modifyitems(items) -> None:
     from model import frame_step
+    from tests.model.test_frame_step import calling_again
 
-    frame_step.capture_cuda = capture_by_calling
+    frame_step.capture_cuda = calling_again
     for item in items:
-        reason = reason_to_skip(str(item.path), item.originalname)
+        reason = SKIPPED.get(item.path.name) or SKIPPED.get(getattr(item, "originalname", item.name))
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
 

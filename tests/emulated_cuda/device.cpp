@@ -18,7 +18,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -148,40 +147,38 @@ struct Pair {
   Tensor on_host, on_device;
 };
 
-// Operations that may mix devices: copies, and indices on the host.
-static const std::set<std::string> MIXED = {"aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_"};
-
 static void run_on_host(const c10::OperatorHandle& operation, DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
   std::unordered_map<TensorImpl*, Pair> pairs;  // by the tensor of the host
   std::string host_sizes;
-  auto to_host = [&](const Tensor& tensor) {
+  const bool is_copy = schema.name() == "aten::copy_";
+  auto to_host = [&](const Tensor& tensor, bool may_be_on_host = false) {
     if (tensor.defined() && tensor.is_cuda()) {
       Tensor made = on(Device(DeviceType::CPU), tensor);
       pairs[made.unsafeGetTensorImpl()] = {made, tensor};
       return made;
     }
-    if (tensor.defined() && tensor.dim() > 0) host_sizes = c10::str(tensor.sizes());
+    if (tensor.defined() && tensor.dim() > 0 && !may_be_on_host) host_sizes = c10::str(tensor.sizes());
     return tensor;
   };
   for (size_t i = stack->size() - schema.arguments().size(); i < stack->size(); ++i) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
-      value = to_host(value.toTensor());
+      value = to_host(value.toTensor(), is_copy);
     } else if (value.isTensorList()) {
       c10::List<Tensor> moved;
       for (const Tensor& tensor : value.toTensorVector()) moved.push_back(to_host(tensor));
       value = moved;
-    } else if (value.isOptionalTensorList()) {
+    } else if (value.isOptionalTensorList()) {  // indices
       c10::List<std::optional<Tensor>> moved;
       for (std::optional<Tensor> tensor : value.toOptionalTensorList())
-        moved.push_back(tensor ? std::optional<Tensor>(to_host(*tensor)) : std::nullopt);
+        moved.push_back(tensor ? std::optional<Tensor>(to_host(*tensor, true)) : std::nullopt);
       value = moved;
     } else if (value.isDevice()) {
       value = Device(DeviceType::CPU);
     }
   }
-  TORCH_CHECK(pairs.empty() || host_sizes.empty() || MIXED.count(schema.name()), schema.name(),
+  TORCH_CHECK(pairs.empty() || host_sizes.empty(), schema.name(),
               ": a tensor ", host_sizes, " is on the cpu, others are on cuda");
   operation.callBoxed(stack);
   for (const auto& entry : pairs) {  // an output may have been resized
