@@ -32,6 +32,8 @@ DEFAULTS = {
         "modes": {"joint": 1.0, "video_only": 0.0, "text_conditioned": 0.0, "captions": 0.0},
     },
 }
+# Every term beside the text loss that needs nothing but the network
+ALL = {"coarse": {"weight": 0.5}, "entropy": {"weight": 0.3}, "contrastive": {"weight": 0.2, "margin": -1.0}}
 
 
 def section(**changes):

@@ -18,9 +18,9 @@ from pipeline_steps.training.checkpointing import save_state
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import prepare, train_step
 from tests.model.tiny import as_batch, make_batch, preference_batch
+from tests.objectives import ALL
 from tests.pipeline_steps.test_golden_losses import NUM_STEPS, RUNS, make_run
 
-OBJECTIVES = {"coarse": {"weight": 0.5}, "entropy": {"weight": 0.3}, "contrastive": {"weight": 0.2, "margin": -1.0}}
 STEPS = {"fp32": 0.01, "bf16": 0.05}  # optimizers divide small differences of gradients by small gradients
 
 
@@ -56,7 +56,7 @@ def test_every_stage_trains_as_on_the_cpu_in_fp32(name, precision, device, tmp_p
 def test_other_objectives_train_as_on_the_cpu(device, tmp_path):
     losses = []
     for own in ("cpu", device):
-        run = run_on(own, "stage2", tmp_path, OBJECTIVES)
+        run = run_on(own, "stage2", tmp_path, ALL)
         losses.append(steps(run, prepare(run)))
     assert losses[1] == pytest.approx(losses[0], abs=STEPS["fp32"])
 

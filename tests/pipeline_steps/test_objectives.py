@@ -20,11 +20,8 @@ from pipeline_steps.training.parameters import trainable_parameters
 from pipeline_steps.training.training_model import TrainingModel, sum_terms
 from tests import objectives as made
 from tests.model.tiny import LAYOUTS, as_batch, make_batch, make_model, preference_batch, rows_of
-from tests.objectives import assert_same, frozen, step, training_model
+from tests.objectives import ALL, assert_same, frozen, step, training_model
 from tests.pipeline_steps.test_golden_losses import make_run
-
-ALL = {"coarse": {"weight": 0.5}, "entropy": {"weight": 0.3}, "contrastive": {"weight": 0.2, "margin": -1.0}}
-
 
 # ---------------------------------------------------------------- each objective
 
