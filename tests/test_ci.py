@@ -66,11 +66,38 @@ def test_what_cannot_be_listed_is_said(monkeypatch):
     assert "ps: " in watched("import time; time.sleep(60)", "60 3").stdout
 
 
+def functions(*names):
+    """Shell code that defines these functions of .ci/run."""
+    ranges = "; ".join(f"/^{name}()/,/^}}/p" for name in names)
+    return f"source <(sed -n '{ranges}' {CI / 'run'})"
+
+
+def test_a_command_beside_another_is_recorded_when_it_has_ended(tmp_path):
+    script = f"""set -euo pipefail
+        {functions("launch", "record", "step", "facts", "failures", "unfinished")}
+        measured() {{ "$@"; }}
+        work={tmp_path} limit=60 summary=() failed=()
+        first() {{ until [ -e $work/second ]; do sleep .1; done; echo FAILED tests/a.py::one; return 3; }}
+        launch $work/first.log first &
+        step touch $work/second
+        wait
+        record $work/first.log first
+        printf '%s|' "${{summary[@]}}" "failed ${{failed[*]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    second, first, failure, failed = (text.strip() for text in done.stdout.splitlines()[-1].split("|")[:-1])
+    assert second.endswith("s, exit code 0")
+    assert first.startswith("first ")
+    assert first.endswith("s, exit code 3")
+    assert failure == "FAILED tests/a.py::one"
+    assert failed == "failed first"
+
+
 def test_tests_that_failed_are_named(tmp_path):
     lines = ["FAILED tests/a.py::test_one - assert 1 == 2", "ERROR tests/b.py::test_two - OSError"]
     (tmp_path / "log").write_text("\n".join(["[gw0] [ 1%] FAILED tests/a.py::test_one ", *lines, "FAILED: nothing"]))
-    functions = f"source <(sed -n '/^failures()/,/^}}/p' {CI / 'run'})"
-    command = f"set -euo pipefail; work={tmp_path}; {functions}; failures; echo end; : > $work/log; failures"
+    log = tmp_path / "log"
+    command = f"set -euo pipefail; {functions('failures')}; failures {log}; echo end; : > {log}; failures {log}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [*lines, "end"]
 
@@ -85,8 +112,6 @@ def test_tests_that_had_not_ended_are_named(tmp_path):
         "  File tests/b.py, line 3\n"
         "largest process: 12 MiB\n"
     )
-    functions = f"source <(sed -n '/^facts()/,/^}}/p; /^unfinished()/,/^}}/p' {CI / 'run'})"
-    done = subprocess.run(
-        ["bash", "-c", f"work={tmp_path}; {functions}; facts"], capture_output=True, text=True, check=True
-    )
+    command = f"{functions('facts', 'unfinished')}; facts {tmp_path / 'log'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "largest process: 12 MiB not ended: tests/a.py::test_three"
