@@ -1,8 +1,7 @@
 """The foveated vision-language model: one visual token per frame, queried by the language model.
 
 Shapes: B batch, F frames of the whole batch, T frames of one sample, K queries per frame, P visual tokens per frame
-(K, or 1 where they are aggregated), N patches, D vision width, Q query width, E language width, S sequence,
-V vocabulary.
+(K, or 1 where they are aggregated), Q query width, E language width, S sequence, V vocabulary.
 
 Frames are not padded: `pixel_values` is the concatenation of the frames of all samples, and `num_frames` [B] has the
 number of frames of each. `input_ids` contains P placeholders per frame at the positions of the visual tokens, so the

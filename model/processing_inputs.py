@@ -1,4 +1,5 @@
-"""The forms in which the processor's callers pass conversations and media, and where visual tokens go in a text."""
+"""What callers of the processor may pass as conversations, images, videos and options; and where the visual tokens of
+a text go."""
 
 import numpy as np
 
@@ -19,9 +20,9 @@ def visual_places(
     return question_end, places
 
 
-def are_conversations(conversation) -> bool:
-    """Whether these are several conversations."""
-    first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+def are_conversations(conversations) -> bool:
+    """Whether this is a list of conversations, not a single one."""
+    first = conversations[0] if isinstance(conversations, list | tuple) and conversations else None
     return isinstance(first, list | tuple) or hasattr(first, "messages")
 
 
@@ -53,10 +54,10 @@ def per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[
         raise ValueError(
             f"{len(kinds)} questions but {found} {kind}s. Pass a list with one {kind} (or None) per question"
         )
-    return [listed(kind, own) for own in media]
+    return [_as_list(kind, own) for own in media]
 
 
-def listed(kind: str, own) -> list:
+def _as_list(kind: str, own) -> list:
     """The images or videos of one text."""
     if own is None:
         return []

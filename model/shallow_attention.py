@@ -1,7 +1,4 @@
-"""Queries that attend to the final patch features only (ablation A1).
-
-Shapes: F frames, N patches (without the class token), K query rows per frame, D vision width.
-"""
+"""Queries that attend to the final patch features only (ablation A1)."""
 
 from torch import Tensor, nn
 

@@ -1,5 +1,5 @@
-"""Both networks' layers as fixed operations on fixed memory, for the frame step (frame_step.py): the language model
-over a cache of a fixed size, and the vision encoder's walk of the query.
+"""The layers as fixed operations on fixed memory, for the frame step (frame_step.py): those of the language model over
+a cache of a fixed size, and those of the vision encoder for the queries.
 
 Shapes: B samples, K queries and P visual tokens per frame, N patches, D vision width, E language width, G key-value
 heads, R query heads per key-value head, C head width, S places of the cache.

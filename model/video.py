@@ -1,4 +1,5 @@
-"""Video decoding: the frames at given times, upright and square. frames.py chooses the times.
+"""Video decoding: the frames at given times, upright and square. frames.py chooses the times, video_container.py reads
+the packets.
 
 Checkpoints contain this file, like frames.py. It requires PyAV.
 """
@@ -15,6 +16,15 @@ from PIL import Image
 
 from .hdr import BT2020, TO_BT709, TRANSFERS, refusal, to_sdr
 from .pictures import MediaError, check_size, on_white, square
+from .video_container import (
+    MAX_FRAMES,
+    MAX_VIDEO_PIXELS,
+    check_boxes,
+    open_video,
+    packets_of,
+    prepared,
+    video_streams,
+)
 
 try:
     import av
@@ -24,15 +34,10 @@ try:
 except ImportError:  # only needed for videos
     av = None
 else:
-    av.logging.set_level(None)  # silence FFmpeg's messages; errors are raised as exceptions
     EXACT = Interpolation.BILINEAR | Interpolation.BITEXACT  # equal pixels on every CPU
 
-MAX_VIDEO_PIXELS = 2**25  # of one frame: 8K; a decoder holds up to 17 frames
 MAX_SECONDS = 2**20  # of a clip: twelve days; more means damaged timestamps
-MAX_FRAMES = 2**21  # of a clip: ten hours at 60 frames per second
-MAX_BOXES = 2**20  # of an mp4
 MAX_PIXEL_ASPECT = 16  # width of a pixel / height, or the inverse
-FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"  # no playlist formats, which open other files
 # Codecs in which no frame after a key frame, in display order, refers to a frame before it.
 RANDOM_ACCESS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores")
 SAME_TIME = 1e-4  # seconds; containers round timestamps
@@ -48,16 +53,11 @@ UPRIGHT = {
 }
 SWAPS_SIDES = tuple(list(UPRIGHT.values())[3:])
 SLANT = 0.02  # a display matrix that is further off the axes, about one degree, is not applied
-BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # mp4 boxes that contain other boxes
-TABLES = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # mp4 boxes with a sample count, and its byte offset in their content
 WITHOUT_HEADER = ("mpegts", "mpeg", "ogg", "gif")  # formats whose duration FFmpeg takes from the packets
-JOINABLE = ("mpegts", "mpeg")  # formats that are joined by appending files
-MAX_GAP, MAX_BACK = 10.0, 0.1  # seconds between packets of a joinable format; beyond, another clock begins
 HD_WIDTH, SD_HEIGHT = 1280, 576  # px; a video without a colour space is BT.709 from HD_WIDTH or above SD_HEIGHT, as
 # in players, otherwise BT.601
 UNSPECIFIED = 2  # FFmpeg's number of a colour space, or of primaries, that are not given
 HDR_MATRICES = (0, 1, 9)  # colour spaces of HDR video that are read: RGB, BT.709, BT.2020
-DAMAGED_VIDEO = "truncated or damaged video"
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _take(piece, index, wanted, image_size, resize_mode, hdr, frames_of):
     """`decode` with the frame iterator `frames_of`."""
     tolerance = index.duration / len(wanted) + SAME_TIME  # a frame further away than one sampling step is a gap
     taken, before = [], -math.inf
-    with _open(piece) as container:
-        stream = _prepared(container, index.stream)
+    with open_video(piece) as container:
+        stream = prepared(container, index.stream)
         aspect, container_colours = _pixel_aspect(stream), _colours(stream.codec_context)  # the decoder changes them
         to_rgb = VideoReformatter()  # reused: its set-up costs more than converting a small frame
         for time, frame in frames_of(container, stream, index, wanted):
@@ -126,12 +126,12 @@ def read_index(piece):
         raise ImportError(
             f"{piece.path}: decoding a video requires PyAV (`pip install av`). Install it, or pass the frames as images"
         )
-    _check_boxes(piece)
-    with _open(piece) as container:
-        candidates = {stream.index: _Track() for stream in _video_streams(container)}
+    check_boxes(piece)
+    with open_video(piece) as container:
+        candidates = {stream.index: _Track() for stream in video_streams(container)}
         bases = {other.index: float(other.time_base or 0) for other in container.streams}
         end, count = 0.0, 0
-        for packet in _packets(container):
+        for packet in packets_of(container):
             stamp = packet.dts if packet.pts is None else packet.pts
             track, base = candidates.get(packet.stream.index), bases.get(packet.stream.index, 0.0)
             if track is not None:
@@ -202,45 +202,6 @@ def _is_cut_off(container, end):
     # The duration of a Matroska file counts from zero, also if it starts late, such as a piece of a segmenter
     start = 0 if "matroska" in container.format.name else max(0, container.start_time or 0) / av.time_base
     return end - start < 0.9 * (container.duration or 0) / av.time_base - 1.0
-
-
-def _packets(container):
-    """All packets up to the end of the file or to the first damage. Missing packets show in the timestamps.
-
-    Video timestamps of a transport or program stream are made continuous, as players do: its clock may wrap, and parts
-    with clocks of their own may be joined.
-    """
-    packets, clocks = container.demux(), {}
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.FFmpegError):
-            return
-        if container.format.name in JOINABLE and packet.stream.type == "video":
-            clocks.setdefault(packet.stream.index, _Clock()).adjust(packet)
-        yield packet
-
-
-class _Clock:
-    """Makes the timestamps of a stream's packets continuous where they go back or jump."""
-
-    def __init__(self):
-        self.offset, self.last, self.span = 0, None, 0  # ticks of the stream
-
-    def adjust(self, packet):
-        stamp = packet.pts if packet.dts is None else packet.dts
-        if stamp is None:
-            return
-        if self.last is not None:
-            gap = stamp + self.offset - self.last
-            if not -MAX_BACK <= gap * float(packet.time_base) <= MAX_GAP:
-                self.offset += self.span - gap
-            elif gap > 0:
-                self.span = gap
-        self.last = stamp + self.offset
-        if self.offset:
-            packet.pts = None if packet.pts is None else packet.pts + self.offset
-            packet.dts = None if packet.dts is None else packet.dts + self.offset
 
 
 def _frames_from_start(container, stream, index, wanted):
@@ -319,7 +280,7 @@ def _decode_strictly(packet, stream, start):
 
 
 def _own_packets(container, stream):
-    return (packet for packet in _packets(container) if packet.stream.index == stream.index)
+    return (packet for packet in packets_of(container) if packet.stream.index == stream.index)
 
 
 def _decode(packet, stream, start):
@@ -406,58 +367,3 @@ def _pixel_aspect(stream):
     if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
         raise MediaError("unsupported proportions of a pixel")
     return aspect
-
-
-def _open(piece):
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file,subfile"}
-    try:
-        return av.open(piece.url, options=options, metadata_errors="replace")
-    except av.FFmpegError:
-        head = piece.read(12)
-        known = head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[:4] == b"RIFF"
-        raise MediaError(DAMAGED_VIDEO if known else "not a video file") from None
-
-
-def _video_streams(container):
-    """The video streams that are not cover images or thumbnails."""
-    if not container.streams:
-        raise MediaError(DAMAGED_VIDEO)
-    extra = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-    streams = [s for s in container.streams.video if not s.disposition & extra and s.codec_context is not None]
-    if not streams:
-        raise MediaError("no video stream")
-    return streams
-
-
-def _prepared(container, number):
-    """The stream of this number, set up for decoding."""
-    stream = container.streams[number]
-    stream.codec_context.thread_count = 1  # many clips at a time, one core each
-    stream.codec_context.options = {"max_pixels": str(MAX_VIDEO_PIXELS)}
-    return stream
-
-
-def _check_boxes(piece):
-    """MediaError if the tables of an mp4 announce absurdly many samples, for which FFmpeg would allocate memory."""
-    num_samples, regions = 0, [(0, piece.size)]
-    with open(piece.path, "rb") as file:
-        for num_boxes in itertools.count():
-            if not regions or num_boxes > MAX_BOXES:
-                break
-            at, end = regions.pop()
-            if at + 8 > end:
-                continue
-            file.seek((piece.offset or 0) + at)
-            size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
-            length, header = (large, 16) if size == 1 else (size or end - at, 8)
-            if length < header:
-                continue
-            regions.append((at + length, end))
-            if name in BOXES:
-                regions.append((at + header, min(at + length, end)))
-            if name in TABLES:
-                file.seek((piece.offset or 0) + at + header + TABLES[name])
-                num_samples += int.from_bytes(file.read(4), "big")
-    # a byte of old audio codecs holds up to 6 samples
-    if num_boxes > MAX_BOXES or num_samples > MAX_FRAMES + 8 * piece.size:
-        raise MediaError(DAMAGED_VIDEO)

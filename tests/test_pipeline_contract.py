@@ -35,6 +35,7 @@ MEDIA = {
     "model/hdr.py",
     "model/pictures.py",
     "model/video.py",
+    "model/video_container.py",
 }  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
 DATA = ("data/", "outputs/", "reports/", "params.yaml", "${")  # "${": the path in a parameter

@@ -39,7 +39,7 @@ ALL_TRAINED = Trained()
 
 @dataclass(frozen=True)
 class Components:
-    """FLOPs of the parts of one forward pass; `metrics.Components` is the schema of the same in result files."""
+    """FLOPs of the parts of one forward pass; `flop_results.Components` is the schema of the same in result files."""
 
     vision_encoder: float
     query_passes: float
@@ -51,7 +51,7 @@ class Components:
 
 @dataclass(frozen=True)
 class ModeFlops:
-    """FLOPs of one forward pass with loss and of its backward pass; `metrics.ModeFlops` is its schema in files."""
+    """FLOPs of one forward pass with loss and of its backward pass; `flop_results.ModeFlops` is its schema in files."""
 
     components: Components
     language_passes: list[float]  # FLOPs of the language model's passes: the planning passes, then the full sequence

@@ -16,14 +16,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline_steps.common import metrics, params
+from pipeline_steps.common import flop_results, metrics, params
 from pipeline_steps.common.errors import UserError, run_main
 
 COMMAND = "python -m pipeline_steps.common.reference"
 PAGE = params.ROOT / "docs/parameters.md"
 RESULTS = {
     "evaluation.json": metrics.EvaluationResult,
-    "flops.json": metrics.FlopsResult,
+    "flops.json": flop_results.FlopsResult,
     "streaming.json": metrics.StreamingResult,
 }
 

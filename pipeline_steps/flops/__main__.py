@@ -22,6 +22,7 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import read_record
 from pipeline_steps.common.flop_formulas import Sample
+from pipeline_steps.common.flop_results import FlopsResult, ModeFlops
 from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.flops import iso, scales, serving
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -148,7 +149,7 @@ def count(config, samples, parameters):
     }
     typical = Sample(**{name: round(value) for name, value in means.items()})
     size = settings.bytes_per_number
-    return metrics.FlopsResult(
+    return FlopsResult(
         modes={mode: mean_flops(config, samples, mode) for mode in modes},
         arms={name: mean_flops(arm, samples, "autoregressive") for name, arm in arms.items()},
         training_sample=training(config, samples, objective),
@@ -173,9 +174,9 @@ def count(config, samples, parameters):
 
 
 def mean_flops(config, samples, mode):
-    """`metrics.ModeFlops`: mean over the samples."""
+    """FLOPs in `mode`: mean over the samples."""
     found = formulas.mean(formulas.forward(config, sample, mode) for sample in samples)
-    return metrics.ModeFlops.model_validate(asdict(found))
+    return ModeFlops.model_validate(asdict(found))
 
 
 def training(config, samples, objective):

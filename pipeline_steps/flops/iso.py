@@ -4,7 +4,7 @@ import math
 
 from pipeline_steps.common import flop_formulas as formulas
 from pipeline_steps.common.flop_formulas import Sample
-from pipeline_steps.common.metrics import BudgetSamples, Frontier
+from pipeline_steps.common.flop_results import BudgetSamples, Frontier
 
 # Lengths of the samples that the budgets are counted in: one token before the frames, a loss on all text after them.
 BUDGET_SAMPLE = Sample(num_frames=8, num_text_tokens=128, num_tokens_before=1, num_labels=127)

@@ -33,7 +33,7 @@ from pipeline_steps.common.flop_formulas import (
     linear,
     num_vision_rows,
 )
-from pipeline_steps.common.metrics import AnswerCost, TrainingMemory
+from pipeline_steps.common.flop_results import AnswerCost, TrainingMemory
 
 FP32 = 4  # bytes
 

@@ -14,7 +14,8 @@ from pyarrow import parquet, types
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
-from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, KeptRun, StreamingResult, read_json
+from pipeline_steps.common.flop_results import FlopsResult
+from pipeline_steps.common.metrics import EvaluationResult, KeptRun, StreamingResult, read_json
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.training_flops import budget_of, read_config

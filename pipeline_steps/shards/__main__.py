@@ -30,7 +30,7 @@ from pipeline_steps.shards.pack import Settings
 from pipeline_steps.shards.plan import assign_splits, plan_shards
 
 PARAMS = ("shards",)
-CODE = ("model/frames.py", "model/hdr.py", "model/pictures.py", "model/video.py")
+CODE = ("model/frames.py", "model/hdr.py", "model/pictures.py", "model/video.py", "model/video_container.py")
 CODE += ("pipeline_steps/common/hashing.py", "pipeline_steps/common/schemas.py")
 CODE += ("pipeline_steps/shards/hashes.py", "pipeline_steps/shards/pack.py")
 CODE += ("workflow/Snakefile", "workflow/rules/shards.smk")

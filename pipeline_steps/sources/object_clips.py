@@ -16,6 +16,7 @@ from pipeline_steps.common.files import write_json, write_jsonl
 from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.procedural import FEWER, item_rows, largest_remainder, save_media
+from pipeline_steps.world import object_scene
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import SPLITS, Backgrounds, Cutouts
 
@@ -95,7 +96,7 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int, bool]) -> list
     """Render and encode one clip; returns its rows of metadata.jsonl, the ground truth in the first one."""
     split, kind, number, is_new = clip
     scene, items = sample_clip(section, _used, *clip)
-    frames, boxes = world.render(scene, _used.cutouts, _used.backgrounds, section.objects.frame_size)
+    frames, boxes = object_scene.render(scene, _used.cutouts, _used.backgrounds, section.objects.frame_size)
     task = kind + world.NEW if is_new else kind
     file_name = f"{split}/{task}-{number:06d}.{'jpg' if kind == 'still' else 'mp4'}"
     save_media(folder / file_name, frames, section.fps)

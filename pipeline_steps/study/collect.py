@@ -13,8 +13,9 @@ import pandas as pd
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record, write_bytes, write_text
+from pipeline_steps.common.flop_results import FlopsResult
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.common.metrics import EvaluationResult, FlopsResult, StreamingResult, read_json
+from pipeline_steps.common.metrics import EvaluationResult, StreamingResult, read_json
 from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.report.inputs import CONFIG, read_study_items

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
+from pipeline_steps.world import object_scene
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import Backgrounds, Cutouts, read_folder
 
@@ -44,7 +45,7 @@ def _sample(cutouts: Cutouts, backgrounds: Backgrounds, key: tuple[int, ...], ki
     """(frames, boxes of the target or None, item) of a training clip, or of a test clip with held-out names."""
     split = "test" if is_new else "train"
     scene = world.sample_scene(np.random.default_rng(key), kind, split, cutouts, backgrounds, NUM_FRAMES, is_new)
-    frames, boxes = world.render(scene, cutouts, backgrounds, SIZE)
+    frames, boxes = object_scene.render(scene, cutouts, backgrounds, SIZE)
     item = world.scene_items(scene, cutouts)[0]
     return frames, None if item["target"] is None else boxes[item["target"]], item
 

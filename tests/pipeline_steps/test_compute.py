@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline_steps.common.metrics import FlopsResult, Frontier
+from pipeline_steps.common.flop_results import FlopsResult, Frontier
 from pipeline_steps.report import compute, figures
 from tests.pipeline_steps.counted import flops_result
 

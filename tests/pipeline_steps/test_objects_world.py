@@ -16,7 +16,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.world import contact_sheet, tuxpaint
+from pipeline_steps.world import contact_sheet, object_scene, tuxpaint
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
@@ -76,9 +76,9 @@ def test_the_marked_object_becomes_the_answer(cutouts, backgrounds):
         assert item["assistant"] == shown[item["target"]][-1] != shown[item["target"]][0]
         assert len({own[-1] for own in shown}) == len({own[0] for own in shown}) == 4  # four candidates
         assert all(len(set(own)) == 2 for own in shown)  # the others change as well
-        frames, _ = world.render(scene, cutouts, backgrounds, 112)
+        frames, _ = object_scene.render(scene, cutouts, backgrounds, 112)
         white = (frames > 250).all(-1).sum((1, 2))
-        plain = world.render(replace(scene, kind="small"), cutouts, backgrounds, 112)[0]
+        plain = object_scene.render(replace(scene, kind="small"), cutouts, backgrounds, 112)[0]
         assert white[0] > (plain[0] > 250).all(-1).sum() + 50  # the mark, in the first frame only
         assert (frames[1:] == plain[1:]).all()
 
@@ -123,7 +123,7 @@ def test_the_small_object_is_the_smallest_and_on_top(cutouts, backgrounds):
         assert item["target"] == len(sizes) - 1
         assert 1.5 * sizes[-1] < min(sizes[:-1])
         assert item["assistant"] == names(cutouts, scene.tracks[-1])[0]
-        _, boxes = world.render(scene, cutouts, backgrounds, 112)
+        _, boxes = object_scene.render(scene, cutouts, backgrounds, 112)
         assert (boxes[-1, :, 2] > boxes[-1, :, 0]).all()
 
 
@@ -142,7 +142,7 @@ def test_questions_about_the_whole_frame(cutouts, backgrounds, kind):
 
 def test_objects_pass_behind_each_other_enter_and_leave(cutouts, backgrounds):
     made = [scene for kind in ("become", "caption") for scene in scenes(cutouts, backgrounds, kind, 30)]
-    visible = [world.visibility(scene, cutouts, 56) for scene in made]
+    visible = [object_scene.visibility(scene, cutouts, 56) for scene in made]
     assert any((values[:, 1:-1] < 0.6).any() for values in visible[:30])  # behind another one
     assert any((values[:, 0] == 0).any() for values in visible[30:])  # not there yet
     assert any((values[:, -1] == 0).any() for values in visible[30:])  # gone
@@ -162,14 +162,14 @@ def test_boxes_enclose_what_is_seen(cutouts, backgrounds, kind):
     """Without a track, exactly the pixels in and around its box change."""
     for scene in scenes(cutouts, backgrounds, kind, 3):
         scene = replace(scene, kind="small")  # no mark
-        frames, boxes = world.render(scene, cutouts, backgrounds, 112)
+        frames, boxes = object_scene.render(scene, cutouts, backgrounds, 112)
         assert frames.shape == (scene.num_frames, 112, 112, 3)
         assert boxes.min() >= 0
         assert boxes.max() <= 1
         for index, _ in enumerate(scene.tracks):
             away = replace(scene.tracks[index], centres=((-9.0, -9.0),) * scene.num_frames)
             others = (*scene.tracks[:index], away, *scene.tracks[index + 1 :])
-            without, _ = world.render(replace(scene, tracks=others), cutouts, backgrounds, 112)
+            without, _ = object_scene.render(replace(scene, tracks=others), cutouts, backgrounds, 112)
             for t in range(scene.num_frames):
                 differs = np.abs(frames[t].astype(int) - without[t]).max(-1) > 60  # [H, W]
                 x0, y0, x1, y1 = np.round(112 * boxes[index, t]).astype(int)
@@ -183,7 +183,7 @@ def test_boxes_enclose_what_is_seen(cutouts, backgrounds, kind):
 
 def test_rendering_repeats(cutouts, backgrounds):
     scene = scenes(cutouts, backgrounds, "meet", 1)[0]
-    for first, second in zip(*(world.render(scene, cutouts, backgrounds, 56) for _ in range(2)), strict=True):
+    for first, second in zip(*(object_scene.render(scene, cutouts, backgrounds, 56) for _ in range(2)), strict=True):
         assert (first == second).all()
 
 
@@ -290,7 +290,7 @@ def test_photographs_as_backgrounds(tmp_path, cutouts):
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
     assert all(parts)
     scene = scenes(cutouts, photographs, "background", 1, "test")[0]
-    frames, _ = world.render(scene, cutouts, photographs, 56)
+    frames, _ = object_scene.render(scene, cutouts, photographs, 56)
     number = int(scene.background.name.split()[1])
     corner = np.median(frames[:, :6].reshape(-1, 3), 0)
     assert np.abs(corner - (40 * number, 90, 30)).max() < 4

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline_steps.common import params
-from pipeline_steps.common.metrics import FlopsResult, StreamingResult
+from pipeline_steps.common.flop_results import FlopsResult
+from pipeline_steps.common.metrics import StreamingResult
 from pipeline_steps.flops.__main__ import measure
 from pipeline_steps.monitoring.mfu import StepFlops
 from pipeline_steps.report import training_flops
