@@ -51,6 +51,8 @@ class Arm(StrictModel):
     """The arm that it is compared with; null: the study's first."""
     sample_factor: float = Field(1.0, gt=0)
     """On its training samples, beside the budget's factor: of two arms with known costs per sample, for equal FLOPs."""
+    rate_factor: float = Field(1.0, gt=0)
+    """On the learning rates of all groups of parameters in the three stages."""
 
 
 class EqualFlops(StrictModel):
@@ -112,6 +114,7 @@ class Cell:
     flops_of: str | None = None
     baseline: str | None = None  # whose FLOPs those are
     flops: float | None = None
+    rate_factor: float = 1.0
 
     @property
     def name(self):
@@ -242,12 +245,13 @@ def cells_of(study):
     for name, arm in study.arms.items():
         for budget, entry in product(budgets_of(study, name), seeds_of(study, name)):
             value, overrides = study.budgets[budget], (*study.base, *arm.overrides)
+            cell = Cell(name, budget, entry, overrides, None, rate_factor=arm.rate_factor)
             if isinstance(value, Flops):
-                cells.append(Cell(name, budget, entry, overrides, None, flops=value.flops))
+                cells.append(replace(cell, flops=value.flops))
             elif not isinstance(value, EqualFlops):
-                cells.append(Cell(name, budget, entry, overrides, value * arm.sample_factor))
+                cells.append(replace(cell, factor=value * arm.sample_factor))
             elif (baseline := baseline_of(study, name)) != name:
-                cells.append(Cell(name, budget, entry, overrides, None, value.flops_of, baseline))
+                cells.append(replace(cell, flops_of=value.flops_of, baseline=baseline))
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the study has {len(twice)} run(s) twice: {', '.join(twice)}")
@@ -316,8 +320,18 @@ def composed(overrides):
 
 
 def arm_parameters(study, arm):
-    """Parameters of an arm's runs, but for seeds and budget; read-only."""
-    return composed((*study.base, *study.arms[arm].overrides))
+    """Parameters of an arm's runs, but for seeds and budget."""
+    content = copy.deepcopy(composed((*study.base, *study.arms[arm].overrides)))
+    for stage in TRAINING_STAGES:
+        scale_rates(content["training"][stage], study.arms[arm].rate_factor)
+    return content
+
+
+def scale_rates(settings, factor):
+    """Multiplies the learning rates of a stage's settings, in place."""
+    for name in ("learning_rate", "converged_learning_rate"):
+        if settings[name] is not None:
+            settings[name] = {group: rate * factor for group, rate in settings[name].items()}
 
 
 def parameters_of(cell):
@@ -331,6 +345,7 @@ def parameters_of(cell):
         for stage in TRAINING_STAGES:
             settings = content["training"][stage]
             settings["num_samples"] = max(round(settings["num_samples"] * cell.factor), 1)
+            scale_rates(settings, cell.rate_factor)
         params.check(f"conf/ ({' '.join(cell.overrides)})", content)
     except UserError as error:
         raise UserError(f"arm {cell.arm}: {error}") from None

@@ -107,6 +107,23 @@ def test_an_arm_with_a_factor_has_that_many_samples_of_every_budget():
     }
 
 
+def test_an_arm_with_a_rate_factor_has_that_multiple_of_every_learning_rate():
+    converging = [
+        "training.stage3.schedule=converging",
+        "training.stage3.converged_learning_rate={connector:0.004,vision:0.002,language:0.001}",
+    ]
+    arms = {"none": {"overrides": converging}, "double": {"overrides": converging, "rate_factor": 2}}
+    study = make(arms=arms, seeds=[1])
+    plain, double = (design.parameters_of(cell)["training"] for cell in design.cells_of(study))
+    assert design.arm_parameters(study, "double")["training"]["stage2"] == double["stage2"]
+    for stage in design.TRAINING_STAGES:
+        for name in ("learning_rate", "converged_learning_rate"):
+            rates, doubled = plain[stage].pop(name), double[stage].pop(name)
+            assert doubled == (rates and {group: 2 * rate for group, rate in rates.items()})
+    assert double == plain
+    assert design.composed(tuple(converging))["training"]["stage3"]["converged_learning_rate"]["connector"] == 0.004
+
+
 def test_equal_flops_follow_from_the_runs_at_another_budget():
     study = make(budgets={"x2": 2, "same": {"flops_of": "x2"}}, seeds=[1, 2])
     cells = design.cells_of(study)
@@ -176,6 +193,7 @@ def test_training_flops_that_cannot_be_counted_are_refused(overrides, flops, mes
         ({"budgets": {"x0": 0}}, "budget x0 is 0.0: expected a factor above 0"),
         ({"arms": {"none": {"budgets": ["x3"]}}}, r"arm none: there is no budget 'x3' \(there are: x1\)"),
         ({"arms": {"none": {"sample_factor": 0}}}, "arms.none.sample_factor"),
+        ({"arms": {"none": {"rate_factor": -1}}}, "arms.none.rate_factor"),
         (
             {"arms": {"none": {"sample_factor": 0.5}}, "budgets": {"C": {"flops": 1e15}}},
             "arm none: sample_factor 0.5 changes nothing, as its budgets are FLOPs. Remove it",
