@@ -78,28 +78,17 @@ class Properties:
 def attend_varlen(
     queries, keys, values, starts, key_starts, longest, longest_keys, *, window_size=None, scale=None, enable_gqa=False
 ):
-    """`torch.nn.attention.varlen.varlen_attn` of torch 2.13, one sequence after the other, with the kernel's checks."""
+    """`torch.nn.attention.varlen.varlen_attn` of torch 2.13, with what its kernel checks."""
     import torch
-    from torch.nn import functional as F
 
-    num_heads, width = queries.shape[1:]
-    repeats, rest = divmod(num_heads, keys.shape[1])
+    from tests.model.varlen import attend_causally
+
     assert {part.device.type for part in (queries, keys, values, starts, key_starts)} == {"cuda"}
-    assert (starts.dtype, key_starts.dtype, len(starts)) == (torch.int32, torch.int32, len(key_starts))
-    assert (width % 8, rest, keys.shape, window_size) == (0, 0, values.shape, (-1, 0))
-    assert enable_gqa or repeats == 1
     assert queries.dtype in (torch.float16, torch.bfloat16)
-    keys, values = (part.repeat_interleave(repeats, 1) for part in (keys, values))
-    found, starts, key_starts = [], starts.tolist(), key_starts.tolist()
-    assert (starts[0], starts[-1], key_starts[0], key_starts[-1]) == (0, len(queries), 0, len(keys))
-    for start, end, key_start, key_end in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
-        size, num_keys = end - start, key_end - key_start
-        assert (size <= longest, num_keys <= longest_keys) == (True, True)
-        seen = torch.ones(size, num_keys, dtype=torch.bool, device=queries.device).tril(num_keys - size)
-        own = (queries[start:end], keys[key_start:key_end], values[key_start:key_end])
-        mixed = F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in own), seen, scale=scale)
-        found.append(mixed.transpose(0, 1))
-    return torch.cat(found)
+    assert queries.shape[2] % 8 == 0
+    assert enable_gqa or queries.shape[1] == keys.shape[1]
+    ends = (starts, key_starts, longest, longest_keys)
+    return attend_causally(queries, keys, values, *ends, window_size=window_size, scale=scale)
 
 
 def replace_python_functions() -> None:

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, packed_language
 from tests.model.tiny import LAYOUTS, make_batch, make_model
+from tests.model.varlen import attend_causally
 
 
 def test_offloaded_weights_give_the_same_loss():
@@ -73,21 +73,6 @@ def test_layers_of_another_architecture_are_refused():
         FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(config.vision_config, text, **options))
 
 
-def attended(queries, keys, values, starts, key_starts, longest, longest_keys, scale=None, **options):
-    """What `torch.nn.attention.varlen.varlen_attn` computes, which needs CUDA: one sequence after the other."""
-    assert starts.dtype == key_starts.dtype == torch.int32
-    assert options.get("window_size") == (-1, 0) or options.get("is_causal")
-    repeats, found = queries.shape[1] // keys.shape[1], []
-    for start, end, key_start, key_end in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
-        num_queries, num_keys = int(end - start), int(key_end - key_start)
-        assert (num_queries <= longest, num_keys <= longest_keys) == (True, True)
-        own = [queries[start:end], *(part[key_start:key_end].repeat_interleave(repeats, 1) for part in (keys, values))]
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-        mixed = F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in own), seen, scale=scale)
-        found.append(mixed.transpose(0, 1))
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_passes", [1, 2])
 def test_the_path_of_the_variable_length_kernel_is_the_padded_one(num_passes, layout, monkeypatch):
@@ -95,7 +80,7 @@ def test_the_path_of_the_variable_length_kernel_is_the_padded_one(num_passes, la
     found = []
     for is_varlen in (False, True):
         monkeypatch.setattr(packed_language, "uses_varlen", lambda *_, chosen=is_varlen: chosen)
-        monkeypatch.setattr(packed_language, "varlen_attn", attended)
+        monkeypatch.setattr(packed_language, "varlen_attn", attend_causally)
         model = make_model(num_passes=num_passes).train()
         loss = model(**make_batch(layout=layout)).loss
         loss.backward()
