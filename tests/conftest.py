@@ -6,6 +6,8 @@ import torch
 
 from tests import checkpoints, pipeline
 
+SLOW_SECONDS = 900  # .ci/watched.py waits a little longer for a line of output
+
 
 def pytest_configure(config):
     """One thread for torch in every process of pytest-xdist, and in what it starts: the processes share the cores.
@@ -17,6 +19,13 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
         _leave_to_this_process([descriptor for descriptor in range(3, 256) if _is_pipe(descriptor)])
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests have the time that a busy machine needs; a quiet one needs a tenth."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 def _is_pipe(descriptor: int) -> bool:

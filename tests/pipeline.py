@@ -1,10 +1,12 @@
 """The whole pipeline at a size of seconds, in a folder of its own."""
 
+import importlib
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pipeline_steps.common import params
@@ -12,7 +14,6 @@ from pipeline_steps.common.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")  # a process that has imported all, and has run nothing of it
-FORKS.set_forkserver_preload(["pipeline_steps.training.__main__"])
 STAGES = (
     "backbones",
     "sources",
@@ -26,6 +27,8 @@ STAGES = (
     "flops",
     "heatmaps",
 )
+IMPORTED = ("training", *(stage for stage in STAGES if not stage.startswith("stage")), "report")
+FORKS.set_forkserver_preload([f"pipeline_steps.{package}.__main__" for package in IMPORTED])
 SECONDS = (
     "backbones.embedded.vision_steps=4",
     "backbones.embedded.language_steps=4",
@@ -73,6 +76,17 @@ def environment() -> dict:
 
 
 def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
+    """What `command(stage)` does in `folder`, without the ten seconds of importing."""
+    with tempfile.TemporaryDirectory() as logs:
+        out, err = Path(logs, "out"), Path(logs, "err")
+        process = _start(folder, stage, environment(), out, err)
+        process.join(600)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(command(stage), process.exitcode, out.read_text(), err.read_text())
+
+
+def run_command(folder: Path, stage: str) -> subprocess.CompletedProcess:
     """Run one stage's command in `folder`, as DVC would."""
     return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
 
@@ -98,25 +112,29 @@ def start_training(
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         variables = (environment() | address | place) if num_processes > 1 else environment()
-        processes.append(
-            FORKS.Process(target=_train, args=(str((folders or {}).get(rank, folder)), stage, variables, rank))
-        )
-        processes[-1].start()
+        own = (folders or {}).get(rank, folder)
+        processes.append(_start(own, stage, variables, own / f"log-{rank}.txt", own / f"log-{rank}.txt"))
     return processes
 
 
-def _train(folder: str, stage: str, variables: dict, rank: int) -> None:
-    from pipeline_steps.training.__main__ import main
+def _start(folder: Path, stage: str, variables: dict, out: Path, err: Path) -> multiprocessing.Process:
+    process = FORKS.Process(target=_run_stage, args=(folder, command(stage)[2:], variables, out, err))
+    process.start()
+    return process
 
+
+def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, err: Path) -> None:
+    """The stage's `main` with these command line arguments; what it prints is added to the files `out` and `err`."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    log = os.open(f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for number, path in ((1, out), (2, err)):
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, number)
+        os.close(log)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    sys.argv = command(stage)[2:]
-    run_main(main)
+    sys.argv = arguments
+    run_main(importlib.import_module(f"{arguments[0]}.__main__").main)
 
 
 def train(folder: Path, stage: str, num_processes: int = 1, seconds: float = 300) -> None:

@@ -42,7 +42,6 @@ def test_the_test_hides_packages(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_stage_trains_and_is_evaluated(finished_run, tmp_path):
     """Data made elsewhere; curves that nobody can draw are a note."""
     (tmp_path / "data").symlink_to(finished_run / "data")

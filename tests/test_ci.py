@@ -1,6 +1,7 @@
 """What stops a command of .ci/run that stands still, and names the tests that had not ended."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,25 +73,44 @@ def functions(*names):
     return f"source <(sed -n '{ranges}' {CI / 'run'})"
 
 
-def test_a_command_beside_another_is_recorded_when_it_has_ended(tmp_path):
-    script = f"""set -euo pipefail
-        {functions("launch", "record", "step", "facts", "failures", "unfinished")}
-        measured() {{ "$@"; }}
-        work={tmp_path} limit=60 summary=() failed=()
-        first() {{ until [ -e $work/second ]; do sleep .1; done; echo FAILED tests/a.py::one; return 3; }}
-        launch $work/first.log first &
-        step touch $work/second
-        wait
-        record $work/first.log first
-        printf '%s|' "${{summary[@]}}" "failed ${{failed[*]}}"
-    """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    second, first, failure, failed = (text.strip() for text in done.stdout.splitlines()[-1].split("|")[:-1])
-    assert second.endswith("s, exit code 0")
-    assert first.startswith("first ")
-    assert first.endswith("s, exit code 3")
-    assert failure == "FAILED tests/a.py::one"
-    assert failed == "failed first"
+MAKEFILE = """
+.PHONY: browser setup lint repro test test-all
+browser lint:
+\t@echo $@
+setup:
+\t@mkdir -p .venv/bin reports && ln -sf {python} .venv/bin/python
+repro:
+\t@sleep 2 && echo reproduced
+test:
+\t@sleep 1 && echo "==== 3 passed in 1 s ===="
+test-all:
+\t@ls .venv/bin/python && echo "FAILED tests/a.py::one - $$PYTEST_ADDOPTS" && exit 3
+"""
+
+
+def test_every_command_is_run_in_a_clone_and_what_failed_is_named(tmp_path):
+    shutil.copytree(CI, tmp_path / ".ci")
+    (tmp_path / "Makefile").write_text(MAKEFILE.format(python=sys.executable))
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    for words in (("init",), ("add", "--all"), ("commit", "--message", "all")):
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+    variables = os.environ | {"TMPDIR": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run([".ci/run"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "FAILED: make test-all"
+    lines = done.stdout.rsplit("\n\n", 1)[1].splitlines()
+    found = {line.split(" s, exit code ")[0].rsplit(" ", 1)[0].strip(): line for line in lines if "exit code" in line}
+    assert {name: line.split("exit code ")[1][0] for name, line in found.items()} == {
+        "make setup": "0",
+        "make lint": "0",
+        "make test": "0",
+        "make test-all": "2",
+        "make repro": "0",
+    }
+    assert "3 passed" in found["make test"]
+    assert "FAILED tests/a.py::one - -v --durations=25  -m 'slow or browser'" in lines
+    assert not list(tmp_path.glob("foveated-vlm-ci.*"))
 
 
 def test_tests_that_failed_are_named(tmp_path):

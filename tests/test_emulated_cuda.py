@@ -13,7 +13,6 @@ from pipeline_steps.common.params import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the device is compiled with g++")
 def test_the_gpu_tests_pass_on_an_emulated_device():

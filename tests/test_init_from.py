@@ -149,7 +149,6 @@ def write_clips(finished_run, folder):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.timeout(900)
 def test_the_documented_lines_fine_tune_a_checkpoint(finished_run, reproduced, tmp_path):
     """The lines of docs/training.md as they stand there, but for the paths and the size."""
     write_clips(finished_run, tmp_path / "clips")

@@ -11,7 +11,7 @@ from pipeline_steps.common.modes import SCORED_MODES
 from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW_KINDS
 from tests import drawings, pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 def test_the_objects_are_trained_on_and_evaluated(tmp_path):

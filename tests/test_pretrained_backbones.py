@@ -21,7 +21,6 @@ FOLDER = default_output()
 LANGUAGE, VISION = FOLDER / "language_model", FOLDER / "vision_encoder"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(not (FOLDER / "origin.json").exists(), reason=f"{FOLDER} is not built: run `make pretrained`"),
 ]
 

@@ -20,7 +20,7 @@ from pipeline_steps.common.modes import SCORED_MODES
 from tests import pipeline, published
 from tests.pipeline_steps import clips
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 FEW = (
     "scale=smollm2_135m",
     "data=folder",

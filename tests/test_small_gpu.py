@@ -10,7 +10,7 @@ from pipeline_steps.backbones import language_model, vision_encoder
 from pipeline_steps.common import params
 from tests import pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 FEW = (
     "scale=small_gpu",
     "sources.procedural.num_train_clips=24",

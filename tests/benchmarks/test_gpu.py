@@ -80,7 +80,6 @@ def test_outcomes_of_tests_are_counted(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_everything_is_written_into_one_file(tmp_path, monkeypatch):
     """On the CPU, where the tests of the GPU are skipped."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -286,7 +286,6 @@ def test_the_rate_of_the_estimate_is_stated(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_run_is_stopped_continued_and_collected(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(natural, "GRACE", 20.0)
     assert run("--dry-run", "--rate", "1e9") == 0

@@ -408,7 +408,6 @@ def test_layers_are_compiled_for_any_number_of_heads():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_layers_compiled_to_machine_code_train_as_plain_ones_do():
     """torch.compile's own backend: minutes of compilation."""
     assert_compiled_trains_alike({})

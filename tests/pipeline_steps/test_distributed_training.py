@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests import pipeline
 from tests.pipeline_steps import packed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 EVERY_STEP = ("training.common.record_every=1", "runtime.dvclive=false")
 EVERY_STEP += ("runtime.tensorboard=false", "training.stage1.num_samples=40")
 MUON = "training.common.optimizer=muon"

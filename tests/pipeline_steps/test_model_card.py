@@ -92,7 +92,6 @@ def test_the_example_of_the_card_runs(card, made, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_stage_publishes_a_card_and_a_copy_has_the_evaluation(finished_run, tmp_path):
     for stage in ("stage1", "stage2", "stage3"):
         folder = finished_run / "outputs" / stage

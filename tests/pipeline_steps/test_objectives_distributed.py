@@ -11,7 +11,7 @@ from pipeline_steps.training.training_model import TrainingModel
 from tests.model.tiny import as_batch, make_model, preference_batch, rows_of
 from tests.objectives import frozen, step, training_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 EVERYWHERE, TEXT_ON_ONE = ([0, 2], [2, 3]), ([1, 1], [0, 3])  # samples of each process
 CASES = [
     ("text", "ddp", EVERYWHERE),

@@ -8,7 +8,7 @@ import pytest
 
 from tests import pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 EVERYTHING = "training.stage1.mixture=[{source: '*', task: '*', weight: 1.0}]"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests import pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 RESULTS = ("outputs/stage2/model.safetensors", "outputs/metrics/stage2.csv", "outputs/metrics/stage2.json")
 OPTIONS = ("runtime.checkpoint_every=1", "runtime.keep_checkpoints=2", "training.common.publish=best")
 OPTIONS += ("training.common.ema_decay=0.9", "runtime.tensorboard=false", "runtime.num_workers=2")
