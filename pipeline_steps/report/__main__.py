@@ -13,6 +13,7 @@ day. Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
 import argparse
 import base64
 import io
+import re
 from pathlib import Path
 
 import jinja2
@@ -56,6 +57,7 @@ from pipeline_steps.report.verdicts import verdicts
 PARAMS = params.RESULT_KEYS
 STUDY_TABLES = ("arms", "tasks", "effects")
 HERE = Path(__file__).resolve().parent
+PARAMETERS = re.compile(r"[\w.]+(, [\w.]+)*")  # names of parameters
 CONTENTS = (
     ("studies", "Studies"),
     ("decisions", "Decisions"),
@@ -215,10 +217,22 @@ def render_page(**values):
         name: jinja2.utils.markupsafe.Markup((HERE / f"page.{name}").read_text(encoding="utf-8"))
         for name in ("css", "js")
     }
-    helpers = {"text_of": tables.text_of, "data_uri": data_uri, "is_number": tables.is_number}
+    helpers = {
+        "text_of": tables.text_of,
+        "data_uri": data_uri,
+        "is_number": tables.is_number,
+        "with_breaks": with_breaks,
+    }
     return loader.get_template("page.html.jinja").render(
         **values, **parts, **helpers, contents=CONTENTS[0 if values["studies"] else 1 :]
     )
+
+
+def with_breaks(text):
+    """The text as HTML, in which names of parameters may break after dots and underscores."""
+    if "." not in text or not PARAMETERS.fullmatch(text):
+        return text  # the template escapes it
+    return jinja2.utils.markupsafe.Markup(re.sub(r"[._](?=[a-z])", r"\g<0><wbr>", text))
 
 
 def save_figure(folder, name, figure, caption=None):

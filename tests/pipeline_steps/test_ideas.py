@@ -353,4 +353,4 @@ def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, tabl
     assert not (tmp_path / "reports/figures/study_next_frame_points.svg").exists()
     assert "| 1 previous latent: dropped |" in (tmp_path / "reports/tables/ideas_next_frame.md").read_text()
     assert all(clips in page for clips in CLIPS.values())
-    assert '<td class="">next_<wbr>frame.weight' in page
+    assert '<td class="">next_<wbr>frame.<wbr>weight' in page
