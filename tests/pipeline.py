@@ -28,6 +28,8 @@ STAGES = (
     "heatmaps",
 )
 IMPORTED = ("training", *(stage for stage in STAGES if not stage.startswith("stage")), "report")
+SET_BY_STAGES = ("MKL_DYNAMIC",)  # environment variables that stages set when they are imported
+LIMIT = 600  # seconds of a stage
 FORKS.set_forkserver_preload([f"pipeline_steps.{package}.__main__" for package in IMPORTED])
 SECONDS = (
     "backbones.embedded.vision_steps=4",
@@ -80,15 +82,20 @@ def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as logs:
         out, err = Path(logs, "out"), Path(logs, "err")
         process = _start(folder, stage, environment(), out, err)
-        process.join(600)
-        process.kill()
-        process.join()
+        try:
+            process.join(LIMIT)
+        finally:
+            is_late = process.is_alive()
+            process.kill()
+            process.join()
+        if is_late:
+            raise subprocess.TimeoutExpired(command(stage), LIMIT, out.read_text(), err.read_text())
         return subprocess.CompletedProcess(command(stage), process.exitcode, out.read_text(), err.read_text())
 
 
 def run_command(folder: Path, stage: str) -> subprocess.CompletedProcess:
     """Run one stage's command in `folder`, as DVC would."""
-    return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
 
 def run_all(folder: Path, *stages: str) -> None:
@@ -126,8 +133,9 @@ def _start(folder: Path, stage: str, variables: dict, out: Path, err: Path) -> m
 def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, err: Path) -> None:
     """The stage's `main` with these command line arguments; what it prints is added to the files `out` and `err`."""
     os.chdir(folder)
+    imported = {name: os.environ[name] for name in SET_BY_STAGES if name in os.environ}
     os.environ.clear()
-    os.environ.update(variables)
+    os.environ.update(imported | variables)
     for number, path in ((1, out), (2, err)):
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, number)

@@ -1,4 +1,4 @@
-"""What stops a command of .ci/run that stands still, and names the tests that had not ended."""
+""".ci/run: which commands it runs, what stops one that stands still, and which tests failed or had not ended."""
 
 import os
 import shutil

@@ -57,7 +57,6 @@ from pipeline_steps.report.verdicts import verdicts
 PARAMS = params.RESULT_KEYS
 STUDY_TABLES = ("arms", "tasks", "effects")
 HERE = Path(__file__).resolve().parent
-PARAMETERS = re.compile(r"[\w.]+(, [\w.]+)*")  # names of parameters
 CONTENTS = (
     ("studies", "Studies"),
     ("decisions", "Decisions"),
@@ -230,9 +229,10 @@ def render_page(**values):
 
 def with_breaks(text):
     """The text as HTML, in which names of parameters may break after dots and underscores."""
-    if "." not in text or not PARAMETERS.fullmatch(text):
-        return text  # the template escapes it
-    return jinja2.utils.markupsafe.Markup(re.sub(r"[._](?=[a-z])", r"\g<0><wbr>", text))
+    safe = str(jinja2.utils.markupsafe.escape(text))
+    if "." in text:
+        safe = re.sub(r"(?<=\w)[._](?=[A-Za-z])", r"\g<0><wbr>", safe)
+    return jinja2.utils.markupsafe.Markup(safe)
 
 
 def save_figure(folder, name, figure, caption=None):

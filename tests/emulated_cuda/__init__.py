@@ -87,8 +87,8 @@ def attend_varlen(
     assert queries.dtype in (torch.float16, torch.bfloat16)
     assert queries.shape[2] % 8 == 0
     assert enable_gqa or queries.shape[1] == keys.shape[1]
-    ends = (starts, key_starts, longest, longest_keys)
-    return attend_causally(queries, keys, values, *ends, window_size=window_size, scale=scale)
+    bounds = (starts, key_starts, longest, longest_keys)
+    return attend_causally(queries, keys, values, *bounds, window_size=window_size, scale=scale)
 
 
 def replace_python_functions() -> None:
