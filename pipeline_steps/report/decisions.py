@@ -71,6 +71,7 @@ def table(found):
         f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Tested: by exact tests, corrected for the "
         "study's questions; else the intervals decide, equal within the study's margin, not corrected. x0.3: the "
         "default has three tenths of its samples, an alternative at equal FLOPs fewer; not converged. "
+        "Alternatives have the default's learning rates, which need not suit them (`make study name=rates`). "
         f"{study_tables.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."
