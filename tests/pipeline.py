@@ -81,16 +81,10 @@ def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
     """What `command(stage)` does in `folder`, without the ten seconds of importing."""
     with tempfile.TemporaryDirectory() as logs:
         out, err = Path(logs, "out"), Path(logs, "err")
-        process = _start(folder, stage, environment(), out, err)
-        try:
-            process.join(LIMIT)
-        finally:
-            is_late = process.is_alive()
-            process.kill()
-            process.join()
-        if is_late:
+        (code,) = _exit_codes([_start(folder, stage, environment(), out, err)], LIMIT)
+        if code is None:
             raise subprocess.TimeoutExpired(command(stage), LIMIT, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess(command(stage), process.exitcode, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(command(stage), code, out.read_text(), err.read_text())
 
 
 def run_command(folder: Path, stage: str) -> subprocess.CompletedProcess:
@@ -98,7 +92,8 @@ def run_command(folder: Path, stage: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(stage), cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
 
-def run_all(folder: Path, *stages: str) -> None:
+def run_all(folder: Path, *stages: str, run=run) -> None:
+    """run: `run` or `run_command`."""
     for stage in stages:
         done = run(folder, stage)
         assert done.returncode == 0, f"{stage}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
@@ -130,6 +125,19 @@ def _start(folder: Path, stage: str, variables: dict, out: Path, err: Path) -> m
     return process
 
 
+def _exit_codes(processes: list[multiprocessing.Process], seconds: float) -> list[int | None]:
+    """Waits up to `seconds` for each; None for one that was still running. None is left running, also if a test's time
+    is up meanwhile."""
+    try:
+        for process in processes:
+            process.join(seconds)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, err: Path) -> None:
     """The stage's `main` with these command line arguments; what it prints is added to the files `out` and `err`."""
     os.chdir(folder)
@@ -148,10 +156,6 @@ def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, e
 def train(folder: Path, stage: str, num_processes: int = 1, seconds: float = 300) -> None:
     """`start_training`, to its end."""
     processes = start_training(folder, stage, num_processes)
-    for process in processes:
-        process.join(seconds)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    codes = _exit_codes(processes, seconds)
     logs = "\n".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(num_processes))
     assert codes == [0] * num_processes, f"{stage}: exit codes {codes}\n{logs}"

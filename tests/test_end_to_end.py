@@ -58,9 +58,7 @@ def test_report_is_one_self_contained_page(finished_run, tmp_path):
 def test_the_commands_of_dvc_give_the_same_bytes(finished_run, tmp_path):
     """`finished_run` calls the same code in processes that have imported it already (tests/pipeline.py)."""
     pipeline.write_params(tmp_path)
-    for stage in pipeline.STAGES[:-2]:
-        done = pipeline.run_command(tmp_path, stage)
-        assert done.returncode == 0, done.stderr
+    pipeline.run_all(tmp_path, *pipeline.STAGES[:-2], run=pipeline.run_command)
     for name in ("data", "outputs", "outputs/metrics"):
         files = [path.relative_to(finished_run) for path in (finished_run / name).rglob("*") if path.is_file()]
         assert files

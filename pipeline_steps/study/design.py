@@ -312,32 +312,27 @@ def as_seeds(entry):
 
 
 @cache
-def composed(overrides):
-    """Valid parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets. Read-only."""
+def composed(overrides, rate_factor=1.0):
+    """Valid parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets, with all
+    learning rates times `rate_factor`. Read-only."""
     content = params.parse("conf/", params.compose_checked(overrides))
+    for stage, name in product(TRAINING_STAGES, ("learning_rate", "converged_learning_rate")):
+        settings = content["training"][stage]
+        if settings[name] is not None:
+            settings[name] = {group: rate * rate_factor for group, rate in settings[name].items()}
     params.check(f"conf/ ({' '.join(overrides)})", content)
     return content
 
 
 def arm_parameters(study, arm):
-    """Parameters of an arm's runs, but for seeds and budget."""
-    content = copy.deepcopy(composed((*study.base, *study.arms[arm].overrides)))
-    for stage in TRAINING_STAGES:
-        scale_rates(content["training"][stage], study.arms[arm].rate_factor)
-    return content
-
-
-def scale_rates(settings, factor):
-    """Multiplies the learning rates of a stage's settings, in place."""
-    for name in ("learning_rate", "converged_learning_rate"):
-        if settings[name] is not None:
-            settings[name] = {group: rate * factor for group, rate in settings[name].items()}
+    """Parameters of an arm's runs, but for seeds and budget; read-only."""
+    return composed((*study.base, *study.arms[arm].overrides), study.arms[arm].rate_factor)
 
 
 def parameters_of(cell):
     """The cell's parameters as a nested dict, checked like params.yaml. UserError names the cell."""
     try:
-        content = copy.deepcopy(composed(cell.overrides))
+        content = copy.deepcopy(composed(cell.overrides, cell.rate_factor))
         for kind, value in cell.seeds:
             for key in SEED_KEYS[kind]:
                 *sections, name = key.split(".")
@@ -345,7 +340,6 @@ def parameters_of(cell):
         for stage in TRAINING_STAGES:
             settings = content["training"][stage]
             settings["num_samples"] = max(round(settings["num_samples"] * cell.factor), 1)
-            scale_rates(settings, cell.rate_factor)
         params.check(f"conf/ ({' '.join(cell.overrides)})", content)
     except UserError as error:
         raise UserError(f"arm {cell.arm}: {error}") from None
