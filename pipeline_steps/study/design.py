@@ -315,12 +315,13 @@ def as_seeds(entry):
 def composed(overrides, rate_factor=1.0):
     """Valid parameters of these Hydra overrides, which the runs of an arm share up to seeds and budgets, with all
     learning rates times `rate_factor`. Read-only."""
-    content = params.parse("conf/", params.compose_checked(overrides))
+    source, content = f"conf/ ({' '.join(overrides)})", params.parse("conf/", params.compose_checked(overrides))
+    params.check(source, content)
     for stage, name in product(TRAINING_STAGES, ("learning_rate", "converged_learning_rate")):
         settings = content["training"][stage]
         if settings[name] is not None:
             settings[name] = {group: rate * rate_factor for group, rate in settings[name].items()}
-    params.check(f"conf/ ({' '.join(overrides)})", content)
+    params.check(f"{source}, learning rates x {rate_factor:g}", content)
     return content
 
 
