@@ -39,6 +39,8 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
         raise UserError(f"sources.collect lists {repeated[0]} twice: {section.collect}. List every source once.")
     hub_entries = hub.entries(section)  # checks all entries before any work
     with replaced_folder(output) as partial, open_index(partial) as index:
+        if "chat" in section.collect:
+            index.add_source("chat", chat.collect(section.chat), [], 0.0)
         if "folder" in section.collect:
             index.add_source(section.folder.name, _read_folder(section.folder, partial, index), [], 0.0)
         if "tars" in section.collect:
@@ -53,14 +55,13 @@ def collect(section, output: Path, num_processes: int = 1) -> dict:
         if "procedural" in section.collect:
             name = WORLDS[section.procedural.world]
             index.add_source(name, _render(section.procedural, name, partial, num_processes), [], 0.0)
-        if "chat" in section.collect:
-            index.add_source("chat", chat.collect(section.chat), [], 0.0)
         return index.finish()
 
 
 def _read_folder(section, partial: Path, index: IndexWriter) -> Iterator[RawSample]:
     content = folder.read(section.path, section.name, output=partial)
     index.add_unreferenced(section.name, content.unreferenced, Counter({"named in no row": len(content.unreferenced)}))
+    index.add_ignored_columns(section.name, content.ignored_columns)
     yield from content.samples
 
 
@@ -102,6 +103,8 @@ def main():
         help="default: all cores, at most 16",
     )
     arguments = parser.parse_args()
+    if arguments.num_processes < 1:
+        parser.error(f"--num-processes is {arguments.num_processes}, expected at least 1")
     section = params.read(arguments.params, *PARAMS).sources
     summary = collect(section, arguments.output, arguments.num_processes)
     print_summary(arguments.output, summary)

@@ -46,13 +46,16 @@ def collect(section) -> Iterator[RawSample]:
 
     Raises UserError, with the line number, for chats that cannot be read.
     """
-    yield from questions(section) if section.path is None else chats(Path(section.path))
+    yield from questions(section) if section.path is None else chats(Path(section.path).expanduser())
 
 
 def chats(path: Path) -> Iterator[RawSample]:
     """Yield a sample per line of a .jsonl. Raises UserError."""
     if path.suffix != ".jsonl" or not path.is_file():
-        raise UserError(f"sources.chat.path is {path}: expected a .jsonl file with a list `messages` per line.")
+        problem = "" if path.exists() else "does not exist, "
+        raise UserError(
+            f"sources.chat.path is {path}: {problem}expected a .jsonl file with a list `messages` per line."
+        )
     rows = read_jsonl(path)
     if not rows:
         raise UserError(f"sources.chat.path is {path}: the file has no chats. Write one per line.")

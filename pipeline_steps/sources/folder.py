@@ -10,7 +10,8 @@ folders train/, validation/ and test/, with a row per question or caption:
     rejected               optional, the worse answer of a preference pair
     task, cue, target      optional, of the row's question (of its caption if it has no question)
     split, video_id, source, objects, num_source_frames   optional, of the file; one of its rows has to set them
-LLaVA's columns image, video and conversations are taken for file_name(s) and messages; other columns are ignored.
+LLaVA's columns image, video and conversations are taken for file_name(s) and messages. Other columns are not read:
+summary.json lists them, and one that looks like a typo is an error.
 Files in train/, validation/ (val, valid) or test/ are of that split. Only the images of a list are copied; of other
 files, size and sha256 are recorded.
 """
@@ -37,6 +38,7 @@ VIDEO_SUFFIXES = {
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif"
 }  # fmt: skip
 FILE_COLUMNS = ("split", "video_id", "source", "objects", "num_source_frames")
+MAX_PROBLEMS = 20  # listed in one message
 CONTAINER_SIZE = 2**30  # bytes, after which the next container is started
 
 
@@ -46,6 +48,7 @@ class FolderContent:
 
     samples: list[RawSample]
     unreferenced: list[str]  # files that no row names
+    ignored_columns: dict[str, list[str]]  # {metadata file: columns that are not read}, of files that have any
 
 
 def read(
@@ -54,18 +57,27 @@ def read(
     """Read one sample per file (or list of images) in the metadata of `folder`, sorted by key.
 
     The source is `name` unless a row sets it. Paths are absolute, or relative to `relative_to`. Lists of images are
-    copied into container files below `output`/`name`; those paths are relative to `output`. Raises UserError, with the
-    line number, for invalid metadata or files.
+    copied into container files below `output`/`name`; those paths are relative to `output`. Nothing is quarantined:
+    raises one UserError, with line numbers, for all rows whose files are missing or unreadable, then for all whose
+    items are invalid, and stops at any other mistake in the metadata.
     """
     folder = _existing_folder(folder)
     metadata_files, present = rows_of.find(folder)
     finder = FileFinder(folder, present)
     files: dict[tuple[str, ...], tuple[Path, list[tuple[int, dict]]]] = {}
+    ignored, problems = {}, []
     for metadata in metadata_files:
         place = metadata.parent.relative_to(folder)
-        for line, row in rows_of.read(metadata):
-            names = _file_names(finder, place, f"{metadata} line {line}", row)
-            files.setdefault(names, (metadata, []))[1].append((line, row))
+        lines = rows_of.read(metadata)
+        if names := rows_of.ignored_columns(lines):
+            ignored[metadata.relative_to(folder).as_posix()] = names
+        for line, row in lines:
+            try:
+                names = _file_names(finder, place, f"{metadata} line {line}", row)
+                files.setdefault(names, (metadata, []))[1].append((line, row))
+            except UserError as error:
+                problems.append(str(error))
+    _refuse_all(folder, problems)
     values_of = {names: _file_values(metadata, names, rows) for names, (metadata, rows) in files.items()}
     keys = _keys({names: values.get("source") or name for names, values in values_of.items()})
     container = Container(output, name)
@@ -73,7 +85,11 @@ def read(
     for names, (metadata, rows) in progress_bar(f"reading {name}", files.items(), unit="file"):
         where = f"{metadata} line {rows[0][0]} ({_shown(names)})"
         values = {"source": name, "video_id": names[0], **values_of[names]}
-        values["items"] = [item for line, row in rows for item in row_items(metadata, line, row, _shown(names))]
+        try:
+            values["items"] = [item for line, row in rows for item in row_items(metadata, line, row, _shown(names))]
+        except UserError as error:
+            problems.append(str(error))
+            continue
         try:
             media = _media(folder, names, relative_to) if len(names) == 1 else container.add(folder, names)
             samples.append(RawSample(key=keys[names], **media, **values))
@@ -81,12 +97,24 @@ def read(
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "row"
             problem = f"{place}: {first['msg']}, found {str(first['input'])[:100]!r}"
-            raise UserError(f"{where}: {problem}.") from None
+            problems.append(f"{where}: {problem}.")
         except OSError as error:
-            raise UserError(f"{where}: {error.filename or folder} cannot be read ({error.strerror}).") from None
+            problems.append(f"{where}: {error.filename or folder} cannot be read ({error.strerror}).")
+    _refuse_all(folder, problems)
     samples.sort(key=lambda sample: sample.key)
     unreferenced = sorted(present - {name for names in files for name in names})
-    return FolderContent(samples, [name.encode("utf-8", "backslashreplace").decode() for name in unreferenced])
+    unreferenced = [name.encode("utf-8", "backslashreplace").decode() for name in unreferenced]
+    return FolderContent(samples, unreferenced, ignored)
+
+
+def _refuse_all(folder: Path, problems: list[str]) -> None:
+    """Raise one UserError that lists the problems, if there are any."""
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        lines = [f"{folder}: {len(problems)} rows are unusable. Correct or remove them:", *problems[:MAX_PROBLEMS]]
+        lines += [f"... and {len(problems) - MAX_PROBLEMS} more"] * (len(problems) > MAX_PROBLEMS)
+        raise UserError("\n  ".join(lines))
 
 
 def _media(folder: Path, names: tuple[str], relative_to: Path | None) -> dict:
@@ -178,15 +206,24 @@ class FileFinder:
 
     def find(self, place: Path, where: str, given) -> str:
         """Return the name, from `folder`, of the file that a row calls `given`, from `folder`/`place`. UserError."""
+        if given is None:
+            raise UserError(
+                f"{where}: the row names no file. Add file_name, or move a chat without media to sources.chat.path."
+            )
+        if isinstance(given, dict) and "bytes" in given:
+            raise UserError(
+                f"{where}: the row holds a picture itself, expected the name of a file. Save the pictures as files."
+            )
+        shown = repr(given)[:300]  # a whole path, but not a whole picture
         if not isinstance(given, str) or not given.strip():
-            raise UserError(f"{where}: file_name is {given!r}, expected the name of a file.")
+            raise UserError(f"{where}: file_name is {shown}, expected the name of a file.")
         spellings = [PurePosixPath(name) for name in dict.fromkeys((given, given.replace("\\", "/")))]
         if any(path.is_absolute() or ".." in path.parts for path in spellings):
-            raise UserError(f"{where}: file_name {given!r} is outside of {self.folder}. Use names inside the folder.")
+            raise UserError(f"{where}: file_name {shown} is outside of {self.folder}. Use names inside the folder.")
         path = spellings[0]
         if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-            raise UserError(f"{where}: {given!r} has no known video or image suffix. Known: {known}")
+            raise UserError(f"{where}: {shown} has no known video or image suffix. Known: {known}")
         if any(len(part.encode("utf-8")) > 255 for part in path.parts):
             raise UserError(
                 f"{where}: file_name {given[:50]!r}... is too long: a part of it exceeds 255 bytes. Rename the file."
@@ -198,11 +235,11 @@ class FileFinder:
             form = unicodedata.normalize("NFC", (PurePosixPath(place) / spelling).as_posix())
             found = self._by_form.get(form, [])
             if len(found) > 1:
-                raise UserError(f"{where}: file_name {given!r} could be {found[0]!a} or {found[1]!a}. Rename one.")
+                raise UserError(f"{where}: file_name {shown} could be {found[0]!a} or {found[1]!a}. Rename one.")
             if found:
                 return found[0]
         problem = self._problem(place, spellings[-1])
-        raise UserError(f"{where}: file_name {given!r} {problem}. Add the file or remove the row.")
+        raise UserError(f"{where}: file_name {shown} {problem}. Add the file or remove the row.")
 
     def _problem(self, place: Path, path: PurePosixPath) -> str:
         if (self.folder / place / path).is_dir():
@@ -222,8 +259,8 @@ def _file_values(metadata: Path, names: tuple[str, ...], rows: list[tuple[int, d
                 continue
             if name == "source" and (not isinstance(row[name], str) or not slug(row[name])):
                 raise UserError(
-                    f"{metadata} line {line} ({_shown(names)}): source is {row[name]!r}, but it is the prefix "
-                    "of sample keys: use a name with letters or digits, or remove it."
+                    f"{metadata} line {line} ({_shown(names)}): source is {repr(row[name])[:100]}, but it is the "
+                    "prefix of sample keys: use a name with letters or digits, or remove it."
                 )
             if name in values and values[name] != row[name]:
                 both = f"{values[name]!r} in line {given_in[name]} and {row[name]!r} in line {line}"

@@ -61,7 +61,7 @@ def _text(where: str, name: str, text) -> str:
         except ValueError as error:
             raise UserError(f"{where}: {name} is {str(text)[:100]}, {error}.") from None
     if not isinstance(text, str):
-        raise UserError(f"{where}: {name} is {text!r}, expected text.")
+        raise UserError(f"{where}: {name} is {repr(text)[:100]}, expected text.")
     text = without_placeholders(text) if name == "question" else text
     if not any(character.isprintable() and not character.isspace() for character in text):
         raise UserError(f"{where}: {name} is blank. Fill it in, or remove the row.")
@@ -135,7 +135,7 @@ def _correct(where: str, answer, options: tuple[str, ...]) -> int:
         return number
     known = json.dumps(options, ensure_ascii=False)[:200]
     or_number = "" if all_numbers else f" or a number from 0 to {len(options) - 1}"
-    raise UserError(f"{where}: the answer is {answer!r}, expected one of the options {known}{or_number}.")
+    raise UserError(f"{where}: the answer is {repr(answer)[:100]}, expected one of the options {known}{or_number}.")
 
 
 def _is_number(value) -> bool:

@@ -43,6 +43,7 @@ class IndexWriter:
         self._sources: dict[str, dict[str, Counter]] = {}
         self._listed: dict[str, list[Quarantined]] = {}
         self._unreferenced: dict[str, tuple[Counter, list[str]]] = {}  # numbers by reason, and the first names
+        self._ignored: dict[str, dict[str, list[str]]] = {}  # columns that are not read, by source and metadata file
 
     def add_source(
         self, entry: str, samples: Iterable[RawSample], quarantined: list[Quarantined], limit: float
@@ -70,6 +71,11 @@ class IndexWriter:
         """Record files of `source` that belong to no sample: names of them, and the number of all by reason."""
         before, listed = self._unreferenced.get(source, (Counter(), []))
         self._unreferenced[source] = before + reasons, (listed + names)[:MAX_LISTED]
+
+    def add_ignored_columns(self, source: str, columns: dict[str, list[str]]) -> None:
+        """Record the columns of `source` that are not read, by metadata file."""
+        if columns:
+            self._ignored[source] = columns
 
     def finish(self) -> dict:
         """Write index.jsonl, sorted by key, and summary.json. Returns the content of summary.json."""
@@ -117,7 +123,7 @@ class IndexWriter:
 
     def _summary(self) -> dict:
         sources = {}
-        for source in sorted(self._sources.keys() | self._unreferenced.keys()):
+        for source in sorted(self._sources.keys() | self._unreferenced.keys() | self._ignored.keys()):
             counts = self._sources.get(source, {})
             taken = counts.get("samples", Counter()).total()
             bad = counts.get("quarantined", Counter()).total()
@@ -131,6 +137,8 @@ class IndexWriter:
                 "bytes": counts.get("bytes", Counter()).total(),
                 "unreferenced": {"count": reasons.total(), "first": names, "reasons": dict(sorted(reasons.items()))},
             }
+            if source in self._ignored:
+                sources[source]["ignored_columns"] = self._ignored[source]
         num_items = sum(sum(source["items"].values()) for source in sources.values())
         return {"num_samples": len(self._places), "num_items": num_items, "sources": sources}
 
@@ -159,6 +167,8 @@ def print_summary(output: Path, summary: dict) -> None:
             why = ", ".join(f"{count} {reason}" for reason, count in left["reasons"].items())
             files = ", ".join(left["first"])
             print(printable(f"{name}: {left['count']} files belong to no sample ({why}): {files}"))
+        for metadata, columns in source.get("ignored_columns", {}).items():
+            print(printable(f"{name}: {metadata}: columns that are not read: {', '.join(columns)}"))
         if bad["count"]:
             print(
                 f"{name}: {bad['count']} of {source['seen']} quarantined (full list: {output / 'quarantined.jsonl'}):"

@@ -1,9 +1,9 @@
 """Read the rows of a folder's metadata.jsonl, .json, .csv, .tsv or .parquet, with line numbers for messages."""
 
 import csv
+import difflib
 import io
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.sources.texts import decoded
+from pipeline_steps.sources.texts import decoded, unique_fields
+from pipeline_steps.sources.walk import walk
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv", "metadata.parquet")
 NAME_COLUMNS = ("file_name", "file_names", "images_file_names")
@@ -23,6 +24,8 @@ EXPECTED = (
 )
 JSON_COLUMNS = ("file_names", "images_file_names", "images", "videos", "messages", "conversations", "options")  # JSON
 # text in the cells of a csv
+COLUMNS = {*NAME_COLUMNS, *MEDIA_COLUMNS, *JSON_COLUMNS, "caption", "question", "answer", "rejected", "task", "cue"}
+COLUMNS |= {"target", "split", "video_id", "source", "objects", "num_source_frames"}  # all that are read
 SEPARATOR_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SPLIT_FOLDERS = {  # names of the folders of a Hugging Face VideoFolder's splits
     **dict.fromkeys(("train", "training"), "train"),
@@ -37,7 +40,7 @@ def find(folder: Path) -> tuple[list[Path], set[str]]:
     There is one metadata file at the top of the folder, or one in each of several folders of SPLIT_FOLDERS.
     """
     files = set()
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = Path(parent).relative_to(folder)
         files |= {(relative / name).as_posix() for name in names if not name.startswith(".")}
@@ -82,6 +85,7 @@ def read(metadata: Path) -> list[tuple[int, dict]]:
     if not lines:
         raise UserError(f"{metadata}: no rows. Write one row per caption or question.")
     _check_columns(metadata, lines)
+    _check_ignored(metadata, ignored_columns(lines))
     return [(line, _standard_row(metadata, line, row)) for line, row in lines]
 
 
@@ -138,7 +142,7 @@ def _read_json(metadata: Path) -> list[tuple[int, dict]]:
 
 def _parse_json(where: str, text: str, hint: str):
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text, object_pairs_hook=unique_fields)
         json.dumps(parsed, ensure_ascii=False).encode()  # rejects lone surrogates such as "\\ud800"
         return parsed
     except json.JSONDecodeError as error:
@@ -160,7 +164,8 @@ def _read_csv(metadata: Path) -> list[tuple[int, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = []
     try:
-        repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        repeated = [name for name, count in Counter(reader.fieldnames).items() if count > 1]
         if repeated:
             raise UserError(f"{metadata} line 1: the column {repeated[0]!r} occurs twice. Rename or remove one.")
         for row in reader:
@@ -187,7 +192,7 @@ def _separator(text: str) -> str:
     """The separator with which the first line has a column of files: a comma, a semicolon or a tab."""
     head = text.split("\n", 1)[0].rstrip("\r")
     for separator in SEPARATOR_NAMES:
-        if {name.strip('"') for name in head.split(separator)} & {*NAME_COLUMNS, *MEDIA_COLUMNS}:
+        if {name.strip('" ') for name in head.split(separator)} & {*NAME_COLUMNS, *MEDIA_COLUMNS}:
             return separator
     return ","
 
@@ -197,10 +202,12 @@ def _json_cells(metadata: Path, line: int, row: dict) -> dict:
     for name in JSON_COLUMNS:
         if name in row:
             try:
-                row[name] = json.loads(row[name])
-            except (ValueError, RecursionError):
-                cell = row[name][:50]
-                raise UserError(f"{metadata} line {line}: {name} is {cell!r}, expected a list as JSON text.") from None
+                row[name] = json.loads(row[name], object_pairs_hook=unique_fields)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{metadata} line {line}: {name} is {row[name][:50]!r}, expected a list as JSON text "
+                    f"({str(error).split(';')[0]})."
+                ) from None
     return row
 
 
@@ -228,3 +235,23 @@ def _check_columns(metadata: Path, lines: list[tuple[int, dict]]) -> None:
             f"{metadata}: the columns are {found}. Expected file_name and caption, or question and answer, or "
             f"messages.{hint}"
         )
+
+
+def ignored_columns(lines: list[tuple[int, dict]]) -> list[str]:
+    """Return the sorted columns of the rows that are not read."""
+    return sorted({name for _, row in lines for name in row} - COLUMNS)
+
+
+def _check_ignored(metadata: Path, names: list[str]) -> None:
+    """Raise UserError for a column whose name is probably meant to be one of COLUMNS, such as `optoins`.
+
+    A name that continues one of COLUMNS, such as `question_id` or `video_path`, is a column of its own.
+    """
+    for name in names:
+        plain = name.strip().lower()
+        close = difflib.get_close_matches(plain, sorted(COLUMNS), 1, 0.8)
+        if close and not any(plain.startswith(f"{column}_") for column in COLUMNS):
+            raise UserError(
+                f"{metadata}: the column {name!r} is not read: probably a typo, did you mean {close[0]!r}? Rename or "
+                "remove it."
+            )

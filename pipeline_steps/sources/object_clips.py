@@ -18,7 +18,7 @@ from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.procedural import FEWER, item_rows, largest_remainder, save_media
 from pipeline_steps.world import object_scene
 from pipeline_steps.world import objects as world
-from pipeline_steps.world.cutouts import SPLITS, Backgrounds, Cutouts
+from pipeline_steps.world.cutouts import SPLITS, Backgrounds, Cutouts, open_picture
 
 MIN_NEW_NAMES = 2  # in each held-out split, for tasks about new names: one object becomes another
 
@@ -38,6 +38,8 @@ class Pictures:
                 "names. Raise it, add pictures, or set num_new_clips to 0."
             )
         self.cutouts.check()
+        for picture in self.backgrounds.pictures:
+            open_picture(picture, "RGB")
 
     def to_dict(self) -> dict:
         """Names and pictures by split, and the sha256 of every picture's file."""

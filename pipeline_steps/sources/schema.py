@@ -262,6 +262,21 @@ class Section(StrictModel):
     """Local action recognition data sets."""
 
     @model_validator(mode="after")
+    def _what_is_given_is_collected(self):
+        given = (
+            ("folder", "folder.path", self.folder.path),
+            ("chat", "chat.path", self.chat.path),
+            *((name, name, getattr(self, name)) for name in ("tars", "hub", "actions")),
+        )
+        for source, key, value in given:
+            if value and source not in self.collect:
+                raise ValueError(
+                    f"{key} is set, but collect is [{', '.join(self.collect)}], so it would not be read: add {source} "
+                    f"to collect, or set {key} to {'[]' if isinstance(value, list) else 'null'}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self):
         names = ["procedural", "chat", self.folder.name, *(entry.name for entry in (*self.tars, *self.actions))]
         names += sorted({entry.dataset for entry in self.hub})

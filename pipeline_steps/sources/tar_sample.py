@@ -6,7 +6,6 @@ docs/data.md lists the fields of {key}.json. Contradictory samples are rejected 
 import hashlib
 import json
 import re
-from collections import Counter
 from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +15,15 @@ from pipeline_steps.common.schemas import Count, Item, Kind, Message, RawSample,
 from pipeline_steps.sources.archive import Member
 from pipeline_steps.sources.chatml import ChatMLDecoder, NotChatML
 from pipeline_steps.sources.layout import Group, quoted
-from pipeline_steps.sources.texts import answer_text, chat_item, decoded, standard_message, without_placeholders
+from pipeline_steps.sources.texts import (
+    answer_text,
+    chat_item,
+    decoded,
+    names_media,
+    standard_message,
+    unique_fields,
+    without_placeholders,
+)
 
 MAX_JSON = 2**22  # bytes; parsing takes some 20 times as much memory
 MAX_TEXT = 2**20
@@ -38,11 +45,16 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: str
+    names_media: bool
 
     @model_validator(mode="before")
     @classmethod
     def _standard(cls, message):
-        return standard_message(message)
+        standard = standard_message(message)
+        if isinstance(standard, dict):
+            content = message.get("content", message.get("value"))
+            return standard | {"names_media": names_media(content)}
+        return standard
 
 
 class PackedFields(BaseModel):
@@ -77,6 +89,7 @@ class Contents(BaseModel):
     video_id: Name | int | None = None
     yt_id: Name | int | None = None
     frame_count: Count | None = None
+    split: str | None = None  # RawSample checks it, unless the entry sets another
     is_text_only: bool | None = None
     has_frames: bool | None = None
     own: PackedFields | None = None
@@ -96,8 +109,8 @@ def make_sample(group: Group, file: BinaryIO, path: str, key: str, entry, decode
     values = {
         "key": key,
         "source": _source(contents, entry.name),
-        "split": entry.split or (contents.own and contents.own.split),
-        "video_id": _video_id(contents, key),
+        "split": contents.split if entry.split is None else entry.split,
+        "video_id": _video_id(contents, entry.name, key),
         "path": path if media else None,
         "parts": parts,
         "kind": kind,
@@ -142,14 +155,7 @@ def _parse(content: bytes) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is not a JSON number")
 
-    def unique(pairs):
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise ValueError(f"the field {repeated[:50]!r} occurs twice")
-        return fields
-
-    parsed = json.loads(decoded(content), parse_constant=refuse, object_pairs_hook=unique)
+    parsed = json.loads(decoded(content), parse_constant=refuse, object_pairs_hook=unique_fields)
     if HALF_CHARACTER.search(content):
         json.dumps(parsed, ensure_ascii=False).encode()  # rejects lone surrogates
     if not isinstance(parsed, dict):
@@ -204,10 +210,15 @@ def _media(group: Group, contents: Contents) -> tuple[str, list[Member]]:
     media = [group.still or group.video] if group.still or group.video else _in_order(group.pictures)
     claims_frames = contents.has_frames or contents.is_text_only is False or bool(contents.frame_count)
     denies_frames = contents.has_frames is False or contents.is_text_only or contents.frame_count == 0
+    is_text = denies_frames or (contents.own is not None and contents.own.kind == "text")
     if not media:
         if claims_frames:
             count = "frames" if contents.frame_count is None else f"frame_count {contents.frame_count}"
             raise UnusableSample(f"the JSON claims {count}, found 0 frames")
+        if not is_text and _asks_about_media(contents):
+            raise UnusableSample(
+                "a question names a picture or video (such as <image>), found 0 frames: add them, or set is_text_only"
+            )
         return "text", []
     if denies_frames:
         raise UnusableSample(f"the JSON claims no frames, found {len(media)}")
@@ -218,6 +229,11 @@ def _media(group: Group, contents: Contents) -> tuple[str, list[Member]]:
         raise UnusableSample(f"{quoted(empty.name)} is empty")
     is_image = group.still is not None or (group.pictures and contents.own and contents.own.kind == "image")
     return ("image" if is_image else "video"), media
+
+
+def _asks_about_media(contents: Contents) -> bool:
+    turns = [*(contents.messages or ()), *(contents.conversations or ())]
+    return names_media(contents.user or "") or any(turn.role == "user" and turn.names_media for turn in turns)
 
 
 def _in_order(pictures: list[tuple[int, Member]]) -> list[Member]:
@@ -246,9 +262,11 @@ def _source(contents: Contents, name: str) -> str:
     return contents.source or name
 
 
-def _video_id(contents: Contents, key: str) -> str:
-    given = [str(value) for value in (contents.video_id, contents.yt_id) if value is not None and str(value).strip()]
-    return given[0] if given else key
+def _video_id(contents: Contents, name: str, key: str) -> str:
+    """Return an id that is unique over all entries: a `video_id` is so within its entry, a YouTube id anywhere."""
+    if contents.video_id is not None and str(contents.video_id).strip():
+        return f"{name}-{contents.video_id}"
+    return str(contents.yt_id) if contents.yt_id is not None and str(contents.yt_id).strip() else key
 
 
 def _own_items(own: PackedFields, count: int) -> dict:

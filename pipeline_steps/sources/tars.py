@@ -29,6 +29,7 @@ from pipeline_steps.sources.index import MAX_LISTED
 from pipeline_steps.sources.layout import Layout, printable
 from pipeline_steps.sources.procedural import FEWER
 from pipeline_steps.sources.tar_sample import UnusableSample, make_sample
+from pipeline_steps.sources.walk import walk
 
 
 @dataclass
@@ -83,24 +84,27 @@ def _print_damage(name: str, damaged: list[str], num_tars: int) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+SUFFIX = re.compile(r"\.tar$", re.IGNORECASE)
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)$", re.IGNORECASE)
 
 
 def find_tars(entry) -> list[tuple[str, str]]:
     """Return the sorted (absolute path, name within the entry without .tar) of all archives. UserError if none."""
     given = os.path.abspath(Path(entry.path).expanduser())
+    packed = []
     if os.path.isdir(given):
-        base, found = given, [str(path) for path in Path(given).rglob("*.tar")]
+        names = [os.path.join(parent, name) for parent, _, names in walk(given) for name in names]
+        base, found = given, [name for name in names if SUFFIX.search(name)]
+        packed = [name for name in names if COMPRESSED.search(name)]
     elif glob.has_magic(given) and not os.path.exists(given):
         base = str(Path(*_until(Path(given).parts, glob.has_magic)))
         found = glob.glob(given, recursive=True)
     else:
         base, found = os.path.dirname(given), [given]
-    packed = sorted(path for path in Path(given).rglob("*") if COMPRESSED.search(path.name)) if base == given else []
     if packed:
         raise UserError(
             f"sources.tars '{entry.name}': {len(packed)} compressed archive(s) in {entry.path}, such as "
-            f"{printable(str(packed[0]))}. Archives are read in place: "
+            f"{printable(packed[0])}. Archives are read in place: "
             "Decompress them, or select the others with a pattern."
         )
     missing = [path for path in found if not os.path.isfile(path)]
@@ -110,7 +114,7 @@ def find_tars(entry) -> list[tuple[str, str]]:
     unreadable = [path for path in found if not _is_utf8(path)]
     if unreadable:
         raise UserError(f"sources.tars '{entry.name}': the path {printable(unreadable[0])} is not UTF-8. Rename it.")
-    return [(path, os.path.relpath(path, base).removesuffix(".tar")) for path in sorted(found)]
+    return [(path, SUFFIX.sub("", os.path.relpath(path, base))) for path in sorted(found)]
 
 
 def _until(parts, condition):

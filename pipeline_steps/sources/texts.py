@@ -7,6 +7,7 @@ interpret.
 import json
 import math
 import re
+from collections import Counter
 
 ROLES = {"human": "user", "gpt": "assistant"}  # the speakers `from` of LLaVA and ShareGPT; others are kept
 MEDIA_PARTS = ("image", "image_url", "video", "video_url")  # types of parts of a message
@@ -18,6 +19,24 @@ INNER = re.compile(rf"[ \t]*(?:{PLACEHOLDER})")
 def decoded(content: bytes) -> str:
     """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError."""
     return content.decode(json.detect_encoding(content))  # JSON and the names of columns start with an ASCII character
+
+
+def unique_fields(pairs: list[tuple[str, object]]) -> dict:
+    """The object of JSON, as `object_pairs_hook` of json.loads. ValueError for a repeated field."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the field {repeated[:50]!r} occurs twice")
+    return fields
+
+
+def names_media(content) -> bool:
+    """Whether a question, as text or typed contents, has a placeholder or a part that is a picture or video."""
+    if isinstance(content, list):
+        return any(map(names_media, content))
+    if isinstance(content, dict):
+        return content.get("type") in MEDIA_PARTS or names_media(content.get("text"))
+    return isinstance(content, str) and ("<image>" in content or "<video>" in content)
 
 
 def answer_text(answer):
@@ -40,7 +59,7 @@ def answer_text(answer):
 
 def without_placeholders(question: str) -> str:
     """Remove <image> and <video>, which mark the place of the media in a question."""
-    if "<image>" not in question and "<video>" not in question:
+    if not names_media(question):
         return question
     return INNER.sub("", LEADING.sub("", question)).strip()
 

@@ -387,6 +387,8 @@ WRONG = {
         (replaced(f"{SSV2}/test-answers.csv", "7;", "8;"), r"test.json entry 2 \(id 7\): .*test-answers.csv has no"),
         (replaced(f"{SSV2}/test.json", '{"id": "6"}, ', ""), r"test-answers.csv line 1: the id 6 is not in .*test"),
         (replaced(f"{SSV2}/validation.json", "[{", "{"), "validation.json line 1: not valid JSON"),
+        (replaced(f"{SSV2}/validation.json", "[{", "[" + "9" * 5000 + ", {"), "validation.json: cannot be read .*4300"),
+        (replaced(f"{SSV2}/validation.json", "[{", "[" * 100_000 + "{"), "validation.json: cannot be read .*recursion"),
         (removed(f"{SSV2}/labels.json"), "no labels.json or something-something-v2-labels.json in"),
     ],
     "kinetics": [

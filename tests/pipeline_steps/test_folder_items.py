@@ -189,6 +189,19 @@ def test_invalid_cells_and_metadata_files_are_rejected(tmp_path):
         folder.read(tmp_path, "mine")
 
 
+def test_pictures_in_a_parquet_file_are_not_printed(tmp_path):
+    picture = {"bytes": b"x" * 10_000, "path": None}
+    pq.write_table(pa.table({"image": [picture], "caption": ["x"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match=r"row holds a picture itself, .* Save the pictures as files") as error:
+        folder.read(tmp_path, "mine")
+    assert len(str(error.value)) < 300
+    (tmp_path / "metadata.parquet").unlink()
+    jsonl(tmp_path, {"file_name": "x" * 10_000, "caption": "x"}, {"file_name": ["x" * 10_000], "caption": "x"})
+    with pytest.raises(UserError, match="2 rows are unusable") as error:
+        folder.read(tmp_path, "mine")
+    assert len(str(error.value)) < 1500
+
+
 def test_source_names_must_be_unique(tmp_path):
     with pytest.raises(ValueError, match="two sources have the name 'chat'"):
         section(["folder"], tmp_path).model_validate(

@@ -200,7 +200,7 @@ def test_placeholders_leave_questions_but_not_answers(tmp_path, question, expect
     assert (item["user"], item["assistant"]) == (expected, question)
     sample = only(tmp_path, [("k.jpg", b"x"), ("k.json", {"user": question, "assistant": question})])
     assert (sample.items[0].user, sample.items[0].assistant) == (expected, question)
-    text = only(tmp_path, [("k.json", {"user": question, "assistant": question})])
+    text = only(tmp_path, [("k.json", {"user": question, "assistant": question, "is_text_only": True})])
     assert text.items[0].user == question  # there is no image that it could stand for
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ import pytest
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.hub import reader
-from pipeline_steps.sources.hub.download import DownloadError, download, fetch
+from pipeline_steps.sources.hub.download import DownloadError, download, fetch, main
 from tests.pipeline_steps.clips import grey_frames, write_clip
 
 CONTENT = bytes(range(256)) * 2000
@@ -132,3 +133,10 @@ def test_only_selected_samples_are_downloaded(tmp_path, server):
     entry = schema.HubEntry.model_validate_json(json.dumps(values))
     assert download(entry, num_connections=2) == Counter(downloaded=3)
     assert len(list(reader.read(entry, tmp_path / "raw", []))) == 3
+
+
+def test_the_number_of_connections_is_checked(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["download", "--num-connections=0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--num-connections is 0, expected at least 1" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources.object_clips import Pictures
 from pipeline_steps.world import contact_sheet, object_scene, tuxpaint
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
@@ -297,6 +298,17 @@ def test_photographs_as_backgrounds(tmp_path, cutouts):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     with pytest.raises(UserError, match="holds 2 different pictures, expected at least 3"):
         Backgrounds(tmp_path, 0.2, seed=1)
+
+
+def test_damaged_photographs_stop_before_anything_is_rendered(tmp_path, folder):
+    rows = []
+    for number in range(3):
+        Image.new("RGB", (8, 8), (40 * number, 90, 30)).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "name": f"meadow {number}"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1\.png \(row 2 of its metadata\.jsonl\) is no picture"):
+        Pictures(section(folder, backgrounds=str(tmp_path)).procedural)
 
 
 def test_photographs_with_equal_bytes_are_of_one_split(tmp_path):

@@ -158,6 +158,7 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ([{"split": "test"}], "line 1: messages is 'None'"),
         ([GOOD | {"split": "held out"}], "line 1: split: .*'held out'"),
         (["not JSON"], "line 1"),
+        (['{"messages": [], "messages": []}'], "line 1: .*the field 'messages' occurs twice"),
     ],
 )
 def test_a_chat_that_cannot_be_read_is_named_by_its_line(tmp_path, lines, message):
@@ -188,6 +189,14 @@ def test_chats_that_are_no_unicode_are_named(tmp_path, content, message):
         list(chat.collect(SimpleNamespace(path=str(tmp_path / "chats.jsonl"))))
 
 
+def test_a_path_of_chats_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chats.jsonl").write_text(json.dumps(GOOD))
+    assert len(list(chat.collect(SimpleNamespace(path="~/chats.jsonl")))) == 1
+
+
 def test_a_missing_file_of_chats_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"sources\.chat\.path is .*none\.jsonl: expected a \.jsonl file"):
+    with pytest.raises(
+        UserError, match=r"sources\.chat\.path is .*none\.jsonl: does not exist, expected a \.jsonl file"
+    ):
         list(chat.collect(SimpleNamespace(path=str(tmp_path / "none.jsonl"))))

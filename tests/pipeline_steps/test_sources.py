@@ -16,16 +16,22 @@ from model import frames
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import Quarantined, RawSample, read_samples
-from pipeline_steps.sources import chat, folder, procedural, schema
-from pipeline_steps.sources.__main__ import collect
+from pipeline_steps.sources import chat, folder, metadata, procedural, schema, tars
+from pipeline_steps.sources.__main__ import collect, main
+from pipeline_steps.sources.actions.listing import video_files
 from pipeline_steps.sources.index import open_index, print_summary
 from pipeline_steps.world import digits as world
+from tests.pipeline_steps.archives import entry
 from tests.pipeline_steps.folders import jsonl, media
 
 MIX = {"card": 9, "follow": 9, "ask_colour": 3, "ask_place": 3, "caption": 4, "gist": 4, "image": 4}
 
 
 OBJECTS = params.load(params.ROOT / "params.yaml")["sources"]["procedural"]["objects"] | {"num_frames": (8, 16)}
+
+
+def _videos(path):
+    return list(video_files(path))
 
 
 def section(collect=("procedural", "chat"), path=None, **changes):
@@ -328,6 +334,7 @@ ERRORS = {
     "invisible caption": ("metadata.jsonl", OK.replace("x", "\\u200b\\u0000"), "caption is blank"),
     "not text": ("metadata.jsonl", OK.replace('"x"', "3"), "caption is 3, expected text"),
     "invalid JSON": ("metadata.jsonl", OK + "\n{", "line 3: not valid JSON"),
+    "a field twice": ("metadata.jsonl", OK.replace("}", ', "caption": "y"}'), "line 1.*field 'caption' occurs twice"),
     "half a character": ("metadata.jsonl", OK.replace("x", "\\ud800"), "line 1: cannot be read.*surrogates"),
     "huge number": ("metadata.jsonl", OK.replace('"x"', "9" * 5000), "line 1: cannot be read.*4300 digits"),
     "deeply nested": ("metadata.jsonl", "[" * 100_000, "line 1: cannot be read.*recursion"),
@@ -349,10 +356,23 @@ ERRORS = {
         "'test' in line 1 and 'train' in line 2",
     ),
     "wrong cue": ("metadata.jsonl", OK.replace("}", ', "cue": "red"}'), "does not start with the cue 'red'"),
+    "file in no column": (
+        "metadata.jsonl",
+        OK + '{"caption": "x"}',
+        "line 2: the row names no file.*sources.chat.path",
+    ),
+    "typo": ("metadata.jsonl", OK.replace("}", ', "optoins": ["a"]}'), "'optoins' is not read: .*mean 'options'"),
+    "plural": ("metadata.jsonl", OK.replace("}", ', "answers": ["a"]}'), "'answers' is not read: .*mean 'answer'"),
+    "upper case": ("metadata.csv", "file_name,caption,Split\na.mp4,x,test\n", "'Split' is not read: .*mean 'split'"),
     "csv: blank": ("metadata.csv", "file_name,caption\na.mp4,\n", "line 2.*found no text"),
     "csv: comma": ("metadata.csv", "file_name,caption\na.mp4,x,y\n", "line 2: 3 cells, but the header has 2"),
     "csv: short": ("metadata.csv", "file_name,question,answer\na.mp4,x\n", "line 2: 2 cells, but the header has 3"),
     "csv: twice": ("metadata.csv", "file_name,caption,caption\na.mp4,x,y\n", "column 'caption' occurs twice"),
+    "csv: field twice": (
+        "metadata.csv",
+        'file_name,messages\na.mp4,"[{""role"": ""user"", ""role"": ""user""}]"\n',
+        "line 2: messages is .*the field 'role' occurs twice",
+    ),
     "csv: target": ("metadata.csv", "file_name,caption,target\na.mp4,x,²\n", "target.*valid integer"),
     "csv: columns": (
         "metadata.csv",
@@ -376,6 +396,48 @@ def test_invalid_metadata_is_rejected(tmp_path, name, text, message):
     assert list((tmp_path / "out").iterdir()) == []  # nothing half-written
 
 
+def test_all_unusable_rows_are_listed_at_once(tmp_path):
+    media(tmp_path, "a.mp4")
+    row = {"file_name": "a.mp4", "caption": "x"}
+    jsonl(tmp_path, row, *(row | {"file_name": f"{number}.mp4"} for number in range(30)))
+    with pytest.raises(UserError, match="30 rows are unusable") as error:
+        folder.read(tmp_path, "mine")
+    lines = str(error.value).split("\n")
+    assert len(lines) == 22
+    assert "line 2: file_name '0.mp4' does not exist" in lines[1]
+    assert lines[-1] == "  ... and 10 more"
+    media(tmp_path, "b.mp4", "c.mp4")
+    jsonl(tmp_path, row, row | {"file_name": "b.mp4", "caption": " "}, {"file_name": "c.mp4", "question": "A?"})
+    with pytest.raises(UserError, match=r"(?s)2 rows are unusable.*b.mp4.*is blank.*c.mp4.*found only question"):
+        folder.read(tmp_path, "mine")
+
+
+def test_columns_that_are_not_read_are_listed(tmp_path, capsys):
+    media(tmp_path / "in", "a.mp4")
+    text = "file_name,caption, split ,id,question_id,video_path\na.mp4,x,test,1,2,y\n"
+    (tmp_path / "in" / "metadata.csv").write_text(text)
+    summary = collect(section(["folder"], tmp_path / "in"), tmp_path / "raw")
+    assert summary["sources"]["mine"]["samples"] == {"test": 1}  # in spite of the spaces
+    assert summary["sources"]["mine"]["ignored_columns"] == {"metadata.csv": ["id", "question_id", "video_path"]}
+    print_summary(tmp_path, summary)
+    assert "mine: metadata.csv: columns that are not read: id, question_id, video_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("list_files", [metadata.find, lambda path: tars.find_tars(entry(path)), _videos])
+def test_unreadable_folders_are_named(tmp_path, monkeypatch, list_files):
+    (tmp_path / "sub").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"sub: cannot be read \(Permission denied\)"):
+        list_files(tmp_path)
+
+
 def test_invalid_folder_paths_are_rejected(tmp_path):
     for path, message in (
         (None, "sources.folder.path is not set"),
@@ -395,6 +457,38 @@ def test_file_name_that_is_not_utf8_is_listed_as_unreferenced(tmp_path):
     jsonl(tmp_path, {"file_name": "a.mp4", "caption": "x"})
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))).touch()
     assert folder.read(tmp_path, "mine").unreferenced == ["\\udcff.txt"]
+
+
+def test_own_chats_are_read_before_the_world_is_rendered(tmp_path, monkeypatch):
+    settings = section()
+    own = settings.chat.model_copy(update={"path": str(tmp_path / "none.jsonl")})
+    monkeypatch.setattr(procedural, "write", lambda *_: pytest.fail("rendered"))
+    with pytest.raises(UserError, match=r"none\.jsonl: does not exist"):
+        collect(settings.model_copy(update={"chat": own}), tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"folder": {"path": "/mine", "name": "mine"}}, r"folder\.path is set, but collect is \[procedural, hub\]"),
+        ({"chat": section().chat.model_dump() | {"path": "x.jsonl"}}, r"chat\.path is set.* or set chat\.path to null"),
+        ({"tars": [vars(entry("/mine"))]}, r"tars is set.*: add tars to collect, or set tars to \[\]"),
+        ({"collect": ["procedural", "chat"]}, r"hub is set, but collect is \[procedural, chat\]"),
+    ],
+)
+def test_sources_that_are_given_are_collected(values, message):
+    hub = params.parse("conf/", params.compose(["data=research"]))["sources"]["hub"]
+    values = {"collect": ["procedural", "hub"], "hub": hub} | values
+    with pytest.raises(ValueError, match=message):
+        schema.Section.model_validate_json(json.dumps(section().model_dump() | values))
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_numbers_of_processes_are_checked(monkeypatch, capsys, number):
+    monkeypatch.setattr(sys, "argv", ["sources", f"--num-processes={number}"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--num-processes is {number}, expected at least 1" in capsys.readouterr().err
 
 
 def test_failed_run_keeps_the_old_output(tmp_path):

@@ -60,7 +60,7 @@ def test_numbered_frames_form_a_video(tmp_path, pattern, shuffled):
     members = [*frames(pattern, 12), ("k.json", QUESTION | {"frame_count": 12, "video_id": "v7"})]
     members = members[::-1] if shuffled else members
     sample = only(tmp_path, members, picture_fps=0.5)
-    assert (sample.key, sample.kind, sample.picture_fps, sample.video_id) == ("old-000000-k", "video", 0.5, "v7")
+    assert (sample.key, sample.kind, sample.picture_fps, sample.video_id) == ("old-000000-k", "video", 0.5, "old-v7")
     assert media_of(sample) == [b"frame %d" % i for i in range(12)]
     assert sample.sha256 == media_sha256(sample.path, sample.parts)
     assert sample.size == sum(map(len, media_of(sample)))
@@ -184,7 +184,7 @@ def test_what_the_stage_shards_writes_reads_back(tmp_path):
     found, reasons, others = read_tars(tmp_path / "packed")
     assert (reasons, others["count"]) == ({}, 0)
     for sample in samples:
-        (again,) = (s for s in found.values() if s.video_id == sample.video_id)
+        (again,) = (s for s in found.values() if s.video_id == f"old-{sample.video_id}")
         assert (again.source, again.split, again.kind) == (sample.source, "test", sample.kind)
         assert again.items == sample.items
     video = next(s for s in found.values() if s.kind == "video")
@@ -225,6 +225,9 @@ def test_source_split_and_video_id(tmp_path):
     contents = QUESTION | {"source": "youtube", "yt_id": 17, "split": "val"}
     sample = only(tmp_path, [("k.json", contents)], split="validation")
     assert (sample.source, sample.split, sample.video_id) == ("youtube", "validation", "17")
+    contents |= {"split": "test", "video_id": 17}  # an id that another entry may use for another video
+    sample = only(tmp_path, [("k.json", contents)])
+    assert (sample.split, sample.video_id) == ("test", "old-17")
     sample = only(tmp_path, [("k.json", QUESTION)])
     assert (sample.source, sample.split, sample.video_id) == ("old", None, sample.key)
 
@@ -243,6 +246,19 @@ REFUSED = {
         [("k.jpg", b"x"), ("k.json", QUESTION | {"is_text_only": True})],
         "claims no frames, found 1",
     ),
+    "a placeholder of no picture": (
+        [("k.json", QUESTION | {"user": "<image>\nWhat?"})],
+        "names a picture or video (such as <image>), found 0 frames",
+    ),
+    "a chat about no video": (
+        [("k.json", {"conversations": [{"from": "human", "value": "<video> A?"}, {"from": "gpt", "value": "B."}]})],
+        "names a picture or video",
+    ),
+    "a part that is no picture": (
+        [("k.json", {"messages": [CHAT[0] | {"content": [{"type": "image"}, "A?"]}, CHAT[1]]})],
+        "names a picture or video",
+    ),
+    "an unknown split": ([("k.json", QUESTION | {"split": "val"})], "split: Input should be 'train', 'validation'"),
     "a hole": ([*frames("k.{:03d}.jpg"), *frames("k.{:03d}.jpg", 1, 4), ("k.json", QUESTION)], "frame 3 is missing"),
     "a late start": ([*frames("k.{:03d}.jpg", 3, 2), ("k.json", QUESTION)], "frame 0 is missing"),
     "a frame twice": ([*frames("k.{:03d}.jpg"), ("k.001.png", b"x"), ("k.json", QUESTION)], "frame 1 occurs twice"),
@@ -310,6 +326,15 @@ def test_entry_path_may_be_a_folder_a_pattern_or_a_file(tmp_path):
     for path in (tmp_path / "no", tmp_path / "no-*.tar", tmp_path / "sub" / "no"):
         with pytest.raises(UserError, match=f"'old': {path}".replace("*", r"\*")):
             tars.find_tars(entry(path))
+
+
+def test_archives_in_linked_folders_and_in_upper_case_are_found(tmp_path):
+    write_tar(tmp_path / "elsewhere/1.TAR", [("k.json", QUESTION)])
+    write_tar(tmp_path / "data/0.tar", [("k.json", QUESTION)])
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data")
+    names = [name for _, name in tars.find_tars(entry(tmp_path / "data"))]
+    assert names == ["0", "linked/1"]
 
 
 # ---------------------------------------------------------------- token ids

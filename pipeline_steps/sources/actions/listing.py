@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pipeline_steps.common.errors import UserError, printable
 from pipeline_steps.common.schemas import Split
 from pipeline_steps.sources.folder import VIDEO_SUFFIXES
 from pipeline_steps.sources.texts import decoded
+from pipeline_steps.sources.walk import walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,10 @@ def _content(root: Path) -> str:
 
 
 def video_files(folder: Path) -> Iterator[Path]:
-    """Yield all video files in `folder` and below, links to folders included. Raises UserError for names not in
-    UTF-8."""
-    visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:  # a link back
-            folders[:] = []
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+    """Yield all video files in `folder` and below. Raises UserError for unreadable folders and names not in UTF-8."""
+    for parent, folders, names in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
             path = Path(parent, name)
             if path.suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
                 if printable(str(path)) != str(path):
@@ -149,6 +142,8 @@ def read_json(path: Path):
         return json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}). Download the file again.") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of nested brackets
+        raise UserError(f"{path}: cannot be read ({str(error).split(';')[0]}). Download the file again.") from None
 
 
 def _read(path: Path) -> str:

@@ -130,6 +130,8 @@ def main():
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--num-connections", type=int, default=16)
     arguments = parser.parse_args()
+    if arguments.num_connections < 1:
+        parser.error(f"--num-connections is {arguments.num_connections}, expected at least 1")
     section = params.read(arguments.params, *PARAMS).sources
     entries = [entry for entry in reader.entries(section) if ADAPTERS[entry.dataset].has_urls]
     if not entries:
