@@ -141,6 +141,37 @@ def test_a_misspelt_key_is_named_with_the_allowed_keys_and_a_guess(edited):
     assert ", ".join(content["shards"]) in text
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "found", "guess", "allowed"),
+    [
+        (
+            "training.stage2.mixture",
+            {"source": "*", "task": "*", "wieght": 1.0},
+            "training.stage2.mixture.0.wieght",
+            "weight",
+            "source, task, weight",
+        ),
+        (
+            "tokens.prompts",
+            {"source": "*", "sytem": "", "video": "v", "image": "i", "choice": "c"},
+            "tokens.prompts.0.sytem",
+            "system",
+            "source, system, video, image, choice",
+        ),
+    ],
+)
+def test_a_misspelt_key_in_a_list_is_the_only_problem(edited, key, given, found, guess, allowed):
+    text = message(edited(key, [given]))
+    assert f"{found}: unknown key (probably a typo: did you mean '{guess}'? Allowed keys: {allowed})" in text
+    assert "1 problem\n" in text
+
+
+def test_a_missing_key_in_a_list_is_named_with_what_an_entry_needs(edited):
+    text = message(edited("training.stage2.mixture", [{"source": "*", "weight": 1.0}]))
+    assert "training.stage2.mixture.0.task: missing (this section needs: source, task, weight)" in text
+    assert "mixture: Tuple should have at least 1 item" in message(edited("training.stage2.mixture", []))
+
+
 def test_an_unknown_section_and_a_key_of_another_section(edited):
     text = message(edited("trainings", {"common": 1}, "report.jpeg_quality", 3))
     assert "trainings: unknown key (probably a typo: did you mean 'training'?" in text
@@ -222,6 +253,16 @@ def test_a_file_that_is_no_params_file(text, part, tmp_path):
 
 def test_a_missing_file(tmp_path):
     assert "cannot be read (No such file or directory)" in message(tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    for path in (tmp_path / "config.yaml", tmp_path / "data/mine.yaml"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes("name: café\n".encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{path}: not UTF-8 text \(.*\)\. Save it as UTF-8"):
+            params.compose(config_dir=tmp_path)
+        assert f"{path}: not UTF-8 text" in message(path)
+        path.write_text("name: café\n", encoding="utf-8")
 
 
 def test_numbers_and_dates_read_as_hydra_reads_them():

@@ -43,25 +43,26 @@ def copy_backbones(local: Local, folder: Path) -> dict:
             raise UserError(
                 f"backbones.local.{key} is null, expected the folder of the {role}. Set it or use kind embedded."
             )
+        paths[role] = Path(paths[role]).expanduser()
     for role, key in (("vision_encoder", "vision_path"), ("language_model", "language_path")):
-        if is_checkpoint(Path(paths[role])):
+        if is_checkpoint(paths[role]):
             with tempfile.TemporaryDirectory(dir=folder) as parts:
-                save_backbones(Path(paths[role]), Path(parts))
+                save_backbones(paths[role], Path(parts))
                 return copy_backbones(local.model_copy(update={key: str(Path(parts) / role)}), folder)
-    check_folder(Path(paths["vision_encoder"]), *VISION)
-    if Path(paths["language_model"]).suffix == ".gguf":
+    check_folder(paths["vision_encoder"], *VISION)
+    if paths["language_model"].suffix == ".gguf":
         with tempfile.TemporaryDirectory(dir=folder) as converted:
-            language_model_from_gguf(Path(paths["language_model"]), Path(converted))
+            language_model_from_gguf(paths["language_model"], Path(converted))
             return copy_backbones(local.model_copy(update={"language_path": converted}), folder)
-    check_folder(Path(paths["language_model"]), *LANGUAGE)
-    check_chat_format(Path(paths["language_model"]))
+    check_folder(paths["language_model"], *LANGUAGE)
+    check_chat_format(paths["language_model"])
     metrics = {"kind": "local"}
     for role, path in paths.items():
         (folder / role).mkdir(parents=True)
         metrics[role] = {}
-        names = sorted(file.name for pattern in COPIED for file in Path(path).glob(pattern))
+        names = sorted(file.name for pattern in COPIED for file in path.glob(pattern))
         for name in names:
-            shutil.copyfile(Path(path) / name, folder / role / name)
+            shutil.copyfile(path / name, folder / role / name)
         removed = strip_code(folder / role, keep_own=False)
         if removed:
             print(f"{path}: removed what names code ({', '.join(removed)})", file=sys.stderr)
@@ -114,8 +115,12 @@ def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weigh
 def weight_names(folder: Path) -> list[str]:
     """Return the names of all weights in model.safetensors, or in the shards of its index. Raises UserError."""
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    names = []
+    shards, names = ["model.safetensors"], []
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index}: expected a weight_map of weights and file names. Save the model again.")
+        shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not (folder / shard).exists():
             raise UserError(f"{folder}: {shard} missing. Save the weights as safetensors (save_pretrained does).")
@@ -147,8 +152,11 @@ def check_chat_format(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises UserError if it is invalid."""
+    """Read a JSON file. Raises UserError if it is invalid or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Save the model again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Save the model again.")
+    return content

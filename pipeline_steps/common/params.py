@@ -136,15 +136,20 @@ def check(path, content):
 def load(path):
     """The YAML file as a plain dict. UserError for a missing file, a syntax error or a duplicate key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _read(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}). Run in the repository root, pass the file with --params, or "
             "regenerate it with `python -m pipeline_steps.common.params --compose`."
         ) from None
+    return parse(path, text)
+
+
+def _read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from None
-    return parse(path, text)
 
 
 def parse(path, text):
@@ -231,6 +236,9 @@ _Loader.add_implicit_resolver(
 def _explain(path, model, error):
     """A message with every problem of a ValidationError: dotted key, problem, allowed keys and a suggestion."""
     problems = error.errors()
+    parents = {p["loc"][:depth] for p in problems for depth in range(len(p["loc"]))}
+    # of a list with a wrong entry, pydantic counts only the others
+    problems = [p for p in problems if p["type"] != "too_short" or p["loc"] not in parents]
     missing = {tuple(p["loc"]) for p in problems if p["type"] == "missing"}
     lines, guessed = [], set()
     for problem in (p for p in problems if p["type"] == "extra_forbidden"):
@@ -279,8 +287,8 @@ def _suggest(name, candidates, allowed=None, others=()):
 
 
 def _fields(model, loc):
-    """Field names of the sub-model at `loc`; [] if `loc` passes through a list or a tagged union."""
-    for part in loc:
+    """Field names of the sub-model at `loc`, where numbers are places in a list; [] below a tagged union."""
+    for part in (part for part in loc if isinstance(part, str)):  # `submodel` is that of a list's entries
         model = submodel(model.model_fields[part].annotation) if model and part in model.model_fields else None
     return list(model.model_fields) if model else []
 
@@ -308,7 +316,7 @@ def compose(overrides=(), config_dir=ROOT / "conf"):
 
     try:
         for file in Path(config_dir).rglob("*.yaml"):
-            text = file.read_text(encoding="utf-8")
+            text = _read(file)
             if "&" in text or len(NESTED.findall(text)) > MAX_DEPTH:  # Hydra limits neither aliases nor nesting
                 yaml.load(text, Loader=_Loader)
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base=None):

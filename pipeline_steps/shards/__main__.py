@@ -61,12 +61,12 @@ def build(section, raw_dir, output, num_processes=None):
         (folder / "finished").unlink(missing_ok=True)
         with replaced_folder(output) as published:
             if section.max_hash_distance is not None:
-                leaks.check(leaks.text_leaks(index, splits), folder / "leaks.jsonl")
+                leaks.check(leaks.text_leaks(index, splits), index, folder / "leaks.jsonl")
             reports = pack(index, plan, settings, folder, lock_file, num_processes)
             manifest = make_manifest(reports, len(index), settings.frames)
-            check_quarantine(manifest, index.num_media(), section.max_quarantined)
+            check_quarantine(manifest, reports, index.num_media(), section.max_quarantined)
             if section.max_hash_distance is not None:
-                check_frames(reports, folder, section.max_hash_distance)
+                check_frames(reports, index, folder, section.max_hash_distance)
             publish(manifest, folder / "packed", published, non_empty_shards(reports))
         shutil.rmtree(folder / ".snakemake", ignore_errors=True)
         (folder / "finished").touch()
@@ -108,12 +108,12 @@ def pack(index, plan, settings, folder, lock_file, num_processes=None):
     return scratch.read_reports(folder, plan_hashes)
 
 
-def check_frames(reports, folder, max_distance):
+def check_frames(reports, index, folder, max_distance):
     """Raise UserError if held-out samples have near-duplicate frames in another split."""
     files = {split: [] for split in SPLITS}
     for split, name in sorted(reports):
         files[split].append(folder / "packed" / split / f"{name}.npz")
-    leaks.check(leaks.frame_leaks(files, max_distance), folder / "leaks.jsonl")
+    leaks.check(leaks.frame_leaks(files, max_distance), index, folder / "leaks.jsonl")
 
 
 def non_empty_shards(reports):
@@ -152,16 +152,14 @@ def make_manifest(reports, seen, frames):
     )
 
 
-def check_quarantine(manifest, media, max_quarantined):
-    """Print the quarantined samples. Raises UserError for too many in a source, or if no training sample is left.
+def check_quarantine(manifest, reports, media, max_quarantined):
+    """Print the quarantined samples. Raises UserError for too many in a source, if no training sample is left, or if
+    all samples of another split are damaged.
 
-    media: {source: number of media files}.
+    reports: {(split, name): ShardReport}. media: {source: number of media files}.
     """
     bad = manifest.quarantined
-    lines = [f"  {q.key} ({q.path}): {q.reason}" for q in bad[:MAX_LISTED]]
-    if len(bad) > MAX_LISTED:
-        lines.append(f"  ... and {len(bad) - MAX_LISTED} more")
-    listing = "\n".join(lines)
+    listing = _listing(bad)
     for source, count in Counter(q.source for q in bad).items():
         if count > max_quarantined * media[source]:
             raise UserError(
@@ -174,8 +172,22 @@ def check_quarantine(manifest, media, max_quarantined):
             f"no training sample is left of {manifest.seen} samples, {len(bad)} of them damaged. Add samples to the "
             f"split train (sources), or lower shards.validation_share and shards.test_share.\n{listing}"
         )
+    for split in (split for split in SPLITS if manifest.splits[split].num_samples == 0):
+        lost = [q for (place, _), report in sorted(reports.items()) if place == split for q in report.quarantined]
+        if lost:
+            raise UserError(
+                f"all {len(lost)} samples of the split {split} are damaged. Repair these files, or add samples to the "
+                f"split (sources).\n{_listing(lost)}"
+            )
     if bad:
         print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listing}", file=sys.stderr)
+
+
+def _listing(quarantined):
+    lines = [f"  {q.key} ({q.path}): {q.reason}" for q in quarantined[:MAX_LISTED]]
+    if len(quarantined) > MAX_LISTED:
+        lines.append(f"  ... and {len(quarantined) - MAX_LISTED} more")
+    return "\n".join(lines)
 
 
 def publish(manifest, packed, folder, sources=None):
@@ -204,6 +216,8 @@ def main():
     parser.add_argument("--output", default="data/shards")
     parser.add_argument("--processes", type=int, help="pack in this many processes of this machine, without Snakemake")
     arguments = parser.parse_args()
+    if arguments.processes is not None and arguments.processes < 1:
+        parser.error(f"--processes is {arguments.processes}, expected at least 1")
     section = params.read(arguments.params, *PARAMS).shards
     manifest = build(section, arguments.raw, arguments.output, arguments.processes)
     counts = ", ".join(

@@ -18,6 +18,7 @@ from pipeline_steps.common.files import parse
 from pipeline_steps.common.schemas import SPLITS, RawSample
 
 UNDECIDED = -1
+NO_BYTES = hashlib.sha256().hexdigest()  # sha256 of an empty file
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Index:
     """Columns with one entry per row, in file order. Texts are stored as hashes."""
 
     path: Path
+    seed: int
     starts: np.ndarray  # uint64: byte offset of the row
     sizes: np.ndarray  # uint32: bytes of the row
     order: np.ndarray  # uint64: uniform(seed, key) * 2**48
@@ -46,6 +48,16 @@ class Index:
         with open(self.path, "rb") as file:
             file.seek(int(self.starts[row]))
             return RawSample.model_validate_json(file.read(int(self.sizes[row])))
+
+    def paths(self, keys):
+        """Return {key: path of the media, None for text} of these keys."""
+        wanted = np.array([_numbers(self.seed, key)[1] for key in keys], np.uint64)
+        samples = (self.read_row(row) for row in np.flatnonzero(np.isin(self.keys, wanted)))
+        return {sample.key: sample.path for sample in samples}
+
+    def rows_with_content(self):
+        """Return the rows with media that are not empty."""
+        return np.flatnonzero((self.contents != 0) & (self.contents != _number(NO_BYTES)))
 
     def num_media(self):
         """Return {source: number of rows with media}."""
@@ -79,7 +91,7 @@ def read_index(path, seed):
     if not columns["starts"]:
         raise UserError(f"{path}: no samples. Rerun `python -m pipeline_steps.sources`.")
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
-    index = Index(path=path, source_names=tuple(sources), **arrays)
+    index = Index(path=path, seed=seed, source_names=tuple(sources), **arrays)
     _check_keys(index)
     return index
 

@@ -135,21 +135,22 @@ def _ranges(starts, stops):
         begin = end
 
 
-def check(leaks, path):
-    """Raise UserError if there are leaks, and write all of them to `path`."""
+def check(leaks, index, path):
+    """Raise UserError if there are leaks, and write all of them to `path`. index: of the samples, for their files."""
     if not leaks:
         path.unlink(missing_ok=True)
         return
+    paths = index.paths({key for leak in leaks for _, key in (leak.held_out, leak.other)})
     rows = [
-        {"split": a.held_out[0], "key": a.held_out[1], "other_split": a.other[0], "other_key": a.other[1]}
-        | {"reason": a.reason}
+        {"split": a.held_out[0], "key": a.held_out[1], "path": paths[a.held_out[1]]}
+        | {"other_split": a.other[0], "other_key": a.other[1], "other_path": paths[a.other[1]], "reason": a.reason}
         for a in leaks
     ]
     write_jsonl(path, rows)
-    lines = [
-        f"  '{a.held_out[1]}' ({a.held_out[0]}) and '{a.other[1]}' ({a.other[0]}): {a.reason}"
-        for a in leaks[:MAX_LISTED]
-    ]
+    lines = []
+    for leak in leaks[:MAX_LISTED]:
+        pair = (f"'{key}' ({split}, {paths[key] or 'text-only'})" for split, key in (leak.held_out, leak.other))
+        lines.append(f"  {' and '.join(pair)}: {leak.reason}")
     if len(leaks) > MAX_LISTED:
         lines.append(f"  ... and {len(leaks) - MAX_LISTED} more")
     listing = "\n".join(lines)

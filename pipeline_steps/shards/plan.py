@@ -1,7 +1,7 @@
 """Assign samples to splits and shards before any media are decoded.
 
-Samples that share a video_id, a file's content or (for text-only chats) a question with its answer form a *group*. A
-group is never divided between splits, except for equal chats whose given splits differ.
+Samples that share a video_id, the content of a non-empty file or (for text-only chats) a question with its answer form
+a *group*. A group is never divided between splits, except for equal chats whose given splits differ.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import SPLITS
-from pipeline_steps.shards.index import UNDECIDED
+from pipeline_steps.shards.index import NO_BYTES, UNDECIDED
 
 HASH_BITS = 48  # of Index.order
 
@@ -68,7 +68,7 @@ def assign_splits(index, validation_share, test_share):
 
 def _groups(index):
     """Return the group of every row, numbered from 0. Raises UserError if equal media were given two splits."""
-    media = np.flatnonzero(index.contents)
+    media = index.rows_with_content()
     by_media = _components(index, media, index.contents[media])
     _refuse_two_splits(index, by_media)
     rows = np.concatenate([media, index.text_rows])
@@ -134,9 +134,11 @@ def _refuse_two_splits(index, groups):
         return
     rows = np.flatnonzero((groups == torn[0]) & (index.splits != UNDECIDED))
     one, other = (index.read_row(row) for row in (rows[0], rows[index.splits[rows] != index.splits[rows[0]]][0]))
-    equal = one.sha256 is not None and one.sha256 == other.sha256
-    same = f"the same content (sha256 {one.sha256[:12]}...)" if equal else "the same video"
-    raise UserError(
-        f"samples '{one.key}' (split {one.split}) and '{other.key}' (split {other.split}) hold {same}, which "
-        "invalidates the evaluation. Give both the same split, or remove one."
-    )
+    same, step = "the same video, by the files or video_ids of further samples", "Give all the same split"
+    if one.sha256 == other.sha256 and one.sha256 not in (None, NO_BYTES):
+        same, step = f"the same content (sha256 {one.sha256[:12]}...)", "Give both the same split, or remove one"
+    elif one.video_id == other.video_id:
+        same = f"the same video (video_id '{one.video_id}')"
+        step = "Give both the same split, remove one or, if they are different videos, give them different video_ids"
+    names = (f"'{sample.key}' (split {sample.split}, {sample.path or 'text-only'})" for sample in (one, other))
+    raise UserError(f"samples {' and '.join(names)} hold {same}, which invalidates the evaluation. {step}.")

@@ -36,6 +36,7 @@ MAX_LISTED = 20  # dropped items shown in the terminal
 def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
     """Run the stage. Returns the TokensManifest written to `output`/manifest.json."""
     shards = read_record(ShardsManifest, Path(shards_dir) / "manifest.json", "shards")
+    print_unused_prompts(section, shards)
     renderer = ChatRenderer(load_tokenizer(tokenizer_dir), section)
     with replaced_folder(output) as folder:
         jobs = plan(section, shards, Path(shards_dir), folder)
@@ -52,6 +53,16 @@ def build(section, shards_dir, tokenizer_dir, output, num_processes=1):
         write_json(folder / "manifest.json", manifest)
     print_warnings(manifest, reports)
     return manifest
+
+
+def print_unused_prompts(section, shards):
+    """Print the sources that have an entry in `prompts` but no packed sample to stderr."""
+    for source in sorted({entry.source for entry in section.prompts} - {ALL, *shards.sources}):
+        print(
+            f"note: tokens.prompts has an entry for source '{source}', but no packed sample is of this source "
+            f"(sources: {', '.join(shards.sources)}). Correct its name, unless this source is left out on purpose.",
+            file=sys.stderr,
+        )
 
 
 def plan(section, shards, shards_dir, folder):

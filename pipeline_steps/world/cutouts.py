@@ -8,6 +8,7 @@ splits by name, photographs by content, textures by pattern and colour.
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PATTERNS = ("stripes", "checks", "dots", "waves", "clouds", "bricks")
 MIN_TRAIN_NAMES = 6  # of different last words: four objects in a frame, which change into others
 MARGIN = 1.25  # a background is this many times as wide as the frame, so that it can drift behind the objects
 OPAQUE = 128  # alpha from which on a pixel counts as the object's
+MAX_LISTED = 10  # opaque cut-outs shown in the terminal
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _picture(folder: Path, where: str, number: int, line: str) -> Picture:
     try:
         row = json.loads(line)
         file_name, name = row["file_name"], row["name"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f'{where}: expected {{"file_name": "frog.png", "name": "frog"}}, found {line[:80]} ({error}).'
         ) from None
@@ -104,8 +106,9 @@ def _picture(folder: Path, where: str, number: int, line: str) -> Picture:
     path = folder / file_name
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{where}: {path} cannot be read ({error.strerror}). Add the file or remove the row.") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: {path} cannot be read ({reason}). Add the file or remove the row.") from None
     return Picture(path, name, number, digest)
 
 
@@ -163,12 +166,15 @@ class Cutouts:
                 "pictures, or lower sources.procedural.objects.held_out_share."
             )
         self._opened: dict[int, Image.Image] = {}
+        self._opaque: list[Picture] = []  # of those opened
         self._colours: dict[int, np.ndarray] = {}
 
     def image(self, index: int) -> Image.Image:
         """RGBA, cropped to what is visible, at most 256 px on a side. UserError: damaged, or nothing is visible."""
         if index not in self._opened:
             image = open_picture(self.pictures[index], "RGBA")
+            if image.getchannel("A").getextrema()[0] >= OPAQUE:
+                self._opaque.append(self.pictures[index])
             box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox()
             if box is None:
                 picture = self.pictures[index]
@@ -186,9 +192,17 @@ class Cutouts:
         return self._colours[index]
 
     def check(self) -> None:
-        """Open every picture once. UserError for the first one that is unusable."""
+        """Open every picture once, and print which are opaque. UserError for the first one that is unusable."""
         for index in range(len(self.pictures)):
             self.image(index)
+        if self._opaque:
+            names = [picture.path.name for picture in self._opaque[:MAX_LISTED]]
+            names += [f"{len(self._opaque) - MAX_LISTED} more"] if len(self._opaque) > MAX_LISTED else []
+            print(
+                f"note: {len(self._opaque)} of {len(self.pictures)} cut-outs are not transparent anywhere, so clips "
+                f"show them as rectangles: {', '.join(names)}. Make their backgrounds transparent.",
+                file=sys.stderr,
+            )
 
 
 @dataclass(frozen=True)

@@ -369,6 +369,10 @@ def test_local_folders_are_copied(monkeypatch, tmp_path, trained):
     local = Local(vision_path=str(folder / "vision_encoder"), language_path=str(folder / "language_model"))
     run_stage(monkeypatch, tmp_path, kind="local", local=local.model_dump())
     assert contents(tmp_path / "out") == contents(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    home = {"vision_path": "~/vision_encoder", "language_path": "~/language_model"}
+    run_stage(monkeypatch, tmp_path, kind="local", local=home)
+    assert contents(tmp_path / "out") == contents(folder)
     metrics = json.loads((tmp_path / "metrics/backbones.json").read_text())
     assert metrics["kind"] == "local"
     assert len(metrics["vision_encoder"]["model.safetensors"]["sha256"]) == 64
@@ -389,6 +393,14 @@ BROKEN = {
     "another language model": (
         lambda v, t: edit(t / "config.json", model_type="gpt2"),
         "model_type is 'gpt2', expected 'llama'",
+    ),
+    "config is a list": (
+        lambda v, t: (v / "config.json").write_text("[]"),
+        r"config\.json: expected a JSON object, found list",
+    ),
+    "no weight map": (
+        lambda v, t: (v / "model.safetensors.index.json").write_text("{}"),
+        r"index\.json: expected a weight_map of weights and file names",
     ),
     "config is no JSON": (lambda v, t: (v / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no vision weights": (lambda v, t: (v / "model.safetensors").unlink(), "vision.*model.safetensors missing"),

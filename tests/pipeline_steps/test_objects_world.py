@@ -250,6 +250,8 @@ def write_rows(folder, *rows):
     (["{"], r"metadata\.jsonl line 1: expected"),
     ([{"file_name": "a.png"}], r"metadata\.jsonl line 1: expected .*'name'"),
     ([{"file_name": "a.png", "name": "x"}, {"file_name": "b.png", "name": "y"}], r"line 2: .*b\.png cannot be read"),
+    ([{"file_name": "3\0.png", "name": "x"}], r"line 1: .*cannot be read \(.*null byte"),
+    (["[" * 99_999], r"metadata\.jsonl line 1: expected .*recursion"),
     ([{"file_name": "a.png", "name": " "}], r"line 1: name is ' '"),
     ([{"file_name": "a.png", "name": "cat, dog"}], r"line 1: name is 'cat, dog'"),
     ([{"file_name": "../a.png", "name": "x"}], r"line 1: file_name is '\.\./a\.png'"),
@@ -271,6 +273,17 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, folder):
             (place / "fish.png").write_bytes(content)
         with pytest.raises(UserError, match=rf"fish\.png \(row 4 of its metadata\.jsonl\) {message}"):
             Cutouts(place, 0.0, seed=1).check()
+
+
+def test_opaque_cutouts_are_listed(tmp_path, capsys):
+    drawings.write(tmp_path)
+    Cutouts(tmp_path, 0.0, seed=1).check()
+    assert capsys.readouterr().err == ""
+    for name in ("fish", "cup"):
+        Image.new("RGB", (8, 8), (9, 9, len(name))).save(tmp_path / f"{name}.png")
+    Cutouts(tmp_path, 0.0, seed=1).check()
+    told = capsys.readouterr().err
+    assert "2 of 10 cut-outs are not transparent anywhere, so clips show them as rectangles: fish.png, cup.png." in told
 
 
 def test_a_folder_that_is_not_given_or_not_there():

@@ -1,5 +1,7 @@
 """Near-duplicates across splits: which copies are found, that other clips are not, and that none is missed."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
@@ -9,6 +11,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.shards import leaks
 from pipeline_steps.shards.__main__ import build
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS, hash_frames
+from pipeline_steps.shards.index import read_index
 from pipeline_steps.shards.leaks import MAX_DISTANCE, Leak, check, near_duplicates
 from pipeline_steps.shards.schema import Section
 from tests.pipeline_steps.clips import index_row, text_row, write_clip, write_index
@@ -164,15 +167,17 @@ def test_max_hash_distance_is_limited_to_what_the_search_supports():
 
 def test_all_leaks_are_written_to_a_file(tmp_path):
     found = [Leak(("test", f"a{i}"), ("train", f"b{i}"), "near-duplicate frames") for i in range(30)]
+    write_index(tmp_path, [text_row(key, "q", key) for leak in found for _, key in (leak.held_out, leak.other)])
+    index = read_index(tmp_path / "index.jsonl", 1)
     with pytest.raises(UserError, match="30 held-out samples") as error:
-        check(found, tmp_path / "leaks.jsonl")
+        check(found, index, tmp_path / "leaks.jsonl")
     assert str(error.value).count("near-duplicate frames") == leaks.MAX_LISTED
     assert "... and 10 more" in str(error.value)
     assert f"Full list: {tmp_path / 'leaks.jsonl'}" in str(error.value)
     lines = (tmp_path / "leaks.jsonl").read_text().splitlines()
     assert len(lines) == 30
     assert '"key": "a29"' in lines[29]
-    check([], tmp_path / "leaks.jsonl")
+    check([], index, tmp_path / "leaks.jsonl")
     assert not (tmp_path / "leaks.jsonl").exists()
 
 
@@ -202,10 +207,13 @@ def test_copy_in_another_split_fails_the_stage(raw, tmp_path):
     with pytest.raises(UserError, match=r"1 held-out samples also occur in another split") as error:
         build(SECTION, raw, tmp_path / "shards")
     message = str(error.value)
-    assert "'test-copy-avi' (test) and 'test-train1-mp4' (train): near-duplicate frames: " in message
+    pair = "'test-copy-avi' (test, copy.avi) and 'test-train1-mp4' (train, train1.mp4): near-duplicate frames: "
+    assert pair in message
     assert "Give both samples of a pair the same video_id or split, or remove one" in message
     (listed,) = tmp_path.glob(".scratch/shards/*/leaks.jsonl")
     assert str(listed) in message
+    (row,) = map(json.loads, listed.read_text().splitlines())
+    assert (row["path"], row["other_path"]) == ("copy.avi", "train1.mp4")
     assert not (tmp_path / "shards").exists()
     build(SECTION.model_copy(update={"max_hash_distance": None}), raw, tmp_path / "shards")  # the check is off
     assert (tmp_path / "shards" / "manifest.json").exists()
@@ -217,13 +225,14 @@ def test_copy_in_another_split_fails_the_stage(raw, tmp_path):
 def test_copy_in_validation_and_test_fails_the_stage(raw, tmp_path):
     rows = [index_row(raw, "train0.mp4", split="train"), index_row(raw, "train1.mp4", split="validation")]
     write_index(raw, [*rows, index_row(raw, "copy.avi", split="test")])
-    with pytest.raises(UserError, match=r"'test-copy-avi' \(test\) and 'test-train1-mp4' \(validation\)"):
+    with pytest.raises(UserError, match=r"'test-copy-avi' \(test, .*\) and 'test-train1-mp4' \(validation, "):
         build(SECTION, raw, tmp_path / "shards")
 
 
 def test_equal_chats_in_two_splits_fail_before_packing(raw, tmp_path):
     chats = [text_row("chat-1", "Say 1", "1", split="train"), text_row("chat-2", "say  1", "1", split="test")]
     write_index(raw, [*chats, text_row("chat-3", "Say 2", "2", split="test")])
-    with pytest.raises(UserError, match=r"'chat-2' \(test\) and 'chat-1' \(train\): the same question and answer"):
+    message = r"'chat-2' \(test, text-only\) and 'chat-1' \(train, text-only\): the same question and answer"
+    with pytest.raises(UserError, match=message):
         build(SECTION, raw, tmp_path / "shards")
     assert not list(tmp_path.glob(".scratch/shards/*/packed"))

@@ -1,5 +1,7 @@
 """The plan of the shards: splits by group, hashed order, and buckets of which one more sample changes one."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -88,10 +90,23 @@ def test_copies_of_a_file_stay_together(assign):
 
 
 def test_same_media_in_two_given_splits_are_rejected(assign):
-    with pytest.raises(UserError, match=r"'a' \(split train\) and 'b' \(split test\) hold the same content"):
+    message = r"'a' \(split train, a\) and 'b' \(split test, b\) hold the same content .*, or remove one\.$"
+    with pytest.raises(UserError, match=message):
         assign([raw_sample("a", "train", sha256="x"), raw_sample("b", "test", sha256="x")], 0.1, 0.1)
-    with pytest.raises(UserError, match="hold the same video"):
+    message = r"hold the same video \(video_id 'v'\), .* if they are different videos, give them different video_ids\."
+    with pytest.raises(UserError, match=message):
         assign([raw_sample("a", "train", "v"), raw_sample("b", "validation", "v")], 0.1, 0.1)
+    chain = [raw_sample("a", "train", sha256="x"), raw_sample("c", None, "v", "x"), raw_sample("b", "test", "v")]
+    with pytest.raises(UserError, match=r"the same video, by the files or video_ids of further samples, .* Give all"):
+        assign(chain, 0.1, 0.1)
+
+
+def test_empty_files_are_not_the_same_content(assign):
+    empty = hashlib.sha256().hexdigest()
+    given = [raw_sample("a", "train", sha256=empty), raw_sample("b", "test", sha256=empty)]
+    assert assign(given, 0.1, 0.1) == {"a": "train", "b": "test"}
+    with pytest.raises(UserError, match=r"hold the same video \(video_id 'v'\)"):
+        assign([sample.model_copy(update={"video_id": "v"}) for sample in given], 0.1, 0.1)
 
 
 def test_equal_chats_stay_together_and_are_reported_where_splits_were_given(tmp_path):

@@ -32,8 +32,8 @@ from pipeline_steps.common.schemas import (
     read_samples,
 )
 from pipeline_steps.shards import fan_out
-from pipeline_steps.shards.__main__ import build, check_quarantine
-from pipeline_steps.shards.pack import Settings, pack_shard
+from pipeline_steps.shards.__main__ import build, check_quarantine, main
+from pipeline_steps.shards.pack import Settings, ShardReport, pack_shard
 from pipeline_steps.shards.schema import Section
 from pipeline_steps.shards.scratch import read_reports, remove_outdated_folders
 from tests.pipeline_steps.clips import grey_frames, index_of, index_row, text_row, write_clip, write_image, write_index
@@ -72,7 +72,7 @@ def raw(tmp_path):
     rows = [index_row(raw, "v/a.mp4", split="train"), index_row(raw, "v/b.mkv", split="validation")]
     rows += [index_row(raw, "c.jpg", kind="image", split="train"), text_row("chat-1", "Say 1", "1", split="train")]
     rows += [index_row(raw, "cut.mp4", split="train"), index_row(raw, "empty.jpg", kind="image", split="train")]
-    rows += [index_row(raw, "text.mp4", split="test")]
+    rows += [index_row(raw, "text.mp4", split="validation")]
     write_index(raw, rows)
     return raw
 
@@ -176,7 +176,7 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
     for split, entry in manifest.splits.items():
         assert [s.name for s in entry.shards] == sorted(p.name for p in (tmp_path / "shards" / split).iterdir())
         assert all(s.sha256 == sha256_file(tmp_path / "shards" / split / s.name) for s in entry.shards)
-    assert manifest.splits["test"].shards == ()  # its only sample is damaged
+    assert manifest.splits["test"].shards == ()  # no sample was given to it
     for entry in (*manifest.splits.values(), *(s for e in manifest.splits.values() for s in e.shards)):
         assert (entry.num_samples > 0) == (entry.bytes > 0)
     train = manifest.splits["train"]
@@ -400,7 +400,25 @@ def test_full_disk_error_names_the_path(tmp_path, monkeypatch):
     assert "no space left on the disk" in fan_out._explain(tmp_path, 1, tmp_path / "snakemake.log")
 
 
-def test_no_training_sample_left_fails_the_stage():
+def test_empty_files_of_two_splits_are_quarantined(raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
+    (raw / "none.jpg").touch()
+    rows = [index_row(raw, "v/a.mp4", split="train"), index_row(raw, "empty.jpg", kind="image", split="train")]
+    rows += [index_row(raw, "v/b.mkv", split="test"), index_row(raw, "none.jpg", kind="image", split="test")]
+    write_index(raw, rows)
+    manifest = build(Section(**SECTION), raw, tmp_path / "shards", num_processes=1)
+    assert {q.path: q.reason for q in manifest.quarantined} == {"empty.jpg": "empty file", "none.jpg": "empty file"}
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_number_of_processes_below_1_is_refused(monkeypatch, capsys, number):
+    monkeypatch.setattr("sys.argv", ["shards", "--processes", number])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--processes is {number}, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_split_without_a_sample_left_fails_the_stage():
     empty = SplitEntry(shards=(), num_samples=0, num_frames=0, seconds=0.0, bytes=0)
     shard = ShardEntry(name="000000.tar", num_samples=1, num_frames=1, seconds=0.0, bytes=1, sha256="x")
     full = SplitEntry(shards=(shard,), num_samples=1, num_frames=1, seconds=0.0, bytes=1)
@@ -412,8 +430,15 @@ def test_no_training_sample_left_fails_the_stage():
         sources={"s": 1},
         frames=FRAMES,
     )
+    place = ("train", "p")
+    reports = {place: ShardReport(shard=shard, quarantined=manifest.quarantined, sources={}, plan_sha256=None)}
     with pytest.raises(UserError, match="no training sample is left of 2 samples, 1 of them damaged"):
-        check_quarantine(manifest, {"s": 2}, 0.5)
+        check_quarantine(manifest, reports, {"s": 2}, 0.5)
+    other = manifest.model_copy(update={"splits": {"train": full, "validation": empty, "test": empty}})
+    message = r"all 1 samples of the split test are damaged\. Repair.*\n  a \(a\.mp4\): empty file"
+    with pytest.raises(UserError, match=message):
+        check_quarantine(other, {("test", "p"): reports[place]}, {"s": 2}, 0.5)
+    check_quarantine(other, reports, {"s": 2}, 0.5)  # no sample was given to the other splits
     with pytest.raises(ValueError, match="seen 3, packed 1"):
         ShardsManifest(**{**dict(manifest), "seen": 3})
 

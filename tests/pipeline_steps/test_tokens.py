@@ -125,6 +125,14 @@ def test_manifest_counts_items_by_source(tokenizer_dir, shards_dir, tmp_path):
             TokensManifest.model_validate(wrong)
 
 
+def test_prompts_of_a_source_without_samples_are_noted(tokenizer_dir, shards_dir, tmp_path, capsys):
+    section = make_section({"source": "tset", "video": "Which?"}, {"source": "other", "video": "What?"})
+    build(section, shards_dir, tokenizer_dir, tmp_path / "tokens")
+    told = capsys.readouterr().err
+    assert told.count("note: tokens.prompts") == 1
+    assert "entry for source 'tset', but no packed sample is of this source (sources: other, test). Correct" in told
+
+
 def test_too_many_dropped_items_or_none_left_fail_the_stage(tokenizer_dir, shards_dir, tmp_path):
     with pytest.raises(
         UserError, match=r"1 of 7 items of 'test' were dropped, more than .*max_dropped allows \(10\.0%\)"
