@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -43,15 +44,25 @@ def load_whole(module: nn.Module, weights: dict[str, Tensor], path: str | Path) 
 
 
 def read_vision_weights(path: str | Path) -> dict[str, Tensor]:
-    """{published key name: fp32 tensor} of a DINOv2 folder. ValueError if it has no safetensors file."""
+    """{published key name: fp32 tensor} of a DINOv2 folder. ValueError if a safetensors file is missing or damaged."""
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    if not (folder / names[0]).exists():
-        raise ValueError(f"{folder} has no model.safetensors. Save the DINOv2 backbone there with safetensors weights")
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: not a JSON object with a weight_map. Copy the backbone again") from None
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{folder} has no {missing[0]} ({len(missing)} of {len(names)} files of weights are missing). Save the "
+            "DINOv2 backbone there with safetensors weights"
+        )
     weights = {}
     for name in names:
-        weights.update(load_file(folder / name))
+        try:
+            weights.update(load_file(folder / name))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: not a whole safetensors file ({error}). Copy it again") from None
     return {key.removeprefix("dinov2."): value.float() for key, value in weights.items()}

@@ -2,7 +2,7 @@
 
 import math
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 
 LAYOUTS = ("question_first", "vision_first")
@@ -23,6 +23,7 @@ CHOICES = {
     "token_aggregation": TOKEN_AGGREGATIONS,
     "frame_time_embedding": FRAME_TIMES,
 }
+BOOLEANS = ("query_bias", "tie_first_query", "learnable_temperature", "coarse_only", "blind")
 LARGE = 1e9
 RANGES = {
     "query_dim": (1, LARGE),
@@ -90,7 +91,8 @@ class FoveatedVLMConfig(PreTrainedConfig):
         max_num_frames: largest number of frames per sample; more are an error.
         visual_token_id: id of the placeholder for a visual token in `input_ids`.
 
-    Raises ValueError for an unknown choice or a number out of range; the message has the value and what is allowed.
+    Raises ValueError for a language model of another architecture, an unknown choice, a number out of range or another
+    type; the message has the value and what is allowed.
     """
 
     model_type = "foveated_vlm"
@@ -136,12 +138,14 @@ class FoveatedVLMConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.vision_config = _as_config(vision_config, Dinov2Config)
-        text_class = (
-            CONFIG_MAPPING[text_config.get("model_type", "llama")]
-            if isinstance(text_config, dict)
-            else CONFIG_MAPPING["llama"]
-        )
-        self.text_config = _as_config(text_config, text_class)
+        is_dict = isinstance(text_config, dict)
+        model_type = text_config.get("model_type") if is_dict else getattr(text_config, "model_type", None)
+        if model_type not in (None, "llama"):
+            raise ValueError(
+                f"text_config: model_type={model_type!r} is not supported, only 'llama'. Use a language model of this "
+                "architecture"
+            )
+        self.text_config = _as_config(text_config, LlamaConfig)
         self.architecture = architecture
         self.attention = attention
         self.layout = layout
@@ -171,13 +175,16 @@ class FoveatedVLMConfig(PreTrainedConfig):
         self.check_options()
 
     def check_options(self) -> None:
-        """Raises ValueError for an unknown choice, a number out of range, or incompatible options.
+        """Raises ValueError for an unknown choice, a number out of range, another type, or incompatible options.
 
         The network calls it again because options can change after construction (`from_pretrained(path, option=...)`).
         """
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name)
             wrong = isinstance(value, bool) or not isinstance(value, int if name in INTEGERS else (int, float))
@@ -185,12 +192,15 @@ class FoveatedVLMConfig(PreTrainedConfig):
                 kind = "an integer" if name in INTEGERS else "a number"
                 raise ValueError(f"{name}={value!r} must be {kind} from {smallest} to {largest}")
         scale = self.visual_scale
-        if scale != "auto" and (isinstance(scale, (str, bool)) or not 0 < scale < math.inf):
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if scale != "auto" and not (is_number and 0 < scale < math.inf):
             raise ValueError(f"visual_scale={scale!r} must be a number above 0, or auto")
-        vocabulary = self.text_config.vocab_size
-        if self.visual_token_id is not None and self.visual_token_id < vocabulary:
+        vocabulary, visual_id = self.text_config.vocab_size, self.visual_token_id
+        if visual_id is not None and (isinstance(visual_id, bool) or not isinstance(visual_id, int)):
+            raise ValueError(f"visual_token_id={visual_id!r} must be an integer of {vocabulary} or more, or None")
+        if visual_id is not None and visual_id < vocabulary:
             raise ValueError(
-                f"visual_token_id={self.visual_token_id} is inside the vocabulary of {vocabulary} tokens. Use an id of "
+                f"visual_token_id={visual_id} is inside the vocabulary of {vocabulary} tokens. Use an id of "
                 f"{vocabulary} or more, so that text cannot contain the placeholder"
             )
         self._check_fovea()

@@ -362,8 +362,7 @@ class FramesRead:
 
 def continues_from_cache(settings) -> bool:
     """Whether `generate` with this GenerationConfig can go on from a filled cache: one sequence per sample (beams and
-    several answers are made by the library from one prompt), with the library's own cache, and up to a number of new
-    tokens."""
+    several answers are made by the library from one prompt), with the library's own cache."""
     several = (settings.num_beams or 1) > 1 or (settings.num_return_sequences or 1) > 1
     own_way = settings.cache_implementation or settings.use_cache is False
-    return settings.max_new_tokens is not None and not (several or own_way)
+    return not (several or own_way)

@@ -6,6 +6,9 @@ its cache is filled from the frames. What needs these ids, another model, or a c
 
 from transformers import GenerationConfig
 
+from .input_checks import check_new_tokens
+
+DEFAULT_NEW_TOKENS = 20  # the library's
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 NEEDS_PROMPT_IDS = {  # {option of GenerationConfig: value that turns it off, besides None}
     "prompt_lookup_num_tokens": None,
@@ -46,6 +49,24 @@ def check_generation(settings: GenerationConfig, others: dict) -> None:
     mode = settings.get_generation_mode().value
     if mode not in MODES:
         raise ValueError(f"generate: {mode} is not supported, expected one of {', '.join(MODES)}")
+
+
+def set_new_tokens(settings: GenerationConfig, config, length: int) -> None:
+    """Sets max_new_tokens for a prompt of this length, from max_length or the default if it is not given.
+
+    Raises ValueError if max_length leaves no room, or the answer may exceed the language model's context.
+    """
+    if settings.max_new_tokens is None and settings.max_length is None:
+        settings.max_new_tokens = DEFAULT_NEW_TOKENS
+    elif settings.max_new_tokens is None:
+        settings.max_new_tokens = settings.max_length - length
+        if settings.max_new_tokens < 1:
+            raise ValueError(
+                f"max_length={settings.max_length} counts the prompt, which has {length} tokens, frames included. "
+                "Raise it, or pass max_new_tokens instead"
+            )
+    settings.max_length = None
+    check_new_tokens(config, length, settings.max_new_tokens)
 
 
 class GenerationChecksMixin:

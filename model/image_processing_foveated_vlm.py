@@ -11,6 +11,7 @@ import os
 import tempfile
 import urllib.request
 from contextlib import contextmanager
+from http.client import HTTPException
 from numbers import Integral, Real
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -156,7 +157,7 @@ def local_file(place):
                     if total > FETCH_BYTES:
                         raise ValueError(f"{url}: larger than {FETCH_BYTES:,} bytes. Download it and pass its path")
                     file.write(block)
-        except (URLError, OSError) as error:
+        except (URLError, OSError, HTTPException, UnicodeError) as error:
             raise ValueError(f"{url}: cannot be downloaded ({error}). Check the URL, or pass a path") from None
         yield path
 

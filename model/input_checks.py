@@ -120,9 +120,7 @@ def _check_values(config, input_ids, attention_mask, num_frames, frames: int, la
     if attention_mask is not None and bool((is_visual & (attention_mask == 0)).any()):
         row = int((is_visual & (attention_mask == 0)).any(1).nonzero()[0])
         raise ValueError(f"sample {row} has visual placeholders where attention_mask is 0. Set it to 1 at the frames")
-    if labels is not None and bool((labels == config.visual_token_id).any()):
-        row = int((labels == config.visual_token_id).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has visual placeholders in labels. Set the labels there to {IGNORE_INDEX}")
+    check_tokens(config, input_ids, attention_mask, labels)
     if num_frames is not None and int(num_frames.max()) > config.max_num_frames:
         row = int(num_frames.argmax())
         raise ValueError(
@@ -136,6 +134,35 @@ def _check_values(config, input_ids, attention_mask, num_frames, frames: int, la
             f"sample {row} has visual placeholders in {int(starts[row])} blocks, expected 1. Text between frames is "
             "not supported; put it before or after all frames"
         )
+
+
+def check_tokens(config, input_ids, attention_mask, labels) -> None:
+    """Raises ValueError for an id outside the vocabulary, or a label that no text token can have. A GPU waits for
+    it."""
+    size, visual_id = config.text_config.vocab_size, config.visual_token_id
+    wrong = ((input_ids < 0) | (input_ids >= size)) & (input_ids != visual_id)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {row} has the token id {int(input_ids[row, column])} at place {column}, but the vocabulary has "
+            f"{size} tokens and the visual placeholder is {visual_id}. Use the checkpoint's tokenizer"
+        )
+    if labels is None:
+        return
+    if bool((labels == visual_id).any()):
+        row = int((labels == visual_id).any(1).nonzero()[0])
+        raise ValueError(f"sample {row} has visual placeholders in labels. Set the labels there to {IGNORE_INDEX}")
+    is_labelled = labels != IGNORE_INDEX
+    wrong = is_labelled & ((labels < 0) | (labels >= size))
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {row} has the label {int(labels[row, column])} at place {column}, but the vocabulary has {size} "
+            f"tokens. Use token ids, or {IGNORE_INDEX} where there is no loss"
+        )
+    if attention_mask is not None and bool((is_labelled & (attention_mask == 0)).any()):
+        row = int((is_labelled & (attention_mask == 0)).any(1).nonzero()[0])
+        raise ValueError(f"sample {row} has labels where attention_mask is 0. Set them to {IGNORE_INDEX} at padding")
 
 
 def check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values) -> None:
@@ -196,10 +223,10 @@ def check_cache(model) -> None:
         )
 
 
-def check_context_length(config, length: int, new_tokens: int | None) -> None:
-    """Raises ValueError if the answer may exceed the language model's context."""
+def check_new_tokens(config, length: int, new_tokens: int) -> None:
+    """Raises ValueError if a prompt of this length and so many new tokens exceed the language model's context."""
     limit = config.text_config.max_position_embeddings
-    if new_tokens is not None and length + new_tokens > limit:
+    if length + new_tokens > limit:
         raise ValueError(
             f"question and frames take {length} of the language model's {limit} positions, so max_new_tokens="
             f"{new_tokens} does not fit. Lower it to at most {max(0, limit - length)}"

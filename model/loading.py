@@ -68,8 +68,8 @@ class LoadingMixin:
         """A saved model, like `from_pretrained` of transformers, but missing weights are an error.
 
         ValueError with names and counts if the checkpoint lacks weights, has unknown ones, or has other shapes, and for
-        a folder whose code was changed after it was recorded. A folder that carries other code than this is said in
-        the log.
+        a folder whose code was changed after it was recorded. Logs a warning if the folder's code differs from the code
+        in use.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             check_code(Path(pretrained_model_name_or_path, options.get("subfolder") or ""))
@@ -85,8 +85,8 @@ class LoadingMixin:
 def check_code(folder: Path) -> None:
     """Compares the code of a checkpoint folder with the sha256 that the folder records, if it does, and with this code.
 
-    None of it is run. ValueError that names the first file that is not as recorded, with both hashes. Other code than
-    this, which is what the model runs with, is said in the log once.
+    None of it is run. ValueError that names the first file that is not as recorded, with both hashes. Logs a warning
+    once if the folder's code differs from the code in use.
     """
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
     recorded = {}

@@ -24,8 +24,8 @@ from .compiled import compile_layers
 from .configuration_foveated_vlm import FoveatedVLMConfig
 from .foveated_encoder import EncodedFrames, FoveatedEncoder
 from .frame_step import choose_step, continues_from_cache, step_through_frames
-from .generation_checks import GenerationChecksMixin, check_generation
-from .input_checks import check_cache, check_context_length, check_inputs, check_left_padded, check_library_arguments
+from .generation_checks import GenerationChecksMixin, check_generation, set_new_tokens
+from .input_checks import check_cache, check_inputs, check_left_padded, check_library_arguments
 from .loading import LoadingMixin
 from .multi_token_encoder import pool_patches
 from .options import FoveationOptions
@@ -130,12 +130,27 @@ class FoveatedVLMForConditionalGeneration(
         """The visual tokens of all frames: one `FrameTokens` per pass, [] without frames. The last entry is the result
         of the mode; in fine mode the first entry is the coarse pass.
 
-        Arguments as in `forward`, but they are not checked here.
+        Arguments and errors as in `forward`.
         """
-        if pixel_values is None or not len(pixel_values):
-            return []
         options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        frames = (pixel_values, num_frames)
+        self._check_inputs(input_ids, attention_mask, *frames, None, frame_times, mode, options)
+        return self._encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+
+    def _encode_frames(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None,
+        num_frames: Tensor | None,
+        frame_times: Tensor | None,
+        mode: str,
+        options: FoveationOptions,
+    ) -> list[FrameTokens]:
+        """`encode_frames` with arguments that have been checked."""
+        if pixel_values is None or not len(pixel_values):
+            return []
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames)
         output_attentions = options.output_attentions
         config = self.config
@@ -176,6 +191,15 @@ class FoveatedVLMForConditionalGeneration(
             passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
         return passes
 
+    def _check_inputs(
+        self, input_ids, attention_mask, pixel_values, num_frames, labels, frame_times, mode, options
+    ) -> None:
+        """Raises ValueError unless the arguments match each other and this network."""
+        frames = (pixel_values, num_frames)
+        check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
+        if options.text is not None and options.text.language_model is not self.language_model:
+            raise ValueError("the packed text belongs to another network. Make it with this network's packed_text")
+
     def packed_text(
         self,
         input_ids: Tensor,
@@ -187,7 +211,8 @@ class FoveatedVLMForConditionalGeneration(
         """The text of a batch as the language model reads it, for FoveationOptions. Calls that share it read the text
         before the frames once.
 
-        places: the indices of the batch; None: computed here, for which a GPU waits. The others as in `forward`.
+        places: the indices of the batch; None: computed here, which synchronises with the GPU. The others as in
+        `forward`.
         """
         if places is None:
             places = BatchPlaces.of(
@@ -286,12 +311,10 @@ class FoveatedVLMForConditionalGeneration(
             options = replace(options, output_attentions=True)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         frames = (pixel_values, num_frames)
-        check_inputs(self.config, input_ids, attention_mask, *frames, labels, frame_times, mode, options)
-        if options.text is not None and options.text.language_model is not self.language_model:
-            raise ValueError("the packed text belongs to another network. Make it with this network's packed_text")
+        self._check_inputs(input_ids, attention_mask, *frames, labels, frame_times, mode, options)
         text = options.text or self.packed_text(input_ids, attention_mask, num_frames, labels)
         options = replace(options, text=text)
-        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        passes = self._encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
         last = passes[-1] if passes else FrameTokens(None)
         wanted = (options.return_logits, options.loss_only, logits_to_keep, num_items_in_batch)
         output = self._score(text, last.visual_tokens, labels is not None, *wanted)
@@ -319,20 +342,18 @@ class FoveatedVLMForConditionalGeneration(
 
         `input_ids` [B, S] must be left-padded. The other arguments are those of `forward`.
 
-        Raises ValueError as in `forward`, for padding on the right, and for a way to generate that needs the ids of the
-        whole prompt or a cache of the caller's (`generation_checks.py`).
+        Raises ValueError as in `forward`, for padding on the right, for an answer that may exceed the language model's
+        context, and for a way to generate that needs the ids of the whole prompt or a cache of the caller's
+        (`generation_checks.py`).
         """
-        options = FoveationOptions.of(options)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        frames = (pixel_values, num_frames)
         check_left_padded(attention_mask)
         check_cache(self)
-        check_inputs(self.config, input_ids, attention_mask, *frames, None, frame_times, mode, options)
         settings = copy.deepcopy(generation_options.pop("generation_config", None) or self.generation_config)
         others = settings.update(**generation_options)  # options outside GenerationConfig, such as a streamer
         check_generation(settings, others)
-        check_context_length(self.config, input_ids.shape[1], settings.max_new_tokens)
-        passes = self.encode_frames(input_ids, attention_mask, *frames, frame_times, mode, options)
+        set_new_tokens(settings, self.config, input_ids.shape[1])
+        passes = self.encode_frames(input_ids, attention_mask, pixel_values, num_frames, frame_times, mode, options)
         read = passes[-1].read if passes and continues_from_cache(settings) else None
         prompt = read.prompt(self, input_ids, attention_mask, settings.max_new_tokens) if read else None
         if prompt is None:

@@ -380,9 +380,17 @@ class PackedText:
         return self._embeddings
 
     def hidden_states(self, visual_tokens: Tensor | None) -> Tensor:
-        """Hidden states of all rows: visual tokens [F, P, E] (None without frames) -> [N, E]."""
+        """Hidden states of all rows: visual tokens [F, P, E] (None without frames) -> [N, E]. ValueError unless every
+        placeholder has a visual token."""
+        places = self.places
+        num_tokens = 0 if visual_tokens is None else visual_tokens.shape[0] * visual_tokens.shape[1]
+        if num_tokens != len(places.visual):
+            raise ValueError(
+                f"{num_tokens} visual tokens for {len(places.visual)} visual placeholders. Pass the visual_tokens that "
+                "encode_frames gives for these samples"
+            )
         self._renew()
-        places, opening = self.places, self._opening
+        opening = self._opening
         if visual_tokens is None or opening is None:
             rows = self.embeddings
             if visual_tokens is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .input_checks import check_preference
+from .input_checks import check_preference, check_tokens
 from .packed_language import PackedText
 
 
@@ -23,12 +23,14 @@ class PreferenceMixin:
         visual_tokens [F, P, E]: from one `encode_frames` for both (None without frames), so both must be identical up
         to the last frame.
 
-        Raises ValueError if the answers do not match each other.
+        Raises ValueError if the answers do not match each other or the visual tokens.
         """
         answers = [_with_mask(answer) for answer in (chosen, rejected)]
         check_preference(self.config, *answers)
         texts = [answer.get("text") for answer in (chosen, rejected)]
         if None in texts:
+            for answer in answers:
+                check_tokens(self.config, *answer)
             self._check_shared_prefix(*answers)
         pairs = zip(answers, texts, strict=True)
         return torch.stack([self._answer_log_probs(*answer, text, visual_tokens) for answer, text in pairs], dim=1)

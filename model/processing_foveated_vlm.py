@@ -235,7 +235,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
         question or one with a control token, placeholders that do not match the media, a file that cannot be read,
         frames of another form, or truncation of visual tokens.
         """
-        layout = {
+        padding_options = {
             "padding": padding,
             "padding_side": padding_side,
             "truncation": truncation,
@@ -244,7 +244,7 @@ class FoveatedVLMProcessor(ProcessorMixin):
             "return_tensors": return_tensors,
         }
         asked = {**options, **(text_kwargs or {})}
-        layout |= {name: asked.pop(name) for name in layout if name in asked}
+        padding_options |= {name: asked.pop(name) for name in padding_options if name in asked}
         still, moving = self._media_processors(asked, images_kwargs or {}, videos_kwargs or {}, audio)
         texts, times = ([text], [frame_times]) if isinstance(text, str) else (text, frame_times)
         if not isinstance(texts, list | tuple):
@@ -261,13 +261,13 @@ class FoveatedVLMProcessor(ProcessorMixin):
             self._sample(number, *sample, still, moving)
             for number, sample in enumerate(zip(texts, kinds, own_images, own_videos, times, strict=True))
         ]
-        batch = self._padded([ids for ids, _, _ in samples], layout)
+        batch = self._padded([ids for ids, _, _ in samples], padding_options)
         frames = [shown for _, shown, _ in samples]
         batch["num_frames"] = np.array([len(shown) for shown in frames], np.int64)
         if batch["num_frames"].any():
             batch["pixel_values"] = normalise(np.concatenate([shown for shown in frames if len(shown)]))
             batch["frame_times"] = np.concatenate([seconds for _, _, seconds in samples])
-        return BatchFeature(batch, tensor_type=layout["return_tensors"])
+        return BatchFeature(batch, tensor_type=padding_options["return_tensors"])
 
     def apply_chat_template(self, conversation, chat_template=None, *, return_tensors="pt", **options):
         """As in transformers, for a conversation or a list of conversations, with images and videos in the contents.
@@ -407,26 +407,27 @@ class FoveatedVLMProcessor(ProcessorMixin):
         still = {name: value for name, value in still.items() if name not in ("fps", "max_frames")}
         return with_options(self.image_processor, still), with_options(self.video_processor, moving)
 
-    def _padded(self, rows: list[np.ndarray], layout: dict) -> dict:
+    def _padded(self, rows: list[np.ndarray], options: dict) -> dict:
         """input_ids and attention_mask of the rows: arrays [B, S], or lists without padding."""
-        length, side, how = layout["max_length"], layout["padding_side"] or "left", layout["padding"]
-        if how not in PADDINGS or side not in ("left", "right"):
+        length, side, padding = options["max_length"], options["padding_side"] or "left", options["padding"]
+        if padding not in PADDINGS or side not in ("left", "right"):
             raise ValueError(
-                f"padding={how!r} must be one of {', '.join(map(repr, PADDINGS))}; padding_side={side!r} left or right"
+                f"padding={padding!r} must be one of {', '.join(map(repr, PADDINGS))}; padding_side={side!r} left or "
+                "right"
             )
-        if layout["truncation"] not in (False, None, "do_not_truncate"):
+        if options["truncation"] not in (False, None, "do_not_truncate"):
             rows = [self._truncated(row, length) for row in rows]
-        if PADDINGS[how] is None:
+        if PADDINGS[padding] is None:
             masks = [np.ones(len(row), np.int64) for row in rows]
             if len({len(row) for row in rows}) == 1:
                 return {"input_ids": np.stack(rows), "attention_mask": np.stack(masks)}
             return {"input_ids": [row.tolist() for row in rows], "attention_mask": [mask.tolist() for mask in masks]}
         size = max(map(len, rows))
-        if PADDINGS[how] == "max_length":
+        if PADDINGS[padding] == "max_length":
             if length is None:
                 raise ValueError("padding='max_length' needs max_length. Pass a number of tokens")
             size = max(size, length)
-        multiple = layout["pad_to_multiple_of"] or 1
+        multiple = options["pad_to_multiple_of"] or 1
         size = -(-size // multiple) * multiple
         pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         ids = np.full((len(rows), size), pad_id, np.int64)

@@ -7,15 +7,20 @@ from .video_processing_foveated_vlm import is_frames
 
 
 def visual_places(
-    layout: str, num_places: int, question_end: int, visual_id: int, bos_id: int
+    layout: str, num_places: int, question_end: int, visual_id: int, bos_id: int | None
 ) -> tuple[int, np.ndarray]:
     """(position in the text's ids, int64 ids to insert there) of the placeholders of a sample.
 
     question_end: position of the question's end-of-turn token. num_places: number of placeholders; 0: nothing is
-    inserted.
+    inserted. bos_id: of the token before the frames in vision_first. ValueError if it is None there.
     """
     places = np.full(num_places, visual_id, np.int64)
     if layout == "vision_first" and num_places:
+        if bos_id is None:
+            raise ValueError(
+                "layout='vision_first' puts a BOS token before the frames, but bos_token_id is None and the tokenizer "
+                "has none. Set bos_token_id"
+            )
         return 0, np.concatenate([[bos_id], places])
     return question_end, places
 
@@ -29,7 +34,7 @@ def are_conversations(conversations) -> bool:
 def per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[list]:
     """The images or videos of every text, from the forms that a call takes. kinds: the placeholders of every text."""
     if not kinds:
-        raise ValueError(f"0 questions but {0 if media is None else len(media)} {kind}s. Pass at least one question")
+        raise ValueError(f"questions: 0, {kind}s: {0 if media is None else len(media)}. Pass at least one question")
     if media is None:
         return [[] for _ in kinds]
     is_list = isinstance(media, list | tuple)
@@ -41,7 +46,7 @@ def per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[
         )
         own = list(media[0] if nested else media)
         if kind == "video" and len(own) != 1 and not kinds[0]:
-            raise ValueError(f"1 questions but {len(own)} videos. Pass a list with one video (or None) per question")
+            raise ValueError(f"questions: 1, videos: {len(own)}. Pass a list with one video (or None) per question")
         return [own]
     counts = [own.count(kind) for own in kinds]
     is_list = hasattr(media, "__len__") and not isinstance(media, str)
@@ -50,9 +55,9 @@ def per_text(kind: str, media, is_single: bool, kinds: list[list[str]]) -> list[
         left = iter(media)
         return [[next(left) for _ in range(count)] for count in counts]
     found = len(media) if is_list else 1
-    if not is_list or found != len(kinds) or not kinds:
+    if not is_list or found != len(kinds):
         raise ValueError(
-            f"{len(kinds)} questions but {found} {kind}s. Pass a list with one {kind} (or None) per question"
+            f"questions: {len(kinds)}, {kind}s: {found}. Pass a list with one {kind} (or None) per question"
         )
     return [_as_list(kind, own) for own in media]
 

@@ -45,6 +45,8 @@ class LanguageCache:
         self.cos, self.sin = rotary_angles(language.rotary_emb, weight, self.places)  # [S, C]
 
     def reset(self) -> None:
+        self.keys.zero_()  # a NaN of an earlier clip would pass the bias
+        self.values.zero_()
         self.bias.fill_(self.lowest)
         self.next_place.zero_()
         self.num_read.zero_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .frame_step import FrameInputs, FramesRead, choose_step, continues_from_cache, release_step, take_step
-from .generation_checks import check_generation
+from .generation_checks import check_generation, set_new_tokens
 
 ANSWER_TOKENS = 64  # that `ask` may generate unless told otherwise
 
@@ -49,7 +49,7 @@ class StreamingSession:
             raise ValueError("the layout is question_first, where the question comes before the frames: give question")
         self.model, self.processor, self.question = model, processor, question
         self.max_num_frames = config.max_num_frames if max_num_frames is None else max_num_frames
-        self.num_frames = 0
+        self.num_frames, self._is_closed = 0, False
         self._before, after = self._text_around_frames("?" if question is None else question)
         num_places = len(self._before) + self.max_num_frames * config.tokens_per_frame
         limit = config.text_config.max_position_embeddings
@@ -72,14 +72,15 @@ class StreamingSession:
     @torch.no_grad()
     def push(self, frame, time: float | None = None) -> Tensor:
         """Reads the next frame and returns the attention over the grid of patches, float32
-        [rows, columns], sum 1 (mean over heads and queries of the last layer).
+        [rows, columns], sum 1 (mean over heads and queries of the last layer), or all 0 without attention to patches.
 
         frame: PIL image or uint8 array [height, width, 3] (cut and compressed as the training data's), or normalised
         pixels, float [3, height, width]. time: seconds from the start, for a model with frame_time_embedding; by
         default frames are 1 / processor.fps apart.
 
-        Raises ValueError for another form, or beyond max_num_frames.
+        Raises ValueError for another form, beyond max_num_frames, or after close.
         """
+        self._check_open()
         if self.num_frames == self.max_num_frames:
             raise ValueError(
                 f"the session holds {self.num_frames} frames, as many as it can: start another, or give stream a "
@@ -92,7 +93,7 @@ class StreamingSession:
         self.visual_tokens[self.num_frames] = seen.visual_tokens[0]
         self.num_frames += 1
         attention = seen.attention_weights[-1, 0].float().mean((0, 1))[1:]  # [N], without the class token
-        return (attention / attention.sum()).view(grid)
+        return (attention / attention.sum().clamp(min=torch.finfo(torch.float32).tiny)).view(grid)
 
     @torch.no_grad()
     def ask(self, question: str | None = None, **generation_options) -> str:
@@ -102,26 +103,30 @@ class StreamingSession:
         visual tokens that were seen for the session's question, read again after the new one. generation_options: the
         library's; greedy and at most ANSWER_TOKENS new tokens unless given.
 
-        Raises ValueError without a question, or if the answer does not fit into the language model's positions.
+        Raises ValueError without a question or a limit of new tokens, for several answers, after close, or if the
+        answer does not fit into the language model's positions.
         """
+        self._check_open()
         model, tokenizer = self.model, self.processor.tokenizer
         question = self.question if question is None else question
         if question is None:
             raise ValueError("the session was started without a question: give ask one")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+        new_tokens = None if "max_length" in generation_options else ANSWER_TOKENS
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
         settings = copy.deepcopy(model.generation_config)
         others = settings.update(**(options | {"pad_token_id": pad_id, "disable_compile": True} | generation_options))
         check_generation(settings, others)
+        if settings.max_new_tokens is None and settings.max_length is None:
+            raise ValueError("max_new_tokens=None and no max_length: pass one, or neither for the default")
+        if (settings.num_return_sequences or 1) > 1:
+            raise ValueError(
+                f"num_return_sequences={settings.num_return_sequences}, but ask returns 1 answer. Call it several times"
+            )
         before, after = self._text_around_frames(question)
         visual = [model.config.visual_token_id] * (self.num_frames * model.config.tokens_per_frame)
         ids = [*before, *visual, *after] if visual else self._text_only(question)
-        limit, new_tokens = model.config.text_config.max_position_embeddings, settings.max_new_tokens
-        if len(ids) + new_tokens > limit:
-            raise ValueError(
-                f"{self.num_frames} frames and the question take {len(ids)} of the language model's {limit} positions, "
-                f"so that max_new_tokens={new_tokens} does not fit: at most {max(0, limit - len(ids))} are left"
-            )
+        set_new_tokens(settings, model.config, len(ids))
         input_ids = torch.tensor([ids], device=model.device)
         mask = torch.ones_like(input_ids)
         own_cache = visual and before == self._before and self._step is not None
@@ -129,7 +134,7 @@ class StreamingSession:
             row = torch.zeros(1, dtype=torch.long, device=model.device)
             num_read = len(before) + len(visual)
             read = FramesRead.of(self._step.cache, num_read, row, copy=False)
-            prompt = read.prompt(model, input_ids, mask, new_tokens)
+            prompt = read.prompt(model, input_ids, mask, settings.max_new_tokens)
         else:
             tokens = self.visual_tokens[: self.num_frames] if visual else None
             prompt = {"inputs_embeds": model.embed(input_ids, tokens), "attention_mask": mask}
@@ -138,10 +143,13 @@ class StreamingSession:
 
     def close(self) -> None:
         """Ends the session: no more frames or questions."""
-        step, self._step = self._step, None
-        self.max_num_frames = self.num_frames
+        step, self._step, self._is_closed = self._step, None, True
         if step is not None:
             release_step(self.model, step)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError(f"the session was closed after {self.num_frames} frames. Start another with model.stream")
 
     def __enter__(self) -> "StreamingSession":
         return self

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .input_checks import check_tokens
 from .outputs import FoveatedVLMOutput
 from .packed_language import PackedText
 from .packing import BatchPlaces
@@ -35,9 +36,12 @@ class TextLossMixin:
 
         input_ids, attention_mask, labels [B, S]; visual_tokens [F, P, E]; text: their `packed_text`.
         The loss is 0 if there is no labelled token. loss_only: without token_loss and correct. logits_to_keep,
-        num_items_in_batch: as in `forward`.
+        num_items_in_batch: as in `forward`. Raises ValueError if placeholders and visual tokens do not match, and,
+        without `text`, for an id or a label outside the vocabulary.
         """
-        text = text or self.packed_text(input_ids, attention_mask, labels=labels)
+        if text is None:
+            check_tokens(self.config, input_ids, attention_mask, labels)
+            text = self.packed_text(input_ids, attention_mask, labels=labels)
         wanted = (return_logits, loss_only, logits_to_keep, num_items_in_batch)
         return self._score(text, visual_tokens, labels is not None, *wanted)
 

@@ -145,10 +145,10 @@ def stream_answer(model, processor, inputs, mode, max_new_tokens):
     import torch
     from transformers import TextStreamer
 
-    from model.input_checks import check_context_length
+    from model.input_checks import check_new_tokens
 
     tokenizer = processor.tokenizer
-    check_context_length(model.config, inputs["input_ids"].shape[1], max_new_tokens)
+    check_new_tokens(model.config, inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         with torch.inference_mode():

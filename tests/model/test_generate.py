@@ -167,6 +167,29 @@ def test_the_models_own_generation_configuration_counts(model, tmp_path):
         model.generate(**asked, max_new_tokens=500)
 
 
+@pytest.mark.parametrize(("options", "count"), [({}, 20), ({"max_length": 30}, 7), ({"max_new_tokens": 4}, 4)])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_is_as_long_as_its_options_allow(model, mode, options, count):
+    """The prompt has 23 tokens, 3 of them visual."""
+    settings = {"mode": mode, "do_sample": False, "eos_token_id": None}
+    answer = model.generate(**question(), **settings, **options)
+    assert torch.equal(answer, model.generate(**question(), **settings, max_new_tokens=count))
+    assert answer.shape == (1, count)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "take 23 of the language model's 32 positions, so max_new_tokens=20 does not fit. Lower it to at most 9"),
+        ({"max_length": 33}, "take 23 of the language model's 32 positions, so max_new_tokens=10 does not fit"),
+        ({"max_length": 23}, "max_length=23 counts the prompt, which has 23 tokens.* or pass max_new_tokens"),
+    ],
+)
+def test_an_answer_beyond_the_context_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(max_positions=32).generate(**question(), **options)
+
+
 def test_a_model_can_be_pickled(model):
     again = pickle.loads(pickle.dumps(model))
     assert again.can_generate()

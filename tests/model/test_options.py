@@ -275,6 +275,17 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
         ),
         ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
         ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
+        ({"visual_scale": None}, "visual_scale=None must be a number above 0, or auto"),
+        ({"visual_token_id": "5"}, "visual_token_id='5' must be an integer of 32000 or more, or None"),
+        *(
+            ({name: value}, f"{name}={value!r} must be True or False")
+            for name in ("query_bias", "tie_first_query", "learnable_temperature", "coarse_only", "blind")
+            for value in ("false", 0, None)
+        ),
+        *(
+            ({"text_config": {"model_type": name}}, f"text_config: model_type='{name}' is not supported, only 'llama'")
+            for name in ("bogus", "gpt2", "dinov2")
+        ),
     ],
 )
 def test_configuration_names_the_value_and_the_limit(change, message):

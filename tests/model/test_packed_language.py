@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration, packed_language
+from model import FoveatedVLMConfig, packed_language
 from tests.model.tiny import LAYOUTS, make_batch, make_model
 from tests.model.varlen import attend_causally
 
@@ -68,9 +68,10 @@ def test_layers_of_another_architecture_are_refused():
     config = make_model().config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     text = Qwen3Config(**{name: getattr(config.text_config, name) for name in sizes}, num_key_value_heads=2)
-    options = {"query_dim": 24, "visual_scale": 0.1, "visual_token_id": 64}
+    with pytest.raises(ValueError, match="model_type='qwen3' is not supported, only 'llama'"):
+        FoveatedVLMConfig(config.vision_config, text, query_dim=24, visual_scale=0.1, visual_token_id=64)
     with pytest.raises(ValueError, match="Qwen3DecoderLayer is not supported"):
-        FoveatedVLMForConditionalGeneration(FoveatedVLMConfig(config.vision_config, text, **options))
+        packed_language.read_packed_rows(Qwen3ForCausalLM(text))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -80,6 +80,15 @@ def test_preference_arguments_that_do_not_fit_are_named(change, message):
         log_probs(make_model(), batch)
 
 
+def test_preferences_need_the_visual_tokens_of_their_frames_and_known_ids():
+    model, (chosen, rejected) = make_model(), answers(preference_batch())
+    with pytest.raises(ValueError, match="0 visual tokens for 6 visual placeholders"):
+        model.preference_log_probs(chosen, rejected)
+    rejected["labels"][1, 3] = 70
+    with pytest.raises(ValueError, match="sample 1 has the label 70 at place 3, but the vocabulary has 64 tokens"):
+        model.preference_log_probs(chosen, rejected, torch.zeros(6, 1, 48))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_log_probabilities_do_not_depend_on_the_batch(mode):

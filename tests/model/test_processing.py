@@ -1,5 +1,6 @@
 """A question asked by hand gives the tensors of the pipeline, whatever form its video has."""
 
+import copy
 import json
 import tarfile
 
@@ -177,11 +178,11 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
     ("text", "videos", "message"),
     [
         ("", None, "expected a question, found ''"),
-        ([], None, "0 questions but 0 videos"),
+        ([], None, "questions: 0, videos: 0"),
         ("a<|im_end|>", None, r"contains the control token <\|im_end\|>. Pass the question only"),
-        (["a", "b"], ["x.mp4"], "2 questions but 1 videos"),
-        ("a", ["x.mp4", "y.mp4"], "1 questions but 2 videos"),
-        (["a"], [Image.new("RGB", (8, 8))] * 2, "1 questions but 2 videos"),
+        (["a", "b"], ["x.mp4"], "questions: 2, videos: 1"),
+        ("a", ["x.mp4", "y.mp4"], "questions: 1, videos: 2"),
+        (["a"], [Image.new("RGB", (8, 8))] * 2, "questions: 1, videos: 2"),
         ("a", "no/such.mp4", "no/such.mp4: missing file"),
         ("a", np.zeros((2, 3, 8, 8), np.uint8), r"shape \[2, 3, 8, 8\] and type uint8, expected"),
         ("a", np.zeros((8, 8, 3), np.uint8), r"shape \[8, 8, 3\] and type uint8, expected"),
@@ -194,7 +195,7 @@ def test_batch_is_left_padded_and_holds_the_samples_alone(made, processor):
         (None, None, "expected a question or a list of questions, found NoneType None"),
         ({"a": 1}, None, "expected a question or a list of questions, found dict"),
         (["a", 5], None, "expected a question, found 5"),
-        (["a"], 5, "1 questions but 1 videos. Pass a list"),
+        (["a"], 5, "questions: 1, videos: 1. Pass a list"),
         ("a", np.zeros((0, 8, 8, 3), np.uint8), "found 0 frames"),
         ("a", 3, "found int of shape"),
     ],
@@ -221,6 +222,14 @@ def test_wrong_input_is_named(processor, text, videos, message):
 def test_an_option_outside_its_range_is_named(processor, option, value, allowed):
     with pytest.raises(ValueError, match=f"^{option}={value!r}, expected {allowed}$"):
         FoveatedVLMProcessor(processor.tokenizer, **({"image_size": 56} | {option: value}))
+
+
+def test_frames_first_need_a_token_before_them(made, processor):
+    given = copy.deepcopy(processor)
+    given.layout, given.bos_token_id = "vision_first", None
+    assert len(given(text="a")["input_ids"][0])  # a text without frames needs none
+    with pytest.raises(ValueError, match=r"layout='vision_first' puts a BOS token .* bos_token_id is None"):
+        given(text="a", videos=made.video)
 
 
 def test_an_unknown_layout_or_fit_is_named(processor):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import frame_step
+from model import frame_step, streaming_session
 from pipeline_steps.common.checkpoint import load_checkpoint
 from tests import checkpoints
 from tests.model.test_frame_step import calling_again
@@ -107,6 +107,52 @@ def test_another_question_is_answered_from_the_tokens_that_were_seen(made, tmp_p
         assert free.ask(OTHER, max_new_tokens=8) == session.ask(OTHER, max_new_tokens=8)
         with pytest.raises(ValueError, match="started without a question: give ask one"):
             free.ask()
+
+
+@torch.no_grad()
+def test_a_closed_session_takes_nothing_more(made, processor, frames):
+    model, _ = load_checkpoint(made.checkpoint)
+    with model.stream(processor, QUESTION) as session:
+        session.push(frames[0])
+    for use in (session.ask, lambda: session.push(frames[1])):
+        with pytest.raises(ValueError, match="the session was closed after 1 frames"):
+            use()
+
+
+@torch.no_grad()
+def test_the_length_of_an_answer_is_the_one_that_was_asked_for(made, tmp_path, frames, monkeypatch):
+    model, processor = pair(made, tmp_path)
+    session = model.stream(processor, QUESTION)
+    session.push(frames[0])
+    length = processor(text=QUESTION, videos=frames[:1])["input_ids"].shape[1]
+    lengths, decode = [], processor.tokenizer.decode
+    monkeypatch.setattr(
+        processor.tokenizer, "decode", lambda ids, **own: lengths.append(len(ids)) or decode(ids, **own)
+    )
+    for options in ({}, {"max_length": length + 3}, {"max_new_tokens": None, "max_length": length + 3}):
+        session.ask(eos_token_id=None, **options)
+    assert lengths == [streaming_session.ANSWER_TOKENS, 3, 3]
+    with pytest.raises(ValueError, match="max_new_tokens=None and no max_length: pass one"):
+        session.ask(max_new_tokens=None)
+    with pytest.raises(ValueError, match="num_return_sequences=2, but ask returns 1 answer"):
+        session.ask(do_sample=True, num_return_sequences=2)
+    with pytest.raises(ValueError, match=f"max_length={length} counts the prompt, which has {length} tokens"):
+        session.ask(max_length=length)
+
+
+def test_without_attention_to_patches_the_map_is_zero(made, processor, frames):
+    model, _ = load_checkpoint(made.checkpoint)
+    session = model.stream(processor, QUESTION)
+    session.push(frames[0])
+    step = session._step
+
+    def to_the_class_token(model, inputs):
+        seen = step(model, inputs)
+        seen.attention_weights = torch.zeros_like(seen.attention_weights).index_fill(-1, torch.tensor([0]), 1)
+        return seen
+
+    session._step = to_the_class_token
+    assert torch.equal(session.push(frames[1]), torch.zeros(4, 4))
 
 
 @torch.no_grad()

@@ -18,6 +18,21 @@ def refuse(message: str, model=None, **changes) -> None:
             model(**with_options(make_batch(model.config.tokens_per_frame) | {"mode": mode} | changes))
 
 
+def with_value(name: str, value: int, place: int) -> torch.Tensor:
+    """A tensor of the batch with another value in sample 2."""
+    tensor = make_batch()[name]
+    tensor[2, place] = value
+    return tensor
+
+
+def ids(value: int) -> torch.Tensor:
+    return with_value("input_ids", value, 9)
+
+
+def labels(value: int, place: int = 9) -> torch.Tensor:
+    return with_value("labels", value, place)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -49,6 +64,12 @@ def refuse(message: str, model=None, **changes) -> None:
             {"labels": make_batch()["input_ids"]},
             "sample 0 has visual placeholders in labels. Set the labels there to -100",
         ),
+        ({"labels": labels(64)}, "sample 2 has visual placeholders in labels"),
+        ({"labels": labels(65)}, "sample 2 has the label 65 at place 9, but the vocabulary has 64 tokens"),
+        ({"labels": labels(-1)}, "sample 2 has the label -1 at place 9"),
+        ({"labels": labels(5, 22)}, "sample 2 has labels where attention_mask is 0. Set them to -100 at padding"),
+        ({"input_ids": ids(65)}, "sample 2 has the token id 65 at place 9, but the vocabulary has 64 .* is 64"),
+        ({"input_ids": ids(-5)}, "sample 2 has the token id -5 at place 9"),
         (
             {"pixel_values": torch.zeros(6, 3, 56, 56, dtype=torch.uint8)},
             "pixel_values has dtype torch.uint8, expected norm",
@@ -61,6 +82,11 @@ def refuse(message: str, model=None, **changes) -> None:
 )
 def test_an_argument_that_does_not_fit_is_named_with_both_numbers(change, message):
     refuse(message, **change)
+    if "labels" not in change and "mode" not in change:
+        given = make_batch() | change
+        given.pop("labels")
+        with pytest.raises(ValueError, match=message):
+            make_model().encode_frames(**with_options(given))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +98,37 @@ def test_targets_of_another_kind_or_shape_are_refused(targets):
         make_model(query_source="oracle"),
         target_patches=targets,
     )
+
+
+def test_frames_are_encoded_in_known_modes_from_their_own_text():
+    batch = make_batch()
+    batch.pop("labels")
+    with pytest.raises(ValueError, match="mode='autoregresive' must be one of coarse, fine, autoregressive"):
+        make_model().encode_frames(**batch, mode="autoregresive")
+    with pytest.raises(ValueError, match=r"needs target_patches for 6 frames.*got None"):
+        make_model(query_source="oracle").encode_frames(**batch)
+    text = make_model().packed_text(*(batch[name] for name in ("input_ids", "attention_mask", "num_frames")))
+    with pytest.raises(ValueError, match="the packed text belongs to another network"):
+        make_model().encode_frames(**batch, options={"text": text})
+
+
+@pytest.mark.parametrize("count", [0, 5, 7])
+@torch.no_grad()
+def test_every_placeholder_has_a_visual_token(count):
+    model, batch = make_model(), make_batch()
+    tokens = torch.zeros(count, 1, 48) if count else None
+    text = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+    with pytest.raises(ValueError, match=f"{count} visual tokens for 6 visual placeholders. Pass the visual_tokens"):
+        model.score_text(*text, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"input_ids": ids(70)}, "token id 70"), ({"labels": labels(70)}, "label 70")]
+)
+def test_scoring_checks_ids_and_labels(change, message):
+    batch = make_batch() | change
+    with pytest.raises(ValueError, match=f"sample 2 has the {message} at place 9"):
+        make_model().score_text(*(batch[name] for name in ("input_ids", "attention_mask", "labels")))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -214,3 +271,49 @@ def test_a_backbone_with_weights_of_another_shape_is_refused(folders):
         with pytest.raises(ValueError, match=f"{role}: .* 0 missing, 0 unexpected, 1 of another shape .*{name}"):
             load(folders)
         save_file(weights, path, metadata={"format": "pt"})
+
+
+def shards(folder, **files):
+    """Spreads the vision weights over these files: {part of the name: whether the file is there}."""
+    path = folder / "vision/model.safetensors"
+    weights, names = load_file(path), [f"model-{part}.safetensors" for part in files]
+    index = {name: names[number % len(names)] for number, name in enumerate(weights)}
+    for name, there in zip(names, files.values(), strict=True):
+        if there:
+            own = {key: weights[key] for key, file in index.items() if file == name}
+            save_file(own, folder / "vision" / name, metadata={"format": "pt"})
+    path.unlink()
+    (folder / "vision/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def cut(folder):
+    path = folder / "vision/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shards(folder, a=True, b=False), r"no model-b\.safetensors \(1 of 2 files .* missing\)\. Save"),
+        (lambda folder: (folder / "vision/model.safetensors").unlink(), r"no model\.safetensors \(1 of 1 files"),
+        (cut, r"vision/model\.safetensors: not a whole safetensors file \(.*\)\. Copy it again"),
+        *(
+            (
+                lambda folder, text=text: (folder / "vision/model.safetensors.index.json").write_text(text),
+                r"vision/model\.safetensors\.index\.json: not a JSON object with a weight_map\. Copy",
+            )
+            for text in ("{", "[]", "{}", '{"weight_map": []}')
+        ),
+    ],
+)
+def test_damaged_vision_weights_are_named(folders, damage, message):
+    damage(folders)
+    with pytest.raises(ValueError, match=message):
+        load(folders)
+
+
+def test_vision_weights_in_several_files_are_read(folders):
+    expected = load(folders).vision_encoder.state_dict()
+    shards(folders, a=True, b=True)
+    found = load(folders).vision_encoder.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
