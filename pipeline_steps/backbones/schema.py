@@ -117,6 +117,16 @@ class Section(StrictModel):
     """Sizes and warm-up of the embedded backbones."""
 
     @model_validator(mode="after")
+    def _local_is_read(self):
+        given = [key for key in ("vision_path", "language_path") if getattr(self.local, key)]
+        if given and self.kind != "local":
+            raise ValueError(
+                f"local.{given[0]} is set, but kind is {self.kind}, so it would not be read: set kind to local, or "
+                f"local.{given[0]} to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patches_subdivide_the_worlds(self):
         """The warm-up renders frames of the procedural world and labels their cells."""
         if self.kind != "embedded":

@@ -287,6 +287,14 @@ def test_patches_that_do_not_subdivide_the_worlds_are_refused_with_the_parameter
     params.check("params.yaml", content)
 
 
+@pytest.mark.parametrize("key", ["vision_path", "language_path"])
+def test_a_local_path_that_no_stage_would_read_is_refused(key):
+    content = params.load(params.ROOT / "params.yaml")
+    content["backbones"]["local"][key] = "/backbones/mine"
+    with pytest.raises(UserError, match=f"local.{key} is set, but kind is embedded, .*: set kind to local"):
+        params.check("params.yaml", content)
+
+
 def test_warm_up_supports_larger_frames_and_finer_patches():
     options = TINY.model_copy(update={"image_size": 112, "patch_size": 7, "vision_steps": 3})
     encoder = vision_encoder.build_vision_encoder(options)
