@@ -108,7 +108,7 @@ def _load_image(file):
     except Image.UnidentifiedImageError:
         raise MediaError(_unknown_format(file)) from None
     except Image.DecompressionBombError:  # Pillow's limit is above MAX_PIXELS
-        raise MediaError(f"unsupported size of the image, expected at most {MAX_PIXELS:,} pixels") from None
+        raise MediaError(f"unsupported size of the image, at most {MAX_PIXELS} px") from None
     except DAMAGED:
         raise MediaError(TRUNCATED) from None
 
@@ -260,4 +260,4 @@ def file_size(path):
 def check_size(width, height, max_pixels):
     """MediaError unless both sides are positive and the area is at most `max_pixels`."""
     if width < 1 or height < 1 or width * height > max_pixels:
-        raise MediaError(f"unsupported size {width}x{height}, expected 1 to {max_pixels:,} pixels")
+        raise MediaError(f"unsupported size {width}x{height}, at most {max_pixels} px")

@@ -16,7 +16,7 @@ MAX_SECONDS = 30  # for one file, on a busy machine; most take some milliseconds
 MAX_BYTES = 800 * 2**20  # peak of the process: a picture of 8192 x 8192 px, and the libraries
 REASONS = (
     "empty file|not an image file|truncated or damaged image|"
-    "unsupported size (of the image, expected at most|\\d+x\\d+, expected 1 to) [0-9,]+ pixels|"
+    "unsupported size (of the image|\\d+x\\d+), at most \\d+ px|"
     "unsupported pixel mode .+|unsupported format (AVIF|HEIC)|"
     "not a video file|truncated or damaged video|truncated video|no video stream|no frames|"
     r"no frame can be decoded|undecodable at \d+\.\d s|frames out of order|unsupported proportions of a pixel|"

@@ -397,9 +397,9 @@ def test_sound_only_and_oversized(tmp_path, clip, monkeypatch):
     assert reason(sound) == "no video stream"
     monkeypatch.setattr("model.video.MAX_VIDEO_PIXELS", 31 * 32)
     monkeypatch.setattr("model.pictures.MAX_PIXELS", 31 * 32)
-    assert reason(clip) == "unsupported size 32x32, expected 1 to 992 pixels"
+    assert reason(clip) == "unsupported size 32x32, at most 992 px"
     image = write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
-    assert reason(image, "image") == "unsupported size 32x32, expected 1 to 992 pixels"
+    assert reason(image, "image") == "unsupported size 32x32, at most 992 px"
 
 
 def test_damaged_images(tmp_path):
