@@ -65,8 +65,8 @@ class TrainingModel(nn.Module):
         return loss, values
 
     def _zero(self) -> Tensor:
-        """A zero with a gradient, so that a micro-batch that trains nothing still takes part in the backward pass of all
-        ranks. It depends on a parameter of the root module, which FSDP2 has gathered here."""
+        """A zero with a gradient: a micro-batch that trains nothing still takes part in the backward pass of all ranks.
+        It depends on a parameter of the root module, which FSDP2 has gathered here."""
         own = (p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor))
         return next(own).sum() * 0.0
 
