@@ -18,6 +18,7 @@ import argparse
 import os
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault(
@@ -48,9 +49,10 @@ from pipeline_steps.evaluation import (
     subset_evals,
     temporal,
 )
-from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_task, score_items
+from pipeline_steps.evaluation.scoring import TEXT, choose_items, for_file, groups_by_task, prefetch, score_items
 from pipeline_steps.inference import gaze
-from pipeline_steps.inference.answers import answer_batch, expected_answer, question
+from pipeline_steps.inference.answers import answer_batch, expected_answer, question, up_to_answer
+from pipeline_steps.inference.likelihood import check_answer_fits
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
@@ -74,7 +76,8 @@ def main():
 
     total = sum(len(numbers) + min(len(numbers), settings.max_answers_per_task) for numbers in chosen.values())
     total += sum(len(numbers) for part in subset_evals.choose(dataset, chosen, settings) for numbers in part.values())
-    loading = prefetch(parameters.runtime, dataset, replication)
+    loading = prefetch(parameters.runtime, dataset, collate)
+    check_answers_fit(model.config, tokenizer, collate, dataset, chosen, settings)
     with progress_bar("evaluation", total=total, unit="item") as progress:
         table = score_items(
             model,
@@ -145,13 +148,13 @@ def load_model(checkpoint):
     return model.to(choose_device()), processor.tokenizer
 
 
-def prefetch(runtime, dataset, image_replication):
-    """Arguments of `streaming.prefetch.map_ordered` for jobs (task, item numbers)."""
-    return {
-        "num_workers": runtime.num_workers,
-        "limit": runtime.prefetch_megabytes * 2**20,
-        "size_of": lambda job: dataset.batch_bytes(np.array(job[1]), image_replication, 1),
-    }
+def check_answers_fit(config, tokenizer, collate, dataset, chosen, settings):
+    """UserError for an item whose generated answer may exceed the language model's context, before any is scored."""
+    free = captions.choose(dataset, chosen, tokenizer, settings.caption_min_words, settings.max_captions_per_task)
+    for number in chain(*(own[: settings.max_answers_per_task] for own in chosen.values()), *free.values()):
+        row = dataset.rows[number]
+        where, size = f"sample '{row['key']}', item {row['item']}", collate.sequence_length(up_to_answer(row))
+        check_answer_fits(config, where, size, settings.max_answer_tokens)
 
 
 def chance(training, dataset, chosen):

@@ -7,11 +7,13 @@ and their halves, which have as many frames as `frames_8` and differ from it in 
 from collections import defaultdict
 
 import numpy as np
+import torch
 
+from model import FoveationOptions
 from pipeline_steps.common.caption_results import CaptionParts, PartOverlap
 from pipeline_steps.evaluation import caption_metrics, captions, statistics, temporal
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import check_context_length
+from pipeline_steps.inference.likelihood import check_answer_fits
 from pipeline_steps.streaming.index import KINDS
 from pipeline_steps.streaming.prefetch import map_ordered
 from pipeline_steps.streaming.targets import source_frame
@@ -67,8 +69,10 @@ def texts_of(model, tokenizer, collate, task, items, part, settings):
     shown = [temporal.select(item, places(part, len(item["frames"]))) for item in items]
     batch = answers.prompt_batch(collate, shown).to(model.device)
     where = f"free-form answers of task '{task}' for {part}"
-    check_context_length(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
-    prompts = answers.embedded_prompts(model, batch.inputs(), "autoregressive")
+    check_answer_fits(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
+    generator = torch.Generator(batch.input_ids.device).manual_seed(settings.seed)
+    options = FoveationOptions(generator=generator, target_patches=batch.target_patches)
+    prompts = answers.embedded_prompts(model, batch.inputs(), "autoregressive", options)
     return answers.generate_after(
         model, tokenizer, prompts, batch.attention_mask, max_new_tokens=settings.max_answer_tokens
     )

@@ -11,7 +11,7 @@ from pipeline_steps.common.caption_results import Captions, CaptionScore, Missed
 from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import check_context_length
+from pipeline_steps.inference.likelihood import check_answer_fits
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import map_ordered
 
@@ -59,7 +59,7 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
     with progress_bar("captions", total=len(numbers), unit="item") as progress:
         for task, items, batch in map_ordered(load, jobs, **prefetch):
             where = f"free-form answers of task '{task}'"
-            check_context_length(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
+            check_answer_fits(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
             texts_by_mode = generate(
                 model, tokenizer, batch.to(model.device), settings.max_answer_tokens, settings.seed
             )
@@ -97,50 +97,53 @@ def summarise(rows, objects, num_samples, seed):
 
 
 def _summary(rows, objects, options):
-    expected = [row["expected"] for row in rows]
+    expected, clips = [row["expected"] for row in rows], [row["key"] for row in rows]
+    modes_of = {mode: [row[mode] for row in rows] for mode in CAPTION_MODES}
     shared = [caption_metrics.overlap(row["fine"], row["coarse"]) for row in rows]
     return Captions(
         num_items=len(rows),
-        modes={mode: _score([row[mode] for row in rows], expected, objects, options) for mode in CAPTION_MODES},
+        modes={mode: _score(texts, expected, objects, clips, options) for mode, texts in modes_of.items()},
         reference=caption_metrics.style(expected),
         overlap_fine_coarse=float(np.mean(shared)),
-        overlap_interval=_interval(shared, options),
+        overlap_interval=_interval(shared, clips, options),
         same_fine_coarse=sum(row["fine"] == row["coarse"] for row in rows) / len(rows),
     )
 
 
-def _score(texts, expected, objects, options):
+def _score(texts, expected, objects, clips, options):
     cider = caption_metrics.cider(texts, expected) if len(texts) > 1 else None
     meteor = caption_metrics.meteor(texts, expected)
     return CaptionScore(
         cider=None if cider is None else float(np.mean(cider)),
-        cider_interval=None if cider is None else _interval(cider, options),
+        cider_interval=None if cider is None else _interval(cider, clips, options),
         bleu=caption_metrics.bleu(texts, expected),
         meteor=float(np.mean(meteor)),
-        meteor_interval=_interval(meteor, options),
-        missed=missed(texts, objects, options),
+        meteor_interval=_interval(meteor, clips, options),
+        missed=missed(texts, objects, clips, options),
         style=caption_metrics.style(texts),
     )
 
 
-def missed(texts, objects, options):
-    """{kind of attribute: Missed} over the texts whose objects are known; empty if no objects are known."""
+def missed(texts, objects, clips, options):
+    """{kind of attribute: Missed} over the texts whose objects are known; empty if no objects are known. clips: clip of
+    every text."""
     found = {}
-    for text, visible in zip(texts, objects, strict=True):
+    for text, visible, clip in zip(texts, objects, clips, strict=True):
         for kind, truths in caption_metrics.attributes(visible or ()).items():
-            found.setdefault(kind, []).append((caption_metrics.named(text, truths), len(truths)))
+            found.setdefault(kind, []).append((caption_metrics.named(text, truths), len(truths), clip))
     result = {}
-    for kind, pairs in found.items():
-        named, known = np.array(pairs).T
+    for kind, counts in found.items():
+        named, known, own = zip(*counts, strict=True)
+        named, known = np.array(named), np.array(known)
         result[kind] = Missed(
             complete_miss=float((named == 0).mean()),
-            interval=_interval(named == 0, options),
+            interval=_interval(named == 0, own, options),
             named=float((named / known).mean()),
-            num_items=len(pairs),
+            num_items=len(counts),
         )
     return result
 
 
-def _interval(values, options):
+def _interval(values, clips, options):
     values = np.asarray(values, dtype=float)
-    return statistics.ratio_interval(values, np.ones(len(values)), **options)
+    return statistics.ratio_interval(values, np.ones(len(values)), clips=clips, **options)

@@ -20,7 +20,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
 from pipeline_steps.evaluation import statistics
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_context_length
+from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_answer_fits
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import map_ordered
 
@@ -140,7 +140,7 @@ def answer_questions(model, tokenizer, batch, asked, known, max_tokens, seed):
     embeddings = answers.embedded_prompts(model, batch.inputs(), options=options)  # frames are encoded once
     sizes = mask.sum(1).tolist()
     for row, size in zip(known, sizes, strict=True):
-        check_context_length(model.config, f"sample '{row['key']}', item {row['item']}", size, max_tokens)
+        check_answer_fits(model.config, f"sample '{row['key']}', item {row['item']}", size, max_tokens)
     generated = answers.generate_after(model, tokenizer, embeddings, mask, max_new_tokens=max_tokens)
     rows = []
     for question, prompt, size, text in zip(asked, embeddings, sizes, generated, strict=True):

@@ -32,7 +32,7 @@ from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.next_frame import NextFrameHeads, TargetMaker, first_frames, pair_losses
 from pipeline_steps.common.next_frame_schema import NextFrameSettings
 from pipeline_steps.evaluation import statistics, temporal
-from pipeline_steps.evaluation.scoring import batches, choose_items, subset
+from pipeline_steps.evaluation.scoring import batches, choose_items, prefetch, subset
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import TokenizedShards
 
@@ -301,11 +301,7 @@ def main():
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
     chosen = choose_items(dataset, settings.max_items_per_task, settings.seed)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
-    loading = {
-        "num_workers": parameters.runtime.num_workers,
-        "limit": parameters.runtime.prefetch_megabytes * 2**20,
-        "size_of": lambda job: dataset.batch_bytes(np.array(job[1]), replication, 1),
-    }
+    loading = prefetch(parameters.runtime, dataset, collate)
     cuts = (tuple(arguments.num_frames), arguments.max_passes)
     result = measure(model, predictor, collate, dataset, chosen, settings, loading, *cuts)
     metrics.write_json(arguments.out, result)

@@ -19,7 +19,7 @@ class Section(StrictModel):
     max_temporal_clips_per_task: NonNegativeInt
     """Of those, with controls or temporal views."""
     max_diagnostic_clips: NonNegativeInt
-    """Clips for diagnostics."""
+    """Clips for diagnostics, of all tasks."""
     max_answers_per_task: NonNegativeInt
     """Greedy answers, or scored free answers, per task."""
     max_answer_tokens: PositiveInt

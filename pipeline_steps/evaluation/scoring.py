@@ -69,6 +69,17 @@ def score_items(model, collate, dataset, chosen, *, batch_size, seed, prefetch, 
     return pd.DataFrame(rows).sort_values(["task", "mode", "key", "item"], ignore_index=True)
 
 
+def prefetch(runtime, dataset, collate):
+    """Arguments of `streaming.prefetch.map_ordered` for jobs (task, item numbers)."""
+    return {
+        "num_workers": runtime.num_workers,
+        "limit": runtime.prefetch_megabytes * 2**20,
+        "size_of": lambda job: dataset.batch_bytes(
+            np.array(job[1]), collate.image_replication, collate.tokens_per_frame
+        ),
+    }
+
+
 def batches(model, collate, dataset, chosen, batch_size, prefetch):
     """(task, items, batch on the model's device, ground truth of each item or None) of all chosen rows, task by
     task. Adds a bool `per_frame` to each item: it has one answer token per frame."""

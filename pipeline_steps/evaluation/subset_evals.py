@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline_steps.common.diagnostic_results import TemperatureScore
 from pipeline_steps.evaluation import attention_probes, controls, diagnostics, temperature_sweep, temporal
-from pipeline_steps.evaluation.scoring import batches, subset
+from pipeline_steps.evaluation.scoring import batches, drawn, subset
 from pipeline_steps.streaming.index import KINDS
 
 VIDEO = KINDS.index("video")
@@ -24,14 +24,14 @@ class SubsetResults:
 
 def choose(dataset, chosen, settings):
     """Three dicts {task: item numbers}, subsets of the scored items: for the controls, the parts of clips and the
-    diagnostics. settings: section `evaluation`."""
+    diagnostics, whose limit is divided among the tasks. settings: section `evaluation`."""
     clips = {name: [n for n in numbers if dataset.index.kind[n] == VIDEO] for name, numbers in chosen.items()}
     clips = {name: numbers for name, numbers in clips.items() if numbers}
-    share = -(-settings.max_diagnostic_clips // max(1, len(clips)))
+    share, rest = divmod(settings.max_diagnostic_clips, max(1, len(clips)))
     return (
         subset(chosen, settings.max_control_items_per_task, settings.seed),
         subset(clips, settings.max_temporal_clips_per_task, settings.seed),
-        subset(clips, share, settings.seed),
+        {name: drawn(own, share + (place < rest), settings.seed) for place, (name, own) in enumerate(clips.items())},
     )
 
 

@@ -79,7 +79,7 @@ def view_rows(model, collate, task, items, view):
 
 
 def aggregate(table, interval):
-    """{task: {view: `View`}}; interval: function of (numerators, denominators) per item."""
+    """{task: {view: `View`}}; interval: function of (numerators, denominators, clips) per item."""
     found = {}
     if table.empty:
         return found

@@ -9,13 +9,14 @@ from pipeline_steps.inference.gaze import normalized_entropy
 
 
 def curve(maps):
-    """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: uniform; largest weight [T])."""
-    return normalized_entropy(maps), maps.max(-1)
+    """maps [T, N], every row summing to 1 -> (entropy [T], 0: one patch, 1: uniform; largest weight [T]). Both are NaN
+    for an all-zero map."""
+    return tuple(np.where(maps.any(-1), values, np.nan) for values in (normalized_entropy(maps), maps.max(-1)))
 
 
 def mean_curves(clips):
     """{mode: {entropy, peak, num_clips}} of clips [{mode: maps [T, N]}]: per frame the mean entropy and peak over the
-    clips with that frame, and the number of those clips."""
+    clips with attention to a patch of that frame, and the number of those clips."""
     curves = {}
     for maps in clips:
         for mode, values in maps.items():

@@ -7,6 +7,8 @@ import torch
 
 from model import FoveationOptions
 
+PROBE = "\N{REPLACEMENT CHARACTER}"
+
 
 def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregressive"):
     """The model's answer to the question of every item: list of str. The items form one left-padded batch."""
@@ -77,6 +79,9 @@ def expected_answer(tokenizer, item):
 
 
 def question(tokenizer, item):
-    """The text of the last user turn of the chat."""
-    chat = tokenizer.decode(item["input_ids"][: answer_span(item)[0]], skip_special_tokens=False)
-    return chat.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0].strip()
+    """The text of the last user turn of the chat, found by the tokenizer's chat template."""
+    turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user", "assistant")]
+    _, closing, between, _, end = tokenizer.apply_chat_template(turns, tokenize=False).split(PROBE)
+    ids = item["input_ids"][: answer_span(item)[0]]
+    chat = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return chat.rstrip().removesuffix(closing.rstrip()).rpartition(between.removeprefix(end))[2].strip()

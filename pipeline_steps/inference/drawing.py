@@ -128,7 +128,9 @@ def mark_box(picture, box):
 
 
 def mark_peak(picture, values):
-    """Draws a ring on the patch with the most attention."""
+    """Draws a ring on the patch with the most attention, if there is any."""
+    if not values.any():
+        return picture
     grid = round(len(values) ** 0.5)
     row, column = divmod(int(np.argmax(values)), grid)
     x, y, radius = (column + 0.5) * picture.width / grid, (row + 0.5) * picture.height / grid, picture.width / 28

@@ -14,10 +14,10 @@ SHARES = ("peak_on_target", "peak_on_any_object", "mass_on_target", "chance", "c
 def attention_maps(weights):
     """Attention as maps over the patches: weights [L, T, H, K, 1 + N] -> [L, T, N].
 
-    Mean over heads and queries; the class token (first column) is dropped and each map is rescaled to sum to 1.
+    Mean over heads and queries; the class token (first column) is dropped and each map is rescaled to sum to 1. The map
+    of a frame whose queries attend only to the class token is all zeros.
     """
-    patches = np.asarray(weights, dtype=np.float64).mean(axis=(2, 3))[..., 1:]
-    return patches / patches.sum(axis=-1, keepdims=True)
+    return _rescaled(np.asarray(weights, dtype=np.float64).mean(axis=(2, 3))[..., 1:])
 
 
 def normalized_entropy(weights):
@@ -30,17 +30,20 @@ def normalized_entropy(weights):
 def head_maps(weights):
     """Like `attention_maps`, per head: weights [L, T, H, K, 1 + N] -> [L, H, T, N], mean over queries. The map of a
     head that attends only to the class token is all zeros."""
-    patches = np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2)
+    return _rescaled(np.asarray(weights, dtype=np.float64).mean(axis=3)[..., 1:].swapaxes(1, 2))
+
+
+def _rescaled(patches):
     total = patches.sum(axis=-1, keepdims=True)
     return np.divide(patches, total, out=np.zeros_like(patches), where=total > 0)
 
 
 def on_patches(maps, patches):
-    """maps [..., T, N], patches bool [T, N] -> (whether the strongest patch is among `patches`: bool [..., T],
-    attention mass on `patches`: [..., T])."""
+    """maps [..., T, N], patches bool [T, N] -> (whether the strongest patch is among `patches`: bool [..., T], never of
+    an all-zero map; attention mass on `patches`: [..., T])."""
     peaks = maps.argmax(-1)[..., None]
     hits = np.take_along_axis(np.broadcast_to(patches, maps.shape), peaks, axis=-1)[..., 0]
-    return hits, (maps * patches).sum(-1)
+    return hits & maps.any(-1), (maps * patches).sum(-1)
 
 
 def summary(maps, truth):
@@ -65,7 +68,6 @@ def summary(maps, truth):
 def head_summary(maps, truth):
     """Sums of one item as in `summary`, per layer and head (flattened). maps [L, H, T, N]."""
     hits, mass = on_patches(maps, truth.target)
-    hits &= maps.any(-1)  # an all-zero map has no peak
     planned = truth.target.any(-1) & (np.arange(maps.shape[2]) > 0)
     sums = {"per_head": hits[..., planned].sum(-1), "mass_per_head": mass[..., planned].sum(-1)}
     return {name: values.ravel().tolist() for name, values in sums.items()}

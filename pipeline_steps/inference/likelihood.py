@@ -35,13 +35,14 @@ def last_control_token(tokenizer, ids):
     return max((place for place, number in enumerate(ids) if number in control), default=0)
 
 
-def check_context_length(config, where, num_prompt, num_answer):
+def check_answer_fits(config, where, num_prompt, num_answer):
     """UserError if prompt and longest answer (both in tokens) exceed the language model's context length."""
     limit = config.text_config.max_position_embeddings
     if num_prompt + num_answer > limit:
         raise UserError(
             f"{where}: prompt with frames ({num_prompt} tokens) plus longest answer ({num_answer}) exceed the language "
-            f"model's context of {limit} tokens. Remove the item or lower shards.max_frames."
+            f"model's context of {limit} tokens. Remove the item, or lower shards.max_frames or, if the answer is "
+            "generated, evaluation.max_answer_tokens."
         )
 
 

@@ -28,7 +28,7 @@ from model.pictures import IMAGE_SUFFIXES
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.inference.answers import embedded_prompts
-from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_context_length, last_control_token
+from pipeline_steps.inference.likelihood import answer_ids, answer_log_probs, check_answer_fits, last_control_token
 
 OPTIONS = (
     "do_sample",
@@ -152,7 +152,7 @@ class FoveatedVLM(lmms):
         prompt, prompts = self._prompt(context, self._visual(*place) if place else None)
         where = f"the context {context[:60]!r}"
         ids = [answer_ids(self.tokenizer, prompt, answer, where) for answer in answers]
-        check_context_length(self.model.config, where, prompts.shape[1], max(map(len, ids)))
+        check_answer_fits(self.model.config, where, prompts.shape[1], max(map(len, ids)))
         log_probs, most_likely = answer_log_probs(self.model, prompts, ids)
         return [Likelihood((-row.sum().item(), hits)) for row, hits in zip(log_probs, most_likely, strict=True)]
 
@@ -200,8 +200,8 @@ class FoveatedVLM(lmms):
                 f"max_new_tokens, until, stop_sequences, {', '.join(OPTIONS)}. "
                 "Remove them with --gen_kwargs or in the task's file."
             )
-        warm = options.get("temperature", 0) > 0  # tasks request greedy decoding with temperature 0
-        options["do_sample"] = warm and options.get("do_sample", True)
+        samples = bool(options.get("do_sample", "temperature" in options))
+        options["do_sample"] = samples and options.get("temperature") != 0  # tasks ask for greedy decoding by 0, too
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         return options, stops

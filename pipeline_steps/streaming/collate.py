@@ -75,6 +75,10 @@ class Collator:
             rejected=rejected,
         )
 
+    def sequence_length(self, row: dict) -> int:
+        """Return the number of tokens of an item, visual tokens included, given its row of the sidecar."""
+        return len(self._insert(row, self._repeats(row) * row["num_frames"])["ids"])
+
     def _per_frame(self, items: list[dict], name: str, nothing: np.ndarray) -> np.ndarray:
         """Concatenate a per-frame field, repeated like the frames. `nothing`: its value for a batch without frames."""
         rows = [np.repeat(np.asarray(item[name], nothing.dtype), self._repeats(item), axis=0) for item in items]

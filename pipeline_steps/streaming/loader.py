@@ -36,8 +36,8 @@ class Loader:
     """Iterates over the batches of a `StagePlan` for one of `world_size` ranks, from `step` to the end.
 
     A sample whose frames cannot be read or decoded is skipped, reported once on stderr and counted in `quarantined`.
-    Raises UserError if their share of this rank's samples exceeds `streaming.max_quarantined`, or if a batch has no
-    readable sample.
+    Raises UserError if they are more than `streaming.max_quarantined` allows of the samples of all ranks, if a batch
+    has no readable sample, or for the first one with `lockstep`.
     """
 
     def __init__(
@@ -51,13 +51,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        lockstep: bool = False,
     ):
         """Raises UserError if a step has fewer samples than ranks. streaming, runtime: sections of the parameters.
-        pin_memory: put batches into pinned memory, for a GPU."""
+        pin_memory: put batches into pinned memory, for a GPU. lockstep: all ranks need the planned samples (FSDP)."""
         served.plan.check_ranks(world_size)
         self.dataset, self.plan, self.mixture = dataset, served.plan, served.mixture
         self.collate, self.streaming, self.runtime = collate, streaming, runtime
-        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.rank, self.world_size, self.pin_memory, self.lockstep = rank, world_size, pin_memory, lockstep
         self.step = 0  # the next step
         self.quarantined: dict[str, dict] = {}  # key -> reason, times (how often it was skipped)
 
@@ -124,27 +125,35 @@ class Loader:
 
     def _quarantine(self, unreadable: list[UnreadableSample]) -> None:
         for error in unreadable:
+            if self.lockstep:
+                raise UserError(
+                    f"step {self.step + 1}: sample '{error.key}' is unreadable ({error.reason}). FSDP ranks run in "
+                    "lockstep, so none can skip a sample. Rebuild the shards (`dvc repro shards`), or set "
+                    "training.common.sharding to ddp."
+                )
             if error.key not in self.quarantined:
                 print(printable(f"skipped sample '{error.key}': {error.reason}"), file=sys.stderr)
             entry = self.quarantined.setdefault(error.key, {"reason": error.reason, "times": 0})
             entry["times"] += 1
-        served = self.plan.num_samples / self.world_size
-        if unreadable and self.num_quarantined > self.streaming.max_quarantined * served:
-            listing = "\n".join(
-                f"  {key}: {entry['reason']}" for key, entry in list(self.quarantined.items())[:MAX_LISTED]
-            )
-            more = len(self.quarantined) - MAX_LISTED
-            raise UserError(
-                f"step {self.step + 1}: {self.num_quarantined} of {served:,.0f} sample(s) are unreadable, more than "
-                f"streaming.max_quarantined allows ({self.streaming.max_quarantined:.3%}):\n{listing}"
-                + (f"\n  ... and {more} more" if more > 0 else "")
-                + f"\n{REPAIR}"
-            )
+        if unreadable:
+            self.check_quarantined(self.quarantined)
 
-    @property
-    def num_quarantined(self) -> int:
-        """How often samples were skipped."""
-        return sum(entry["times"] for entry in self.quarantined.values())
+    def check_quarantined(self, quarantined: dict[str, dict]) -> None:
+        """Raise UserError if the share of skipped samples exceeds `streaming.max_quarantined`.
+
+        quarantined: those of this rank, checked at once, or of all ranks, checked before a state is saved.
+        """
+        skipped, limit = sum(entry["times"] for entry in quarantined.values()), self.streaming.max_quarantined
+        if skipped <= limit * self.plan.num_samples:
+            return
+        listing = "\n".join(f"  {key}: {entry['reason']}" for key, entry in list(quarantined.items())[:MAX_LISTED])
+        more = len(quarantined) - MAX_LISTED
+        raise UserError(
+            f"step {self.step + 1}: {skipped} of {self.plan.num_samples:,} sample(s) are unreadable, more than "
+            f"streaming.max_quarantined allows ({limit:.3%}):\n{listing}"
+            + (f"\n  ... and {more} more" if more > 0 else "")
+            + f"\n{REPAIR}"
+        )
 
     def state_dict(self) -> dict:
         """Return the state to resume after the last yielded batch: plain numbers and strings."""

@@ -28,7 +28,7 @@ class Section(StrictModel):
     batching: Batching
     """How optimizer steps are batched."""
     max_quarantined: float = Field(ge=0, le=1)
-    """Unreadable share of samples."""
+    """Unreadable share of samples; none with FSDP."""
     reader: Literal["local", "webdataset"]
     """Training data from data/shards or `url`."""
     url: str | None

@@ -6,8 +6,13 @@ from pipeline_steps.training.context import TrainContext, TrainState, averaged
 
 
 def save_state(run: TrainContext, state: TrainState, step: int) -> None:
-    """Saves the state after a step. The main process writes it; every rank must call this to gather the tensors."""
-    loader = run.loader.state_dict() | {"quarantined": all_quarantined(run)}
+    """Saves the state after a step. The main process writes it; every rank must call this to gather the tensors.
+
+    UserError if the ranks have skipped too many unreadable samples together.
+    """
+    quarantined = all_quarantined(run)
+    run.loader.check_quarantined(quarantined)
+    loader = run.loader.state_dict() | {"quarantined": quarantined}
     tensors = stage_weights(run) | {"optimizer": state.optimizer.tensors(state.names)}
     if state.ema is not None:
         tensors["average"] = {name: checkpoint_io.full_tensor(value) for name, value in state.ema.values.items()}

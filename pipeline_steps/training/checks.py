@@ -21,19 +21,20 @@ SAME_TOKEN = 0.98  # cosine similarity above which two visual tokens count as eq
 BOUND_ACCURACY = 0.9  # accuracy above which attributes count as bound to their objects
 
 
-def check_finite(stage: str, step: int, loss: float, norm: float, batch: Batch, folder: Path) -> None:
-    """UserError if the loss or gradient norm of a step is NaN or infinite. Saves the batch and names its samples."""
+def check_finite(stage: str, step: int, loss: float, norm: float, batch: Batch, folder: Path, rank: int = 0) -> None:
+    """UserError if the loss or gradient norm of a step is NaN or infinite. Saves this rank's batch and names its
+    samples: every rank has a file of its own."""
     if np.isfinite(loss) and np.isfinite(norm):
         return
-    path = folder / f"non_finite-{step:08d}.safetensors"
+    path = folder / f"non_finite-{step:08d}-rank{rank}.safetensors"
     tensors = {name: value.contiguous().cpu() for name, value in batch.tensors().items()}
     with writable(folder):
         save_file(tensors, path)
     write_json(path.with_suffix(".json"), {"keys": batch.keys, "loss": str(loss), "grad_norm": str(norm), "step": step})
     raise UserError(
-        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch.keys)}. The weights were "
-        f"not updated. Lower training.{stage}.learning_rate or inspect the batch, {path}; the last state is in the "
-        "same folder."
+        f"{stage} step {step}: loss {loss}, gradient norm {norm} on samples {', '.join(batch.keys)} (rank {rank}). The "
+        f"weights were not updated. Lower training.{stage}.learning_rate or inspect the batch, {path}, and those of "
+        "other ranks beside it; the last state is in the same folder."
     )
 
 
@@ -103,7 +104,7 @@ def repeat_warnings(stage: str, mixture: dict[str, dict], warn_above_epochs: flo
 
 
 def find_micro_batch_size(batch_size: int, try_size: Callable[[int], None]) -> int:
-    """The largest of batch_size, batch_size / 2, batch_size / 4 ... that fits into GPU memory.
+    """The largest size that fits into GPU memory: batch_size, or a half of the size before, rounded up.
 
     try_size: runs forward and backward with that many of the largest samples. UserError if a single sample does not
     fit.

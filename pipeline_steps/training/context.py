@@ -84,6 +84,7 @@ class TrainContext:
         )
         group = self.distributed
         place = {"rank": group.rank, "world_size": group.world_size, "pin_memory": group.device != "cpu"}
+        place["lockstep"] = self.is_sharded
         return Loader(self.train, self.stage_plan, collate, self.streaming, self.runtime, **place)
 
     @cached_property

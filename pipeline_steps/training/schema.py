@@ -113,6 +113,11 @@ class Stage(StrictModel):
             raise ValueError(
                 "the schedule converging needs converged_learning_rate: {connector: , vision: , language: }"
             )
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio:g} and decay_share {self.decay_share:g} of the schedule wsd overlap: "
+                "lower them to a sum of at most 1"
+            )
         if self.loss == "preference" and self.text_share:
             raise ValueError(
                 f"text_share is {self.text_share}, but preference trains on pairs of answers only: set it to 0"

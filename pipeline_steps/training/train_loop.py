@@ -1,12 +1,13 @@
 """The training loop of all stages.
 
 All randomness is a function of (seed, stage, step), so a state needs no random state. A run that is killed at any point
-and resumed ends with bit-identical weights (on CPU, with the same number of threads).
+and resumed ends with bit-identical weights (on CPU, with the same number of threads). Random queries and Gumbel
+attention are drawn for every micro-batch of a rank, so they also depend on how a batch is divided.
 """
 
 import copy
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.streaming.batch import Batch
+from pipeline_steps.streaming.dataset import TokenizedShards, UnreadableSample
 from pipeline_steps.training import checkpoint_io, checks
 from pipeline_steps.training.checkpointing import (
     all_quarantined,
@@ -97,7 +99,7 @@ def prepare(run: TrainContext) -> TrainState:
     if ema is not None:
         ema.load(tensors["average"])
     run.history, run.best = values["history"], values["best"]
-    own = values["loader"] if run.distributed.is_main else values["loader"] | {"quarantined": {}}
+    own = values["loader"] if run.distributed.is_main else values["loader"] | {"quarantined": {}}  # counted once
     run.loader.load_state_dict(own)
     announce(run, [f"{run.stage}: resuming from step {run.loader.step} of {run.num_steps} ({run.folder})"])
     return state
@@ -139,7 +141,7 @@ def check_lockstep(run: TrainContext) -> None:
 
 def choose_micro_batch_size(run: TrainContext) -> int | None:
     """Samples per forward pass: the configured number, or None for the whole batch. `auto` finds how many of the
-    largest samples fit into every GPU's memory beside gradients and optimizer state (`reserve_state`).
+    stage's largest samples fit into every GPU's memory beside gradients and optimizer state (`reserve_state`).
 
     Every rank tries it with the unsharded model, so with FSDP more may fit than is found.
     """
@@ -151,15 +153,27 @@ def choose_micro_batch_size(run: TrainContext) -> int | None:
     share = -(-int(np.diff(run.stage_plan.plan.starts).max()) // run.distributed.world_size)
     patches = (run.train.image_size // run.model.config.vision_config.patch_size) ** 2
     places = run.train.index.num_tokens + run.train.index.shown_frames(run.streaming.image_replication) * patches
-    largest = np.argsort(-places, kind="stable").tolist()
+    read = np.unique(run.stage_plan.plan.order)
+    largest = read[np.argsort(-places[read], kind="stable")].tolist()
 
     def try_size(size: int) -> None:
-        batch = run.loader.collate([run.train[number] for number in largest[:size]])
-        try_micro_batch(run, batch, accumulates=size < share)
+        if items := readable(run.train, largest, size):  # without any, the first step stops the run
+            try_micro_batch(run, run.loader.collate(items), accumulates=size < share)
 
     size = run.distributed.smallest(checks.find_micro_batch_size(share, try_size))
     announce(run, [f"{run.stage}: micro-batches of {size} samples fit into the memory of {run.device}"])
     return size
+
+
+def readable(dataset: TokenizedShards, numbers: list[int], count: int) -> list[dict]:
+    """The first `count` items among `numbers` whose frames can be read."""
+    items = []
+    for number in numbers:
+        if len(items) == count:
+            break
+        with suppress(UnreadableSample):
+            items.append(dataset[number])
+    return items
 
 
 def reserve_state(run: TrainContext) -> list[torch.Tensor]:
@@ -250,7 +264,8 @@ def read_step(run: TrainContext, launched: LaunchedStep) -> dict:
     if launched.done is not None:
         launched.done.synchronize()
     numbers = dict(zip(launched.names, launched.values.tolist(), strict=True))
-    checks.check_finite(run.stage, launched.step, numbers["loss"], numbers["grad_norm"], launched.batch, run.folder)
+    losses = (numbers["loss"], numbers["grad_norm"])
+    checks.check_finite(run.stage, launched.step, *losses, launched.batch, run.folder, run.distributed.rank)
     row = launched.row | numbers
     if run.distributed.world_size > 1:  # a term that no rank has is NaN
         row = {name: value for name, value in row.items() if value == value}

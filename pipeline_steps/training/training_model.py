@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model import FoveatedVLMForConditionalGeneration, FoveatedVLMOutput, FoveationOptions
 from model.packed_language import PackedText
@@ -58,7 +59,16 @@ class TrainingModel(nn.Module):
                     "lacks. Add it."
                 )
             terms |= found
-        return sum_terms(terms, self.counts(batch), totals)
+        loss, values = sum_terms(terms, self.counts(batch), totals)
+        if not (isinstance(loss, Tensor) and loss.requires_grad):  # text only, and the language model is frozen
+            loss = loss + self._zero()
+        return loss, values
+
+    def _zero(self) -> Tensor:
+        """A zero with a gradient: a micro-batch that trains nothing still takes part in the backward pass of all ranks.
+        It depends on a parameter of the root module, which FSDP2 has gathered here."""
+        own = (p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        return next(own).sum() * 0.0
 
     def _outputs(self, batch: Batch, num_plans: int, reference: nn.Module | None) -> Outputs:
         options = FoveationOptions(

@@ -15,7 +15,8 @@ def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
     attention diagnostics.
 
     A task without a scored token (answers of punctuation only) has no row. With DDP the ranks split the items and sum
-    their scores; with FSDP, whose ranks run in lockstep, every rank scores all items.
+    their scores; with FSDP, whose ranks run in lockstep, every rank scores all items. Random queries are a function of
+    (seed, stage, step), the same for all modes.
     """
     collate = Collator.for_model(
         run.model.config, loss="answer_only", image_replication=run.streaming.image_replication
@@ -24,10 +25,10 @@ def validate(run, step: int, modes: tuple[str, ...] = ("fine",)) -> list[dict]:
     rows = []
     for (source, task), numbers in sorted(chosen_items(run).items()):
         for mode in modes:
-            loss, correct, tokens = _sums(run, numbers, collate, mode)
+            loss, correct, tokens = _sums(run, numbers, collate, mode, step)
             scores = {"mode": mode, "tokens": int(tokens), "loss": loss / tokens, "accuracy": correct / tokens}
             rows.append({"event": "validation", "step": step, "source": source, "task": task, **scores})
-    diagnostics = diagnose(run, collate)
+    diagnostics = diagnose(run, collate, step)
     return [*rows, {"event": "diagnostics", "step": step, **diagnostics}] if diagnostics else rows
 
 
@@ -42,6 +43,11 @@ def chosen_items(run) -> dict[tuple[str, str], list[int]]:
     return chosen
 
 
+def noise(run, step: int) -> torch.Generator:
+    """Generator of random queries, seeded by (seed, stage, step), on the run's device."""
+    return torch.Generator(run.device).manual_seed(int(run.generator(step, 3).integers(2**63)))
+
+
 def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
     """The network's output for a batch with its labels. options: of `FoveationOptions`."""
     text = text_of(run.training_model.network, batch)
@@ -50,14 +56,15 @@ def infer(run, batch: Batch, mode: str, **options) -> FoveatedVLMOutput:
 
 
 @torch.no_grad()
-def _sums(run, numbers: list[int], collate: Collator, mode: str) -> tuple[float, float, float]:
+def _sums(run, numbers: list[int], collate: Collator, mode: str, step: int) -> tuple[float, float, float]:
     """(sum of losses, correct tokens, tokens) over the scored tokens of the items."""
     group, size = run.distributed, run.micro_batch_size or run.common.batch_size
     own = numbers if run.is_sharded else numbers[group.rank :: group.world_size]
     loss = correct = tokens = 0
+    generator = noise(run, step)
     for start in range(0, len(own), size):
         batch = collate([run.validation[number] for number in own[start : start + size]]).to(run.device)
-        output, scored = infer(run, batch, mode), batch.score_mask
+        output, scored = infer(run, batch, mode, generator=generator), batch.score_mask
         loss += output.token_loss[scored].double().sum().item()
         correct += int(output.correct[scored].sum())
         tokens += int(scored.sum())
@@ -73,13 +80,14 @@ def monitored_items(run) -> list[dict]:
 
 
 @torch.no_grad()
-def diagnose(run, collate: Collator) -> dict[str, float]:
+def diagnose(run, collate: Collator, step: int) -> dict[str, float]:
     """`attention_diagnostics` of the monitored items; {} for a network without queries or a split without frames."""
     items = monitored_items(run)
     if run.model.config.architecture != "foveated" or not items:
         return {}
     batch = collate(items).to(run.device)
-    fine, coarse = (infer(run, batch, mode, output_attentions=True) for mode in ("fine", "coarse"))
+    options = {"output_attentions": True}
+    fine, coarse = (infer(run, batch, mode, generator=noise(run, step), **options) for mode in ("fine", "coarse"))
     values = attention_diagnostics(fine, coarse, batch.num_frames)
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
@@ -92,6 +100,8 @@ def log_attention_maps(run, step: int) -> None:
         return
     run.training_model.eval()
     collate = Collator.for_model(run.model.config, loss="answer_only", image_replication=1)
-    weights = infer(run, collate(items).to(run.device), "fine", output_attentions=True).attention_weights
-    maps = weights[-1].float().mean((1, 2))[:, 1:]  # [F, N], without the class token
-    run.logger.pictures(step, items, (maps / maps.sum(1, keepdim=True)).cpu().numpy())
+    options = {"generator": noise(run, step), "output_attentions": True}
+    weights = infer(run, collate(items).to(run.device), "fine", **options).attention_weights
+    maps = weights[-1].float().mean((1, 2))[:, 1:]  # [F, N], without the class token, which may get everything
+    totals = maps.sum(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    run.logger.pictures(step, items, (maps / totals).cpu().numpy())

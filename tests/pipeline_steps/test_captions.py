@@ -165,11 +165,11 @@ def test_attributes_are_colours_digits_and_their_binding():
 def test_missed_counts_texts_that_name_nothing():
     objects = [(thing("red", 7), thing("blue", 3))] * 4 + [None]
     texts = ["red 7, blue 3", "Red 3, blue 7", "green 5", "reddish 77", "red 7"]
-    found = captions.missed(texts, objects, INTERVAL)
+    found = captions.missed(texts, objects, list("abcde"), INTERVAL)
     assert {kind: value.num_items for kind, value in found.items()} == {"colour": 4, "digit": 4, "bound": 4}
     assert {kind: value.complete_miss for kind, value in found.items()} == {"colour": 0.5, "digit": 0.5, "bound": 0.75}
     assert {kind: value.named for kind, value in found.items()} == {"colour": 0.5, "digit": 0.5, "bound": 0.25}
-    assert captions.missed(["red 7"], [None], INTERVAL) == {}
+    assert captions.missed(["red 7"], [None], ["a"], INTERVAL) == {}
 
 
 # ---------------------------------------------------------------- whole measurements
@@ -177,7 +177,8 @@ def test_missed_counts_texts_that_name_nothing():
 
 def rows_of(expected, **modes):
     return [
-        {"task": "caption", "expected": text, **{mode: texts[place] for mode, texts in modes.items()}}
+        {"key": f"clip-{place}", "task": "caption", "expected": text}
+        | {mode: texts[place] for mode, texts in modes.items()}
         for place, text in enumerate(expected)
     ]
 
@@ -197,6 +198,22 @@ def test_summary_sets_modes_beside_each_other():
     assert found.modes["blind"].style.same_opening == 1
     assert found.reference.same_opening == 0.25
     assert (found.overlap_fine_coarse, found.same_fine_coarse) == (0, 0)
+
+
+def test_captions_of_one_clip_are_resampled_together():
+    """Four equal captions per clip are no more evidence than one: the intervals stay as wide."""
+    truth, wrong = ["red 7", "blue 3"] * 10, ["red 7", "green 0", "green 0", "blue 3"] * 5
+    objects = [(thing(*text.split()[:1], int(text.split()[1])),) for text in truth]
+    answers = dict.fromkeys(("coarse", "fine", "autoregressive", "blind"), wrong)
+    one, four = (
+        captions.summarise([row for row in rows_of(truth, **answers) for _ in range(count)], seen, 200, 1)["caption"]
+        for count, seen in ((1, objects), (4, [own for own in objects for _ in range(4)]))
+    )
+    assert four.num_items == 4 * one.num_items
+    for name in ("coarse", "fine"):
+        assert four.modes[name].meteor_interval == pytest.approx(one.modes[name].meteor_interval)
+        assert four.modes[name].missed["bound"].interval == pytest.approx(one.modes[name].missed["bound"].interval)
+    assert four.overlap_interval == pytest.approx(one.overlap_interval)
 
 
 def test_one_item_has_no_cider():
@@ -320,6 +337,23 @@ def test_short_clips_have_no_parts_and_a_reason(made):
     assert found["caption"].reason == "the longest clip has 4 frames, 16 are needed"
 
 
+def check_targets_reach_the_network(made, item, tokenizer):
+    """Of a network with the query source oracle."""
+    model, targets = checkpoints.make_lively_model(query_source="oracle"), []
+    item = item | {"target_patches": np.eye(LongClips.NUM, 16, dtype=bool)}
+    encode_frames = model.encode_frames
+
+    def noted(*arguments, options=None, **inputs):
+        targets.append(options.target_patches)
+        return encode_frames(*arguments, options=options, **inputs)
+
+    model.encode_frames = noted
+    collate = Collator.for_model(model.config, loss="answer_only", image_replication=1)
+    caption_parts.texts_of(model, tokenizer, collate, "caption", [item], "frames_8", SETTINGS)
+    shown = caption_parts.places("frames_8", LongClips.NUM)
+    assert [own.tolist() for own in targets] == [item["target_patches"][shown].tolist()]
+
+
 def test_answers_to_parts_are_those_of_the_model(made):
     model = checkpoints.make_lively_model()
     dataset, tokenizer, collate, chosen, rows, lengths, found = parts_measured(made, model, LongClips)
@@ -331,6 +365,7 @@ def test_answers_to_parts_are_those_of_the_model(made):
         shown = item | {name: item[name][places] for name in ("frames", "frame_times")} | {"num_frames": len(places)}
         assert row[part] == answer_batch(model, tokenizer, collate, [shown], SETTINGS.max_answer_tokens)[0], part
     assert len({row[part] for part in caption_parts.PARTS}) > 1
+    check_targets_reach_the_network(made, item, tokenizer)
     assert found["caption"].num_items == 1
     *_, nothing = parts_measured(made, model, LongClips, max_temporal_clips_per_task=0)
     assert nothing["caption"].reason == "evaluation.max_temporal_clips_per_task is 0"

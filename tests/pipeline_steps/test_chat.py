@@ -9,6 +9,7 @@ import yaml
 from pipeline_steps.common import choices, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import Item
+from pipeline_steps.inference.answers import question
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from tests.pipeline_steps.chats import (
@@ -65,6 +66,17 @@ def masked(tokenizer, row, name):
 
 
 # ---------------------------------------------------------------- one chat
+
+
+@pytest.mark.parametrize("system", ["Watch.", ""])
+def test_the_question_is_that_of_the_last_user_turn_in_every_format(tokenizer, system):
+    single = row_of(
+        tokenizer, {"user": "Which digits?", "assistant": "3 14", "task": "card"}, section=make_section(system=system)
+    )
+    assert question(tokenizer, single) == "Which digits?"
+    chat = turns("One?", "1", "Two\n\nor three?", "2")
+    several = row_of(tokenizer, {"messages": chat, "task": "chat"}, section=make_section(system=system))
+    assert question(tokenizer, several) == "Two\n\nor three?"
 
 
 def test_golden_card_item(chatml):

@@ -313,7 +313,8 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     (tmp_path / "stage2.csv").write_text("event,token_similarity\ndiagnostics,0.5\n")
     checks = subset_evals.diagnose(network, more.observed, table, tmp_path)
     result = evaluation.summarise(table, [], {}, settings, {}, views=more.views, diagnostics=checks)
-    assert [{name: len(numbers) for name, numbers in part.items()} for part in parts] == [{"card": 2, "gist": 2}] * 3
+    counts = [{name: len(numbers) for name, numbers in part.items()} for part in parts]
+    assert counts == [{"card": 2, "gist": 2}] * 2 + [{"card": 2, "gist": 1}]
     assert {name: effect.num_items for name, effect in result.controls["gist"].items()} == {
         "blind": 3,
         "random_query": 3,
@@ -333,6 +334,14 @@ def test_a_part_of_the_items_is_measured_further(network, tmp_path):
     assert set(result.mean) == {*modes.SCORED_MODES, "static_query", "shuffled_frames", "first_frame"}
     metrics.write_json(tmp_path / "a.json", result)
     metrics.read_json(tmp_path / "a.json", metrics.EvaluationResult, "evaluation")
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(1, [1, 0]), (3, [2, 1]), (4, [2, 2]), (20, [3, 3])])
+def test_the_limit_of_diagnostic_clips_is_that_of_all_tasks(network, limit, counts):
+    data, chosen, _ = score(network, 4)
+    limits = {"max_control_items_per_task": 2, "max_temporal_clips_per_task": 2, "max_diagnostic_clips": limit}
+    probed = subset_evals.choose(data, chosen, types.SimpleNamespace(seed=1, **limits))[2]
+    assert [len(numbers) for numbers in probed.values()] == counts
 
 
 def test_nothing_further_is_measured_where_nothing_is_asked_for(network):
@@ -357,6 +366,35 @@ def test_results_of_before_say_not_measured(network, tmp_path):
     read = metrics.read_json(tmp_path / "old.json", metrics.EvaluationResult, "evaluation")
     assert all(getattr(read, name) is None for name in new)
     assert read.gaze["card"]["fine"].per_head is None
+
+
+def test_an_answer_beyond_the_context_is_an_error_before_scoring(network):
+    data, settings = Data(), types.SimpleNamespace(caption_min_words=2, max_captions_per_task=0)
+    config, tokenizer = network.config, types.SimpleNamespace(decode=lambda ids, **_: "a")
+    settings.max_answers_per_task, settings.max_answer_tokens = 2, 20
+    for layout, bos in (("question_first", 0), ("vision_first", 1)):
+        collate = Collator.for_model(config, loss="answer_only", image_replication=1)
+        collate.layout = layout
+        longest = len(collate([up_to_answer(data[2])]).input_ids[0])
+        assert longest == 5 + 4 + bos  # item k2 has most frames of those that are answered
+        for limit, fits in ((longest + 20, True), (longest + 19, False)):
+            short = types.SimpleNamespace(text_config=types.SimpleNamespace(max_position_embeddings=limit))
+            check = (short, tokenizer, collate, data, scoring.choose_items(data, 100, 1), settings)
+            if fits:
+                evaluation.check_answers_fit(*check)
+                continue
+            with pytest.raises(UserError, match=r"sample 'k2', item 0: .*\(20\).*evaluation\.max_answer_tokens"):
+                evaluation.check_answers_fit(*check)
+
+
+@pytest.mark.parametrize("tokens_per_frame", [1, 4])
+def test_prefetch_counts_all_visual_tokens(tokens_per_frame):
+    seen = []
+    data = types.SimpleNamespace(batch_bytes=lambda numbers, *sizes: seen.append((numbers.tolist(), *sizes)))
+    collate = types.SimpleNamespace(image_replication=3, tokens_per_frame=tokens_per_frame)
+    runtime = types.SimpleNamespace(num_workers=2, prefetch_megabytes=1)
+    scoring.prefetch(runtime, data, collate)["size_of"](("card", [1, 2]))
+    assert seen == [([1, 2], 3, tokens_per_frame)]
 
 
 def test_sample_of_large_tasks_is_seeded():

@@ -47,6 +47,14 @@ def test_patch_zero_is_no_hit_of_a_head_that_attends_to_no_patch():
     assert (seen["per_head"], seen["mass_per_head"]) == ([0], [0.0])
 
 
+def test_patch_zero_is_no_hit_of_a_frame_without_attention_to_patches():
+    maps = gaze.attention_maps(weights_of([[[3, -1, 3], [3, -1, 3]]]))
+    assert maps.sum(-1) == pytest.approx(np.array([[1, 0, 1]]))
+    seen = gaze.summary(maps, truth_at(3, 0, 3))
+    assert (seen["peak_on_target"], seen["peak_on_any_object"], seen["mass_on_target"]) == (1, 1, pytest.approx(0.5))
+    assert (seen["per_layer"], seen["per_frame"]) == ([1], [1, 0, 1])
+
+
 def test_heads_of_several_clips_add_up():
     rows = []
     for peaks, patches in (([[[1, 1, 1], [2, 2, 1]]], (1, 1, 1)), ([[[1, 1], [5, 5]]], (5, 5))):

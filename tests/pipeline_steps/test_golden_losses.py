@@ -102,6 +102,34 @@ def test_sampled_queries_are_a_function_of_the_step_number(tmp_path):
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize(
+    ("freezes", "objective"),
+    [
+        (True, {}),
+        (False, {"text": {"weight": 0.0}, "contrastive": {"weight": 0.1, "margin": -1.0}}),
+        (False, {"text": {"weight": 0.0}, "entropy": {"weight": 0.1}}),
+    ],
+    ids=["frozen language model", "contrastive only", "entropy only"],
+)
+def test_a_micro_batch_of_text_may_train_nothing(tmp_path, freezes, objective):
+    """The step is that of the whole batch; a step of text only changes nothing."""
+    rows = {}
+    for size in (None, 1):
+        run = make_run("stage2", "question_first", tmp_path, objective=objective)
+        run.settings.freeze_language, run.common.micro_batch_size = freezes, size
+        rows[size] = train_step(run, prepare(run), as_batch(make_batch()), 0)
+    for name in ("loss", "grad_norm"):
+        assert rows[1][name] == pytest.approx(rows[None][name], rel=1e-4)
+    run = make_run("stage2", "question_first", tmp_path, objective=objective)
+    run.settings.freeze_language, run.common.weight_decay = freezes, 0.0
+    trainer = prepare(run)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    row = train_step(run, trainer, as_batch(rows_of(make_batch(), [1])), 0)
+    assert row["grad_norm"] == 0
+    assert row["loss"] == (pytest.approx(row["loss_text"]) if freezes else 0)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
 def test_a_step_of_another_weight_scales_the_gradient_but_not_the_loss(tmp_path):
     plain = make_run("stage2", "question_first", tmp_path)
     doubled = make_run("stage2", "question_first", tmp_path, weights={0: 2.0})

@@ -232,3 +232,11 @@ def test_entropy_and_peak_over_the_frames():
     assert found["fine"]["entropy"] == pytest.approx([0.5, 0, 0.5])
     assert found["fine"]["peak"] == pytest.approx([(1 / 16 + 1) / 2, 1, 0.25], abs=1e-6)
     assert found["fine"]["num_clips"] == [2, 2, 1]
+    unseen = over_frames.mean_curves([{"fine": np.array([even, single])}, {"fine": np.array([0 * even, single])}])
+    assert unseen["fine"] == {"entropy": [1, 0], "peak": [1 / 16, 1], "num_clips": [1, 2]}
+
+
+def test_a_map_without_attention_has_no_peak():
+    picture, zeros = Image.new("RGB", (SIDE, SIDE)), np.zeros(16)
+    assert drawing.mark_peak(picture.copy(), zeros).tobytes() == picture.tobytes()
+    assert drawing.mark_peak(picture.copy(), zeros + np.eye(16)[0]).tobytes() != picture.tobytes()

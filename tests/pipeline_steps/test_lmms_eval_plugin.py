@@ -160,6 +160,15 @@ def test_options_of_tasks(lm):
         {"max_new_tokens": 128, "temperature": 0.7, "do_sample": True},
         ["\n\n", "Q:"],
     )
+    for given, samples in (
+        ({"do_sample": True}, True),
+        ({"do_sample": True, "top_p": 0.9}, True),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, False),
+        ({"do_sample": True, "temperature": 0.0, "top_k": 5}, False),
+        ({"top_p": 0.9}, False),
+    ):
+        expected = {**given, "do_sample": True} if samples else {"do_sample": False}
+        assert lm._options(dict(given))[0] == {"max_new_tokens": 128} | expected
     assert lm._options({"image_aspect_ratio": "original"})[0] == {"max_new_tokens": 128, "do_sample": False}
     with pytest.raises(UserError, match="contain unsupported visual_cot"):
         lm._options({"visual_cot": True})

@@ -28,13 +28,24 @@ def dataset(root):
     return open_split(root)
 
 
-def loader(dataset, num_samples=90, batch_size=9, rank=0, world_size=1, text_share=SHARE, num_workers=1, **changes):
+def loader(
+    dataset,
+    num_samples=90,
+    batch_size=9,
+    rank=0,
+    world_size=1,
+    text_share=SHARE,
+    num_workers=1,
+    lockstep=False,
+    **changes,
+):
     section = streaming(**changes)
     settings = packed.stage(mixture=EVERYTHING, text_share=text_share, num_samples=num_samples)
     sizes = {"batch_size": batch_size, "tokens_per_frame": 1}
     served = plan_stage(dataset, settings, section, stage="stage2", seed=1, **sizes)
     runtime = packed.runtime(num_workers=num_workers)
-    return Loader(dataset, served, packed.collator(), section, runtime, rank=rank, world_size=world_size)
+    place = {"rank": rank, "world_size": world_size, "lockstep": lockstep}
+    return Loader(dataset, served, packed.collator(), section, runtime, **place)
 
 
 def keys(batches):
@@ -197,6 +208,37 @@ def test_too_many_damaged_samples_fail_the_run(damaged):
     with pytest.raises(UserError, match=r"(?s)3 of 90 sample\(s\) are unreadable, more than .* \(3.000%\):\n.*-000"):
         list(loader(dataset, max_quarantined=0.03))
     assert len(list(loader(dataset, max_quarantined=0.04))) == 10
+
+
+def test_the_limit_is_of_the_samples_of_all_ranks(damaged):
+    """Three ranks, one of which has skipped a sample: resumed with the state of all, none of them stops."""
+    dataset, allowed = damaged(1, 2, 3), {"world_size": 3, "max_quarantined": 0.04}  # 3 of 90
+    ranks = [loader(dataset, rank=rank, **allowed) for rank in range(3)]
+    assert [len(list(one)) for one in ranks] == [10] * 3
+    together = {key: entry for one in ranks for key, entry in one.quarantined.items()}
+    assert len(together) == 3
+    assert len(ranks[0].quarantined) < 3
+    ranks[0].check_quarantined(together)
+    own = {key: entry for key, entry in together.items() if key not in ranks[0].quarantined}
+    resumed = loader(dataset, **allowed)
+    resumed.load_state_dict(resumed.state_dict() | {"quarantined": own})
+    assert len(list(resumed)) == 10
+    assert resumed.quarantined.keys() == together.keys()
+    strict = loader(dataset, world_size=3, max_quarantined=0.03)
+    with pytest.raises(UserError, match=r"3 of 90 sample\(s\) are unreadable, more than .* \(3.000%\)"):
+        strict.check_quarantined(together)
+
+
+def test_ranks_in_lockstep_skip_nothing(damaged):
+    dataset, stopped = damaged(1), []
+    for rank in range(3):
+        try:
+            list(loader(dataset, world_size=3, rank=rank, lockstep=True, max_quarantined=1.0))
+        except UserError as error:
+            stopped.append(str(error))
+    assert len(stopped) == 1
+    assert "sample 'films-0001' is unreadable (frame 0 cannot be decoded" in stopped[0]
+    assert "FSDP ranks run in lockstep" in stopped[0]
 
 
 def test_batch_without_readable_samples_fails_the_run(damaged):

@@ -311,7 +311,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
         run = make_run("stage2", "question_first", tmp_path, objective=changes)
         run.runtime.keep_checkpoints = 1
         run.loader.state_dict, run.loader.quarantined, run.loader.step = dict, {}, 0
-        run.loader.load_state_dict = lambda values: None
+        run.loader.load_state_dict = run.loader.check_quarantined = lambda values: None
         return run, train_loop.prepare(run)
 
     run, trainer = started()

@@ -260,7 +260,7 @@ def test_a_head_is_in_the_connector_group_the_ema_and_the_states(toy, tmp_path):
     assert with_head["trainable"] == without["trainable"] + 49
     assert {"objective.frame_time.weight", "objective.frame_time.bias"} <= trainer.ema.values.keys()
     train_loop.train_step(run, trainer, as_batch(make_batch()), 0)
-    run.loader.state_dict, run.loader.quarantined = dict, {}
+    run.loader.state_dict, run.loader.quarantined, run.loader.check_quarantined = dict, {}, lambda found: None
     checkpointing.save_state(run, trainer, 1)
     tensors, _ = load_state(tmp_path)
     assert torch.equal(tensors["objective"]["frame_time.weight"], head.weight)

@@ -5,10 +5,10 @@ import torch
 from torch import distributed, multiprocessing, nn
 
 from pipeline_steps.training.checkpoint_io import full_tensor
-from pipeline_steps.training.distributed import DistributedContext, wrap
+from pipeline_steps.training.distributed import DistributedContext, without_sync, wrap
 from pipeline_steps.training.objectives.base import Objective, Term
 from pipeline_steps.training.training_model import TrainingModel
-from tests.model.tiny import as_batch, make_model, preference_batch, rows_of
+from tests.model.tiny import as_batch, make_batch, make_model, preference_batch, rows_of
 from tests.objectives import frozen, step, training_model
 
 pytestmark = pytest.mark.slow
@@ -51,6 +51,43 @@ def make_training(kind: str) -> tuple[TrainingModel, nn.Module | None]:
     if kind == "head":
         training = TrainingModel(model, [*training.objectives, FrameTime(None, model.config)]).train()
     return training, None
+
+
+def make_frozen() -> TrainingModel:
+    training = training_model(make_model())
+    training.network.language_model.requires_grad_(False)
+    return training
+
+
+def train_frozen_in_one_of_two_processes(rank: int, folder: str) -> None:
+    """Writes the gradients in this process of a micro-batch of text and one of frames."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/frozen", rank=rank, world_size=2)
+    try:
+        arguments, results = make_batch(), []
+        for sharding in ("ddp", "fsdp"):
+            training = make_frozen()
+            wrapped = wrap(training, DistributedContext(rank, 2), sharding == "fsdp")
+            totals = training.counts(as_batch(rows_of(arguments, [1, 0, 1, 2])))
+            for number, row in enumerate((1, (0, 2)[rank])):
+                with without_sync(wrapped, number == 1):
+                    part, _ = wrapped(as_batch(rows_of(arguments, [row])), 1, totals)
+                    (2 * part).backward()
+            trained = {name: p for name, p in training.named_parameters() if p.requires_grad}
+            results.append({name: full_tensor(p.grad) for name, p in trained.items()})
+        torch.save(results, f"{folder}/frozen-{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_two_processes_accumulate_text_and_frames_with_a_frozen_language_model(tmp_path):
+    multiprocessing.spawn(train_frozen_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    _, expected = step(make_frozen(), as_batch(rows_of(make_batch(), [1, 0, 1, 2])))
+    for rank in (0, 1):
+        for found in torch.load(tmp_path / f"frozen-{rank}.pt"):
+            assert found.keys() == expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-3, msg=name)
 
 
 def train_in_one_of_two_processes(rank: int, folder: str) -> None:

@@ -7,24 +7,32 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.monitoring.metrics_logger import start_loggers
-from pipeline_steps.training import checkpoint_io, checks, train_loop
+from pipeline_steps.streaming.loader import plan_stage
+from pipeline_steps.training import checkpoint_io, checks, train_loop, validation
 from pipeline_steps.training.__main__ import by_task
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import MOMENTUM, Muon, Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
 from pipeline_steps.training.schedule import learning_rate
-from tests.model.tiny import as_batch, make_batch, make_model
+from pipeline_steps.training.schema import MixtureEntry, Stage
+from pipeline_steps.training.validation import log_attention_maps, validate
+from tests.model.tiny import as_batch, make_batch, make_model, rows_of
 from tests.objectives import training_model
+from tests.pipeline_steps import packed
+from tests.pipeline_steps.test_evaluation import Data
 from tests.pipeline_steps.test_golden_losses import make_run
 
+POINTS = SimpleNamespace(patch_size=packed.SIZE // 4)
 RATES = {"connector": 3e-3, "vision": 4e-4, "language": 9e-4}
 
 
@@ -58,6 +66,15 @@ def test_wsd_is_constant_and_then_decays_linearly():
     steps = [before - after for before, after in itertools.pairwise(rates[74:])]
     assert steps == pytest.approx([0.8 / 25] * 25)
     assert rates[99] == pytest.approx(0.2)
+
+
+def test_a_warm_up_that_overlaps_the_decay_is_refused():
+    wsd = packed.stage().model_dump() | {"schedule": "wsd", "warmup_ratio": 0.5, "decay_share": 0.5}
+    Stage.model_validate(wsd)
+    for changes in ({"decay_share": 0.8}, {"warmup_ratio": 0.6}):
+        with pytest.raises(ValidationError, match=r"warmup_ratio 0\.[56] and decay_share 0\.[58] .*wsd overlap"):
+            Stage.model_validate(wsd | changes)
+    Stage.model_validate(wsd | {"schedule": "cosine", "decay_share": 0.8})
 
 
 def test_converging_groups_reach_their_final_rate_from_above_and_below():
@@ -365,9 +382,42 @@ def test_a_non_finite_loss_stops_the_run_and_saves_the_batch(tmp_path):
     checks.check_finite("stage2", 7, 1.0, 2.0, batch, tmp_path)
     with pytest.raises(UserError, match=r"stage2 step 7: loss nan, gradient norm 1\.0 on samples a, b, c, d"):
         checks.check_finite("stage2", 7, math.nan, 1.0, batch, tmp_path)
-    kept = load_file(tmp_path / "non_finite-00000007.safetensors")
+    kept = load_file(tmp_path / "non_finite-00000007-rank0.safetensors")
     assert torch.equal(kept["pixel_values"], batch.pixel_values)
-    assert json.loads((tmp_path / "non_finite-00000007.json").read_text())["keys"] == list("abcd")
+    other = as_batch(rows_of(make_batch(), [0, 2]))
+    with pytest.raises(UserError, match=r"on samples a, b \(rank 1\)\. The weights were not updated"):
+        checks.check_finite("stage2", 7, math.nan, 1.0, other, tmp_path, rank=1)
+    for rank, keys in enumerate((list("abcd"), ["a", "b"])):  # no rank overwrites another one's
+        assert json.loads((tmp_path / f"non_finite-00000007-rank{rank}.json").read_text())["keys"] == keys
+
+
+@pytest.mark.parametrize("options", [{"query_source": "random"}, {"query_source": "fixed"}])
+def test_random_queries_in_validation_are_a_function_of_the_step_number(tmp_path, options):
+    """Whatever was drawn before, as by attention maps or before a restart."""
+    run = make_run("stage2", "question_first", tmp_path, **options)
+    run.validation, run.streaming = Data(), SimpleNamespace(image_replication=1)
+    run.common.max_validation_items, run.runtime.num_heatmap_clips = 10, 2
+    drawn = []
+    run.logger.pictures = lambda step, items, maps: drawn.append(maps)
+    found = []
+    for number in range(2):
+        torch.rand(number + 3)
+        found.append(validate(run, 5, ("fine", "autoregressive")))
+        log_attention_maps(run, 5)
+    assert found[0] == found[1]
+    assert np.array_equal(*drawn)
+    assert found[0] != [row | {"step": 5} for row in validate(run, 6, ("fine", "autoregressive"))]
+
+
+def test_attention_to_the_class_token_only_is_a_black_map(tmp_path, monkeypatch):
+    run = make_run("stage2", "question_first", tmp_path)
+    run.validation, run.runtime.num_heatmap_clips, drawn = Data(), 1, []
+    run.logger.pictures = lambda step, items, maps: drawn.append(maps)
+    weights = torch.zeros(1, 2, 4, 1, 17)
+    weights[..., 0] = 1
+    monkeypatch.setattr(validation, "infer", lambda *_, **__: SimpleNamespace(attention_weights=weights))
+    log_attention_maps(run, 5)
+    assert np.array_equal(drawn, np.zeros((1, 2, 16)))
 
 
 LEARNING, STUCK = [3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.7, 1.7, 1.69, 1.7]
@@ -432,6 +482,30 @@ def test_a_sample_that_never_fits_is_an_error():
 
     with pytest.raises(UserError, match="a single sample does not fit into GPU memory"):
         checks.find_micro_batch_size(8, try_size)
+
+
+def test_auto_tries_the_largest_readable_items_of_the_stage(tmp_path, monkeypatch):
+    """The plan has the task gist only, and its largest item is damaged."""
+    clips = [packed.Clip(f"world-{n}", num_frames=1 + n % 3, tasks=("gist",)) for n in range(8)]
+    clips += [packed.Clip("world-large", num_frames=5, tasks=("gist",))]
+    clips += [packed.Clip("world-other", num_frames=8, num_tokens=20, tasks=("card",))]
+    dataset = packed.open_split(packed.write(tmp_path, clips, 20))
+    with open(tmp_path / "shards/train" / dataset.shards[0].name, "r+b") as tar:
+        tar.seek(dataset.rows[8]["frame_offsets"][0])
+        tar.write(b"damaged")
+    mixture = (MixtureEntry(source="*", task="gist", weight=1.0),)
+    section = packed.stage(mixture=mixture, text_share=0.0, num_samples=9)
+    sizes = {"batch_size": 4, "tokens_per_frame": 1}
+    plan = plan_stage(dataset, section, packed.streaming(), stage="stage2", seed=1, **sizes)
+    tried = []
+    monkeypatch.setattr(train_loop, "try_micro_batch", lambda run, batch, accumulates: tried.append(batch.keys))
+    run = SimpleNamespace(
+        stage="stage2", common=SimpleNamespace(micro_batch_size="auto"), device="cuda", stage_plan=plan, train=dataset,
+        distributed=DistributedContext(), model=SimpleNamespace(config=SimpleNamespace(vision_config=POINTS)),
+        streaming=packed.streaming(), loader=SimpleNamespace(collate=packed.collator()),
+    )  # fmt: skip
+    assert train_loop.choose_micro_batch_size(run) == 4
+    assert tried == [["world-2", "world-5", "world-1", "world-4"]]
 
 
 def auto_run(optimizer="adamw", **options):
