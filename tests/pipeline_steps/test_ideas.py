@@ -310,7 +310,7 @@ def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     row = cells_of([study])["5 entropy margin: weight 0.1"]
     assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
     assert (
-        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs)"
+        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs, exploratory, test split)"
     )  # no exact test of three pairs decides anything
     assert "moving clips, %" not in row
 
@@ -333,7 +333,8 @@ def test_an_interval_decides(interval, count, verdict):
 
 def test_few_pairs_decide_nothing(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2)))
-    assert cells_of([study])["5 entropy margin: weight 0.1"]["verdict"] == "too few runs (ideas, 2 pairs)"
+    verdict = cells_of([study])["5 entropy margin: weight 0.1"]["verdict"]
+    assert verdict == "too few runs (ideas, 2 pairs, exploratory, test split)"
 
 
 def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):

@@ -665,8 +665,9 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
         *(
             "+44.0 [+30.0, +50.0]",
             "−10.0 [−10.0, −10.0]",
-            "+50%, above 15%",
-            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs)",
+            "+50%",
+            "−25%",
+            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs, exploratory, test split)",
             "if better",
         ),
     ]
@@ -674,7 +675,9 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
     of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
-    assert of_flops["more tokens: sixteen pooled (B1), equal FLOPs"] == rows["more tokens: sixteen pooled (B1)"]
+    open_row = of_flops["more tokens: sixteen pooled (B1), equal FLOPs"]
+    assert open_row[:-2] == rows["more tokens: sixteen pooled (B1)"][:-2]
+    assert open_row[-2] == "open: B1 learns faster with higher rates (many, 3 pairs, exploratory, test split)"
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
@@ -715,6 +718,22 @@ def test_a_decision_of_a_scaling_grid_is_that_of_its_largest_budget(tmp_path):
 def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched, expected):
     entry = SimpleNamespace(differences=[0.1] * num_pairs, interval=(0.09, 0.11), verdict=tested, matched=matched)
     assert decisions.verdict(entry, margin=0.03) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "verdict", "split", "words"),
+    [
+        (3, "better", "test", "3 pairs, exploratory, test split"),
+        (3, "better", "validation", "3 pairs, validation split"),
+        (6, "better", "test", "6 pairs, tested, test split"),
+        (6, "exploratory", "test", "6 pairs, exploratory, test split"),
+    ],
+)
+def test_a_decision_tells_its_split_and_explores_without_a_test(num_pairs, verdict, split, words):
+    summary = study_summary(seeds=range(num_pairs), split=split)
+    own = {entry.group: entry.model_copy(update={"verdict": verdict}) for entry in summary.comparisons}
+    study = SimpleNamespace(name="mine", summary=summary)
+    assert decisions.attributed("undecided", study, own) == f"undecided (mine, {words})"
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):
