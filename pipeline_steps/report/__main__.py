@@ -87,10 +87,9 @@ def main():
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
         leading = studies.headline_of(kept)
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
-    if leading:
-        studied[leading.name]["tiles"] = study_tables.headline_tiles(
-            studies.default_of(kept, numbers["training_samples"])
-        )
+    headline = leading and studied[leading.name]
+    if headline:
+        headline["tiles"] = study_tables.headline_tiles(studies.default_of(kept, numbers["training_samples"]))
     with replaced_folder(reports / "tables") as folder:
         own = [
             table
@@ -100,7 +99,7 @@ def main():
         for table in [*built.values(), *own]:
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-        (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
+        (folder / "verdict.md").write_text(texts.verdict_markdown(found, headline), encoding="utf-8")
     with replaced_folder(reports / "plots") as folder:
         for name, table in plots.tables(inputs).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
@@ -111,7 +110,7 @@ def main():
         "banner": texts.banner(values),
         "verdicts": found,
         "studies": list(studied.values()),
-        "headline": leading and studied[leading.name],
+        "headline": headline,
         "finding": ideas.finding(kept),
         "lead": texts.lead(inputs, numbers),
         "tiles": texts.tiles(numbers),
@@ -136,8 +135,8 @@ def main():
     write_text(reports / "report.html", page)
     clips = inputs.heatmaps["clips"] if inputs.heatmaps else []
     write_text(reports / "report.md", markdown.render(HERE / "page.md.jinja", **content, clips=clips))
-    for verdict in found:
-        print(f"{verdict.question} {verdict.status.upper()}. {verdict.statement}")
+    for question, answer in texts.verdict_lines(found, headline):
+        print(f"{question} {answer}")
     print(f"{reports / 'report.html'}: {len(page) / 1e6:.1f} MB, and {reports / 'report.md'}")
 
 

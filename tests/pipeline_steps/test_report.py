@@ -315,6 +315,8 @@ def test_missing_runs_are_undecided_and_name_their_command_below_the_results(bui
     assert page.index("dvc exp run") > page.index('id="table-data"')
     assert "dvc exp run --name A6-seed1 -S ablation=A6 -S seed=1" in page
     assert "dvc exp run --name B1-seed1" in page
+    table = (built[0] / "reports/tables/verdict.md").read_text()
+    assert table.startswith("# Verdict\n\n**Do planned queries help?** Undecided. reports/runs has no kept single run")
 
 
 @pytest.mark.parametrize(("peaks", "legend"), [(None, "Ring: the patch"), ({"fine": 0.9}, "White box: the target")])
@@ -533,7 +535,7 @@ def write_study(root, summary):
     return studies.read_study(folder)
 
 
-def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_path, monkeypatch):
+def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_path, monkeypatch, capsys):
     write_root(tmp_path)
     write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
     write_study(tmp_path, study_summary("early", ("none", "F1")))
@@ -554,6 +556,12 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     text = (tmp_path / "reports/report.md").read_text()
     assert statement.replace("[", "\\[").replace("]", "\\]") in text
     assert "study_mine_forest" in text
+    table = (tmp_path / "reports/tables/verdict.md").read_text()
+    assert f"**{title}:** UNDECIDED (2 of 4 runs not converged). {statement[:5]}" in table
+    assert table.index(title) < table.index("## Single runs kept in") < table.index("has no kept single run to compare")
+    printed = capsys.readouterr().out
+    assert f"{title}: UNDECIDED (2 of 4 runs not converged). {statement}" in printed
+    assert "Do planned queries help?" not in printed
     row = "| sixteen tokens (B1) | 2 | 31.5 [31–32] | 61.5 [61–62] | 0 of 2 [0–84] | 2 of 2 | 60 000 | 15.0 | 5.0 |"
     assert row in text
     assert "| sixteen tokens (B1): token accuracy | 61.5 [61–62] |" in text
