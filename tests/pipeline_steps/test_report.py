@@ -353,6 +353,66 @@ def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
         read_inputs(tmp_path, given())
 
 
+HEADER = ",".join(CURVE_COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "outputs/evaluation/answers.jsonl",
+            '\n{"task": "card", "quest',
+            "jsonl, line 2: not valid JSON .* evaluation",
+        ),
+        (
+            "outputs/evaluation/answers.jsonl",
+            '{"question": "Which?", "expected": "", "generated": ""}',
+            "line 1: no task",
+        ),
+        ("outputs/evaluation/answers.jsonl", "[]", "line 1: no task, question, expected, generated"),
+        ("outputs/evaluation/items.parquet", "PAR1", "items.parquet: .*dvc repro evaluation"),
+        ("outputs/metrics/stage2.csv", "", "stage2.csv: No columns to parse from file. Run `dvc repro stage2`"),
+        ("outputs/metrics/stage2.csv", HEADER, "stage2.csv: 0 rows, none of a training step"),
+        ("outputs/metrics/stage2.csv", f"{HEADER}train,1,32,,,,much", "not only numbers in column loss"),
+        ("outputs/metrics/stage2.json", "[]", "stage2.json: a JSON list, expected an object"),
+        ("outputs/stage3/config.json", '{"model_type": ', "config.json: no configuration .*dvc repro stage3"),
+        ("outputs/stage3/config.json", "[]", "config.json: no configuration .*dvc repro stage3"),
+        ("outputs/stage3/config.json", '{"vision_config": 3}', "config.json: no configuration .*dvc repro stage3"),
+    ],
+)
+def test_a_damaged_input_is_a_user_error(tmp_path, name, content, words):
+    write_root(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_inputs(tmp_path, given())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.drop(columns="loss_sum"), "items.parquet: .*loss_sum.* Run `dvc repro evaluation`"),
+        (lambda table: table.iloc[:0], "items.parquet: no rows. Run `dvc repro evaluation`"),
+    ],
+)
+def test_items_without_a_column_or_rows_are_a_user_error(tmp_path, change, words):
+    write_root(tmp_path)
+    change(item_table()).to_parquet(tmp_path / "outputs/evaluation/items.parquet")
+    with pytest.raises(UserError, match=words):
+        read_inputs(tmp_path, given())
+
+
+def test_a_damaged_heatmap_is_a_user_error(tmp_path):
+    write_heatmaps(tmp_path / "heatmaps")
+    folder, index = tmp_path / "heatmaps", json.loads((tmp_path / "heatmaps/index.json").read_text())
+    (folder / "c-frames.webp").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"c-frames\.webp is no picture"):
+        report.inlined(folder, index)
+    for key in ("sheet", "task", "frames"):
+        entry = {name: value for name, value in index["clips"][0].items() if name != key}
+        with pytest.raises(UserError, match=f"index.json: entry without {key}, written by another version"):
+            report.inlined(folder, {"clips": [entry]})
+
+
 def test_kept_runs_are_read_by_name(tmp_path):
     write_root(tmp_path)
     for seed in (1, 2):
