@@ -12,13 +12,11 @@ day. Cost: about 10 seconds; benchmarks/report.py times it with a thousand runs.
 
 import argparse
 import base64
-import io
 import re
 from pathlib import Path
 
 import jinja2
 import yaml
-from PIL import Image
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
@@ -56,6 +54,8 @@ from pipeline_steps.report.verdicts import verdicts
 
 PARAMS = params.RESULT_KEYS
 STUDY_TABLES = ("arms", "tasks", "effects")
+CLIP_KEYS = ("key", "task", "question", "answer", "prediction", "num_frames")
+CLIP_KEYS += ("sheet", "animation", "frames", "frames_geometry")
 HERE = Path(__file__).resolve().parent
 CONTENTS = (
     ("studies", "Studies"),
@@ -87,10 +87,9 @@ def main():
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
         leading = studies.headline_of(kept)
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
-    if leading:
-        studied[leading.name]["tiles"] = study_tables.headline_tiles(
-            studies.default_of(kept, numbers["training_samples"])
-        )
+    headline = leading and studied[leading.name]
+    if headline:
+        headline["tiles"] = study_tables.headline_tiles(studies.default_of(kept, numbers["training_samples"]))
     with replaced_folder(reports / "tables") as folder:
         own = [
             table
@@ -100,7 +99,7 @@ def main():
         for table in [*built.values(), *own]:
             if table.rows:
                 (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-        (folder / "verdict.md").write_text(texts.verdict_markdown(found), encoding="utf-8")
+        (folder / "verdict.md").write_text(texts.verdict_markdown(found, headline), encoding="utf-8")
     with replaced_folder(reports / "plots") as folder:
         for name, table in plots.tables(inputs).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
@@ -111,7 +110,7 @@ def main():
         "banner": texts.banner(values),
         "verdicts": found,
         "studies": list(studied.values()),
-        "headline": leading and studied[leading.name],
+        "headline": headline,
         "finding": ideas.finding(kept),
         "lead": texts.lead(inputs, numbers),
         "tiles": texts.tiles(numbers),
@@ -136,8 +135,8 @@ def main():
     write_text(reports / "report.html", page)
     clips = inputs.heatmaps["clips"] if inputs.heatmaps else []
     write_text(reports / "report.md", markdown.render(HERE / "page.md.jinja", **content, clips=clips))
-    for verdict in found:
-        print(f"{verdict.question} {verdict.status.upper()}. {verdict.statement}")
+    for question, answer in texts.verdict_lines(found, headline):
+        print(f"{question} {answer}")
     print(f"{reports / 'report.html'}: {len(page) / 1e6:.1f} MB, and {reports / 'report.md'}")
 
 
@@ -309,23 +308,21 @@ def inlined(folder, index):
     """The index entries with inlined images; sheets as WebP, which is a tenth of the size of PNG."""
     entries = []
     for entry in (index or {"clips": []})["clips"]:
-        if "frames" not in entry:
+        if absent := [key for key in CLIP_KEYS if key not in entry]:
             raise UserError(
-                f"{folder / 'index.json'}: entry without 'frames', written by another version. Run `dvc repro "
-                "heatmaps`."
+                f"{folder / 'index.json'}: entry without {', '.join(absent)}, written by another version. Run `dvc "
+                "repro heatmaps`."
             )
         for path in (folder / entry["sheet"], folder / entry["frames"]):
             if not path.exists():
                 raise UserError(
                     f"{folder / 'index.json'} names {path}, which does not exist. Run `dvc repro heatmaps`."
                 )
-        buffer = io.BytesIO()
-        with Image.open(folder / entry["sheet"]) as picture:
-            picture.save(buffer, "WEBP", quality=65)
-        with Image.open(folder / entry["frames"]) as picture:
-            size = {"width": picture.width, "height": picture.height}
-        frames = (folder / entry["frames"]).read_bytes()
-        uris = {"sheet_uri": data_uri(buffer.getvalue(), "image/webp"), "frames_uri": data_uri(frames, "image/webp")}
+        sheet = attention_figures.embedded(folder / entry["sheet"], quality=65)["content"]
+        frames = attention_figures.embedded(folder / entry["frames"])
+        size = {name: frames[name] for name in ("width", "height")}
+        content = (folder / entry["frames"]).read_bytes()  # lossless, as the drawing script cuts tiles out of it
+        uris = {"sheet_uri": data_uri(sheet, "image/webp"), "frames_uri": data_uri(content, "image/webp")}
         entries.append(entry | uris | size)
     return entries
 

@@ -80,12 +80,12 @@ def kept(study):
     return embedded(study.heatmap) | {"caption": caption, "alt": alt, "picture": study.heatmap.name}
 
 
-def embedded(path):
+def embedded(path, quality=QUALITY):
     """{content: WebP, width, height} of a picture. UserError if it cannot be read."""
     buffer = io.BytesIO()
     try:
         with Image.open(path) as picture:
-            picture.save(buffer, "WEBP", quality=QUALITY)
+            picture.save(buffer, "WEBP", quality=quality)
             size = {"width": picture.width, "height": picture.height}
     except OSError as error:
         raise UserError(f"{path} is no picture ({error}). Remove it, or write it again.") from None

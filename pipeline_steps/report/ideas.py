@@ -11,6 +11,7 @@ from pipeline_steps.common.study_results import (
     BETTER,
     CLIPS,
     EQUAL,
+    NOT_LEARNED,
     SINGLE_PASS,
     TOO_FEW,
     UNDECIDED,
@@ -225,10 +226,13 @@ def finding(found):
         arm = study and predictions(idea.choice, study)[0]
         for group, clips in CLIPS.items():
             entry = arm.next_frame.get(group) if arm else None
+            verdict = entry and entry.verdict
+            if entry and arm.prediction_verdict(group, study.summary.next_frame_margin) == NOT_LEARNED:
+                verdict = NOT_LEARNED
             text = f"{name} on {clips}"
             if entry is not None and entry.gain and (values := entry.known("gain")):
                 text += f" ({study_tables.interval_text(values, entry.interval, DIGITS)}%)"
-            parts.setdefault(OUTCOMES[entry.verdict if entry else None], []).append(text)
+            parts.setdefault(OUTCOMES[verdict], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)
     return f"The research found that planned queries predict the next frame no better than static ones: {outcomes}."
@@ -241,5 +245,6 @@ OUTCOMES = {
     UNDECIDED: "undecided",
     TOO_FEW: "not decided by fewer than three runs",
     SINGLE_PASS: "not decided without planned queries",
+    NOT_LEARNED: "not learned, no better than predicting no change,",
     None: "not measured",
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from pyarrow import parquet, types
+from pandas.api.types import is_numeric_dtype
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
@@ -23,6 +23,9 @@ from pipeline_steps.report.training_flops import budget_of, read_config
 STAGES = ("stage1", "stage2", "stage3")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 CURVE_COLUMNS = ("event", "step", "samples", "source", "task", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
+NUMBERS = ("step", "samples", "loss", "accuracy", *DIAGNOSTICS)  # columns of a curve
+ITEM_COLUMNS = ["key", "item", "task", "mode", "num_tokens", "loss_sum", "num_correct"]
+ANSWER_KEYS = ("task", "question", "expected", "generated")
 CONFIG = "outputs/stage3/config.json"
 RUN_NAME = re.compile(r"(?P<ablation>[A-Za-z0-9_.]+)-seed(?P<seed>\d+)")
 
@@ -90,23 +93,42 @@ def read_inputs(root, parameters):
     if config is None:
         missing.append(f"{CONFIG} (training FLOPs; `dvc repro stage3`)")
     current.budget = budget_of(inputs.stages, inputs.streaming, inputs.flops, config, parameters.training)
-    if (evaluation / "answers.jsonl").exists():
-        lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").split("\n")
-        inputs.answers = [json.loads(line) for line in lines if line]
-    else:
-        missing.append("outputs/evaluation/answers.jsonl (generated answers; `dvc repro evaluation`)")
+    inputs.answers = read_answers(evaluation / "answers.jsonl", missing)
     return inputs
 
 
 def read_optional(path, missing):
-    """The content of a JSON file, or None after adding its name to `missing`."""
+    """The content of a JSON file, or None after adding its name to `missing`. UserError unless it is an object."""
     if not path.exists():
         missing.append(path.name)
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path}: not valid JSON ({error}). Rewrite it with `dvc repro`.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON {type(content).__name__}, expected an object. Rewrite it with `dvc repro`.")
+    return content
+
+
+def read_answers(path, missing):
+    """The rows of answers.jsonl, or [] after adding its name to `missing`. UserError names the malformed line."""
+    if not path.exists():
+        missing.append("outputs/evaluation/answers.jsonl (generated answers; `dvc repro evaluation`)")
+        return []
+    answers = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            answer = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}). Run `dvc repro evaluation`.") from None
+        absent = [key for key in ANSWER_KEYS if not isinstance(answer, dict) or key not in answer]
+        if absent:
+            raise UserError(f"{path}, line {number}: no {', '.join(absent)}. Run `dvc repro evaluation`.")
+        answers.append(answer)
+    return answers
 
 
 def read_streaming(path, missing):
@@ -117,34 +139,46 @@ def read_streaming(path, missing):
 
 
 def read_curve(path, stage):
-    """The metrics table of a training stage. UserError for a missing column."""
-    table = pd.read_csv(path)
-    absent = [name for name in CURVE_COLUMNS if name not in table.columns]
-    if absent:
-        raise UserError(
-            f"{path}: no column {', '.join(absent)}; it was written by another version. Run `dvc repro {stage}`."
-        )
+    """The metrics table of a training stage. UserError if it is damaged, lacks a column or training steps, or has text
+    among its numbers."""
+    advice = f"Run `dvc repro {stage}`."
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:  # pandas: empty, no table, or no UTF-8
+        raise UserError(f"{path}: {str(error).splitlines()[0]}. {advice}") from None
+    if absent := [name for name in CURVE_COLUMNS if name not in table.columns]:
+        raise UserError(f"{path}: no column {', '.join(absent)}; it was written by another version. {advice}")
+    if not (table["event"] == "train").any():
+        raise UserError(f"{path}: {len(table)} rows, none of a training step (event train). {advice}")
+    if textual := [name for name in NUMBERS if not is_numeric_dtype(table[name])]:
+        raise UserError(f"{path}: not only numbers in column {', '.join(textual)}. {advice}")
     return table
 
 
 def read_items(path, missing):
-    """The item table without list columns (gaze by layer and frame), which take most of the memory."""
+    """The item table, or None after adding its name to `missing`."""
     if path.exists():
-        columns = [field.name for field in parquet.read_schema(path) if not types.is_nested(field.type)]
-        return pd.read_parquet(path, columns=columns)
+        return read_parquet(path, ITEM_COLUMNS, "Run `dvc repro evaluation`.")
     missing.append(f"outputs/{path.parent.name}/{path.name} (paired intervals; `dvc repro evaluation`)")
     return None
 
 
 def read_study_items(path, columns=None):
-    """items.parquet of a study, all columns or these. UserError if it is damaged or lacks one of them."""
+    """items.parquet of a study, all columns or these."""
+    advice = f"Restore it (`git checkout {path}`), or delete it and runs.csv, and run the command in README.md beside "
+    return read_parquet(path, columns, f"{advice}them, which collects both again")
+
+
+def read_parquet(path, columns, advice):
+    """A table of a Parquet file, all columns or these. UserError with `advice` if it is damaged, empty, or lacks one of
+    them."""
     try:
-        return pd.read_parquet(path, columns=columns)
+        table = pd.read_parquet(path, columns=columns)
     except (ValueError, OSError) as error:  # pyarrow: no such column, or not a whole Parquet file
-        raise UserError(
-            f"{path}: {str(error).splitlines()[0]}. Restore it (`git checkout {path}`), or delete it and runs.csv, and "
-            "run the command in README.md beside them, which collects both again"
-        ) from None
+        raise UserError(f"{path}: {str(error).splitlines()[0]}. {advice}") from None
+    if table.empty:
+        raise UserError(f"{path}: no rows. {advice}")
+    return table
 
 
 def read_runs(folder):

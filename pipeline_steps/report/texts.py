@@ -1,5 +1,6 @@
 """Texts of the report: figure captions, and sentences built from the results."""
 
+from pipeline_steps.common.markdown import escaped
 from pipeline_steps.report.summary import gaze_means
 
 CAPTIONS = {  # figure -> (alternative text, caption)
@@ -127,9 +128,26 @@ def controls(result, targets):
     return lines
 
 
-def verdict_markdown(found):
-    """The verdicts as Markdown, for review in a pull request."""
+def verdict_lines(found, headline):
+    """(question, answer) of every verdict of the page: of the study that leads it, else of single runs. headline: name,
+    question and cards of that study, or None."""
+    if not headline:
+        return [(verdict.question, f"{verdict.status.upper()}. {verdict.statement}") for verdict in found]
+    lines = [(f"Study {headline['name']}:", headline["question"])]
+    for card in headline["cards"]:
+        note = f" ({card['open']})" if card["open"] else ""
+        lines.append((f"{card['question']}:", f"{card['status'].upper()}{note}. {card['statement']}"))
+    return lines
+
+
+def verdict_markdown(found, headline):
+    """The verdicts as Markdown, for review in a pull request: of the study that leads the page, then of single runs.
+    headline: as for `verdict_lines`."""
     lines = ["# Verdict", ""]
+    if headline:
+        for question, answer in verdict_lines(found, headline):
+            lines += [f"**{escaped(question)}** {escaped(answer)}", ""]
+        lines += ["## Single runs kept in reports/runs", "", "The study above decides, not these runs.", ""]
     for verdict in found:
         lines += [f"**{verdict.question}** {verdict.status.capitalize()}. {verdict.statement}", ""]
         if verdict.reasons:

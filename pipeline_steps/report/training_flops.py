@@ -11,16 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from model import FoveatedVLMConfig
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import Sample, Trained, training_flops
 from pipeline_steps.report.budgets import STAGES, Budget
 
 
 def read_config(path, image_size):
-    """The configuration of a checkpoint, with frames of `image_size` px; None if there is no such file."""
+    """The configuration of a checkpoint, with frames of `image_size` px; None if there is no such file. UserError if it
+    is damaged."""
     path = Path(path)
     if not path.exists():
         return None
-    config = FoveatedVLMConfig.from_pretrained(path.parent)
+    try:
+        config = FoveatedVLMConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or values of other types
+        raise UserError(
+            f"{path}: no configuration of the network ({str(error).splitlines()[0]}). Remove it and run `dvc repro "
+            "stage3`, or the study, again."
+        ) from None
     config.vision_config.image_size = image_size
     return config
 

@@ -76,7 +76,7 @@ def without_runs(question, base, arms, arm, arm_name, needed):
     return Verdict(
         question,
         UNDECIDED,
-        f"There is no separately trained run to compare with. The answer needs {arm_name}, trained on the same data.",
+        f"reports/runs has no kept single run to compare with. The answer needs {arm_name}, trained on the same data.",
         reasons=[f"no results of {what} in reports/runs"],
         commands=missing_commands(base, arms, arm, needed),
     )

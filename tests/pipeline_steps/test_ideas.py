@@ -305,12 +305,22 @@ def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
     assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
 
 
+def test_a_head_that_learned_nothing_reproduces_nothing(table):
+    trivial = table.assign(
+        next_frame_videos_unchanged=table["next_frame_videos_unchanged"].mask(table["arm"] == "flow", 0.5)
+    )
+    text = ideas.finding([kept(results.summarise("next_frame", trivial, STUDY), trivial)])
+    assert "static ones: reproduced for latent on static clips" in text
+    flow = "flow on moving clips (+3.33 [−25.35, +32.02]%), flow on static clips (+0.00 [+0.00, +0.00]%)"
+    assert text.endswith(f"not learned, no better than predicting no change, for {flow}.")
+
+
 def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
     row = cells_of([study])["5 entropy margin: weight 0.1"]
     assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
     assert (
-        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs)"
+        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs, exploratory, test split)"
     )  # no exact test of three pairs decides anything
     assert "moving clips, %" not in row
 
@@ -333,7 +343,8 @@ def test_an_interval_decides(interval, count, verdict):
 
 def test_few_pairs_decide_nothing(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2)))
-    assert cells_of([study])["5 entropy margin: weight 0.1"]["verdict"] == "too few runs (ideas, 2 pairs)"
+    verdict = cells_of([study])["5 entropy margin: weight 0.1"]["verdict"]
+    assert verdict == "too few runs (ideas, 2 pairs, exploratory, test split)"
 
 
 def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):

@@ -315,6 +315,8 @@ def test_missing_runs_are_undecided_and_name_their_command_below_the_results(bui
     assert page.index("dvc exp run") > page.index('id="table-data"')
     assert "dvc exp run --name A6-seed1 -S ablation=A6 -S seed=1" in page
     assert "dvc exp run --name B1-seed1" in page
+    table = (built[0] / "reports/tables/verdict.md").read_text()
+    assert table.startswith("# Verdict\n\n**Do planned queries help?** Undecided. reports/runs has no kept single run")
 
 
 @pytest.mark.parametrize(("peaks", "legend"), [(None, "Ring: the patch"), ({"fine": 0.9}, "White box: the target")])
@@ -349,6 +351,66 @@ def test_unknown_key_in_a_result_file_is_a_user_error(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
     with pytest.raises(UserError, match="extra"):
         read_inputs(tmp_path, given())
+
+
+HEADER = ",".join(CURVE_COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "outputs/evaluation/answers.jsonl",
+            '\n{"task": "card", "quest',
+            "jsonl, line 2: not valid JSON .* evaluation",
+        ),
+        (
+            "outputs/evaluation/answers.jsonl",
+            '{"question": "Which?", "expected": "", "generated": ""}',
+            "line 1: no task",
+        ),
+        ("outputs/evaluation/answers.jsonl", "[]", "line 1: no task, question, expected, generated"),
+        ("outputs/evaluation/items.parquet", "PAR1", "items.parquet: .*dvc repro evaluation"),
+        ("outputs/metrics/stage2.csv", "", "stage2.csv: No columns to parse from file. Run `dvc repro stage2`"),
+        ("outputs/metrics/stage2.csv", HEADER, "stage2.csv: 0 rows, none of a training step"),
+        ("outputs/metrics/stage2.csv", f"{HEADER}train,1,32,,,,much", "not only numbers in column loss"),
+        ("outputs/metrics/stage2.json", "[]", "stage2.json: a JSON list, expected an object"),
+        ("outputs/stage3/config.json", '{"model_type": ', "config.json: no configuration .*dvc repro stage3"),
+        ("outputs/stage3/config.json", "[]", "config.json: no configuration .*dvc repro stage3"),
+        ("outputs/stage3/config.json", '{"vision_config": 3}', "config.json: no configuration .*dvc repro stage3"),
+    ],
+)
+def test_a_damaged_input_is_a_user_error(tmp_path, name, content, words):
+    write_root(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_inputs(tmp_path, given())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.drop(columns="loss_sum"), "items.parquet: .*loss_sum.* Run `dvc repro evaluation`"),
+        (lambda table: table.iloc[:0], "items.parquet: no rows. Run `dvc repro evaluation`"),
+    ],
+)
+def test_items_without_a_column_or_rows_are_a_user_error(tmp_path, change, words):
+    write_root(tmp_path)
+    change(item_table()).to_parquet(tmp_path / "outputs/evaluation/items.parquet")
+    with pytest.raises(UserError, match=words):
+        read_inputs(tmp_path, given())
+
+
+def test_a_damaged_heatmap_is_a_user_error(tmp_path):
+    write_heatmaps(tmp_path / "heatmaps")
+    folder, index = tmp_path / "heatmaps", json.loads((tmp_path / "heatmaps/index.json").read_text())
+    (folder / "c-frames.webp").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"c-frames\.webp is no picture"):
+        report.inlined(folder, index)
+    for key in ("sheet", "task", "frames"):
+        entry = {name: value for name, value in index["clips"][0].items() if name != key}
+        with pytest.raises(UserError, match=f"index.json: entry without {key}, written by another version"):
+            report.inlined(folder, {"clips": [entry]})
 
 
 def test_kept_runs_are_read_by_name(tmp_path):
@@ -533,7 +595,7 @@ def write_study(root, summary):
     return studies.read_study(folder)
 
 
-def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_path, monkeypatch):
+def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_path, monkeypatch, capsys):
     write_root(tmp_path)
     write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
     write_study(tmp_path, study_summary("early", ("none", "F1")))
@@ -554,6 +616,12 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     text = (tmp_path / "reports/report.md").read_text()
     assert statement.replace("[", "\\[").replace("]", "\\]") in text
     assert "study_mine_forest" in text
+    table = (tmp_path / "reports/tables/verdict.md").read_text()
+    assert f"**{title}:** UNDECIDED (2 of 4 runs not converged). {statement[:5]}" in table
+    assert table.index(title) < table.index("## Single runs kept in") < table.index("has no kept single run to compare")
+    printed = capsys.readouterr().out
+    assert f"{title}: UNDECIDED (2 of 4 runs not converged). {statement}" in printed
+    assert "Do planned queries help?" not in printed
     row = "| sixteen tokens (B1) | 2 | 31.5 [31–32] | 61.5 [61–62] | 0 of 2 [0–84] | 2 of 2 | 60 000 | 15.0 | 5.0 |"
     assert row in text
     assert "| sixteen tokens (B1): token accuracy | 61.5 [61–62] |" in text
@@ -665,8 +733,9 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
         *(
             "+44.0 [+30.0, +50.0]",
             "−10.0 [−10.0, −10.0]",
-            "+50%, above 15%",
-            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs)",
+            "+50%",
+            "−25%",
+            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs, exploratory, test split)",
             "if better",
         ),
     ]
@@ -674,7 +743,9 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
     of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
-    assert of_flops["more tokens: sixteen pooled (B1), equal FLOPs"] == rows["more tokens: sixteen pooled (B1)"]
+    open_row = of_flops["more tokens: sixteen pooled (B1), equal FLOPs"]
+    assert open_row[:-2] == rows["more tokens: sixteen pooled (B1)"][:-2]
+    assert open_row[-2] == "open: B1 learns faster with higher rates (many, 3 pairs, exploratory, test split)"
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
@@ -715,6 +786,22 @@ def test_a_decision_of_a_scaling_grid_is_that_of_its_largest_budget(tmp_path):
 def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched, expected):
     entry = SimpleNamespace(differences=[0.1] * num_pairs, interval=(0.09, 0.11), verdict=tested, matched=matched)
     assert decisions.verdict(entry, margin=0.03) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "verdict", "split", "words"),
+    [
+        (3, "better", "test", "3 pairs, exploratory, test split"),
+        (3, "better", "validation", "3 pairs, validation split"),
+        (6, "better", "test", "6 pairs, tested, test split"),
+        (6, "exploratory", "test", "6 pairs, exploratory, test split"),
+    ],
+)
+def test_a_decision_tells_its_split_and_explores_without_a_test(num_pairs, verdict, split, words):
+    summary = study_summary(seeds=range(num_pairs), split=split)
+    own = {entry.group: entry.model_copy(update={"verdict": verdict}) for entry in summary.comparisons}
+    study = SimpleNamespace(name="mine", summary=summary)
+    assert decisions.attributed("undecided", study, own) == f"undecided (mine, {words})"
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):
