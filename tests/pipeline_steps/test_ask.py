@@ -93,9 +93,9 @@ def test_the_animation_shows_the_look_that_was_answered_from(made, monkeypatch):
     model, processor = load_checkpoint(made.checkpoint)
     model.config.query_source = "random"
     inputs = processor(text=QUESTION, videos=made.video)
-    calls, encode_frames = [], model.encode_frames
+    calls, encode_frames = [], model._encode_frames
     monkeypatch.setattr(
-        model, "encode_frames", lambda *args, **options: calls.append(encode_frames(*args, **options)) or calls[-1]
+        model, "_encode_frames", lambda *args, **options: calls.append(encode_frames(*args, **options)) or calls[-1]
     )
     ask.stream_answer(model, processor, inputs, "autoregressive", 3)
     ask.animation(model, processor, inputs, "autoregressive", QUESTION, "")
