@@ -520,7 +520,8 @@ def write_study(root, summary):
         for seeds in arm.seeds:
             name, value = f"{arm.arm}-{seeds[0]}", score(arm.arm, seeds[0])
             row = {"run": name, "arm": arm.arm, "budget": arm.budget, **dict.fromkeys(studies.SEEDS, seeds[0])}
-            row["training_samples"] = arm.training_samples
+            row |= {"training_samples": arm.training_samples, "training_seconds": 300.0, "attempts": 1}
+            row |= {"converged": False, "commit": "c0ffee", "parameters": "0"}
             row |= {"training_flops": 3e13 if arm.arm == "B1" else 1.5e13, "mean_token_accuracy": value}
             row |= {"mean_loss": 0.2 if arm.arm == "none" else 0.4, "exact_match_accuracy": value - 0.3}
             row |= {f"accuracy_{task}": value for task in TASKS} | {"exact_match_card": value - 0.3}
