@@ -357,6 +357,24 @@ def arm_parameters(study, arm):
     return composed((*study.base, *study.arms[arm].overrides), study.arms[arm].rate_factor)
 
 
+def check_tasks(study):
+    """UserError for a group of the study with a task that the world of an arm does not render. Tasks of collected data
+    are known only when they were scored."""
+    if "groups" not in study.model_fields_set:
+        return
+    from pipeline_steps.world import digits, objects  # a drawing library that no job of a study needs
+
+    worlds = {"digits": digits.KINDS, "objects": (*objects.KINDS, *(f"{kind}{objects.NEW}" for kind in objects.KINDS))}
+    for arm in study.arms:
+        sources = arm_parameters(study, arm)["sources"]
+        known = worlds[sources["procedural"]["world"]]
+        for name, tasks in study.groups.items() if set(sources["collect"]) <= {"procedural", "chat"} else ():
+            if absent := [task for task in tasks if task not in known]:
+                raise UserError(
+                    f"group {name}: arm {arm} has no task {', '.join(absent)} (there are: {', '.join(known)})"
+                )
+
+
 def split_of(study):
     """The split that the study's runs are scored on. UserError for arms on different ones."""
     splits = {arm: arm_parameters(study, arm)["evaluation"]["split"] for arm in study.arms}

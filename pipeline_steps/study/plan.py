@@ -15,7 +15,14 @@ import yaml
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.study.design import TRAINING_STAGES, cells_of, parameters_of, split_of, with_factors
+from pipeline_steps.study.design import (
+    TRAINING_STAGES,
+    cells_of,
+    check_tasks,
+    parameters_of,
+    split_of,
+    with_factors,
+)
 
 TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
 INIT_FROM = "${training.init_from}"  # a dependency in dvc.yaml
@@ -100,7 +107,7 @@ def folder_of(stage, key):
 def make_plan(name, study, flops=None, before=None):
     """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs; before: a plan of
     the same study, whose commit it keeps. UserError for uncommitted changes, for a cell whose parameters are wrong or
-    equal another's, and for arms that are scored on different splits."""
+    equal another's, for arms that are scored on different splits, and for unknown tasks."""
     stages = read_stages()
     plan = Plan(name, before.commit, code=before.code) if before else Plan(name, clean_commit(), code=code_of_commit())
     code, plan.memory_gb = plan.code, study.memory_gb
@@ -118,6 +125,7 @@ def make_plan(name, study, flops=None, before=None):
             )
         plan.runs.append(Run(cell.name, cell.arm, cell.budget, cell.seeds.model_dump(), parameters, keys))
     split_of(study)
+    check_tasks(study)
     return plan
 
 

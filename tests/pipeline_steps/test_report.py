@@ -725,6 +725,31 @@ def test_a_study_of_another_version_names_the_command(tmp_path):
         studies.read_studies(tmp_path)
 
 
+def test_cards_and_comparisons_name_the_runs_that_were_not_measured(tmp_path):
+    summary = study_summary(arms=("none", "A6", "B1"), seeds=(1, 2, 3, 4))
+    entries = [entry.model_copy(update={"num_unmeasured": 4}) for entry in summary.comparisons]
+    study = write_study(tmp_path, summary.model_copy(update={"comparisons": entries, "num_runs": 12}))
+    assert {card["open"] for card in study_tables.cards(study)} == {"2 of 4 measured not converged, 4 not measured"}
+    table = study_tables.effects(study)
+    assert {row[table.columns.index("not converged")] for row in table.rows} == {("2 of 4, 4 not measured", 2)}
+
+
+@pytest.mark.parametrize("content", ["", "run,arm\nnone-1,none\n"])
+def test_a_study_with_damaged_runs_names_the_file(tmp_path, content):
+    study = write_study(tmp_path, study_summary())
+    folder = tmp_path / "reports/study" / study.name
+    (folder / "runs.csv").write_text(content)
+    with pytest.raises(UserError, match=r"mine/runs.csv: (No columns|no column budget).*Restore it"):
+        studies.read_study(folder)
+
+
+def test_too_few_pairs_have_a_card_of_their_own(tmp_path):
+    summary = study_summary(arms=("none", "A6", "B1"))
+    entries = [entry.model_copy(update={"verdict": "too few runs"}) for entry in summary.comparisons]
+    study = write_study(tmp_path, summary.model_copy(update={"comparisons": entries}))
+    assert {card["status"] for card in study_tables.cards(study)} == {"too few runs"}
+
+
 def test_a_summary_of_other_runs_is_refused(tmp_path):
     study = write_study(tmp_path, study_summary())
     folder = tmp_path / "reports/study" / study.name

@@ -25,8 +25,14 @@ GROUPS = {"gaze": ["card"], "reading": ["gist"]}
 
 
 def design(budgets=BUDGETS, seeds=(1, 2, 3)):
-    arms = {arm: {"overrides": [f"ablation={arm}"]} for arm in ARMS}
-    content = {"question": "How?", "arms": arms, "seeds": seeds, "budgets": budgets, "series": SERIES, "groups": GROUPS}
+    content = {
+        "question": "How?",
+        "arms": {arm: {} for arm in ARMS},
+        "seeds": seeds,
+        "budgets": budgets,
+        "series": SERIES,
+        "groups": GROUPS,
+    }
     return Study.model_validate(content, strict=False)
 
 

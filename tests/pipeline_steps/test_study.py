@@ -250,6 +250,28 @@ def test_an_ablation_that_changes_nothing_is_refused():
         design.parameters_of(design.cells_of(study)[-1])
 
 
+OBJECTS = ["sources.procedural.world=objects", "sources.procedural.objects.cutouts=/tmp"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": {"gaze": ["card", "folow"]}}, r"group gaze: arm none has no task folow \(there are: card, follow"),
+        ({"base": OBJECTS, "groups": {"gaze": ["card"]}}, r"group gaze: arm none has no task card \(there are: become"),
+        ({"base": OBJECTS, "groups": {"new": ["place_new"]}}, None),
+        ({"base": OBJECTS}, None),  # the default groups
+        ({"base": ["sources.collect=[folder]"], "groups": {"gaze": ["card", "folow"]}}, None),
+    ],
+)
+def test_a_group_of_unknown_tasks_is_refused_before_training(clean, changes, message):
+    study = make(**changes)
+    if message is None:
+        design.check_tasks(study)
+        return
+    with pytest.raises(UserError, match=message):
+        plan.make_plan("mine", study)
+
+
 def test_the_same_run_twice_is_refused():
     with pytest.raises(UserError, match=r"1 run.s. twice: none-x1-seed1.1.1"):
         design.cells_of(make(arms={"none": {"seeds": [1, {"training": 1, "backbones": 1, "data": 1}]}}))
