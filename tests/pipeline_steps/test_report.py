@@ -541,8 +541,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     page = build(tmp_path, monkeypatch)
     title = "Default recipe against sixteen tokens (B1): tasks that need a gaze"
     statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
-    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1). With this "
-    statement += "spread, arms that are the same are called equal (within 3 points) in "
+    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1)."
     assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
     assert "<dd>2 of 2</dd><p>left the plateau: token accuracy of at least 75%; 95% interval" in page
     assert 0 < page.index("<dd>2 of 2</dd>") < page.index(title) < page.index(statement) < page.index('class="lead"')
@@ -723,6 +722,13 @@ def test_a_study_of_another_version_names_the_command(tmp_path):
     (tmp_path / "mine/summary.json").write_text('{"name": "mine"}')
     with pytest.raises(UserError, match=r"python -m pipeline_steps.study.summary mine"):
         studies.read_studies(tmp_path)
+
+
+@pytest.mark.parametrize("num_pairs", [2, 3])
+def test_cards_name_the_power_of_as_many_pairs_as_may_be_called_equal(tmp_path, num_pairs):
+    study = write_study(tmp_path, study_summary(arms=("none", "A6", "B1"), seeds=range(num_pairs)))
+    text = "With this spread, arms that are the same are called equal (within 3 points) in "
+    assert [text in card["statement"] for card in study_tables.cards(study)] == [num_pairs > 2] * 4
 
 
 def test_cards_and_comparisons_name_the_runs_that_were_not_measured(tmp_path):
