@@ -133,8 +133,9 @@ def check(path, content):
         raise UserError(_explain(path, model, error)) from None
 
 
-def load(path):
-    """The YAML file as a plain dict. UserError for a missing file, a syntax error or a duplicate key."""
+def load(path, expected="sections such as 'model:'"):
+    """The YAML file as a plain dict. UserError for a missing file, a syntax error or a duplicate key. expected: at its
+    top level, for messages."""
     try:
         text = _read(path)
     except OSError as error:
@@ -142,7 +143,7 @@ def load(path):
             f"{path}: cannot be read ({error.strerror}). Run in the repository root, pass the file with --params, or "
             "regenerate it with `python -m pipeline_steps.common.params --compose`."
         ) from None
-    return parse(path, text)
+    return parse(path, text, expected)
 
 
 def _read(path):
@@ -152,14 +153,15 @@ def _read(path):
         raise UserError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
-def parse(path, text):
-    """YAML text as a plain dict. path: for messages."""
+def parse(path, text, expected="sections such as 'model:'"):
+    """YAML text as a plain dict. path, expected: for messages."""
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections such as 'model:' at the top level, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected {expected} at the top level, found {found}")
     return content
 
 

@@ -132,15 +132,32 @@ class ComparisonResult(Result):
     """Exact sign-flip test, two-sided."""
     p_adjusted: float
     """The same after Holm's correction for the headline questions."""
-    verdict: Literal["better", "equal", "worse", "undecided", "unmatched budgets", "exploratory"]
+    verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "unmatched budgets", "exploratory"]
     """Of the baseline; exploratory: not among the study's headline questions."""
     smallest_margin: float | None
-    """Margin with which these runs would be called equal."""
+    """Margin with which these runs would be called equal; null: too few runs."""
     matched: str | None
     """What the budgets have in common: samples, FLOPs, both, or convergence (every run has converged); null: nothing,
     or unknown."""
     num_not_converged: int
     """Runs of both arms whose validation loss was still falling."""
+    num_unmeasured: int = 0
+    """Runs of both arms for which that could not be measured."""
+
+    @property
+    def num_measured(self):
+        """Runs of both arms for which convergence was measured."""
+        return 2 * len(self.differences) - self.num_unmeasured
+
+    @property
+    def convergence(self):
+        """How many runs had not converged, in words; "" if all had."""
+        if not self.num_measured:
+            return "convergence not measured"
+        text = f"{self.num_not_converged} of {self.num_measured}"
+        if self.num_unmeasured:
+            return f"{text} measured not converged, {self.num_unmeasured} not measured"
+        return f"{text} runs not converged" if self.num_not_converged else ""
 
 
 class Series(Result):

@@ -188,9 +188,9 @@ def share_interval(count, total, level=LEVEL):
 
 def equivalence_power(differences, margin, level=0.9):
     """Chance that as many pairs, normal with the spread of `differences` around 0, are called equal: that their
-    t-interval of the mean at `level` lies within +- margin. None for fewer than two pairs."""
+    t-interval of the mean at `level` lies within +- margin. None for fewer than `MIN_VALUES` pairs."""
     count = len(differences)
-    if count < 2:
+    if count < MIN_VALUES:
         return None
     error = float(np.std(differences, ddof=1)) / count**0.5
     if error == 0:

@@ -12,6 +12,14 @@ from pipeline_steps.common.study_results import EXPLORATORY, SEEDS, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.report.inputs import read_study_items
 
+TEXTS = ("run", "arm", "budget", "commit", "parameters")  # columns of runs.csv
+NUMBERS = ("training_samples", "training_flops", "training_seconds", "attempts")
+NUMBERS += ("mean_token_accuracy", "exact_match_accuracy", "mean_loss")
+CONVERGED = "converged"  # True, False or unknown
+FLOPS_NOTE = (
+    "Runs of before commit 8747296 are counted as their samples times the FLOPs of a mean sample, all weights trained, "
+    "which is more."
+)
 HEADLINE_ARMS = ("none", "A6", "B1")
 GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that must read everything", "all": "all tasks"}
 SHORT_NAMES = {"gaze": "need a gaze", "reading": "read everything", "all": "all tasks"}  # in figures
@@ -56,11 +64,7 @@ def read_studies(folder):
 
 def read_study(folder):
     summary = read_json(folder / "summary.json", StudySummary, f"python -m pipeline_steps.study.summary {folder.name}")
-    if not (folder / "runs.csv").exists():
-        raise UserError(f"{folder / 'runs.csv'}: missing beside summary.json; run `make study name={folder.name}`")
-    runs = pd.read_csv(folder / "runs.csv")
-    if twice := runs.loc[runs["run"].duplicated(), "run"].tolist():
-        raise UserError(f"{folder / 'runs.csv'}: {', '.join(twice[:3])} has two rows. Delete one of them")
+    runs = read_runs(folder / "runs.csv")
     if len(runs) != summary.num_runs:
         raise UserError(
             f"{folder}: runs.csv has {len(runs)} runs, but summary.json is of {summary.num_runs}. "
@@ -68,6 +72,48 @@ def read_study(folder):
         )
     heatmap = folder / "heatmap.png"
     return Study(summary, runs, losses_of(folder / "items.parquet"), heatmap if heatmap.exists() else None)
+
+
+def read_runs(path, study=None):
+    """The table of runs.csv. study: of conf/study, whose arms and budgets these have to be. UserError if the file is
+    missing or damaged, lacks a column or a value, has text in place of a number, or a run twice."""
+    again = (
+        f"Restore it (`git checkout {path}`), or delete it and items.parquet, and run the command in README.md beside "
+        "them, which collects both again"
+    )
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; run `make study name={path.parent.name}` first") from None
+    except (ValueError, OSError) as error:  # empty, binary, or rows of different lengths
+        raise UserError(f"{path}: {str(error).splitlines()[0]}. {again}") from None
+    if absent := [name for name in (*TEXTS, *SEEDS, *NUMBERS, CONVERGED) if name not in table]:
+        raise UserError(f"{path}: no column {', '.join(absent)}. {again}")
+    if table.empty:
+        raise UserError(f"{path}: has no runs. {again}")
+    for name in table.columns.difference(TEXTS):
+        column = table[name].dropna()
+        known = column.isin([True, False]) if name == CONVERGED else pd.to_numeric(column, errors="coerce").notna()
+        if not known.all():
+            row, expected = known.idxmin(), "True or False" if name == CONVERGED else "a number"
+            raise UserError(
+                f"{path}: {table['run'][row]}: {name} is {column[row]!r}, expected {expected}. Correct it, or delete "
+                "the row and run the study again"
+            )
+    for name in ("run", "arm", "budget", *SEEDS):
+        if table[name].isna().any():
+            line = int(table[name].isna().idxmax()) + 2
+            raise UserError(f"{path}: line {line} has no {name}. Delete the line and run the study again")
+    is_twice = table["run"].duplicated() | table[["arm", "budget", *SEEDS]].duplicated()
+    if twice := table.loc[is_twice, "run"].tolist():
+        raise UserError(f"{path}: {', '.join(twice[:3])} has two rows. Delete one of them")
+    for kind, known in () if study is None else (("arm", study.arms), ("budget", study.budgets)):
+        if unknown := sorted(set(table[kind]) - set(known)):
+            raise UserError(
+                f"{path}: {kind} {', '.join(unknown)} is not in the study (there are: {', '.join(known)}). Add it to "
+                f"conf/study/{path.parent.name}.yaml, or delete its rows"
+            )
+    return table
 
 
 def losses_of(path):

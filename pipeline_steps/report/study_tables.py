@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report import studies
 from pipeline_steps.report.statistics import equivalence_power, share_interval
 from pipeline_steps.report.tables import MISSING, Table, count, number
 
-PILLS = {BETTER: "better", EQUAL: "equal", WORSE: "worse", UNDECIDED: "undecided", UNMATCHED: "not comparable"}
+PILLS = {name: name for name in (BETTER, EQUAL, WORSE, UNDECIDED, TOO_FEW)} | {UNMATCHED: "not comparable"}
 
 
 def cards(study):
@@ -17,7 +17,7 @@ def cards(study):
     return [
         {
             "status": PILLS[entry.verdict],
-            "open": not_converged(entry),
+            "open": entry.convergence,
             "question": question(entry),
             "statement": statement(study, entry, num_questions),
         }
@@ -30,12 +30,6 @@ def question(entry):
     arms_compared = f"{studies.arm_name(entry.baseline)} against {studies.arm_name(entry.arm)}"
     text = f"{arms_compared}: {studies.group_name(entry.group)}"
     return text[:1].upper() + text[1:]
-
-
-def not_converged(entry):
-    """A note if the validation loss of some runs of a `ComparisonResult` was still falling, else ""."""
-    total = 2 * len(entry.differences)
-    return f"{entry.num_not_converged} of {total} runs not converged" if entry.num_not_converged else ""
 
 
 def statement(study, entry, num_questions):
@@ -62,7 +56,7 @@ def budget_text(study, entry):
 
 
 def power_text(entry, margin):
-    """How likely these runs would have shown two equal arms to be equal, or "" for one pair."""
+    """How likely these runs would have shown two equal arms to be equal, or "" for too few pairs."""
     power = equivalence_power(entry.differences, margin)
     if power is None:
         return ""
@@ -129,7 +123,7 @@ def arms(study, chosen):
         "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
         "generated answers. Brackets of the runs above the plateau: 95% interval of the share, in %. Converged: "
         "the validation loss fell by less than 1% over the last quarter of stage 3, or rose. Samples, TFLOP and "
-        "minutes: of training; minutes are medians."
+        f"minutes: of training; minutes are medians. {studies.FLOPS_NOTE}"
     )
     if untrained := [studies.label(summary, arm) for arm in chosen if not arm.answers_trained]:
         note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
@@ -177,7 +171,7 @@ def effects(study):
                 MISSING if entry.verdict == EXPLORATORY else (p_text(entry.p_adjusted), entry.p_adjusted),
                 PILLS.get(entry.verdict, entry.verdict),
                 entry.matched or "none",
-                (f"{entry.num_not_converged} of {2 * len(entry.differences)}", entry.num_not_converged),
+                (num_text(entry), entry.num_not_converged),
                 MISSING if power is None else (f"{power:.0%}", power),
                 *gain_cells(gain),
             ]
@@ -192,6 +186,12 @@ def effects(study):
         f"other interval holds for any distribution. {TIERS}"
     )
     return Table(f"study_{study.name}_effects", f"Comparisons of study {study.name}", columns, rows, note, strong=[4])
+
+
+def num_text(entry):
+    """How many runs of a `ComparisonResult` had not converged, of those for which that was measured."""
+    text = f"{entry.num_not_converged} of {entry.num_measured}"
+    return f"{text}, {entry.num_unmeasured} not measured" if entry.num_unmeasured else text
 
 
 TIERS = (

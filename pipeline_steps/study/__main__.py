@@ -29,6 +29,7 @@ from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
+from pipeline_steps.study.job import visible_devices
 from pipeline_steps.study.plan import RESULTS, make_plan
 from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
@@ -40,6 +41,8 @@ def main():
     arguments = read_arguments()
     console = Console(soft_wrap=True)
     study = read_study(arguments.name)
+    if is_local():
+        visible_devices(arguments.gpus)  # UserError before anything runs
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
     results = ROOT / RESULTS / arguments.name
     plan = make_plan(arguments.name, study)
@@ -136,14 +139,18 @@ def snakemake_command(studies, name, cores, gpus):
     command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
-    if is_local := Path(snakemake_profile()).name == "default":
+    if is_local():
         command += ["--cores", cores]
     if gpus:
         command += ["--resources", f"gpu={gpus}"]
-    slots = gpus if is_local else 0  # a cluster assigns GPUs itself
+    slots = gpus if is_local() else 0  # a cluster assigns GPUs itself
     command += ["--config", f"python={sys.executable}", f"root={ROOT}", f"plan={name}/plan.json"]
     command += [f"gpus={gpus}", f"slots={slots}"]
     return [str(word) for word in command]
+
+
+def is_local():
+    return Path(snakemake_profile()).name == "default"
 
 
 def show_until_end(process, plan, todo, studies, results, cores, console):

@@ -19,6 +19,7 @@ from pipeline_steps.common.metrics import EvaluationResult, StreamingResult, rea
 from pipeline_steps.common.params import RUNTIME
 from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.report.inputs import CONFIG, read_study_items
+from pipeline_steps.report.studies import read_runs
 from pipeline_steps.report.training_flops import budget_of, read_config
 from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
@@ -69,7 +70,7 @@ def earlier_results(results):
         return None, None
     if not (results / "items.parquet").exists():
         raise UserError(f"{results / 'items.parquet'}: missing beside runs.csv; delete runs.csv, too, to collect again")
-    return pd.read_csv(results / "runs.csv"), read_study_items(results / "items.parquet")
+    return read_runs(results / "runs.csv"), read_study_items(results / "items.parquet")
 
 
 def check_earlier(plan, results):

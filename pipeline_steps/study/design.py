@@ -4,6 +4,7 @@ A cell is one training run: an arm with one seed each for training, backbones an
 """
 
 import copy
+import json
 import re
 from dataclasses import dataclass, replace
 from functools import cache, reduce
@@ -18,6 +19,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT, StrictModel
 
 STUDIES = ROOT / "conf" / "study"
+ALL = "all"  # the group of all scored tasks
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 SEED_KEYS = {  # which parameters each kind of seed sets
     "training": ("seed",),
@@ -28,6 +30,7 @@ TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 
 Seed = Annotated[int, Field(ge=0)]
+NOT_EMPTY = Field(min_length=1)
 
 
 class Seeds(StrictModel):
@@ -43,9 +46,9 @@ class Arm(StrictModel):
 
     overrides: tuple[str, ...] = ()
     """Hydra overrides on top of the study's `base`, such as ablation=A6."""
-    seeds: tuple[Seed | Seeds, ...] | None = None
+    seeds: Annotated[tuple[Seed | Seeds, ...], NOT_EMPTY] | None = None
     """Seeds of this arm only; null: those of the study."""
-    budgets: tuple[str, ...] | None = None
+    budgets: Annotated[tuple[str, ...], NOT_EMPTY] | None = None
     """Names of the budgets of this arm; null: all."""
     baseline: str | None = None
     """The arm that it is compared with; null: the study's first."""
@@ -81,9 +84,9 @@ class Study(StrictModel):
     """{name: arm}; the first is the baseline unless an arm names another."""
     seeds: tuple[Seed | Seeds, ...] = Field(min_length=1)
     """Replicates; a number stands for the seed of training, backbones and data alike."""
-    budgets: dict[str, float | EqualFlops | Flops] = {"x1": 1.0}
+    budgets: Annotated[dict[str, float | EqualFlops | Flops], NOT_EMPTY] = {"x1": 1.0}
     """{name: factor on the training samples of the three stages, or `flops_of: NAME`, or `flops: NUMBER`}."""
-    groups: dict[str, tuple[str, ...]] = {
+    groups: dict[str, Annotated[tuple[str, ...], NOT_EMPTY]] = {
         "gaze": ("card", "follow", "ask_colour", "ask_place"),
         "reading": ("caption", "image", "gist"),
     }
@@ -91,7 +94,7 @@ class Study(StrictModel):
     headline: tuple[str, ...] | None = None
     """Comparisons that get a verdict, as `ARM` or, with several budgets, `ARM, BUDGET`; p-values are corrected for
     their number, the others are exploratory. null: all."""
-    series: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    series: dict[str, Annotated[tuple[str, ...], NOT_EMPTY]] = {}
     """Of a scaling grid: {way of training: its arms, smallest network first}. Scaling laws are fitted to each arm, and
     the first series' arms are compared with those in the same place of the others."""
     margin: float = Field(default=0.03, gt=0)
@@ -100,6 +103,8 @@ class Study(StrictModel):
     """Relative gains of planned over static queries in next-frame loss below it count as none."""
     plateau: float = Field(default=0.75, gt=0, lt=1)
     """Mean token accuracy from which a run counts as having left the plateau."""
+    memory_gb: float = Field(default=4.0, gt=0)
+    """Main memory that a cluster reserves for each job."""
 
 
 @dataclass(frozen=True)
@@ -132,19 +137,22 @@ def read_study(name):
     if not NAME.fullmatch(name) or not path.is_file():
         known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml"))) or "none yet"
         raise UserError(f"conf/study/{name}.yaml: there is no such study (there are: {known})")
-    content = params.load(path)
+    content, path = params.load(path, "keys such as 'question:' and 'arms:'"), path.relative_to(ROOT)
+    arms = content.get("arms")
+    if empty := [arm for arm, entry in arms.items() if entry is None] if isinstance(arms, dict) else []:
+        raise UserError(f"{path}: arm {empty[0]}: nothing follows its name. Write `{empty[0]}: {{}}` for the default")
     try:
-        study = Study.model_validate(content, strict=False)
+        study = Study.model_validate_json(json.dumps(content))  # JSON mode: a yaml list is a valid tuple
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise UserError(f"{path.relative_to(ROOT)}: " + "\n  ".join(lines)) from None
-    check(study, path.relative_to(ROOT))
+        raise UserError(f"{path}: " + "\n  ".join(lines)) from None
+    check(study, path)
     return study
 
 
 def check(study, path):
-    """UserError for names that are no file names, unknown arms and budgets, factors that are not positive, and
-    overrides of what the study sets itself."""
+    """UserError for names that are no file names, unknown arms and budgets, factors that are not positive, groups whose
+    means would be wrong, and overrides of what the study sets itself."""
     for kind, names in (("arm", study.arms), ("budget", study.budgets)):
         for name in names:
             if not NAME.fullmatch(name):
@@ -173,19 +181,24 @@ def check(study, path):
         for override in (*study.base, *arm.overrides):
             if override.split("=")[0].lstrip("+~") in keys:
                 raise UserError(f"{path}: arm {name}: {override}: seeds come from `seeds`; remove the override")
+    check_groups(study, path)
     check_series(study, path)
     check_equal_flops(study, path)
-    labels = [
-        label_of(study, arm, budget)
-        for arm in study.arms
-        for budget in budgets_of(study, arm)
-        if baseline_of(study, arm) != arm
-    ]
+    labels = [label_of(study, arm, budget) for arm, budget in comparisons_of(study)]
     for label in study.headline or ():
         if label not in labels:
             raise UserError(
                 f"{path}: headline {label!r} is no comparison of this study (there are: {', '.join(labels)})"
             )
+
+
+def check_groups(study, path):
+    """UserError for a group with the name of the one of all tasks, and for one that has a task twice."""
+    for name, tasks in study.groups.items():
+        if name == ALL:
+            raise UserError(f"{path}: group {ALL}: this is the name of every scored task. Give the group another one")
+        if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+            raise UserError(f"{path}: group {name}: {', '.join(twice)} is listed twice and would count twice")
 
 
 def check_series(study, path):
@@ -226,11 +239,25 @@ def baseline_of(study, arm):
 
 
 def budgets_of(study, arm):
-    return study.arms[arm].budgets or tuple(study.budgets)
+    own = study.arms[arm].budgets
+    return tuple(study.budgets) if own is None else own
 
 
 def seeds_of(study, arm):
-    return [as_seeds(entry) for entry in (study.arms[arm].seeds or study.seeds)]
+    own = study.arms[arm].seeds
+    return [as_seeds(entry) for entry in (study.seeds if own is None else own)]
+
+
+def comparisons_of(study):
+    """(arm, budget) of every comparison with a baseline."""
+    return [(arm, budget) for arm in study.arms if baseline_of(study, arm) != arm for budget in budgets_of(study, arm)]
+
+
+def reference_budget(study, budget):
+    """The budget whose runs of the baseline are compared with an arm's runs at `budget`: for equal FLOPs, the one that
+    they follow."""
+    entry = study.budgets.get(budget)
+    return entry.flops_of if isinstance(entry, EqualFlops) else budget
 
 
 def label_of(study, arm, budget):
@@ -328,6 +355,37 @@ def composed(overrides, rate_factor=1.0):
 def arm_parameters(study, arm):
     """Parameters of an arm's runs, but for seeds and budget; read-only."""
     return composed((*study.base, *study.arms[arm].overrides), study.arms[arm].rate_factor)
+
+
+def check_tasks(study):
+    """UserError for a group of the study with a task that the world of an arm does not render. Tasks of collected data
+    are known only when they were scored."""
+    if "groups" not in study.model_fields_set:
+        return
+    from pipeline_steps.world import digits, objects  # a drawing library that no job of a study needs
+
+    worlds = {"digits": digits.KINDS, "objects": (*objects.KINDS, *(f"{kind}{objects.NEW}" for kind in objects.KINDS))}
+    for arm in study.arms:
+        sources = arm_parameters(study, arm)["sources"]
+        known = worlds[sources["procedural"]["world"]]
+        for name, tasks in study.groups.items() if set(sources["collect"]) <= {"procedural", "chat"} else ():
+            if absent := [task for task in tasks if task not in known]:
+                raise UserError(
+                    f"group {name}: arm {arm} has no task {', '.join(absent)} (there are: {', '.join(known)})"
+                )
+
+
+def split_of(study):
+    """The split that the study's runs are scored on. UserError for arms on different ones."""
+    splits = {arm: arm_parameters(study, arm)["evaluation"]["split"] for arm in study.arms}
+    first, split = next(iter(splits.items()))
+    for arm, other in splits.items():
+        if other != split:
+            raise UserError(
+                f"arm {arm}: evaluation.split is {other}, but {split} in arm {first}, so they cannot be compared. "
+                "Set it in `base`"
+            )
+    return split
 
 
 def parameters_of(cell):

@@ -10,12 +10,12 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -27,6 +27,7 @@ from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study.plan import check_code, folder_of
 
 LAST_LINES = 15  # of the log, kept of a failed job
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main():
@@ -58,7 +59,7 @@ def run_job(job, folder, studies, commit, gpus):
     with ExitStack() as stack:
         variables = environment(folder)
         if gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = str(stack.enter_context(free_slot(studies, gpus)))
+            variables[VISIBLE] = stack.enter_context(free_device(studies, visible_devices(gpus)))
         log = stack.enter_context(open(folder / "log.txt", "a"))
         words = shlex.split(job["command"])
         command = [sys.executable if words[0] == "python" else words[0], *words[1:]]
@@ -74,8 +75,8 @@ def run_job(job, folder, studies, commit, gpus):
         write_json(folder / "failed.json", {"reason": reason, "last_lines": tail})
         raise UserError(f"{job['stage']} ({job['key']}) failed, {reason}: {' / '.join(tail[-3:])}")
     check_code(job["code"])  # also for what was imported late
-    record = {"commit": commit, "seconds": round(time.time() - started, 1), "machine": platform.machine()}
-    write_json(folder / "done.json", record | {"attempts": count_attempt(folder, add=0)})
+    seconds = round(time.time() - started, 1)
+    write_json(folder / "done.json", {"commit": commit, "seconds": seconds, "attempts": count_attempt(folder, add=0)})
 
 
 def wait(process, interval=0.5):
@@ -126,14 +127,27 @@ def locked(path):
         yield
 
 
+def visible_devices(count):
+    """Names of the first `count` GPUs that jobs may use: those of CUDA_VISIBLE_DEVICES, by default 0, 1 ... UserError
+    if it has fewer."""
+    if VISIBLE not in os.environ:
+        return [str(number) for number in range(count)]
+    given = os.environ[VISIBLE]
+    found = list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, given.split(","))))  # as CUDA reads it
+    if len(found) < count:
+        raise UserError(f"--gpus {count}, but {VISIBLE}={given} has {len(found)} device(s). Lower --gpus or name more")
+    return found[:count]
+
+
 @contextmanager
-def free_slot(studies, count):
-    """Yields the number of a GPU that no other job of this machine uses; waits for one."""
+def free_device(studies, devices):
+    """Yields one of these GPUs that no other job of this machine uses; waits for one."""
     with ExitStack() as stack:
-        files = [stack.enter_context(open(studies / f"gpu{number}.lock", "w")) for number in range(count)]
+        places = [studies / f"gpu{name.replace('/', '-')}.lock" for name in devices]  # of a part of a GPU: with slashes
+        files = [stack.enter_context(open(place, "w")) for place in places]
         while (number := first_free(files)) is None:
             time.sleep(1)
-        yield number
+        yield devices[number]
 
 
 def first_free(files):

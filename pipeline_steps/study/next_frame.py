@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SEEDS, SINGLE_PASS, VIDEOS, NextFrameGain
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import arm_parameters, baseline_of
+from pipeline_steps.study.design import arm_parameters, baseline_of, reference_budget
 
 # Columns next_frame_<clips>_<variant>: NextFrameScore's losses, wins and measures; of moving clips also
 # next_frame_frame_<number>_<variant> and next_frame_passes_<frames>_<variant>.
@@ -107,7 +107,8 @@ def moving_loss(runs):
 
 def gain_over_static(runs, table, study, arm, budget, group):
     """Gain of the baseline's planned queries over the static ones of an arm that was trained with these alone, for
-    every run of the arm; missing without a run of the baseline with its seeds and budget, or for another target."""
+    every run of the arm; missing without a run of the baseline with its seeds and budget (`reference_budget`), or for
+    another target."""
     planned = baseline_runs(table, study, arm, budget)
     if planned is None:
         return pd.Series(np.nan, runs.index)
@@ -129,9 +130,10 @@ def paired_gains(runs, table, study, arm, budget, group):
 
 
 def baseline_runs(table, study, arm, budget):
-    """The runs of an arm's baseline at a budget; None for the baseline itself, without runs or with another target."""
+    """The runs of an arm's baseline that its runs at a budget are compared with; None for the baseline itself, without
+    runs or with another target."""
     baseline = baseline_of(study, arm)
-    found = table[(table["arm"] == baseline) & (table["budget"] == budget)]
+    found = table[(table["arm"] == baseline) & (table["budget"] == reference_budget(study, budget))]
     is_other = target_of(study, baseline) != target_of(study, arm)
     return None if baseline == arm or found.empty or is_other else found
 

@@ -15,7 +15,14 @@ import yaml
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
-from pipeline_steps.study.design import cells_of, parameters_of, with_factors
+from pipeline_steps.study.design import (
+    TRAINING_STAGES,
+    cells_of,
+    check_tasks,
+    parameters_of,
+    split_of,
+    with_factors,
+)
 
 TARGETS = ("evaluation", "flops")  # the stages whose results a study collects
 INIT_FROM = "${training.init_from}"  # a dependency in dvc.yaml
@@ -56,6 +63,7 @@ class Job:
     inputs: dict[str, tuple[str, str]]  # {path: (stage, key) of the job that writes it}
     code: dict[str, str]  # {path: git's hash of its content}
     outs: tuple[str, ...]
+    num_threads: int = 1
 
     @property
     def folder(self):
@@ -83,11 +91,13 @@ class Plan:
     waiting: list[str] = field(default_factory=list)  # runs whose samples follow from others that are not finished
     jobs: dict[tuple[str, str], Job] = field(default_factory=dict)  # in an order in which they can run
     code: dict[str, str] = field(default_factory=dict)  # of the whole commit
+    memory_gb: float = 4.0  # of a job on a cluster
 
     def as_dict(self):
         """Plain data, for the workflow."""
         jobs = [asdict(job) for job in self.jobs.values()]
-        return {"study": self.study, "commit": self.commit, "runs": [asdict(run) for run in self.runs], "jobs": jobs}
+        runs, memory_mb = [asdict(run) for run in self.runs], round(1000 * self.memory_gb)
+        return {"study": self.study, "commit": self.commit, "memory_mb": memory_mb, "runs": runs, "jobs": jobs}
 
 
 def folder_of(stage, key):
@@ -96,11 +106,11 @@ def folder_of(stage, key):
 
 def make_plan(name, study, flops=None, before=None):
     """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs; before: a plan of
-    the same study, whose commit it keeps. UserError for uncommitted changes and for a cell whose parameters are wrong
-    or equal another's."""
+    the same study, whose commit it keeps. UserError for uncommitted changes, for a cell whose parameters are wrong or
+    equal another's, for arms that are scored on different splits, and for unknown tasks."""
     stages = read_stages()
     plan = Plan(name, before.commit, code=before.code) if before else Plan(name, clean_commit(), code=code_of_commit())
-    code = plan.code
+    code, plan.memory_gb = plan.code, study.memory_gb
     seen = {}
     cells, waiting = with_factors(cells_of(study), flops or {})
     plan.waiting = [cell.name for cell in waiting]
@@ -114,6 +124,8 @@ def make_plan(name, study, flops=None, before=None):
                 f"{cell.name} and {other} have the same effective parameters: they are one run. Remove one of them."
             )
         plan.runs.append(Run(cell.name, cell.arm, cell.budget, cell.seeds.model_dump(), parameters, keys))
+    split_of(study)
+    check_tasks(study)
     return plan
 
 
@@ -139,12 +151,21 @@ def jobs_of(stages, parameters, code, targets=TARGETS, libraries=None):
             libraries,
         )
         links = {path: (job.stage, job.key) for path, job in inputs.items()}
-        jobs[name] = Job(name, key, stage.command, parameters, links, own_code, stage.outs)
+        jobs[name] = Job(
+            name, key, stage.command, parameters, links, own_code, stage.outs, threads_of(name, parameters)
+        )
         return jobs[name]
 
     for target in targets:
         add(target)
     return jobs
+
+
+def threads_of(stage, parameters):
+    """Number of threads that a stage computes with."""
+    places = dict.fromkeys(TRAINING_STAGES, "training.common")
+    places |= {"backbones": "backbones.embedded", "evaluation": "evaluation"}
+    return value_of(parameters, f"{places[stage]}.num_threads") if stage in places else 1
 
 
 def value_of(parameters, dotted):

@@ -7,8 +7,17 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.study_results import SEEDS, ArmResult, ComparisonResult, Series, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
 from pipeline_steps.study import statistics
-from pipeline_steps.study.design import EqualFlops, baseline_of, budgets_of, cells_of, label_of
-from pipeline_steps.study.next_frame import next_frame_of, optional, trained_on_answers
+from pipeline_steps.study.design import (
+    ALL,
+    baseline_of,
+    cells_of,
+    comparisons_of,
+    label_of,
+    reference_budget,
+    seeds_of,
+    split_of,
+)
+from pipeline_steps.study.next_frame import next_frame_of, optional, trained_on_answers, trains_answers
 
 ACCURACY = "accuracy_"
 
@@ -64,7 +73,7 @@ def groups_of(table, study):
                 f"runs.csv: {run} has no accuracy of {', '.join(lacking)}, which other runs have, so their means would "
                 "be of different tasks. Delete its row and run the study again, or compare it in a study of its own."
             )
-    groups = {"all": tasks}
+    groups = {ALL: tasks}
     for name, group in study.groups.items():
         absent = [task for task in group if task not in tasks]
         if absent and (len(absent) < len(group) or "groups" in study.model_fields_set):
@@ -82,14 +91,13 @@ def group_accuracy(table, tasks):
 def comparisons(table, study):
     """`ComparisonResult`s of every arm with its baseline, in every budget and group that both have."""
     groups = groups_of(table, study)
-    groups = {name: tasks for name, tasks in groups.items() if name != "all"} or groups
+    groups = {name: tasks for name, tasks in groups.items() if name != ALL} or groups
     trained = trained_on_answers(table, study)
     pairs, conditions = {}, {}
     for (arm, budget), rows in table.groupby(["arm", "budget"], sort=False):
         if (baseline := baseline_of(study, arm)) == arm or not {arm, baseline} <= trained:
             continue
-        entry = study.budgets.get(budget)
-        reference = entry.flops_of if isinstance(entry, EqualFlops) else budget
+        reference = reference_budget(study, budget)
         base = table[(table["arm"] == baseline) & (table["budget"] == reference)].set_index(SEEDS)
         own = rows.set_index(SEEDS)
         common = base.index.intersection(own.index)
@@ -101,6 +109,7 @@ def comparisons(table, study):
             "baseline": baseline,
             "matched": matched_budget(base, own),
             "num_not_converged": sum(int((side["converged"] == False).sum()) for side in (base, own)),  # noqa: E712
+            "num_unmeasured": sum(int(side["converged"].isna().sum()) for side in (base, own)),
         }
         for group, tasks in groups.items():
             pairs[label, group] = (group_accuracy(base, tasks) - group_accuracy(own, tasks)).to_numpy()
@@ -142,29 +151,25 @@ def matched_budget(base, own):
     return "convergence" if known and settled else None
 
 
-def split_of(study):
-    """The split that the study's runs are scored on: its override of evaluation.split, else test."""
-    given = [override.partition("=")[2] for override in study.base if override.startswith("evaluation.split=")]
-    return given[-1] if given else "test"
-
-
 def power_warning(study):
-    """A sentence if the study's headline questions cannot be decided by its number of pairs, else None."""
-    groups = len(study.groups) or 1
-    labels = [
-        label_of(study, arm, budget)
-        for arm in study.arms
-        if baseline_of(study, arm) != arm
-        for budget in budgets_of(study, arm)
-    ]
-    asked = [label for label in labels if study.headline is None or label in study.headline]
-    if not asked:
+    """A sentence if headline questions of the study cannot be decided by their number of pairs, else None."""
+    num_pairs = {}
+    for arm, budget in comparisons_of(study):
+        label, baseline = label_of(study, arm, budget), baseline_of(study, arm)
+        is_asked = study.headline is None or label in study.headline
+        if is_asked and trains_answers(study, arm) and trains_answers(study, baseline):
+            num_pairs[label] = sum(seeds in seeds_of(study, baseline) for seeds in seeds_of(study, arm))
+    questions = [label for label, count in num_pairs.items() if count for _ in study.groups or (ALL,)]
+    counts = [num_pairs[label] for label in questions]
+    smallest = dict(zip(questions, statistics.holm([*map(statistics.smallest_p, counts)]), strict=True))
+    open_ones = [label for label, p in smallest.items() if p >= 1 - statistics.LEVEL]
+    if not open_ones:
         return None
-    num_pairs = len(study.seeds)
-    smallest = statistics.smallest_p(num_pairs, len(asked) * groups)
-    if smallest < 1 - statistics.LEVEL:
-        return None
+    fewest, most = (choose(num_pairs[label] for label in open_ones) for choose in (min, max))
+    pairs = f"{fewest} to {most}" if fewest < most else f"{most}"
+    which = "" if len(open_ones) == len(smallest) else f" of {'; '.join(open_ones)}"
     return (
-        f"With {num_pairs} seed(s) and {len(asked) * groups} questions no difference can be significant (smallest "
-        f"corrected p: {smallest:.2g}). For verdicts, add seeds or name fewer questions in `headline`."
+        f"With {pairs} pair(s) of runs and {len(questions)} questions no difference{which} can be significant "
+        f"(smallest corrected p: {min(smallest[label] for label in open_ones):.2g}). For verdicts, add seeds or name "
+        "fewer questions in `headline`."
     )

@@ -20,8 +20,8 @@ from itertools import product
 
 import numpy as np
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, UNDECIDED, UNMATCHED, WORSE
-from pipeline_steps.report.statistics import LEVEL, holm, interval_verdict, t_interval
+from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
+from pipeline_steps.report.statistics import LEVEL, MIN_VALUES, holm, interval_verdict, t_interval
 
 EQUIVALENCE_LEVEL = 0.90  # of the interval that has to lie within the margin: two one-sided tests at 5 %
 MAX_EXACT_PAIRS = 16  # 65,536 patterns of signs; beyond, as many are drawn
@@ -40,7 +40,7 @@ class Comparison:
     p_value: float  # sign-flip test, two-sided
     p_adjusted: float  # Holm, over all comparisons of the study
     verdict: str
-    smallest_margin: float | None  # with which these runs would have been called equal
+    smallest_margin: float | None  # with which these runs would have been called equal; None: too few runs
 
     @property
     def mean(self):
@@ -83,9 +83,9 @@ def _upper_bound(values, high, tail, seed):
     return float(np.quantile(means, 1 - tail, method="higher"))
 
 
-def smallest_p(num_pairs, num_questions):
-    """The smallest p-value that a sign-flip test of this many pairs can reach after Holm's correction."""
-    return min(1.0, num_questions * 2 / 2**num_pairs)
+def smallest_p(num_pairs):
+    """The smallest p-value that a sign-flip test of this many pairs can reach."""
+    return min(1.0, 2 / 2**num_pairs)
 
 
 def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
@@ -93,7 +93,7 @@ def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
 
     margin: differences below it count as none, in units of accuracy. matched: whether an arm's budget equals the
     baseline's; without, no verdict is given. headline: whether an arm is a headline question; Holm's correction is for
-    these, and others get no verdict. "Better" is the baseline.
+    these, and others get no verdict; nor do fewer than `MIN_VALUES` pairs. "Better" is the baseline.
     """
     p_values = {name: sign_flip_p(values) for name, values in pairs.items()}
     asked = [name for name in pairs if headline(name[0])]
@@ -102,13 +102,15 @@ def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
     for (arm, group), values in pairs.items():
         p = p_values[arm, group]
         adjusted = corrected.get((arm, group), p)
-        narrow = t_interval(values, EQUIVALENCE_LEVEL)
-        smallest = None if narrow is None else max(abs(narrow[0]), abs(narrow[1]))
+        is_enough = len(values) >= MIN_VALUES
+        smallest = max(map(abs, t_interval(values, EQUIVALENCE_LEVEL))) if is_enough else None
         if (arm, group) not in corrected:
             verdict = EXPLORATORY
         elif not matched(arm):
             verdict = UNMATCHED
-        elif smallest is not None and smallest <= margin:
+        elif not is_enough:
+            verdict = TOO_FEW
+        elif smallest <= margin:
             verdict = EQUAL
         elif adjusted < 1 - LEVEL:
             verdict = BETTER if np.mean(values) > 0 else WORSE

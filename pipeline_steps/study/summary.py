@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline_steps.common import metrics
-from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import write_bytes, write_text
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import (
@@ -27,7 +27,7 @@ from pipeline_steps.common.study_results import (
 )
 from pipeline_steps.report import scaling
 from pipeline_steps.report.statistics import equivalence_power, share_interval
-from pipeline_steps.report.studies import Study, losses_of
+from pipeline_steps.report.studies import FLOPS_NOTE, Study, losses_of, read_runs
 from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
     label_of,
@@ -51,10 +51,7 @@ def write_summary(name, study, results=ROOT / RESULTS, command=None):
     """Writes README.md, runs.png and summary.json beside the study's runs.csv; returns the path of README.md. command:
     what makes the runs, by default `make study`. UserError without runs."""
     folder = results / name
-    try:
-        table = pd.read_csv(folder / "runs.csv")
-    except FileNotFoundError:
-        raise UserError(f"{folder / 'runs.csv'}: missing; run `make study name={name}` first") from None
+    table = read_runs(folder / "runs.csv", study)
     summary = summarise(name, table, study)
     grid = scaling.tables(Study(summary, table, losses_of(folder / "items.parquet")))  # before anything is written
     if any(arm.answers_trained for arm in summary.arms):
@@ -108,7 +105,8 @@ def arm_table(summary):
     note = (
         "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
         "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
-        "backward, by task at its mean lengths, of the trained weights. Minutes: median of runs without interruption."
+        f"backward, by task at its mean lengths, of the trained weights. {FLOPS_NOTE} Minutes: median of runs without "
+        "interruption."
     )
     if untrained := [arm.arm for arm in summary.arms if not arm.answers_trained]:
         names = ", ".join(dict.fromkeys(untrained))
@@ -261,7 +259,7 @@ def verdict_text(entry):
     if entry.matched is None or entry.verdict == EXPLORATORY:
         return entry.verdict
     text = f"**{entry.verdict}** at {'' if entry.matched == 'convergence' else 'equal '}{entry.matched}"
-    return f"{text}; {entry.num_not_converged} runs not converged" if entry.num_not_converged else text
+    return f"{text}; {entry.convergence}" if entry.convergence else text
 
 
 def points(interval):

@@ -13,7 +13,7 @@ from pipeline_steps.report import ideas, studies
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study import next_frame, results, statistics, summary
-from pipeline_steps.study.design import read_study
+from pipeline_steps.study.design import EqualFlops, read_study
 from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
 
 STUDY = read_study("next_frame")
@@ -30,7 +30,8 @@ FINE = {  # loss after one planned query, seed by seed, on moving and on static 
 ANSWERS = {"training_samples": 18000, "training_flops": 1e13, "training_seconds": 200.0, "attempts": 1}
 ANSWERS |= {"mean_token_accuracy": 0.125, "exact_match_accuracy": 0.375, "mean_loss": 5.0, "converged": False}
 ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("card", "follow", "ask_colour", "ask_place")}
-ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("caption", "image", "gist")} | {"commit": "c0ffee"}
+ANSWERS |= {f"accuracy_{task}": 0.125 for task in ("caption", "image", "gist")}
+ANSWERS |= {"commit": "c0ffee", "parameters": "0"}
 
 
 def row(arm, number, moving, static):
@@ -110,6 +111,15 @@ def test_gains_are_compared_with_the_baseline_where_the_target_is_the_same(found
     assert (skip.differences, skip.differences_interval) == ([pytest.approx(-0.08)], None)
     assert arm_of(found, "delta").next_frame["videos"].differences == []
     assert arm_of(found, "flow").next_frame["videos"].differences == []
+
+
+def test_runs_of_equal_flops_are_compared_with_the_budget_that_they_follow(table):
+    study = STUDY.model_copy(update={"budgets": {"x1": 1.0, "same": EqualFlops(flops_of="x1")}})
+    same = table.assign(budget=table["arm"].map({"latent_A6": "same", "drop": "same"}).fillna("x1"))
+    drop, single = (arm_of(results.summarise("next_frame", same, study), name) for name in ("drop", "latent_A6"))
+    assert (drop.budget, single.budget) == ("same", "same")
+    assert drop.next_frame["videos"].differences == pytest.approx([-0.01, 0.01, 0])
+    assert single.next_frame["videos"].gain == pytest.approx([0.02, 0.04, 0.03])
 
 
 def test_static_looks_that_were_trained_apart_are_compared_with_planned_ones_by_seed(table):

@@ -582,7 +582,8 @@ def write_study(root, summary):
         for seeds in arm.seeds:
             name, value = f"{arm.arm}-{seeds[0]}", score(arm.arm, seeds[0])
             row = {"run": name, "arm": arm.arm, "budget": arm.budget, **dict.fromkeys(studies.SEEDS, seeds[0])}
-            row["training_samples"] = arm.training_samples
+            row |= {"training_samples": arm.training_samples, "training_seconds": 300.0, "attempts": 1}
+            row |= {"converged": False, "commit": "c0ffee", "parameters": "0"}
             row |= {"training_flops": 3e13 if arm.arm == "B1" else 1.5e13, "mean_token_accuracy": value}
             row |= {"mean_loss": 0.2 if arm.arm == "none" else 0.4, "exact_match_accuracy": value - 0.3}
             row |= {f"accuracy_{task}": value for task in TASKS} | {"exact_match_card": value - 0.3}
@@ -602,8 +603,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     page = build(tmp_path, monkeypatch)
     title = "Default recipe against sixteen tokens (B1): tasks that need a gaze"
     statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
-    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1). With this "
-    statement += "spread, arms that are the same are called equal (within 3 points) in "
+    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1)."
     assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
     assert "<dd>2 of 2</dd><p>left the plateau: token accuracy of at least 75%; 95% interval" in page
     assert 0 < page.index("<dd>2 of 2</dd>") < page.index(title) < page.index(statement) < page.index('class="lead"')
@@ -809,6 +809,38 @@ def test_a_study_of_another_version_names_the_command(tmp_path):
     (tmp_path / "mine/summary.json").write_text('{"name": "mine"}')
     with pytest.raises(UserError, match=r"python -m pipeline_steps.study.summary mine"):
         studies.read_studies(tmp_path)
+
+
+@pytest.mark.parametrize("num_pairs", [2, 3])
+def test_cards_name_the_power_of_as_many_pairs_as_may_be_called_equal(tmp_path, num_pairs):
+    study = write_study(tmp_path, study_summary(arms=("none", "A6", "B1"), seeds=range(num_pairs)))
+    text = "With this spread, arms that are the same are called equal (within 3 points) in "
+    assert [text in card["statement"] for card in study_tables.cards(study)] == [num_pairs > 2] * 4
+
+
+def test_cards_and_comparisons_name_the_runs_that_were_not_measured(tmp_path):
+    summary = study_summary(arms=("none", "A6", "B1"), seeds=(1, 2, 3, 4))
+    entries = [entry.model_copy(update={"num_unmeasured": 4}) for entry in summary.comparisons]
+    study = write_study(tmp_path, summary.model_copy(update={"comparisons": entries, "num_runs": 12}))
+    assert {card["open"] for card in study_tables.cards(study)} == {"2 of 4 measured not converged, 4 not measured"}
+    table = study_tables.effects(study)
+    assert {row[table.columns.index("not converged")] for row in table.rows} == {("2 of 4, 4 not measured", 2)}
+
+
+@pytest.mark.parametrize("content", ["", "run,arm\nnone-1,none\n"])
+def test_a_study_with_damaged_runs_names_the_file(tmp_path, content):
+    study = write_study(tmp_path, study_summary())
+    folder = tmp_path / "reports/study" / study.name
+    (folder / "runs.csv").write_text(content)
+    with pytest.raises(UserError, match=r"mine/runs.csv: (No columns|no column budget).*Restore it"):
+        studies.read_study(folder)
+
+
+def test_too_few_pairs_have_a_card_of_their_own(tmp_path):
+    summary = study_summary(arms=("none", "A6", "B1"))
+    entries = [entry.model_copy(update={"verdict": "too few runs"}) for entry in summary.comparisons]
+    study = write_study(tmp_path, summary.model_copy(update={"comparisons": entries}))
+    assert {card["status"] for card in study_tables.cards(study)} == {"too few runs"}
 
 
 def test_a_summary_of_other_runs_is_refused(tmp_path):

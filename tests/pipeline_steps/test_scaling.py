@@ -25,8 +25,14 @@ GROUPS = {"gaze": ["card"], "reading": ["gist"]}
 
 
 def design(budgets=BUDGETS, seeds=(1, 2, 3)):
-    arms = {arm: {"overrides": [f"ablation={arm}"]} for arm in ARMS}
-    content = {"question": "How?", "arms": arms, "seeds": seeds, "budgets": budgets, "series": SERIES, "groups": GROUPS}
+    content = {
+        "question": "How?",
+        "arms": {arm: {} for arm in ARMS},
+        "seeds": seeds,
+        "budgets": budgets,
+        "series": SERIES,
+        "groups": GROUPS,
+    }
     return Study.model_validate(content, strict=False)
 
 
@@ -51,7 +57,7 @@ def write_runs(folder, study, kept=lambda arm, budget, seed: True):
             {"run": run, "arm": arm, "budget": budget, **dict.fromkeys(studies.SEEDS, seed), "attempts": 1}
             | {"training_samples": samples, "training_flops": flops, "training_seconds": 60, "converged": False}
             | {"mean_token_accuracy": 0.5, "exact_match_accuracy": 0.5, "mean_loss": np.mean(list(losses.values()))}
-            | {"accuracy_card": 0.5, "accuracy_gist": 0.5, "commit": "c0ffee"}
+            | {"accuracy_card": 0.5, "accuracy_gist": 0.5, "commit": "c0ffee", "parameters": "0"}
         )
         items += [{"run": run, "task": task, "num_tokens": 10, "loss_sum": 10 * losses[task]} for task in losses]
     folder.mkdir(parents=True)

@@ -116,6 +116,12 @@ def test_unmatched_budgets_give_no_verdict():
     assert found[0].verdict == "unmatched budgets"
 
 
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.6], [0.01, 0.011]])
+def test_fewer_than_three_pairs_get_no_verdict(values):
+    entry = statistics.compare({("A6", "gaze"): values}, 0.03)[0]
+    assert (entry.verdict, entry.smallest_margin) == ("too few runs", None)
+
+
 def test_three_pairs_cannot_decide():
     """Three pairs reach p = .25 at best: undecided, however large the difference."""
     assert statistics.compare({("A6", "gaze"): [0.5, 0.6, 0.55]}, 0.03)[0].verdict == "undecided"
@@ -123,7 +129,7 @@ def test_three_pairs_cannot_decide():
 
 def test_one_pair_has_no_t_interval():
     entry = statistics.compare({("A6", "gaze"): [0.5]}, 0.03)[0]
-    assert (entry.interval, entry.smallest_margin, entry.verdict) == (None, None, "undecided")
+    assert (entry.interval, entry.smallest_margin, entry.verdict) == (None, None, "too few runs")
 
 
 @pytest.mark.parametrize(("spread", "margin"), [(0.01, 0.03), (0.03, 0.03), (0.08, 0.03), (0.08, 0.1)])
@@ -138,9 +144,9 @@ def test_the_power_of_equality_is_how_often_equal_arms_are_called_equal(spread, 
     assert equivalence_power(observed, margin) == pytest.approx(called / 1000, abs=0.04)
 
 
-def test_power_needs_two_pairs():
-    assert equivalence_power([0.1], 0.03) is None
-    assert equivalence_power([0.1, 0.1], 0.03) == 1.0
+def test_power_needs_three_pairs():
+    assert equivalence_power([0.1, 0.1], 0.03) is None
+    assert equivalence_power([0.1, 0.1, 0.1], 0.03) == 1.0
 
 
 def test_share_interval_is_clopper_pearson():

@@ -26,11 +26,12 @@ for STAGE in ORDER:
             ],
         output: # update: a study that runs beside this one may have made it meanwhile; Snakemake would delete it first
             update(f"jobs/{STAGE}/{{key}}/done.json"),
-        threads: 1
+        threads:
+            lambda wildcards, stage=STAGE: JOBS[stage, wildcards.key]["num_threads"]
         priority: ORDER.index(STAGE) # runs that have begun are finished first
         resources:
             gpu=int(GPUS > 0 and STAGE in ON_GPU),
-            mem_mb=4000,
+            mem_mb=PLAN["memory_mb"],
             runtime=24 * 60,
         params:
             stage=STAGE,
