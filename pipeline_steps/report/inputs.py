@@ -145,7 +145,7 @@ def read_curve(path, stage):
     try:
         table = pd.read_csv(path)
     except ValueError as error:  # pandas: empty, no table, or no UTF-8
-        raise UserError(f"{path}: {str(error).splitlines()[0]}. {advice}") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0].rstrip('.')}. {advice}") from None
     if absent := [name for name in CURVE_COLUMNS if name not in table.columns]:
         raise UserError(f"{path}: no column {', '.join(absent)}; it was written by another version. {advice}")
     if not (table["event"] == "train").any():
@@ -175,7 +175,7 @@ def read_parquet(path, columns, advice):
     try:
         table = pd.read_parquet(path, columns=columns)
     except (ValueError, OSError) as error:  # pyarrow: no such column, or not a whole Parquet file
-        raise UserError(f"{path}: {str(error).splitlines()[0]}. {advice}") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0].rstrip('.')}. {advice}") from None
     if table.empty:
         raise UserError(f"{path}: no rows. {advice}")
     return table

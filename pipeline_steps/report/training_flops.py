@@ -25,9 +25,10 @@ def read_config(path, image_size):
     try:
         config = FoveatedVLMConfig.from_pretrained(path.parent)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or values of other types
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"{path}: no configuration of the network ({str(error).splitlines()[0]}). Remove it and run `dvc repro "
-            "stage3`, or the study, again."
+            f"{path}: no configuration of the network ({reason}). Remove it and run `dvc repro stage3`, or the study, "
+            "again."
         ) from None
     config.vision_config.image_size = image_size
     return config
