@@ -15,7 +15,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.evaluation import multiple_choice
 from pipeline_steps.inference.answers import answer_batch, answer_span
-from pipeline_steps.inference.likelihood import answer_ids, check_context_length
+from pipeline_steps.inference.likelihood import answer_ids, check_answer_fits
 from pipeline_steps.shards.__main__ import make_manifest, publish
 from pipeline_steps.shards.pack import Settings, pack_shard
 from pipeline_steps.sources import folder
@@ -170,9 +170,9 @@ def test_answers_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(UserError, match="here: the tokenizer merges the answer ''"):
         answer_ids(tokenizer, [1, 5], "", "here")
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=10))
-    check_context_length(config, "here", 7, 3)
+    check_answer_fits(config, "here", 7, 3)
     with pytest.raises(UserError, match=r"here: .*.7 tokens. .*.4. exceed .* 10 tokens"):
-        check_context_length(config, "here", 7, 4)
+        check_answer_fits(config, "here", 7, 4)
 
 
 # ---------------------------------------------------------------- what an answer chooses
