@@ -75,7 +75,8 @@ def test_micro_batches_add_up_on_the_device(size, device, tmp_path):
 def test_a_resumed_run_goes_on_from_the_same_numbers(name, ema_decay, device, tmp_path):
     """Weights, optimizer and average come back bit by bit; the steps after are those of an uninterrupted run."""
     run = run_on(device, name, tmp_path, ema_decay=ema_decay)
-    run.loader.__dict__.update(quarantined={}, state_dict=lambda: {"step": 2}, step=2)
+    loader = {"quarantined": {}, "check_quarantined": lambda found: None, "state_dict": lambda: {"step": 2}, "step": 2}
+    run.loader.__dict__.update(loader)
     trainer = prepare(run)
     steps(run, trainer, 0, 2)
     save_state(run, trainer, 2)
