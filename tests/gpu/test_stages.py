@@ -99,7 +99,7 @@ def test_a_resumed_run_goes_on_from_the_same_numbers(name, ema_decay, device, tm
 def auto_run(device: str, folder, batch_size: int):
     """A run with samples of three frames, as `choose_micro_batch_size` sees it."""
     run = run_on(device, "stage2", folder, batch_size=batch_size, micro_batch_size="auto")
-    run.stage_plan.plan.starts = np.array([0, batch_size])
+    run.stage_plan.plan.__dict__.update(starts=np.array([0, batch_size]), order=np.arange(batch_size))
     index = SimpleNamespace(num_tokens=np.full(batch_size, 48), shown_frames=lambda repeats: np.full(batch_size, 3))
     run.train = Numbers(index)
     run.streaming = SimpleNamespace(image_replication=1)
