@@ -22,7 +22,7 @@ from pipeline_steps.common.flop_formulas import training_step
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.flops import iso, scales
-from pipeline_steps.report.studies import read_runs
+from pipeline_steps.report.studies import FLOPS_NOTE, read_runs
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, job, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
@@ -699,7 +699,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
     assert "**equal** at equal samples and FLOPs |" in text
     assert "**worse** at equal samples; 8 of 16 runs not converged" in text  # B1 reads more, at twice the FLOPs
-    assert "Runs of before commit 8747296 are counted as their samples times the FLOPs of a mean sample" in text
+    assert FLOPS_NOTE in text
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
     assert (tmp_path / "mine/runs.png").read_bytes().startswith(b"\x89PNG")
