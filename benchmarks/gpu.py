@@ -8,12 +8,13 @@
 3. `benchmarks.speed` for every size, in the order of --sizes, and for the first one compiled too; each in a process of
    its own that gets a share of the time that is left.
 
-Needs torch and transformers only; no data, no weights. Without pytest no tests run, and without pydantic, pyarrow and
-simplejpeg those that train a stage are skipped; the file says so. For a GPU machine without a network, carry them as
-wheels of its version of Python:
+Needs torch, transformers and Pillow only; no data, no weights. Without pytest no tests run, and without pydantic,
+pyarrow and simplejpeg those that train a stage are skipped; the file says so. For a GPU machine without a network,
+carry them as wheels of its version of Python:
 
-    python -m pip download --only-binary=:all: --python-version 3.12 --dest wheels pytest pydantic pyarrow simplejpeg
-    python -m pip install --no-index --find-links wheels pytest pydantic pyarrow simplejpeg    # on the GPU machine
+    packages="pillow pytest pydantic pyarrow simplejpeg"
+    python -m pip download --only-binary=:all: --python-version 3.12 --dest wheels $packages
+    python -m pip install --no-index --find-links wheels $packages    # on the GPU machine
 
 Exit code 1 if a test, a check or a measurement failed. Without a GPU: one sentence and exit code 1.
 Cost: at most 8 minutes.
@@ -49,8 +50,8 @@ SIZES = {"135M": 4.0, "small_gpu": 1.5, "1.7B": 2.5, "360M": 1.5, "tiny": 1.0}
 COMPILED = 2.5
 SECONDS = 1.5  # per figure, where a call is shorter
 TESTS = (
+    "tests/model/test_frame_step.py",  # captured graphs, before what takes long: compilation
     "tests/gpu",
-    "tests/model/test_frame_step.py",
     "--confcutdir=tests/gpu",
     "--override-ini=addopts=--import-mode=importlib",
     "-m",

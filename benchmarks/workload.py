@@ -1,7 +1,7 @@
 """Networks of the project's sizes with random weights, and batches of random frames and text for them.
 
-Imports torch and transformers (and PyYAML, which transformers needs) alone. Random weights change neither time nor
-memory.
+Imports torch, transformers (and PyYAML, which transformers needs) and Pillow alone. Random weights change neither time
+nor memory.
 
 Shapes: B samples, T frames of a sample, F frames of a batch.
 """

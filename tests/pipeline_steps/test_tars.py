@@ -233,7 +233,6 @@ def test_source_split_and_video_id(tmp_path):
 
 
 OWN = {"kind": "text", "split": "test", "duration": 0.0}
-MANY_OPTIONS = {"user": "A?", "options": [f"o{i}" for i in range(27)], "correct_option": 0, "task": "x"}
 REFUSED = {
     "frame count": (
         [*frames("k.{:03d}.jpg"), ("k.json", QUESTION | {"frame_count": 8})],
