@@ -229,7 +229,7 @@ class LaterHeads(torch.autograd.Function):
         """rows, weight: as in `OwnHeads`."""
         heads = project(rows, weight, cos, sin, groups)
         ctx.save_for_backward(rows, weight, cos, sin, back, keys_back)
-        ctx.groups, ctx.num_earlier = groups, len(earlier)
+        ctx.groups = groups
         keys = torch.cat([earlier, heads[:, -2 * groups :]])
         return gather(heads[:, : -2 * groups], order), gather(keys, keys_order)
 
@@ -237,11 +237,11 @@ class LaterHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, of_queries, of_keys):
         rows, weight, cos, sin, back, keys_back = ctx.saved_tensors
-        of_keys = gather_back(of_keys, keys_back)
-        found = torch.cat([gather_back(of_queries, back), of_keys[ctx.num_earlier :]], dim=1)
+        of_keys, num_earlier = gather_back(of_keys, keys_back), len(keys_back) - len(back)
+        found = torch.cat([gather_back(of_queries, back), of_keys[num_earlier:]], dim=1)
         needed = ctx.needs_input_grad
         of_rows, of_weight = project_backward(found, rows, weight, cos, sin, ctx.groups, needed)
-        return of_rows, of_weight, of_keys[: ctx.num_earlier], *[None] * 7
+        return of_rows, of_weight, of_keys[:num_earlier], *[None] * 7
 
 
 def project(rows: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
