@@ -111,15 +111,16 @@ def _check_values(config, input_ids, attention_mask, num_frames, frames: int, la
     is_visual = input_ids == config.visual_token_id
     places = is_visual.sum(1)
     expected = torch.zeros_like(places) if num_frames is None else num_frames.to(places.device) * per_frame
-    if not torch.equal(places, expected):
-        row = int((places != expected).nonzero()[0])
+    if wrong := _first_true(places != expected):
+        row = wrong[0]
         raise ValueError(
             f"sample {row} has {int(places[row])} visual placeholders for {int(expected[row]) // per_frame} frames "
             f"of {per_frame} visual tokens each. input_ids must contain exactly {int(expected[row])}"
         )
-    if attention_mask is not None and bool((is_visual & (attention_mask == 0)).any()):
-        row = int((is_visual & (attention_mask == 0)).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has visual placeholders where attention_mask is 0. Set it to 1 at the frames")
+    if attention_mask is not None and (wrong := _first_true(is_visual & (attention_mask == 0))):
+        raise ValueError(
+            f"sample {wrong[0]} has visual placeholders where attention_mask is 0. Set it to 1 at the frames"
+        )
     check_tokens(config, input_ids, attention_mask, labels)
     if num_frames is not None and int(num_frames.max()) > config.max_num_frames:
         row = int(num_frames.argmax())
@@ -140,29 +141,33 @@ def check_tokens(config, input_ids, attention_mask, labels) -> None:
     """Raises ValueError for an id outside the vocabulary, or a label that no text token can have. A GPU waits for
     it."""
     size, visual_id = config.text_config.vocab_size, config.visual_token_id
-    wrong = ((input_ids < 0) | (input_ids >= size)) & (input_ids != visual_id)
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+    if wrong := _first_true(((input_ids < 0) | (input_ids >= size)) & (input_ids != visual_id)):
+        row, column = wrong
         raise ValueError(
             f"sample {row} has the token id {int(input_ids[row, column])} at place {column}, but the vocabulary has "
             f"{size} tokens and the visual placeholder is {visual_id}. Use the checkpoint's tokenizer"
         )
     if labels is None:
         return
-    if bool((labels == visual_id).any()):
-        row = int((labels == visual_id).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has visual placeholders in labels. Set the labels there to {IGNORE_INDEX}")
+    if wrong := _first_true(labels == visual_id):
+        raise ValueError(f"sample {wrong[0]} has visual placeholders in labels. Set the labels there to {IGNORE_INDEX}")
     is_labelled = labels != IGNORE_INDEX
-    wrong = is_labelled & ((labels < 0) | (labels >= size))
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+    if wrong := _first_true(is_labelled & ((labels < 0) | (labels >= size))):
+        row, column = wrong
         raise ValueError(
             f"sample {row} has the label {int(labels[row, column])} at place {column}, but the vocabulary has {size} "
             f"tokens. Use token ids, or {IGNORE_INDEX} where there is no loss"
         )
-    if attention_mask is not None and bool((is_labelled & (attention_mask == 0)).any()):
-        row = int((is_labelled & (attention_mask == 0)).any(1).nonzero()[0])
-        raise ValueError(f"sample {row} has labels where attention_mask is 0. Set them to {IGNORE_INDEX} at padding")
+    if attention_mask is not None and (wrong := _first_true(is_labelled & (attention_mask == 0))):
+        raise ValueError(
+            f"sample {wrong[0]} has labels where attention_mask is 0. Set them to {IGNORE_INDEX} at padding"
+        )
+
+
+def _first_true(mask) -> list[int] | None:
+    """The indices of the first true element; None if there is none."""
+    found = mask.nonzero()
+    return found[0].tolist() if len(found) else None
 
 
 def check_library_arguments(input_ids, output_hidden_states, use_cache, inputs_embeds, past_key_values) -> None:

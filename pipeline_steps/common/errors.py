@@ -22,6 +22,12 @@ def printable(text):
     )
 
 
+def listing(first, total):
+    """The lines `first`, indented, one below the other, and how many of the `total` are left out."""
+    more = [f"... and {total - len(first)} more"] if total > len(first) else []
+    return "\n".join(f"  {line}" for line in [*first, *more])
+
+
 def _safetensors_errors():
     return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
 

@@ -7,13 +7,10 @@ and their halves, which have as many frames as `frames_8` and differ from it in 
 from collections import defaultdict
 
 import numpy as np
-import torch
 
-from model import FoveationOptions
 from pipeline_steps.common.caption_results import CaptionParts, PartOverlap
 from pipeline_steps.evaluation import caption_metrics, captions, statistics, temporal
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import check_answer_fits
 from pipeline_steps.streaming.index import KINDS
 from pipeline_steps.streaming.prefetch import map_ordered
 from pipeline_steps.streaming.targets import source_frame
@@ -68,10 +65,7 @@ def texts_of(model, tokenizer, collate, task, items, part, settings):
     """The greedy answer to every item (list of str), shown a part of its frames."""
     shown = [temporal.select(item, places(part, len(item["frames"]))) for item in items]
     batch = answers.prompt_batch(collate, shown).to(model.device)
-    where = f"free-form answers of task '{task}' for {part}"
-    check_answer_fits(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
-    generator = torch.Generator(batch.input_ids.device).manual_seed(settings.seed)
-    options = FoveationOptions(generator=generator, target_patches=batch.target_patches)
+    options = answers.seeded_options(batch, settings.seed)
     prompts = answers.embedded_prompts(model, batch.inputs(), "autoregressive", options)
     return answers.generate_after(
         model, tokenizer, prompts, batch.attention_mask, max_new_tokens=settings.max_answer_tokens

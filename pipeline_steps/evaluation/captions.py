@@ -3,15 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from model import FoveationOptions
 from pipeline_steps.common import modes
 from pipeline_steps.common.caption_results import Captions, CaptionScore, Missed
 from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
-from pipeline_steps.inference.likelihood import check_answer_fits
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.streaming.prefetch import map_ordered
 
@@ -53,13 +50,11 @@ def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):
 
     def load(job):
         items = [dataset[number] for number in job[1]]
-        return job[0], items, answers.prompt_batch(collate, items)
+        return items, answers.prompt_batch(collate, items)
 
     rows = []
     with progress_bar("captions", total=len(numbers), unit="item") as progress:
-        for task, items, batch in map_ordered(load, jobs, **prefetch):
-            where = f"free-form answers of task '{task}'"
-            check_answer_fits(model.config, where, batch.input_ids.shape[1], settings.max_answer_tokens)
+        for items, batch in map_ordered(load, jobs, **prefetch):
             texts_by_mode = generate(
                 model, tokenizer, batch.to(model.device), settings.max_answer_tokens, settings.seed
             )
@@ -77,8 +72,7 @@ def generate(model, tokenizer, batch, max_tokens, seed):
     for mode in CAPTION_MODES:
         entry = modes.REGISTRY[mode]
         shown = batch if entry.pixels is None else replace(batch, pixel_values=entry.pixels(batch.pixel_values))
-        generator = torch.Generator(batch.input_ids.device).manual_seed(seed)
-        options = FoveationOptions(generator=generator, target_patches=batch.target_patches)
+        options = answers.seeded_options(batch, seed)
         prompts = answers.embedded_prompts(model, shown.inputs(), entry.forward_mode, options)
         texts[mode] = answers.generate_after(model, tokenizer, prompts, batch.attention_mask, max_new_tokens=max_tokens)
     return texts

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from model import FoveationOptions
 from pipeline_steps.common import choices
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import SCORINGS, ChoiceScore, MultipleChoice
@@ -134,9 +133,7 @@ def _known(question, item):
 def answer_questions(model, tokenizer, batch, asked, known, max_tokens, seed):
     """One dict per Question of a `prompt_batch`: the choice of each scoring, the scores, and the generated answer."""
     mask = batch.attention_mask
-    options = FoveationOptions(
-        generator=torch.Generator(mask.device).manual_seed(seed), target_patches=batch.target_patches
-    )
+    options = answers.seeded_options(batch, seed)
     embeddings = answers.embedded_prompts(model, batch.inputs(), options=options)  # frames are encoded once
     sizes = mask.sum(1).tolist()
     for row, size in zip(known, sizes, strict=True):

@@ -23,6 +23,12 @@ def answer_batch(model, tokenizer, collate, items, max_tokens, mode="autoregress
     return as_text(tokenizer, model.generate(**batch.inputs(), mode=mode, options=foveation, **options))
 
 
+def seeded_options(batch, seed):
+    """FoveationOptions for a batch: its targets, and random queries that are a function of the seed."""
+    generator = torch.Generator(batch.input_ids.device).manual_seed(seed)
+    return FoveationOptions(generator=generator, target_patches=batch.target_patches)
+
+
 def prompt_batch(collate, items):
     """The `Batch` of the items without their last answers, left-padded as generation needs it."""
     return collate([up_to_answer(item) for item in items], padding_side="left")

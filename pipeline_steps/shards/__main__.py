@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline_steps.common import params
-from pipeline_steps.common.errors import UserError, run_main
+from pipeline_steps.common.errors import UserError, listing, run_main
 from pipeline_steps.common.files import locked_scratch, replaced_folder, writable, write_json
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.schemas import SPLITS, FramePolicy, ShardsManifest, SplitEntry
@@ -159,35 +159,32 @@ def check_quarantine(manifest, reports, media, max_quarantined):
     reports: {(split, name): ShardReport}. media: {source: number of media files}.
     """
     bad = manifest.quarantined
-    listing = _listing(bad)
+    listed = _listed(bad)
     for source, count in Counter(q.source for q in bad).items():
         if count > max_quarantined * media[source]:
             raise UserError(
                 f"{count} of {media[source]} media files of '{source}' are damaged ({count / media[source]:.1%}), more "
-                f"than shards.max_quarantined allows ({max_quarantined:.1%}):\n{listing}\n"
+                f"than shards.max_quarantined allows ({max_quarantined:.1%}):\n{listed}\n"
                 "Repair or remove these files, or raise shards.max_quarantined."
             )
     if manifest.splits["train"].num_samples == 0:
         raise UserError(
             f"no training sample is left of {manifest.seen} samples, {len(bad)} of them damaged. Add samples to the "
-            f"split train (sources), or lower shards.validation_share and shards.test_share.\n{listing}"
+            f"split train (sources), or lower shards.validation_share and shards.test_share.\n{listed}"
         )
     for split in (split for split in SPLITS if manifest.splits[split].num_samples == 0):
         lost = [q for (place, _), report in sorted(reports.items()) if place == split for q in report.quarantined]
         if lost:
             raise UserError(
                 f"all {len(lost)} samples of the split {split} are damaged. Repair these files, or add samples to the "
-                f"split (sources).\n{_listing(lost)}"
+                f"split (sources).\n{_listed(lost)}"
             )
     if bad:
-        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listing}", file=sys.stderr)
+        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listed}", file=sys.stderr)
 
 
-def _listing(quarantined):
-    lines = [f"  {q.key} ({q.path}): {q.reason}" for q in quarantined[:MAX_LISTED]]
-    if len(quarantined) > MAX_LISTED:
-        lines.append(f"  ... and {len(quarantined) - MAX_LISTED} more")
-    return "\n".join(lines)
+def _listed(quarantined):
+    return listing([f"{q.key} ({q.path}): {q.reason}" for q in quarantined[:MAX_LISTED]], len(quarantined))
 
 
 def publish(manifest, packed, folder, sources=None):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, listing
 from pipeline_steps.common.files import write_jsonl
 from pipeline_steps.common.schemas import SPLITS
 from pipeline_steps.shards.hashes import NUM_FRAMES, WORDS
@@ -150,12 +150,10 @@ def check(leaks, index, path):
     lines = []
     for leak in leaks[:MAX_LISTED]:
         pair = (f"'{key}' ({split}, {paths[key] or 'text-only'})" for split, key in (leak.held_out, leak.other))
-        lines.append(f"  {' and '.join(pair)}: {leak.reason}")
-    if len(leaks) > MAX_LISTED:
-        lines.append(f"  ... and {len(leaks) - MAX_LISTED} more")
-    listing = "\n".join(lines)
+        lines.append(f"{' and '.join(pair)}: {leak.reason}")
     raise UserError(
         f"{len(leaks)} held-out samples also occur in another split, which invalidates the evaluation.\n"
-        f"{listing}\nFull list: {path}. Give both samples of a pair the same video_id or split, or remove one; "
+        f"{listing(lines, len(leaks))}\n"
+        f"Full list: {path}. Give both samples of a pair the same video_id or split, or remove one; "
         "shards.max_hash_distance: null disables this check."
     )

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, listing
 from pipeline_steps.common.files import writable
 from pipeline_steps.common.hashing import media_sha256
 from pipeline_steps.common.schemas import RawSample, slug
@@ -68,9 +68,9 @@ def read(
     ignored, problems = {}, []
     for metadata in metadata_files:
         place = metadata.parent.relative_to(folder)
-        lines = rows_of.read(metadata)
-        if names := rows_of.ignored_columns(lines):
-            ignored[metadata.relative_to(folder).as_posix()] = names
+        lines, unread = rows_of.read(metadata)
+        if unread:
+            ignored[metadata.relative_to(folder).as_posix()] = unread
         for line, row in lines:
             try:
                 names = _file_names(finder, place, f"{metadata} line {line}", row)
@@ -112,9 +112,8 @@ def _refuse_all(folder: Path, problems: list[str]) -> None:
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        lines = [f"{folder}: {len(problems)} rows are unusable. Correct or remove them:", *problems[:MAX_PROBLEMS]]
-        lines += [f"... and {len(problems) - MAX_PROBLEMS} more"] * (len(problems) > MAX_PROBLEMS)
-        raise UserError("\n  ".join(lines))
+        listed = listing(problems[:MAX_PROBLEMS], len(problems))
+        raise UserError(f"{folder}: {len(problems)} rows are unusable. Correct or remove them:\n{listed}")
 
 
 def _media(folder: Path, names: tuple[str], relative_to: Path | None) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline_steps.common.errors import UserError, printable
+from pipeline_steps.common.errors import UserError, listing, printable
 from pipeline_steps.common.files import to_json, writable, write_json
 from pipeline_steps.common.names import check_name
 from pipeline_steps.common.schemas import Quarantined, RawSample
@@ -145,17 +145,14 @@ class IndexWriter:
 
 def _check(entry: str, taken: int, quarantined: list[Quarantined], limit: float) -> None:
     bad, seen = len(quarantined), taken + len(quarantined)
-    lines = [f"  {row.key} ({row.path}): {row.reason}" for row in quarantined[:MAX_LISTED]]
-    if bad > MAX_LISTED:
-        lines.append(f"  ... and {bad - MAX_LISTED} more")
-    listing = "\n".join(lines)
+    listed = listing([f"{row.key} ({row.path}): {row.reason}" for row in quarantined[:MAX_LISTED]], bad)
     if bad > limit * seen:
         raise UserError(
             f"{bad} of {seen} samples of the source '{entry}' are unusable ({bad / seen:.1%}), more than its "
-            f"max_quarantined allows ({limit:.1%}):\n{listing}\nRepair or remove them, or raise max_quarantined."
+            f"max_quarantined allows ({limit:.1%}):\n{listed}\nRepair or remove them, or raise max_quarantined."
         )
     if not taken:
-        raise UserError(f"the source '{entry}' has no usable sample ({bad} quarantined).\n{listing}".rstrip())
+        raise UserError(f"the source '{entry}' has no usable sample ({bad} quarantined).\n{listed}".rstrip())
 
 
 def print_summary(output: Path, summary: dict) -> None:

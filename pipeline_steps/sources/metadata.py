@@ -72,8 +72,11 @@ def split_of(name: str) -> str | None:
     return SPLIT_FOLDERS.get(first.casefold()) if slash else None
 
 
-def read(metadata: Path) -> list[tuple[int, dict]]:
-    """Return [(line number, row)], at least one; rows lack the columns that they do not set. Raises UserError."""
+def read(metadata: Path) -> tuple[list[tuple[int, dict]], list[str]]:
+    """Return [(line number, row)], at least one, and the sorted columns that are not read.
+
+    Rows lack the columns that they do not set. Raises UserError.
+    """
     reader = {
         ".jsonl": read_jsonl,
         ".json": _read_json,
@@ -85,8 +88,9 @@ def read(metadata: Path) -> list[tuple[int, dict]]:
     if not lines:
         raise UserError(f"{metadata}: no rows. Write one row per caption or question.")
     _check_columns(metadata, lines)
-    _check_ignored(metadata, ignored_columns(lines))
-    return [(line, _standard_row(metadata, line, row)) for line, row in lines]
+    ignored = sorted({name for _, row in lines for name in row} - COLUMNS)
+    _check_ignored(metadata, ignored)
+    return [(line, _standard_row(metadata, line, row)) for line, row in lines], ignored
 
 
 def _standard_row(metadata: Path, line: int, row: dict) -> dict:
@@ -235,11 +239,6 @@ def _check_columns(metadata: Path, lines: list[tuple[int, dict]]) -> None:
             f"{metadata}: the columns are {found}. Expected file_name and caption, or question and answer, or "
             f"messages.{hint}"
         )
-
-
-def ignored_columns(lines: list[tuple[int, dict]]) -> list[str]:
-    """Return the sorted columns of the rows that are not read."""
-    return sorted({name for _, row in lines for name in row} - COLUMNS)
 
 
 def _check_ignored(metadata: Path, names: list[str]) -> None:

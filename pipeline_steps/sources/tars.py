@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, listing
 from pipeline_steps.common.files import parse, to_json
 from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.common.schemas import Quarantined, RawSample, slug
@@ -65,7 +65,7 @@ def read(
         progress = progress_bar(entry.name, scanned, total=len(jobs), unit="tar")
         damaged = []
         for (tar, _, rows), report in zip(jobs, progress, strict=True):
-            damaged += [f"  {tar}: {report.damage}"] if report.damage else []
+            damaged += [f"{tar}: {report.damage}"] if report.damage else []
             quarantined += report.quarantined
             add_unreferenced(entry.name, report.unreferenced, report.reasons)
             with open(rows, encoding="utf-8") as lines:
@@ -78,10 +78,12 @@ def read(
 def _print_damage(name: str, damaged: list[str], num_tars: int) -> None:
     if not damaged:
         return
-    lines = [f"{name}: {len(damaged)} of {num_tars} archives are damaged. The unreadable rest of each counts as one"]
-    lines[0] += " quarantined sample, as the number of samples in it is unknown:"
-    lines += damaged[:MAX_LISTED] + [f"  ... and {len(damaged) - MAX_LISTED} more"] * (len(damaged) > MAX_LISTED)
-    print("\n".join(lines), file=sys.stderr)
+    print(
+        f"{name}: {len(damaged)} of {num_tars} archives are damaged. The unreadable rest of each counts as one "
+        "quarantined sample, as the number of samples in it is unknown:\n"
+        + listing(damaged[:MAX_LISTED], len(damaged)),
+        file=sys.stderr,
+    )
 
 
 SUFFIX = re.compile(r"\.tar$", re.IGNORECASE)

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline_steps.common.errors import UserError, printable
+from pipeline_steps.common.errors import UserError, listing, printable
 from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.streaming.collate import Collator
 from pipeline_steps.streaming.dataset import RawItem, TokenizedShards, UnreadableSample
@@ -146,13 +146,10 @@ class Loader:
         skipped, limit = sum(entry["times"] for entry in quarantined.values()), self.streaming.max_quarantined
         if skipped <= limit * self.plan.num_samples:
             return
-        listing = "\n".join(f"  {key}: {entry['reason']}" for key, entry in list(quarantined.items())[:MAX_LISTED])
-        more = len(quarantined) - MAX_LISTED
+        first = [f"{key}: {entry['reason']}" for key, entry in list(quarantined.items())[:MAX_LISTED]]
         raise UserError(
             f"step {self.step + 1}: {skipped} of {self.plan.num_samples:,} sample(s) are unreadable, more than "
-            f"streaming.max_quarantined allows ({limit:.3%}):\n{listing}"
-            + (f"\n  ... and {more} more" if more > 0 else "")
-            + f"\n{REPAIR}"
+            f"streaming.max_quarantined allows ({limit:.3%}):\n{listing(first, len(quarantined))}\n{REPAIR}"
         )
 
     def state_dict(self) -> dict:

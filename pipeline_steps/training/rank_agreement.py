@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.errors import UserError, listing
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.training.checkpoint_io import LIBRARIES, ROOT, code_files
 from pipeline_steps.training.distributed import DistributedContext
@@ -48,13 +48,12 @@ def compare(descriptions: list[dict[str, object]]) -> None:
         for key in sorted(first.keys() | other.keys()):
             one, two = first.get(key, ABSENT), other.get(key, ABSENT)
             if one != two:
-                lines.append(f"  {key}: rank 0 has {one!r}, rank {rank} has {two!r}")
+                lines.append(f"{key}: rank 0 has {one!r}, rank {rank} has {two!r}")
     if lines:
-        more = [f"  ... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-        listing = "\n".join(lines[:MAX_LISTED] + more)
         raise UserError(
-            f"the ranks of this run differ in {len(lines)} value(s):\n{listing}\nStart all processes with the same "
-            "params.yaml, data and code (one commit, one shared disk or equal copies)."
+            f"the ranks of this run differ in {len(lines)} value(s):\n{listing(lines[:MAX_LISTED], len(lines))}\n"
+            "Start all processes with the same params.yaml, data and code (one commit, one shared disk or equal "
+            "copies)."
         )
 
 

@@ -293,12 +293,18 @@ def test_a_folder_that_is_not_given_or_not_there():
         read_folder("/none", "key")
 
 
-def test_photographs_as_backgrounds(tmp_path, cutouts):
+def write_meadows(folder, shades, size=(8, 8), suffix="png"):
+    """Writes a photograph of one colour for each of `shades` with its metadata.jsonl, whose rows are returned."""
     rows = []
-    for number in range(6):
-        Image.new("RGB", (300, 200), (40 * number, 90, 30)).save(tmp_path / f"{number}.jpg")
-        rows.append({"file_name": f"{number}.jpg", "name": f"meadow {number}"})
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, shade in enumerate(shades):
+        Image.new("RGB", size, (40 * shade, 90, 30)).save(folder / f"{number}.{suffix}")
+        rows.append({"file_name": f"{number}.{suffix}", "name": f"meadow {shade}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_photographs_as_backgrounds(tmp_path, cutouts):
+    write_meadows(tmp_path, range(6), (300, 200), "jpg")
     photographs = Backgrounds(tmp_path, 0.2, seed=1)
     parts = [{own.name for own in photographs.by_split[split]} for split in SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
@@ -308,28 +314,20 @@ def test_photographs_as_backgrounds(tmp_path, cutouts):
     number = int(scene.background.name.split()[1])
     corner = np.median(frames[:, :6].reshape(-1, 3), 0)
     assert np.abs(corner - (40 * number, 90, 30)).max() < 4
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    write_meadows(tmp_path, range(2), (300, 200), "jpg")
     with pytest.raises(UserError, match="holds 2 different pictures, expected at least 3"):
         Backgrounds(tmp_path, 0.2, seed=1)
 
 
 def test_damaged_photographs_stop_before_anything_is_rendered(tmp_path, folder):
-    rows = []
-    for number in range(3):
-        Image.new("RGB", (8, 8), (40 * number, 90, 30)).save(tmp_path / f"{number}.png")
-        rows.append({"file_name": f"{number}.png", "name": f"meadow {number}"})
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_meadows(tmp_path, range(3))
     (tmp_path / "1.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1\.png \(row 2 of its metadata\.jsonl\) is no picture"):
         Pictures(section(folder, backgrounds=str(tmp_path)).procedural)
 
 
 def test_photographs_with_equal_bytes_are_of_one_split(tmp_path):
-    rows = []
-    for number in range(12):
-        Image.new("RGB", (8, 8), (40 * (number // 2), 90, 30)).save(tmp_path / f"{number}.png")
-        rows.append({"file_name": f"{number}.png", "name": f"meadow {number // 2}"})
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = write_meadows(tmp_path, [number // 2 for number in range(12)])
     photographs = Backgrounds(tmp_path, 0.3, seed=1)
     shown = [photographs.pictures[own.picture].sha256 for split in SPLITS for own in photographs.by_split[split]]
     assert len(shown) == len(set(shown)) == 6
