@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from pipeline_steps.common import params
@@ -30,6 +31,7 @@ STAGES = (
 IMPORTED = ("training", *(stage for stage in STAGES if not stage.startswith("stage")), "report")
 SET_BY_STAGES = ("MKL_DYNAMIC",)  # environment variables that stages set when they are imported
 LIMIT = 600  # seconds of a stage
+RELEASED = "released"
 FORKS.set_forkserver_preload([f"pipeline_steps.{package}.__main__" for package in IMPORTED])
 SECONDS = (
     "backbones.embedded.vision_steps=4",
@@ -100,12 +102,18 @@ def run_all(folder: Path, *stages: str, run=run) -> None:
 
 
 def start_training(
-    folder: Path, stage: str, num_processes: int = 1, folders: dict[int, Path] | None = None
+    folder: Path,
+    stage: str,
+    num_processes: int = 1,
+    folders: dict[int, Path] | None = None,
+    hold_at: str | None = None,
 ) -> list[multiprocessing.Process]:
     """`run` of a training stage in `num_processes` processes, as torchrun starts them but without the seconds of
     importing; each writes its output to log-<rank>.txt in `folder`. `join` them, or kill them.
 
     folders: {rank: its own working folder} of ranks that work elsewhere.
+    hold_at: "module.function" of pipeline_steps.training. Every process waits at its first call of it, until it is
+    killed or `release`d. `wait_until_held` returns when all do.
     """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -115,12 +123,28 @@ def start_training(
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         variables = (environment() | address | place) if num_processes > 1 else environment()
         own = (folders or {}).get(rank, folder)
-        processes.append(_start(own, stage, variables, own / f"log-{rank}.txt", own / f"log-{rank}.txt"))
+        processes.append(_start(own, stage, variables, own / f"log-{rank}.txt", own / f"log-{rank}.txt", hold_at))
     return processes
 
 
-def _start(folder: Path, stage: str, variables: dict, out: Path, err: Path) -> multiprocessing.Process:
-    process = FORKS.Process(target=_run_stage, args=(folder, command(stage)[2:], variables, out, err))
+def wait_until_held(folder: Path, processes: list[multiprocessing.Process], seconds: float = 120) -> None:
+    """Until all processes wait at the function of `hold_at`."""
+    end = time.monotonic() + seconds
+    while len(list(folder.glob("held-*"))) < len(processes):
+        assert all(process.is_alive() for process in processes), (folder / "log-0.txt").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def release(folder: Path) -> None:
+    """Lets the processes of `hold_at` go on."""
+    (folder / RELEASED).touch()
+
+
+def _start(
+    folder: Path, stage: str, variables: dict, out: Path, err: Path, hold_at: str | None = None
+) -> multiprocessing.Process:
+    process = FORKS.Process(target=_run_stage, args=(folder, command(stage)[2:], variables, out, err, hold_at))
     process.start()
     return process
 
@@ -138,7 +162,7 @@ def _exit_codes(processes: list[multiprocessing.Process], seconds: float) -> lis
             process.join()
 
 
-def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, err: Path) -> None:
+def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, err: Path, hold_at: str | None) -> None:
     """The stage's `main` with these command line arguments; what it prints is added to the files `out` and `err`."""
     os.chdir(folder)
     imported = {name: os.environ[name] for name in SET_BY_STAGES if name in os.environ}
@@ -150,7 +174,25 @@ def _run_stage(folder: Path, arguments: list[str], variables: dict, out: Path, e
         os.close(log)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = arguments
-    run_main(importlib.import_module(f"{arguments[0]}.__main__").main)
+    main = importlib.import_module(f"{arguments[0]}.__main__").main
+    if hold_at is not None:
+        _hold(*hold_at.split("."))
+    run_main(main)
+
+
+def _hold(module_name: str, name: str) -> None:
+    """Makes the first call of this function wait for the file RELEASED."""
+    module, place = importlib.import_module(f"pipeline_steps.training.{module_name}"), f"held-{os.environ.get('RANK')}"
+    function = getattr(module, name)
+
+    def held(*args, **kwargs):
+        if not Path(place).exists():
+            Path(place).touch()
+            while not Path(RELEASED).exists():
+                time.sleep(0.01)
+        return function(*args, **kwargs)
+
+    setattr(module, name, held)
 
 
 def train(folder: Path, stage: str, num_processes: int = 1, seconds: float = 300) -> None:

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -117,16 +116,16 @@ def test_two_processes_resume_after_a_kill(finished_run, tmp_path, sharding, opt
         place.mkdir()
         folder_for(finished_run, place, *options)
     pipeline.train(expected, "stage1", 2)
-    processes = pipeline.start_training(folder, "stage1", 2)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(".scratch/stage1/*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    processes = pipeline.start_training(
+        folder, "stage1", 2, hold_at="train_loop.validate"
+    )  # of step 3, before its state is saved
+    pipeline.wait_until_held(folder, processes)
     for process in processes:
         process.kill()
         process.join()
     assert not (folder / "outputs/stage1").exists()
     pipeline.train(folder, "stage1", 2)
-    assert "resuming from step" in (folder / "log-0.txt").read_text()
+    assert "resuming from step 2 of 5" in (folder / "log-0.txt").read_text()
     for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
@@ -151,28 +150,30 @@ def test_a_failing_process_stops_all_processes_with_its_error(finished_run, tmp_
     assert not (folder / "outputs/stage1").exists()
 
 
-def started_beside_a_whole_run(finished_run, tmp_path, options, num_processes):
-    """(folder of a finished run of stage 1, folder of one that has just been started, its processes)."""
+def held_beside_a_whole_run(finished_run, tmp_path, options, num_processes, hold_at):
+    """(folder of a finished run of stage 1, folder of one that waits at the function `hold_at`, its processes)."""
     expected, folder = tmp_path / "expected", tmp_path / "stopped"
     for place in (expected, folder):
         place.mkdir()
         folder_for(finished_run, place, *options)
     pipeline.train(expected, "stage1", num_processes)
-    return expected, folder, pipeline.start_training(folder, "stage1", num_processes)
+    processes = pipeline.start_training(folder, "stage1", num_processes, hold_at=hold_at)
+    pipeline.wait_until_held(folder, processes)
+    return expected, folder, processes
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_path, num_processes):
-    options = ("runtime.checkpoint_every=1000", "training.stage1.num_samples=160")
-    expected, folder, processes = started_beside_a_whole_run(finished_run, tmp_path, options, num_processes)
-    log, deadline = folder / "log-0.txt", time.monotonic() + 120
-    while not (log.exists() and "loss " in log.read_text()) and time.monotonic() < deadline:  # the bar: it trains
-        time.sleep(0.01)
+    options = ("runtime.checkpoint_every=1000",)
+    expected, folder, processes = held_beside_a_whole_run(
+        finished_run, tmp_path, options, num_processes, "train_loop.launch_step"
+    )
     processes[-1].terminate()  # one of them is enough
+    pipeline.release(folder)
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [143] * num_processes
-    assert "stopped by SIGTERM after step" in log.read_text()
+    assert "stopped by SIGTERM after step 1." in (folder / "log-0.txt").read_text()
     assert len(list(folder.glob(".scratch/stage1/*/step-*"))) == 1
     pipeline.train(folder, "stage1", num_processes)
     for name in ("outputs/stage1/model.safetensors", "outputs/metrics/stage1.csv"):
@@ -181,16 +182,15 @@ def test_sigterm_saves_a_state_and_the_run_resumes_from_it(finished_run, tmp_pat
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_sigterm_after_the_last_step_loses_only_the_final_validation(finished_run, tmp_path, num_processes):
-    options = ("runtime.checkpoint_every=1000", "training.common.max_validation_items=1000")
-    expected, folder, processes = started_beside_a_whole_run(finished_run, tmp_path, options, num_processes)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(".scratch/stage1/*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    options = ("runtime.checkpoint_every=1000", "training.common.validate_every=1000")  # only the final validation
+    expected, folder, processes = held_beside_a_whole_run(
+        finished_run, tmp_path, options, num_processes, "train_loop.validate"
+    )
     for process in processes:
         process.terminate()
     for process in processes:
         process.join(120)
-    assert all(process.exitcode in (143, -signal.SIGTERM) for process in processes)
+    assert [process.exitcode for process in processes] == [-signal.SIGTERM] * num_processes
     assert not (folder / "outputs/stage1").exists()
     pipeline.train(folder, "stage1", num_processes)
     assert "resuming from step 5 of 5" in (folder / "log-0.txt").read_text()

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.slow
 RESULTS = ("outputs/stage2/model.safetensors", "outputs/metrics/stage2.csv", "outputs/metrics/stage2.json")
 OPTIONS = ("runtime.checkpoint_every=1", "runtime.keep_checkpoints=2", "training.common.publish=best")
 OPTIONS += ("training.common.ema_decay=0.9", "runtime.tensorboard=false", "runtime.num_workers=2")
-NUM_KILLS = 20
 
 
 def folder_for(finished_run, folder, *overrides):
@@ -66,19 +65,15 @@ def kill_at(moment, folder, rng):
 def test_twenty_kills_do_not_change_the_result(finished_run, tmp_path):
     expected = folder_for(finished_run, tmp_path / "expected")
     pipeline.train(expected, "stage2")
-    folder, rng, kills = folder_for(finished_run, tmp_path / "killed"), random.Random(1), {}
+    folder, rng = folder_for(finished_run, tmp_path / "killed"), random.Random(1)
     moments = ["any time"] * 6 + ["while a state is written"] * 7
     rng.shuffle(moments)
     late = ["publish", "publish", "publish", *["while the states are deleted"] * 3]
     for moment in [*moments, "while the best weights are written", *late]:
-        kills[moment] = kills.get(moment, 0) + kill_at(moment, folder, rng)
-    while sum(kills.values()) < NUM_KILLS:  # some came too late, when the stage was over: once more from the start
-        shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
-        kills["any time"] += kill_at("any time", folder, rng)
+        while not kill_at(moment, folder, rng):  # too late, the stage was over: once more from the start
+            shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
     shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
     pipeline.train(folder, "stage2")
-    assert kills["while a state is written"] >= 5
-    assert kills["publish"] >= 1
     for name in RESULTS:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
     assert not list(folder.glob(".scratch/stage2/*/"))
@@ -90,13 +85,15 @@ def test_a_run_resumes_with_other_workers_and_loggers(finished_run, tmp_path, op
     expected = folder_for(finished_run, tmp_path / "expected", chosen)
     pipeline.train(expected, "stage2")
     folder = folder_for(finished_run, tmp_path / "other", chosen)
-    (process,) = pipeline.start_training(folder, "stage2")
-    wait_for(process, ".scratch/stage2/*/step-*", folder)
-    process.kill()
-    process.join()
+    processes = pipeline.start_training(
+        folder, "stage2", hold_at="train_loop.validate"
+    )  # of step 3, before its state is saved
+    pipeline.wait_until_held(folder, processes)
+    processes[0].kill()
+    processes[0].join()
     other = ("runtime.num_workers=0", "runtime.checkpoint_every=3", "runtime.dvclive=false", "runtime.log_every=3")
     pipeline.write_params(folder, *OPTIONS, chosen, *other)
     pipeline.train(folder, "stage2")
-    assert "resuming from step" in (folder / "log-0.txt").read_text()
+    assert "resuming from step 2 of 8" in (folder / "log-0.txt").read_text()
     for name in RESULTS:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
