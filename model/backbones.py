@@ -43,26 +43,40 @@ def load_whole(module: nn.Module, weights: dict[str, Tensor], path: str | Path) 
     module.load_state_dict(weights)
 
 
-def read_vision_weights(path: str | Path) -> dict[str, Tensor]:
-    """{published key name: fp32 tensor} of a DINOv2 folder. ValueError if a safetensors file is missing or damaged."""
-    folder = Path(path)
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder: those of its index, or its only one. ValueError if one is missing or the
+    index is damaged."""
+    folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: not a JSON object with a weight_map. Copy the backbone again") from None
-    missing = [name for name in names if not (folder / name).exists()]
+            raise ValueError(
+                f"{index}: not a JSON object with a weight_map of weights and file names. Copy the backbone again"
+            ) from None
+    files = [folder / name for name in names]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise ValueError(
-            f"{folder} has no {missing[0]} ({len(missing)} of {len(names)} files of weights are missing). Save the "
-            "DINOv2 backbone there with safetensors weights"
+            f"{folder} has no {missing[0]} ({len(missing)} of {len(files)} files of weights are missing). Save the "
+            "weights there as safetensors (save_pretrained does)"
         )
+    return files
+
+
+def damaged(file: Path, error: SafetensorError) -> str:
+    """The message about a safetensors file that cannot be read."""
+    return f"{file}: not a whole safetensors file ({error}). Copy it again"
+
+
+def read_vision_weights(path: str | Path) -> dict[str, Tensor]:
+    """{published key name: fp32 tensor} of a DINOv2 folder. ValueError if a safetensors file is missing or damaged."""
     weights = {}
-    for name in names:
+    for file in weight_files(path):
         try:
-            weights.update(load_file(folder / name))
+            weights.update(load_file(file))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name}: not a whole safetensors file ({error}). Copy it again") from None
+            raise ValueError(damaged(file, error)) from None
     return {key.removeprefix("dinov2."): value.float() for key, value in weights.items()}

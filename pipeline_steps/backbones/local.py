@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import FoveatedVLMConfig
+from model.backbones import damaged, weight_files
 from pipeline_steps.common.checkpoint import load_model
 from pipeline_steps.common.code_keys import strip_code
 from pipeline_steps.common.errors import UserError
@@ -113,24 +114,18 @@ def check_folder(folder: Path, model_type: str, required: tuple[str, ...], weigh
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Return the names of all weights in model.safetensors, or in the shards of its index. Raises UserError."""
-    index = folder / "model.safetensors.index.json"
-    shards, names = ["model.safetensors"], []
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index}: expected a weight_map of weights and file names. Save the model again.")
-        shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if not (folder / shard).exists():
-            raise UserError(f"{folder}: {shard} missing. Save the weights as safetensors (save_pretrained does).")
+    """The names of all weights in the safetensors files of a folder. UserError if one is missing or damaged."""
+    try:
+        files = weight_files(folder)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    names = []
+    for file in files:
         try:
-            with safe_open(folder / shard, framework="pt") as weights:
+            with safe_open(file, framework="pt") as weights:
                 names += weights.keys()
         except SafetensorError as error:
-            raise UserError(
-                f"{folder / shard}: incomplete or damaged safetensors file ({error}). Copy it again."
-            ) from None
+            raise UserError(f"{damaged(file, error)}.") from None
     return names
 
 

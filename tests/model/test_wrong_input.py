@@ -300,7 +300,7 @@ def cut(folder):
         *(
             (
                 lambda folder, text=text: (folder / "vision/model.safetensors.index.json").write_text(text),
-                r"vision/model\.safetensors\.index\.json: not a JSON object with a weight_map\. Copy",
+                r"vision/model\.safetensors\.index\.json: not a JSON object with a weight_map of weights",
             )
             for text in ("{", "[]", "{}", '{"weight_map": []}')
         ),

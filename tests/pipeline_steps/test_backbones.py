@@ -408,14 +408,14 @@ BROKEN = {
     ),
     "no weight map": (
         lambda v, t: (v / "model.safetensors.index.json").write_text("{}"),
-        r"index\.json: expected a weight_map of weights and file names",
+        r"index\.json: not a JSON object with a weight_map of weights and file names",
     ),
     "config is no JSON": (lambda v, t: (v / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "no vision weights": (lambda v, t: (v / "model.safetensors").unlink(), "vision.*model.safetensors missing"),
-    "no language weights": (lambda v, t: (t / "model.safetensors").unlink(), "language.*model.safetensors missing"),
+    "no vision weights": (lambda v, t: (v / "model.safetensors").unlink(), "vision.* has no model.safetensors"),
+    "no language weights": (lambda v, t: (t / "model.safetensors").unlink(), "language.* has no model.safetensors"),
     "truncated weights": (
         lambda v, t: os.truncate(v / "model.safetensors", 5000),
-        "incomplete or damaged safetensors file",
+        "not a whole safetensors file",
     ),
     "another model's weights": (
         lambda v, t: shutil.copy(t / "model.safetensors", v / "model.safetensors"),
