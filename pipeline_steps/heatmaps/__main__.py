@@ -3,11 +3,11 @@
     python -m pipeline_steps.heatmaps
 
 Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
-reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with the
-overlay of every mode, and the difference), contact_sheet.png (many clips), overview.png and index.json. The clips are
-the first `num_clips` by key of every task whose items have a target (of every task if no item has one);
-contact_sheet.png shows the best, the worst and random clips (sheet.py). Cost at the embedded scale: about 20 seconds on
-two cores.
+reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with the overlay of
+every mode, and the difference), contact_sheet.png (many clips), overview.png (one clip, small) and index.json. The
+clips are the first `num_clips` by key of every task whose items have a target (of every task if no item has one);
+overview.png shows the one where planned queries gain most (`gain`), contact_sheet.png the best, the worst and random
+clips (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
 """
 
 import argparse
@@ -52,21 +52,22 @@ def main():
     foveated = model.config.architecture == "foveated"
     numbers = choose_clips(dataset, settings.num_clips) if foveated else []
     with replaced_folder(arguments.outputs) as folder:
-        entries, maps_of_clips = [], []
+        entries, clips = [], []
         for number in progress_bar("heatmaps", numbers, unit="clip"):
             clip, entry = attention_clip(
                 model, processor.tokenizer, collate, dataset, number, settings.max_answer_tokens
             )
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
-            maps_of_clips.append(clip.maps)
-            if len(entries) == 1:
-                drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")
+            clips.append(clip)
+        if entries:
+            chosen = max(range(len(entries)), key=lambda number: gain(entries[number]))  # the first of equal ones
+            drawing.overview(clips[chosen], OVERVIEW_SIDE).save(folder / "overview.png")
         first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
         index = {
             "clips": entries,
             "rule": f"{first} by key of every task with a target (of every task if none has one)",
             "split": settings.split,
-            "over_frames": over_frames.mean_curves(maps_of_clips),
+            "over_frames": over_frames.mean_curves([clip.maps for clip in clips]),
             "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
             if foveated and settings.num_sheet_clips
             else None,
@@ -206,6 +207,12 @@ def on_target(maps, truth):
     such frames."""
     sums = gaze.summary(maps, truth)
     return round(sums["peak_on_target"] / sums["gaze_frames"], 6) if sums["gaze_frames"] else None
+
+
+def gain(entry):
+    """Share of the frames (`on_target`) with planned queries minus that with the static one; 0 where it is unknown."""
+    shares = [share for share in (entry["peak_on_target"] or {}).values() if share is not None]
+    return shares[-1] - shares[0] if shares else 0.0
 
 
 def draw(clip, folder, name, settings):

@@ -122,6 +122,20 @@ def test_files_are_written_and_the_animation_moves(tmp_path, modes):
     drawing.overview(clip, 64).save(tmp_path / "overview.png")
 
 
+@pytest.mark.parametrize(
+    ("shares", "gain"),
+    [
+        ({"coarse": 0.2, "fine": 0.9, "autoregressive": 0.8}, 0.6),
+        ({"coarse": 1.0, "fine": 0.0, "autoregressive": 0.4}, -0.6),
+        ({"coarse": 0.7}, 0.0),
+        ({"coarse": None, "fine": None, "autoregressive": None}, 0.0),
+        (None, 0.0),
+    ],
+)
+def test_the_gain_of_planned_queries_over_the_static_one(shares, gain):
+    assert heatmaps.gain({"peak_on_target": shares}) == pytest.approx(gain)
+
+
 class Data:
     tokens_dir, split = "data/tokens", "test"
 
