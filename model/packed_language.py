@@ -337,16 +337,12 @@ def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int, dropo
 def attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, reading: Reading, scale: float) -> Tensor:
     """Causal attention by torch's variable-length kernel, in which the last query of a sequence sees its last key:
     [N, H, C]."""
-    options = {"window_size": (-1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
+    options = {"window_size": (-1, 0), "scale": scale}
     if "enable_gqa" in _VARLEN:
         options["enable_gqa"] = True
-    else:
+    else:  # torch 2.11 takes one key-value head per head only
         repeats = queries.shape[1] // keys.shape[1]
         keys, values = (part.repeat_interleave(repeats, 1) for part in (keys, values))
-    if "scale" in _VARLEN:
-        options["scale"] = scale
-    else:
-        queries = queries * (scale * queries.shape[-1] ** 0.5)
     starts, key_starts = reading.starts.int(), reading.key_starts.int()
     lengths = (reading.longest, reading.longest_keys)
     return varlen_attn(queries, keys, values, starts, key_starts, *lengths, **options)

@@ -11,6 +11,7 @@ Needs g++ and a torch built without CUDA, which must not be imported yet.
 """
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import sys
@@ -75,20 +76,18 @@ class Properties:
     name, major, minor, total_memory = "NVIDIA H100 80GB HBM3", 9, 0, 80 * 2**30
 
 
-def attend_varlen(
-    queries, keys, values, starts, key_starts, longest, longest_keys, *, window_size=None, scale=None, enable_gqa=False
-):
-    """`torch.nn.attention.varlen.varlen_attn` of torch 2.13, with what its kernel checks."""
+def on_device(attend):
+    """`attend` of tests/model/varlen.py, with its arguments and what the kernel checks beyond it."""
     import torch
 
-    from tests.model.varlen import attend_causally
+    @functools.wraps(attend)
+    def checked(queries, keys, values, starts, key_starts, *lengths, **options):
+        assert {part.device.type for part in (queries, keys, values, starts, key_starts)} == {"cuda"}
+        assert queries.dtype in (torch.float16, torch.bfloat16)
+        assert queries.shape[2] % 8 == 0
+        return attend(queries, keys, values, starts, key_starts, *lengths, **options)
 
-    assert {part.device.type for part in (queries, keys, values, starts, key_starts)} == {"cuda"}
-    assert queries.dtype in (torch.float16, torch.bfloat16)
-    assert queries.shape[2] % 8 == 0
-    assert enable_gqa or queries.shape[1] == keys.shape[1]
-    bounds = (starts, key_starts, longest, longest_keys)
-    return attend_causally(queries, keys, values, *bounds, window_size=window_size, scale=scale)
+    return checked
 
 
 def replace_python_functions() -> None:
@@ -96,6 +95,8 @@ def replace_python_functions() -> None:
     import torch
     from torch.cuda.amp import common
     from torch.nn.attention import varlen
+
+    from tests.model.varlen import attend_causally
 
     cuda, nothing = torch.cuda, lambda *arguments, **options: None
     cuda.is_available = cuda.is_bf16_supported = cuda.is_initialized = lambda *arguments, **options: True
@@ -109,7 +110,7 @@ def replace_python_functions() -> None:
     cuda.empty_cache = cuda.reset_peak_memory_stats = nothing
     cuda.Event, cuda.get_rng_state_all = Event, list
     common.amp_definitely_not_available = lambda: False
-    varlen.varlen_attn = attend_varlen
+    varlen.varlen_attn = on_device(attend_causally)
 
     def as_bytes(storage):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

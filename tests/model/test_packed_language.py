@@ -1,15 +1,18 @@
 """Packed reading under other libraries' ways to run a model, and what it refuses."""
 
 import copy
+import inspect
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from model import FoveatedVLMConfig, packed_language
+from model.packing import Continuation, Packing, continuation, packing
 from tests.model.tiny import LAYOUTS, make_batch, make_model
-from tests.model.varlen import attend_causally
+from tests.model.varlen import attend_causally, attend_equal_heads
 
 
 def test_offloaded_weights_give_the_same_loss():
@@ -74,14 +77,43 @@ def test_layers_of_another_architecture_are_refused():
         packed_language.read_packed_rows(Qwen3ForCausalLM(text))
 
 
+@pytest.fixture(params=[attend_causally, attend_equal_heads], ids=["grouped heads", "equal heads"])
+def kernel(request, monkeypatch):
+    """A stand-in for either form of the variable-length kernel, without CUDA."""
+    monkeypatch.setattr(packed_language, "varlen_attn", request.param)
+    monkeypatch.setattr(packed_language, "_VARLEN", inspect.signature(request.param).parameters)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("before", [None, (4, 0, 2, 7)])
+def test_attention_by_the_variable_length_kernel_is_that_of_padded_sequences(before, groups, kernel):
+    """Of 6 heads, with another scale than the kernel's own. before: earlier rows of every sequence."""
+    heads, width, scale, lengths = 6, 8, 0.9, (3, 5, 1, 2)
+    generator, num_rows = torch.Generator().manual_seed(4), sum(lengths)
+    kind = Packing if before is None else Continuation
+    arrays = packing([lengths]) if before is None else continuation(np.array(before), np.array(lengths))
+    places = kind(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    angles = (torch.ones(num_rows, width), torch.zeros(num_rows, width))
+    inputs = [torch.randn(num_rows, (heads + 2 * groups) * width, generator=generator)]
+    if before is not None:
+        inputs.append(torch.randn(sum(before), 2 * groups, width, generator=generator))
+    weights = torch.randn(num_rows, heads * width, generator=generator)
+    found = []
+    for is_varlen in (False, True):
+        rows, *earlier = given = [own.clone().requires_grad_() for own in inputs]
+        reading = packed_language.Reading.of(rows, angles, places, is_varlen)
+        mixed, _ = packed_language.attend(rows, None, *(earlier or [None]), reading, groups, 0, scale, 0.0)
+        found.append((mixed, *torch.autograd.grad((mixed * weights).sum(), given)))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_passes", [1, 2])
-def test_the_path_of_the_variable_length_kernel_is_the_padded_one(num_passes, layout, monkeypatch):
+def test_the_path_of_the_variable_length_kernel_is_the_padded_one(num_passes, layout, kernel, monkeypatch):
     """With the kernel itself, on CUDA: tests/gpu."""
     found = []
     for is_varlen in (False, True):
         monkeypatch.setattr(packed_language, "uses_varlen", lambda *_, chosen=is_varlen: chosen)
-        monkeypatch.setattr(packed_language, "varlen_attn", attend_causally)
         model = make_model(num_passes=num_passes).train()
         loss = model(**make_batch(layout=layout)).loss
         loss.backward()

@@ -1,4 +1,5 @@
-"""Attention of packed sequences as `torch.nn.attention.varlen.varlen_attn` computes it, without its CUDA kernel."""
+"""Attention of packed sequences as `torch.nn.attention.varlen.varlen_attn` computes it, without its CUDA kernel, with
+the arguments of torch 2.13 that the network may use (`attend_causally`) and with those of torch 2.11."""
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ def attend_causally(
     longest_keys: int,
     *,
     scale: float | None = None,
-    **options,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Causal attention of queries [tokens, heads, width] to keys and values [tokens, key-value heads, width], one
-    sequence after the other: [tokens, heads, width]. starts, key_starts: int32 [sequences + 1]. options: others of the
-    kernel. AssertionError for arguments that the kernel does not take."""
+    sequence after the other: [tokens, heads, width]. starts, key_starts: int32 [sequences + 1]. AssertionError for
+    arguments that the kernel does not take, or unless they ask for causal attention."""
     assert (starts.dtype, key_starts.dtype, len(starts)) == (torch.int32, torch.int32, len(key_starts))
-    assert options.get("window_size") == (-1, 0) or options.get("is_causal")
+    assert window_size == (-1, 0)
+    assert enable_gqa or queries.shape[1] == keys.shape[1]
     repeats, rest = divmod(queries.shape[1], keys.shape[1])
     assert (rest, keys.shape) == (0, values.shape)
     keys, values = (part.repeat_interleave(repeats, 1) for part in (keys, values))
@@ -35,3 +38,20 @@ def attend_causally(
         mixed = F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in own), seen, scale=scale)
         found.append(mixed.transpose(0, 1))
     return torch.cat(found)
+
+
+def attend_equal_heads(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    longest: int,
+    longest_keys: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """`attend_causally` for as many key-value heads as heads."""
+    bounds = (starts, key_starts, longest, longest_keys)
+    return attend_causally(queries, keys, values, *bounds, scale=scale, window_size=window_size)
