@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Dinov2Config, LlamaConfig
 
@@ -16,23 +17,34 @@ from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that start work on a device, and those for which the host waits."""
+    """Counts the operations that start work on a device, and those for which the host waits.
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+    On a CPU a copy to the host starts no operation. It is seen where it is asked for by name (`HostCopies`), in `to` by
+    the string "cpu", but not in `to` with a torch.device, nor in `copy_` to a tensor of the host.
+    """
+
+    WAITS = (
+        "_local_scalar_dense",  # item(), int(), bool()
+        *("equal", "allclose", "is_nonzero", "nonzero", "masked_select", "bincount"),
+        *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+    )
     IDLE = ("_unsafe_view", "detach", "lift_fresh", "empty", "new_empty", "profiler::")  # views; memory alone; marks
 
     def __init__(self):
         super().__init__()
         self.count, self.waits = 0, []
+        self._copies = HostCopies(self.waits)
 
     def __enter__(self):
         self._fused = mock.patch.object(F, "rms_norm", lambda *arguments: FusedRMSNorm.apply(self, *arguments))
         self._fused.start()
+        self._copies.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
         self._fused.stop()
-        return super().__exit__(*error)
 
     @contextmanager
     def as_one(self):
@@ -49,11 +61,31 @@ class Launches(TorchDispatchMode):
             if isinstance(arg, list | tuple)
             for index in arg
         )
-        if name in self.WAITS or by_mask:
+        of_unknown_size = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in self.WAITS or by_mask or of_unknown_size:
             self.waits.append(name)
         idle = function.is_view or name.startswith(self.IDLE)
         self.count += not idle
         return function(*args, **(kwargs or {}))
+
+
+class HostCopies(TorchFunctionMode):
+    """Notes the names of the methods by which a tensor is copied to the host."""
+
+    METHODS = (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist)
+
+    def __init__(self, waits: list[str]):
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_move = function is torch.Tensor.to and any(
+            isinstance(value, str) and value == "cpu" for value in (*args, *kwargs.values())
+        )
+        if is_move or function in self.METHODS:
+            self._waits.append(function.__name__)
+        return function(*args, **kwargs)
 
 
 class FusedRMSNorm(torch.autograd.Function):

@@ -1,9 +1,12 @@
 """Launches of a training step at the depths of SmolLM2-135M and DINOv2-small, and where the host waits. Root mean
 squares count as on CUDA (`tests/model/launches.py`)."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from pipeline_steps.streaming.batch import Batch
 from pipeline_steps.training import train_loop
 from tests.model.launches import Launches, true_depths
 from tests.model.tiny import as_batch, make_batch, preference_batch
@@ -17,7 +20,8 @@ MAX_LAUNCHES = {"fp32": 4_000, "bf16": 4_640}
 def launched(run, batch, step=0):
     trainer = train_loop.prepare(run)
     train_loop.launch_step(run, trainer, batch, 7)  # makes the optimizer's state
-    with Launches() as launches:
+    stays = mock.patch.object(Batch, "to", lambda batch, device: batch)  # the run's own device is "cpu": no wait
+    with stays, Launches() as launches:
         train_loop.launch_step(run, trainer, batch, step)
     return launches
 
