@@ -26,8 +26,9 @@ class VisualSequence:
         self.input_ids, self.attention_mask = ids[:, :length], attention_mask[rows, :length]
         self.is_visual = is_visual[:, :length]
         self.num_frames = num_frames[rows]
-        self.sample_of_frame = torch.repeat_interleave(torch.arange(len(rows), device=ids.device), self.num_frames)
         self.time_of_frame = frame_indices(self.num_frames)  # [F]
+        samples = torch.arange(len(rows), device=ids.device)
+        self.sample_of_frame = samples.repeat_interleave(self.num_frames, output_size=len(self.time_of_frame))
         self.tokens_per_frame = model.config.tokens_per_frame
 
     def frames_by_time(self) -> list[Tensor]:
@@ -86,7 +87,7 @@ def frame_indices(num_frames: Tensor) -> Tensor:
     """num_frames [B] -> index of every frame within its sample, samples concatenated: int64 [F]."""
     starts = num_frames.cumsum(0) - num_frames
     total = int(num_frames.sum())
-    return torch.arange(total, device=num_frames.device) - torch.repeat_interleave(starts, num_frames)
+    return torch.arange(total, device=num_frames.device) - starts.repeat_interleave(num_frames, output_size=total)
 
 
 def sinusoids(times: Tensor) -> Tensor:
