@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -189,9 +190,8 @@ class FrameStepGraph(FrameStep):
     """A FrameStep whose operations are captured once and replayed. Its memory is its own, so that two captured steps
     of a model do not disturb each other."""
 
-    def __init__(self, model, inputs: FrameInputs, *arguments, capture=None):
-        """inputs: an example. arguments: those of FrameStep. capture(function) -> (replay, what function returned):
-        `capture_cuda` unless given."""
+    def __init__(self, model, inputs: FrameInputs, *arguments):
+        """inputs: an example. arguments: those of FrameStep."""
         super().__init__(model, *arguments)
         self.inputs, self.key = inputs.map(torch.clone), None
         step = super().__call__
@@ -199,7 +199,7 @@ class FrameStepGraph(FrameStep):
             self.cache.reset()
             step(model, self.inputs)
         self.cache.reset()
-        self._replay, self._outputs = (capture or capture_cuda)(lambda: step(model, self.inputs))
+        self._replay, self._outputs = capture_cuda(lambda: step(model, self.inputs), model.device)
 
     def __call__(self, model, inputs: FrameInputs) -> FrameTokens:
         self.inputs.copy_(inputs)
@@ -209,13 +209,21 @@ class FrameStepGraph(FrameStep):
         return FrameTokens(out.visual_tokens.clone(), out.queries.clone(), weights)
 
 
-def capture_cuda(function):
-    """Captures function() as a CUDA graph: (replay, its outputs, which every replay overwrites)."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
+def capture_cuda(function, device: torch.device):
+    """Captures function(), whose work is on `device`, as a CUDA graph: (replay, its outputs, which every replay
+    overwrites). The device need not be the current one, neither now nor at a replay."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=_capture_stream(device)):
+            outputs = function()
     return graph.replay, outputs
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """torch's own stream for captures is on the device of the process's first one."""
+    return torch.cuda.Stream(device)
 
 
 _lock = threading.Lock()
@@ -253,13 +261,14 @@ def release_step(model, step: FrameStep) -> None:
 
 
 def step_key(model, inputs: FrameInputs, batch_size: int, num_places: int, *others) -> tuple:
-    """What a captured step depends on: shapes, options and where the weights lie (their values may change)."""
+    """What a captured step depends on: shapes, options and where the weights lie (their values may change). Devices may
+    have equal addresses one after the other."""
     config = model.config
     names = ("attention_temperature", "hard_attention", "attention_top_k", "query_update", "fovea_size")
     options = tuple(getattr(config, name) for name in names)
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
     kinds = (inputs.noise is not None, inputs.allowed is not None)
-    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    weights = (model.device, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
     return (batch_size, -(-num_places // PLACES), *others, options, shapes, kinds, config.visual_scale, weights)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def lively(**options):
     return model
 
 
-def calling_again(function):
+def calling_again(function, device):
     """What `capture_cuda` does, by calling the function again: its outputs lie where they lay the first time."""
     outputs = function()
 
@@ -51,9 +53,14 @@ def calling_again(function):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Takes the captured step wherever it is possible, its capture replaced; counts captures."""
+    """Takes the captured step wherever it is possible, its capture replaced; the devices of all captures."""
     captures = []
-    monkeypatch.setattr(frame_step, "capture_cuda", lambda function: captures.append(1) or calling_again(function))
+
+    def capture(function, device):
+        captures.append(device)
+        return calling_again(function, device)
+
+    monkeypatch.setattr(frame_step, "capture_cuda", capture)
     choose = modeling_foveated_vlm.choose_step
 
     def chosen(model, wanted=None):
@@ -135,7 +142,7 @@ def test_a_clip_without_numbers_leaves_nothing_in_a_captured_step(captured):
     expected = both(model, short)
     both(model, long | {"pixel_values": torch.full_like(long["pixel_values"], torch.nan)})
     assert_equal(expected[0], both(model, short)[1])
-    assert len(captured) == 1
+    assert captured == [model.device]
 
 
 def test_a_step_serves_in_and_outside_of_inference_mode(captured):
@@ -162,6 +169,53 @@ def test_few_captured_steps_are_kept_and_none_beyond_the_model(captured):
     del model, step
     gc.collect()
     assert len(frame_step._graphs) < kept
+
+
+def test_a_capture_is_on_the_device_of_the_model(monkeypatch):
+    """And not on the current one. CUDA's part of a capture is replaced, so it says nothing about the capture itself."""
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def on(device):
+        before, current[0] = current[0], str(device)
+        yield
+        current[0] = before
+
+    @contextmanager
+    def graph(made, stream):
+        seen.append(f"{made} on {stream}, current {current[0]}")
+        yield
+
+    class Graph:
+        def __init__(self):
+            self.device = current[0]
+
+        def __str__(self):
+            return f"graph of {self.device}"
+
+        def replay(self):
+            pass
+
+    replaced = {"device": on, "graph": graph, "CUDAGraph": Graph, "synchronize": lambda: seen.append(current[0])}
+    for name, value in (replaced | {"Stream": lambda device: f"stream of {device}"}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(frame_step, "_capture_stream", cache(frame_step._capture_stream.__wrapped__))
+    for device in (torch.device("cuda", 1), torch.device("cuda", 2)):
+        _, outputs = frame_step.capture_cuda(lambda: current[0], device)
+        assert outputs == str(device)
+        assert seen == [str(device), f"graph of {device} on stream of {device}, current {device}"]
+        seen.clear()
+    assert current == ["cuda:0"]
+
+
+def test_a_captured_step_is_of_one_device(monkeypatch):
+    model, keys = make_model(), []
+    inputs = frame_step.FrameInputs([], [], torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    for index in (0, 1, 0):
+        monkeypatch.setattr(type(model), "device", torch.device("cuda", index))
+        keys.append(frame_step.step_key(model, inputs, 1, 8, "planned"))
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
 
 
 @pytest.mark.parametrize("kind", ["static", "graph"])

@@ -183,7 +183,9 @@ def test_a_session_goes_on_in_and_outside_of_inference_mode(made, tmp_path, fram
 
 def test_sessions_do_not_disturb_each_other(made, tmp_path, frames, monkeypatch):
     captures = []
-    monkeypatch.setattr(frame_step, "capture_cuda", lambda function: captures.append(1) or calling_again(function))
+    monkeypatch.setattr(
+        frame_step, "capture_cuda", lambda function, device: captures.append(device) or calling_again(function, device)
+    )
     model, processor = pair(made, tmp_path)
 
     def start(question):
