@@ -115,12 +115,13 @@ class FrameInputs:
     noise: Tensor | None = None  # [B, K, Q], for the query sources random and fixed
     allowed: Tensor | None = None  # bool [B, N + 1], for the query source oracle
     pixel_values: Tensor | None = None  # [B, 3, side, side], with a fovea
+    temperature: Tensor | None = None  # [L], of QueryAttention; a captured step serves every one
 
     def tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *self._others()]
 
     def _others(self) -> list[Tensor]:
-        others = (self.times, self.active, self.noise, self.allowed, self.pixel_values)
+        others = (self.times, self.active, self.noise, self.allowed, self.pixel_values, self.temperature)
         return [tensor for tensor in others if tensor is not None]
 
     def copy_(self, other: "FrameInputs") -> None:
@@ -166,9 +167,7 @@ class FrameStep:
         """The tokens of one frame of every sample (fields as in FrameTokens with F = B)."""
         static = model.static_query.expand_as(self.queries)
         queries = stand_in(self.query_source, self.queries, static, inputs.noise)
-        attention = model._query_attention()
-        if inputs.allowed is not None:
-            attention = replace(attention, allowed=inputs.allowed)
+        attention = replace(model._query_attention(), temperature=inputs.temperature, allowed=inputs.allowed)
         if self.query_encoder is None:
             encoded = EncodedFrames(inputs.keys, inputs.values, pixel_values=inputs.pixel_values)
             found = model._attend(queries, encoded, inputs.times, attention, self.output_attentions)
@@ -264,10 +263,10 @@ def step_key(model, inputs: FrameInputs, batch_size: int, num_places: int, *othe
     """What a captured step depends on: shapes, options and where the weights lie (their values may change). Devices may
     have equal addresses one after the other."""
     config = model.config
-    names = ("attention_temperature", "hard_attention", "attention_top_k", "query_update", "fovea_size")
+    names = ("hard_attention", "attention_top_k", "query_update", "fovea_size")
     options = tuple(getattr(config, name) for name in names)
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.tensors())
-    kinds = (inputs.noise is not None, inputs.allowed is not None)
+    kinds = tuple(given is not None for given in (inputs.noise, inputs.allowed, inputs.temperature))
     weights = (model.device, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
     return (batch_size, -(-num_places // PLACES), *others, options, shapes, kinds, config.visual_scale, weights)
 
@@ -303,6 +302,7 @@ def step_through_frames(
             None if choose.noise is None else select(choose.noise),
             None if attention.allowed is None else select(attention.allowed),
             None if encoded.pixel_values is None else select(encoded.pixel_values),
+            attention.temperature,
         )
 
     start = inputs(0)

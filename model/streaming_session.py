@@ -180,14 +180,16 @@ class StreamingSession:
         pixels = pixels.to(model.device, model.connector.weight.dtype)
         if model.config.blind:
             pixels = torch.zeros_like(pixels)
-        encoded, _ = model._encode(pixels, None, None, model._query_attention(), False)
+        attention = model._query_attention()
+        encoded, _ = model._encode(pixels, None, None, attention, False)
         if model.config.frame_time_embedding == "none":
             time = self.num_frames
         times = torch.full((1,), float(time), device=model.device)
         patch = model.config.vision_config.patch_size
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         active = torch.ones(1, dtype=torch.bool, device=model.device)
-        return FrameInputs(encoded.keys, encoded.values, times, active, pixel_values=encoded.pixel_values), grid
+        others = {"pixel_values": encoded.pixel_values, "temperature": attention.temperature}
+        return FrameInputs(encoded.keys, encoded.values, times, active, **others), grid
 
     def _text_around_frames(self, question: str) -> tuple[list[int], list[int]]:
         """The chat's ids before and after the frames, as the processor writes them."""

@@ -123,9 +123,9 @@ def replace_python_functions() -> None:
 
 def pytest_collection_modifyitems(items) -> None:
     from model import frame_step
-    from tests.model.test_frame_step import calling_again
+    from tests.model.test_frame_step import record
 
-    frame_step.capture_cuda = calling_again
+    frame_step.capture_cuda = record
     for item in items:
         reason = SKIPPED.get(item.path.name) or SKIPPED.get(getattr(item, "originalname", item.name))
         if reason and item.get_closest_marker("gpu"):

@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import itertools
 from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import frame_step, modeling_foveated_vlm
 from tests.model.launches import Launches, true_depths
@@ -38,15 +41,31 @@ def lively(**options):
     return model
 
 
-def calling_again(function, device):
-    """What `capture_cuda` does, by calling the function again: its outputs lie where they lay the first time."""
-    outputs = function()
+class Recording(TorchDispatchMode):
+    """Operations with their arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.calls.append((function, args, kwargs or {}, results))
+        return results
+
+
+def record(function, device):
+    """What `capture_cuda` does, without CUDA: a replay repeats the operations on the same memory, and runs no code."""
+    with Recording() as recording:
+        outputs = function()
 
     def replay():
-        again = function()
-        for name in ("visual_tokens", "queries", "attention_weights"):
-            if getattr(outputs, name) is not None:
-                getattr(outputs, name).copy_(getattr(again, name))
+        for operation, args, kwargs, results in recording.calls:
+            again = operation(*args, **kwargs)
+            for kept, value in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if torch.is_tensor(kept) and kept is not value:
+                    kept.copy_(value)
 
     return replay, outputs
 
@@ -58,7 +77,7 @@ def captured(monkeypatch):
 
     def capture(function, device):
         captures.append(device)
-        return calling_again(function, device)
+        return record(function, device)
 
     monkeypatch.setattr(frame_step, "capture_cuda", capture)
     choose = modeling_foveated_vlm.choose_step
@@ -136,6 +155,19 @@ def test_a_captured_step_is_used_again_and_equal(network, captured):
     assert len(captured) == 3
 
 
+@pytest.mark.parametrize("network", [{}, {"attention": "shallow"}], ids=str)
+def test_a_captured_step_serves_every_temperature(network, captured):
+    model, weights = lively(**network), []
+    for temperature in (0.3, 0.6, 2.0, 1.0, 0.3):
+        model.config.attention_temperature = temperature
+        found = both(model, rows_of(make_batch(), [0, 3, 2]))
+        assert_equal(*found)
+        weights.append(found[1].attention_weights)
+    assert all((one - other).abs().max() > 1e-3 for one, other in itertools.pairwise(weights))
+    assert torch.equal(weights[-1], weights[0])
+    assert len(captured) == 2  # no logits are divided at 1
+
+
 def test_a_clip_without_numbers_leaves_nothing_in_a_captured_step(captured):
     model = make_model()
     long, short = rows_of(make_batch(), [0]), rows_of(make_batch(), [3])
@@ -163,10 +195,8 @@ def test_few_captured_steps_are_kept_and_none_beyond_the_model(captured):
     assert len(captured) == frame_step.MAX_GRAPHS + 2
     assert len(frame_step._graphs[model]) == frame_step.MAX_GRAPHS
     copy.deepcopy(model)  # holds none of them
-    for step in frame_step._graphs[model].values():
-        step._replay = None  # the stand-in for a capture holds the model, a CUDA graph does not
     kept = len(frame_step._graphs)
-    del model, step
+    del model
     gc.collect()
     assert len(frame_step._graphs) < kept
 

@@ -10,7 +10,7 @@ from PIL import Image
 from model import frame_step, streaming_session
 from pipeline_steps.common.checkpoint import load_checkpoint
 from tests import checkpoints
-from tests.model.test_frame_step import calling_again
+from tests.model.test_frame_step import record
 
 QUESTION, OTHER = "Which digits does red show?", "Where is the blue card?"
 NUM_FRAMES = 5
@@ -39,6 +39,7 @@ NETWORKS = [
     {"layout": "vision_first"},
     {"layout": "question_first", "num_visual_tokens_per_frame": 2, "query_update": "add", "tie_first_query": False},
     {"layout": "vision_first", "attention": "shallow", "frame_time_embedding": "sinusoidal"},
+    {"layout": "vision_first", "attention_temperature": 0.3},
 ]
 
 
@@ -51,7 +52,7 @@ def test_frames_one_by_one_are_the_video(made, tmp_path, frames, network, kind, 
         model.time_projection.weight.normal_()
     session = model.stream(processor, QUESTION)
     if kind == "graph":
-        monkeypatch.setattr(frame_step, "capture_cuda", calling_again)
+        monkeypatch.setattr(frame_step, "capture_cuda", record)
         session._kind = "graph"
     maps, answers = [], set()
     for number, frame in enumerate(frames):
@@ -184,7 +185,7 @@ def test_a_session_goes_on_in_and_outside_of_inference_mode(made, tmp_path, fram
 def test_sessions_do_not_disturb_each_other(made, tmp_path, frames, monkeypatch):
     captures = []
     monkeypatch.setattr(
-        frame_step, "capture_cuda", lambda function, device: captures.append(device) or calling_again(function, device)
+        frame_step, "capture_cuda", lambda function, device: captures.append(device) or record(function, device)
     )
     model, processor = pair(made, tmp_path)
 

@@ -13,6 +13,7 @@ from pipeline_steps.evaluation import attention_probes, preliminary, scoring, te
 from pipeline_steps.evaluation import next_frame as evaluation
 from pipeline_steps.evaluation.diagnostics import NO_PLAN, NO_QUERIES, SHORT
 from tests.model import tiny
+from tests.model.test_frame_step import captured  # noqa: F401 - a fixture
 from tests.pipeline_steps.evaluated import clip
 
 
@@ -75,6 +76,15 @@ def test_the_sweep_of_a_network():
     assert found[0].entropy < trained.entropy < found[-1].entropy
     assert found[0].peak > trained.peak > found[-1].peak
     assert all(score.top_tenth >= score.peak for score in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"learnable_temperature": True}], ids=str)
+def test_a_sweep_captures_no_step_per_temperature(options, captured):  # noqa: F811
+    """Of the trained temperature 1: that step, which other passes use, and one for all others."""
+    model = tiny.make_model(**options)
+    found = temperature_sweep.measure(model, 2 * loaded(model))
+    assert len(captured) == (1 if options else 2)
+    assert len({score.entropy for score in found}) == len(temperature_sweep.FACTORS)
 
 
 def test_no_clips_or_queries_have_no_sweep():
