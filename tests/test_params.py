@@ -15,6 +15,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.params import ROOT, StrictModel
+from pipeline_steps.parameters.__main__ import check_ablation
 from pipeline_steps.world.digits import KINDS
 from tests import pipeline
 
@@ -85,6 +86,7 @@ def test_every_ablation_is_named_and_changes_something(name):
     assert f"-S ablation={name}" in (ROOT / "conf/ablation" / f"{name}.yaml").read_text()
     content = yaml.safe_load(params.compose_checked([f"ablation={name}"]))
     assert content["ablation"] == name
+    check_ablation("params.yaml", content, ROOT / "conf/ablation")
 
 
 def test_an_ablation_without_effect_is_an_error(tmp_path):
@@ -96,15 +98,56 @@ def test_an_ablation_without_effect_is_an_error(tmp_path):
         params.compose_checked(["ablation=A9"], tmp_path)
 
 
-@pytest.mark.parametrize("override", ["ablation=A99", "modle.layout=vision_first", "seed=", "model.no_such_key=1"])
-def test_a_wrong_override_is_a_user_error(override):
-    if override == "seed=":
-        text = params.compose([override])
-        with pytest.raises(UserError, match="seed: should be a valid integer"):
-            params.check("conf/", params.parse("conf/", text))
-    else:
-        with pytest.raises(UserError, match=override.split("=")[0].split(".")[0]):
-            params.compose([override])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ablation=A66", r"ablation: unknown name 'A66' \(probably a typo: did you mean 'A6'\? Allowed names: A1, A2"),
+        (
+            "modle.layout=vision_first",
+            r"modle\.layout: unknown key \(did you mean 'model\.layout'\? Allowed keys: none",
+        ),
+        ("training.common.batchsize=3", r"batchsize: unknown key \(probably a typo: did you mean 'batch_size'\?"),
+        ("sed=2", r"sed: unknown key \(probably a typo: did you mean 'seed'\? Allowed keys: seed, ablation"),
+        ("scale=tiny=2", "scale=tiny=2: "),
+    ],
+)
+def test_a_wrong_override_is_a_user_error(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        params.compose([override])
+    assert "\n" not in str(error.value)
+    assert "Config search path" not in str(error.value)
+
+
+def test_an_empty_override_is_a_wrong_value():
+    text = params.compose(["seed="])
+    with pytest.raises(UserError, match="seed: should be a valid integer"):
+        params.check("conf/", params.parse("conf/", text))
+
+
+def check_stage(folder):
+    """The stage `parameters` on the params.yaml in `folder`: its standard error."""
+    command = [sys.executable, "-m", "pipeline_steps.parameters", "--params", folder / "params.yaml"]
+    command += ["--out", folder / "parameters.json"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stderr
+
+
+def test_the_name_of_an_ablation_needs_its_values(tmp_path):
+    text = params.compose(["ablation=T1", "seed=2"])
+    (tmp_path / "params.yaml").write_text(text)
+    assert check_stage(tmp_path) == ""
+    plain = params.compose([]).replace("ablation: none", "ablation: T1", 1)
+    (tmp_path / "params.yaml").write_text(plain)
+    errors = check_stage(tmp_path)
+    assert "ablation is 'T1', but 3 parameter(s) differ from conf/ablation/T1.yaml:" in errors
+    assert "training.stage2.text_share: 0.14, the ablation has 0.0" in errors
+    assert "dvc exp run -S ablation=T1" in errors
+    (tmp_path / "params.yaml").write_text(plain.replace("ablation: T1", "ablation: T11", 1))
+    assert "there is no conf/ablation/T11.yaml. Did you mean 'T1'?" in check_stage(tmp_path)
+
+
+def test_an_ablation_holds_its_values_with_other_groups():
+    content = yaml.safe_load(params.compose(["scale=smollm2_135m", "data=objects", "ablation=D1"]))
+    check_ablation("params.yaml", content, ROOT / "conf/ablation")
 
 
 # Reading

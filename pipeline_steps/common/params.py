@@ -274,8 +274,8 @@ def _dotted(loc):
     return ".".join(str(part) for part in loc)
 
 
-def _suggest(name, candidates, allowed=None, others=()):
-    """A suffix for messages: the closest candidate, or the same key in another section, and the allowed keys."""
+def _suggest(name, candidates, allowed=None, others=(), what="keys"):
+    """A suffix for messages: the closest candidate, or the same key in another section, and the allowed ones."""
     close = difflib.get_close_matches(name, list(candidates), 1, 0.6)
     elsewhere = [key for key in others if key.split(".")[-1] == name]
     guess = (
@@ -285,7 +285,7 @@ def _suggest(name, candidates, allowed=None, others=()):
         if elsewhere
         else ""
     )
-    return f" ({guess}Allowed keys: {', '.join(allowed or candidates) or 'none'})"
+    return f" ({guess}Allowed {what}: {', '.join(allowed or candidates) or 'none'})"
 
 
 def _fields(model, loc):
@@ -325,8 +325,21 @@ def compose(overrides=(), config_dir=ROOT / "conf"):
             config = hydra_compose(config_name="config", overrides=list(overrides))
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{config_dir} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{config_dir} {' '.join(overrides)}: {_composition_problem(error)}") from None
     return OmegaConf.to_yaml(config)
+
+
+def _composition_problem(error):
+    """What Hydra says, on one line; of a misspelt key or option, what to write instead."""
+    text = " ".join(str(error).split())
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        *parents, name = unknown[1].split(".")
+        model = schema()
+        fields = _fields(model, parents)
+        return f"{unknown[1]}: unknown key" + _suggest(name, fields, allowed=fields, others=_all_keys(model))
+    if absent := re.search(r"Could not find '([^/']+)/([^']+)' Available options in '[^']+': (.*) Config search", text):
+        return f"{absent[1]}: unknown name '{absent[2]}'" + _suggest(absent[2], absent[3].split(), what="names")
+    return text
 
 
 def compose_checked(overrides=(), config_dir=ROOT / "conf"):
