@@ -5,7 +5,7 @@
 Reads params.yaml, outputs/stage3, outputs/evaluation/items.parquet, data/shards and data/tokens; writes
 reports/heatmaps/: {key}-{item}.png (contact sheet), .gif (animation) and -frames.webp (every frame with the overlay of
 every mode, and the difference), contact_sheet.png (many clips), overview.png (one clip, small) and index.json. The
-clips are the first `num_clips` by key of every task whose items have a target (of every task if no item has one);
+clips are `num_clips` random ones of every task whose items have a target (of every task if no item has one);
 overview.png shows the one where planned queries gain most (`gain`), contact_sheet.png the best, the worst and random
 clips (sheet.py). Cost at the embedded scale: about 20 seconds on two cores.
 """
@@ -50,7 +50,7 @@ def main():
     dataset = TokenizedShards.for_model(model.config, arguments.shards, arguments.tokens, settings.split, replication)
     collate = Collator.for_model(model.config, loss="answer_only", image_replication=replication)
     foveated = model.config.architecture == "foveated"
-    numbers = choose_clips(dataset, settings.num_clips) if foveated else []
+    numbers = choose_clips(dataset, settings.num_clips, settings.seed) if foveated else []
     with replaced_folder(arguments.outputs) as folder:
         entries, clips = [], []
         for number in progress_bar("heatmaps", numbers, unit="clip"):
@@ -62,10 +62,11 @@ def main():
         if entries:
             chosen = max(range(len(entries)), key=lambda number: gain(entries[number]))  # the first of equal ones
             drawing.overview(clips[chosen], OVERVIEW_SIDE).save(folder / "overview.png")
-        first = "the first clip" if settings.num_clips == 1 else f"the first {settings.num_clips} clips"
+        drawn = "1 clip" if settings.num_clips == 1 else f"{settings.num_clips} clips"
         index = {
             "clips": entries,
-            "rule": f"{first} by key of every task with a target (of every task if none has one)",
+            "rule": f"{drawn} of every task with a target (of every task if none has one), drawn at random (seed "
+            f"{settings.seed})",
             "split": settings.split,
             "over_frames": over_frames.mean_curves([clip.maps for clip in clips]),
             "contact_sheet": draw_sheet(model, collate, dataset, settings, arguments.items, folder)
@@ -89,9 +90,9 @@ def read_arguments():
     return parser.parse_args()
 
 
-def choose_clips(dataset, num_clips):
-    """Row numbers: the first `num_clips` by (key, item) of every task with a known target, or of every task
-    if none has one."""
+def choose_clips(dataset, num_clips, seed):
+    """Row numbers: `num_clips` random ones, in the order of (key, item), of every task with a known target, or of every
+    task if none has one."""
     tasks, with_target = {}, set()
     for number, row in enumerate(dataset.rows):
         if row["kind"] != "text":
@@ -101,7 +102,10 @@ def choose_clips(dataset, num_clips):
             f"{dataset.tokens_dir}: split '{dataset.split}' has 0 samples with frames, nothing to draw. Change "
             "heatmaps.split."
         )
-    chosen = {task: [number for *_, number in sorted(rows)[:num_clips]] for task, rows in sorted(tasks.items())}
+    draw, chosen = np.random.default_rng(seed), {}
+    for task, rows in sorted(tasks.items()):
+        places = draw.choice(len(rows), min(num_clips, len(rows)), replace=False)
+        chosen[task] = [sorted(rows)[place][-1] for place in sorted(places)]
     for task, numbers in chosen.items():
         row = dataset.rows[numbers[0]]
         sample = dataset.sample(numbers[0])

@@ -11,7 +11,7 @@ class Section(StrictModel):
     split: Literal["train", "validation", "test"]
     """Split of the clips."""
     num_clips: PositiveInt
-    """Clips per task: the first by key."""
+    """Random clips per task."""
     num_sheet_clips: NonNegativeInt
     """Clips on the contact sheet."""
     seed: NonNegativeInt

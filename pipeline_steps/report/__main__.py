@@ -85,11 +85,12 @@ def main():
     values = parameters.as_dict()
     with replaced_folder(reports / "figures") as folder:
         shown = {name: figure and save_figure(folder, name, figure) for name, figure in draw_figures(inputs).items()}
-        leading = studies.headline_of(kept)
+        alike = [study for study in kept if studies.tasks_of(study) == set(inputs.current.result.tasks)]
+        leading = studies.headline_of(alike)  # others say nothing about this run
         studied = {study.name: show_study(folder, study, study is leading) for study in kept}
     headline = leading and studied[leading.name]
     if headline:
-        headline["tiles"] = study_tables.headline_tiles(studies.default_of(kept, numbers["training_samples"]))
+        headline["tiles"] = study_tables.headline_tiles(studies.default_of(alike, numbers["training_samples"]))
     with replaced_folder(reports / "tables") as folder:
         own = [
             table
@@ -111,6 +112,7 @@ def main():
         "verdicts": found,
         "studies": list(studied.values()),
         "headline": headline,
+        "elsewhere": " on other data" if kept and not alike else "",
         "finding": ideas.finding(kept),
         "lead": texts.lead(inputs, numbers),
         "tiles": texts.tiles(numbers),

@@ -15,7 +15,7 @@ from pipeline_steps.report.tables import MISSING, Table
 
 CHEAPER, OTHER = "cheaper", "other"
 FEWEST_PAIRS = 6  # with which a two-sided sign-flip test can have p < 0.05
-RULES = {CHEAPER: "unless worse", OTHER: "if better"}  # when an alternative is taken
+RULES = {CHEAPER: "unless worse", OTHER: "if better"}  # when an alternative is adopted
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def table(found):
         else:
             rows += [row(choice, study, label, groups) for label in labels(choice, study)]
     columns = ["alternative", *(f"{group}, points" for group in groups), *(f"lower loss, {group}" for group in groups)]
-    columns += ["verdict", "taken"]
+    columns += ["verdict", "adopted"]
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
-        f"smaller minus the larger. Taken {RULES[CHEAPER]} (in a group of tasks): those that cost less. "
-        f"Taken {RULES[OTHER]} (in a group, and worse in none): the others. Tested: by exact tests, corrected for the "
+        "smaller minus the larger. An alternative that costs less is adopted unless it is worse in either group of "
+        "tasks, any other only if it is better in one and worse in none. Tested: by exact tests, corrected for the "
         "study's questions; else the intervals decide, equal within the study's margin, not corrected. Exploratory: "
         "such intervals of the test split, as recipes are chosen on validation data. Open: by the preregistration, "
         "decided only when repeated with each arm's own rates on seeds never used. x0.3: the "

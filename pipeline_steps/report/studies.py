@@ -126,6 +126,12 @@ def losses_of(path):
     return (sums["loss_sum"].astype(float) / sums["num_tokens"]).unstack("task")
 
 
+def tasks_of(study):
+    """The set of tasks that the study's runs were scored on."""
+    scored = study.runs.dropna(axis="columns", how="all")
+    return {column.removeprefix("accuracy_") for column in scored if column.startswith("accuracy_")}
+
+
 def headline_of(studies):
     """The study that leads the page: of those with all HEADLINE_ARMS, the one with most replicates of all three, then a
     complete one, then the one with the highest seeds (a later study takes seeds that were never used), then the one

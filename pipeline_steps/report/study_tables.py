@@ -148,7 +148,9 @@ def by_task(study, chosen):
                         *(spread(values) if len(values) else MISSING for values in cells),
                     ]
                 )
-    note = "Per cent: mean over the runs [lowest–highest run]. Exact match is measured on fewer items than tokens."
+    note = (
+        "Per cent: mean over the runs [lowest–highest run]. Exact match is measured on fewer items than token accuracy."
+    )
     return Table(f"study_{study.name}_tasks", f"Every task in study {study.name}", ["arm", *tasks], rows, note)
 
 

@@ -3,6 +3,7 @@
 from pipeline_steps.common.markdown import escaped
 from pipeline_steps.report.summary import gaze_means
 
+GENERATED = {"procedural", "chat"}  # sources of made-up data
 CAPTIONS = {  # figure -> (alternative text, caption)
     "curves": (
         "Training loss and validation accuracy over the training samples of the three stages",
@@ -46,13 +47,20 @@ CAPTIONS = {  # figure -> (alternative text, caption)
 
 
 def banner(parameters):
-    """Two lines on the data and on what is pre-trained, to show before the numbers; [] unless the scale is embedded."""
-    if parameters["backbones"]["kind"] != "embedded":
-        return []
-    return [
-        "The world is synthetic: short generated clips of moving digits. Nothing here applies to natural video.",
-        "Selecting a named object is pre-trained: the backbones' warm-up teaches it before training starts.",
-    ]
+    """Up to two lines on the data and on what is pre-trained, to show before the numbers."""
+    lines, sources = [], parameters["sources"]
+    if GENERATED.issuperset(sources["collect"]):
+        pictures = {"digits": "moving digits", "objects": "moving photographs of objects"}[
+            sources["procedural"]["world"]
+        ]
+        lines.append(
+            f"The world is synthetic: short generated clips of {pictures}. Nothing here applies to natural video."
+        )
+    if parameters["backbones"]["kind"] == "embedded":
+        lines.append(
+            "The backbones' warm-up, on clips of moving digits, already teaches the model to select a named object."
+        )
+    return lines
 
 
 def lead(inputs, numbers):
@@ -63,13 +71,13 @@ def lead(inputs, numbers):
         f"{numbers['mean_token_accuracy']:.1%}{exact} on held-out items (mean of {len(inputs.current.result.tasks)} "
         f"tasks, frame by frame with planned queries). Token accuracy is {numbers['blind_accuracy']:.1%} with grey "
         f"frames and {numbers['random_query_accuracy']:.1%} with random queries; these controls use the same weights "
-        f"and are no trained baselines. Loss frame by frame / all frames in parallel: "
-        f"{numbers['autoregressive_fine_loss_ratio']:.3f}."
+        f"and are not separately trained baselines. The frame-by-frame loss is "
+        f"{numbers['autoregressive_fine_loss_ratio']:.3f} times the loss with all frames in parallel."
     )
     if means := gaze_means(inputs.current.result):
         text += (
-            f" The attention peak is on the target in {means[0]:.0%} of the frames (chance among the objects: "
-            f"{means[1]:.0%})."
+            " With planned queries, from the second frame on, the attention peak is on the target in "
+            f"{means[0]:.0%} of the frames (chance among the objects: {means[1]:.0%})."
         )
     return text
 

@@ -151,18 +151,22 @@ class Data:
 ROWS = [("c", "card", "video"), ("a", "card", "video"), ("b", "gist", "video"), ("t", "text", "text")]
 
 
-def test_first_clips_by_key_of_tasks_with_a_target():
-    assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 1) == [1]
-    assert heatmaps.choose_clips(Data(ROWS, {"a": 0, "c": 1}), 5) == [1, 0]
+def test_random_clips_of_tasks_with_a_target():
+    data = Data(ROWS, {"a": 0, "c": 1})
+    found = [heatmaps.choose_clips(data, 1, seed) for seed in range(20)]
+    assert sorted(map(tuple, found))[0] == (0,)
+    assert sorted(map(tuple, found))[-1] == (1,)
+    assert heatmaps.choose_clips(data, 1, 3) == found[3]
+    assert heatmaps.choose_clips(data, 5, 0) == [1, 0]
 
 
 def test_all_tasks_where_no_target_is_known():
-    assert heatmaps.choose_clips(Data(ROWS, {}), 1) == [1, 2]
+    assert heatmaps.choose_clips(Data(ROWS, {}), 2, 0) == [1, 0, 2]
 
 
 def test_no_frames_is_a_user_error():
     with pytest.raises(UserError, match="nothing to draw"):
-        heatmaps.choose_clips(Data(ROWS[3:], {}), 1)
+        heatmaps.choose_clips(Data(ROWS[3:], {}), 1, 0)
 
 
 def losses(values):

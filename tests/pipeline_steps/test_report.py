@@ -250,6 +250,7 @@ def write_heatmaps(folder, peaks=None):
 def build(root, monkeypatch):
     """Runs the stage on `root` with SETTINGS and returns the page."""
     values = {"seed": 1, "backbones": {"kind": "embedded", "embedded": {"seed": 5}}, "evaluation": {"seed": 2}}
+    values |= {"sources": {"collect": ["procedural", "chat"], "procedural": {"world": "digits"}}}
     parameters = SimpleNamespace(**vars(given()), report=SETTINGS, as_dict=lambda: values)
     monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
     monkeypatch.setattr("sys.argv", ["report", "--root", str(root), "--params", str(root / "params.yaml")])
@@ -284,7 +285,7 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     text = Text(page)
     assert text.words[0] == "Foveated <model>"
     assert text.words[1].startswith("The world is synthetic")
-    assert text.words[2].startswith("Selecting a named object is pre-trained")
+    assert text.words[2].startswith("The backbones' warm-up, on clips of moving digits, already teaches")
     assert text.words[3:5] == ["Exact match", "70.0%"]
     assert text.words[6] == "Token accuracy"
     assert text.words[9:11] == ["Verdict", "undecided"]
@@ -626,6 +627,36 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert row in text
     assert "| sixteen tokens (B1): token accuracy | 61.5 [61–62] |" in text
     assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
+
+
+def test_studies_of_other_tasks_do_not_lead_the_page(tmp_path, monkeypatch):
+    write_root(tmp_path)
+    folder = tmp_path / "reports/study/mine"
+    write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
+    runs = pd.read_csv(folder / "runs.csv")
+    runs.rename(columns={"accuracy_card": "accuracy_puzzle"}).to_csv(folder / "runs.csv", index=False)
+    page = build(tmp_path, monkeypatch)
+    assert "<dd>70.0%</dd>" in page  # of this run
+    assert "<h2>Studies on other data</h2>" in page
+    assert "<h2>Decisions on other data</h2>" in page
+    assert page.index("Do planned queries help?") < page.index("Study mine")
+    assert "## Studies on other data" in (tmp_path / "reports/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "collect", "world", "expected"),
+    [
+        ("embedded", ["procedural", "chat"], "digits", ["clips of moving digits. Nothing", "backbones' warm-up"]),
+        ("local", ["procedural"], "objects", ["clips of moving photographs of objects. Nothing"]),
+        ("embedded", ["folder", "chat"], "digits", ["backbones' warm-up, on clips of moving digits"]),
+        ("hub", ["hub", "procedural"], "digits", []),
+    ],
+)
+def test_the_banner_says_what_the_data_and_the_backbones_are(kind, collect, world, expected):
+    sources = {"collect": collect, "procedural": {"world": world}}
+    lines = report.texts.banner({"backbones": {"kind": kind}, "sources": sources})
+    assert len(lines) == len(expected)
+    assert all(part in line for part, line in zip(expected, lines, strict=True))
 
 
 def test_the_kept_heatmap_of_a_study_is_in_its_section(tmp_path, monkeypatch):
