@@ -1,4 +1,36 @@
+import sys
+
 import pytest
+
+TOY = '''"""A toy: a head that tells the time of a frame from its visual token."""
+
+from pydantic import NonNegativeFloat
+
+from pipeline_steps.common.params import StrictModel
+from pipeline_steps.training.objectives.base import Objective, Term
+
+
+class FrameTime(Objective):
+    """Regression of a frame's time."""
+
+    name = "frame_time"
+    term_names = ("loss_frame_time",)
+
+    class Parameters(StrictModel):
+        weight: NonNegativeFloat
+        """Weight of the squared error in s^2."""
+
+    def make_module(self):
+        from torch import nn
+
+        return nn.Linear(self.config.text_config.hidden_size, 1)
+
+    def terms(self, outputs, batch):
+        if outputs.visual_tokens is None:
+            return {}
+        errors = self.module(outputs.visual_tokens).mean((1, 2)) - batch.frame_times
+        return {"loss_frame_time": Term(errors.square().mean(), self.parameters.weight, "frames")}
+'''
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +51,15 @@ def separate_projections(monkeypatch):
     from model.foveated_encoder import LayerWeights
 
     monkeypatch.setattr(LayerWeights, "of_layers", classmethod(lambda cls, layers: None))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """An objective of one file, which lies in the package; its parameter is 0.5."""
+    from pipeline_steps.training import objectives
+
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/frame_time.py").write_text(TOY)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path / "package")])
+    yield {"frame_time": {"weight": 0.5}}
+    sys.modules.pop("pipeline_steps.training.objectives.frame_time")
