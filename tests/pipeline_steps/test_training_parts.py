@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import distributed
 
 from pipeline_steps.common import files
 from pipeline_steps.common.errors import UserError
@@ -19,7 +20,7 @@ from pipeline_steps.monitoring.metrics_logger import start_loggers
 from pipeline_steps.streaming.loader import plan_stage
 from pipeline_steps.training import checkpoint_io, checks, train_loop, validation
 from pipeline_steps.training.__main__ import by_task
-from pipeline_steps.training.distributed import DistributedContext
+from pipeline_steps.training.distributed import SINGLE_PROCESS, DistributedContext
 from pipeline_steps.training.ema import EMA
 from pipeline_steps.training.optimizers import MOMENTUM, Muon, Optimizer
 from pipeline_steps.training.parameters import GROUPS, group_of, trainable_parameters
@@ -476,16 +477,12 @@ def test_the_micro_batch_is_halved_until_it_fits(fits, found):
     assert tried == [size for size in (32, 16, 8, 4, 2, 1) if size >= found]
 
 
-def test_a_sample_that_never_fits_is_an_error():
-    def try_size(size):
-        raise torch.OutOfMemoryError("out of memory")
+@pytest.fixture
+def auto_stage(tmp_path, monkeypatch):
+    """A function of how many samples fit and of changes: (run on CUDA with `auto`, list of what is tried on it).
 
-    with pytest.raises(UserError, match="a single sample does not fit into GPU memory"):
-        checks.find_micro_batch_size(8, try_size)
-
-
-def test_auto_tries_the_largest_readable_items_of_the_stage(tmp_path, monkeypatch):
-    """The plan has the task gist only, and its largest item is damaged."""
+    The plan has the task gist only, in steps of four samples, and its largest item is damaged.
+    """
     clips = [packed.Clip(f"world-{n}", num_frames=1 + n % 3, tasks=("gist",)) for n in range(8)]
     clips += [packed.Clip("world-large", num_frames=5, tasks=("gist",))]
     clips += [packed.Clip("world-other", num_frames=8, num_tokens=20, tasks=("card",))]
@@ -497,15 +494,59 @@ def test_auto_tries_the_largest_readable_items_of_the_stage(tmp_path, monkeypatc
     section = packed.stage(mixture=mixture, text_share=0.0, num_samples=9)
     sizes = {"batch_size": 4, "tokens_per_frame": 1}
     plan = plan_stage(dataset, section, packed.streaming(), stage="stage2", seed=1, **sizes)
-    tried = []
-    monkeypatch.setattr(train_loop, "try_micro_batch", lambda run, batch, accumulates: tried.append(batch.keys))
-    run = SimpleNamespace(
-        stage="stage2", common=SimpleNamespace(micro_batch_size="auto"), device="cuda", stage_plan=plan, train=dataset,
-        distributed=DistributedContext(), model=SimpleNamespace(config=SimpleNamespace(vision_config=POINTS)),
-        streaming=packed.streaming(), loader=SimpleNamespace(collate=packed.collator()),
-    )  # fmt: skip
-    assert train_loop.choose_micro_batch_size(run) == 4
-    assert tried == [["world-2", "world-5", "world-1", "world-4"]]
+
+    def make(fits, group=SINGLE_PROCESS):
+        def try_micro_batch(run, batch, accumulates):
+            tried.append((batch.keys, accumulates))
+            if len(batch.keys) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        tried = []
+        monkeypatch.setattr(train_loop, "try_micro_batch", try_micro_batch)
+        return SimpleNamespace(
+            stage="stage2", common=SimpleNamespace(micro_batch_size="auto"), device="cuda", stage_plan=plan,
+            train=dataset, distributed=group, streaming=packed.streaming(),
+            model=SimpleNamespace(config=SimpleNamespace(vision_config=POINTS)),
+            loader=SimpleNamespace(collate=packed.collator()),
+        ), tried  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(("fits", "found"), [(4, 4), (3, 2), (1, 1)])
+def test_auto_tries_the_largest_readable_items_of_the_stage_and_says_what_fits(auto_stage, fits, found, capsys):
+    """Smaller micro-batches than the step's share accumulate gradients."""
+    run, tried = auto_stage(fits)
+    assert train_loop.choose_micro_batch_size(run) == found
+    largest = ["world-2", "world-5", "world-1", "world-4"]
+    assert tried == [(largest[:size], size < 4) for size in (4, 2, 1) if size >= found]
+    said = capsys.readouterr()
+    assert f"stage2: micro-batches of {found} samples fit into the memory of cuda" in said.out + said.err
+
+
+@pytest.mark.parametrize(("own", "other", "found"), [(2, 1, 1), (1, 2, 1), (2, 2, 2)])
+def test_with_several_ranks_auto_takes_what_fits_on_all_of_them(auto_stage, own, other, found, monkeypatch, capsys):
+    """Each has half of a step, and one says it."""
+
+    def all_reduce(value, operation=distributed.ReduceOp.SUM):
+        assert operation == distributed.ReduceOp.MIN
+        value.fill_(min(int(value), other))
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    for rank in (0, 1):
+        run, tried = auto_stage(own, DistributedContext(rank, world_size=2))
+        assert train_loop.choose_micro_batch_size(run) == found
+        assert [len(keys) for keys, _ in tried] == [size for size in (2, 1) if size >= own]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(f"micro-batches of {found} samples fit") == 1
+
+
+def test_auto_with_a_sample_that_does_not_fit_says_what_to_change(auto_stage):
+    run, tried = auto_stage(0)
+    advice = "activation_checkpointing: true or .*precision: bf16, or lower shards.max_frames or tokens.max_tokens"
+    with pytest.raises(UserError, match=f"a single sample does not fit into GPU memory .*{advice}"):
+        train_loop.choose_micro_batch_size(run)
+    assert tried[-1][0] == ["world-2"]
 
 
 def auto_run(optimizer="adamw", **options):
