@@ -9,10 +9,10 @@
    its own that gets a share of the time that is left.
 
 Needs torch, transformers and Pillow only; no data, no weights. Without pytest no tests run, and without pydantic,
-pyarrow and simplejpeg those that train a stage are skipped; the file says so. For a GPU machine without a network,
-carry them as wheels of its version of Python:
+pyarrow and simplejpeg those that train a stage are skipped, and without pandas that of the evaluation; the file says
+so. For a GPU machine without a network, carry them as wheels of its version of Python:
 
-    packages="pillow pytest pydantic pyarrow simplejpeg"
+    packages="pillow pytest pydantic pyarrow simplejpeg pandas"
     python -m pip download --only-binary=:all: --python-version 3.12 --dest wheels $packages
     python -m pip install --no-index --find-links wheels $packages    # on the GPU machine
 

@@ -1,24 +1,32 @@
-"""The training loop on a device: every stage and precision, resuming, micro-batches, model FLOPs."""
+"""The stages on a device: training in every precision, resuming, micro-batches, model FLOPs; evaluation."""
 
+import json
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("pydantic", reason="the parameters of the stages need pydantic")
 pytest.importorskip("pyarrow", reason="the items of the stages need pyarrow")
 pytest.importorskip("simplejpeg", reason="the frames of the stages need simplejpeg")
 
 from benchmarks.workload import clips
+from pipeline_steps.backbones.tokenizer import save_tokenizer, train_tokenizer
+from pipeline_steps.common import modes, params
+from pipeline_steps.common.checkpoint import save_checkpoint
 from pipeline_steps.monitoring.metrics_logger import MetricsLogger
 from pipeline_steps.training import train_loop
 from pipeline_steps.training.checkpointing import save_state
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import prepare, train_step
-from tests.model.tiny import as_batch, make_batch, preference_batch
+from tests.model.tiny import as_batch, make_batch, make_model, preference_batch
 from tests.objectives import ALL
+from tests.pipeline_steps import packed
 from tests.pipeline_steps.test_golden_losses import NUM_STEPS, RUNS, make_run
 
 STEPS = {"fp32": 0.01, "bf16": 0.05}  # optimizers divide small differences of gradients by small gradients
@@ -152,3 +160,88 @@ def test_model_flops_are_counted(name, device, tmp_path):
         pytest.skip(f"the peak of {torch.cuda.get_device_name()} is not in the table: no figure is right")
     steps(run, prepare(run))
     assert 0 < run.logger.speed()["speed/mfu"] < 1
+
+
+# ---------------------------------------------------------------- evaluation
+
+VOCABULARY, MAX_POSITIONS = 400, 256  # tokens
+IMAGE_SIZE = 56
+DIGIT = {"colour": "red", "place": "top left", "digits": (1,) * 4, "boxes": ((0.3, 0.3, 0.45, 0.45),) * 4}
+EVALUATION = {"split": "train", "batch_size": 4, "max_answers_per_task": 3, "max_answer_tokens": 6}
+EVALUATION |= {"bootstrap_samples": 20, "num_threads": torch.get_num_threads()}
+DRAWN = ("random", "fixed")  # query sources for which a GPU draws other numbers
+
+
+@pytest.fixture
+def to_evaluate(tmp_path, monkeypatch):
+    """A folder with what the stage reads: an untrained network and clips of one to four frames with known boxes."""
+    monkeypatch.setattr(packed, "SIZE", IMAGE_SIZE)
+    monkeypatch.setattr(packed, "POLICY", packed.POLICY.model_copy(update={"image_size": IMAGE_SIZE}))
+    plain = packed.packed_sample
+
+    def with_box(clip):
+        objects, item = (DIGIT,), {"assistant": "1", "task": clip.tasks[0], "target": 0}
+        return type(plain(clip)).model_validate(plain(clip).model_dump() | {"items": (item,), "objects": objects})
+
+    monkeypatch.setattr(packed, "packed_sample", with_box)
+    samples = [packed.Clip(f"clip-{n}", num_frames=1 + n % 4, num_tokens=10 + n % 3) for n in range(6)]
+    samples += [packed.Clip(f"caption-{n}", num_frames=2, tasks=("caption",)) for n in range(3)]
+    packed.write(tmp_path, samples, 9)
+    save_tokenizer(train_tokenizer(VOCABULARY, MAX_POSITIONS), tmp_path / "tokenizer")
+    model = make_model(VOCABULARY, MAX_POSITIONS, visual_scale=3.0, query_init_std=30.0)
+    options = {**packed.POLICY.model_dump(), "image_replication": 2, "system": ""}
+    save_checkpoint(tmp_path / "checkpoint", model, tmp_path / "tokenizer", **options)
+    document = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+    captions = {} if find_spec("nltk") and find_spec("sacrebleu") else {"max_captions_per_task": 0}
+    document["evaluation"] |= EVALUATION | captions
+    document["runtime"]["num_workers"] = 0
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    return tmp_path
+
+
+def evaluate(device: str, folder, monkeypatch):
+    """(item table, rows of answers and captions, result) of the stage on a device."""
+    import pandas as pd
+
+    from pipeline_steps.evaluation import __main__ as evaluation
+
+    places = {"params": "params.yaml", "checkpoint": "checkpoint", "shards": "shards", "tokens": "tokens"}
+    places |= {"outputs": f"{device}/evaluation", "metrics": f"{device}/metrics"}
+    words = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *words])
+    monkeypatch.setattr(evaluation, "choose_device", lambda: device)
+    evaluation.main()
+    written = folder / device / "evaluation"
+    texts = [(written / f"{name}.jsonl").read_text() for name in ("answers", "captions")]
+    result = json.loads((folder / device / "metrics/evaluation.json").read_text())
+    return pd.read_parquet(written / "items.parquet"), texts, result
+
+
+def test_the_evaluation_gives_the_scores_of_the_cpu(to_evaluate, device, monkeypatch):
+    """Scores of all modes and controls, answers, parts of clips, probes and other temperatures."""
+    pytest.importorskip("pandas", reason="the stage evaluation needs pandas")
+    expected, found = (evaluate(own, to_evaluate, monkeypatch) for own in ("cpu", device))
+    assert found[2]["provenance"]["device"] == device
+    assert found[1] == expected[1]
+    drawn = {name for name, mode in modes.REGISTRY.items() if mode.query_source in DRAWN}
+    tables = [table[~table["mode"].isin(drawn)] for table in (expected[0], found[0])]
+    assert {"static_query", "oracle_query", "autoregressive"} <= set(tables[0]["mode"])
+    for name in ("key", "mode", "num_correct"):
+        assert tables[1][name].tolist() == tables[0][name].tolist()
+    assert tables[1]["loss_sum"].to_numpy() == pytest.approx(tables[0]["loss_sum"].to_numpy(), abs=1e-3)
+    for part in ("temporal", "preliminary", "gaze"):
+        one, other = (numbers(result[part]) for result in (expected[2], found[2]))
+        assert other == pytest.approx(one, abs=1e-3), part
+        assert one
+    temperatures = numbers(found[2]["preliminary"]["temperature"])
+    assert temperatures["/0/entropy"] < 0.9 * temperatures["/5/entropy"]
+
+
+def numbers(content, name: str = "") -> dict[str, float]:
+    """{place: number} of JSON content, but not of random queries."""
+    if "random" in name:
+        return {}
+    if isinstance(content, dict | list):
+        entries = content.items() if isinstance(content, dict) else enumerate(content)
+        return {place: value for key, own in entries for place, value in numbers(own, f"{name}/{key}").items()}
+    return {} if content is None or isinstance(content, str) else {name: float(content)}

@@ -325,6 +325,30 @@ def test_a_cuda_graph_is_the_eager_step(network, dtype):
         assert torch.equal(*answers)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("source", ["static", "random", "fixed", "oracle"])
+@torch.no_grad()
+def test_a_cuda_graph_takes_the_queries_and_targets_of_every_call(source):
+    """Several samples, whose static queries are one tensor; other noise or targets for the same frames."""
+    model, batch = lively().to("cuda"), rows_of(make_batch(), [0, 3, 2])
+    batch = {name: value.to("cuda") for name, value in batch.items() if name != "labels"}
+    found = []
+    for seed in (1, 2):
+        targets = torch.zeros(6, 16, dtype=torch.bool, device="cuda")
+        targets[:, 5 * seed] = True
+        given = {"query_source": source} | ({"target_patches": targets} if source == "oracle" else {})
+        for kind in ("static", "graph"):
+            torch.manual_seed(seed)
+            options = given | {"output_attentions": True, "frame_step": kind}
+            found.append(model.encode_frames(**batch, mode="autoregressive", options=options)[-1])
+    for eager, captured in (found[:2], found[2:]):
+        for name in ("visual_tokens", "queries", "attention_weights"):
+            torch.testing.assert_close(getattr(eager, name), getattr(captured, name), atol=1e-4, rtol=1e-4)
+    assert len(frame_step._graphs[model]) == 1
+    assert torch.equal(found[0].visual_tokens, found[2].visual_tokens) == (source == "static")
+
+
 # ---------------------------------------------------------------- where the fixed step is not possible
 
 
