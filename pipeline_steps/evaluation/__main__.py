@@ -78,6 +78,8 @@ def main():
     total += sum(len(numbers) for part in subset_evals.choose(dataset, chosen, settings) for numbers in part.values())
     loading = prefetch(parameters.runtime, dataset, collate)
     check_answers_fit(model.config, tokenizer, collate, dataset, chosen, settings)
+    captions.check_packages(dataset, chosen, tokenizer, settings)
+    predictor = next_frame.load_predictor(arguments.checkpoint, model)
     with progress_bar("evaluation", total=total, unit="item") as progress:
         table = score_items(
             model,
@@ -98,7 +100,6 @@ def main():
                 batch = items[start : start + settings.batch_size]
                 answers += answer_rows(model, tokenizer, collate, task, batch, settings.max_answer_tokens)
                 progress.update(len(batch))
-    predictor = next_frame.load_predictor(arguments.checkpoint, model)
     next_frame_result = predictor and next_frame.measure(model, predictor, collate, dataset, chosen, settings, loading)
     choice_table = multiple_choice.measure(model, tokenizer, collate, dataset, chosen, settings, loading)
     free_answers, objects = captions.measure(model, tokenizer, collate, dataset, chosen, settings, loading)

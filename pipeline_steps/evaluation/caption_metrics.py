@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline_steps.common.caption_results import CaptionStyle
 
+PACKAGES = ("nltk", "sacrebleu")  # of `meteor` and `bleu`, imported there
 ORDERS = 4  # n-gram orders of the published BLEU-4 and CIDEr-D
 SIGMA = 6.0  # words; width of CIDEr-D's length penalty
 REPEATED = 4  # length of a phrase in words, for `repetition`

@@ -1,11 +1,13 @@
 """Free-form answers (captions) in several modes: quality, diversity, and whether they name the visible attributes."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 
 from pipeline_steps.common import modes
 from pipeline_steps.common.caption_results import Captions, CaptionScore, Missed
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.modes import CAPTION_MODES
 from pipeline_steps.evaluation import caption_metrics, statistics
 from pipeline_steps.inference import answers
@@ -31,6 +33,18 @@ def _is_free(row, tokenizer, min_words):
     if row["num_frames"] == 0:
         return False
     return row["task"] == CAPTION or len(caption_metrics.words(answers.expected_answer(tokenizer, row))) >= min_words
+
+
+def check_packages(dataset, chosen, tokenizer, settings):
+    """UserError, before anything is generated, if there are answers to score and a package for that is missing;
+    settings: section `evaluation`."""
+    missing = " ".join(name for name in caption_metrics.PACKAGES if find_spec(name) is None)
+    options = (settings.caption_min_words, settings.max_captions_per_task)
+    if missing and any(choose(dataset, chosen, tokenizer, *options).values()):
+        raise UserError(
+            f"evaluation.max_captions_per_task is {settings.max_captions_per_task}, and free answers cannot be scored "
+            f"without {missing.replace(' ', ' and ')}. Run `python -m pip install {missing}`, or set it to 0."
+        )
 
 
 def measure(model, tokenizer, collate, dataset, chosen, settings, prefetch):

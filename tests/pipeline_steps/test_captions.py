@@ -1,14 +1,18 @@
 """Measures of free answers with known values, and a whole measurement on a few clips."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from pipeline_steps.common import modes
+from pipeline_steps.common import modes, params
+from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import SceneObject
+from pipeline_steps.evaluation import __main__ as evaluation
 from pipeline_steps.evaluation import caption_metrics, caption_parts, captions
 from pipeline_steps.inference.answers import answer_batch, as_text, prompt_batch
 from pipeline_steps.streaming.collate import Collator
@@ -269,6 +273,47 @@ def test_which_answers_are_free_is_a_parameter(made):
 
 
 # ---------------------------------------------------------------- parts of a clip
+
+
+@pytest.fixture
+def evaluate(made, monkeypatch, tmp_path):
+    """A function of changes of the section `evaluation`: runs the stage up to where scoring begins, a RuntimeError."""
+
+    def scored(*arguments, **options):
+        raise RuntimeError("scoring begins")
+
+    def run(**changes):
+        document = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+        document["evaluation"] |= {"max_answers_per_task": 0, "caption_min_words": 2} | changes
+        places["params"].write_text(yaml.safe_dump(document))
+        evaluation.main()
+
+    places = {"checkpoint": made.checkpoint, "shards": made.shards, "tokens": made.tokens, "outputs": tmp_path / "out"}
+    places |= {"params": tmp_path / "params.yaml", "metrics": tmp_path / "metrics"}
+    monkeypatch.setattr(sys, "argv", ["evaluation", *(f"--{name}={place}" for name, place in places.items())])
+    monkeypatch.setattr(evaluation, "score_items", scored)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    return run
+
+
+@pytest.mark.parametrize(("lacking", "names"), [(["nltk"], "nltk"), (["nltk", "sacrebleu"], "nltk and sacrebleu")])
+def test_packages_that_score_captions_are_missed_before_anything_is_scored(evaluate, lacking, names, monkeypatch):
+    monkeypatch.setattr(captions, "find_spec", lambda name: None if name in lacking else name)
+    command = f"python -m pip install {' '.join(lacking)}"
+    message = f"max_captions_per_task is 60, .* without {names}. Run `{command}`, or set it to 0"
+    with pytest.raises(UserError, match=message):
+        evaluate()
+    with pytest.raises(RuntimeError, match="scoring begins"):
+        evaluate(max_captions_per_task=0)
+
+
+def test_what_scores_next_frames_is_missed_before_anything_is_scored(evaluate, monkeypatch):
+    def load_predictor(checkpoint, model):
+        raise UserError("needs the package diffusers")
+
+    monkeypatch.setattr(evaluation.next_frame, "load_predictor", load_predictor)
+    with pytest.raises(UserError, match="needs the package diffusers"):
+        evaluate()
 
 
 def test_parts_are_of_sixteen_frames():
