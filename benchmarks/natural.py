@@ -21,8 +21,8 @@ Before anything runs, `--dry-run` with the same arguments lists the jobs with sa
 stated rate, and what to copy to a bare machine (benchmarks/natural_cost.py). It makes no chats: where they are missing
 it says how to make them. Neither DVC nor Snakemake is used. Parameters are composed with Hydra; on a machine without
 it, copy plan.json, which `--dry-run` writes, into --output. Making data needs PyAV, ImageHash and SciPy; training and
-evaluation need torch, transformers, pydantic, pyarrow, PyYAML and pandas; heatmaps, left out where it is missing,
-Matplotlib.
+evaluation need torch, transformers, Pillow, pydantic, pyarrow, PyYAML, simplejpeg and pandas; heatmaps, left out where
+it is missing, Matplotlib; --keep Matplotlib and SciPy.
 Cost: meant for 25 minutes of one H100 for three arms and one seed (not measured yet); on a CPU about an hour an arm.
 """
 

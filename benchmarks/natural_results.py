@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.natural_plan import HEATMAPS
@@ -91,7 +92,8 @@ def write_results(plan: Plan, output: Path) -> list[str]:
 
 
 def check_kept_name(name: str, studies: Path = ROOT / RESULTS, designs: Path = STUDIES) -> None:
-    """UserError for a name that is no folder's, or that of other results, which would be lost."""
+    """UserError for a name that is no folder's, or that of other results, which would be lost; or if a package that
+    `keep` needs is missing."""
     if not NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"--keep {name}: expected a name of letters, digits, _, . and -, with no . at its beginning")
     folder = studies / name
@@ -99,12 +101,17 @@ def check_kept_name(name: str, studies: Path = ROOT / RESULTS, designs: Path = S
     if foreign or (designs / f"{name}.yaml").exists():
         raise UserError(f"--keep {name}: {folder} is for the results of another study. Choose another name.")
     check_outputs(files=[folder / SCORES]) if folder.exists() else check_outputs(folders=[folder])
+    if missing := [package for package in ("matplotlib", "scipy") if find_spec(package) is None]:
+        raise UserError(
+            f"--keep {name}: comparisons of the arms need {' and '.join(missing)}, not installed here. Run `python -m "
+            f"pip install {' '.join(missing)}`, or leave --keep out; the same command with it can follow."
+        )
 
 
 def keep(plan: Plan, output: Path, name: str, command: str, studies: Path = ROOT / RESULTS) -> Path:
     """Copies the results of the finished runs, but for most pictures, to `studies`/name and compares the arms there;
     returns the folder. command: what made them, for its README.md."""
-    from pipeline_steps.study.summary import write_summary  # needs Matplotlib
+    from pipeline_steps.study.summary import write_summary  # needs Matplotlib and SciPy
 
     results, folder = output / "results", studies / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,12 +18,13 @@ is the root of the squared half widths that either part would have alone, with S
 (Howe 1974, "Approximate confidence limits on the mean of X + Y where X and Y are two tabled independent random
 variables").
 tests/pipeline_steps/test_statistics.py measures the coverage of both.
+
+SciPy is imported where it is used: who only collects results (`benchmarks.natural`) may lack it.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, TOO_FEW, UNDECIDED, WORSE
 
@@ -55,6 +56,8 @@ class Effect:
 
     def _half_width(self, tail):
         """Distance from the effect to the border beyond which the share `tail` lies."""
+        from scipy import stats
+
         items = self.items_error * stats.t.isf(tail, self.items_degrees)
         seeds = (self.seeds_error or 0.0) * stats.t.isf(tail, max(len(self.per_seed) - 1, 1))
         return float(np.hypot(items, seeds))
@@ -65,6 +68,8 @@ class Effect:
             return 1 - self._tail(-distance)
         if distance >= self._half_width(SMALLEST):
             return 0.0
+        from scipy import optimize
+
         found = optimize.brentq(lambda log: self._half_width(np.exp(log)) - distance, np.log(SMALLEST), np.log(0.5))
         return float(np.exp(found))
 
@@ -164,6 +169,8 @@ def _items_error(drawn):
 
 def t_interval(values, level=LEVEL):
     """Student's interval of the mean, (low, high); None for fewer than two values."""
+    from scipy import stats
+
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return None
@@ -173,6 +180,8 @@ def t_interval(values, level=LEVEL):
 
 def slope_interval(x, y, level=LEVEL):
     """Student's interval of the slope of a least-squares line, (low, high); None for fewer than three points."""
+    from scipy import stats
+
     if len(x) < 3:
         return None
     found = stats.linregress(x, y)
@@ -182,6 +191,8 @@ def slope_interval(x, y, level=LEVEL):
 
 def share_interval(count, total, level=LEVEL):
     """Clopper-Pearson interval of a share, (low, high)."""
+    from scipy import stats
+
     found = stats.binomtest(count, total).proportion_ci(confidence_level=level, method="exact")
     return float(found.low), float(found.high)
 
@@ -189,6 +200,8 @@ def share_interval(count, total, level=LEVEL):
 def equivalence_power(differences, margin, level=0.9):
     """Chance that as many pairs, normal with the spread of `differences` around 0, are called equal: that their
     t-interval of the mean at `level` lies within +- margin. None for fewer than `MIN_VALUES` pairs."""
+    from scipy import stats
+
     count = len(differences)
     if count < MIN_VALUES:
         return None

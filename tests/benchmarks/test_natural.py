@@ -87,6 +87,13 @@ def test_other_chats_are_other_work(arguments, tmp_path):
         assert (place / paths.pop()).read_text() == text
 
 
+def test_results_are_not_kept_where_packages_are_missing(monkeypatch, tmp_path):
+    """Said before the run."""
+    monkeypatch.setattr(natural_results, "find_spec", lambda name: None if name == "scipy" else name)
+    with pytest.raises(UserError, match=r"--keep objects: .* need scipy, not installed .*pip install scipy`, or leave"):
+        natural_results.check_kept_name("objects", tmp_path)
+
+
 def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatch):
     made = natural_plan.make_plan(arguments)
     monkeypatch.setattr(natural_plan, "find_spec", lambda name: None)
