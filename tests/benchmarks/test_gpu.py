@@ -12,14 +12,16 @@ import torch
 from benchmarks import gpu
 from pipeline_steps.common.params import ROOT
 from tests.pipeline import environment
-from tests.test_bare_machine import MISSING
+from tests.test_bare_machine import missing
 
+# what benchmarks.gpu says it needs, and pytest; pydantic, which some versions of transformers require, is hidden too
+HIDDEN = {*missing(("torch", "transformers", "pillow", "pytest")), "pydantic"}
 BARE = f"""
 import runpy, sys
 from importlib.machinery import PathFinder
 
 class Hide:
-    hidden, found = {{*{MISSING!r}, "pydantic"}}, PathFinder.find_spec
+    hidden, found = {HIDDEN!r}, PathFinder.find_spec
     def find_spec(self, name, *rest):
         return None if name.split(".")[0] in self.hidden else self.found(name, *rest)
 
@@ -33,7 +35,7 @@ VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} 
 
 
 def bare(module: str, *arguments) -> subprocess.CompletedProcess:
-    """`python -m module arguments` where neither MISSING nor pydantic can be imported, and without a GPU."""
+    """`python -m module arguments` where nothing of HIDDEN can be imported, and without a GPU."""
     command = [sys.executable, "-c", BARE, module, *map(str, arguments)]
     settings = {"cwd": ROOT, "env": environment() | VARIABLES, "capture_output": True, "text": True}
     return subprocess.run(command, check=False, timeout=300, **settings)
