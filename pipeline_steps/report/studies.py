@@ -17,8 +17,8 @@ NUMBERS = ("training_samples", "training_flops", "training_seconds", "attempts")
 NUMBERS += ("mean_token_accuracy", "exact_match_accuracy", "mean_loss")
 CONVERGED = "converged"  # True, False or unknown
 FLOPS_NOTE = (
-    "Runs from before commit 8747296 count every sample as a mean sample that trains all weights, which gives higher "
-    "figures."
+    "Runs from before commit 8747296 count every sample as a mean sample that trains all weights: their figures are "
+    "higher, and ratios between arms are not those of later runs."
 )
 HEADLINE_ARMS = ("none", "A6", "B1")
 GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that must read everything", "all": "all tasks"}

@@ -30,7 +30,7 @@ from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.job import visible_devices
-from pipeline_steps.study.plan import RESULTS, make_plan
+from pipeline_steps.study.plan import RESULTS, checked_out, make_plan, uncommitted
 from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
 
@@ -45,7 +45,8 @@ def main():
         visible_devices(arguments.gpus)  # UserError before anything runs
     studies = Path(os.environ.get("RUN_SCRATCH") or ROOT).resolve() / ".scratch" / "study"
     results = ROOT / RESULTS / arguments.name
-    plan = make_plan(arguments.name, study)
+    problem = uncommitted() if arguments.dry_run else ""
+    plan = make_plan(arguments.name, study, commit=checked_out() if arguments.dry_run else None)
     flops, other = check_earlier(plan, results)
     plan = make_plan(arguments.name, study, flops, plan) if plan.waiting else plan
     if other:
@@ -56,6 +57,8 @@ def main():
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
         show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
+        if problem:
+            console.print(f"{problem} It cannot run before these changes are committed or stashed.")
         return 0
     folder = studies / plan.study
     folder.mkdir(parents=True, exist_ok=True)

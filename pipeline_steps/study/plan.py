@@ -104,12 +104,15 @@ def folder_of(stage, key):
     return f"jobs/{stage}/{key}"
 
 
-def make_plan(name, study, flops=None, before=None):
+def make_plan(name, study, flops=None, before=None, commit=None):
     """`Plan` of a `Study`; flops: {run: training FLOPs} of finished runs, for budgets of equal FLOPs; before: a plan of
-    the same study, whose commit it keeps. UserError for uncommitted changes, for a cell whose parameters are wrong or
-    equal another's, for arms that are scored on different splits, and for unknown tasks."""
+    the same study, whose commit it keeps; commit: by default `clean_commit`. UserError for a cell whose parameters are
+    wrong or equal another's, for arms that are scored on different splits, and for unknown tasks."""
     stages = read_stages()
-    plan = Plan(name, before.commit, code=before.code) if before else Plan(name, clean_commit(), code=code_of_commit())
+    if before:
+        plan = Plan(name, before.commit, code=before.code)
+    else:
+        plan = Plan(name, commit or clean_commit(), code=code_of_commit())
     code, plan.memory_gb = plan.code, study.memory_gb
     seen = {}
     cells, waiting = with_factors(cells_of(study), flops or {})
@@ -206,15 +209,27 @@ def paths_of(entry, kind):
 
 def clean_commit():
     """The commit that is checked out. UserError if tracked or new files differ from it."""
+    if problem := uncommitted():
+        raise UserError(f"{problem} Commit or stash the changes first.")
+    return checked_out()
+
+
+def checked_out():
+    """The commit that is checked out, whatever differs from it."""
+    return git("rev-parse", "HEAD").strip()
+
+
+def uncommitted():
+    """A sentence that names files that differ from the commit, new ones included but for results; "" if there are
+    none."""
     changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all").splitlines()]
     changed = [path for path in changed if not is_within(path.rstrip("/"), [RESULTS])]
-    if changed:
-        listed = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-        raise UserError(
-            f"{len(changed)} file(s) differ from the last commit ({listed}): a study's rows name the commit that made "
-            "them. Commit or stash the changes first."
-        )
-    return git("rev-parse", "HEAD").strip()
+    if not changed:
+        return ""
+    listed = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+    return (
+        f"{len(changed)} file(s) differ from the last commit ({listed}): a study's rows name the commit that made them."
+    )
 
 
 def code_of_commit():

@@ -113,8 +113,9 @@ def stage_table(plan, found, costs, num_parallel):
 def run_table(plan, found, costs):
     """`rich` table of the runs with the seconds that each adds: what it shares with a run above it counts there."""
     table = Table(title=f"study {plan.study}: {len(plan.runs)} runs, {len(plan.jobs)} jobs")
-    for column in ("run", "samples", "jobs to do", "shared", "expected time on one core"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table.add_column("run", overflow="fold")  # whole names, over several lines if need be
+    for column in ("samples", "jobs to do", "shared", "expected time on one core"):
+        table.add_column(column, justify="right")
     counted = set()
     for run in plan.runs:
         todo = [name for name in run.jobs.items() if found[name] != DONE]

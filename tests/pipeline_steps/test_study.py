@@ -346,6 +346,8 @@ def test_uncommitted_changes_are_refused_but_results_are_not(repository):
     (repository / "code.py").write_text("2")
     with pytest.raises(UserError, match=r"1 file.s. differ from the last commit \(code.py\)"):
         plan.clean_commit()
+    assert plan.uncommitted().startswith("1 file(s) differ from the last commit (code.py)")
+    assert len(plan.checked_out()) == 40
 
 
 # ---------------------------------------------------------------- jobs
@@ -583,13 +585,19 @@ def test_only_some_arms(clean):
         study_main.only_arms(made, study, ["A7"])
 
 
-def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(clean, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("problem", ["", "1 file(s) differ from the last commit (code.py)."])
+def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(problem, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(study_main, "uncommitted", lambda: problem)
     monkeypatch.setenv("RUN_SCRATCH", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["study", "confirm", "--dry-run", "--cores", "4"])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["study", "rates_full", "--dry-run", "--cores", "4"])
     assert study_main.main() == 0
     text = capsys.readouterr().out
-    assert "none-x1-seed21.21.21" in text
+    assert "none-x1-seed1.1.1" in text
+    assert "B1_quadruple-x1-seed" in text
+    assert "…" not in text  # a longer name goes on in the next line
     assert "on one core, about" in text
+    assert ("cannot run before" in text) == bool(problem)
     assert not list(tmp_path.iterdir())
 
 
