@@ -37,7 +37,10 @@ def statement(study, entry, num_questions):
     count = len(entry.differences)
     text = f"{effect_text(entry)} points of token accuracy, {count} pair{'s' * (count > 1)} of runs, "
     text += f"p = {entry.p_adjusted:.3f} (sign flips, Holm for {num_questions} questions), {budget_text(study, entry)}."
-    if entry.verdict == UNDECIDED and (power := power_text(entry, study.summary.margin)):
+    margin = study.summary.margin
+    if entry.verdict in (BETTER, WORSE) and (alike := sum(abs(value) <= margin for value in entry.differences)):
+        text += f" In {alike} of the pairs the difference is within {100 * margin:g} points."
+    if entry.verdict == UNDECIDED and (power := power_text(entry, margin)):
         text += f" {power}"
     return text
 

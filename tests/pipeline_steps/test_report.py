@@ -629,6 +629,14 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
 
 
+def test_a_verdict_says_in_how_many_pairs_the_arms_are_alike(tmp_path):
+    study = write_study(tmp_path, study_summary(seeds=range(8)))
+    entry = study.summary.comparisons[0].model_copy(update={"verdict": "better"})
+    assert "of the pairs" not in study_tables.statement(study, entry, 4)
+    alike = entry.model_copy(update={"differences": [*entry.differences[2:], 0.029, -0.03]})
+    assert study_tables.statement(study, alike, 4).endswith(" In 2 of the pairs the difference is within 3 points.")
+
+
 def test_studies_of_other_tasks_do_not_lead_the_page(tmp_path, monkeypatch):
     write_root(tmp_path)
     folder = tmp_path / "reports/study/mine"
