@@ -267,13 +267,17 @@ def show_study(folder, study, leads):
         "points": study_figures.points(study, study.summary.arms),
         "forest": study_figures.forest(comparisons, margin),
     }
-    found = {"name": study.name, "arms": study_tables.arms(study, study.summary.arms)}
+    found = {
+        "name": study.name,
+        "question": study.summary.question,
+        "arms": study_tables.arms(study, study.summary.arms),
+    }
     found["heatmap"] = attention_figures.kept(study)
     found |= {"tasks": study_tables.by_task(study, study.summary.arms), "effects": study_tables.effects(study)}
     found["first"] = None
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)
-        found |= {"cards": study_tables.cards(study), "question": study.summary.question}
+        found["cards"] = study_tables.cards(study)
         if len(arms) < len(study.summary.arms):
             found["first"] = {"arms": study_tables.arms(study, arms), "tasks": study_tables.by_task(study, arms)}
             drawn |= {

@@ -62,7 +62,7 @@ def answers(result):
 
 
 def kib(size):
-    return (f"{size / 1024:,.0f} KiB".replace(",", " "), size)
+    return (f"{size / 1024:,.0f} KiB", size)
 
 
 def budgets(result):

@@ -43,7 +43,7 @@ class Timeline:
 
 def finish(all_axes):
     """Adds grids, and formats the thousands of the last x axis."""
-    spaced = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+    spaced = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}")
     all_axes[-1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     all_axes[-1].xaxis.set_major_formatter(spaced)
     all_axes[-1].set_xlabel("training samples")

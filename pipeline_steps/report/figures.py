@@ -129,8 +129,8 @@ def gaze(result):
         for row, name in enumerate(names):
             entry = next(iter(result.gaze[name].values()))
             for value, style, label in (
-                (entry.chance, ":", "any patch"),
-                (entry.chance_among_objects, "--", "any object"),
+                (entry.chance, ":", "chance, any patch"),
+                (entry.chance_among_objects, "--", "chance, any object"),
             ):
                 shown = label if row == 0 else None
                 left.plot([value] * 2, [row - 0.42, row + 0.42], color=ink, linestyle=style, linewidth=1.3, label=shown)

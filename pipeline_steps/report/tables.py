@@ -73,7 +73,7 @@ def number(value, digits=3, interval=None):
 
 
 def count(value):
-    return (f"{value:,}".replace(",", " "), value)  # thin spaces would break in Markdown viewers
+    return (f"{value:,}", value)
 
 
 def targets(result, settings):

@@ -22,7 +22,7 @@ def test_budget_rows_divide_the_budget_by_the_cost_of_a_sample(result):
     rows = compute.budgets(result).rows
     assert len(rows) == 4 * 3 * 2
     first = rows[0]
-    assert [first[1], first[2], first[4][0]] == ["135M", "foveated", "40 554"]
+    assert [first[1], first[2], first[4][0]] == ["135M", "foveated", "40,554"]
     assert first[4][1] == pytest.approx(first[0][1] / (first[3][1] * 1e9), rel=0.01)
 
 

@@ -611,7 +611,9 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert '<span class="open">2 of 4 runs not converged</span>' in page
     assert "Which &lt;one&gt;?" in page
     assert "6 of 6 runs" in page
-    assert page.index('alt="Differences between the default') < page.index("<details><summary>Study early</summary>")
+    assert page.index('alt="Differences between the default') < page.index(
+        "<details><summary>Study early: Which &lt;one&gt;?<"
+    )
     assert page.count('alt="Accuracy of every run of the study') == 2
     assert page.count('alt="Differences between the default recipe and the other arms') == 2
     text = (tmp_path / "reports/report.md").read_text()
@@ -623,7 +625,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     printed = capsys.readouterr().out
     assert f"{title}: UNDECIDED (2 of 4 runs not converged). {statement}" in printed
     assert "Do planned queries help?" not in printed
-    row = "| sixteen tokens (B1) | 2 | 31.5 [31–32] | 61.5 [61–62] | 0 of 2 [0–84] | 2 of 2 | 60 000 | 15.0 | 5.0 |"
+    row = "| sixteen tokens (B1) | 2 | 31.5 [31–32] | 61.5 [61–62] | 0 of 2 [0–84] | 2 of 2 | 60,000 | 15.0 | 5.0 |"
     assert row in text
     assert "| sixteen tokens (B1): token accuracy | 61.5 [61–62] |" in text
     assert "| one static token (A6): exact match | 21.5 [21–22] | – | – | – | – | – | – |" in text
@@ -675,8 +677,8 @@ def test_the_kept_heatmap_of_a_study_is_in_its_section(tmp_path, monkeypatch):
         Image.new("RGB", (96, 64), "#345").save(tmp_path / "reports/study" / name / "heatmap.png")
     page = build(tmp_path, monkeypatch)
     places = {name: page.index(f'alt="Frames of a clip of study {name} with') for name in ("leading", "natural")}
-    assert page.index('id="studies"') < places["leading"] < page.index("<summary>Study natural</summary>")
-    section = page[page.index("<summary>Study natural</summary>") : page.index("<summary>Study plain</summary>")]
+    assert page.index('id="studies"') < places["leading"] < page.index("<summary>Study natural: ")
+    section = page[page.index("<summary>Study natural: ") : page.index("<summary>Study plain: ")]
     assert 'src="data:image/webp;base64,' in section
     assert "A held-out clip of a run of study natural" in section
     assert "clip of study plain" not in page

@@ -33,7 +33,7 @@ def test_read_samples_are_counted_and_unmatched_items_listed(built):
     assert [cell[1] for cell in table.rows[1][3:]] == [40, 86, 0.86, 2.15, 516, 2580, 516, 3]
     assert table.note.endswith("stage1: procedural/gist (7).")
     text = (built[0] / "reports/tables/reading.md").read_text()
-    assert "| stage1 | procedural | card | 40 | 86 | 86.0% | 2.15 | 516 | 2 580 | 516 | 3 |" in text
+    assert "| stage1 | procedural | card | 40 | 86 | 86.0% | 2.15 | 516 | 2,580 | 516 | 3 |" in text
 
 
 def test_samples_and_items_of_every_source_are_counted(tmp_path):
