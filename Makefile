@@ -60,7 +60,7 @@ ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, without 
 	done
 	dvc exp show --only-changed --no-pager
 
-study: setup ## run a study of conf/study, all runs and their seeds: make study name=confirm
+study: setup ## run a study of conf/study: make study name=confirm_longest (hours; look at the cost first: python -m pipeline_steps.study confirm_longest -n)
 	@test -n "$(name)" || { echo "make study: which one? make study name=NAME, for one of: $$(ls conf/study | sed 's/\.yaml//' | paste -sd' ')" >&2; exit 1; }
 	python -m pipeline_steps.study $(name)
 
