@@ -1,7 +1,9 @@
-"""The commands in docs/ leave the checkout clean, as studies refuse one that is not."""
+"""Commands of docs/: they leave the checkout clean, as studies refuse one that is not, and show what they announce."""
 
 import re
+import shlex
 import subprocess
+import sys
 
 from pipeline_steps.common.params import ROOT
 
@@ -14,3 +16,22 @@ def test_what_the_documented_commands_write_into_the_checkout_is_ignored():
     paths = [*(f"{name}/file" for name in written), "clip.heatmap.gif", "world_objects.jpg"]  # defaults
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
     assert set(paths) - set(done.stdout.split()) == set()
+
+
+def test_the_table_of_experiments_names_them(tmp_path):
+    (line,) = re.findall(r"^ {4}dvc (exp show .*)$", (ROOT / "docs/experiments.md").read_text(), re.MULTILINE)
+    (tmp_path / "dvc.yaml").write_text("metrics: [summary.json]\n")
+    (tmp_path / "summary.json").write_text('{"mean_loss": 0.25, "exact_match_accuracy": 0.5, "accuracy_card": 0.75}')
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (
+        ["git", "init", "--quiet", "--initial-branch", "main"],
+        [sys.executable, "-m", "dvc", "init", "--quiet"],
+        ["git", "add", "--all"],
+        ["git", *author, "commit", "--quiet", "--message", "metrics"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    show = [sys.executable, "-m", "dvc", *shlex.split(line), "--md"]
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, check=True)
+    header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.split("\n") if row)
+    assert header == ["Experiment", "mean_loss", "exact_match_accuracy"]
+    assert rows == [["workspace", "0.25", "0.5"], ["main", "0.25", "0.5"]]
