@@ -47,6 +47,19 @@ def documented_collator(processor):
     return names["collate"]
 
 
+def test_the_call_of_the_network_in_the_documentation_gives_a_loss(made):
+    page = (ROOT / "docs/model.md").read_text().split("\n## Call the network\n")[1]
+    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    processor = FoveatedVLMProcessor.from_pretrained(made.checkpoint)
+    model = FoveatedVLMForConditionalGeneration.from_pretrained(made.checkpoint)
+    inputs = processor(text="Which digits does red show?", videos=str(made.video))
+    names = {"model": model, "inputs": inputs, "collate": documented_collator(processor)}
+    exec(snippet.replace("clip.mp4", str(made.video)), names)
+    labels = names["batch"]["labels"]
+    assert processor.decode(labels[labels != IGNORE_INDEX]) == "red: 31415" + processor.tokenizer.eos_token
+    assert names["output"].loss.isfinite()
+
+
 def questions(made) -> list[dict]:
     """Two clips and text alone."""
     texts = (("Which digits does red show?", "314"), ("Where is blue?", "left"), ("Say 12 backwards", "21"))
