@@ -42,6 +42,7 @@ LIBRARIES = (
     "scipy",
 )  # they determine the bytes of shards or the hashes of frames
 MAX_LISTED = 20  # quarantined samples shown in the terminal
+REPAIR = "Repair or remove these files, then run `dvc repro --force sources`"  # DVC does not track them
 
 
 def build(section, raw_dir, output, num_processes=None):
@@ -165,7 +166,7 @@ def check_quarantine(manifest, reports, media, max_quarantined):
             raise UserError(
                 f"{count} of {media[source]} media files of '{source}' are damaged ({count / media[source]:.1%}), more "
                 f"than shards.max_quarantined allows ({max_quarantined:.1%}):\n{listed}\n"
-                "Repair or remove these files, or raise shards.max_quarantined."
+                f"{REPAIR}, or raise shards.max_quarantined."
             )
     if manifest.splits["train"].num_samples == 0:
         raise UserError(
@@ -176,11 +177,11 @@ def check_quarantine(manifest, reports, media, max_quarantined):
         lost = [q for (place, _), report in sorted(reports.items()) if place == split for q in report.quarantined]
         if lost:
             raise UserError(
-                f"all {len(lost)} samples of the split {split} are damaged. Repair these files, or add samples to the "
-                f"split (sources).\n{_listed(lost)}"
+                f"all {len(lost)} samples of the split {split} are damaged:\n{_listed(lost)}\n{REPAIR}, or add samples "
+                "to the split (sources)."
             )
     if bad:
-        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listed}", file=sys.stderr)
+        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listed}\n{REPAIR}.", file=sys.stderr)
 
 
 def _listed(quarantined):

@@ -152,7 +152,8 @@ def _check(entry: str, taken: int, quarantined: list[Quarantined], limit: float)
             f"max_quarantined allows ({limit:.1%}):\n{listed}\nRepair or remove them, or raise max_quarantined."
         )
     if not taken:
-        raise UserError(f"the source '{entry}' has no usable sample ({bad} quarantined).\n{listed}".rstrip())
+        shown = f":\n{listed}\nRepair or replace them." if bad else "."
+        raise UserError(f"the source '{entry}' has no usable sample ({bad} quarantined){shown}")
 
 
 def print_summary(output: Path, summary: dict) -> None:
