@@ -19,7 +19,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.t
 NAME_COLUMNS = ("file_name", "file_names", "images_file_names")
 MEDIA_COLUMNS = ("image", "video", "images", "videos")  # of LLaVA's rows; read if no column of NAME_COLUMNS is set
 EXPECTED = (
-    "a metadata.jsonl, .csv or .parquet with the columns file_name (or file_names) and caption, or question and "
+    f"one of {', '.join(METADATA_NAMES)} with the columns file_name (or file_names) and caption, or question and "
     "answer, or messages"
 )
 JSON_COLUMNS = ("file_names", "images_file_names", "images", "videos", "messages", "conversations", "options")  # JSON

@@ -318,7 +318,7 @@ def test_keys_are_unique_and_stable(tmp_path):
 
 OK = '{"file_name": "a.mp4", "caption": "x"}\n'
 ERRORS = {
-    "no metadata": (None, None, r"no metadata among its 1 files \(a.mp4\)"),
+    "no metadata": (None, None, r"no metadata among its 1 files \(a.mp4\). .*jsonl, .*json, .*csv, .*tsv, .*parquet"),
     "metadata too deep": ("sub/metadata.jsonl", OK, r"Found sub/metadata\.jsonl: use that folder"),
     "no rows": ("metadata.jsonl", "\n", r"jsonl: no rows\."),
     "missing file": ("metadata.jsonl", OK + OK.replace("a.mp4", "gone.mp4"), "line 2.*gone.mp4.*does not exist"),
