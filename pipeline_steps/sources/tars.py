@@ -111,7 +111,8 @@ def find_tars(entry) -> list[tuple[str, str]]:
         )
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
-        problem = f"{missing[0]} is not a file" if missing else "no .tar found"
+        exists = bool(missing) and os.path.lexists(missing[0])
+        problem = f"{missing[0]} is not a file" if exists else "does not exist" if missing else "no .tar found"
         raise UserError(f"sources.tars '{entry.name}': {entry.path}: {problem}. Give a folder, a pattern or one file.")
     unreadable = [path for path in found if not _is_utf8(path)]
     if unreadable:

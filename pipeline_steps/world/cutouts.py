@@ -51,12 +51,15 @@ def read_folder(folder: str | Path | None, key: str) -> list[Picture]:
     UserError for a missing folder, metadata or file, for a row without a usable name and for equal files of two names,
     with file and row.
     """
+    hint = " `python -m pipeline_steps.world.tuxpaint --output FOLDER` makes one." if key.endswith("cutouts") else ""
     if not folder:
-        raise UserError(f"{key} is null, expected a folder of pictures with a metadata.jsonl (file_name and name).")
+        raise UserError(
+            f"{key} is null, expected a folder of pictures with a metadata.jsonl (file_name and name).{hint}"
+        )
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"{key}: {folder}: no such folder. Expected pictures with a metadata.jsonl (file_name and name)."
+            f"{key}: {folder}: no such folder. Expected pictures with a metadata.jsonl (file_name and name).{hint}"
         )
     metadata = folder / "metadata.jsonl"
     try:

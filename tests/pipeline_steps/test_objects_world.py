@@ -287,9 +287,11 @@ def test_opaque_cutouts_are_listed(tmp_path, capsys):
 
 
 def test_a_folder_that_is_not_given_or_not_there():
-    with pytest.raises(UserError, match=r"objects\.cutouts is null"):
+    with pytest.raises(
+        UserError, match=r"objects\.cutouts is null.*`python -m pipeline_steps\.world\.tuxpaint --output"
+    ):
         Cutouts(None, 0.1, seed=1)
-    with pytest.raises(UserError, match=r"key: /none: no such folder\. Expected pictures with a metadata"):
+    with pytest.raises(UserError, match=r"key: /none: no such folder\. Expected pictures .*\(file_name and name\)\.$"):
         read_folder("/none", "key")
 
 

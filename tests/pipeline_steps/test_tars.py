@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -322,8 +323,14 @@ def test_entry_path_may_be_a_folder_a_pattern_or_a_file(tmp_path):
     assert [name for _, name in tars.find_tars(entry(tmp_path / "train-*.tar"))] == ["train-0", "train-1"]
     assert [name for _, name in tars.find_tars(entry(tmp_path / "*" / "*.tar"))] == ["sub/train-2"]
     assert tars.find_tars(entry(tmp_path / "test-0.tar")) == [(str(tmp_path / "test-0.tar"), "test-0")]
-    for path in (tmp_path / "no", tmp_path / "no-*.tar", tmp_path / "sub" / "no"):
-        with pytest.raises(UserError, match=f"'old': {path}".replace("*", r"\*")):
+    (tmp_path / "folder.tar").mkdir()
+    for path, problem in (
+        (tmp_path / "no", "does not exist"),
+        (tmp_path / "sub" / "no", "does not exist"),
+        (tmp_path / "no-*.tar", "no .tar found"),
+        (tmp_path / "fold*.tar", f"{tmp_path / 'folder.tar'} is not a file"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"'old': {path}: {problem}. Give a folder")):
             tars.find_tars(entry(path))
 
 
