@@ -15,7 +15,7 @@ were, other stages from their start; one of these that --minutes stopped twice i
 --output/results: runs.csv and items.parquet as of a study, scores.json (learning curves, accuracy with blind and
 chance, gaze against chance), scores.md with its tables, and heatmaps of every run.
 --keep NAME copies them to reports/study/NAME, which the report shows, with comparisons of the arms as in any study and
-heatmap.png, a clip of the first run: as docs/heatmap.png it is the README's picture.
+heatmap.png, a clip of the first run.
 
 Before anything runs, `--dry-run` with the same arguments lists the jobs with samples, training FLOPs and minutes at a
 stated rate, and what to copy to a bare machine (benchmarks/natural_cost.py). It makes no chats: where they are missing
