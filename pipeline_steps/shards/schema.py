@@ -21,7 +21,7 @@ class Section(StrictModel):
     jpeg_quality: int = Field(ge=1, le=100)
     """JPEG quality."""
     samples_per_shard: PositiveInt
-    """Most samples per shard; usually at least half."""
+    """Largest number of samples per shard; most shards hold about half as many or more."""
     validation_share: float = Field(ge=0, lt=1)
     """Share of videos without split."""
     test_share: float = Field(ge=0, lt=1)

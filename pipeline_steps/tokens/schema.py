@@ -32,7 +32,7 @@ class Section(StrictModel):
     max_dropped: float = Field(ge=0, le=1)
     """Dropped share of a source."""
     prompts: tuple[Prompt, ...]
-    """null takes the value of `*`."""
+    """A null field takes its value from the entry `*`."""
 
     @model_validator(mode="after")
     def _whole_table(self):
