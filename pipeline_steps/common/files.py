@@ -41,7 +41,7 @@ def read_text(path, made_by):
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing. It is written by `python -m pipeline_steps.{made_by}`.") from None
+        raise UserError(f"{path}: missing. Run `dvc repro {made_by}`, which writes it.") from None
 
 
 def check_outputs(folders=(), files=()):

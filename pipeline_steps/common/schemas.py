@@ -257,5 +257,5 @@ def read_samples(path):
         lines[sample.key] = number
         samples.append(sample)
     if not samples:
-        raise UserError(f"{path}: no samples. Rerun the stage with `python -m pipeline_steps.sources`.")
+        raise UserError(f"{path}: no samples. Run `dvc repro sources`.")
     return samples

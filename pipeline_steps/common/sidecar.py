@@ -53,9 +53,9 @@ def read(path: Path) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except FileNotFoundError:
-        raise UserError(f"{path}: missing. It is written by `python -m pipeline_steps.tokens`.") from None
+        raise UserError(f"{path}: missing. Run `dvc repro tokens`, which writes it.") from None
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a token sidecar ({error}). Rerun `python -m pipeline_steps.tokens`.") from None
+        raise UserError(f"{path}: not a token sidecar ({error}). Run `dvc repro tokens`.") from None
     if table.schema != SCHEMA:
-        raise UserError(f"{path}: its columns are not those of this version. Rerun `python -m pipeline_steps.tokens`.")
+        raise UserError(f"{path}: its columns are not those of this version. Run `dvc repro tokens`.")
     return table

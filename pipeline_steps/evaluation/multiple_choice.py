@@ -62,7 +62,7 @@ def _question(tokenizer, number, row, item):
     if letters[item.correct_option] != list(row["input_ids"][start:stop]):
         raise UserError(
             f"{where}: the answer is {tokenizer.decode(row['input_ids'][start:stop])!r} in its tokens, but "
-            f"{choices.LETTERS[item.correct_option]!r} by its options. Rerun `python -m pipeline_steps.tokens`."
+            f"{choices.LETTERS[item.correct_option]!r} by its options. Run `dvc repro tokens`."
         )
     return Question(number, options, item.correct_option, letters, texts)
 

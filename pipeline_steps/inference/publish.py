@@ -31,15 +31,15 @@ def publish(checkpoint: Path, evaluation: Path, output: Path) -> None:
     """Writes `output`. UserError if the evaluation is of another checkpoint, or the checkpoint has no card."""
     if output.resolve() == checkpoint.resolve() or checkpoint.resolve() in output.resolve().parents:
         raise UserError(f"{output}: --output lies in the checkpoint {checkpoint}. Choose a folder elsewhere.")
-    result = metrics.read_json(evaluation, metrics.EvaluationResult, "evaluation")
-    card = read_text(checkpoint / "README.md", "training")
+    result = metrics.read_json(evaluation, metrics.EvaluationResult, "dvc repro evaluation")
+    card = read_text(checkpoint / "README.md", "stage3")
     weights = sorted(checkpoint.glob("*.safetensors"))
     found = result.provenance.get("checkpoint_sha256")
     own = sha256_file(weights[0]) if len(weights) == 1 else fingerprint(*weights)
     if found != own:
         raise UserError(
             f"{evaluation}: of a checkpoint with sha256 {str(found)[:12]}, but {checkpoint} has {own[:12]}. Run "
-            "`python -m pipeline_steps.evaluation` again."
+            "`dvc repro evaluation`."
         )
     rows = [
         [task, mode, f"{score.loss:.4f}", f"{score.accuracy:.4f}", f"{score.num_items:,}"]

@@ -76,7 +76,7 @@ def read_index(path, seed):
         try:
             sample = parse(RawSample, line, f"{path} line {number}")
         except UserError as error:
-            raise UserError(f"{error}. Rerun `python -m pipeline_steps.sources`.") from None
+            raise UserError(f"{error}. Run `dvc repro sources`.") from None
         order, key = _numbers(seed, sample.key)
         video_order, video = (order, key) if sample.video_id == sample.key else _numbers(seed, sample.video_id)
         if sample.kind == "text":
@@ -89,7 +89,7 @@ def read_index(path, seed):
         for name, value in (values | {"videos": video, "video_order": video_order}).items():
             columns[name].append(value)
     if not columns["starts"]:
-        raise UserError(f"{path}: no samples. Rerun `python -m pipeline_steps.sources`.")
+        raise UserError(f"{path}: no samples. Run `dvc repro sources`.")
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
     index = Index(path=path, seed=seed, source_names=tuple(sources), **arrays)
     _check_keys(index)
@@ -129,7 +129,7 @@ def _lines(path):
                     yield number, start, line
                 start += len(line)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing. Run `python -m pipeline_steps.sources`.") from None
+        raise UserError(f"{path}: missing. Run `dvc repro sources`.") from None
 
 
 def _check_keys(index):

@@ -106,7 +106,7 @@ def _load(sample, settings):
     if found != sample.sha256:
         raise UserError(
             f"{path} (sample '{sample.key}') changed after the index was written: sha256 was {sample.sha256[:12]}, "
-            f"found {found[:12]}. Rerun `python -m pipeline_steps.sources`."
+            f"found {found[:12]}. Run `dvc repro --force sources`."
         )
     return read_media(
         path,

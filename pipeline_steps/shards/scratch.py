@@ -87,7 +87,7 @@ def read_reports(scratch, plan_hashes):
         if reports[place].plan_sha256 != plan_sha256:
             raise UserError(
                 f"{path}.tar: an earlier job packed another plan (sha256 {str(reports[place].plan_sha256)[:12]}, "
-                f"expected {plan_sha256[:12]}). Rerun `python -m pipeline_steps.shards`."
+                f"expected {plan_sha256[:12]}). Run `dvc repro shards`."
             )
     return reports
 

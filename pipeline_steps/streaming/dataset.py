@@ -78,7 +78,7 @@ class TokenizedShards:
         if len(self.shards) != len(self._sidecars):
             raise UserError(
                 f"{self.tokens_dir}: found {len(self._sidecars)} sidecars of split '{split}' for "
-                f"{len(self.shards)} shards in {self.shards_dir}. Rerun `python -m pipeline_steps.tokens`."
+                f"{len(self.shards)} shards in {self.shards_dir}. Run `dvc repro tokens`."
             )
         batches, self._shard_of = [], []  # record batches of all sidecars, and the shard of each
         for number, (shard, entry) in enumerate(zip(self.shards, self._sidecars, strict=True)):
@@ -96,30 +96,27 @@ class TokenizedShards:
         if entry.shard_sha256 != shard.sha256:
             raise UserError(
                 f"{path} was made for a shard with sha256 {entry.shard_sha256[:12]}..., but {tar} has "
-                f"{shard.sha256[:12]}.... Rerun `python -m pipeline_steps.tokens`."
+                f"{shard.sha256[:12]}.... Run `dvc repro tokens`."
             )
         if with_frames and (not tar.exists() or tar.stat().st_size != shard.bytes):
             found = f"has {tar.stat().st_size:,} bytes" if tar.exists() else "is missing"
-            raise UserError(
-                f"{tar} {found}, expected {shard.bytes:,} bytes (manifest.json). "
-                "Rerun `python -m pipeline_steps.shards`."
-            )
+            raise UserError(f"{tar} {found}, expected {shard.bytes:,} bytes (manifest.json). Run `dvc repro shards`.")
         table = sidecar.read(path)
         num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
         if (len(table), num_tokens) != (entry.num_items, entry.num_tokens):
             raise UserError(
                 f"{path} has {len(table):,} items with {num_tokens:,} tokens, expected {entry.num_items:,} with "
-                f"{entry.num_tokens:,} (manifest.json). Rerun `python -m pipeline_steps.tokens`."
+                f"{entry.num_tokens:,} (manifest.json). Run `dvc repro tokens`."
             )
         return table.to_batches()
 
     def _verify(self, with_frames: bool) -> None:
         """Compare the content of all files with the manifests. Raises UserError for a damaged file."""
         tokens = [(self.tokens_dir / self.split / entry.name, entry.sha256) for entry in self._sidecars]
-        verify(tokens, self.tokens_dir / "manifest.json", "Rerun `python -m pipeline_steps.tokens`.")
+        verify(tokens, self.tokens_dir / "manifest.json", "Run `dvc repro tokens`.")
         if with_frames:
             tars = [(self.shards_dir / self.split / entry.name, entry.sha256) for entry in self.shards]
-            verify(tars, self.shards_dir / "manifest.json", "Rerun `python -m pipeline_steps.shards`.")
+            verify(tars, self.shards_dir / "manifest.json", "Run `dvc repro shards`.")
 
     @classmethod
     def for_model(

@@ -178,7 +178,7 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{folder / 'tokenizer.json'}: missing. `python -m pipeline_steps.backbones` writes it. A custom "
+            f"{folder / 'tokenizer.json'}: missing. Run `dvc repro backbones`, which writes it. A custom "
             "tokenizer needs the fast format (tokenizer.json) and a chat template."
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -15,7 +15,7 @@ from pipeline_steps.common.schemas import Dropped, PackedSample, ShardEntry, Tok
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 
-RERUN = "Rerun `python -m pipeline_steps.shards`."
+RERUN = "Run `dvc repro shards`."
 COUNTS = ("seen", "kept", "truncated", "dropped", "tokens")  # of SourceCounts
 
 

@@ -204,7 +204,7 @@ def test_items_without_usable_text_are_rejected(chatml, item, message):
 
 
 def test_unusable_tokenizers_are_rejected(folders, tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.json: missing.*pipeline_steps\.backbones"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing.*`dvc repro backbones`"):
         load_tokenizer(tmp_path)
     tokenizer = load_tokenizer(folders["chatml"])
     item = {"user": "q", "assistant": "a", "task": "f"}

@@ -150,7 +150,7 @@ def test_items_without_options_are_not_asked(data):
 def test_tokens_of_another_rendering_are_refused(data, monkeypatch):
     dataset, tokenizer = data
     monkeypatch.setattr(multiple_choice.choices, "LETTERS", "BCDEFGH")
-    with pytest.raises(UserError, match="Rerun `python"):
+    with pytest.raises(UserError, match="Run `dvc repro tokens`"):
         multiple_choice.questions(dataset, tokenizer, range(len(dataset)))
 
 

@@ -184,7 +184,7 @@ def test_index_rereads_rows_and_counts_media(tmp_path):
 
 
 def test_invalid_index_rows_are_reported_with_their_line(tmp_path):
-    with pytest.raises(UserError, match=r"index\.jsonl: missing.*pipeline_steps\.sources"):
+    with pytest.raises(UserError, match=r"index\.jsonl: missing.*`dvc repro sources`"):
         read_index(tmp_path / "index.jsonl", 1)
     row = text_row("a", "q", "a")
     for rows, message in [

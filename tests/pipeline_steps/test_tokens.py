@@ -255,7 +255,7 @@ def test_truncated_shard_is_rejected(tokenizer_dir, shards_dir, tmp_path):
 
 def test_foreign_or_missing_shards_are_rejected(tokenizer_dir, shards_dir, tmp_path):
     section = make_section()
-    with pytest.raises(UserError, match=r"manifest\.json: missing.*pipeline_steps\.shards"):
+    with pytest.raises(UserError, match=r"manifest\.json: missing.*`dvc repro shards`"):
         build(section, tmp_path / "none", tokenizer_dir, tmp_path / "tokens")
     tar = shards_dir / "train" / "000001.tar"
     content = tar.read_bytes()
