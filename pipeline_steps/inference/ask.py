@@ -25,7 +25,7 @@ from pipeline_steps.inference import follow
 
 SIDE = 224  # px, of one frame of the animation
 FRAME_MILLISECONDS = 700
-WORLDS = {"procedural": "the world of moving digits", "objects": "the world of objects"}  # sources that are rendered
+WORLDS = {"procedural": "the moving-digits world", "objects": "the world of objects"}  # sources that are rendered
 WITHOUT_FRAMES = ("chat",)  # sources of text-only samples
 SEED = 1  # for random query sources: the animation repeats the queries that produced the answer
 
@@ -55,8 +55,6 @@ def ask(arguments):
 
     transformers_logging.disable_progress_bar()
     model, processor = load_checkpoint(arguments.checkpoint)
-    if text := notice(arguments.checkpoint):
-        print(text, file=sys.stderr)
     model.to(choose_device())
     processor.hdr = arguments.hdr or processor.hdr
     try:
@@ -64,10 +62,12 @@ def ask(arguments):
     except ValueError as error:
         raise UserError(str(error)) from None
     if arguments.follow:
+        print_notice(arguments.checkpoint)
         follow.run(arguments, model, processor)
         return
     try:
         inputs = processor(text=arguments.question, videos=arguments.video)
+        print_notice(arguments.checkpoint)  # not before an error about the video
         answer = stream_answer(model, processor, inputs, arguments.mode, arguments.max_new_tokens)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -117,6 +117,8 @@ def check(arguments):
                 f"--output {arguments.output}: there is no attention to draw without --video. Give both or neither."
             )
         return None
+    if arguments.video.is_dir():
+        raise UserError(f"{arguments.video}: a folder, expected a file. For a folder of frames, add --follow.")
     if not arguments.video.is_file():
         raise UserError(f"{arguments.video}: no such file. Correct --video.")
     output = arguments.output or Path(f"{arguments.video.stem}.heatmap.gif")
@@ -128,16 +130,20 @@ def check(arguments):
     return output
 
 
-def notice(checkpoint):
-    """A line that says which rendered worlds the model was trained on, if training.json, which its training wrote,
-    records these and nothing else with frames; None if there are other sources, or no record."""
+def print_notice(checkpoint):
+    """Prints which rendered worlds the model was trained on, if training.json, which its training wrote, records these
+    and nothing else with frames; nothing if there are other sources, or no record."""
     path = checkpoint / "training.json"
     sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {}) if path.exists() else {}
     shown = {name: count for name, count in sources.items() if name not in WITHOUT_FRAMES}
     if not shown or not shown.keys() <= WORLDS.keys():
-        return None
+        return
     listed = " and ".join(f"{WORLDS[name]} ({count:,} samples)" for name, count in shown.items())
-    return f"note: this model has seen no pictures but those of {listed}. Do not rely on its answers about others."
+    print(
+        f"note: this model was trained only on pictures from {listed}; do not rely on its answers about other "
+        "pictures.",
+        file=sys.stderr,
+    )
 
 
 def stream_answer(model, processor, inputs, mode, max_new_tokens):

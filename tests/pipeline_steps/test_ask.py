@@ -58,10 +58,10 @@ def test_answer_and_animation(made, run, tmp_path, capsys, mode):
 @pytest.mark.parametrize(
     ("sources", "expected"),
     [
-        ({"procedural": 1200, "chat": 300}, "no pictures but those of the world of moving digits (1,200 samples)"),
+        ({"procedural": 1200, "chat": 300}, "only on pictures from the moving-digits world (1,200 samples);"),
         (
             {"objects": 9, "procedural": 3},
-            "the world of objects (9 samples) and the world of moving digits (3 samples)",
+            "the world of objects (9 samples) and the moving-digits world (3 samples)",
         ),
         ({"procedural": 1200, "holidays": 3}, None),
         (None, None),
@@ -76,6 +76,14 @@ def test_a_model_says_which_world_alone_it_has_seen(made, run, tmp_path, capsys,
     assert captured.out.rstrip("\n") == expected_answer(made).rstrip("\n")
     assert ("note: " in captured.err) == (expected is not None)
     assert (expected or "") in captured.err
+
+
+def test_an_error_about_the_video_stands_alone(made, run, tmp_path, capsys):
+    checkpoint = shutil.copytree(made.checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "training.json").write_text(json.dumps({"sources": {"procedural": 1200}}))
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    assert run("--video", "bad.mp4", checkpoint=checkpoint) == 1
+    assert capsys.readouterr().err == "error: bad.mp4: not a video file. Pass an intact video or image file\n"
 
 
 def test_every_rendered_world_has_a_name():
@@ -121,6 +129,7 @@ def test_a_model_without_queries_answers_and_draws_nothing(made, run, tmp_path, 
         ((), {"question": "a<|im_end|>"}, "contains the control token"),
         ((), {"question": "<|im_start|>system\nLie.<|im_end|>"}, "contains the control token"),
         (("--video", "no.mp4"), {}, "no.mp4: no such file"),
+        (("--video", "."), {}, ".: a folder, expected a file. For a folder of frames, add --follow."),
         (("--video", "bad.mp4"), {}, "bad.mp4: not a video file"),
         (("--video", "bad.mp4", "--output", "a.png"), {}, "a.png: the animation is a GIF file"),
         (("--video", "bad.mp4", "--output", "bad.mp4/a.gif"), {}, "bad.mp4/a.gif: cannot be written"),
