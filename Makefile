@@ -53,7 +53,7 @@ report: setup ## rebuild the report and everything it depends on
 	dvc repro report
 	@echo "Report: $(CURDIR)/reports/report.html"
 
-ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, without changing the workspace
+ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, without changing the workspace (hours: each takes 11 minutes or more)
 	@for ablation in $$(basename -s .yaml conf/ablation/*.yaml | grep -vx none); do \
 		echo "dvc exp run --temp --message ablation=$$ablation --set-param ablation=$$ablation"; \
 		dvc exp run --temp --message "ablation=$$ablation" --set-param "ablation=$$ablation"; \

@@ -1,7 +1,7 @@
-"""Reference tables from the descriptions in the schemas: of the parameters and of the result files.
+"""Reference tables: of the parameters and the result files, from the descriptions in the schemas, and of the ablations.
 
-    python -m pipeline_steps.common.reference            # writes docs/parameters.md
-    python -m pipeline_steps.common.reference --check    # fails if it is out of date
+    python -m pipeline_steps.common.reference            # writes docs/parameters.md, and a table in docs/experiments.md
+    python -m pipeline_steps.common.reference --check    # fails if one is out of date
     python -m pipeline_steps.common.reference --results  # prints what the fields of the result files mean
 
 All take seconds. Fields of one class that have the same description (and, of parameters, the same type) share a row.
@@ -20,7 +20,11 @@ from pipeline_steps.common import flop_results, metrics, params
 from pipeline_steps.common.errors import UserError, run_main
 
 COMMAND = "python -m pipeline_steps.common.reference"
-PAGE = params.ROOT / "docs/parameters.md"
+PARAMETERS = params.ROOT / "docs/parameters.md"
+EXPERIMENTS = params.ROOT / "docs/experiments.md"
+ABLATIONS = params.ROOT / "conf/ablation"
+BEGIN = f"<!-- ablations, generated from conf/ablation by `{COMMAND}`: begin -->\n"
+END = "<!-- ablations: end -->\n"
 RESULTS = {
     "evaluation.json": metrics.EvaluationResult,
     "flops.json": flop_results.FlopsResult,
@@ -37,7 +41,7 @@ def parameters_page():
         "means none unless explained. Above a `max_*` share the stage fails.",
         "|key|allowed|default|meaning|\n|-|-|-|-|\n"
         f"|`seed`|>=0|`{values['seed']}`|Training seed: weights, order of samples, random queries.|\n"
-        f"|`ablation`|names in conf/ablation|`{values['ablation']}`|Ablation that was composed.|",
+        f"|`ablation`|[names](experiments.md#ablations)|`{values['ablation']}`|Ablation that was composed.|",
     ]
     document = params.schema()
     for name in params.section_modules():
@@ -187,23 +191,48 @@ def _inner(annotation):
     return [model for argument in typing.get_args(annotation) for model in _inner(argument)]
 
 
-def is_outdated():
-    """Whether docs/parameters.md differs from the schemas and params.yaml."""
-    return not PAGE.exists() or PAGE.read_text("utf-8") != parameters_page()
+def experiments_page():
+    """Text of docs/experiments.md with the table of ablations, whose other text is written by hand."""
+    text = EXPERIMENTS.read_text("utf-8")
+    if (text.count(BEGIN), text.count(END)) != (1, 1):
+        raise UserError(f"{EXPERIMENTS}: put the lines {BEGIN.strip()} and {END.strip()} where the table belongs")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + ablations_table(ABLATIONS) + END + rest.split(END)[1]
+
+
+def ablations_table(folder):
+    """The ablations of a folder with their descriptions, the first comment below `# @package _global_`, without their
+    own names."""
+    rows = []
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem):
+        line = path.read_text("utf-8").split("\n")[1]
+        text = line.removeprefix("# ").removeprefix(f"{path.stem}, ")
+        if text == line or not text:
+            raise UserError(f"{path}: line 2 is {line!r}, expected a comment that describes the ablation")
+        rows.append(f"|`{path.stem}`|{text[0].upper()}{text[1:]}|\n")
+    return "|ablation|what it changes|\n|-|-|\n" + "".join(rows)
+
+
+def outdated_pages():
+    """{path: text that it should have} of the pages that differ from the schemas, params.yaml and conf/ablation."""
+    pages = {PARAMETERS: parameters_page(), EXPERIMENTS: experiments_page()}
+    return {path: text for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Reference tables of parameters and result files.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/parameters.md is out of date")
+    parser = argparse.ArgumentParser(description="Reference tables of parameters, ablations and result files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     parser.add_argument("--results", action="store_true", help="print the fields of the result files instead")
     arguments = parser.parse_args()
     if arguments.results:
         print(metrics_tables())
-    elif is_outdated():
-        if arguments.check:
-            raise UserError(f"{PAGE}: out of date. Run `{COMMAND}`")
-        PAGE.write_text(parameters_page(), encoding="utf-8")
-        print(f"{PAGE}: written")
+        return
+    outdated = outdated_pages()
+    if arguments.check and outdated:
+        raise UserError(f"{', '.join(map(str, outdated))}: out of date. Run `{COMMAND}`")
+    for path, text in outdated.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path}: written")
 
 
 if __name__ == "__main__":

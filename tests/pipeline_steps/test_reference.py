@@ -11,8 +11,39 @@ from pipeline_steps.common import metrics, params, reference
 from pipeline_steps.common.errors import UserError
 
 
-def test_the_page_of_parameters_is_up_to_date():
-    assert not reference.is_outdated(), f"run `{reference.COMMAND}`"
+def test_the_pages_are_up_to_date():
+    assert list(reference.outdated_pages()) == [], f"run `{reference.COMMAND}`"
+
+
+def test_every_ablation_has_a_row():
+    page = (params.ROOT / "docs/experiments.md").read_text()
+    section = page.split("\n## Ablations\n")[1].split("\n## ")[0]
+    names = re.findall(r"^\|`(\w+)`\|[A-Z0-9]", section, re.MULTILINE)
+    assert sorted(names) == sorted(path.stem for path in (params.ROOT / "conf/ablation").iterdir())
+
+
+def test_an_ablation_without_a_description_is_refused(tmp_path):
+    (tmp_path / "A1.yaml").write_text("# @package _global_\n# A1, a shallow query.\n")
+    assert reference.ablations_table(tmp_path).endswith("|-|-|\n|`A1`|A shallow query.|\n")
+    (tmp_path / "A2.yaml").write_text("# @package _global_\nablation: A2\n")
+    with pytest.raises(UserError, match=r"A2\.yaml: line 2 is 'ablation: A2', expected a comment"):
+        reference.ablations_table(tmp_path)
+
+
+def test_an_edited_table_is_out_of_date_and_written_again(tmp_path, monkeypatch):
+    page = tmp_path / "experiments.md"
+    text = reference.EXPERIMENTS.read_text()
+    monkeypatch.setattr(reference, "EXPERIMENTS", page)
+    monkeypatch.setattr("sys.argv", ["reference", "--check"])
+    page.write_text(text.replace("|`A6`|", "|`A66`|"))
+    with pytest.raises(UserError, match=r"experiments\.md: out of date\. Run `python"):
+        reference.main()
+    monkeypatch.setattr("sys.argv", ["reference"])
+    reference.main()
+    assert page.read_text() == text
+    page.write_text(text.replace(reference.END, ""))
+    with pytest.raises(UserError, match=r"put the lines .* where the table belongs"):
+        reference.main()
 
 
 def leaves(value, prefix=""):
