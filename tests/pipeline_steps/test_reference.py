@@ -22,6 +22,20 @@ def test_every_ablation_has_a_row():
     assert sorted(names) == sorted(path.stem for path in (params.ROOT / "conf/ablation").iterdir())
 
 
+def test_every_key_that_a_study_uses_has_a_row():
+    rows = dict(re.findall(r"^\|`([\w.]+)`\|(.*?)\|", reference.study_table(), re.MULTILINE))
+    used = set()
+    for path in (params.ROOT / "conf/study").iterdir():
+        study = params.load(path)
+        used |= study.keys()
+        for section in ("arms", "budgets"):
+            inner = [value for value in study.get(section, {}).values() if isinstance(value, dict)]
+            used |= {f"{section}.NAME.{key}" for value in inner for key in value}
+    assert {"arms.NAME.rate_factor", "budgets.NAME.flops_of", "budgets.NAME.flops", "headline"} <= used
+    assert used - rows.keys() == set()
+    assert (rows["question"], rows["margin"], rows["arms.NAME.seeds"]) == ("required", "`0.03`", "`null`")
+
+
 def test_an_ablation_without_a_description_is_refused(tmp_path):
     (tmp_path / "A1.yaml").write_text("# @package _global_\n# A1, a shallow query.\n")
     assert reference.ablations_table(tmp_path).endswith("|-|-|\n|`A1`|A shallow query.|\n")
@@ -41,7 +55,7 @@ def test_an_edited_table_is_out_of_date_and_written_again(tmp_path, monkeypatch)
     monkeypatch.setattr("sys.argv", ["reference"])
     reference.main()
     assert page.read_text() == text
-    page.write_text(text.replace(reference.END, ""))
+    page.write_text(text.replace(reference.END.format("ablations"), ""))
     with pytest.raises(UserError, match=r"put the lines .* where the table belongs"):
         reference.main()
 
