@@ -41,9 +41,8 @@ CHOICES = (
         "B1",
         "sixteen pooled (B1), equal FLOPs",
         OTHER,
-        "equal_flops",
+        "equal_flops_rates",
         equal_flops=True,
-        open="B1 learns faster with higher rates",
     ),
     Choice("more tokens", "B1_4", "four pooled", OTHER, "tokens"),
     Choice("freeze", "F1", "both backbones (F1)", CHEAPER, "phase1a"),
@@ -84,7 +83,8 @@ def table(found):
         "such intervals of the test split, as recipes are chosen on validation data. Open: by the preregistration, "
         "decided only when repeated with each arm's own rates on seeds never used. x0.3: the "
         "default has three tenths of its samples, an alternative at equal FLOPs fewer; not converged. "
-        "Alternatives have the default's learning rates, which need not suit them (`make study name=rates`). "
+        "Alternatives have the default's learning rates, which need not suit them (`make study name=rates`); at equal "
+        "FLOPs both have the rates that suit them. "
         f"{study_tables.TIERS}"
         if groups
         else "No study in reports/study has runs of these alternatives."

@@ -132,7 +132,10 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--backgrounds", "missing"), "--backgrounds: missing: no such folder"),
         (("--backgrounds", "pretrained"), r"--backgrounds: pretrained/metadata\.jsonl cannot be read \(No such file"),
         (("--backgrounds", "one"), r"--backgrounds one: 1 different picture\(s\), expected at least 3"),
-        (("--set", "sources.chat.nmu_train=3"), r"Could not override 'sources\.chat\.nmu_train'.*\n  Check --set sour"),
+        (
+            ("--set", "sources.chat.nmu_train=3"),
+            r"chat\.nmu_train: unknown key .*did you mean 'num_train'.*\n  Check --set sour",
+        ),
         (("--set", "training.stage1.num_samples=few"), r"stage1\.num_samples: .*\"few\"(.*\n)*  Check --set training"),
         (("--set", "training=3"), r"training: should be .*, found 3(.*\n)*  Check --set training=3"),
         (("--set", "seed=5"), "--set seed=5: --seeds sets this"),

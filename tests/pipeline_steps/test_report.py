@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -780,13 +781,15 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
             "if better",
         ),
     ]
-    assert rows["more tokens: sixteen pooled (B1), equal FLOPs"][-2] == "not run: make study name=equal_flops"
+    assert rows["more tokens: sixteen pooled (B1), equal FLOPs"][-2] == "not run: make study name=equal_flops_rates"
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
     of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
-    open_row = of_flops["more tokens: sixteen pooled (B1), equal FLOPs"]
-    assert open_row[:-2] == rows["more tokens: sixteen pooled (B1)"][:-2]
-    assert open_row[-2] == "open: B1 learns faster with higher rates (many, 3 pairs, exploratory, test split)"
+    row_of_flops = of_flops["more tokens: sixteen pooled (B1), equal FLOPs"]
+    assert row_of_flops[:-1] == rows["more tokens: sixteen pooled (B1)"][:-1]
+    open_choice = replace(decisions.CHOICES[2], open="B1 learns faster with higher rates")
+    verdict = decisions.row(open_choice, many, decisions.labels(open_choice, many)[0], ["gaze", "reading"])[-2]
+    assert verdict == "open: B1 learns faster with higher rates (many, 3 pairs, exploratory, test split)"
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)
