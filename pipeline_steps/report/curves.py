@@ -43,9 +43,9 @@ class Timeline:
 
 def finish(all_axes):
     """Adds grids, and formats the thousands of the last x axis."""
-    spaced = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}")
+    with_commas = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}")
     all_axes[-1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    all_axes[-1].xaxis.set_major_formatter(spaced)
+    all_axes[-1].xaxis.set_major_formatter(with_commas)
     all_axes[-1].set_xlabel("training samples")
     for axes in all_axes:
         axes.grid(linewidth=0.6)

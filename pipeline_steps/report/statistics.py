@@ -19,7 +19,7 @@ is the root of the squared half widths that either part would have alone, with S
 variables").
 tests/pipeline_steps/test_statistics.py measures the coverage of both.
 
-SciPy is imported where it is used: who only collects results (`benchmarks.natural`) may lack it.
+SciPy is imported where it is used: `benchmarks.natural`, which only collects results, runs without it.
 """
 
 from dataclasses import dataclass

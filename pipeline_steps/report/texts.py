@@ -49,14 +49,15 @@ CAPTIONS = {  # figure -> (alternative text, caption)
 def banner(parameters):
     """Up to two lines on the data and on what is pre-trained, to show before the numbers."""
     lines, sources = [], parameters["sources"]
-    if GENERATED.issuperset(sources["collect"]):
+    if "procedural" in sources["collect"] and GENERATED.issuperset(sources["collect"]):
         pictures = {"digits": "moving digits", "objects": "moving photographs of objects"}[
             sources["procedural"]["world"]
         ]
         lines.append(
             f"The world is synthetic: short generated clips of {pictures}. Nothing here applies to natural video."
         )
-    if parameters["backbones"]["kind"] == "embedded":
+    backbones = parameters["backbones"]
+    if backbones["kind"] == "embedded" and backbones["embedded"]["vision_queries"] == "selecting":
         lines.append(
             "The backbones' warm-up, on clips of moving digits, already teaches the model to select a named object."
         )

@@ -30,7 +30,7 @@ from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
 from pipeline_steps.study.job import visible_devices
-from pipeline_steps.study.plan import RESULTS, checked_out, make_plan, uncommitted
+from pipeline_steps.study.plan import COMMITTED, RESULTS, checked_out, make_plan, uncommitted
 from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
 
@@ -58,7 +58,7 @@ def main():
     if arguments.dry_run:
         show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
         if problem:
-            console.print(f"{problem} It cannot run before these changes are committed or stashed.")
+            console.print(f"{problem} The study cannot run before these are {COMMITTED}.", markup=False)
         return 0
     folder = studies / plan.study
     folder.mkdir(parents=True, exist_ok=True)

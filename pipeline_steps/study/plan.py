@@ -38,6 +38,7 @@ LIBRARIES = (
     "scikit-learn",
 )  # results may depend on them
 RESULTS = "reports/study"  # may differ from the commit: a study writes there
+COMMITTED = "committed, stashed (`git stash -u`) or ignored"
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def paths_of(entry, kind):
 def clean_commit():
     """The commit that is checked out. UserError if tracked or new files differ from it."""
     if problem := uncommitted():
-        raise UserError(f"{problem} Commit or stash the changes first.")
+        raise UserError(f"{problem} These have to be {COMMITTED} first.")
     return checked_out()
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -250,7 +249,11 @@ def write_heatmaps(folder, peaks=None):
 
 def build(root, monkeypatch):
     """Runs the stage on `root` with SETTINGS and returns the page."""
-    values = {"seed": 1, "backbones": {"kind": "embedded", "embedded": {"seed": 5}}, "evaluation": {"seed": 2}}
+    values = {
+        "seed": 1,
+        "backbones": {"kind": "embedded", "embedded": {"seed": 5, "vision_queries": "selecting"}},
+        "evaluation": {"seed": 2},
+    }
     values |= {"sources": {"collect": ["procedural", "chat"], "procedural": {"world": "digits"}}}
     parameters = SimpleNamespace(**vars(given()), report=SETTINGS, as_dict=lambda: values)
     monkeypatch.setattr(report.params, "read", lambda path, *keys: parameters)
@@ -655,17 +658,20 @@ def test_studies_of_other_tasks_do_not_lead_the_page(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "collect", "world", "expected"),
+    ("kind", "warm_up", "collect", "world", "expected"),
     [
-        ("embedded", ["procedural", "chat"], "digits", ["clips of moving digits. Nothing", "backbones' warm-up"]),
-        ("local", ["procedural"], "objects", ["clips of moving photographs of objects. Nothing"]),
-        ("embedded", ["folder", "chat"], "digits", ["backbones' warm-up, on clips of moving digits"]),
-        ("hub", ["hub", "procedural"], "digits", []),
+        ("embedded", "selecting", ["procedural", "chat"], "digits", ["moving digits. Nothing", "backbones' warm-up"]),
+        ("embedded", "none", ["procedural", "chat"], "digits", ["moving digits. Nothing"]),
+        ("local", "selecting", ["procedural"], "objects", ["clips of moving photographs of objects. Nothing"]),
+        ("embedded", "selecting", ["folder", "chat"], "digits", ["backbones' warm-up, on clips of moving digits"]),
+        ("embedded", "reading", ["chat"], "digits", []),
+        ("hub", "selecting", ["hub", "procedural"], "digits", []),
     ],
 )
-def test_the_banner_says_what_the_data_and_the_backbones_are(kind, collect, world, expected):
+def test_the_banner_says_what_the_data_and_the_backbones_are(kind, warm_up, collect, world, expected):
     sources = {"collect": collect, "procedural": {"world": world}}
-    lines = report.texts.banner({"backbones": {"kind": kind}, "sources": sources})
+    backbones = {"kind": kind, "embedded": {"vision_queries": warm_up}}
+    lines = report.texts.banner({"backbones": backbones, "sources": sources})
     assert len(lines) == len(expected)
     assert all(part in line for part, line in zip(expected, lines, strict=True))
 
@@ -781,15 +787,15 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
             "if better",
         ),
     ]
-    assert rows["more tokens: sixteen pooled (B1), equal FLOPs"][-2] == "not run: make study name=equal_flops_rates"
+    assert (
+        rows["more tokens: sixteen pooled (B1), equal FLOPs, own rates"][-2]
+        == "not run: make study name=equal_flops_rates"
+    )
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
     of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
-    row_of_flops = of_flops["more tokens: sixteen pooled (B1), equal FLOPs"]
+    row_of_flops = of_flops["more tokens: sixteen pooled (B1), equal FLOPs, own rates"]
     assert row_of_flops[:-1] == rows["more tokens: sixteen pooled (B1)"][:-1]
-    open_choice = replace(decisions.CHOICES[2], open="B1 learns faster with higher rates")
-    verdict = decisions.row(open_choice, many, decisions.labels(open_choice, many)[0], ["gaze", "reading"])[-2]
-    assert verdict == "open: B1 learns faster with higher rates (many, 3 pairs, exploratory, test split)"
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
     assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
     assert len(rows) == len(decisions.CHOICES)

@@ -597,7 +597,7 @@ def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(problem, monkeypatch, ca
     assert "B1_quadruple-x1-seed" in text
     assert "…" not in text  # a longer name goes on in the next line
     assert "on one core, about" in text
-    assert ("cannot run before" in text) == bool(problem)
+    assert ("The study cannot run before these are committed" in text) == bool(problem)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 RESULTS = ("outputs/stage2/model.safetensors", "outputs/metrics/stage2.csv", "outputs/metrics/stage2.json")
 OPTIONS = ("runtime.checkpoint_every=1", "runtime.keep_checkpoints=2", "training.common.publish=best")
 OPTIONS += ("training.common.ema_decay=0.9", "runtime.tensorboard=false", "runtime.num_workers=2")
+MAX_TRIES = 10  # per kill
 
 
 def folder_for(finished_run, folder, *overrides):
@@ -70,8 +71,12 @@ def test_twenty_kills_do_not_change_the_result(finished_run, tmp_path):
     rng.shuffle(moments)
     late = ["publish", "publish", "publish", *["while the states are deleted"] * 3]
     for moment in [*moments, "while the best weights are written", *late]:
-        while not kill_at(moment, folder, rng):  # too late, the stage was over: once more from the start
-            shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
+        for _ in range(MAX_TRIES):
+            if kill_at(moment, folder, rng):
+                break
+            shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)  # too late: once more from the start
+        else:
+            pytest.fail(f"the stage was never killed: {moment}")
     shutil.rmtree(folder / "outputs/stage2", ignore_errors=True)
     pipeline.train(folder, "stage2")
     for name in RESULTS:
