@@ -104,7 +104,13 @@ def test_an_ablation_without_effect_is_an_error(tmp_path):
         ("ablation=A66", r"ablation: unknown name 'A66' \(probably a typo: did you mean 'A6'\? Allowed names: A1, A2"),
         (
             "modle.layout=vision_first",
-            r"modle\.layout: unknown key \(did you mean 'model\.layout'\? Allowed keys: none",
+            r": modle: unknown key \(probably a typo: did you mean 'model'\? Allowed keys: seed, ablation",
+        ),
+        ("sed.x=2", r": sed: unknown key \(probably a typo: did you mean 'seed'\?"),
+        ("seed.x=2", r": seed\.x: seed is a value, without keys"),
+        (
+            "tokens.prompts.0.sorce=2",
+            r"prompts\.0\.sorce: unknown key \(probably a typo: did you mean 'source'",
         ),
         ("training.common.batchsize=3", r"batchsize: unknown key \(probably a typo: did you mean 'batch_size'\?"),
         ("sed=2", r"sed: unknown key \(probably a typo: did you mean 'seed'\? Allowed keys: seed, ablation"),

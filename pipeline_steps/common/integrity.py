@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.files import read_text, scratch_folder, to_json, write_text
+from pipeline_steps.common.files import scratch_folder, to_json, write_text
 from pipeline_steps.common.hashing import fingerprint, sha256_file
 
 CHECKSUMS = "checksums.json"  # {file name: sha256} of a folder
@@ -44,7 +44,7 @@ def verify_folder(folder: Path, repair: str) -> None:
     if not path.exists():
         return
     try:
-        recorded = {str(name): str(value) for name, value in json.loads(read_text(path, "training")).items()}
+        recorded = {str(name): str(value) for name, value in json.loads(path.read_text("utf-8")).items()}
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path}: not valid JSON. {repair}") from None
     missing = [name for name in recorded if not (folder / Path(name).name).exists()]

@@ -333,13 +333,22 @@ def _composition_problem(error):
     """What Hydra says, on one line; of a misspelt key or option, what to write instead."""
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        *parents, name = unknown[1].split(".")
-        model = schema()
-        fields = _fields(model, parents)
-        return f"{unknown[1]}: unknown key" + _suggest(name, fields, allowed=fields, others=_all_keys(model))
+        return _unknown_key([int(part) if part.isdecimal() else part for part in unknown[1].split(".")])
     if absent := re.search(r"Could not find '([^/']+)/([^']+)' Available options in '[^']+': (.*) Config search", text):
         return f"{absent[1]}: unknown name '{absent[2]}'" + _suggest(absent[2], absent[3].split(), what="names")
     return text
+
+
+def _unknown_key(loc):
+    """What is wrong with a key that does not exist: its first part that is unknown, and what could be meant."""
+    model = schema()
+    depth = next((d for d, part in enumerate(loc) if isinstance(part, str) and part not in _fields(model, loc[:d])), -1)
+    if depth < 0:
+        return f"{_dotted(loc)}: no such entry"
+    fields, others = _fields(model, loc[:depth]), _all_keys(model) if depth == len(loc) - 1 else ()
+    if not fields:
+        return f"{_dotted(loc)}: {_dotted(loc[:depth])} is a value, without keys"
+    return f"{_dotted(loc[: depth + 1])}: unknown key" + _suggest(loc[depth], fields, others=others)
 
 
 def compose_checked(overrides=(), config_dir=ROOT / "conf"):

@@ -42,7 +42,8 @@ LIBRARIES = (
     "scipy",
 )  # they determine the bytes of shards or the hashes of frames
 MAX_LISTED = 20  # quarantined samples shown in the terminal
-REPAIR = "Repair or remove these files, then run `dvc repro --force sources`"  # DVC does not track them
+AGAIN = "`dvc repro --force sources` and `dvc repro`"  # DVC does not track the user's files
+REPAIR = f"Repair these files, or remove them and their rows of metadata, and run {AGAIN}"
 
 
 def build(section, raw_dir, output, num_processes=None):
@@ -181,7 +182,8 @@ def check_quarantine(manifest, reports, media, max_quarantined):
                 "to the split (sources)."
             )
     if bad:
-        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listed}\n{REPAIR}.", file=sys.stderr)
+        advice = f"To use them, repair them and run {AGAIN}."
+        print(f"quarantined {len(bad)} of {manifest.seen} samples:\n{listed}\n{advice}", file=sys.stderr)
 
 
 def _listed(quarantined):

@@ -171,7 +171,7 @@ def test_stage_accounts_for_every_sample(raw, tmp_path):
     assert (manifest.seen, manifest.packed, len(manifest.quarantined)) == (7, 4, 3)
     assert manifest.sources == {"test": 4}
     assert "quarantined 3 of 7 samples" in errors
-    assert "Repair or remove these files, then run `dvc repro --force sources`" in errors
+    assert "To use them, repair them and run `dvc repro --force sources` and `dvc repro`." in errors
     assert "test-cut-mp4 (cut.mp4): truncated or damaged video" in errors
     assert "7/7" in errors  # the progress bar reached its end
     for split, entry in manifest.splits.items():
@@ -436,7 +436,7 @@ def test_a_split_without_a_sample_left_fails_the_stage():
     with pytest.raises(UserError, match="no training sample is left of 2 samples, 1 of them damaged"):
         check_quarantine(manifest, reports, {"s": 2}, 0.5)
     other = manifest.model_copy(update={"splits": {"train": full, "validation": empty, "test": empty}})
-    message = r"all 1 samples of the split test are damaged:\n  a \(a\.mp4\): empty file\nRepair or remove these files"
+    message = r"all 1 samples of the split test are damaged:\n  a \(a\.mp4\): empty file\nRepair these files, or re"
     with pytest.raises(UserError, match=message):
         check_quarantine(other, {("test", "p"): reports[place]}, {"s": 2}, 0.5)
     check_quarantine(other, reports, {"s": 2}, 0.5)  # no sample was given to the other splits
