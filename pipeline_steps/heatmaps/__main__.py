@@ -60,8 +60,8 @@ def main():
             entries.append(entry | draw(clip, folder, f"{entry['key']}-{entry['item']}", settings))
             clips.append(clip)
         if entries:
-            chosen = max(range(len(entries)), key=lambda number: gain(entries[number]))  # the first of equal ones
-            drawing.overview(clips[chosen], OVERVIEW_SIDE).save(folder / "overview.png")
+            clip, _ = max(zip(clips, entries, strict=True), key=lambda pair: gain(pair[1]))  # the first of equal ones
+            drawing.overview(clip, OVERVIEW_SIDE).save(folder / "overview.png")
         drawn = "1 clip" if settings.num_clips == 1 else f"{settings.num_clips} clips"
         index = {
             "clips": entries,
@@ -104,8 +104,9 @@ def choose_clips(dataset, num_clips, seed):
         )
     draw, chosen = np.random.default_rng(seed), {}
     for task, rows in sorted(tasks.items()):
+        numbers = [number for *_, number in sorted(rows)]
         places = draw.choice(len(rows), min(num_clips, len(rows)), replace=False)
-        chosen[task] = [sorted(rows)[place][-1] for place in sorted(places)]
+        chosen[task] = [numbers[place] for place in sorted(places)]
     for task, numbers in chosen.items():
         row = dataset.rows[numbers[0]]
         sample = dataset.sample(numbers[0])

@@ -41,17 +41,7 @@ def attend_causally(
 
 
 def attend_equal_heads(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    key_starts: Tensor,
-    longest: int,
-    longest_keys: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    *tensors_and_lengths, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
 ) -> Tensor:
-    """`attend_causally` for as many key-value heads as heads."""
-    bounds = (starts, key_starts, longest, longest_keys)
-    return attend_causally(queries, keys, values, *bounds, scale=scale, window_size=window_size)
+    """`attend_causally` for as many key-value heads as heads, without the argument that says otherwise."""
+    return attend_causally(*tensors_and_lengths, scale=scale, window_size=window_size)
