@@ -9,6 +9,7 @@ from dataclasses import dataclass
 STAGES = ("stage1", "stage2", "stage3")
 TOLERANCE = 0.02  # relative difference up to which budgets count as equal
 ISO_SAMPLE, ISO_FLOP, UNMATCHED, UNKNOWN = "iso-sample", "iso-FLOP", "unmatched", "unknown"
+MATCHED = (ISO_SAMPLE, ISO_FLOP)  # only these decide anything
 NAMES = {
     ISO_SAMPLE: "equal training samples (iso-sample)",
     ISO_FLOP: "equal training compute (iso-FLOP)",

@@ -94,7 +94,9 @@ def points(entry):
 
 def result(entry, adjusted, settings):
     """The result in words: better or worse if Holm's p is below ALPHA, the same if the interval is within the
-    margin."""
+    margin; undecided without matched budgets, per-item results and enough seeds."""
+    if entry.kind not in budgets.MATCHED:
+        return f"undecided: {budgets.NAMES[entry.kind]}"
     if entry.loss is None:
         return "undecided: no per-item results"
     if len(entry.seeds) < settings.min_seeds:

@@ -197,6 +197,11 @@ def share_interval(count, total, level=LEVEL):
     return float(found.low), float(found.high)
 
 
+def unseen_text(num_runs):
+    """What `num_runs` runs that are alike cannot tell: others, such as those on a plateau, may have been missed."""
+    return f"Outcomes of fewer than {share_interval(0, num_runs)[1]:.0%} of all runs may be missing among {num_runs}."
+
+
 def equivalence_power(differences, margin, level=0.9):
     """Chance that as many pairs, normal with the spread of `differences` around 0, are called equal: that their
     t-interval of the mean at `level` lies within +- margin. None for fewer than `MIN_VALUES` pairs."""

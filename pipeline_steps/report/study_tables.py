@@ -5,7 +5,7 @@ import pandas as pd
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report import studies
-from pipeline_steps.report.statistics import equivalence_power, share_interval
+from pipeline_steps.report.statistics import ALPHA, equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.tables import MISSING, Table, count, number
 
 PILLS = {name: name for name in (BETTER, EQUAL, WORSE, UNDECIDED, TOO_FEW)} | {UNMATCHED: "not comparable"}
@@ -40,9 +40,35 @@ def statement(study, entry, num_questions):
     margin = study.summary.margin
     if entry.verdict in (BETTER, WORSE) and (alike := sum(abs(value) <= margin for value in entry.differences)):
         text += f" In {alike} of the pairs the difference is within {100 * margin:g} points."
+    if entry.verdict == EQUAL:
+        text += f" {equality_text(entry, margin)}"
     if entry.verdict == UNDECIDED and (power := power_text(entry, margin)):
         text += f" {power}"
+    if split := split_arms(study, entry):
+        low, high = map(points_text, entry.bounded_interval)
+        text += f" Only some runs reach {100 * study.summary.plateau:.0f}% in these tasks ({', '.join(split)}), so "
+        text += f"this interval may be too narrow; the one for any distribution is [{low}, {high}]."
     return text
+
+
+def equality_text(entry, margin):
+    """What an equality rests on, and what it cannot know."""
+    text = f"Equal: the 90% interval lies within {100 * margin:g} points"
+    if entry.p_adjusted < ALPHA:
+        text += ", although the difference is significant"
+    return f"{text}. {unseen_text(len(entry.differences))}"
+
+
+def split_arms(study, entry):
+    """["ARM: 3 of 8"] for each compared arm of which some runs, but not all, reach the plateau's accuracy in the group
+    of tasks."""
+    tasks = study.summary.group_tasks.get(entry.group, [])
+    found = []
+    for runs in studies.paired_runs(study, entry) if tasks else ():
+        reached = runs[[f"accuracy_{task}" for task in tasks]].mean(axis=1) >= study.summary.plateau
+        if 0 < reached.sum() < len(runs):
+            found.append(f"{studies.arm_name(runs['arm'].iloc[0])}: {reached.sum()} of {len(runs)}")
+    return found
 
 
 def budget_text(study, entry):

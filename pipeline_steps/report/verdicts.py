@@ -10,7 +10,8 @@ the 95 % interval lying between 1 - margin and 1 + margin. The lower bound (one 
 validated and not validated; the statement adds whether one token is equal or better.
 
 Undecided: fewer than `min_seeds` seeds of both arms, no per-item results, different data or items, training budgets
-that differ from seed to seed, or an interval that includes the threshold.
+that are unknown, equal in neither samples nor compute, or differ from seed to seed, or an interval that includes the
+threshold.
 """
 
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ def doubts(comparison, border, settings, found_kinds):
         reasons.append(f"{len(comparison.seeds)} of {settings.min_seeds} seeds")
     if len(found_kinds) > 1:
         reasons.append(f"the training budgets differ from seed to seed: {', '.join(sorted(found_kinds))}")
+    elif comparison.kind not in budgets.MATCHED:
+        reasons.append(budgets.NAMES[comparison.kind])
     return reasons
 
 

@@ -20,13 +20,14 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import (
     CLIPS,
     COARSE,
+    EQUAL,
     EXPLORATORY,
     SEEDS,
     UNDECIDED,
     VIDEOS,
 )
 from pipeline_steps.report import scaling
-from pipeline_steps.report.statistics import equivalence_power, share_interval
+from pipeline_steps.report.statistics import equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.studies import FLOPS_NOTE, Study, losses_of, read_runs
 from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
@@ -239,12 +240,14 @@ def comparison_lines(summary):
         f" {entry.arm}, {entry.group}: these runs would show equality within {100 * entry.smallest_margin:.1f} points."
         for entry in open_ones
     )
+    equal = [len(entry.differences) for entry in found if entry.verdict == EQUAL]
+    unseen = f" {unseen_text(min(equal))}" if equal else ""
     note = (
         "Differences are baseline minus arm, in points of token accuracy, over pairs of runs with equal seeds. p: "
         "exact sign-flip test; Holm: corrected for all headline rows. Equal: the 90 % t-interval lies within "
-        f"{100 * summary.margin:.0f} points (not corrected); power: how often as many runs with this spread would say "
-        "so of arms that are the same. The t-interval covers less than 95 % where some runs stay "
-        f"on a plateau; the other one holds for any distribution.{power}"
+        f"{100 * summary.margin:.0f} points (not corrected).{unseen} Power: how often as many runs with this spread "
+        "would say so of arms that are the same. The t-interval covers less than 95 % where some runs stay on a "
+        f"plateau; the other one holds for any distribution.{power}"
     )
     return [markdown(pd.DataFrame(rows)), note]
 

@@ -22,6 +22,7 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import Series, StudySummary
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, decisions, keep, studies, study_tables, verdicts
+from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, STAGES, Run, read_inputs
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study.design import read_study
@@ -102,7 +103,7 @@ def result_of(table, data="d1"):
 
 def make_run(name, ablation, seed, scale=1.0, items=True, data="d1"):
     table = item_table(scale, seed)
-    return Run(name, ablation, seed, result_of(table, data), table if items else None)
+    return Run(name, ablation, seed, result_of(table, data), table if items else None, Budget(1000, 1e9))
 
 
 class Found:
@@ -641,6 +642,28 @@ def test_a_verdict_says_in_how_many_pairs_the_arms_are_alike(tmp_path):
     assert "of the pairs" not in study_tables.statement(study, entry, 4)
     alike = entry.model_copy(update={"differences": [*entry.differences[2:], 0.029, -0.03]})
     assert study_tables.statement(study, alike, 4).endswith(" In 2 of the pairs the difference is within 3 points.")
+
+
+def test_an_equality_says_what_it_rests_on(tmp_path):
+    study = write_study(tmp_path, study_summary(seeds=range(8)))
+    entry = study.summary.comparisons[0].model_copy(update={"verdict": "equal"})
+    unseen = "Outcomes of fewer than 37% of all runs may be missing among 8."
+    assert study_tables.statement(study, entry, 4).endswith(f"Equal: the 90% interval lies within 3 points. {unseen}")
+    entry = entry.model_copy(update={"p_adjusted": 0.047})
+    text = f"within 3 points, although the difference is significant. {unseen}"
+    assert study_tables.statement(study, entry, 4).endswith(text)
+
+
+def test_a_comparison_with_runs_on_both_sides_of_the_plateau_shows_the_interval_for_any_distribution(tmp_path):
+    study = write_study(tmp_path, study_summary(seeds=range(8)))
+    entry = study.summary.comparisons[0]
+    assert "any distribution" not in study_tables.statement(study, entry, 4)
+    is_high = (study.runs["arm"] == "B1") & (study.runs["training_seed"] < 3)
+    study.runs.loc[is_high, ["accuracy_card", "accuracy_follow"]] = 0.9
+    assert study_tables.statement(study, entry, 4).endswith(
+        "Only some runs reach 75% in these tasks (sixteen tokens (B1): 3 of 8), so this interval may be too narrow; "
+        "the one for any distribution is [−20.0, +90.0]."
+    )
 
 
 def test_studies_of_other_tasks_do_not_lead_the_page(tmp_path, monkeypatch):

@@ -144,6 +144,26 @@ def test_the_power_of_equality_is_how_often_equal_arms_are_called_equal(spread, 
     assert equivalence_power(observed, margin) == pytest.approx(called / 1000, abs=0.04)
 
 
+@pytest.mark.parametrize(
+    ("share", "gap", "expected"), [(0.0, 0.03, 0.05), (0.1, 0.045, 0.3), (0.2, 0.09, 0.13), (1 / 3, 0.15, 0.03)]
+)
+def test_equality_cannot_see_a_plateau_that_no_run_shows(share, gap, expected):
+    """A shift by the margin passes for equal in 5 % of studies. An arm of which one run in ten stays on a plateau, so
+    that its mean is 4.5 points lower, passes in 30 %: among eight runs there may be none. A study therefore states
+    which shares it may have missed; here that covers every study that missed them."""
+    rng = np.random.default_rng(4)
+    called, missed = 0, share_interval(0, RUNS)[1]
+    for _ in range(2 * REPEATS):
+        base, arm = rng.normal(0.5, 0.02, (2, RUNS))
+        is_stuck = rng.random(RUNS) < share
+        arm -= np.where(is_stuck, gap / share, 0) if share else gap
+        if statistics.compare({("arm", "gaze"): base - arm}, 0.03)[0].verdict == "equal":
+            assert not is_stuck.any()
+            called += 1
+    assert share < missed
+    assert called / (2 * REPEATS) == pytest.approx(expected, abs=0.04)
+
+
 def test_power_needs_three_pairs():
     assert equivalence_power([0.1, 0.1], 0.03) is None
     assert equivalence_power([0.1, 0.1, 0.1], 0.03) == 1.0

@@ -14,10 +14,11 @@ from tests.pipeline_steps.counted import report_section
 TASKS = ("card", "gist")
 MODE = "autoregressive"
 SETTINGS = report_section("Report", TASKS)
+BUDGET = Budget(1000, 1e9)
 DIFFICULTY = np.random.default_rng(0).gamma(4.0, 0.25, (len(TASKS), 40))
 
 
-def make_run(ablation, seed, scale=1.0, spread=0.02, budget=None, correct=3):
+def make_run(ablation, seed, scale=1.0, spread=0.02, budget=BUDGET, correct=3):
     """A run whose items lose DIFFICULTY times `scale` on average, each with noise of `spread`."""
     rng = np.random.default_rng(1000 * seed + sum(map(ord, ablation)))
     rows = [
@@ -51,7 +52,7 @@ class Found:
 def runs_of(arm, scales, **options):
     """A default run and one of `arm` for every scale, seeds 1, 2, ..."""
     seeds = range(1, len(scales) + 1)
-    base = [make_run("none", seed, budget=Budget(1000, 1e9) if "budget" in options else None) for seed in seeds]
+    base = [make_run("none", seed) for seed in seeds]
     return Found(base + [make_run(arm, seed, scale, **options) for seed, scale in zip(seeds, scales, strict=True)])
 
 
@@ -92,7 +93,7 @@ def test_a_verdict_states_effect_interval_seeds_and_items():
     assert "2.00 times that of planned queries [" in verdict.statement
     assert "95% interval over seeds and items" in verdict.statement
     assert "accuracy 40.0% against 60.0%, -20.0 points [-20.0, -20.0]" in verdict.statement
-    assert "3 seeds, 2 tasks, 80 items; training budget not kept." in verdict.statement
+    assert "3 seeds, 2 tasks, 80 items; equal training samples (iso-sample)" in verdict.statement
 
 
 def test_opposite_seeds_are_undecided():
@@ -124,6 +125,22 @@ def test_budgets_are_named_and_not_mixed():
     assert "the training budgets differ from seed to seed: iso-FLOP, iso-sample" in verdict.reasons
 
 
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        (Budget(100, 1e8), "neither equal training samples nor equal training compute"),
+        (None, "training budget not kept"),
+    ],
+)
+def test_without_matched_budgets_there_is_no_verdict(budget, reason):
+    """An arm with a tenth of the samples, or with an unknown number, is undecided, however large the difference."""
+    for ablation, judged in (("A6", helps), ("B1", equals)):
+        verdict = judged(runs_of(ablation, (2.0,) * 3, budget=budget))
+        assert (verdict.status, verdict.reasons) == (UNDECIDED, [reason])
+    table = differences.tables(runs_of("A6", (2.0,) * 3, budget=budget), SETTINGS)[0]
+    assert table.rows[0][5] == f"undecided: {reason}"
+
+
 def test_runs_with_different_scored_tokens_are_not_compared():
     found = runs_of("A6", (2.0,) * 3)
     found.runs[-1].items.loc[0, "num_tokens"] = 6
@@ -131,17 +148,17 @@ def test_runs_with_different_scored_tokens_are_not_compared():
 
 
 def ablation_study():
-    runs = [make_run("none", seed, budget=Budget(1000, 1e9)) for seed in (1, 2, 3)]
+    runs = [make_run("none", seed) for seed in (1, 2, 3)]
     arms = {
         "A6": (2.0, Budget(1000, 0.6e9)),
-        "A4": (1.0, Budget(1000, 1e9)),
+        "A4": (1.0, BUDGET),
         "B1": (0.5, Budget(1000, 1.8e9)),
         "B1_same_compute": (0.8, Budget(555, 1e9)),
         "other": (1.0, None),
     }
     for name, (scale, budget) in arms.items():
         runs += [make_run(name, seed, scale, budget=budget) for seed in (1, 2, 3)]
-    return [*runs, make_run("K4", 1, 2.0, budget=Budget(1000, 1e9)), make_run("K5", 9, 2.0)]
+    return [*runs, make_run("K4", 1, 2.0), make_run("K5", 9, 2.0)]
 
 
 def test_ablation_tables_are_separate_by_budget_and_holm_corrected():
@@ -177,7 +194,7 @@ def test_without_runs_there_is_no_ablation_table():
 
 
 def test_compute_is_equal_within_two_per_cent():
-    own, other = make_run("none", 1, budget=Budget(1000, 1e9)), make_run("B1", 1, budget=Budget(500, 1.019e9))
+    own, other = make_run("none", 1), make_run("B1", 1, budget=Budget(500, 1.019e9))
     assert budgets.kind_of([own], [other]) == budgets.ISO_FLOP
     other.budget = Budget(500, 1.03e9)
     assert budgets.kind_of([own], [other]) == budgets.UNMATCHED
