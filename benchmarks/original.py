@@ -166,6 +166,8 @@ class Original(nn.Module):
         wrong = [f"{name}={getattr(config, name)!r}" for name, value in PLAIN.items() if getattr(config, name) != value]
         if config.architecture == "foveated" and config.num_visual_tokens_per_frame != 1:
             wrong.append(f"num_visual_tokens_per_frame={config.num_visual_tokens_per_frame}")
+        if config.query_update == "gated":
+            wrong.append("query_update='gated'")
         if wrong:
             raise ValueError(f"the original had no {', '.join(wrong)}: compare a network without")
         self.network, self.config = network, config

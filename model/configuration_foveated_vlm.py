@@ -10,7 +10,7 @@ ARCHITECTURES = ("foveated", "multi_token")
 ATTENTIONS = ("deep", "shallow")
 QUERY_SOURCES = ("planned", "static", "random", "fixed", "oracle")
 HARD_ATTENTIONS = ("none", "top_k", "gumbel")
-QUERY_UPDATES = ("replace", "add")
+QUERY_UPDATES = ("replace", "add", "gated")
 TOKEN_AGGREGATIONS = ("none", "mean", "weighted")
 FRAME_TIMES = ("none", "sinusoidal")
 CHOICES = {
@@ -62,7 +62,9 @@ class FoveatedVLMConfig(PreTrainedConfig):
         query_init_std: initial standard deviation of the learned static and first query.
         query_bias: whether the projection of the queries into the vision encoder has a bias.
         tie_first_query: whether frame 0 of the fine pass uses the static query instead of a learned query of its own.
-        query_update: whether the planner's output replaces the previous query (`replace`) or is added to it (`add`).
+        query_update: whether the planner's output replaces the previous query (`replace`), is added to it (`add`) or to
+            a part of it (`gated`: every element times a number from 0 to 1 that is computed from the same hidden state,
+            at first .98).
         query_source: which queries replace the planned ones, in training and at inference: `planned` (none), `static`
             (the static query on every frame), `random` (a new one for every frame), `fixed` (one random query for all
             frames of a batch) or `oracle` (planned, with attention limited to the target's patches: an upper bound

@@ -179,9 +179,9 @@ class FrameStep:
             tokens = model._tokens(features, inputs.times)
         embeddings = tokens.to(self.cache.bias.dtype)  # [B, P, E]
         present = inputs.active[:, None].expand(embeddings.shape[:2])
-        planned = model._plan(self.cache.read(embeddings, present))  # [B, K, Q]
+        planned = model.next_queries(self.cache.read(embeddings, present), self.queries)  # [B, K, Q]
         chosen = queries.clone() if queries is self.queries else queries  # the next line overwrites the state
-        self.queries.copy_(planned + self.queries if model.config.query_update == "add" else planned)
+        self.queries.copy_(planned)
         return FrameTokens(tokens, chosen, weights)
 
 

@@ -40,6 +40,8 @@ from .text_loss import TextLossMixin
 from .visual_sequence import TIME_FEATURES, VisualSequence
 from .visual_tokens import VisualTokensMixin
 
+GATE_BIAS = 4.0  # a gated update starts close to an added one: sigmoid(4) = .98
+
 
 class FoveatedVLMForConditionalGeneration(
     LoadingMixin,
@@ -85,7 +87,10 @@ class FoveatedVLMForConditionalGeneration(
         self.static_query = nn.Parameter(torch.empty(queries, config.query_dim))
         self.query_projection = nn.Linear(config.query_dim, vision.hidden_size, bias=config.query_bias)
         if not config.coarse_only:
-            self.planner = nn.Linear(text.hidden_size, queries // config.tokens_per_frame * config.query_dim)
+            width = queries // config.tokens_per_frame * config.query_dim
+            self.planner = nn.Linear(text.hidden_size, width)
+            if config.query_update == "gated":
+                self.query_gate = nn.Linear(text.hidden_size, width)
             if not config.tie_first_query:
                 self.first_query = nn.Parameter(torch.empty(queries, config.query_dim))
         if config.attention == "shallow":
@@ -107,6 +112,8 @@ class FoveatedVLMForConditionalGeneration(
                 nn.init.constant_(self.log_temperature, math.log(self.config.attention_temperature))
             if hasattr(self, "time_projection"):
                 nn.init.zeros_(self.time_projection.weight)
+            if hasattr(self, "query_gate"):
+                nn.init.constant_(self.query_gate.bias, GATE_BIAS)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -184,9 +191,12 @@ class FoveatedVLMForConditionalGeneration(
         for _ in range(config.num_passes if options.num_plans is None else options.num_plans):
             queries = static
             if choose.source != "static":
-                planned = self._plan(text.at_frames(passes[-1].visual_tokens))  # [F, K, Q]
+                hidden = text.at_frames(passes[-1].visual_tokens)  # [F, P, E]
+                planned = self._plan(hidden)  # [F, K, Q]
                 if config.query_update == "add":
                     planned = first + text.running_sum(planned)
+                elif config.query_update == "gated":
+                    planned = text.running_sum(planned, self._kept(hidden), first)
                 queries = choose(text.shift_by_one_frame(planned, first))
             passes.append(self._attend(queries, encoded, times, chosen, output_attentions))
         return passes
@@ -221,9 +231,22 @@ class FoveatedVLMForConditionalGeneration(
         return PackedText(self, places)
 
     def _plan(self, hidden: Tensor) -> Tensor:
-        """Hidden states at the visual tokens [f, P, E] -> the queries of the next frame [f, K, Q]."""
+        """Hidden states at the visual tokens [f, P, E] -> the planner's output [f, K, Q]."""
         planned = self.planner(hidden).to(self.static_query.dtype)  # [f, P, K / P * Q]
         return planned.reshape(len(planned), self.config.num_visual_tokens_per_frame, self.config.query_dim)
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Hidden states at the visual tokens [f, P, E] -> what a gated update keeps of the queries [f, K, Q]."""
+        kept = self.query_gate(hidden).to(self.static_query.dtype).sigmoid()
+        return kept.reshape(len(kept), self.config.num_visual_tokens_per_frame, self.config.query_dim)
+
+    def next_queries(self, hidden: Tensor, queries: Tensor) -> Tensor:
+        """The queries of the next frame [f, K, Q], from the hidden states at the visual tokens of a frame [f, P, E] and
+        the queries that were planned for it [f, K, Q]."""
+        planned = self._plan(hidden)
+        if self.config.query_update == "gated":
+            return planned + self._kept(hidden) * queries
+        return planned + queries if self.config.query_update == "add" else planned
 
     def _encode_autoregressively(
         self,
@@ -244,11 +267,8 @@ class FoveatedVLMForConditionalGeneration(
             frame_tokens = self._attend(
                 queries, seen, times[frames], query_attention.select_frames(frames), output_attentions
             )
-            steps = self._plan(language.step(frame_tokens.visual_tokens, frames, cache))  # [B', K, Q]
-            if self.config.query_update == "add":
-                planned = steps + (first[: len(steps)] if planned is None else planned)
-            else:
-                planned = steps
+            hidden = language.step(frame_tokens.visual_tokens, frames, cache)  # [B', P, E]
+            planned = self.next_queries(hidden, first[: len(hidden)] if planned is None else planned)  # [B', K, Q]
             order.append(frames)
             passes.append(frame_tokens)
         back = torch.cat(order).argsort()

@@ -439,9 +439,24 @@ class PackedText:
         """[F, K, Q] -> [F, K, Q]: frame t gets the query planned after frame t - 1, frame 0 gets the first query."""
         return torch.where((self.places.time_of_frame == 0)[:, None, None], first, planned.roll(1, dims=0))
 
-    def running_sum(self, values: Tensor) -> Tensor:
-        """Cumulative sum over the frames of each sample: [F, K, Q] -> [F, K, Q]."""
+    def running_sum(self, values: Tensor, kept: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        """Cumulative sum over the frames of each sample: [F, K, Q] -> [F, K, Q].
+
+        kept [F, K, Q]: what each frame keeps of the sum before it, which starts from `first` [F, K, Q]; None: all, from
+        0.
+        """
+        index = self.places.sample_of_frame, self.places.time_of_frame
+        clips = self._by_clip(values)
+        if kept is None:
+            return clips.cumsum(1)[index]
+        total, sums = self._by_clip(first)[:, 0], []
+        for change, share in zip(clips.unbind(1), self._by_clip(kept).unbind(1), strict=True):
+            total = change + share * total
+            sums.append(total)
+        return torch.stack(sums, dim=1)[index]
+
+    def _by_clip(self, values: Tensor) -> Tensor:
+        """[F, K, Q] -> [B, T, K, Q], zeros after the end of a clip."""
         places = self.places
         clips = values.new_zeros(len(places.frames.before), places.longest_clip, *values.shape[1:])
-        index = places.sample_of_frame, places.time_of_frame
-        return clips.index_put(index, values).cumsum(1)[index]
+        return clips.index_put((places.sample_of_frame, places.time_of_frame), values)

@@ -147,6 +147,12 @@ def query_pass_flops(config):
     return query_projection(config) + query_layers(config) + query_attention(config)
 
 
+def planner(config):
+    """FLOPs of planning the queries of a frame, with the gate of a gated update."""
+    matrices = 2 if config.query_update == "gated" else 1
+    return matrices * linear(config.num_visual_tokens_per_frame, config.text_config.hidden_size, config.query_dim)
+
+
 def query_projection(config):
     """Projection of the K queries of one frame to the vision encoder's width."""
     return linear(config.num_visual_tokens_per_frame, config.query_dim, config.vision_config.hidden_size)
@@ -242,7 +248,7 @@ def forward(config, sample, mode, num_plans=None, trained=ALL_TRAINED, coarse_lo
         if num_query_passes
         else 0,
         connector=max(num_query_passes, 1) * frames * connector(config),
-        planner=planned * linear(config.num_visual_tokens_per_frame, text.hidden_size, config.query_dim),
+        planner=planned * planner(config),
         language_model=sum(pass_flops(text, one) for one in passes),
         vocabulary_projection=linear(sample.num_labels, text.hidden_size, text.vocab_size),
     )

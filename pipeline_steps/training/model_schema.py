@@ -22,8 +22,8 @@ class Section(StrictModel):
     """Bias in the query projection."""
     tie_first_query: bool
     """Fine passes start with the static query."""
-    query_update: Literal["replace", "add"]
-    """The planner's output replaces the query or is added."""
+    query_update: Literal["replace", "add", "gated"]
+    """The planner's output replaces the query, is added to it or, `gated`, to a learned part of it."""
     query_source: Literal["planned", "static", "random", "fixed", "oracle"]
     """`random`: per frame; `fixed`: random, per batch; `oracle`: planned, limited to the target's patches."""
     attention_temperature: PositiveFloat

@@ -120,6 +120,7 @@ def test_padded_frames_skip_the_vision_encoder_and_pass_the_language_model(monke
         ({"num_visual_tokens_per_frame": 4}, "num_visual_tokens_per_frame=4"),
         ({"hard_attention": "top_k"}, "hard_attention='top_k'"),
         ({"query_source": "random"}, "query_source='random'"),
+        ({"query_update": "gated"}, "query_update='gated'"),
     ],
 )
 def test_a_network_that_the_original_could_not_be_is_refused(options, message):

@@ -24,6 +24,7 @@ MORE_OPTIONS = [  # which the reference does not have
     {"frame_downsampling": 2, "fovea_size": 2, "frame_time_embedding": "sinusoidal"},
     {"learnable_temperature": True, "hard_attention": "top_k", "attention_top_k": 3, "tie_first_query": False},
     {"num_visual_tokens_per_frame": 2, "token_aggregation": "weighted", "query_update": "add"},
+    {"query_update": "gated"},
 ]
 
 
@@ -67,7 +68,9 @@ def test_the_losses_are_those_of_the_cpu(width, options, layout, precision, devi
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"query_update": "add"}, {"attention": "shallow"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"query_update": "add"}, {"query_update": "gated"}, {"attention": "shallow"}], ids=str
+)
 def test_autoregressive_mode_is_fine_mode_that_plans_once_per_frame(options, layout, device):
     """Each plan settles the queries of one more frame."""
     model = make_model(layout=layout, **options).to(device)

@@ -18,6 +18,7 @@ NETWORKS = [
     FOVEA,
     {**FOVEA, "fovea_size": 3, "num_visual_tokens_per_frame": 3, "query_update": "add"},
     {**FOVEA, "hard_attention": "top_k", "attention_top_k": 3, "attention_temperature": 0.5},
+    {**FOVEA, "query_update": "gated"},
     {**FOVEA, "tie_first_query": False, "frame_time_embedding": "sinusoidal"},
     {"frame_downsampling": 2},
     {"frame_downsampling": 2, "attention": "shallow"},

@@ -22,6 +22,7 @@ NETWORKS = [
     {"query_update": "add", "tie_first_query": False},
     {"num_visual_tokens_per_frame": 3},
     {"num_visual_tokens_per_frame": 3, "query_update": "add"},
+    {"num_visual_tokens_per_frame": 3, "query_update": "gated"},
     {"num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"},
     {"attention": "shallow"},
     {"attention_temperature": 0.3},

@@ -66,6 +66,51 @@ def test_an_added_update_sums_the_plans_of_the_frames_before():
     assert not torch.allclose(iterated[2], fine(replaced, mode="autoregressive").queries[2])
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@torch.no_grad()
+def test_a_gated_update_keeps_a_part_of_the_query(queries):
+    """Sample 0 of the batch has frames 0 to 2, sample 1 frame 3, sample 3 frames 4 and 5."""
+    options = {"num_visual_tokens_per_frame": queries, "tie_first_query": False}
+    gated = make_model(query_update="gated", **options)
+    batch, gate = make_batch(queries), gated.query_gate
+    seen = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, name=name: seen.update({name: output.unflatten(-1, (-1, 24))})
+        )
+        for name, module in (("planned", gated.planner), ("logits", gate))
+    ]
+    found = gated(**batch, mode="fine").queries
+    for hook in hooks:
+        hook.remove()
+    planned, kept = (seen[name].reshape(found.shape) for name in ("planned", "logits"))
+    kept = kept.sigmoid()
+    assert kept.min() > 0.3
+    assert kept.mean() == pytest.approx(torch.tensor(4.0).sigmoid().item(), abs=0.02)
+    for frame in (1, 2, 5):
+        torch.testing.assert_close(found[frame], planned[frame - 1] + kept[frame - 1] * found[frame - 1])
+    gate.bias.zero_()
+    iterated = gated(**batch, mode="fine", options={"num_plans": 3}).queries
+    torch.testing.assert_close(iterated, gated(**batch, mode="autoregressive").queries)
+    gate.weight.zero_()
+    for bias, update in ((-1e4, "replace"), (1e4, "add")):
+        other = make_model(query_update=update, **options)
+        gate.bias.fill_(bias)
+        other.load_state_dict(gated.state_dict(), strict=False)
+        for mode in ("fine", "autoregressive"):
+            outputs = (model(**batch, mode=mode).queries for model in (gated, other))
+            torch.testing.assert_close(*outputs)
+
+
+def test_the_gate_learns():
+    model = make_model(query_update="gated").train()
+    fine(model, num_plans=1).loss.backward()
+    assert model.query_gate.weight.grad.abs().max() > 0
+    assert model.query_gate.bias.grad.abs().max() > 0
+    assert not hasattr(make_model(query_update="add"), "query_gate")
+    assert not hasattr(make_model(query_update="gated", coarse_only=True), "query_gate")
+
+
 @pytest.mark.parametrize("attention", ["deep", "shallow"])
 @torch.no_grad()
 def test_temperature_sharpens_the_queries_and_leaves_the_patches_alone(attention):
@@ -465,7 +510,9 @@ def residual_streams(model, **inputs):
     return output, seen
 
 
-@pytest.mark.parametrize("options", [{}, {"attention": "shallow"}, {"query_update": "add"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"attention": "shallow"}, {"query_update": "add"}, {"query_update": "gated"}], ids=str
+)
 @torch.no_grad()
 def test_mixed_precision_is_the_same_in_all_modes(options):
     """The residual streams are fp32 in all of them (frame by frame it was bf16), and so are queries and losses."""

@@ -40,6 +40,7 @@ NETWORKS = [
     {"layout": "question_first", "num_visual_tokens_per_frame": 2, "query_update": "add", "tie_first_query": False},
     {"layout": "vision_first", "attention": "shallow", "frame_time_embedding": "sinusoidal"},
     {"layout": "vision_first", "attention_temperature": 0.3},
+    {"layout": "question_first", "query_update": "gated"},
 ]
 
 

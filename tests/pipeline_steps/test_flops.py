@@ -174,6 +174,8 @@ EVERY_CONFIGURATION = [
     {"query_source": "static", "attention": "shallow"},
     {"query_source": "static", "num_passes": 2},
     {"query_update": "add", "tie_first_query": False, "query_bias": True},
+    {"query_update": "gated"},
+    {"query_update": "gated", "num_visual_tokens_per_frame": 2, "num_passes": 2},
     {"learnable_temperature": True},
     {"hard_attention": "gumbel"},
     {"blind": True},
