@@ -124,9 +124,10 @@ def statements(result):
         saved = 1 - entry.foveated[-1] / entry.multi_token[-1]
         share = f"more than half of the cost from {most}" if most else f"less than half of it up to {last}"
         lines.append(
-            f"{name}: one token per frame costs less than {multi_tokens(result)} {use} at inference and {training} in "
-            f"training. At {last} frames it costs {abs(saved):.0%} {'less' if saved > 0 else 'more'} at inference. The "
-            f"vision encoder takes {share} frames{' on' if most else ''}."
+            f"{name[0].upper()}{name[1:]}: one token per frame costs less than {multi_tokens(result)} {use} at "
+            f"inference and {training} in training. At {last} frames it costs {abs(saved):.0%} "
+            f"{'less' if saved > 0 else 'more'} at inference. The vision encoder takes {share} "
+            f"frames{' on' if most else ''}."
         )
     return lines
 

@@ -48,6 +48,11 @@ def test_statements_name_the_break_even_and_the_share_of_vision(result):
     ]
 
 
+def test_statements_begin_with_a_capital_or_a_number(result):
+    starts = [line.split(":")[0] for line in compute.statements(result)]
+    assert starts == ["This network", "135M", "360M", "1.7B"]
+
+
 def test_the_table_of_crossovers_shows_every_length_and_says_never(result):
     found = {"max_num_frames": 64, "training": 1}
     short = {"num_tokens_before": 64, "num_text_tokens": 96, **found}
