@@ -102,9 +102,24 @@ class Frontier(Result):
     vision_share: list[Share]
     """Encoder's and queries' share."""
     cheaper_from: int | None
-    """Frames from which foveated is cheaper."""
+    """Frames from which foveated is cheaper; null: at none up to the last of `num_frames`."""
     cheaper_training_from: int | None
-    """Frames from which foveated is cheaper."""
+    """Frames from which foveated is cheaper; null: at none up to the last of `num_frames`."""
+
+
+class Crossover(Result):
+    """From how many frames on foveated is cheaper, at one length of the text, for one size of language model."""
+
+    num_tokens_before: int
+    """Text tokens before the first frame."""
+    num_text_tokens: int
+    """Text tokens per sample."""
+    max_num_frames: int = Field(ge=1)
+    """Frames up to which costs are compared, from 1."""
+    inference: int | None
+    """Frames from which foveated is cheaper; null: at none up to `max_num_frames`."""
+    training: int | None
+    """Frames from which foveated is cheaper; null: at none up to `max_num_frames`."""
 
 
 class FlopsResult(Result):
@@ -126,6 +141,8 @@ class FlopsResult(Result):
     """Iso-FLOP sample counts."""
     frontier: dict[str, Frontier]
     """By language model."""
+    crossovers: dict[str, list[Crossover]]
+    """By language model and length of the text before the frames."""
     per: str
     """Unit of the counts."""
     assumptions: dict

@@ -191,16 +191,24 @@ def curve(config, typical):
 
 
 def compare_scales(parameters, scaled, arms):
-    """The fields of `FlopsResult` for the pretrained backbones: `budgets` and `frontier`, whose first entry is this
-    network."""
-    text = Sample(num_frames=0, **parameters.flops.frontier.model_dump())
+    """The fields of `FlopsResult` for the pretrained backbones: `budgets`, and `frontier` and `crossovers`, whose first
+    entry is this network."""
+    settings = parameters.flops
+    text = Sample(num_frames=0, **settings.frontier.model_dump())
     objective = parameters.training.stage3.objective
     own = {name: arms[name] for name in arms if name != "A6_coarse_only"}
+    compared = {"this network": own, **scaled}
     return {
-        "budgets": iso.budget_samples(parameters.flops.budgets, scaled, iso.BUDGET_SAMPLE, objective),
+        "budgets": iso.budget_samples(settings.budgets, scaled, iso.BUDGET_SAMPLE, objective),
         "frontier": {
             name: iso.frontier(*entries.values(), text, FRONTIER_FRAMES, objective)
-            for name, entries in {"this network": own, **scaled}.items()
+            for name, entries in compared.items()
+        },
+        "crossovers": {
+            name: iso.crossovers(
+                *entries.values(), text, settings.crossover_tokens_before, FRONTIER_FRAMES[-1], objective
+            )
+            for name, entries in compared.items()
         },
     }
 

@@ -29,6 +29,8 @@ class Section(StrictModel):
     """Training FLOPs."""
     frontier: Text
     """Text lengths of the curve of cost over the number of frames."""
+    crossover_tokens_before: list[NonNegativeInt] = Field(min_length=1)
+    """Text tokens before the first frame at which the crossover is found; the text after the frames is the curve's."""
     num_answer_tokens: PositiveInt
     """Length of the counted answer."""
     bytes_per_number: Literal[2, 4]

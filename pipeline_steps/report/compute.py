@@ -12,7 +12,33 @@ MARKERS = dict(zip(SCALES, "sovD", strict=True))
 
 def tables(result):
     """All tables of this module, of a `FlopsResult`."""
-    return [passes(result), answers(result), budgets(result)]
+    return [crossovers(result), passes(result), answers(result), budgets(result)]
+
+
+def crossovers(result):
+    """From how many frames one token per frame is cheaper, by language model and length of the question."""
+    names = [name for name in SCALES if name in result.crossovers]
+    rows = [
+        [name, use, *(crossover(getattr(entry, use)) for entry in result.crossovers[name])]
+        for name in names
+        for use in ("inference", "training")
+    ]
+    entries, several = result.crossovers[names[0]], multi_tokens(result)
+    columns = ["language model", "FLOPs of", *(f"{entry.num_tokens_before:,} text tokens" for entry in entries)]
+    after = entries[0].num_text_tokens - entries[0].num_tokens_before
+    note = (
+        f"Smallest number of frames from which one planned token per frame costs fewer FLOPs than {several} pooled "
+        f"ones, by text tokens before the frames (the question); {after} more follow the frames (the answer). Never: "
+        f"at no number of frames up to {entries[0].max_num_frames}. At inference, a scored pass in autoregressive "
+        f"mode, one token per frame reads the question twice and {several} tokens once; in training, and for a "
+        "generated answer, both read it once."
+    )
+    return Table("crossovers", "Frames from which one token per frame is cheaper", columns, rows, note)
+
+
+def crossover(frames):
+    """A cell; a number of frames that is not reached sorts last."""
+    return ("never", None) if frames is None else count(frames)
 
 
 def passes(result):
@@ -93,13 +119,15 @@ def statements(result):
     for name in (name for name in SCALES if name in result.frontier):
         entry = result.frontier[name]
         most = next((n for n, part in zip(entry.num_frames, entry.vision_share, strict=True) if part > 0.5), None)
-        last = f"{entry.num_frames[-1]} frames"
+        last = entry.num_frames[-1]
+        use, training = (frames_text(found, last) for found in (entry.cheaper_from, entry.cheaper_training_from))
         saved = 1 - entry.foveated[-1] / entry.multi_token[-1]
+        share = f"more than half of the cost from {most}" if most else f"less than half of it up to {last}"
         lines.append(
-            f"{name}: one token per frame costs less than {multi_tokens(result)} {frames_text(entry.cheaper_from)} at "
-            f"inference and {frames_text(entry.cheaper_training_from)} in training. At {last} it costs "
-            f"{abs(saved):.0%} {'less' if saved > 0 else 'more'} at inference. The vision encoder takes "
-            + (f"more than half of the cost from {most} frames on." if most else f"less than half of it up to {last}.")
+            f"{name[0].upper()}{name[1:]}: one token per frame costs less than {multi_tokens(result)} {use} at "
+            f"inference and {training} in training. At {last} frames it costs {abs(saved):.0%} "
+            f"{'less' if saved > 0 else 'more'} at inference. The vision encoder takes {share} "
+            f"frames{' on' if most else ''}."
         )
     return lines
 
@@ -109,8 +137,10 @@ def multi_tokens(result):
     return next(name.split("_")[1] for name in result.arms if name.startswith("B1_"))
 
 
-def frames_text(count_):
-    return "at no number of frames" if count_ is None else f"from {count_} frame{'s' * (count_ > 1)} on"
+def frames_text(count_, last):
+    if count_ is None:
+        return f"at no number of frames up to {last}"
+    return f"from {count_} frame{'s' * (count_ > 1)} on"
 
 
 def frontier(result):

@@ -1,4 +1,6 @@
-"""What the tests of the report share: a `FlopsResult` of a SmolLM2-135M on two samples (milliseconds), a section."""
+"""What the tests of the report share: a `FlopsResult` of a SmolLM2-135M on two samples (seconds, once), a section."""
+
+from functools import cache
 
 from pipeline_steps.common import params
 from pipeline_steps.common.flop_formulas import Sample
@@ -12,6 +14,7 @@ def flops_config():
     return flops.scaled_arms(["135M"], parameters)["135M"]["foveated"]
 
 
+@cache
 def flops_result():
     parameters = params.read(params.ROOT / "params.yaml", *flops.PARAMS)
     return flops.count(flops_config(), [Sample(8, 100, 50, 20), Sample(4, 60, 30, 10)], parameters)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline_steps.common.flop_results import FlopsResult, Frontier
+from pipeline_steps.common.flop_results import Crossover, FlopsResult, Frontier
 from pipeline_steps.report import compute, figures
 from tests.pipeline_steps.counted import flops_result
 
@@ -42,10 +42,47 @@ def test_statements_name_the_break_even_and_the_share_of_vision(result):
     rest = {"vision_share": [0.2, 0.3, 0.6], "cheaper_from": 2, "cheaper_training_from": None}
     changed = result.model_copy(update={"frontier": {"360M": Frontier(**curve, **training, **rest)}})
     assert compute.statements(changed) == [
-        "360M: one token per frame costs less than 16 from 2 frames on at inference and at no number of frames in "
-        "training. At 4 frames it costs 50% less at inference. The vision encoder takes more than half of the cost "
-        "from 4 frames on."
+        "360M: one token per frame costs less than 16 from 2 frames on at inference and at no number of frames "
+        "up to 4 in training. At 4 frames it costs 50% less at inference. The vision encoder takes more than half of "
+        "the cost from 4 frames on."
     ]
+
+
+def test_statements_begin_with_a_capital_or_a_number(result):
+    starts = [line.split(":")[0] for line in compute.statements(result)]
+    assert starts == ["This network", "135M", "360M", "1.7B"]
+
+
+def test_the_table_of_crossovers_shows_every_length_and_says_never(result):
+    found = {"max_num_frames": 64, "training": 1}
+    short = {"num_tokens_before": 64, "num_text_tokens": 96, **found}
+    long = {"num_tokens_before": 2000, "num_text_tokens": 2032, **found}
+    crossovers = {
+        "360M": [Crossover(inference=4, **short), Crossover(inference=None, **long)],
+        "135M": [Crossover(inference=3, **short), Crossover(inference=50, **long)],
+    }
+    changed = result.model_copy(update={"crossovers": crossovers})
+    table = compute.crossovers(changed)
+    assert table.columns == ["language model", "FLOPs of", "64 text tokens", "2,000 text tokens"]
+    assert table.rows == [
+        ["135M", "inference", ("3", 3), ("50", 50)],
+        ["135M", "training", ("1", 1), ("1", 1)],
+        ["360M", "inference", ("4", 4), ("never", None)],
+        ["360M", "training", ("1", 1), ("1", 1)],
+    ]
+    assert "than 16 pooled ones" in table.note
+    assert "32 more follow the frames" in table.note
+    assert "Never: at no number of frames up to 64." in table.note
+    assert "reads the question twice and 16 tokens once" in table.note
+
+
+def test_crossovers_agree_with_the_statements_at_the_same_text(result):
+    for name, entry in result.frontier.items():
+        found = result.crossovers[name][0]
+        text = result.assumptions["frontier"]
+        assert found.num_tokens_before == text["num_tokens_before"]
+        assert found.num_text_tokens == text["num_text_tokens"]
+        assert (found.inference, found.training) == (entry.cheaper_from, entry.cheaper_training_from)
 
 
 def test_the_frontier_figure_shows_every_size_and_is_deterministic(result):

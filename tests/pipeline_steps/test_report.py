@@ -301,6 +301,21 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert (root / "reports/tables/accuracy.md").read_text().count("\n| ") >= len(TASKS)
 
 
+def test_the_compute_section_has_the_crossovers_folded(built):
+    root, page = built
+    section = page.split('<section id="compute">')[1].split("</section>")[0]
+    before, folded = section.split("<details>")
+    assert "<table" not in before
+    table = folded.split('<table id="crossovers-rows"')[1].split("</table>")[0]
+    header, *rows = table.split("<tr>")[1:]
+    assert re.findall(r"<button[^>]*>(.*?)</button>", header)[:3] == ["language model", "FLOPs of", "64 text tokens"]
+    numbers = [re.findall(r">([^<>\n]+)</t[hd]>", row) for row in rows]
+    assert [row[:3] for row in numbers if row[0] == "135M"] == [["135M", "inference", "4"], ["135M", "training", "1"]]
+    written = (root / "reports/report.md").read_text().split("\n## Compute\n")[1].split("\n## ")[0]
+    assert "| 135M | inference | 4 |" in written.split("<details>")[1]
+    assert (root / "reports/tables/crossovers.md").exists()
+
+
 def test_the_page_has_the_contact_sheet_and_the_attention_over_the_frames(built):
     root, page = built
     assert "5 clips. Selection rule: by &lt;loss&gt;. Overlay: attention in the autoregressive mode" in page
