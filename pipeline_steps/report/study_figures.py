@@ -68,6 +68,8 @@ def points(study, chosen):
             axes.set_title(name, fontsize=9)
             axes.set_xlim(-4, 104)
             axes.set_xticks((0, 50, 100))
+            for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+                label.set_horizontalalignment(side)  # inside its panel, apart from the next one's
             axes.grid(axis="x", linewidth=0.6)
             axes.set_axisbelow(True)
         panels[0].set_yticks(range(len(chosen)), names_of_arms, fontsize=10)
