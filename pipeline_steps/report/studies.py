@@ -16,8 +16,11 @@ TEXTS = ("run", "arm", "budget", "commit", "parameters")  # columns of runs.csv
 NUMBERS = ("training_samples", "training_flops", "training_seconds", "attempts")
 NUMBERS += ("mean_token_accuracy", "exact_match_accuracy", "mean_loss")
 CONVERGED = "converged"  # True, False or unknown
+EARLIER_FLOPS = frozenset(  # commits of runs in reports/study that do not descend from 8747296, which counts by task
+    ("2f209dcc9960", "7f35c22afd79", "955a1cabb865", "b5bb9a4a64ca")
+)
 FLOPS_NOTE = (
-    "Runs from before commit 8747296 count every sample as a mean sample that trains all weights: their figures are "
+    "FLOPs of runs from before commit 8747296 count every sample as a mean sample that trains all weights: they are "
     "higher, and ratios between arms are not those of later runs."
 )
 HEADLINE_ARMS = ("none", "A6", "B1")
@@ -124,6 +127,11 @@ def losses_of(path):
     items = read_study_items(path, ["run", "task", "num_tokens", "loss_sum"])
     sums = items.groupby(["run", "task"], sort=True)[["loss_sum", "num_tokens"]].sum()
     return (sums["loss_sum"].astype(float) / sums["num_tokens"]).unstack("task")
+
+
+def flops_note(runs):
+    """FLOPS_NOTE with a space before it if it applies to one of the runs (rows of runs.csv), else ""."""
+    return f" {FLOPS_NOTE}" if runs["commit"].isin(EARLIER_FLOPS).any() else ""
 
 
 def tasks_of(study):

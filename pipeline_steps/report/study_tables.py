@@ -126,7 +126,7 @@ def arms(study, chosen):
         "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
         "generated answers. Brackets of the runs above the plateau: 95% interval of the share, in %. Converged: "
         "the validation loss fell by less than 1% over the last quarter of stage 3, or rose. Samples, TFLOP and "
-        f"minutes: of training; minutes are medians. {studies.FLOPS_NOTE}"
+        f"minutes: of training; minutes are medians.{studies.flops_note(study.runs)}"
     )
     if untrained := [studies.label(summary, arm) for arm in chosen if not arm.answers_trained]:
         note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
