@@ -114,6 +114,8 @@ def main():
         "headline": headline,
         "elsewhere": " on other data" if kept and not alike else "",
         "finding": ideas.finding(kept),
+        "ideas_title": ideas.folded_title(kept),
+        "missing_studies": sorted(decisions.missing(kept) | ideas.missing(kept)),
         "lead": texts.lead(inputs, numbers),
         "tiles": texts.tiles(numbers),
         "tables": built,

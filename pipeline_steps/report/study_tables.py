@@ -215,9 +215,12 @@ def gain_cells(gain):
 
 def tier(gain):
     """The research's tier of a relative improvement of the loss, and how many pairs are above its first border."""
-    mean, above = float(np.mean(gain)), int((np.asarray(gain) > 0.05).sum())
-    name = "worse" if mean < 0 else "up to 5%" if mean <= 0.05 else "5 to 15%" if mean <= 0.15 else "above 15%"
-    return f"{name} ({above} of {len(gain)} pairs above 5%)"
+    above = int((np.asarray(gain) > 0.05).sum())
+    return f"{tier_name(float(np.mean(gain)))} ({above} of {len(gain)} pairs above 5%)"
+
+
+def tier_name(mean):
+    return "worse" if mean < 0 else "up to 5%" if mean <= 0.05 else "5 to 15%" if mean <= 0.15 else "above 15%"
 
 
 def effect_text(entry):

@@ -760,7 +760,7 @@ def test_an_arm_of_equal_flops_is_paired_with_the_runs_that_have_as_many(tmp_pat
     assert list(zip(own["run"], base["run"], strict=True)) == [("B1-1", "none-1"), ("B1-2", "none-2")]
 
 
-def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_path):
+def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_study(tmp_path):
     cheaper, other = decisions.CHEAPER, decisions.OTHER
     for rule, found, expected in (
         (cheaper, ("equal", "equal"), "take the alternative"),
@@ -781,15 +781,16 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
         *(
             "+44.0 [+30.0, +50.0]",
             "−10.0 [−10.0, −10.0]",
-            "+50%",
-            "−25%",
-            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs, exploratory, test split)",
-            "if better",
+            "+50% [above 15%]",
+            "−25% [worse]",
+            "depends on the tasks; default: gaze better, reading worse (many, 3 pairs, exploratory, 2 of 6 runs not "
+            "converged)",
+            "if default worse",
         ),
     ]
     assert (
         rows["more tokens: sixteen pooled (B1), equal FLOPs, own rates"][-2]
-        == "not run: make study name=equal_flops_rates"
+        == "not run (study equal_flops_rates)"
     )
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
@@ -797,11 +798,13 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     row_of_flops = of_flops["more tokens: sixteen pooled (B1), equal FLOPs, own rates"]
     assert row_of_flops[:-1] == rows["more tokens: sixteen pooled (B1)"][:-1]
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
-    assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
+    assert rows["freeze: both backbones (F1)"][-2:] == ["not run (study phase1a)", "unless default better"]
     assert len(rows) == len(decisions.CHOICES)
-    not_run = [cells[-2].startswith("not run: make study") for cells in rows.values()]
+    not_run = [cells[-2].startswith("not run (study ") for cells in rows.values()]
     assert not_run == sorted(not_run)  # last
     assert False in not_run
+    assert decisions.missing([many, few]) >= {"equal_flops_rates", "phase1a"}
+    assert "confirm_longest" not in decisions.missing([write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))])
     known = {path.stem for path in (params.ROOT / "conf/study").glob("*.yaml")}
     for choice in decisions.CHOICES:
         assert choice.study in known
@@ -841,17 +844,22 @@ def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched
 @pytest.mark.parametrize(
     ("num_pairs", "verdict", "split", "words"),
     [
-        (3, "better", "test", "3 pairs, exploratory, test split"),
+        (3, "better", "test", "3 pairs, exploratory"),
         (3, "better", "validation", "3 pairs, validation split"),
-        (6, "better", "test", "6 pairs, tested, test split"),
-        (6, "exploratory", "test", "6 pairs, exploratory, test split"),
+        (6, "better", "test", "6 pairs, tested"),
+        (6, "exploratory", "test", "6 pairs, exploratory"),
     ],
 )
 def test_a_decision_tells_its_split_and_explores_without_a_test(num_pairs, verdict, split, words):
     summary = study_summary(seeds=range(num_pairs), split=split)
     own = {entry.group: entry.model_copy(update={"verdict": verdict}) for entry in summary.comparisons}
     study = SimpleNamespace(name="mine", summary=summary)
-    assert decisions.attributed("undecided", study, own) == f"undecided (mine, {words})"
+    facts = decisions.attribution(study, own)
+    open_runs = f"2 of {2 * num_pairs} runs not converged"
+    assert decisions.attributed("undecided", facts) == f"undecided (mine, {words}, {open_runs})"
+    assert decisions.shared([facts, facts | {"study": "other"}]) == {
+        name: fact for name, fact in facts.items() if name != "study"
+    }
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):
