@@ -31,6 +31,7 @@ from pipeline_steps.report import (
     figures,
     ideas,
     markdown,
+    opening,
     plots,
     provenance,
     reading,
@@ -109,6 +110,8 @@ def main():
     content = {
         "title": title,
         "banner": texts.banner(values),
+        "answer": opening.sentences(leading, alike),
+        "terms": opening.terms(leading),
         "verdicts": found,
         "studies": list(studied.values()),
         "headline": headline,

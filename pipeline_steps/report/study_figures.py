@@ -86,9 +86,9 @@ CAPTIONS = {
         "having left the plateau.",
     ),
     "forest": (
-        "Differences between the default recipe and the other arms of the study, pair by pair",
-        "Default recipe minus the other arm: right of 0 the default is better. A point is a pair of runs with equal "
-        "seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for any distribution. Grey: "
-        "differences that count as none.",
+        "Differences between the baseline and the other arms of the study, pair by pair",
+        "Baseline (in most studies one planned token) minus the other arm: right of 0 the baseline is better. A point "
+        "is a pair of runs with equal seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for "
+        "any distribution. Grey: differences that count as none.",
     ),
 }

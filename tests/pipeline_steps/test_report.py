@@ -290,10 +290,11 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert text.words[0] == "Foveated <model>"
     assert text.words[1].startswith("The world is synthetic")
     assert text.words[2].startswith("The backbones' warm-up, on clips of moving digits, already teaches")
-    assert text.words[3:5] == ["Exact match", "70.0%"]
-    assert text.words[6] == "Token accuracy"
-    assert text.words[9:11] == ["Verdict", "undecided"]
-    assert "Do planned queries help?" in text.words[:13]
+    assert text.words[3].startswith("No study in reports/study compares one planned token")
+    assert text.words[5:7] == ["Exact match", "70.0%"]
+    assert text.words[8] == "Token accuracy"
+    assert text.words[11:13] == ["Verdict", "undecided"]
+    assert "Do planned queries help?" in text.words[:15]
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
@@ -606,7 +607,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
     write_study(tmp_path, study_summary("early", ("none", "F1")))
     page = build(tmp_path, monkeypatch)
-    title = "Default recipe against sixteen tokens (B1): tasks that need a gaze"
+    title = "One planned token (default) against sixteen tokens (B1): tasks that need a gaze"
     statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
     statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1)."
     assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
@@ -615,11 +616,11 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert '<span class="open">2 of 4 runs not converged</span>' in page
     assert "Which &lt;one&gt;?" in page
     assert "6 of 6 runs" in page
-    assert page.index('alt="Differences between the default') < page.index(
+    assert page.index('alt="Differences between the baseline') < page.index(
         "<details><summary>Study early: Which &lt;one&gt;?<"
     )
     assert page.count('alt="Accuracy of every run of the study') == 2
-    assert page.count('alt="Differences between the default recipe and the other arms') == 2
+    assert page.count('alt="Differences between the baseline and the other arms') == 2
     text = (tmp_path / "reports/report.md").read_text()
     assert statement.replace("[", "\\[").replace("]", "\\]") in text
     assert "study_mine_forest" in text
