@@ -77,7 +77,8 @@ def rates_text(study, entries):
     factors = studies.rate_factors(study.name)
     arms = list(dict.fromkeys(name for entry in entries for name in (entry.baseline, entry.arm.partition(", ")[0])))
     if unknown := [arm for arm in arms if arm not in factors]:
-        return f"the learning rates of {', '.join(unknown)} in study {study.name} are not known (no design in conf/study)"
+        names = ", ".join(unknown)
+        return f"the learning rates of {names} in study {study.name} are not known (no design in conf/study)"
     values = {factors[arm] for arm in arms}
     if values == {1}:
         return "all arms have the default's learning rates, which were not tuned for the other arms"
