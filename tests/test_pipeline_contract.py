@@ -38,9 +38,9 @@ MEDIA = {
     "model/video_container.py",
 }  # read without the network
 EXTRA_CODE = {"shards": {"workflow/Snakefile", "workflow/rules/shards.smk"}}  # read by Snakemake, not imported
-DATA = ("data/", "outputs/", "reports/", "params.yaml", "${")  # "${": the path in a parameter
+DATA = ("conf/", "data/", "outputs/", "reports/", "params.yaml", "${")  # "${": the path in a parameter
 ONLY_USED = {"parameters": {"ablation"}, "report": {"seed", "ablation", "report"}}  # the rest: checked or printed
-WRITTEN_BY_HAND = {"reports/runs", "reports/study"}
+WRITTEN_BY_HAND = {"conf/study", "reports/runs", "reports/study"}
 
 
 def package(stage):

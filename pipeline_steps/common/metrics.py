@@ -156,7 +156,7 @@ class Generation(Result):
 
 
 class ChoiceScore(Result):
-    """Share of multiple-choice items whose right option is chosen; intervals: 95 %, bootstrap over items."""
+    """Share of multiple-choice items whose right option is chosen; intervals: 95 %, bootstrap over clips."""
 
     accuracy: Share
     """Share of right choices."""

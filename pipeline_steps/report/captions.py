@@ -39,7 +39,7 @@ def captions(result):
             table.rows.append(row)
     table.note = (
         "CIDEr-D from 0 to 10, BLEU-4 and METEOR (exact and stem matches) from 0 to 1. Brackets: 95% bootstrap "
-        "intervals over items. Named: share of the clip's known attributes that an answer names. None named: share of "
+        "intervals over clips. Named: share of the clip's known attributes that an answer names. None named: share of "
         "answers that name none of them. Bound: a colour together with its own digit. Compare with blind, which can "
         "only guess: a mode that names no more than blind shows nothing."
         if table.rows
@@ -157,7 +157,7 @@ def caption_overlap(result):
         rows.append([task, count(group.num_items), overlap, share(group.same_fine_coarse)])
     note = (
         "Word overlap of an item's fine and coarse answers, and share of items with equal answers. Near 100% the "
-        "planned queries change nothing. Brackets: 95% bootstrap intervals over items."
+        "planned queries change nothing. Brackets: 95% bootstrap intervals over clips."
         if rows
         else NO_CAPTIONS
     )

@@ -32,7 +32,7 @@ def costs(result):
         "what the control removes. Controls use the same weights; they are not trained baselines."
     )
     if result.controls:
-        note += " Brackets: 95% intervals, paired bootstrap over the items scored in both modes."
+        note += " Brackets: 95% intervals, paired bootstrap over the clips scored in both modes."
     return Table("controls", "Cost of each control", columns, rows, note)
 
 

@@ -1,21 +1,32 @@
 """The decision table: what the studies say about every choice of the default recipe.
 
 A row compares the default recipe with one alternative, in every group of tasks, in the study with most pairs of both.
-The verdicts of the groups decide by the row's rule; an alternative without runs is listed with its command. Where the
-study's exact test says nothing, of fewer than six pairs or beyond its headline questions, uncorrected intervals decide.
-Recipes are chosen on validation data, so what intervals say of the test split is exploratory.
+Effects and verdicts are the default's. The verdicts of the groups decide by the row's rule; an alternative without runs
+is listed with its study. Where the study's exact test says nothing, of fewer than six pairs or beyond its headline
+questions, uncorrected intervals decide. Recipes are chosen on validation data, so what intervals say of the test split
+is exploratory.
 """
 
 from dataclasses import dataclass
 
-from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNMATCHED, WORSE
+from pipeline_steps.common.study_results import (
+    BETTER,
+    EQUAL,
+    EXPLORATORY,
+    TOO_FEW,
+    UNDECIDED,
+    UNMATCHED,
+    WORSE,
+)
 from pipeline_steps.report import studies, study_tables
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
 CHEAPER, OTHER = "cheaper", "other"
 FEWEST_PAIRS = 6  # with which a two-sided sign-flip test can have p < 0.05
-RULES = {CHEAPER: "unless worse", OTHER: "if better"}  # when an alternative is adopted
+RULES = {CHEAPER: "unless default better", OTHER: "if default worse"}  # when an alternative is taken
+MIXED = "better and worse"  # the default, in different groups of tasks
+DECIDED = {BETTER: "keep the default", MIXED: "depends on the tasks", WORSE: "take the alternative"}
 
 
 @dataclass(frozen=True)
@@ -73,17 +84,17 @@ def table(found):
         else:
             rows += [row(choice, study, label, groups) for label in labels(choice, study)]
     columns = ["alternative", *(f"{group}, points" for group in groups), *(f"lower loss, {group}" for group in groups)]
-    columns += ["verdict", "adopted"]
+    columns += ["verdict", "alternative taken"]
     note = (
         "Default minus alternative, token accuracy [95% t-interval] of pairs of runs with equal seeds; of sizes, the "
-        "smaller minus the larger. An alternative that costs less is adopted if it is equal or better in every group "
-        "of tasks, any other if it is better in one and equal or better in the others. Tested: by exact tests, "
-        "corrected for the study's questions; else the intervals decide, equal within the study's margin, not "
-        "corrected. Exploratory: such intervals of the test split, as recipes are chosen on validation data. x0.3: "
-        "the default has three tenths of its samples, an alternative at equal FLOPs fewer; not converged. "
-        "Alternatives have the default's learning rates, which need not suit them (`make study name=rates`); own "
-        "rates: both have four times the default's, the best factor tried for each. "
-        f"{study_tables.TIERS}"
+        "smaller minus the larger. Verdicts too are the default's. An alternative that costs less is taken if the "
+        "default is better in no group of tasks and equal or worse in each, any other if it is also worse in one. "
+        "Tested: by exact tests, corrected for the study's questions; else the intervals decide, equal within the "
+        "study's margin, not corrected. Exploratory: such intervals of the test split, as recipes are chosen on "
+        "validation data. All on the test split unless said. x0.3: the default has three tenths of its samples, an "
+        "alternative at equal FLOPs fewer. Alternatives have the default's learning rates, which need not suit them "
+        "(study rates); own rates: both have four times the default's, the best factor tried for each. "
+        f"{study_tables.TIERS} Brackets below it: the tier."
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
@@ -96,7 +107,12 @@ def name_of(choice, budget=""):
 
 
 def not_run(choice):
-    return f"not run: make study name={choice.study}"
+    return f"not run (study {choice.study})"
+
+
+def missing(found):
+    """Names of the studies of alternatives without runs."""
+    return {choice.study for choice in CHOICES if best_study(choice, found) is None}
 
 
 def entries(choice, study):
@@ -143,18 +159,14 @@ def effect_cells(own, groups):
     ]
 
 
-def verdict_text(choice, study, own):
-    """What the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ, of which study."""
+def verdict_text(choice, study, own, said=()):
+    """What the comparisons `own` ({group: `ComparisonResult`}) decide, by group where these differ, of which runs.
+    said: names of facts of `attribution` to leave out."""
     verdicts = {group: verdict(entry, study.summary.margin) for group, entry in own.items()}
-    if TOO_FEW in verdicts.values():
-        return attributed(TOO_FEW, study, own)
     text = outcome(choice.rule, list(verdicts.values()))
-    if len(set(verdicts.values())) > 1 or UNMATCHED in verdicts.values():
-        text += "; " + ", ".join(f"{group}: {OF_ALTERNATIVE.get(found, found)}" for group, found in verdicts.items())
-    return attributed(text, study, own)
-
-
-OF_ALTERNATIVE = {BETTER: "worse", WORSE: "better"}  # by the verdict on the default; the others are symmetric
+    if text != TOO_FEW and (len(set(verdicts.values())) > 1 or UNMATCHED in verdicts.values()):
+        text += "; default: " + ", ".join(f"{group} {found}" for group, found in verdicts.items())
+    return attributed(text, {name: fact for name, fact in attribution(study, own).items() if name not in said})
 
 
 def verdict(entry, margin):
@@ -168,17 +180,33 @@ def by_interval(entry):
     return len(entry.differences) < FEWEST_PAIRS or entry.verdict == EXPLORATORY
 
 
-def attributed(found, study, own):
-    """The outcome `found` with what is behind it: the study, its budget if it has one other than the default's, the
-    number of pairs, whether their test decides or their interval explores, and the split."""
+def attribution(study, own):
+    """{name: fact} of what is behind the comparisons `own`: the study, its budget if it has one other than the
+    default's, the number of pairs, whether their test decides or their interval explores, the split if it is not test,
+    and how many runs had not converged."""
     first, split = next(iter(own.values())), study.summary.split
     count, budgets = len(first.differences), {arm.budget for arm in study.summary.arms}
-    parts = [study.name, *(budgets - {"x1"} if len(budgets) == 1 else ()), f"{count} pair{'s' * (count > 1)}"]
-    if not by_interval(first):
-        parts.append("tested")
-    elif split == "test":
-        parts.append("exploratory")
-    return f"{found} ({', '.join([*parts, f'{split} split'])})"
+    test = "" if by_interval(first) else "tested"
+    facts = {
+        "study": study.name,
+        "budget": next(iter(budgets - {"x1"}), "") if len(budgets) == 1 else "",
+        "pairs": f"{count} pair{'s' * (count > 1)}",
+        "test": "exploratory" if not test and split == "test" else test,
+        "split": "" if split == "test" else f"{split} split",
+        "convergence": first.convergence,
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def attributed(found, facts):
+    """The outcome `found` with the facts that are behind it."""
+    return f"{found} ({', '.join(facts.values())})" if facts else found
+
+
+def shared(facts):
+    """The facts that all of several {name: fact} have."""
+    first, *others = facts or [{}]
+    return {name: fact for name, fact in first.items() if all(other.get(name) == fact for other in others)}
 
 
 def row(choice, study, label, groups):
@@ -193,17 +221,32 @@ def row(choice, study, label, groups):
 
 
 def loss_cells(study, own, groups):
-    """A cell per group of tasks: how much lower the default's loss is."""
+    """A cell per group of tasks: how much lower the default's loss is, with its tier."""
     return [
-        study_tables.gain_cells(studies.improvement(study, own[group], group))[0] if group in own else MISSING
-        for group in groups
+        loss_cell(studies.improvement(study, own[group], group)) if group in own else MISSING for group in groups
     ]
+
+
+def loss_cell(gain):
+    (text, mean), _ = study_tables.gain_cells(gain)
+    return MISSING if mean is None else (f"{text} [{study_tables.tier_name(mean / 100)}]", mean)
 
 
 def outcome(rule, verdicts):
     """What the verdicts on the default, one per group of tasks, decide by a rule."""
+    found = overall(verdicts)
+    if found == EQUAL:
+        return DECIDED[WORSE if rule == CHEAPER else BETTER]
+    return DECIDED.get(found, found)
+
+
+def overall(verdicts):
+    """One verdict on the default from those of the groups of tasks: better if it is in one and worse in none, equal or
+    worse only if none is open."""
+    if TOO_FEW in verdicts:
+        return TOO_FEW
     if BETTER in verdicts:
-        return "depends on the tasks" if WORSE in verdicts else "keep the default"
+        return MIXED if WORSE in verdicts else BETTER
     if not set(verdicts) <= {EQUAL, WORSE}:
-        return "undecided"
-    return "take the alternative" if WORSE in verdicts or rule == CHEAPER else "keep the default"
+        return UNDECIDED
+    return WORSE if WORSE in verdicts else EQUAL

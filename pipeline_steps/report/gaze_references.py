@@ -22,7 +22,7 @@ def gaze_difference(result):
         rows.append(row)
     note = (
         "Share of frames whose most attended patch shows the target: autoregressive minus reference on the same "
-        "frames, in points. Brackets: 95% paired bootstrap intervals over items. A positive difference to chance and "
+        "frames, in points. Brackets: 95% paired bootstrap intervals over clips. A positive difference to chance and "
         "coarse is the gain from planned queries. The oracle attends to the target only; if its interval includes 0, "
         "better queries would show no gain on these frames."
         if rows

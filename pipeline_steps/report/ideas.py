@@ -5,6 +5,7 @@ prediction, the effect is the gain of planned over static queries, decided by it
 that most ideas have, all verdicts are exploratory: not corrected for the number of ideas.
 """
 
+import math
 from dataclasses import dataclass
 
 from pipeline_steps.common.study_results import (
@@ -25,7 +26,6 @@ from pipeline_steps.report.tables import MISSING, Table
 OBJECTIVE = "training.stageN.objective"
 PREDICTION = f"{OBJECTIVE}.next_frame"
 PARAMETER_NOTE = f"stageN: stages 2 and 3; next_frame, entropy and contrastive: in {OBJECTIVE}."
-DIGITS = 2  # of gains in per cent
 BESIDE = ("clips won, %", "loss without the state, ×", "reference − idea, points")  # columns after the verdict
 TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
 
@@ -122,37 +122,50 @@ def tables(found):
 def answers_table(chosen):
     asked = [(idea.choice, study) for idea, study in chosen if study]
     groups = list(dict.fromkeys(entry.group for pair in asked for entry in decisions.entries(*pair)))
+    said = decisions.shared([decisions.attribution(study, own) for _, study, own in answered(chosen)])
     rows = []
     for idea, study in chosen:
         choice, parameter = idea.choice, parameter_text(idea)
         if study is None:
             rows.append([decisions.name_of(choice), parameter, *[MISSING] * len(groups), decisions.not_run(choice)])
-            continue
-        for label in dict.fromkeys(entry.arm for entry in decisions.entries(choice, study)):
-            own = decisions.by_group(choice, study, label)
-            name = decisions.name_of(choice, label.partition(", ")[2])
-            verdict = decisions.verdict_text(choice, study, own)
+        for _, _, own in answered([(idea, study)]):
+            budget = next(iter(own.values())).arm.partition(", ")[2]
+            name, verdict = decisions.name_of(choice, budget), decisions.verdict_text(choice, study, own, said)
             rows.append([name, parameter, *decisions.effect_cells(own, groups), verdict])
     columns = ["idea", "parameter", *(f"{group}, points" for group in groups), "verdict"]
     note = (
         f"{PARAMETER_NOTE} Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text "
         "loss alone minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs "
-        "with equal seeds. Verdicts by the rules under Decisions."
+        f"with equal seeds. Verdicts by the rules under Decisions.{shared_note(said)}"
     )
     return Table("ideas", "Ideas compared by answers", columns, rows, note)
 
 
+def answered(chosen):
+    """(idea, study, {group: `ComparisonResult`}) of every idea, and budget, that was run."""
+    return [
+        (idea, study, decisions.by_group(idea.choice, study, label))
+        for idea, study in chosen
+        if study
+        for label in dict.fromkeys(entry.arm for entry in decisions.entries(idea.choice, study))
+    ]
+
+
+def shared_note(said):
+    return f" All rows: {', '.join(said.values())}." if said else ""
+
+
 def prediction_table(chosen):
+    said = decisions.shared([prediction_facts(arm, study) for _, study, arm in predicted(chosen)])
     rows = []
     for idea, study in chosen:
         choice, parameter = idea.choice, parameter_text(idea)
         if study is None:
             empty = [MISSING] * len(CLIPS), [MISSING] * len(BESIDE)
             rows.append([decisions.name_of(choice), parameter, *empty[0], decisions.not_run(choice), *empty[1]])
-            continue
-        for arm in predictions(choice, study):
+        for _, _, arm in predicted([(idea, study)]):
             budget = arm.budget if len({other.budget for other in study.summary.arms}) > 1 else ""
-            rows.append([decisions.name_of(choice, budget), parameter, *prediction_cells(arm, study)])
+            rows.append([decisions.name_of(choice, budget), parameter, *prediction_cells(arm, study, said)])
     columns = ["idea", "parameter", *(f"{clips}, %" for clips in CLIPS.values()), "verdict", *BESIDE]
     note = (
         f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss on moving clips, mean over runs [95% "
@@ -161,9 +174,55 @@ def prediction_table(chosen):
         "clips with lower planned loss. Loss without the state: with the language model's state shuffled between clips "
         "/ zeroed, divided by the planned loss, moving clips; near 1, the head does not use it. Reference − idea: "
         "difference of the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs "
-        "with equal seeds and targets."
+        f"with equal seeds and targets.{shared_note(said)}"
     )
     return Table("ideas_next_frame", "Ideas compared by next-frame prediction", columns, rows, note)
+
+
+def predicted(chosen):
+    """(idea, study, `ArmResult`) of every idea, and budget, that was run."""
+    return [(idea, study, arm) for idea, study in chosen if study for arm in predictions(idea.choice, study)]
+
+
+def prediction_facts(arm, study):
+    """{name: fact} of the runs behind an `ArmResult`, as `decisions.attribution`."""
+    return {"study": study.name, "runs": f"{len(arm.seeds)} run{'s' * (len(arm.seeds) > 1)}"}
+
+
+def folded_title(found):
+    """How many ideas there are and what the runs say of them, in a line. found: list of `studies.Study`."""
+    chosen = [(idea, study_of(idea, found)) for idea in IDEAS]
+    answers = [
+        decisions.overall([decisions.verdict(entry, study.summary.margin) for entry in own.values()])
+        for _, study, own in answered(chosen)
+        if own
+    ]
+    gains = [prediction_overall(arm, study.summary.next_frame_margin) for _, study, arm in predicted(chosen)]
+    count = len({idea.choice.decision for idea in IDEAS})
+    return (
+        f"{count} ideas in {len(IDEAS)} variants. Answers: default {tally(answers)}. Next frame: planned queries "
+        f"{tally(gains)}. Not run: {sum(study is None for _, study in chosen)}"
+    )
+
+
+def prediction_overall(arm, margin):
+    """One verdict on the planned queries of an `ArmResult`, of all groups of clips."""
+    words = {group: arm.prediction_verdict(group, margin) for group in arm.next_frame}
+    if NOT_LEARNED in words.values():
+        return "not learned"
+    verdicts = {entry.verdict for entry in arm.next_frame.values()}
+    return "without planned queries" if SINGLE_PASS in verdicts else decisions.overall(verdicts)
+
+
+def tally(verdicts):
+    """The verdicts counted: the four main ones always, others where they occur."""
+    names = dict.fromkeys((BETTER, EQUAL, WORSE, UNDECIDED, *sorted(verdicts)))
+    return ", ".join(f"{name} {verdicts.count(name)}" for name in names)
+
+
+def missing(found):
+    """Names of the studies of ideas without runs."""
+    return {idea.choice.study for idea in IDEAS if study_of(idea, found) is None}
 
 
 def parameter_text(idea):
@@ -181,10 +240,10 @@ def predictions(choice, study):
     return [arm for arm in study.summary.arms if arm.arm == choice.arm and arm.next_frame]
 
 
-def prediction_cells(arm, study):
-    """Cells of an `ArmResult`: gain by group of clips, verdict, and what stands beside it, of the moving clips."""
-    found, moving = arm.next_frame, arm.next_frame.get(VIDEOS)
-    margin, count = study.summary.next_frame_margin, len(arm.seeds)
+def prediction_cells(arm, study, said):
+    """Cells of an `ArmResult`: gain by group of clips, verdict, and what stands beside it, of the moving clips. said:
+    names of facts of `prediction_facts` to leave out."""
+    found, moving, margin = arm.next_frame, arm.next_frame.get(VIDEOS), study.summary.next_frame_margin
     cells = [gain_cell(found[name]) if name in found else MISSING for name in CLIPS]
     beside = [MISSING] * len(BESIDE)
     if moving is not None:
@@ -193,12 +252,13 @@ def prediction_cells(arm, study):
     text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
     if len(words) == len(CLIPS) and len(set(words.values())) == 1:
         text = next(iter(words.values()))
-    return [*cells, f"{text} ({study.name}, {count} run{'s' * (count > 1)})", *beside]
+    facts = {name: fact for name, fact in prediction_facts(arm, study).items() if name not in said}
+    return [*cells, decisions.attributed(text, facts), *beside]
 
 
 def gain_cell(found):
     values = found.known("gain")
-    return study_tables.interval_cell(values, found.interval, DIGITS) if values else MISSING
+    return study_tables.interval_cell(values, found.interval, digits(found.interval)) if values else MISSING
 
 
 def wins_cell(found):
@@ -214,7 +274,15 @@ def state_cell(found):
 def difference_cell(found):
     if not found.differences:
         return MISSING
-    return study_tables.interval_cell(found.differences, found.differences_interval, DIGITS)
+    interval = found.differences_interval
+    return study_tables.interval_cell(found.differences, interval, digits(interval))
+
+
+def digits(interval):
+    """Decimals in per cent with which the half width of an interval, or None, has two digits: two to four, as summaries
+    have six of the share."""
+    half = 50 * (interval[1] - interval[0]) if interval else 0
+    return min(max(1 - math.floor(math.log10(half)), 2), 4) if half else 2
 
 
 def finding(found):
@@ -231,7 +299,7 @@ def finding(found):
                 verdict = NOT_LEARNED
             text = f"{name} on {clips}"
             if entry is not None and entry.gain and (values := entry.known("gain")):
-                text += f" ({study_tables.interval_text(values, entry.interval, DIGITS)}%)"
+                text += f" ({study_tables.interval_text(values, entry.interval, digits(entry.interval))}%)"
             parts.setdefault(OUTCOMES[verdict], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)

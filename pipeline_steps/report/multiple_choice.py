@@ -19,7 +19,7 @@ def multiple_choice(result):
                     table.summary.append(len(table.rows))
                 table.rows.append([name, scoring, *choice_cells(group, scoring)])
     table.note = (
-        "Share of items with the correct option chosen. Brackets: 95% bootstrap intervals over items. Gain: points of "
+        "Share of items with the correct option chosen. Brackets: 95% bootstrap intervals over clips. Gain: points of "
         "accuracy above the same network with grey frames; if its interval includes 0, the options alone may give the "
         "answer. Scorings: letter (most likely letter), likelihood (option with the lowest loss per token), "
         "generation (option that the generated answer names; no option: share of answers that name none and count as "

@@ -22,7 +22,7 @@ def by_source(result):
         table.strong = [columns.index("autoregressive")]
         table.note = (
             "The scores above by source. If a task differs widely between sources, its mean says little. Brackets: "
-            "95% bootstrap intervals over items, in per cent. Loss: nats per scored answer token, autoregressive "
+            "95% bootstrap intervals over clips, in per cent. Loss: nats per scored answer token, autoregressive "
             "mode. Scores of items without frames are in the autoregressive column."
         )
     return table

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.metrics import read_json
 from pipeline_steps.common.study_results import EXPLORATORY, SEEDS, StudySummary
@@ -16,14 +17,18 @@ TEXTS = ("run", "arm", "budget", "commit", "parameters")  # columns of runs.csv
 NUMBERS = ("training_samples", "training_flops", "training_seconds", "attempts")
 NUMBERS += ("mean_token_accuracy", "exact_match_accuracy", "mean_loss")
 CONVERGED = "converged"  # True, False or unknown
+EARLIER_FLOPS = frozenset(  # commits of runs in reports/study that do not descend from 8747296, which counts by task
+    ("2f209dcc9960", "7f35c22afd79", "955a1cabb865", "b5bb9a4a64ca")
+)
 FLOPS_NOTE = (
-    "Runs from before commit 8747296 count every sample as a mean sample that trains all weights: their figures are "
+    "FLOPs of runs from before commit 8747296 count every sample as a mean sample that trains all weights: they are "
     "higher, and ratios between arms are not those of later runs."
 )
+DESIGNS = params.ROOT / "conf/study"
 HEADLINE_ARMS = ("none", "A6", "B1")
 GROUP_NAMES = {"gaze": "tasks that need a gaze", "reading": "tasks that must read everything", "all": "all tasks"}
 SHORT_NAMES = {"gaze": "need a gaze", "reading": "read everything", "all": "all tasks"}  # in figures
-ARM_NAMES = {"none": "default recipe", "A6": "one static token (A6)", "B1": "sixteen tokens (B1)"}
+ARM_NAMES = {"none": "one planned token (default)", "A6": "one static token (A6)", "B1": "sixteen tokens (B1)"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +129,18 @@ def losses_of(path):
     items = read_study_items(path, ["run", "task", "num_tokens", "loss_sum"])
     sums = items.groupby(["run", "task"], sort=True)[["loss_sum", "num_tokens"]].sum()
     return (sums["loss_sum"].astype(float) / sums["num_tokens"]).unstack("task")
+
+
+def flops_note(runs):
+    """FLOPS_NOTE with a space before it if it applies to one of the runs (rows of runs.csv), else ""."""
+    return f" {FLOPS_NOTE}" if runs["commit"].isin(EARLIER_FLOPS).any() else ""
+
+
+def rate_factors(name):
+    """{arm: factor on the default's learning rates} of conf/study/<name>.yaml, {} without that file."""
+    path = DESIGNS / f"{name}.yaml"
+    arms = params.load(path, "keys such as 'question:' and 'arms:'")["arms"] if path.is_file() else {}
+    return {arm: (entry or {}).get("rate_factor", 1) for arm, entry in arms.items()}
 
 
 def tasks_of(study):

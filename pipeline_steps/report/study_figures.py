@@ -68,6 +68,8 @@ def points(study, chosen):
             axes.set_title(name, fontsize=9)
             axes.set_xlim(-4, 104)
             axes.set_xticks((0, 50, 100))
+            for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+                label.set_horizontalalignment(side)  # inside its panel, apart from the next one's
             axes.grid(axis="x", linewidth=0.6)
             axes.set_axisbelow(True)
         panels[0].set_yticks(range(len(chosen)), names_of_arms, fontsize=10)
@@ -84,9 +86,9 @@ CAPTIONS = {
         "having left the plateau.",
     ),
     "forest": (
-        "Differences between the default recipe and the other arms of the study, pair by pair",
-        "Default recipe minus the other arm: right of 0 the default is better. A point is a pair of runs with equal "
-        "seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for any distribution. Grey: "
-        "differences that count as none.",
+        "Differences between the baseline and the other arms of the study, pair by pair",
+        "Baseline (in most studies one planned token) minus the other arm: right of 0 the baseline is better. A point "
+        "is a pair of runs with equal seeds; tick and thick line: mean and 95% t-interval; thin line: 95% interval for "
+        "any distribution. Grey: differences that count as none.",
     ),
 }

@@ -152,7 +152,7 @@ def arms(study, chosen):
         "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
         "generated answers. Brackets of the runs above the plateau: 95% interval of the share, in %. Converged: "
         "the validation loss fell by less than 1% over the last quarter of stage 3, or rose. Samples, TFLOP and "
-        f"minutes: of training; minutes are medians. {studies.FLOPS_NOTE}"
+        f"minutes: of training; minutes are medians.{studies.flops_note(study.runs)}"
     )
     if untrained := [studies.label(summary, arm) for arm in chosen if not arm.answers_trained]:
         note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
@@ -241,9 +241,12 @@ def gain_cells(gain):
 
 def tier(gain):
     """The research's tier of a relative improvement of the loss, and how many pairs are above its first border."""
-    mean, above = float(np.mean(gain)), int((np.asarray(gain) > 0.05).sum())
-    name = "worse" if mean < 0 else "up to 5%" if mean <= 0.05 else "5 to 15%" if mean <= 0.15 else "above 15%"
-    return f"{name} ({above} of {len(gain)} pairs above 5%)"
+    above = int((np.asarray(gain) > 0.05).sum())
+    return f"{tier_name(float(np.mean(gain)))} ({above} of {len(gain)} pairs above 5%)"
+
+
+def tier_name(mean):
+    return "worse" if mean < 0 else "up to 5%" if mean <= 0.05 else "5 to 15%" if mean <= 0.15 else "above 15%"
 
 
 def effect_text(entry):

@@ -177,7 +177,7 @@ def accuracies(result):
         ["task", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact match"],
         rows,
         "Teacher-forced token accuracy: share of scored answer tokens that are the most likely token. Brackets: 95% "
-        "bootstrap intervals over items, in per cent. Chance: accuracy of the training split's most frequent token at "
+        "bootstrap intervals over clips, in per cent. Chance: accuracy of the training split's most frequent token at "
         "each answer position. Exact match: share of greedily generated answers equal to the expected one, on fewer "
         "items.",
         strong=[MODES.index("autoregressive") + 2],
@@ -211,7 +211,7 @@ def losses(result):
         ["task", *(MODE_NAMES[mode] for mode in MODES), "autoregressive / fine"],
         rows,
         "Nats per scored answer token. Last column: autoregressive loss / fine loss; 1 means that parallel training "
-        "transfers to frame-by-frame inference. Brackets: 95% bootstrap intervals over items, paired in the last "
+        "transfers to frame-by-frame inference. Brackets: 95% bootstrap intervals over clips, paired in the last "
         "column.",
         strong=[MODES.index("autoregressive") + 1],
         summary=list(range(first_summary, len(rows))),

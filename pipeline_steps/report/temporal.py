@@ -30,7 +30,7 @@ def temporal(result):
                 rows.append([task, VIEW_NAMES[name], *view_cells(views[name])])
     note = (
         "Autoregressive mode, the same clips in part and in full. Loss difference: part minus all frames, nats per "
-        "token; brackets: 95% paired bootstrap intervals over items. Near 0, the model does not use the rest of the "
+        "token; brackets: 95% paired bootstrap intervals over clips. Near 0, the model does not use the rest of the "
         "clip. A half has both fewer frames and less content. A held half repeats its frames up to the full number, "
         "so that only the content differs: if the half is worse but the held half is not, the network depends on the "
         "number of frames. Answers changed: share of items with a different most likely token at any position."

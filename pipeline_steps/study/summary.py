@@ -28,7 +28,7 @@ from pipeline_steps.common.study_results import (
 )
 from pipeline_steps.report import scaling
 from pipeline_steps.report.statistics import equivalence_power, share_interval, unseen_text
-from pipeline_steps.report.studies import FLOPS_NOTE, Study, losses_of, read_runs
+from pipeline_steps.report.studies import Study, flops_note, losses_of, read_runs
 from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
     label_of,
@@ -68,7 +68,7 @@ def page(summary, table, study, command=None, grid=()):
     """The summary as Markdown. grid: tables of a scaling grid."""
     parts = [f"# Study {summary.name}", summary.question]
     parts += [f"{summary.num_runs} of {summary.num_planned} runs. `{command or f'make study name={summary.name}'}`"]
-    parts += ["## Arms", arm_table(summary)]
+    parts += ["## Arms", arm_table(summary, table)]
     if summary.comparisons:
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
     if any(arm.next_frame for arm in summary.arms):
@@ -81,7 +81,7 @@ def page(summary, table, study, command=None, grid=()):
     return "\n\n".join(parts) + "\n"
 
 
-def arm_table(summary):
+def arm_table(summary, table):
     rows = []
     for arm in summary.arms:
         count = len(arm.seeds)
@@ -106,8 +106,8 @@ def arm_table(summary):
     note = (
         "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
         "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
-        f"backward, by task at its mean lengths, of the trained weights. {FLOPS_NOTE} Minutes: median of runs without "
-        "interruption."
+        f"backward, by task at its mean lengths, of the trained weights.{flops_note(table)} Minutes: median of runs "
+        "without interruption."
     )
     if untrained := [arm.arm for arm in summary.arms if not arm.answers_trained]:
         names = ", ".join(dict.fromkeys(untrained))

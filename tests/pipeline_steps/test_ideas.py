@@ -226,7 +226,7 @@ def test_a_head_that_predicts_no_better_than_no_change_has_no_verdict(table):
         found, trivial, STUDY
     )
     verdict = cells_of([kept(found, trivial)])["first system: the next frame's latent"]["verdict"]
-    assert verdict == "not learned: no better than predicting no change (next_frame, 3 runs)"
+    assert verdict == "not learned: no better than predicting no change (3 runs)"
 
 
 @pytest.mark.parametrize("task", ["image", "still"])
@@ -274,13 +274,13 @@ def test_every_idea_has_its_arm_study_and_parameter_in_conf():
             assert parameter.replace("stageN", "stage3") in text or parameter.split(".")[-1] in text, idea
 
 
-def test_ideas_without_runs_name_the_command():
+def test_ideas_without_runs_name_the_study():
     rows = cells_of([])
     assert len(rows) == len(ideas.IDEAS)
-    assert rows["3 skip: query to head"]["verdict"] == "not run: make study name=next_frame"
-    assert rows["5 entropy margin: weight 0.1"]["verdict"] == "not run: make study name=ideas"
-    assert rows["fovea: low resolution alone"]["verdict"] == "not run: make study name=fovea"
-    assert rows["10 motion: objects glide, flow"]["verdict"] == "not run: make study name=next_frame_objects"
+    assert rows["3 skip: query to head"]["verdict"] == "not run (study next_frame)"
+    assert rows["5 entropy margin: weight 0.1"]["verdict"] == "not run (study ideas)"
+    assert rows["fovea: low resolution alone"]["verdict"] == "not run (study fovea)"
+    assert rows["10 motion: objects glide, flow"]["verdict"] == "not run (study next_frame_objects)"
     assert ideas.finding([]).endswith(
         "not measured for latent on moving clips, latent on static clips, delta on moving clips, delta on static clips"
         ", flow on moving clips, flow on static clips."
@@ -297,11 +297,11 @@ def test_ideas_about_the_next_frame_show_gains_and_the_use_of_the_state(found, t
         "clips won, %": "50.0 [25–75]",
         "loss without the state, ×": "1.05 / 1.50",
         "reference − idea, points": "+0.00 [−2.48, +2.48]",
-        "verdict": "moving clips: planned queries better; static clips: equal within 1% (next_frame, 3 runs)",
+        "verdict": "moving clips: planned queries better; static clips: equal within 1% (3 runs)",
     }
     assert rows["2 delta: with L1 safeguard"]["static clips, %"] == "−5.00 [−7.48, −2.52]"
     assert rows["2 delta: with L1 safeguard"]["reference − idea, points"] == "–"
-    assert rows["3 skip: query to head"]["verdict"] == "too few runs (next_frame, 1 run)"
+    assert rows["3 skip: query to head"]["verdict"] == "too few runs (1 run)"
     assert rows["6 separate heads: coarse and planned"]["moving clips, %"] == "–"
     assert "moving clips, %" not in rows["8 contrastive: weight 0.1"]
 
@@ -329,9 +329,11 @@ def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
     row = cells_of([study])["5 entropy margin: weight 0.1"]
     assert row["gaze, points"] == "+42.0 [+30.0, +50.0]"
-    assert (
-        row["verdict"] == "depends on the tasks; gaze: worse, reading: better (ideas, 3 pairs, exploratory, test split)"
-    )  # no exact test of three pairs decides anything
+    assert row["verdict"] == "depends on the tasks; default: gaze better, reading worse"
+    answers, _ = ideas.tables([study])
+    assert answers.note.endswith(" All rows: ideas, 3 pairs, exploratory, 2 of 6 runs not converged.")
+    title = "14 ideas in 37 variants. Answers: default better 0, equal 0, worse 0, undecided 0, better and worse 1. "
+    assert ideas.folded_title([study]).startswith(title)
     assert "moving clips, %" not in row
 
 
@@ -354,7 +356,13 @@ def test_an_interval_decides(interval, count, verdict):
 def test_few_pairs_decide_nothing(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2)))
     verdict = cells_of([study])["5 entropy margin: weight 0.1"]["verdict"]
-    assert verdict == "too few runs (ideas, 2 pairs, exploratory, test split)"
+    assert verdict == "too few runs"
+    assert ideas.folded_title([study]).count("too few runs 1") == 1
+
+
+def test_gains_have_as_many_digits_as_their_interval_needs():
+    assert [ideas.digits((-half, half)) for half in (0.2, 0.0012, 0.0002, 0.00004, 1e-6, 0.0)] == [2, 2, 3, 4, 4, 2]
+    assert ideas.digits(None) == 2
 
 
 def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):
@@ -368,6 +376,11 @@ def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, tabl
     sentence = "refuted, planned queries are better, for latent on moving clips"
     ideas_at, losses_at = page.index('id="ideas-rows"'), page.index('id="ideas_next_frame-rows"')
     assert page.index("<h2>Ideas of the research</h2>") < page.index(sentence) < ideas_at < losses_at
+    folded = page.index("<details><summary>14 ideas in 37 variants. Answers: ")
+    assert page.index(sentence) < folded < ideas_at
+    assert "</details>" not in page[folded:losses_at]
+    assert "planned queries better 3, equal 0, worse 1" in page[folded : page.index("</summary>", folded)]
+    assert page.index("<pre>make study name=") > page.index('id="table-data"')
     assert text.index("## Ideas of the research") < text.index(sentence) < text.index("| 1 previous latent: dropped |")
     assert "| latent | 3 | – | – | – | – | – | – |" in text
     assert "Every task in study next_frame" not in page + text

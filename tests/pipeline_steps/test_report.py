@@ -291,10 +291,11 @@ def test_page_is_self_contained_and_starts_with_the_verdict(built):
     assert text.words[0] == "Foveated <model>"
     assert text.words[1].startswith("The world is synthetic")
     assert text.words[2].startswith("The backbones' warm-up, on clips of moving digits, already teaches")
-    assert text.words[3:5] == ["Exact match", "70.0%"]
-    assert text.words[6] == "Token accuracy"
-    assert text.words[9:11] == ["Verdict", "undecided"]
-    assert "Do planned queries help?" in text.words[:13]
+    assert text.words[3].startswith("No study in reports/study compares one planned token")
+    assert text.words[5:7] == ["Exact match", "70.0%"]
+    assert text.words[8] == "Token accuracy"
+    assert text.words[11:13] == ["Verdict", "undecided"]
+    assert "Do planned queries help?" in text.words[:15]
     assert all(address.startswith(("data:", "#")) for address in text.addresses)
     assert not re.findall(r"""(?:url\(|import\s|fetch\(|src=|href=)["']?https?:""", page)
     assert "Which &lt;b&gt;?" in page  # text from the data is escaped
@@ -622,7 +623,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))
     write_study(tmp_path, study_summary("early", ("none", "F1")))
     page = build(tmp_path, monkeypatch)
-    title = "Default recipe against sixteen tokens (B1): tasks that need a gaze"
+    title = "One planned token (default) against sixteen tokens (B1): tasks that need a gaze"
     statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
     statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1)."
     assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
@@ -631,11 +632,11 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert '<span class="open">2 of 4 runs not converged</span>' in page
     assert "Which &lt;one&gt;?" in page
     assert "6 of 6 runs" in page
-    assert page.index('alt="Differences between the default') < page.index(
+    assert page.index('alt="Differences between the baseline') < page.index(
         "<details><summary>Study early: Which &lt;one&gt;?<"
     )
     assert page.count('alt="Accuracy of every run of the study') == 2
-    assert page.count('alt="Differences between the default recipe and the other arms') == 2
+    assert page.count('alt="Differences between the baseline and the other arms') == 2
     text = (tmp_path / "reports/report.md").read_text()
     assert statement.replace("[", "\\[").replace("]", "\\]") in text
     assert "study_mine_forest" in text
@@ -798,7 +799,7 @@ def test_an_arm_of_equal_flops_is_paired_with_the_runs_that_have_as_many(tmp_pat
     assert list(zip(own["run"], base["run"], strict=True)) == [("B1-1", "none-1"), ("B1-2", "none-2")]
 
 
-def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_path):
+def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_study(tmp_path):
     cheaper, other = decisions.CHEAPER, decisions.OTHER
     for rule, found, expected in (
         (cheaper, ("equal", "equal"), "take the alternative"),
@@ -819,15 +820,16 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
         *(
             "+44.0 [+30.0, +50.0]",
             "−10.0 [−10.0, −10.0]",
-            "+50%",
-            "−25%",
-            "depends on the tasks; gaze: worse, reading: better (many, 3 pairs, exploratory, test split)",
-            "if better",
+            "+50% [above 15%]",
+            "−25% [worse]",
+            "depends on the tasks; default: gaze better, reading worse (many, 3 pairs, exploratory, 2 of 6 runs not "
+            "converged)",
+            "if default worse",
         ),
     ]
     assert (
         rows["more tokens: sixteen pooled (B1), equal FLOPs, own rates"][-2]
-        == "not run: make study name=equal_flops_rates"
+        == "not run (study equal_flops_rates)"
     )
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
@@ -835,11 +837,13 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_command(tmp_p
     row_of_flops = of_flops["more tokens: sixteen pooled (B1), equal FLOPs, own rates"]
     assert row_of_flops[:-1] == rows["more tokens: sixteen pooled (B1)"][:-1]
     assert "2 pairs" in of_flops["more tokens: sixteen pooled (B1)"][-2]  # of the study at equal samples
-    assert rows["freeze: both backbones (F1)"][-2:] == ["not run: make study name=phase1a", "unless worse"]
+    assert rows["freeze: both backbones (F1)"][-2:] == ["not run (study phase1a)", "unless default better"]
     assert len(rows) == len(decisions.CHOICES)
-    not_run = [cells[-2].startswith("not run: make study") for cells in rows.values()]
+    not_run = [cells[-2].startswith("not run (study ") for cells in rows.values()]
     assert not_run == sorted(not_run)  # last
     assert False in not_run
+    assert decisions.missing([many, few]) >= {"equal_flops_rates", "phase1a"}
+    assert "confirm_longest" not in decisions.missing([write_study(tmp_path, study_summary(arms=("none", "A6", "B1")))])
     known = {path.stem for path in (params.ROOT / "conf/study").glob("*.yaml")}
     for choice in decisions.CHOICES:
         assert choice.study in known
@@ -879,17 +883,22 @@ def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched
 @pytest.mark.parametrize(
     ("num_pairs", "verdict", "split", "words"),
     [
-        (3, "better", "test", "3 pairs, exploratory, test split"),
+        (3, "better", "test", "3 pairs, exploratory"),
         (3, "better", "validation", "3 pairs, validation split"),
-        (6, "better", "test", "6 pairs, tested, test split"),
-        (6, "exploratory", "test", "6 pairs, exploratory, test split"),
+        (6, "better", "test", "6 pairs, tested"),
+        (6, "exploratory", "test", "6 pairs, exploratory"),
     ],
 )
 def test_a_decision_tells_its_split_and_explores_without_a_test(num_pairs, verdict, split, words):
     summary = study_summary(seeds=range(num_pairs), split=split)
     own = {entry.group: entry.model_copy(update={"verdict": verdict}) for entry in summary.comparisons}
     study = SimpleNamespace(name="mine", summary=summary)
-    assert decisions.attributed("undecided", study, own) == f"undecided (mine, {words})"
+    facts = decisions.attribution(study, own)
+    open_runs = f"2 of {2 * num_pairs} runs not converged"
+    assert decisions.attributed("undecided", facts) == f"undecided (mine, {words}, {open_runs})"
+    assert decisions.shared([facts, facts | {"study": "other"}]) == {
+        name: fact for name, fact in facts.items() if name != "study"
+    }
 
 
 def test_a_study_of_another_version_names_the_command(tmp_path):

@@ -6,6 +6,7 @@ Skipped, with the reason, where Chromium or its driver is absent; `.ci/run` inst
 """
 
 import json
+import re
 import shutil
 import time
 
@@ -15,6 +16,8 @@ selenium = pytest.importorskip("selenium", reason="selenium is not installed (th
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 
+from pipeline_steps.common.params import ROOT  # noqa: E402
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
@@ -23,6 +26,9 @@ pytestmark = [
         not (CHROMIUM and DRIVER), reason="no Chromium or no driver (Debian: apt-get install chromium chromium-driver)"
     ),
 ]
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+COMMANDS = rf"`|\bmake (?:{'|'.join(TARGETS)})\b|\bpython -m\b|\bdvc "
+GAZE_TASKS = ("ask_colour", "ask_place", "card", "follow")
 CONTRAST = """
 const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const rgba = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -80,6 +86,23 @@ def full_page(tmp_path_factory):
     write_root(root)
     write_study(root, study_summary("confirm", ("none", "A6", "B1"), tuple(range(8))))
     write_study(root, study_summary("phase1a", ("none", "F1", "LR2", "A1", "D1"), (31, 32, 33)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        build(root, monkeypatch)
+    return (root / "reports/report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def real_page(tmp_path_factory):
+    """The address of a page with the committed studies, and two clips of each task that needs a gaze."""
+    from tests.pipeline_steps.test_report import build, write_root
+
+    root = tmp_path_factory.mktemp("real")
+    write_root(root)
+    shutil.copytree(ROOT / "reports/study", root / "reports/study")
+    path = root / "reports/heatmaps/index.json"
+    index = json.loads(path.read_text())
+    index["clips"] = [clip | {"task": task} for clip in index["clips"] for task in GAZE_TASKS for _ in range(2)]
+    path.write_text(json.dumps(index))
     with pytest.MonkeyPatch.context() as monkeypatch:
         build(root, monkeypatch)
     return (root / "reports/report.html").as_uri()
@@ -210,16 +233,18 @@ def test_the_page_fits_and_is_legible(browser, width, scheme):
     assert chosen == (scheme == "light")  # figures are drawn for both
 
 
-def test_the_page_is_short_until_it_is_unfolded(chromium, full_page):
+@pytest.mark.parametrize("name", ["full_page", "real_page"])
+def test_the_page_is_short_until_it_is_unfolded(chromium, name, request):
     """Limits of a reader's patience at 1280 px; a page with more clips and more tasks has them to spare."""
     show(chromium, 1280, "light")
-    chromium.get(full_page)
+    chromium.get(request.getfixturevalue(name))
     script = "return [...document.querySelectorAll('table')].filter((t) => t.checkVisibility()).length"
     assert chromium.execute_script(script) <= 13
     assert chromium.execute_script("return document.documentElement.scrollHeight") <= 13_000
-    assert chromium.execute_script("return document.body.innerText.split(/\\s+/).length") <= 4_600
     results = chromium.execute_script("return document.body.innerText")
-    assert "dvc exp run" not in results
+    assert len(results.split()) <= 4_600
+    assert re.findall(COMMANDS, results) == []
+    assert re.findall(COMMANDS, chromium.execute_script("return document.body.textContent"))  # they are folded
     assert results.index("Exact match") < results.index("Token accuracy") < results.index("Verdict")
 
 

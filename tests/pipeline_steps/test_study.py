@@ -22,7 +22,7 @@ from pipeline_steps.common.flop_formulas import training_step
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.flops import iso, scales
-from pipeline_steps.report.studies import FLOPS_NOTE, read_runs
+from pipeline_steps.report.studies import EARLIER_FLOPS, FLOPS_NOTE, read_runs
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, job, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
@@ -707,7 +707,7 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
     assert "**better** at equal samples and FLOPs |" in text  # A6, gaze
     assert "**equal** at equal samples and FLOPs |" in text
     assert "**worse** at equal samples; 8 of 16 runs not converged" in text  # B1 reads more, at twice the FLOPs
-    assert FLOPS_NOTE in text
+    assert FLOPS_NOTE not in text  # of runs with a commit of today's count
     assert text.count("| none | x1 | ") == 9  # the arm and its runs
     assert "8 of 8 [63, 100 %]" in text
     assert (tmp_path / "mine/runs.png").read_bytes().startswith(b"\x89PNG")
@@ -719,6 +719,23 @@ def test_summary_names_every_run_and_every_verdict_with_its_condition(tmp_path):
         ("B1", 8, 0, 0),
     ]
     assert [entry.num_not_converged for entry in found.comparisons] == [0, 0, 8, 8]
+    table.assign(commit=[*EARLIER_FLOPS, *table["commit"][len(EARLIER_FLOPS) :]]).to_csv(tmp_path / "mine/runs.csv")
+    assert FLOPS_NOTE in summary.write_summary("mine", STUDY, tmp_path).read_text()
+
+
+def test_every_commit_of_a_study_counts_flops_by_task_or_is_listed():
+    """Commits that this clone lacks prove nothing."""
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false" or git("cat-file", "-e", "8747296").stderr:
+        pytest.skip("needs the whole history")
+    paths = sorted((ROOT / "reports/study").glob("*/runs.csv"))
+    commits = {commit for path in paths for commit in pd.read_csv(path, dtype={"commit": str})["commit"]}
+    known = {commit for commit in commits if git("cat-file", "-e", f"{commit}^{{commit}}").returncode == 0}
+    earlier = {commit for commit in known if git("merge-base", "--is-ancestor", "8747296", commit).returncode == 1}
+    assert earlier == EARLIER_FLOPS
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
