@@ -28,8 +28,8 @@ class NextFrameGain(Result):
     wins: list[Share | None]
     """Share of clips with fine loss below coarse."""
     gain: list[float | None]
-    """(coarse - fine loss) / the run's coarse loss on moving clips, also for static clips: there the loss is near 0.
-    Fine in networks with a single pass: the loss of the baseline's run with the same seeds."""
+    """(coarse - fine loss) / coarse loss of the run. Fine in networks with a single pass: the loss of the baseline's
+    run with the same seeds."""
     interval: Interval | None
     """95 % t-interval of the mean gain; null: fewer than two runs."""
     verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "single pass"]

@@ -222,9 +222,7 @@ def row(choice, study, label, groups):
 
 def loss_cells(study, own, groups):
     """A cell per group of tasks: how much lower the default's loss is, with its tier."""
-    return [
-        loss_cell(studies.improvement(study, own[group], group)) if group in own else MISSING for group in groups
-    ]
+    return [loss_cell(studies.improvement(study, own[group], group)) if group in own else MISSING for group in groups]
 
 
 def loss_cell(gain):

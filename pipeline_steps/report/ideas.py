@@ -7,6 +7,7 @@ that most ideas have, all verdicts are exploratory: not corrected for the number
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from pipeline_steps.common.study_results import (
     BETTER,
@@ -25,8 +26,17 @@ from pipeline_steps.report.tables import MISSING, Table
 
 OBJECTIVE = "training.stageN.objective"
 PREDICTION = f"{OBJECTIVE}.next_frame"
-PARAMETER_NOTE = f"stageN: stages 2 and 3; next_frame, entropy and contrastive: in {OBJECTIVE}."
-BESIDE = ("clips won, %", "loss without the state, ×", "reference − idea, points")  # columns after the verdict
+PARAMETER_NOTE = (
+    f"stageN: stages 2 and 3 (freeze: all three); next_frame, text, entropy and contrastive: in {OBJECTIVE}."
+)
+BESIDE = (  # columns after the verdict
+    "clips won, %",
+    "won in the last four frames, %",
+    "loss without the state, ×",
+    "sensitivity to state / previous latent",
+    "token similarity",
+    "reference − idea, points",
+)
 TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
 
 
@@ -56,8 +66,8 @@ def text_beside(arm, description, name):
     return answering("first system", arm, description, *keys, study="next_frame", baseline="text_only")
 
 
-def static(arm, description, name, baseline="latent"):
-    return next_frame("first system", arm, description, "model.coarse_only", f"{PREDICTION}.{name}", baseline=baseline)
+def static(arm, description, baseline="latent"):
+    return next_frame("first system", arm, description, "model.coarse_only", baseline=baseline)
 
 
 def fovea(arm, description, *keys):
@@ -71,13 +81,13 @@ MOTION = "sources.procedural.motion"  # digits hop by default
 OBJECTS = {"study": "next_frame_objects", "baseline": "jump"}
 IDEAS = (
     predicting("first system", "latent", "the next frame's latent", "weight"),
-    predicting("first system", "frames_16", "clips of 16 frames", "weight"),
-    predicting("first system", "beside_text", "beside the text loss", "weight"),
+    next_frame("first system", "frames_16", "clips of 16 frames", "sources.procedural.num_frames"),
+    next_frame("first system", "beside_text", "beside the text loss", f"{OBJECTIVE}.text.weight"),
     text_beside("beside_text", "beside the text loss, answers", "weight"),
     predicting("first system", "modes", "modes 60/20/20", "modes"),
     text_beside("modes", "modes 60/20/20, answers", "modes"),
-    static("latent_A6", "static queries trained apart", "weight"),
-    static("no_previous_A6", "the same without previous latent", "previous_latent", baseline="no_previous"),
+    static("latent_A6", "static queries trained apart"),
+    static("no_previous_A6", "the same without previous latent", baseline="no_previous"),
     predicting("1 previous latent", "drop", "dropped", "previous_latent"),
     predicting("1 previous latent", "noise", "with noise", "previous_latent"),
     predicting("1 previous latent", "no_previous", "omitted", "previous_latent"),
@@ -168,11 +178,14 @@ def prediction_table(chosen):
             rows.append([decisions.name_of(choice, budget), parameter, *prediction_cells(arm, study, said)])
     columns = ["idea", "parameter", *(f"{clips}, %" for clips in CLIPS.values()), "verdict", *BESIDE]
     note = (
-        f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss on moving clips, mean over runs [95% "
-        "t-interval, not corrected for the number of ideas]; above 0, planned queries are better. Static queries "
-        "trained apart: against the planned queries of the model with the same objective. Clips won: share of moving "
-        "clips with lower planned loss. Loss without the state: with the language model's state shuffled between clips "
-        "/ zeroed, divided by the planned loss, moving clips; near 1, the head does not use it. Reference − idea: "
+        f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss, mean over runs [95% t-interval, not corrected "
+        "for the number of ideas]; above 0, planned queries are better. In static clips the change and the flow are 0 "
+        "and the previous latent is the next one, so little is left to predict. Static queries "
+        "trained apart: against the planned queries of the model with the same objective. The verdict is on planned "
+        "against static queries. The columns after it are of moving clips. Clips won: share with lower planned loss. "
+        "Loss without the state: with the language model's state shuffled between clips "
+        "/ zeroed, divided by the planned loss; near 1, the head does not use it. Sensitivity: relative change of the "
+        "prediction / of the input. Similarity: cosine of a frame's static and planned token. Reference − idea: "
         "difference of the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs "
         f"with equal seeds and targets.{shared_note(said)}"
     )
@@ -186,7 +199,12 @@ def predicted(chosen):
 
 def prediction_facts(arm, study):
     """{name: fact} of the runs behind an `ArmResult`, as `decisions.attribution`."""
-    return {"study": study.name, "runs": f"{len(arm.seeds)} run{'s' * (len(arm.seeds) > 1)}"}
+    return {
+        "study": study.name,
+        "runs": f"{len(arm.seeds)} run{'s' * (len(arm.seeds) > 1)}",
+        "samples": f"{arm.training_samples:,.0f} samples",
+        "split": f"{study.summary.split} split",
+    }
 
 
 def folded_title(found):
@@ -247,7 +265,14 @@ def prediction_cells(arm, study, said):
     cells = [gain_cell(found[name]) if name in found else MISSING for name in CLIPS]
     beside = [MISSING] * len(BESIDE)
     if moving is not None:
-        beside = [wins_cell(moving), state_cell(moving), difference_cell(moving)]
+        beside = [
+            spread_cell(moving, "wins"),
+            spread_cell(moving, "wins_last_frames"),
+            state_cell(moving),
+            measures_cell(moving, "state_sensitivity", "previous_sensitivity"),
+            measures_cell(moving, "token_similarity"),
+            difference_cell(moving),
+        ]
     words = {clips: arm.prediction_verdict(name, margin) for name, clips in CLIPS.items() if name in found}
     text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
     if len(words) == len(CLIPS) and len(set(words.values())) == 1:
@@ -261,14 +286,24 @@ def gain_cell(found):
     return study_tables.interval_cell(values, found.interval, digits(found.interval)) if values else MISSING
 
 
-def wins_cell(found):
-    values = found.known("wins")
+def spread_cell(found, name):
+    values = found.known(name)
     return study_tables.spread(values) if values else MISSING
+
+
+def measures_cell(found, *names):
+    """Means over the runs of measures of a `NextFrameGain`."""
+    means = [fmean(values) if (values := found.known(name)) else None for name in names]
+    return MISSING if means[0] is None else (" / ".join(map(measure_text, means)), means[0])
+
+
+def measure_text(value):
+    return "–" if value is None else f"{value:.2f}"
 
 
 def state_cell(found):
     ratios = [found.relative(name) for name in ("shuffled_state", "no_state")]
-    return (" / ".join("–" if value is None else f"{value:.2f}" for value in ratios), ratios[0])
+    return (" / ".join(map(measure_text, ratios)), ratios[0])
 
 
 def difference_cell(found):
@@ -286,12 +321,14 @@ def digits(interval):
 
 
 def finding(found):
-    """What the runs say about the research's negative result, a sentence."""
-    parts = {}
+    """What the runs say about the research's negative result, in one or two sentences."""
+    parts, uses = {}, {}
     for name in TARGETS:
         idea = next(idea for idea in IDEAS if idea.choice.arm == name)
         study = study_of(idea, found)
         arm = study and predictions(idea.choice, study)[0]
+        if arm and VIDEOS in arm.next_frame:
+            uses[name] = arm.next_frame[VIDEOS].relative("shuffled_state")
         for group, clips in CLIPS.items():
             entry = arm.next_frame.get(group) if arm else None
             verdict = entry and entry.verdict
@@ -303,7 +340,17 @@ def finding(found):
             parts.setdefault(OUTCOMES[verdict], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)
-    return f"The research found that planned queries predict the next frame no better than static ones: {outcomes}."
+    text = f"The research found that planned queries predict the next frame no better than static ones: {outcomes}."
+    if unused := {name: ratio for name, ratio in uses.items() if ratio is not None and ratio < UNUSED}:
+        ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in unused.items())
+        text += (
+            f" With another clip's state, the loss on moving clips is only so many times as high: {ratios}. So these"
+        )
+        text += " heads hardly use the language model's state, through which planned queries act."
+    return text
+
+
+UNUSED = 1.01  # another clip's state changes the loss by less than this
 
 
 OUTCOMES = {

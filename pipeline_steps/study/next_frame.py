@@ -95,13 +95,13 @@ def fine_name(study, arm):
 
 def relative_gain(runs, study, arm, group):
     """Gain of every run of an arm, as in `NextFrameGain`; missing where a loss is, or where the divisor is 0."""
-    coarse = number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}")
-    return (coarse - fine_loss(runs, study, arm, group)) / moving_loss(runs)
+    coarse = coarse_loss(runs, group)
+    return (coarse - fine_loss(runs, study, arm, group)) / coarse
 
 
-def moving_loss(runs):
-    """Coarse loss on moving clips; missing where it is 0."""
-    loss = number_column(runs, f"{NEXT_FRAME}{VIDEOS}_{COARSE}")
+def coarse_loss(runs, group):
+    """Loss of the static queries of every run; missing where it is 0."""
+    loss = number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}")
     return loss.where(loss > 0)
 
 
@@ -113,8 +113,8 @@ def gain_over_static(runs, table, study, arm, budget, group):
     if planned is None:
         return pd.Series(np.nan, runs.index)
     planned = by_seeds(planned, fine_loss(planned, study, baseline_of(study, arm), group))
-    own = by_seeds(runs, number_column(runs, f"{NEXT_FRAME}{group}_{COARSE}"))
-    return ((own - planned.reindex(own.index)) / by_seeds(runs, moving_loss(runs))).set_axis(runs.index)
+    own = by_seeds(runs, coarse_loss(runs, group))
+    return (1 - planned.reindex(own.index) / own).set_axis(runs.index)
 
 
 def paired_gains(runs, table, study, arm, budget, group):

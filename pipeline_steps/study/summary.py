@@ -136,9 +136,10 @@ def next_frame_lines(summary):
         for group, found in arm.next_frame.items()
     ]
     note = (
-        "Gain: (loss of static − loss of planned queries) / the run's loss of static queries on moving clips (mean "
-        "squared error of the head), mean over the runs. In networks with a single pass: of the baseline's planned "
-        "queries over these, which were trained apart, pairs of runs with equal seeds. "
+        "Gain: (loss of static − loss of planned queries) / loss of static queries (mean squared error of the head), "
+        "mean over the runs. In static clips the change and the flow are 0 and the previous latent is the next one, so "
+        "little is left to predict and small losses are compared. In networks with a single pass: of the baseline's "
+        "planned queries over these, which were trained apart, pairs of runs with equal seeds. "
         f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
         "better or worse if it excludes 0. Loss: planned queries (static ones in networks with a single pass); divided "
         "by it: the loss with another clip's state, with the state zeroed, with the previous latent zeroed, and of the "

@@ -827,10 +827,7 @@ def test_decisions_follow_from_the_verdicts_and_the_rest_names_its_study(tmp_pat
             "if default worse",
         ),
     ]
-    assert (
-        rows["more tokens: sixteen pooled (B1), equal FLOPs, own rates"][-2]
-        == "not run (study equal_flops_rates)"
-    )
+    assert rows["more tokens: sixteen pooled (B1), equal FLOPs, own rates"][-2] == "not run (study equal_flops_rates)"
     paired = [entry.model_copy(update={"matched": "FLOPs"}) for entry in many.summary.comparisons]
     flops = studies.Study(many.summary.model_copy(update={"comparisons": paired}), many.runs, many.task_losses)
     of_flops = {row[0]: [text_of(cell) for cell in row[1:]] for row in decisions.table([flops, few]).rows}
