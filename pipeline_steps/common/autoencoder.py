@@ -40,6 +40,11 @@ def latent_channels(folder: str | Path, key: str) -> int:
     if found != "AutoencoderKL" or not (path.parent / WEIGHTS).exists():
         lacking = f"_class_name is {found!r}, expected 'AutoencoderKL'" if found != "AutoencoderKL" else "no " + WEIGHTS
         raise UserError(f"{path.parent}: {lacking}. {key} has to name an AutoencoderKL in diffusers' format.")
+    if not isinstance(channels, int) or channels < 1:
+        raise UserError(
+            f"{path}: latent_channels is {channels!r}, expected a positive integer. Copy config.json again from where "
+            f"the autoencoder of {key} comes from."
+        )
     return channels
 
 
@@ -54,11 +59,16 @@ class FrameLatents:
 
         with torch.random.fork_rng(devices=[]):  # loading must not shift the random numbers of a resumed run
             try:
-                network = AutoencoderKL.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+                network, report = AutoencoderKL.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
                 )
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{folder} ({key}) cannot be loaded: {' '.join(str(error).split())}") from None
+        check_weights(report, f"{folder} ({key})")
         self.network = network.float().eval().requires_grad_(False)
         self.scale, self.shift = network.config.scaling_factor, network.config.shift_factor or 0.0
 
@@ -73,6 +83,22 @@ class FrameLatents:
                 for part in pixel_values.float().split(FRAMES_AT_ONCE)
             ]
         return (torch.cat(parts) - self.shift) * self.scale
+
+
+def check_weights(report: dict[str, list], source: str) -> None:
+    """UserError unless the file's tensors are those of the configuration; diffusers would draw missing ones at random.
+    report: diffusers' own."""
+    kinds = {"missing_keys": "lacks", "unexpected_keys": "has besides"}
+    problems = [
+        f"{words} {len(names)} tensors ({', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''})"
+        for kind, words in kinds.items()
+        if (names := report[kind])
+    ]
+    if problems:
+        raise UserError(
+            f"{source}: {WEIGHTS} {' and '.join(problems)} than config.json describes. Copy both files again from the "
+            "same model."
+        )
 
 
 def unit_range(pixel_values: Tensor) -> Tensor:

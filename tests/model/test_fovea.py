@@ -6,9 +6,10 @@ Frames of 56 px have 4 x 4 patches; reduced by 2, 2 x 2. The window has 2 x 2 or
 import pytest
 import torch
 
-from model import FoveatedVLMConfig
+from model import FoveatedVLMConfig, visual_tokens
 from model.configuration_foveated_vlm import RANGES
 from model.fovea import allowed_at_low_resolution, downsample, on_full_grid, window_around_peak
+from model.queries import QueryAttention
 from tests import checkpoints
 from tests.model.test_frame_step import assert_equal, both, captured, lively  # noqa: F401 - a fixture
 from tests.model.tiny import MODES, NUM_FRAMES, make_batch, make_model, one_sample, rows_of
@@ -157,6 +158,41 @@ def test_planning_as_often_as_there_are_frames_ends_at_the_autoregressive_tokens
     for kind in ("dynamic", "static"):
         options = {"frame_step": kind, "output_attentions": True}
         assert_equal(parallel, model.encode_frames(**batch, mode="autoregressive", options=options)[-1])
+
+
+@pytest.mark.parametrize("mode", ["fine", "autoregressive"])
+@torch.no_grad()
+def test_the_window_lies_where_the_planned_query_looks(mode, monkeypatch):
+    """At the peak of the attention that the same query has at the low-resolution patches alone."""
+    model, windows = lively(**FOVEA), []
+
+    def recorded(*arguments):
+        windows.append(window_around_peak(*arguments))
+        return windows[-1]
+
+    monkeypatch.setattr(visual_tokens, "window_around_peak", recorded)
+    batch = {name: value for name, value in batch_for(model).items() if name != "labels"}
+    passes = model.encode_frames(**batch, mode=mode, options={"frame_step": "dynamic", "num_plans": 1})
+    encoded, _ = model._encode(batch["pixel_values"], torch.zeros(6), None, QueryAttention(), False)
+    expected = []
+    for one in passes:
+        _, seen = model.vision_encoder.attend(
+            model._query_rows(one.queries),
+            encoded,
+            output_attentions=True,
+            query_attention=QueryAttention(explicit=True),
+        )
+        expected.append(window_around_peak(seen[-1], 2, 2))
+    if mode == "fine":  # a window for the planned pass, none for the coarse one
+        assert torch.equal(windows[-1], expected[-1])
+        assert not torch.equal(expected[0], expected[-1])
+    else:  # one call per time, with the frames of the samples that are as long
+        order = model.packed_text(batch["input_ids"], batch["attention_mask"], batch["num_frames"])
+        times = order.places.time_of_frame
+        assert torch.equal(
+            torch.cat(windows), torch.cat([expected[-1][times == t] for t in range(int(times.max()) + 1)])
+        )
+    assert len(set(map(tuple, expected[-1].tolist()))) > 1
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)

@@ -3,10 +3,12 @@
 import importlib
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline_steps.common import autoencoder
 from pipeline_steps.common.errors import UserError
@@ -71,6 +73,37 @@ def test_the_small_autoencoder_is_a_diffusers_model_with_latents_of_unit_varianc
     before = torch.random.get_rng_state()
     autoencoder.FrameLatents(folder, "key")
     assert torch.equal(before, torch.random.get_rng_state())  # a resumed run loads it, too
+
+
+@pytest.mark.parametrize(("layers", "words"), [(2, "lacks"), (0, "has besides")])
+def test_weights_of_another_configuration_are_an_error(trained, tmp_path, layers, words):
+    """diffusers fills in missing tensors at random and ignores the others."""
+    folder = shutil.copytree(trained[0], tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layers_per_block": layers}))
+    with pytest.raises(UserError, match=rf"vae \(key\): {autoencoder.WEIGHTS} {words} \d+ tensors \((de|en)coder"):
+        autoencoder.FrameLatents(folder, "key")
+    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "latent_channels"}))
+    with pytest.raises(UserError, match=r"config\.json: latent_channels is None, expected a positive integer\. Copy"):
+        autoencoder.FrameLatents(folder, "key")
+
+
+def test_names_of_earlier_versions_of_diffusers_are_read(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "vae")
+    weights = load_file(folder / autoencoder.WEIGHTS)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in weights.items():
+        for new, old in former.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert set(renamed) != set(weights)
+    save_file(renamed, folder / autoencoder.WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "shift_factor"}))
+    frames = as_batch(make_batch()).pixel_values
+    found, expected = (autoencoder.FrameLatents(own, "key") for own in (folder, trained[0]))
+    torch.testing.assert_close(found(frames), expected(frames) + expected.shift * expected.scale)
 
 
 @pytest.mark.parametrize("target", ["latent", "delta", "flow"])

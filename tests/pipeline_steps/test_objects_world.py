@@ -16,7 +16,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.sources.object_clips import Pictures
+from pipeline_steps.sources.object_clips import Pictures, sample_clip
 from pipeline_steps.world import contact_sheet, object_scene, tuxpaint
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
@@ -446,6 +446,18 @@ def raw(tmp_path_factory, folder):
     output = tmp_path_factory.mktemp("raw") / "raw"
     collect(section(folder), output, num_processes=1)
     return output
+
+
+def test_motion_and_number_of_frames_reach_the_clips(folder):
+    pictures, moved = Pictures(section(folder).procedural), {}
+    for motion in ("smooth", "abrupt"):
+        own = section(folder, num_frames=[9, 9]).procedural.model_copy(update={"motion": motion})
+        scenes = [sample_clip(own, pictures, "train", "meet", number, False)[0] for number in range(4)]
+        tracks = [track.centres for scene in scenes for track in scene.tracks]
+        steps = np.linalg.norm(np.diff(tracks, axis=1), axis=2)
+        assert steps.shape[1] == 8
+        moved[motion] = (steps > 1e-3).mean()
+    assert moved["smooth"] > 0.6 > moved["abrupt"]
 
 
 def test_the_source_writes_what_the_digits_write(raw):

@@ -222,6 +222,19 @@ def test_clips_are_standard_h264(raw):
         assert container.duration == 3_000_000  # microseconds
 
 
+def test_motion_and_number_of_frames_reach_the_clips():
+    given = section(num_frames=8).procedural
+    moving = given.model_copy(update={"motion": "smooth"})
+    for number in range(4):
+        hopping, smooth = (procedural.sample_clip(own, "train", "card", number)[0] for own in (given, moving))
+        corners = np.array([thing.corners for thing in hopping.objects]), np.array([t.corners for t in smooth.objects])
+        assert corners[0].shape[1] == corners[1].shape[1] == 8
+        steps = [
+            np.abs(np.diff(own // 14, axis=1)).sum(2) for own in corners
+        ]  # in patches; smooth ones go round a lane
+        assert steps[0].max() > steps[1].max() == steps[1].min() == 1
+
+
 def test_training_mix_follows_weights_and_held_out_answers_are_balanced():
     settings = section(num_train_clips=100, num_test_clips=120).procedural
     clips = procedural.plan(settings)
