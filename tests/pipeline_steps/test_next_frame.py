@@ -448,6 +448,51 @@ def test_summary_of_a_pair_table():
     assert (found.token_similarity, found.num_clips, found.num_pairs) == (0.5, 2, 10)
 
 
+def test_moving_clips_are_a_group_and_are_also_measured_cut_to_their_first_frames(monkeypatch):
+    """The losses of the stand-in tell how many frames and passes it was given."""
+
+    def item(key, kind, count):
+        frames = {"frames": np.zeros((count, 1)), "frame_times": np.arange(count), "num_frames": count}
+        return {"key": key, "item": 0, "kind": kind} | frames
+
+    by_task = {"card": [item("a", "video", 4), item("b", "video", 2)], "image": [item("c", "image", 4)]}
+
+    def table_of(model, predictor, task, items, batch, max_passes):
+        assert [own["num_frames"] for own in batch] == [own["num_frames"] for own in items]
+        rows = [
+            {"task": task, "key": own["key"], "item": 0, "kind": own["kind"], "frame": frame, "similarity": 0.5}
+            | {"coarse": float(own["num_frames"]), "unchanged": 7.0}
+            | {f"fine_{number}": own["num_frames"] / (1 + number) for number in range(1, max_passes + 1)}
+            for own in items
+            for frame in range(1, own["num_frames"])
+        ]
+        return pd.DataFrame(rows)
+
+    class Collated(list):
+        def to(self, device):
+            return self
+
+    monkeypatch.setattr(evaluation, "pair_table", table_of)
+    monkeypatch.setattr(
+        evaluation, "batches", lambda *_: ((task, own, Collated(own), None) for task, own in by_task.items())
+    )
+    predictor = SimpleNamespace(settings=SimpleNamespace(model_dump=lambda mode: {}))
+    given = SimpleNamespace(max_items_per_task=9, seed=0, batch_size=4, bootstrap_samples=20)
+    chosen = {"card": [0, 1], "image": [2]}
+    found = evaluation.measure(make_model(), predictor, Collated, None, chosen, given, {}, (2, 3, 8), 2)
+    assert list(found.groups) == ["videos", "card", "image"]
+    assert {name: group.num_pairs for name, group in found.groups.items()} == {"videos": 4, "card": 4, "image": 3}
+    assert found.groups["videos"].loss["coarse"] == pytest.approx((3 * 4 + 2) / 4)
+    assert found.passes == {
+        "all": pytest.approx({"coarse": 3.5, "fine_1": 1.75, "fine_2": 3.5 / 3}),
+        "2": pytest.approx({"coarse": 2.0, "fine_1": 1.0, "fine_2": 2 / 3}),
+        "3": pytest.approx({"coarse": 3.0, "fine_1": 1.5, "fine_2": 1.0}),  # of a, as b has two
+    }
+    by_task = {"image": [item("c", "image", 1)]}
+    with pytest.raises(UserError, match="no clip of the chosen items has two frames"):
+        evaluation.measure(make_model(), predictor, Collated, None, chosen, given, {}, (), 2)
+
+
 def test_a_published_head_is_found_with_its_settings(tmp_path):
     training = made_with(previous_latent="drop")
     weights = {f"next_frame.{name}": value for name, value in objective(training).module.state_dict().items()}
