@@ -1,7 +1,7 @@
 """Runs a study: every run of conf/study/<name>.yaml through the pipeline's stages, on all cores or on a cluster.
 
     python -m pipeline_steps.study NAME [--cores 2] [--gpus 0] [--dry-run]
-    make study name=NAME
+    make study name=NAME STUDY_OPTIONS="--cores 2"
 
 What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
 (workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into

@@ -585,6 +585,12 @@ def test_only_some_arms(clean):
         study_main.only_arms(made, study, ["A7"])
 
 
+def test_make_passes_options_to_the_study():
+    command = ["make", "--dry-run", "study", "name=smoke", "STUDY_OPTIONS=--cores 8 --arms none A6 -n"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "python -m pipeline_steps.study smoke --cores 8 --arms none A6 -n"
+
+
 @pytest.mark.parametrize("problem", ["", "1 file(s) differ from the last commit (code.py)."])
 def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(problem, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study_main, "uncommitted", lambda: problem)
