@@ -12,6 +12,7 @@ ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten mi
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
-from pipeline_steps.study.job import visible_devices
+from pipeline_steps.study.job import VISIBLE, visible_devices
 from pipeline_steps.study.plan import COMMITTED, RESULTS, checked_out, make_plan, uncommitted
 from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
@@ -121,14 +122,10 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
     log = studies / plan.study / LOG
     command = snakemake_command(studies, plan.study, cores, arguments.gpus)
     console.print(f"log: {log}")
+    console.out(shlex.join(command), highlight=False)  # to run it by hand
     cancel_leftover_jobs(log.parent)
     with open(log, "w") as output:
-        process = subprocess.Popen(
-            ends_with_this_process(command),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
-        )
+        process = subprocess.Popen(ends_with_this_process(command), stdout=output, stderr=subprocess.STDOUT)
         try:
             show_until_end(process, plan, todo, studies, results, cores, console)
         finally:
@@ -139,7 +136,12 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
 
 
 def snakemake_command(studies, name, cores, gpus):
-    command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    """The words of the command that runs the jobs of `studies`/<name>/plan.json, with what it needs of this process's
+    environment: it works in any folder and shell."""
+    command = ["env", "-u", "SNAKEMAKE_PROFILE"]  # --profile has its value; Snakemake in a job must not read it again
+    if VISIBLE in os.environ:
+        command.append(f"{VISIBLE}={os.environ[VISIBLE]}")
+    command += [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
     if is_local():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
@@ -379,6 +381,28 @@ def run_snakemake(made, folder, cores=2):
     write_plan(made, folder)
     command = study_main.snakemake_command(folder, "mine", cores, 0)
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_printed_command_runs_the_jobs_from_any_folder_and_shell(tmp_path, monkeypatch, capsys):
+    """With quotes, spaces and what Rich would read as markup or as an emoji in its words."""
+    studies, elsewhere = tmp_path / "my [bold]'s :ant: studies", tmp_path / "elsewhere"
+    studies.mkdir()
+    elsewhere.mkdir()
+    names = "('CUDA_VISIBLE_DEVICES', 'SNAKEMAKE_PROFILE')"
+    made = small_plan(f"python -c \"import os; open('result', 'w').write(str([*map(os.environ.get, {names})]))\"")
+    write_plan(made, studies)
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    monkeypatch.setattr(study_main, "show_until_end", lambda process, *_: process.wait(120))
+    console, arguments = Console(soft_wrap=True, width=60), SimpleNamespace(gpus=2)
+    assert study_main.run_jobs(made, made, studies, None, arguments, 1, console) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    shutil.rmtree(studies / "jobs")
+    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    variables["SNAKEMAKE_PROFILE"] = "slurm"
+    subprocess.run(["sh", "-c", printed], cwd=elsewhere, env=variables, check=True, timeout=120, capture_output=True)
+    assert set(progress.states(made, studies).values()) == {"done"}
+    assert (studies / "jobs/second/k0/result").read_text() == "['3, 5', None]"  # no stage of this plan takes a GPU
 
 
 def test_a_failed_job_does_not_stop_the_others_and_is_reported(tmp_path):
