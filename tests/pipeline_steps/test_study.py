@@ -574,6 +574,49 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
     assert progress.total_seconds(made, found, costs) == (pytest.approx(everything - 304.0), 0)
 
 
+def test_the_expected_time_of_an_arm_follows_from_kept_runs(tmp_path, clean, monkeypatch, studies):
+    """Of two studies count the runs that were not resumed and have a run without overrides beside them."""
+    arms = {"none": {}, "fast": {"rate_factor": 4}, "small": {"overrides": ["ablation=A6"]}}
+    arms |= {"many": {"overrides": ["ablation=B1"]}, "other": {"overrides": ["ablation=A2"]}}
+    columns = ["arm", "seed", "training_samples", "training_seconds", "attempts"]
+    tables = {
+        "one": [
+            ("none", 1, 100, 10, 1),
+            ("fast", 1, 200, 20, 1),
+            ("small", 1, 100, 5, 1),
+            ("small", 2, 100, 90, 1),
+            ("many", 1, 200, 40, 1),
+            ("gone", 1, 100, 9, 1),
+        ],
+        "two": [("none", 3, 1000, 10, 1), ("small", 3, 1000, 7, 1), ("many", 3, 1000, 1, 2)],
+    }
+    monkeypatch.setattr(progress, "STUDIES", studies)
+    for name, rows in tables.items():
+        (studies / f"{name}.yaml").write_text(yaml.safe_dump(ALL | {"arms": arms}, sort_keys=False))
+        (studies / "kept" / name).mkdir(parents=True)
+        own = pd.DataFrame(rows, columns=columns)
+        own[[*results.SEEDS]] = own[["seed"] * 3].to_numpy()
+        own["run"] = [f"r{number}" for number in own.index]
+        whole = runs_table(seeds=1).iloc[[0] * len(own)].reset_index(drop=True).assign(**own.drop(columns="seed"))
+        whole.to_csv(studies / "kept" / name / "runs.csv", index=False)
+    shutil.copytree(studies / "kept/one", studies / "kept/natural")  # of no study
+    relative = progress.relative_costs(studies / "kept")
+    assert relative == {(): 1, ("ablation=A6",): pytest.approx(0.6), ("ablation=B1",): pytest.approx(2)}
+    monkeypatch.setattr(progress, "relative_costs", lambda: relative)
+    made = plan.make_plan("mine", make(arms=arms, seeds=[1]))
+    costs = progress.measure_costs(made, tmp_path)
+    stage2 = {run.arm: made.jobs["stage2", run.jobs["stage2"]] for run in made.runs}
+    guess = progress.FIRST_GUESS_PER_SAMPLE * TRAINING["stage2"]["num_samples"]
+    expected = {"none": 1, "fast": 1, "small": 0.6, "many": 2, "other": 1}
+    assert {arm: costs.seconds(job) / guess for arm, job in stage2.items()} == pytest.approx(expected)
+    folder = tmp_path / stage2["many"].folder  # measured here: what it says of the others
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": 300.0}))
+    costs = progress.measure_costs(made, tmp_path)
+    expected = {"none": 150, "fast": 150, "small": 90, "many": 300, "other": 150}
+    assert {arm: costs.seconds(job) for arm, job in stage2.items()} == pytest.approx(expected)
+
+
 def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, clean):
     scales_of = {name: {"overrides": [f"scale={name}"]} for name in ("smollm2_135m", "smollm2_360m")}
     made = plan.make_plan("mine", make(arms=scales_of, seeds=[1]))
