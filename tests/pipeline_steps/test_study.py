@@ -1,9 +1,11 @@
 """Studies: their design, the plan of shared jobs, running it through Snakemake, and what is collected."""
 
 import copy
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,17 +20,24 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline_steps.common import params
+from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import training_step
+from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.flops import iso, scales
+from pipeline_steps.report import training_flops
 from pipeline_steps.report.studies import FLOPS_NOTE, read_runs
+from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
+from pipeline_steps.streaming.__main__ import count_stage
+from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, job, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
 from pipeline_steps.study.plan import Job, Plan, Run
+from tests.pipeline_steps import packed
+from tests.pipeline_steps.counted import flops_config, flops_result
 
 TRAINING = params.load(ROOT / "params.yaml")["training"]
 ALL = {"question": "Does it?", "arms": {"none": {}, "A6": {"overrides": ["ablation=A6"]}}, "seeds": [1, 2]}
@@ -634,6 +643,61 @@ def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, 
     assert math.isnan(costs.seconds(large))
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_running_study_shows_its_jobs_by_stage_and_state_and_the_time_left(tmp_path, monkeypatch, clean, is_terminal):
+    """Of four runs one is done, one has failed in stage 2, one is in stage 1, one waits. 10 ms per training sample."""
+    monkeypatch.setattr(progress, "relative_costs", dict)
+    made = plan.make_plan("mine", make())
+    first, second, third, _ = ({stage: made.jobs[name] for stage, name in names_of(run).items()} for run in made.runs)
+    before = [second[stage] for stage in ("backbones", "sources", "shards", "tokens", "stage1")]
+    for entry in (*first.values(), *before):
+        kind, amount = progress.work_of(entry)
+        write_record(tmp_path / entry.folder / "done.json", seconds=0.01 * amount if kind == "training" else 36.0)
+    write_record(tmp_path / second["stage2"].folder / "failed.json", reason="exit code 1", last_lines=[])
+    write_record(tmp_path / third["stage1"].folder / "params.yaml")
+    polled, collected = iter([None, None, 0]), []
+    monkeypatch.setattr(study_main, "INTERVAL", 0)
+    monkeypatch.setattr(study_main, "collect", lambda *given: collected.append(given))
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None, soft_wrap=True)
+    with job.locked(tmp_path / third["stage1"].folder / "lock"):
+        process = SimpleNamespace(poll=lambda: next(polled))
+        study_main.show_until_end(process, made, made, tmp_path, "results", 2, console)
+    assert collected == [(made, tmp_path, "results")]  # again only when another run ends
+    samples = {stage: TRAINING[stage]["num_samples"] for stage in design.TRAINING_STAGES}
+    left = 0.01 * (2 * samples["stage1"] + 2 * samples["stage2"] + 3 * samples["stage3"]) + 6 * 36  # not what failed
+    left = f"about {progress.format_time(left / 2)} left"
+    text = console.file.getvalue()
+    if not is_terminal:
+        (line,) = text.splitlines()  # as nothing has changed
+        assert line.partition(" ")[2] == f"1/4 runs; jobs: 14 done, 1 running, 12 waiting, 1 failed; {left}"
+        return
+    last = text[text.rindex("study mine:") :]
+    assert last.startswith("study mine: 1 of 4 runs done")
+    assert left in last
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in last.splitlines() if "│" in line] == [
+        ["backbones", "2", "", "", ""],
+        ["sources", "2", "", "", ""],
+        ["shards", "2", "", "", ""],
+        ["tokens", "2", "", "", ""],
+        ["stage1", "2", "1", "1", ""],
+        ["stage2", "1", "", "2", "1"],
+        ["stage3", "1", "", "3", ""],
+        ["evaluation", "1", "", "3", ""],
+        ["flops", "1", "", "3", ""],
+    ]
+    assert re.search(r"stage +┃ +done +┃ +running +┃ +waiting +┃ +failed", last)
+
+
+def names_of(run):
+    """{stage: (stage, key)} of a run's jobs."""
+    return {stage: (stage, key) for stage, key in run.jobs.items()}
+
+
+def write_record(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (float("nan"), "unknown")]
 )
@@ -698,6 +762,108 @@ def test_convergence_is_the_fall_over_the_last_quarter(tmp_path):
     assert collect.convergence(curve(tmp_path / "c.csv", {500: 0.5, 1000: 0.7}))[1]  # has passed its minimum
     assert collect.convergence(curve(tmp_path / "d.csv", {500: 0.5})) == (None, None)
     assert collect.convergence(curve(tmp_path / "e.csv", {800: 0.5, 1000: 0.5})) == (None, None)  # too late to tell
+
+
+@pytest.fixture
+def run_with_results(tmp_path):
+    """(run, folder of studies, training FLOPs) with the files of a finished run, every number of which is another."""
+    data, parameters = tmp_path / "data", params.load(ROOT / "params.yaml")
+    packed.write(data, packed.clips(60, text_every=4), 30)
+    for number, stage in enumerate(design.TRAINING_STAGES, start=1):
+        parameters["training"][stage] |= {
+            "mixture": [{"source": "*", "task": "*", "weight": 1.0}],
+            "text_share": 0.25,
+            "text_source": "*",
+            "num_samples": 40 * number,
+        }
+    seeds = {"training": 5, "backbones": 6, "data": 7}
+    stages = ("shards", "tokens", *design.TRAINING_STAGES, "evaluation", "flops")
+    run = Run("none-x1-seed5.6.7", "none", "x1", seeds, parameters, {stage: f"key_of_{stage}" for stage in stages})
+    folders = {stage: tmp_path / plan.folder_of(stage, key) for stage, key in run.jobs.items()}
+    for number, folder in enumerate(folders.values()):
+        (folder / "outputs/metrics").mkdir(parents=True)
+        record = {"commit": f"{number}" * 40, "seconds": 10.0**number, "attempts": 9 - number}
+        (folder / "done.json").write_text(json.dumps(record))
+    for stage in ("shards", "tokens"):
+        (folders[stage] / "data").mkdir()
+        (folders[stage] / "data" / stage).symlink_to(data / stage)
+    dataset = TokenizedShards(data / "shards", data / "tokens", "train", with_frames=False)
+    (folders["stage3"] / "params.yaml").write_text(yaml.safe_dump(parameters))
+    read = params.read(folders["stage3"] / "params.yaml", *STREAMING_PARAMS)
+    contents, counts = {}, {stage: count_stage(dataset, read, stage, None) for stage in design.TRAINING_STAGES}
+    for number, stage in enumerate(design.TRAINING_STAGES):
+        mixture = {}
+        for tasks in counts[stage].sources.values():
+            for task, found in tasks.items():
+                mixture.setdefault(task, {"num_samples": 0})["num_samples"] += found.num_samples
+        groups = [{"group": group, "trainable": int(number < 2)} for group in ("vision", "language")]
+        contents[stage] = {"mixture": mixture, "parameters": [{"group": "connector", "trainable": 9}, *groups]}
+        (folders[stage] / f"outputs/metrics/{stage}.json").write_text(json.dumps(contents[stage]))
+    config, training = flops_config(), params.read(folders["stage3"] / "params.yaml", "training").training
+    config.save_pretrained(folders["stage3"] / "outputs/stage3")
+    config.vision_config.image_size = packed.SIZE
+    counted = metrics.StreamingResult(stages=counts)
+    budget = training_flops.budget_of(contents, counted, flops_result(), config, training)
+    curve(folders["stage3"] / "outputs/metrics/stage3.csv", {500: 0.6, 750: 0.6, 1000: 0.597})
+    curve(folders["stage2"] / "outputs/metrics/stage2.csv", {500: 0.6, 750: 0.6, 1000: 0.3})
+    metrics.write_json(folders["flops"] / "outputs/metrics/flops.json", flops_result())
+    metrics.write_json(folders["evaluation"] / "outputs/metrics/evaluation.json", evaluated())
+    return run, tmp_path, budget.flops
+
+
+def evaluated():
+    """An `EvaluationResult` of two tasks."""
+    interval = {"loss_interval": (0, 9), "accuracy_interval": (0, 1), "num_items": 1, "num_tokens": 1}
+    modes = ("coarse", "fine", "autoregressive", "blind")
+    return metrics.EvaluationResult(
+        tasks={
+            task: {mode: metrics.Score(loss=9, accuracy=base + 0.1 * n, **interval) for n, mode in enumerate(modes)}
+            for task, base in (("gist", 0.5), ("card", 0.25))
+        },
+        mean={mode: metrics.MeanScore(loss=n + 0.5, accuracy=0.01 * n + 0.7) for n, mode in enumerate(modes)},
+        generation={
+            task: metrics.Generation(exact_match=share, num_items=4)
+            for task, share in (("text", 0.125), ("gist", 0.75), ("card", 0.625))
+        },
+        mean_exact_match=0.6875,
+        gap={},
+        text=None,
+        chance={},
+        gaze={},
+        provenance={},
+    )
+
+
+def test_the_row_of_a_run_has_every_column_with_its_value(run_with_results):
+    run, studies, flops = run_with_results
+    row = collect.row_of(run, studies)
+    expected = {
+        "run": "none-x1-seed5.6.7",
+        "arm": "none",
+        "budget": "x1",
+        "training_seed": 5,
+        "backbones_seed": 6,
+        "data_seed": 7,
+        "training_samples": 40 + 80 + 120,
+        "training_flops": flops,
+        "training_seconds": 1e2 + 1e3 + 1e4,
+        "attempts": 7,
+        "mean_token_accuracy": 0.72,
+        "exact_match_accuracy": 0.6875,
+        "mean_loss": 2.5,
+        "accuracy_card": pytest.approx(0.45),
+        "accuracy_gist": pytest.approx(0.7),
+        "exact_match_card": 0.625,
+        "exact_match_gist": 0.75,
+        "exact_match_text": 0.125,
+        "blind_accuracy": 0.73,
+        "validation_loss_change": pytest.approx(0.005),
+        "converged": True,
+        "commit": "4" * 12,
+        "parameters": fingerprint({name: value for name, value in run.parameters.items() if name != "runtime"}),
+    }
+    assert list(row) == list(expected)
+    assert row == expected
 
 
 def killed(*_, **__):
