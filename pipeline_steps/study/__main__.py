@@ -36,6 +36,7 @@ from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
+DEVICES = {"training": "common", "backbones": "embedded"}  # sections of the parameters that name a device
 
 
 def main():
@@ -50,6 +51,9 @@ def main():
     plan = make_plan(arguments.name, study, commit=checked_out() if arguments.dry_run else None)
     flops, other = check_earlier(plan, results)
     plan = make_plan(arguments.name, study, flops, plan) if plan.waiting else plan
+    if not arguments.gpus and not is_local():
+        check_without_gpus(plan)
+        console.print("No job asks the cluster for a GPU, so device auto is the CPU. With --gpus N, jobs get one each.")
     if other:
         console.print(
             f"{results / 'runs.csv'} has {len(other)} run(s) of another version or with other parameters "
@@ -79,6 +83,17 @@ def main():
     return report_end(study, plan, todo, studies, results, code, console)
 
 
+def check_without_gpus(plan):
+    """UserError if the parameters of a run ask for a GPU, which no job would get from the cluster."""
+    for run in plan.runs:
+        for section, part in DEVICES.items():
+            if run.parameters[section][part]["device"] == "cuda":
+                raise UserError(
+                    f"{run.name}: {section}.{part}.device is cuda, but no job asks the cluster for a GPU. "
+                    "Add --gpus N: one GPU per job, N jobs at a time"
+                )
+
+
 def show_plan(study, plan, todo, studies, cores, console):
     """Prints the runs and the expected time."""
     found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
@@ -98,7 +113,7 @@ def read_arguments():
     parser = argparse.ArgumentParser(description="Run a study of conf/study.")
     parser.add_argument("name", help="file name in conf/study, without .yaml")
     parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one job each (default: 0, no slots)")
+    parser.add_argument("--gpus", type=int, default=0, help="jobs at a time that have a GPU, each its own (default: 0)")
     parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
     arguments = parser.parse_args()
