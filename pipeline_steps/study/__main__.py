@@ -1,7 +1,7 @@
 """Runs a study: every run of conf/study/<name>.yaml through the pipeline's stages, on all cores or on a cluster.
 
     python -m pipeline_steps.study NAME [--cores 2] [--gpus 0] [--dry-run]
-    make study name=NAME
+    make study name=NAME STUDY_OPTIONS="--cores 2"
 
 What runs share (backbones, data, earlier stages) is made once, also across studies. Snakemake runs the jobs
 (workflow/rules/study.smk; SNAKEMAKE_PROFILE chooses a profile, such as slurm). Runs are collected into
@@ -12,6 +12,7 @@ ${RUN_SCRATCH:-.}/.scratch/study/jobs; cost at the embedded scale: six to ten mi
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -29,12 +30,13 @@ from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
 from pipeline_steps.study.design import read_study
-from pipeline_steps.study.job import visible_devices
+from pipeline_steps.study.job import VISIBLE, visible_devices
 from pipeline_steps.study.plan import COMMITTED, RESULTS, checked_out, make_plan, uncommitted
 from pipeline_steps.study.results import power_warning
 from pipeline_steps.study.summary import write_summary
 
 INTERVAL = 2.0  # seconds between two views of the jobs
+DEVICES = {"training": "common", "backbones": "embedded"}  # sections of the parameters that name a device
 
 
 def main():
@@ -49,6 +51,9 @@ def main():
     plan = make_plan(arguments.name, study, commit=checked_out() if arguments.dry_run else None)
     flops, other = check_earlier(plan, results)
     plan = make_plan(arguments.name, study, flops, plan) if plan.waiting else plan
+    if not arguments.gpus and not is_local():
+        check_without_gpus(plan)
+        console.print("No job asks the cluster for a GPU, so device auto is the CPU. With --gpus N, jobs get one each.")
     if other:
         console.print(
             f"{results / 'runs.csv'} has {len(other)} run(s) of another version or with other parameters "
@@ -78,6 +83,17 @@ def main():
     return report_end(study, plan, todo, studies, results, code, console)
 
 
+def check_without_gpus(plan):
+    """UserError if the parameters of a run ask for a GPU, which no job would get from the cluster."""
+    for run in plan.runs:
+        for section, part in DEVICES.items():
+            if run.parameters[section][part]["device"] == "cuda":
+                raise UserError(
+                    f"{run.name}: {section}.{part}.device is cuda, but no job asks the cluster for a GPU. "
+                    "Add --gpus N: one GPU per job, N jobs at a time"
+                )
+
+
 def show_plan(study, plan, todo, studies, cores, console):
     """Prints the runs and the expected time."""
     found, costs = progress.states(todo, studies), progress.measure_costs(plan, studies)
@@ -97,7 +113,7 @@ def read_arguments():
     parser = argparse.ArgumentParser(description="Run a study of conf/study.")
     parser.add_argument("name", help="file name in conf/study, without .yaml")
     parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one job each (default: 0, no slots)")
+    parser.add_argument("--gpus", type=int, default=0, help="jobs at a time that have a GPU, each its own (default: 0)")
     parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
     arguments = parser.parse_args()
@@ -121,14 +137,10 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
     log = studies / plan.study / LOG
     command = snakemake_command(studies, plan.study, cores, arguments.gpus)
     console.print(f"log: {log}")
+    console.out(shlex.join(command), highlight=False)  # to run it by hand
     cancel_leftover_jobs(log.parent)
     with open(log, "w") as output:
-        process = subprocess.Popen(
-            ends_with_this_process(command),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
-        )
+        process = subprocess.Popen(ends_with_this_process(command), stdout=output, stderr=subprocess.STDOUT)
         try:
             show_until_end(process, plan, todo, studies, results, cores, console)
         finally:
@@ -139,7 +151,12 @@ def run_jobs(plan, todo, studies, results, arguments, cores, console):
 
 
 def snakemake_command(studies, name, cores, gpus):
-    command = [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    """The words of the command that runs the jobs of `studies`/<name>/plan.json, with what it needs of this process's
+    environment: it works in any folder and shell."""
+    command = ["env", "-u", "SNAKEMAKE_PROFILE"]  # --profile has its value; Snakemake in a job must not read it again
+    if VISIBLE in os.environ:
+        command.append(f"{VISIBLE}={os.environ[VISIBLE]}")
+    command += [sys.executable, "-m", "snakemake", "study", "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--directory", studies, "--profile", snakemake_profile(), "--workflow-profile", "none"]
     command += ["--nolock", "--rerun-triggers", "mtime", "--ignore-incomplete", "--keep-going"]
     if is_local():

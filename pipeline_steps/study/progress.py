@@ -5,13 +5,17 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 from rich.table import Table
 
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.study.design import TRAINING_STAGES, total_samples
-from pipeline_steps.study.plan import folder_of
+from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.study_results import SEEDS
+from pipeline_steps.report.studies import read_runs
+from pipeline_steps.study.design import STUDIES, TRAINING_STAGES, read_study, total_samples
+from pipeline_steps.study.plan import RESULTS, folder_of
 
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
 STATES = (DONE, RUNNING, WAITING, FAILED)
@@ -25,17 +29,19 @@ FIRST_GUESS |= {"training": FIRST_GUESS_PER_SAMPLE}
 class Costs:
     """Expected seconds of jobs."""
 
-    # {(kind of work, network or None for any): median per amount}, see work_of
+    # {(kind of work, network or None for any): median per amount}, see work_of; for any: at the cost of the default
     measured: dict[tuple[str, str | None], float]
+    relative: dict[tuple[str, str], float]  # {(stage, key): a sample's cost in kept studies, relative to the default}
 
     def seconds(self, job):
-        """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess.
+        """Expected seconds of a `Job`: those of its stage for its network, else for any network, else a first guess,
+        the last two times what the job's arm costs relative to the default in kept studies, if it was run in one.
         NaN for the training and evaluation of a pretrained network that was not measured: others say nothing of it."""
         kind, amount = work_of(job)
         of_network = kind in ("training", "evaluation") and job.parameters["backbones"]["kind"] != "embedded"
         if of_network and (kind, network_of(job)) not in self.measured:
             return math.nan
-        guess = self.measured.get((kind, None), FIRST_GUESS.get(kind, 60))
+        guess = self.measured.get((kind, None), FIRST_GUESS.get(kind, 60)) * self.relative.get((job.stage, job.key), 1)
         return amount * self.measured.get((kind, network_of(job)), guess)
 
 
@@ -57,14 +63,36 @@ def network_of(job):
 
 def measure_costs(plan, studies):
     """`Costs` from the jobs of the plan that are done in the folder `studies`."""
-    found = {}
-    for job in plan.jobs.values():
+    found, relative = {}, {}
+    for run in plan.runs:
+        cost = relative_costs().get(run.overrides, 1.0)
+        relative |= {(stage, run.jobs[stage]): cost for stage in TRAINING_STAGES if stage in run.jobs}
+    for name, job in plan.jobs.items():
         path = studies / job.folder / "done.json"
         if path.exists():
             seconds, (kind, amount) = json.loads(path.read_text())["seconds"], work_of(job)
-            for network in (network_of(job), None):
-                found.setdefault((kind, network), []).append(seconds / amount)
-    return Costs({key: median(values) for key, values in found.items()})
+            found.setdefault((kind, network_of(job)), []).append(seconds / amount)
+            found.setdefault((kind, None), []).append(seconds / amount / relative.get(name, 1.0))
+    return Costs({key: median(values) for key, values in found.items()}, relative)
+
+
+@cache
+def relative_costs(results=ROOT / RESULTS):
+    """{overrides of an arm: its training seconds per sample, relative to an arm without overrides}: the median over the
+    kept runs of all studies that have one of both arms with the same seeds. Of resumed runs the seconds are unknown."""
+    found = {}
+    for path in sorted(results.glob("*/runs.csv")):
+        if not (STUDIES / f"{path.parent.name}.yaml").exists():
+            continue
+        arms, own = read_study(path.parent.name).arms, {}
+        for row in read_runs(path).to_dict("records"):
+            if row["attempts"] == 1 and row["arm"] in arms:
+                key = (arms[row["arm"]].overrides, *(row[name] for name in SEEDS))
+                own.setdefault(key, []).append(row["training_seconds"] / row["training_samples"])
+        for (overrides, *seeds), values in own.items():
+            if ((), *seeds) in own:
+                found.setdefault(overrides, []).append(median(values) / median(own[(), *seeds]))
+    return {overrides: median(values) for overrides, values in found.items()}
 
 
 def states(plan, studies):

@@ -1,9 +1,12 @@
 """Studies: their design, the plan of shared jobs, running it through Snakemake, and what is collected."""
 
 import copy
+import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,18 +18,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 
-from pipeline_steps.common import params
+from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import training_step
+from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import StudySummary
 from pipeline_steps.flops import iso, scales
+from pipeline_steps.report import training_flops
 from pipeline_steps.report.studies import EARLIER_FLOPS, FLOPS_NOTE, read_runs
+from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
+from pipeline_steps.streaming.__main__ import count_stage
+from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import collect, design, job, plan, progress, results, summary
 from pipeline_steps.study.design import Seeds, Study
 from pipeline_steps.study.plan import Job, Plan, Run
+from tests.pipeline_steps import packed
+from tests.pipeline_steps.counted import flops_config, flops_result
 
 TRAINING = params.load(ROOT / "params.yaml")["training"]
 ALL = {"question": "Does it?", "arms": {"none": {}, "A6": {"overrides": ["ablation=A6"]}}, "seeds": [1, 2]}
@@ -381,6 +392,28 @@ def run_snakemake(made, folder, cores=2):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_the_printed_command_runs_the_jobs_from_any_folder_and_shell(tmp_path, monkeypatch, capsys):
+    """With quotes, spaces and what Rich would read as markup or as an emoji in its words."""
+    studies, elsewhere = tmp_path / "my [bold]'s :ant: studies", tmp_path / "elsewhere"
+    studies.mkdir()
+    elsewhere.mkdir()
+    names = "('CUDA_VISIBLE_DEVICES', 'SNAKEMAKE_PROFILE')"
+    made = small_plan(f"python -c \"import os; open('result', 'w').write(str([*map(os.environ.get, {names})]))\"")
+    write_plan(made, studies)
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    monkeypatch.setattr(study_main, "show_until_end", lambda process, *_: process.wait(120))
+    console, arguments = Console(soft_wrap=True, width=60), SimpleNamespace(gpus=2)
+    assert study_main.run_jobs(made, made, studies, None, arguments, 1, console) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    shutil.rmtree(studies / "jobs")
+    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    variables["SNAKEMAKE_PROFILE"] = "slurm"
+    subprocess.run(["sh", "-c", printed], cwd=elsewhere, env=variables, check=True, timeout=120, capture_output=True)
+    assert set(progress.states(made, studies).values()) == {"done"}
+    assert (studies / "jobs/second/k0/result").read_text() == "['3, 5', None]"  # no stage of this plan takes a GPU
+
+
 def test_a_failed_job_does_not_stop_the_others_and_is_reported(tmp_path):
     made = small_plan(FAIL, COPY, COPY)
     done = run_snakemake(made, tmp_path)
@@ -550,6 +583,49 @@ def test_costs_are_measured_and_scale_with_the_samples(tmp_path, clean):
     assert progress.total_seconds(made, found, costs) == (pytest.approx(everything - 304.0), 0)
 
 
+def test_the_expected_time_of_an_arm_follows_from_kept_runs(tmp_path, clean, monkeypatch, studies):
+    """Of two studies count the runs that were not resumed and have a run without overrides beside them."""
+    arms = {"none": {}, "fast": {"rate_factor": 4}, "small": {"overrides": ["ablation=A6"]}}
+    arms |= {"many": {"overrides": ["ablation=B1"]}, "other": {"overrides": ["ablation=A2"]}}
+    columns = ["arm", "seed", "training_samples", "training_seconds", "attempts"]
+    tables = {
+        "one": [
+            ("none", 1, 100, 10, 1),
+            ("fast", 1, 200, 20, 1),
+            ("small", 1, 100, 5, 1),
+            ("small", 2, 100, 90, 1),
+            ("many", 1, 200, 40, 1),
+            ("gone", 1, 100, 9, 1),
+        ],
+        "two": [("none", 3, 1000, 10, 1), ("small", 3, 1000, 7, 1), ("many", 3, 1000, 1, 2)],
+    }
+    monkeypatch.setattr(progress, "STUDIES", studies)
+    for name, rows in tables.items():
+        (studies / f"{name}.yaml").write_text(yaml.safe_dump(ALL | {"arms": arms}, sort_keys=False))
+        (studies / "kept" / name).mkdir(parents=True)
+        own = pd.DataFrame(rows, columns=columns)
+        own[[*results.SEEDS]] = own[["seed"] * 3].to_numpy()
+        own["run"] = [f"r{number}" for number in own.index]
+        whole = runs_table(seeds=1).iloc[[0] * len(own)].reset_index(drop=True).assign(**own.drop(columns="seed"))
+        whole.to_csv(studies / "kept" / name / "runs.csv", index=False)
+    shutil.copytree(studies / "kept/one", studies / "kept/natural")  # of no study
+    relative = progress.relative_costs(studies / "kept")
+    assert relative == {(): 1, ("ablation=A6",): pytest.approx(0.6), ("ablation=B1",): pytest.approx(2)}
+    monkeypatch.setattr(progress, "relative_costs", lambda: relative)
+    made = plan.make_plan("mine", make(arms=arms, seeds=[1]))
+    costs = progress.measure_costs(made, tmp_path)
+    stage2 = {run.arm: made.jobs["stage2", run.jobs["stage2"]] for run in made.runs}
+    guess = progress.FIRST_GUESS_PER_SAMPLE * TRAINING["stage2"]["num_samples"]
+    expected = {"none": 1, "fast": 1, "small": 0.6, "many": 2, "other": 1}
+    assert {arm: costs.seconds(job) / guess for arm, job in stage2.items()} == pytest.approx(expected)
+    folder = tmp_path / stage2["many"].folder  # measured here: what it says of the others
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": 300.0}))
+    costs = progress.measure_costs(made, tmp_path)
+    expected = {"none": 150, "fast": 150, "small": 90, "many": 300, "other": 150}
+    assert {arm: costs.seconds(job) for arm, job in stage2.items()} == pytest.approx(expected)
+
+
 def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, clean):
     scales_of = {name: {"overrides": [f"scale={name}"]} for name in ("smollm2_135m", "smollm2_360m")}
     made = plan.make_plan("mine", make(arms=scales_of, seeds=[1]))
@@ -565,6 +641,61 @@ def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, 
     costs = progress.measure_costs(made, tmp_path)
     assert costs.seconds(small) == 1000.0
     assert math.isnan(costs.seconds(large))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_running_study_shows_its_jobs_by_stage_and_state_and_the_time_left(tmp_path, monkeypatch, clean, is_terminal):
+    """Of four runs one is done, one has failed in stage 2, one is in stage 1, one waits. 10 ms per training sample."""
+    monkeypatch.setattr(progress, "relative_costs", dict)
+    made = plan.make_plan("mine", make())
+    first, second, third, _ = ({stage: made.jobs[name] for stage, name in names_of(run).items()} for run in made.runs)
+    before = [second[stage] for stage in ("backbones", "sources", "shards", "tokens", "stage1")]
+    for entry in (*first.values(), *before):
+        kind, amount = progress.work_of(entry)
+        write_record(tmp_path / entry.folder / "done.json", seconds=0.01 * amount if kind == "training" else 36.0)
+    write_record(tmp_path / second["stage2"].folder / "failed.json", reason="exit code 1", last_lines=[])
+    write_record(tmp_path / third["stage1"].folder / "params.yaml")
+    polled, collected = iter([None, None, 0]), []
+    monkeypatch.setattr(study_main, "INTERVAL", 0)
+    monkeypatch.setattr(study_main, "collect", lambda *given: collected.append(given))
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None, soft_wrap=True)
+    with job.locked(tmp_path / third["stage1"].folder / "lock"):
+        process = SimpleNamespace(poll=lambda: next(polled))
+        study_main.show_until_end(process, made, made, tmp_path, "results", 2, console)
+    assert collected == [(made, tmp_path, "results")]  # again only when another run ends
+    samples = {stage: TRAINING[stage]["num_samples"] for stage in design.TRAINING_STAGES}
+    left = 0.01 * (2 * samples["stage1"] + 2 * samples["stage2"] + 3 * samples["stage3"]) + 6 * 36  # not what failed
+    left = f"about {progress.format_time(left / 2)} left"
+    text = console.file.getvalue()
+    if not is_terminal:
+        (line,) = text.splitlines()  # as nothing has changed
+        assert line.partition(" ")[2] == f"1/4 runs; jobs: 14 done, 1 running, 12 waiting, 1 failed; {left}"
+        return
+    last = text[text.rindex("study mine:") :]
+    assert last.startswith("study mine: 1 of 4 runs done")
+    assert left in last
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in last.splitlines() if "│" in line] == [
+        ["backbones", "2", "", "", ""],
+        ["sources", "2", "", "", ""],
+        ["shards", "2", "", "", ""],
+        ["tokens", "2", "", "", ""],
+        ["stage1", "2", "1", "1", ""],
+        ["stage2", "1", "", "2", "1"],
+        ["stage3", "1", "", "3", ""],
+        ["evaluation", "1", "", "3", ""],
+        ["flops", "1", "", "3", ""],
+    ]
+    assert re.search(r"stage +┃ +done +┃ +running +┃ +waiting +┃ +failed", last)
+
+
+def names_of(run):
+    """{stage: (stage, key)} of a run's jobs."""
+    return {stage: (stage, key) for stage, key in run.jobs.items()}
+
+
+def write_record(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -583,6 +714,12 @@ def test_only_some_arms(clean):
     assert len(part.jobs) == 18
     with pytest.raises(UserError, match=r"--arms: there is no arm A7 \(there are: none, A6\)"):
         study_main.only_arms(made, study, ["A7"])
+
+
+def test_make_passes_options_to_the_study():
+    command = ["make", "--dry-run", "study", "name=smoke", "STUDY_OPTIONS=--cores 8 --arms none A6 -n"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "python -m pipeline_steps.study smoke --cores 8 --arms none A6 -n"
 
 
 @pytest.mark.parametrize("problem", ["", "1 file(s) differ from the last commit (code.py)."])
@@ -625,6 +762,108 @@ def test_convergence_is_the_fall_over_the_last_quarter(tmp_path):
     assert collect.convergence(curve(tmp_path / "c.csv", {500: 0.5, 1000: 0.7}))[1]  # has passed its minimum
     assert collect.convergence(curve(tmp_path / "d.csv", {500: 0.5})) == (None, None)
     assert collect.convergence(curve(tmp_path / "e.csv", {800: 0.5, 1000: 0.5})) == (None, None)  # too late to tell
+
+
+@pytest.fixture
+def run_with_results(tmp_path):
+    """(run, folder of studies, training FLOPs) with the files of a finished run, every number of which is another."""
+    data, parameters = tmp_path / "data", params.load(ROOT / "params.yaml")
+    packed.write(data, packed.clips(60, text_every=4), 30)
+    for number, stage in enumerate(design.TRAINING_STAGES, start=1):
+        parameters["training"][stage] |= {
+            "mixture": [{"source": "*", "task": "*", "weight": 1.0}],
+            "text_share": 0.25,
+            "text_source": "*",
+            "num_samples": 40 * number,
+        }
+    seeds = {"training": 5, "backbones": 6, "data": 7}
+    stages = ("shards", "tokens", *design.TRAINING_STAGES, "evaluation", "flops")
+    run = Run("none-x1-seed5.6.7", "none", "x1", seeds, parameters, {stage: f"key_of_{stage}" for stage in stages})
+    folders = {stage: tmp_path / plan.folder_of(stage, key) for stage, key in run.jobs.items()}
+    for number, folder in enumerate(folders.values()):
+        (folder / "outputs/metrics").mkdir(parents=True)
+        record = {"commit": f"{number}" * 40, "seconds": 10.0**number, "attempts": 9 - number}
+        (folder / "done.json").write_text(json.dumps(record))
+    for stage in ("shards", "tokens"):
+        (folders[stage] / "data").mkdir()
+        (folders[stage] / "data" / stage).symlink_to(data / stage)
+    dataset = TokenizedShards(data / "shards", data / "tokens", "train", with_frames=False)
+    (folders["stage3"] / "params.yaml").write_text(yaml.safe_dump(parameters))
+    read = params.read(folders["stage3"] / "params.yaml", *STREAMING_PARAMS)
+    contents, counts = {}, {stage: count_stage(dataset, read, stage, None) for stage in design.TRAINING_STAGES}
+    for number, stage in enumerate(design.TRAINING_STAGES):
+        mixture = {}
+        for tasks in counts[stage].sources.values():
+            for task, found in tasks.items():
+                mixture.setdefault(task, {"num_samples": 0})["num_samples"] += found.num_samples
+        groups = [{"group": group, "trainable": int(number < 2)} for group in ("vision", "language")]
+        contents[stage] = {"mixture": mixture, "parameters": [{"group": "connector", "trainable": 9}, *groups]}
+        (folders[stage] / f"outputs/metrics/{stage}.json").write_text(json.dumps(contents[stage]))
+    config, training = flops_config(), params.read(folders["stage3"] / "params.yaml", "training").training
+    config.save_pretrained(folders["stage3"] / "outputs/stage3")
+    config.vision_config.image_size = packed.SIZE
+    counted = metrics.StreamingResult(stages=counts)
+    budget = training_flops.budget_of(contents, counted, flops_result(), config, training)
+    curve(folders["stage3"] / "outputs/metrics/stage3.csv", {500: 0.6, 750: 0.6, 1000: 0.597})
+    curve(folders["stage2"] / "outputs/metrics/stage2.csv", {500: 0.6, 750: 0.6, 1000: 0.3})
+    metrics.write_json(folders["flops"] / "outputs/metrics/flops.json", flops_result())
+    metrics.write_json(folders["evaluation"] / "outputs/metrics/evaluation.json", evaluated())
+    return run, tmp_path, budget.flops
+
+
+def evaluated():
+    """An `EvaluationResult` of two tasks."""
+    interval = {"loss_interval": (0, 9), "accuracy_interval": (0, 1), "num_items": 1, "num_tokens": 1}
+    modes = ("coarse", "fine", "autoregressive", "blind")
+    return metrics.EvaluationResult(
+        tasks={
+            task: {mode: metrics.Score(loss=9, accuracy=base + 0.1 * n, **interval) for n, mode in enumerate(modes)}
+            for task, base in (("gist", 0.5), ("card", 0.25))
+        },
+        mean={mode: metrics.MeanScore(loss=n + 0.5, accuracy=0.01 * n + 0.7) for n, mode in enumerate(modes)},
+        generation={
+            task: metrics.Generation(exact_match=share, num_items=4)
+            for task, share in (("text", 0.125), ("gist", 0.75), ("card", 0.625))
+        },
+        mean_exact_match=0.6875,
+        gap={},
+        text=None,
+        chance={},
+        gaze={},
+        provenance={},
+    )
+
+
+def test_the_row_of_a_run_has_every_column_with_its_value(run_with_results):
+    run, studies, flops = run_with_results
+    row = collect.row_of(run, studies)
+    expected = {
+        "run": "none-x1-seed5.6.7",
+        "arm": "none",
+        "budget": "x1",
+        "training_seed": 5,
+        "backbones_seed": 6,
+        "data_seed": 7,
+        "training_samples": 40 + 80 + 120,
+        "training_flops": flops,
+        "training_seconds": 1e2 + 1e3 + 1e4,
+        "attempts": 7,
+        "mean_token_accuracy": 0.72,
+        "exact_match_accuracy": 0.6875,
+        "mean_loss": 2.5,
+        "accuracy_card": pytest.approx(0.45),
+        "accuracy_gist": pytest.approx(0.7),
+        "exact_match_card": 0.625,
+        "exact_match_gist": 0.75,
+        "exact_match_text": 0.125,
+        "blind_accuracy": 0.73,
+        "validation_loss_change": pytest.approx(0.005),
+        "converged": True,
+        "commit": "4" * 12,
+        "parameters": fingerprint({name: value for name, value in run.parameters.items() if name != "runtime"}),
+    }
+    assert list(row) == list(expected)
+    assert row == expected
 
 
 def killed(*_, **__):
