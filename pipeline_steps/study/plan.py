@@ -82,7 +82,7 @@ class Run:
     seeds: dict[str, int]
     parameters: dict
     jobs: dict[str, str]  # {stage: key}
-    overrides: tuple[str, ...] = ()  # of the arm, without those of the study
+    overrides: list[str] = field(default_factory=list)  # of the arm, without those of the study
 
 
 @dataclass
@@ -128,7 +128,7 @@ def make_plan(name, study, flops=None, before=None, commit=None):
             raise UserError(
                 f"{cell.name} and {other} have the same effective parameters: they are one run. Remove one of them."
             )
-        overrides = study.arms[cell.arm].overrides
+        overrides = list(study.arms[cell.arm].overrides)
         plan.runs.append(Run(cell.name, cell.arm, cell.budget, cell.seeds.model_dump(), parameters, keys, overrides))
     split_of(study)
     check_tasks(study)

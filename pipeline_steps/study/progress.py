@@ -65,7 +65,7 @@ def measure_costs(plan, studies):
     """`Costs` from the jobs of the plan that are done in the folder `studies`."""
     found, relative = {}, {}
     for run in plan.runs:
-        cost = relative_costs().get(run.overrides, 1.0)
+        cost = relative_costs().get(tuple(run.overrides), 1.0)
         relative |= {(stage, run.jobs[stage]): cost for stage in TRAINING_STAGES if stage in run.jobs}
     for name, job in plan.jobs.items():
         path = studies / job.folder / "done.json"
