@@ -8,6 +8,7 @@ from pipeline_steps.report import studies
 from pipeline_steps.report.statistics import ALPHA, equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.tables import MISSING, Table, count, number
 
+MODES_APART = 0.1  # in accuracy: from this gap on, runs on both sides of the plateau are two kinds of outcomes
 PILLS = {name: name for name in (BETTER, EQUAL, WORSE, UNDECIDED, TOO_FEW)} | {UNMATCHED: "not comparable"}
 
 
@@ -61,12 +62,13 @@ def equality_text(entry, margin):
 
 def split_arms(study, entry):
     """["ARM: 3 of 8"] for each compared arm of which some runs, but not all, reach the plateau's accuracy in the group
-    of tasks."""
+    of tasks, at least `MODES_APART` above the others."""
     tasks = study.summary.group_tasks.get(entry.group, [])
     found = []
     for runs in studies.paired_runs(study, entry) if tasks else ():
-        reached = runs[[f"accuracy_{task}" for task in tasks]].mean(axis=1) >= study.summary.plateau
-        if 0 < reached.sum() < len(runs):
+        values = runs[[f"accuracy_{task}" for task in tasks]].mean(axis=1)
+        reached = values >= study.summary.plateau
+        if 0 < reached.sum() < len(runs) and values[reached].min() - values[~reached].max() >= MODES_APART:
             found.append(f"{studies.arm_name(runs['arm'].iloc[0])}: {reached.sum()} of {len(runs)}")
     return found
 
