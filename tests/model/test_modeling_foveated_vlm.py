@@ -23,6 +23,7 @@ OPTIONS = [
     {"hard_attention": "top_k", "attention_top_k": 3, "num_passes": 2, "frame_time_embedding": "sinusoidal"},
     {"attention": "shallow", "hard_attention": "gumbel", "learnable_temperature": True},
     {"tie_first_query": False, "query_bias": True},
+    {"query_update": "gated", "num_visual_tokens_per_frame": 2, "num_passes": 2},
     {"coarse_only": True},
     {"architecture": "multi_token", "num_visual_tokens_per_frame": 4},
 ]
@@ -94,7 +95,13 @@ def test_fine_equals_autoregressive_for_one_frame_and_not_for_three():
     assert difference[0] > 1e-4
 
 
-SHAPES = [{}, {"num_visual_tokens_per_frame": 2}, {"attention": "shallow"}, {"tie_first_query": False}]
+SHAPES = [
+    {},
+    {"num_visual_tokens_per_frame": 2},
+    {"attention": "shallow"},
+    {"tie_first_query": False},
+    {"tie_first_query": False, "num_visual_tokens_per_frame": 2, "query_update": "gated"},
+]
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
@@ -240,6 +247,7 @@ ALL_PARTS = [
     {"tie_first_query": False, "attention": "shallow", "query_bias": True},
     {"tie_first_query": False, "num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"},
     {"learnable_temperature": True, "frame_time_embedding": "sinusoidal"},
+    {"query_update": "gated", "num_visual_tokens_per_frame": 2, "token_aggregation": "weighted"},
 ]
 
 
@@ -357,9 +365,10 @@ def test_text_only_batch_works():
         assert torch.isfinite(model(**sample, mode=mode).loss)
 
 
+@pytest.mark.parametrize("options", [{}, {"query_update": "gated"}], ids=str)
 @torch.no_grad()
-def test_save_and_load_round_trip(tmp_path):
-    model, batch = make_model(), make_batch()
+def test_save_and_load_round_trip(options, tmp_path):
+    model, batch = make_model(**options), make_batch()
     model.save_pretrained(tmp_path)
     again = FoveatedVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**batch).token_loss, model(**batch).token_loss)
