@@ -160,19 +160,40 @@ def test_planning_as_often_as_there_are_frames_ends_at_the_autoregressive_tokens
         assert_equal(parallel, model.encode_frames(**batch, mode="autoregressive", options=options)[-1])
 
 
-@pytest.mark.parametrize("mode", ["fine", "autoregressive"])
-@torch.no_grad()
-def test_the_window_lies_where_the_planned_query_looks(mode, monkeypatch):
-    """At the peak of the attention that the same query has at the low-resolution patches alone."""
-    model, windows = lively(**FOVEA), []
+def recorded_windows(monkeypatch) -> list:
+    """To which every window is appended."""
+    windows = []
 
     def recorded(*arguments):
         windows.append(window_around_peak(*arguments))
         return windows[-1]
 
     monkeypatch.setattr(visual_tokens, "window_around_peak", recorded)
+    return windows
+
+
+@torch.no_grad()
+def test_another_query_moves_the_window_to_its_own_peak(monkeypatch):
+    """Of the attention to the four low-resolution patches of one frame, each of which covers 2 x 2 patches."""
+    model, windows = lively(**FOVEA), recorded_windows(monkeypatch)
+    encoded, _ = model._encode(make_batch()["pixel_values"][:1], torch.zeros(1), None, QueryAttention(), False)
+    corners = (0, 2, 8, 10)
+    for query in torch.randn(32, 1, 1, 24, generator=torch.Generator().manual_seed(0)):
+        model._attend(query, encoded, torch.zeros(1), QueryAttention(), False)
+        _, seen = model.vision_encoder.attend(model._query_rows(query), encoded, output_attentions=True)
+        corner = corners[seen[-1, 0, :, 0, 1:].mean(0).argmax()]
+        assert windows[-1].tolist() == [[corner, corner + 1, corner + 4, corner + 5]]
+    assert len({window[0, 0].item() for window in windows}) > 2
+
+
+@pytest.mark.parametrize("step", [None, "dynamic", "static"])
+@torch.no_grad()
+def test_the_window_lies_where_the_planned_query_looks(step, monkeypatch):
+    """At the peak of the attention that the same query has at the low-resolution patches alone."""
+    model, windows = lively(**FOVEA), recorded_windows(monkeypatch)
     batch = {name: value for name, value in batch_for(model).items() if name != "labels"}
-    passes = model.encode_frames(**batch, mode=mode, options={"frame_step": "dynamic", "num_plans": 1})
+    mode = "autoregressive" if step else "fine"
+    passes = model.encode_frames(**batch, mode=mode, options={"frame_step": step, "num_plans": 1})
     encoded, _ = model._encode(batch["pixel_values"], torch.zeros(6), None, QueryAttention(), False)
     expected = []
     for one in passes:
@@ -186,9 +207,12 @@ def test_the_window_lies_where_the_planned_query_looks(mode, monkeypatch):
     if mode == "fine":  # a window for the planned pass, none for the coarse one
         assert torch.equal(windows[-1], expected[-1])
         assert not torch.equal(expected[0], expected[-1])
-    else:  # one call per time, with the frames of the samples that are as long
+    else:  # one call per time; of a growing cache, with the samples that are as long, else with all that have frames
         text = model.packed_text(batch["input_ids"], batch["attention_mask"], batch["num_frames"])
         in_order = [expected[-1][text.places.time_of_frame == time] for time in range(max(NUM_FRAMES))]
+        counts = batch["num_frames"][batch["num_frames"] > 0]
+        if step == "static":
+            windows = [window[counts > time] for time, window in enumerate(windows)]
         assert torch.equal(torch.cat(windows), torch.cat(in_order))
     assert len(set(map(tuple, expected[-1].tolist()))) > 1
 

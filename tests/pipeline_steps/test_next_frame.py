@@ -1,5 +1,6 @@
 """The next-frame objective: targets, heads, options, and kinds of batches, with a stand-in for the autoencoder."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,16 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from model.constants import IGNORE_INDEX
-from pipeline_steps.common import next_frame
+from pipeline_steps.common import next_frame, params
+from pipeline_steps.common.diagnostic_results import NextFrameResult
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.evaluation import next_frame as evaluation
+from pipeline_steps.streaming.collate import Collator
+from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.training import __main__ as training_stage
 from pipeline_steps.training import checkpointing, objectives, train_loop
 from pipeline_steps.training.checkpoint_io import load_state
+from tests import checkpoints
 from tests import objectives as made
 from tests.model.tiny import BOS, VISUAL, as_batch, make_batch, make_model, rows_of
 from tests.objectives import assert_same, settings, step, training_model
@@ -491,6 +496,62 @@ def test_moving_clips_are_a_group_and_are_also_measured_cut_to_their_first_frame
     by_task = {"image": [item("c", "image", 1)]}
     with pytest.raises(UserError, match="no clip of the chosen items has two frames"):
         evaluation.measure(make_model(), predictor, Collated, None, chosen, given, {}, (), 2)
+
+
+@torch.no_grad()
+def direct_losses(network, head, collate, items, num_passes, count=None):
+    """{coarse, fine_1, ...: mean loss of all pairs of the items}, from the network's hidden states, one item at a time.
+    count: of its first frames only."""
+    found = {name: [] for name in ("coarse", *(f"fine_{number}" for number in range(1, num_passes + 1)))}
+    for item in items:
+        shown = {name: item[name][:count] for name in ("frames", "frame_times")}
+        batch = collate([item | shown | {"num_frames": len(shown["frames"])}]).to("cpu")
+        latents, given = Pooled("", "")(batch.pixel_values), (batch.input_ids, batch.attention_mask)
+        pairs = {"pixel_values": batch.pixel_values, "num_frames": batch.num_frames, "frame_times": batch.frame_times}
+        for name, losses in found.items():
+            mode, _, number = name.partition("_")
+            states = network(*given, **pairs, mode=mode, options={"num_plans": int(number or 1)}).last_hidden_state
+            states = states[batch.input_ids == network.config.visual_token_id][:-1]
+            predicted = head(mode, states, None, latents[:-1], latents.shape[2:])
+            losses += (predicted - latents[1:]).square().mean((1, 2, 3)).tolist()
+    return {name: pytest.approx(np.mean(losses), abs=1e-5) for name, losses in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "cuts", "num_passes"),
+    [((), (), 3), (("--max-passes", "2", "--num-frames", "2", "3", "9"), (2, 3), 2)],  # clips have four frames
+)
+def test_the_command_measures_a_checkpoint_by_group_cut_and_pass(made, tmp_path, monkeypatch, words, cuts, num_passes):
+    network, section = checkpoints.make_lively_model(), settings(**options(separate_heads=True)).objective
+    training = training_model(network, **options(separate_heads=True)).eval()
+    head = objective(training).module
+    checkpoints.save(network, made, tmp_path, "")
+    weights = {f"next_frame.{name}": value for name, value in head.state_dict().items()}
+    save_file(weights, training_stage.heads_of(tmp_path), {"objective": section.model_dump_json()})
+    places = {"params": params.ROOT / "params.yaml", "checkpoint": tmp_path, "shards": made.shards}
+    places |= {"tokens": made.tokens, "out": tmp_path / "found.json"}
+    arguments = (f"--{name}={place}" for name, place in places.items())
+    monkeypatch.setattr("sys.argv", ["next_frame", *arguments, *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    evaluation.main()
+    found = NextFrameResult.model_validate_json(places["out"].read_text())
+
+    replication = params.read(places["params"], "streaming.image_replication").streaming.image_replication
+    data = TokenizedShards.for_model(network.config, made.shards, made.tokens, "test", replication)
+    collate = Collator.for_model(network.config, loss="answer_only", image_replication=replication)
+    items = [item for item in map(data.__getitem__, range(len(data))) if item["kind"] != "text"]
+    videos = [item for item in items if item["kind"] == "video"]
+    assert len(videos) == len(items) - 1  # a still
+    direct = partial(direct_losses, network, head, collate, num_passes=num_passes)
+    groups = {"videos": videos} | {item["task"]: [item] for item in items}
+    assert found.groups.keys() == groups.keys()
+    for name, own in groups.items():
+        losses = found.groups[name].loss
+        assert {variant: value for variant, value in losses.items() if variant[:4] in ("coar", "fine")} == direct(own)
+        assert found.groups[name].num_clips == len(own)
+    assert found.passes == {"all": direct(videos)} | {str(count): direct(videos, count=count) for count in cuts}
+    means = list(found.passes["all"].values())[:3]  # more planned passes change nothing for the last pair's state
+    assert np.abs(np.diff(means)).min() > 1e-4
 
 
 def test_a_published_head_is_found_with_its_settings(tmp_path):

@@ -16,7 +16,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
 from pipeline_steps.sources.__main__ import collect
-from pipeline_steps.sources.object_clips import Pictures, sample_clip
+from pipeline_steps.sources.object_clips import Pictures
 from pipeline_steps.world import contact_sheet, object_scene, tuxpaint
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import COLOURS, PATTERNS, SPLITS, Backgrounds, Cutouts, divide, head_noun, read_folder
@@ -448,16 +448,26 @@ def raw(tmp_path_factory, folder):
     return output
 
 
-def test_motion_and_number_of_frames_reach_the_clips(folder):
-    pictures, moved = Pictures(section(folder).procedural), {}
-    for motion in ("smooth", "abrupt"):
-        own = section(folder, num_frames=[9, 9]).procedural.model_copy(update={"motion": motion})
-        scenes = [sample_clip(own, pictures, "train", "meet", number, False)[0] for number in range(4)]
-        tracks = [track.centres for scene in scenes for track in scene.tracks]
-        steps = np.linalg.norm(np.diff(tracks, axis=1), axis=2)
-        assert steps.shape[1] == 8
-        moved[motion] = (steps > 1e-3).mean()
-    assert moved["smooth"] > 0.6 > moved["abrupt"]
+@pytest.mark.parametrize("motion", ["smooth", "abrupt"])
+def test_motion_and_number_of_frames_reach_the_clips(folder, tmp_path, motion):
+    given = section(folder, num_frames=[16, 16])
+    given = given.model_copy(update={"procedural": given.procedural.model_copy(update={"motion": motion})})
+    collect(given, tmp_path / "raw", num_processes=1)
+    steps = {}
+    for sample in read_samples(tmp_path / "raw/index.jsonl"):
+        boxes = np.array([thing.boxes for thing in sample.objects])
+        assert boxes.shape[1:] == (1 if sample.kind == "image" else 16, 4)
+        seen = (boxes[..., 2:] > boxes[..., :2]).all(2)
+        length = np.linalg.norm(np.diff((boxes[..., :2] + boxes[..., 2:]) / 2, axis=1), axis=2)
+        steps.setdefault(sample.items[0].task, []).extend(length[seen[:, 1:] & seen[:, :-1]])
+    for task in ("background", "become", "caption"):  # whose objects travel
+        share, longest = (np.array(steps[task]) > 0.01).mean(), max(steps[task])
+        if motion == "smooth":
+            assert share > 0.6
+            assert longest < 0.2
+        else:  # at most five points, so at most four jumps
+            assert share < 0.25
+            assert longest > 0.2
 
 
 def test_the_source_writes_what_the_digits_write(raw):

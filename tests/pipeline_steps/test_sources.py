@@ -222,17 +222,21 @@ def test_clips_are_standard_h264(raw):
         assert container.duration == 3_000_000  # microseconds
 
 
-def test_motion_and_number_of_frames_reach_the_clips():
-    given = section(num_frames=8).procedural
-    moving = given.model_copy(update={"motion": "smooth"})
-    for number in range(4):
-        hopping, smooth = (procedural.sample_clip(own, "train", "card", number)[0] for own in (given, moving))
-        corners = np.array([thing.corners for thing in hopping.objects]), np.array([t.corners for t in smooth.objects])
-        assert corners[0].shape[1] == corners[1].shape[1] == 8
-        steps = [
-            np.abs(np.diff(own // 14, axis=1)).sum(2) for own in corners
-        ]  # in patches; smooth ones go round a lane
-        assert steps[0].max() > steps[1].max() == steps[1].min() == 1
+def test_motion_and_number_of_frames_reach_the_clips(tmp_path):
+    steps = {"smooth": set(), "abrupt": set()}
+    for motion, found in steps.items():
+        raw = tmp_path / motion
+        collect(section(["procedural"], num_frames=8, motion=motion), raw)
+        clips = [sample for sample in read_samples(raw / "index.jsonl") if sample.kind == "video"]
+        assert len(clips) > 20
+        for clip in clips:
+            with av.open(str(raw / clip.path)) as container:
+                assert container.streams.video[0].frames == 8
+            boxes = np.array([thing.boxes for thing in clip.objects])
+            assert boxes.shape[1:] == (8, 4)
+            patches = np.floor(2 * (boxes[..., :2] + boxes[..., 2:]))  # of the 4 x 4 that a digit is in
+            found |= set(np.abs(np.diff(patches, axis=1)).sum(2).ravel().tolist())
+    assert steps == {"smooth": {1}, "abrupt": {1, 2}}  # a smooth digit never crosses its lane diagonally
 
 
 def test_training_mix_follows_weights_and_held_out_answers_are_balanced():
