@@ -229,6 +229,22 @@ def test_mean_aggregation_is_the_mean_of_the_looks():
 
 
 @torch.no_grad()
+def test_weighted_aggregation_weights_the_looks_by_their_scores():
+    several = make_model(num_visual_tokens_per_frame=3, token_aggregation="weighted")
+    torch.nn.init.normal_(several.aggregation_score.weight)
+    apart = make_model(num_visual_tokens_per_frame=3)
+    apart.load_state_dict({k: v for k, v in several.state_dict().items() if not k.startswith("planner")}, strict=False)
+    looks = []  # [6, 3, 32]
+    apart.connector.register_forward_pre_hook(lambda module, arguments: looks.append(arguments[0]))
+    pixels = make_batch()["pixel_values"]
+    one, three = (fine(model, mode="coarse", pixel_values=pixels).visual_tokens for model in (several, apart))
+    scores = (looks[0] * several.aggregation_score.weight[0]).sum(2)
+    weights = scores.exp() / scores.exp().sum(1, keepdim=True)  # [6, 3]
+    assert (weights.max(1).values > 0.4).all()
+    torch.testing.assert_close(one, (weights[..., None] * three).sum(1, keepdim=True))
+
+
+@torch.no_grad()
 def test_more_passes_come_closer_to_the_autoregressive_tokens():
     sample = one_sample(make_batch(), 0)
     models = [make_model(num_passes=n) for n in (1, 2, 3)]
