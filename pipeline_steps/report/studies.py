@@ -149,6 +149,11 @@ def tasks_of(study):
     return {column.removeprefix("accuracy_") for column in scored if column.startswith("accuracy_")}
 
 
+def group_accuracy(runs, tasks):
+    """Mean token accuracy over `tasks`, one value per row of `runs` (rows of runs.csv)."""
+    return runs[[f"accuracy_{task}" for task in tasks]].mean(axis=1)
+
+
 def headline_of(studies):
     """The study that leads the page: of those with all HEADLINE_ARMS, the one with most replicates of all three, then a
     complete one, then the one with the highest seeds (a later study takes seeds that were never used), then the one

@@ -66,7 +66,7 @@ def split_arms(study, entry):
     tasks = study.summary.group_tasks.get(entry.group, [])
     found = []
     for runs in studies.paired_runs(study, entry) if tasks else ():
-        values = runs[[f"accuracy_{task}" for task in tasks]].mean(axis=1)
+        values = studies.group_accuracy(runs, tasks)
         reached = values >= study.summary.plateau
         if 0 < reached.sum() < len(runs) and values[reached].min() - values[~reached].max() >= MODES_APART:
             found.append(f"{studies.arm_name(runs['arm'].iloc[0])}: {reached.sum()} of {len(runs)}")

@@ -6,6 +6,7 @@ import pandas as pd
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.study_results import SEEDS, ArmResult, ComparisonResult, Series, StudySummary
 from pipeline_steps.report.budgets import TOLERANCE
+from pipeline_steps.report.studies import group_accuracy
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import (
     ALL,
@@ -81,11 +82,6 @@ def groups_of(table, study):
         if not absent:
             groups[name] = list(group)
     return groups
-
-
-def group_accuracy(table, tasks):
-    """Mean token accuracy over `tasks`, one value per row of the table of runs."""
-    return table[[f"{ACCURACY}{task}" for task in tasks]].mean(axis=1)
 
 
 def comparisons(table, study):
