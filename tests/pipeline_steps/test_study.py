@@ -717,7 +717,14 @@ def test_only_some_arms(clean):
 
 
 def test_make_passes_options_to_the_study():
-    command = ["make", "--dry-run", "study", "name=smoke", "STUDY_OPTIONS=--cores 8 --arms none A6 -n"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "study",
+        "name=smoke",
+        "STUDY_OPTIONS=--cores 8 --arms none A6 -n",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "python -m pipeline_steps.study smoke --cores 8 --arms none A6 -n"
 
