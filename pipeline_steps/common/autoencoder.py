@@ -16,6 +16,8 @@ from pipeline_steps.common.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FRAMES_AT_ONCE = 256
+MAX_NAMED = 3  # tensors in a message
+COPY_AGAIN = f"Copy config.json and {WEIGHTS} again from the same model."
 
 
 def require(package: str, key: str, extra: str = "latents") -> None:
@@ -40,7 +42,7 @@ def latent_channels(folder: str | Path, key: str) -> int:
     if found != "AutoencoderKL" or not (path.parent / WEIGHTS).exists():
         lacking = f"_class_name is {found!r}, expected 'AutoencoderKL'" if found != "AutoencoderKL" else "no " + WEIGHTS
         raise UserError(f"{path.parent}: {lacking}. {key} has to name an AutoencoderKL in diffusers' format.")
-    if not isinstance(channels, int) or channels < 1:
+    if type(channels) is not int or channels < 1:
         raise UserError(
             f"{path}: latent_channels is {channels!r}, expected a positive integer. Copy config.json again from where "
             f"the autoencoder of {key} comes from."
@@ -64,10 +66,12 @@ class FrameLatents:
                     local_files_only=True,
                     use_safetensors=True,
                     low_cpu_mem_usage=False,
+                    ignore_mismatched_sizes=True,  # reported, and refused below
                     output_loading_info=True,
                 )
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{folder} ({key}) cannot be loaded: {' '.join(str(error).split())}") from None
+            except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:  # what its classes raise
+                problem = " ".join(str(error).split()).rstrip(".")
+                raise UserError(f"{folder} ({key}) cannot be loaded: {problem}. {COPY_AGAIN}") from None
         check_weights(report, f"{folder} ({key})")
         self.network = network.float().eval().requires_grad_(False)
         self.scale, self.shift = network.config.scaling_factor, network.config.shift_factor or 0.0
@@ -86,19 +90,21 @@ class FrameLatents:
 
 
 def check_weights(report: dict[str, list], source: str) -> None:
-    """UserError unless the file's tensors are those of the configuration; diffusers would draw missing ones at random.
-    report: diffusers' own."""
-    kinds = {"missing_keys": "lacks", "unexpected_keys": "has besides"}
-    problems = [
-        f"{words} {len(names)} tensors ({', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''})"
-        for kind, words in kinds.items()
-        if (names := report[kind])
-    ]
+    """UserError unless the file's tensors are those of the configuration; diffusers would draw missing ones and those
+    of another shape at random. report: diffusers' own."""
+    shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]]
+    kinds = {
+        "are missing": report["missing_keys"],
+        "are not of such a network": report["unexpected_keys"],
+        "have another shape": shapes,
+    }
+    problems = [f"{len(names)} tensors {words} ({_some(names)})" for words, names in kinds.items() if names]
     if problems:
-        raise UserError(
-            f"{source}: {WEIGHTS} {' and '.join(problems)} than config.json describes. Copy both files again from the "
-            "same model."
-        )
+        raise UserError(f"{source}: {WEIGHTS} does not fit config.json: {', '.join(problems)}. {COPY_AGAIN}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:MAX_NAMED]) + (" ..." if len(names) > MAX_NAMED else "")
 
 
 def unit_range(pixel_values: Tensor) -> Tensor:

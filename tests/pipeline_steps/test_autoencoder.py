@@ -75,17 +75,56 @@ def test_the_small_autoencoder_is_a_diffusers_model_with_latents_of_unit_varianc
     assert torch.equal(before, torch.random.get_rng_state())  # a resumed run loads it, too
 
 
-@pytest.mark.parametrize(("layers", "words"), [(2, "lacks"), (0, "has besides")])
-def test_weights_of_another_configuration_are_an_error(trained, tmp_path, layers, words):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers_per_block": 3}, r"\d+ tensors are missing \(decoder\.\S+, decoder\.\S+, decoder\.\S+ \.\.\.\)"),
+        ({"layers_per_block": 0}, r"\d+ tensors are not of such a network \((de|en)coder\."),
+        ({"use_quant_conv": False}, r"2 tensors are not of such a network \(quant_conv\.bias, quant_conv\.weight\)"),
+        (
+            {"latent_channels": 5},
+            r"7 tensors have another shape \(decoder\.conv_in\.weight \[.*\] instead of \[.*, 5, ",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_of_another_configuration_are_an_error(trained, tmp_path, change, words):
     """diffusers fills in missing tensors at random and ignores the others."""
+    folder = changed(trained, tmp_path, **change)
+    again = rf"\. Copy config\.json and {autoencoder.WEIGHTS} again from the same model\.$"
+    with pytest.raises(UserError, match=rf"vae \(a\.key\): {autoencoder.WEIGHTS} does not fit .*: {words}.*{again}"):
+        autoencoder.FrameLatents(folder, "a.key")
+
+
+def changed(trained, tmp_path, **changes):
+    """A copy of the autoencoder with other values in its configuration; None: without the key."""
     folder = shutil.copytree(trained[0], tmp_path / "vae")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"layers_per_block": layers}))
-    with pytest.raises(UserError, match=rf"vae \(key\): {autoencoder.WEIGHTS} {words} \d+ tensors \((de|en)coder"):
-        autoencoder.FrameLatents(folder, "key")
-    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "latent_channels"}))
-    with pytest.raises(UserError, match=r"config\.json: latent_channels is None, expected a positive integer\. Copy"):
-        autoencoder.FrameLatents(folder, "key")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("channels", [None, True, 0, "4"])
+def test_a_configuration_without_a_number_of_channels_is_an_error(trained, tmp_path, channels):
+    folder = changed(trained, tmp_path, latent_channels=channels)
+    message = rf"vae/config\.json: latent_channels is {channels!r}, expected a positive integer\. Copy .* of a\.key"
+    for read in (autoencoder.latent_channels, autoencoder.FrameLatents):
+        with pytest.raises(UserError, match=message):
+            read(folder, "a.key")
+
+
+def test_what_diffusers_cannot_build_or_read_is_an_error(trained, tmp_path):
+    folder = changed(trained, tmp_path, norm_num_groups=7)
+    with pytest.raises(UserError, match=r"vae \(a\.key\) cannot be loaded: .* divisible by .*7.*\. Copy config\.json"):
+        autoencoder.FrameLatents(folder, "a.key")
+    folder = changed(trained, tmp_path / "other", block_out_channels=[])
+    with pytest.raises(UserError, match=r"vae \(a\.key\) cannot be loaded: .*\. Copy config\.json and"):
+        autoencoder.FrameLatents(folder, "a.key")
+    shutil.copy(trained[0] / "config.json", folder)
+    (folder / autoencoder.WEIGHTS).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"vae \(a\.key\) cannot be loaded: .*[^.]\. Copy config\.json and"):
+        autoencoder.FrameLatents(folder, "a.key")
 
 
 def test_names_of_earlier_versions_of_diffusers_are_read(trained, tmp_path):
