@@ -1,50 +1,9 @@
 """Configuration of the foveated vision-language model."""
 
-import math
-
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 
-LAYOUTS = ("question_first", "vision_first")
-ARCHITECTURES = ("foveated", "multi_token")
-ATTENTIONS = ("deep", "shallow")
-QUERY_SOURCES = ("planned", "static", "random", "fixed", "oracle")
-HARD_ATTENTIONS = ("none", "top_k", "gumbel")
-QUERY_UPDATES = ("replace", "add", "gated")
-TOKEN_AGGREGATIONS = ("none", "mean", "weighted")
-FRAME_TIMES = ("none", "sinusoidal")
-CHOICES = {
-    "architecture": ARCHITECTURES,
-    "attention": ATTENTIONS,
-    "layout": LAYOUTS,
-    "query_update": QUERY_UPDATES,
-    "query_source": QUERY_SOURCES,
-    "hard_attention": HARD_ATTENTIONS,
-    "token_aggregation": TOKEN_AGGREGATIONS,
-    "frame_time_embedding": FRAME_TIMES,
-}
-BOOLEANS = ("query_bias", "tie_first_query", "learnable_temperature", "coarse_only", "blind")
-LARGE = 1e9
-RANGES = {
-    "query_dim": (1, LARGE),
-    "query_init_std": (0, LARGE),
-    "attention_temperature": (1e-3, LARGE),
-    "attention_top_k": (1, LARGE),
-    "num_visual_tokens_per_frame": (1, LARGE),
-    "num_passes": (1, 3),
-    "frame_downsampling": (1, LARGE),
-    "fovea_size": (0, LARGE),
-    "max_num_frames": (1, LARGE),
-}
-INTEGERS = (
-    "query_dim",
-    "attention_top_k",
-    "num_visual_tokens_per_frame",
-    "num_passes",
-    "frame_downsampling",
-    "fovea_size",
-    "max_num_frames",
-)
+from .option_checks import check_options
 
 
 class FoveatedVLMConfig(PreTrainedConfig):
@@ -73,7 +32,7 @@ class FoveatedVLMConfig(PreTrainedConfig):
         learnable_temperature: whether every layer learns its temperature, initialised with `attention_temperature`.
         hard_attention: `none`; `top_k`: each head keeps its `attention_top_k` largest logits; `gumbel`: each head
             samples one position.
-        attention_top_k: number of positions that `top_k` keeps.
+        attention_top_k: number of positions that `top_k` keeps, fewer than a query attends to.
         num_visual_tokens_per_frame: queries per frame (a square number for `multi_token`). Also the tokens per frame,
             unless they are aggregated.
         token_aggregation: how the outputs of several queries become visual tokens: `none` (one token each), `mean`, or
@@ -181,22 +140,7 @@ class FoveatedVLMConfig(PreTrainedConfig):
 
         The network calls it again because options can change after construction (`from_pretrained(path, option=...)`).
         """
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in BOOLEANS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        for name, (smallest, largest) in RANGES.items():
-            value = getattr(self, name)
-            wrong = isinstance(value, bool) or not isinstance(value, int if name in INTEGERS else (int, float))
-            if wrong or not smallest <= value <= largest:
-                kind = "an integer" if name in INTEGERS else "a number"
-                raise ValueError(f"{name}={value!r} must be {kind} from {smallest} to {largest}")
-        scale = self.visual_scale
-        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if scale != "auto" and not (is_number and 0 < scale < math.inf):
-            raise ValueError(f"visual_scale={scale!r} must be a number above 0, or auto")
+        check_options(self)
         vocabulary, visual_id = self.text_config.vocab_size, self.visual_token_id
         if visual_id is not None and (isinstance(visual_id, bool) or not isinstance(visual_id, int)):
             raise ValueError(f"visual_token_id={visual_id!r} must be an integer of {vocabulary} or more, or None")
@@ -205,30 +149,6 @@ class FoveatedVLMConfig(PreTrainedConfig):
                 f"visual_token_id={visual_id} is inside the vocabulary of {vocabulary} tokens. Use an id of "
                 f"{vocabulary} or more, so that text cannot contain the placeholder"
             )
-        self._check_fovea()
-        side = math.isqrt(self.num_visual_tokens_per_frame)
-        if self.architecture == "multi_token" and side**2 != self.num_visual_tokens_per_frame:
-            raise ValueError(
-                f"num_visual_tokens_per_frame={self.num_visual_tokens_per_frame} must be a square number for "
-                f"architecture='multi_token', for example {side**2} or {(side + 1) ** 2}"
-            )
-
-    def _check_fovea(self) -> None:
-        if not self.fovea_size:
-            return
-        if self.frame_downsampling == 1:
-            raise ValueError(
-                f"fovea_size={self.fovea_size} with frame_downsampling=1: the whole frame has full resolution already. "
-                "Set frame_downsampling to 2 or more, or fovea_size to 0"
-            )
-        wanted = {"architecture": "foveated", "attention": "deep", "coarse_only": False}
-        for name, value in wanted.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"fovea_size={self.fovea_size} with {name}={getattr(self, name)!r}: the window follows queries "
-                    f"that pass through the vision encoder after the coarse pass. Set {name} to {value!r}, or "
-                    "fovea_size to 0 (a fixed query with a window: query_source='static')"
-                )
 
     @property
     def tokens_per_frame(self) -> int:

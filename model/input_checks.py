@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .configuration_foveated_vlm import QUERY_SOURCES
 from .constants import IGNORE_INDEX, MODES
+from .option_checks import QUERY_SOURCES
 from .options import FoveationOptions
 
 

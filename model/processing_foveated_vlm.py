@@ -20,7 +20,6 @@ from .chat_messages import (
     text_without_placeholders,
     without_placeholders,
 )
-from .configuration_foveated_vlm import LAYOUTS
 from .image_processing_foveated_vlm import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -28,6 +27,7 @@ from .image_processing_foveated_vlm import (
     normalise,
     positive_integer,
 )
+from .option_checks import LAYOUTS
 from .processing_inputs import are_conversations, per_text, visual_places, with_options
 from .video_processing_foveated_vlm import FoveatedVLMVideoProcessor
 

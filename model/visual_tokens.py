@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .fovea import allowed_at_low_resolution, downsample, on_full_grid, window_around_peak
 from .foveated_encoder import EncodedFrames
+from .option_checks import check_top_k
 from .outputs import FrameTokens
 from .queries import QueryAttention
 from .visual_sequence import sinusoids
@@ -50,7 +51,9 @@ class VisualTokensMixin:
         output_attentions: bool,
     ) -> tuple[EncodedFrames, FrameTokens | None]:
         """Encodes the frames, at low resolution if so configured; with queries [F, K, Q] also returns their
-        `FrameTokens`, from the same pass and without a window."""
+        `FrameTokens`, from the same pass and without a window. ValueError if hard attention would keep every patch."""
+        patch = self.config.vision_config.patch_size
+        check_top_k(self.config, (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch))
         encoded, found = self._encode_whole(
             self._downsample(pixel_values), times, queries, self._at_low_resolution(query_attention), output_attentions
         )

@@ -1,5 +1,6 @@
 """The strict reader, conf/ and params.yaml."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.params import ROOT, StrictModel
-from pipeline_steps.parameters.__main__ import check_ablation
+from pipeline_steps.parameters.__main__ import check_ablation, check_network
 from pipeline_steps.world.digits import KINDS
 from tests import pipeline
 
@@ -78,7 +79,7 @@ def test_every_group_has_none():
 def test_every_group_file_composes_to_valid_parameters(path):
     assert (ROOT / "conf" / path).read_text().startswith("# @package _global_\n")
     text = params.compose([f"{path.parent.name}={path.stem}"])
-    params.check(str(path), params.parse(str(path), text))
+    check_network(str(path), params.check(str(path), params.parse(str(path), text)))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -149,6 +150,40 @@ def test_the_name_of_an_ablation_needs_its_values(tmp_path):
     assert "dvc exp run -S ablation=T1" in errors
     (tmp_path / "params.yaml").write_text(plain.replace("ablation: T1", "ablation: T11", 1))
     assert "there is no conf/ablation/T11.yaml. Did you mean 'T1'?" in check_stage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        (("model.fovea_size", 4), "model.fovea_size=4 with frame_downsampling=1: "),
+        (("model.attention_temperature", 1e-4), "model.attention_temperature=0.0001 must be a number from 0.001"),
+        (
+            ("model.architecture", "multi_token", "model.num_visual_tokens_per_frame", 5),
+            "model.num_visual_tokens_per_frame=5 must be a square number",
+        ),
+        (
+            ("model.hard_attention", "top_k", "model.attention_top_k", 500),
+            r"model.attention_top_k=500 .* 17 positions.* at most 16",
+        ),
+        (("model.frame_downsampling", 3), "model.frame_downsampling 3 needs a multiple of 42 px"),
+        (("shards.image_size", 50), "the frames have 50 px, not a multiple .* of 14 px. Set shards.image_size to 42"),
+    ],
+    ids=str,
+)
+def test_the_stage_refuses_options_of_the_network_that_do_not_fit(edited, edits, expected):
+    path = edited(*edits)
+    found = check_stage(path.parent)
+    assert re.match(f"error: {path}: .*{expected}", found), found
+    assert not (path.parent / "parameters.json").exists()
+
+
+@pytest.mark.parametrize("edits", [("backbones.kind", "hub"), ("training.init_from", "/another/checkpoint")], ids=str)
+def test_the_frames_of_a_vision_encoder_that_is_not_known_yet_are_accepted(edited, edits):
+    path = edited(*edits, "model.hard_attention", "top_k", "model.attention_top_k", 500)
+    check_network(path, params.read(path, *params.RESULT_KEYS))
+    path = edited(*edits, "model.fovea_size", 4)
+    with pytest.raises(UserError, match=r"model\.fovea_size=4 with frame_downsampling=1"):
+        check_network(path, params.read(path, *params.RESULT_KEYS))
 
 
 def test_an_ablation_holds_its_values_with_other_groups():

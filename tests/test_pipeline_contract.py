@@ -29,10 +29,11 @@ ALSO = {
     "monitoring": {"training"},  # counts what a training step computes
     "study": {"report", "flops"},  # collects and counts budgets
 }
-MEDIA = {
+WITHOUT_NETWORK = {
     "model/__init__.py",
     "model/frames.py",
     "model/hdr.py",
+    "model/option_checks.py",
     "model/pictures.py",
     "model/video.py",
     "model/video_container.py",
@@ -125,11 +126,11 @@ def unit(file):
 @cache
 def code_of(stage):
     """What dvc.yaml has to list: all that the stage's package imports, less WITHOUT_EFFECT and packages' empty
-    __init__.py. `model` stands for all of its files where more than MEDIA is used."""
+    __init__.py. `model` stands for all of its files where more than WITHOUT_NETWORK is used."""
     files = closure((ROOT / "pipeline_steps" / package(stage)).rglob("*.py"))
     units = {unit(file) for file in files if file.name != "__init__.py" or file.read_text().strip()}
     network = {name for name in units if name.startswith("model/")}
-    if network - MEDIA:
+    if network - WITHOUT_NETWORK:
         units = units - network | {"model"}
     return units - WITHOUT_EFFECT.keys() - {"pipeline_steps/__init__.py", "model/__init__.py"}
 

@@ -4,8 +4,9 @@
 
 Every other stage depends on outputs/parameters.json, whose content never changes. A changed parameter therefore reruns
 this stage (a second) and then only the stages that list the parameter. Misspelt keys and impossible values fail here
-with exit code 1 and one message that lists all of them, and so does an `ablation` without a file in conf/ablation/ or
-with other values than that file sets.
+with exit code 1 and one message that lists all of them. So does an `ablation` without a file in conf/ablation/ or with
+other values than that file sets, and so do options of the network that contradict each other or, where the patches of
+the vision encoder are known, the size of the frames.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.option_checks import check_options
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, listing, run_main
 from pipeline_steps.common.files import check_outputs, write_json
+from pipeline_steps.streaming.compatibility import check_frames
 
 PARAMS = params.RESULT_KEYS
+BACKBONES = Path("data/backbones")  # of the stage of that name; training may start from a checkpoint instead
 MAX_LISTED = 10  # differences in a message
 
 
@@ -27,10 +31,24 @@ def main() -> None:
     parser.add_argument("--ablations", type=Path, default=Path("conf/ablation"), help="folder with the ablations")
     parser.add_argument("--out", type=Path, default=Path("outputs/parameters.json"))
     arguments = parser.parse_args()
-    check_ablation(arguments.params, params.read(arguments.params, *PARAMS).as_dict(), arguments.ablations)
+    parameters = params.read(arguments.params, *PARAMS)
+    check_ablation(arguments.params, parameters.as_dict(), arguments.ablations)
+    check_network(arguments.params, parameters)
     check_outputs(files=[arguments.out])
     write_json(arguments.out, {"valid": True})
     print(f"{arguments.params}: all parameters are valid")
+
+
+def check_network(path: str, parameters) -> None:
+    """UserError if options in section `model` contradict each other, or do not fit frames of shards.image_size. The
+    latter is known only of embedded backbones: of others, and of a checkpoint, the training stages find it. path:
+    parameter file, for the message."""
+    try:
+        check_options(parameters.model)
+    except ValueError as error:
+        raise UserError(f"{path}: model.{error}.") from None
+    if parameters.backbones.kind == "embedded" and Path(parameters.training.init_from) == BACKBONES:
+        check_frames(parameters.model, parameters.backbones.embedded.patch_size, parameters.shards.image_size, path)
 
 
 def check_ablation(path: str, content: dict, folder: Path) -> None:

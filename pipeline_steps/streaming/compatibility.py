@@ -2,32 +2,14 @@
 
 import numpy as np
 
+from model.option_checks import check_top_k
 from pipeline_steps.common.errors import UserError
 
 
 def check_compatibility(config, dataset, image_replication: int) -> None:
     """Raise UserError if a sample of a `TokenizedShards` does not fit the FoveatedVLMConfig; it names the first one."""
+    check_frames(config, config.vision_config.patch_size, dataset.image_size, dataset.shards_dir)
     where = f"{dataset.tokens_dir}/{dataset.split}"
-    size, patch = dataset.image_size, config.vision_config.patch_size
-    if size % patch:
-        raise UserError(
-            f"{dataset.shards_dir}: the frames have {size} px, not a multiple of the vision encoder's patch size of "
-            f"{patch} px. Set shards.image_size to {max(size // patch, 1) * patch}."
-        )
-    low_patch, grid = patch * config.frame_downsampling, size // patch
-    if size % low_patch or config.fovea_size > grid:
-        raise UserError(
-            f"{dataset.shards_dir}: the frames have {size} px, {grid} patches a side. model.frame_downsampling "
-            f"{config.frame_downsampling} needs a multiple of {low_patch} px, and model.fovea_size "
-            f"{config.fovea_size} at least so many patches. Change shards.image_size or these options."
-        )
-    tokens, grid = config.num_visual_tokens_per_frame, size // low_patch
-    if config.architecture == "multi_token" and tokens > grid * grid:
-        raise UserError(
-            f"model.num_visual_tokens_per_frame is {tokens}, but the architecture multi_token supports at "
-            f"most {grid * grid}, the number of patches in a frame of {size} px. Lower it, or raise "
-            "shards.image_size."
-        )
     limit = config.text_config.max_position_embeddings
     frames = dataset.index.shown_frames(image_replication)
     visual = frames * config.tokens_per_frame
@@ -49,3 +31,30 @@ def check_compatibility(config, dataset, image_replication: int) -> None:
         f"visual), the language model supports at most {limit}. Lower tokens.max_tokens, shards.max_frames or "
         "model.num_visual_tokens_per_frame, or use a language model with more positions."
     )
+
+
+def check_frames(options, patch: int, size: int, where) -> None:
+    """Raise UserError if frames with sides of `size` px do not fit a vision encoder with patches of `patch` px and the
+    options of the network (a FoveatedVLMConfig or section `model`). where: what sets the size, for messages."""
+    if size % patch:
+        raise UserError(
+            f"{where}: the frames have {size} px, not a multiple of the vision encoder's patch size of "
+            f"{patch} px. Set shards.image_size to {max(size // patch, 1) * patch}."
+        )
+    low_patch, side = patch * options.frame_downsampling, size // patch
+    if size % low_patch or options.fovea_size > side:
+        raise UserError(
+            f"{where}: the frames have {size} px, {side} patches a side. model.frame_downsampling "
+            f"{options.frame_downsampling} needs a multiple of {low_patch} px, and model.fovea_size "
+            f"{options.fovea_size} at least so many patches. Change shards.image_size or these options."
+        )
+    tokens, num_low = options.num_visual_tokens_per_frame, (size // low_patch) ** 2
+    if options.architecture == "multi_token" and tokens > num_low:
+        raise UserError(
+            f"{where}: model.num_visual_tokens_per_frame is {tokens}, but the architecture multi_token supports at "
+            f"most {num_low}, the number of patches in a frame of {size} px. Lower it, or raise shards.image_size."
+        )
+    try:
+        check_top_k(options, side**2)
+    except ValueError as error:
+        raise UserError(f"{where}: with frames of {size} px, model.{error}.") from None

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import FoveatedVLMConfig, visual_tokens
-from model.configuration_foveated_vlm import RANGES
 from model.fovea import allowed_at_low_resolution, downsample, on_full_grid, window_around_peak
+from model.option_checks import RANGES
 from model.queries import QueryAttention
 from tests import checkpoints
 from tests.model.test_frame_step import assert_equal, both, captured, lively  # noqa: F401 - a fixture

@@ -228,6 +228,23 @@ def test_mean_aggregation_is_the_mean_of_the_looks():
     torch.testing.assert_close(one, three.mean(1, keepdim=True))
 
 
+@pytest.mark.parametrize("network", [{}, {"attention": "shallow"}, {"frame_downsampling": 2, "fovea_size": 2}], ids=str)
+@torch.no_grad()
+def test_top_k_that_would_keep_every_patch_is_refused(network):
+    """Positions are the 16 patches, or 4 at low resolution and 4 of the window, and the class token."""
+    count = 8 if network.get("fovea_size") else 16
+    options = {"hard_attention": "top_k", "num_visual_tokens_per_frame": 2} | network
+    message = rf"attention_top_k={count + 1} .* {count + 1} positions, the {count} patches .* at most {count}, or set"
+    for mode in MODES:
+        with pytest.raises(ValueError, match=message):
+            fine(make_model(attention_top_k=count + 1, **options), mode=mode)
+        fine(make_model(attention_top_k=count, **options), mode=mode)
+        fine(make_model(**options | {"hard_attention": "none", "attention_top_k": 500}), mode=mode)
+    weights = fine(make_model(attention_top_k=count, **options), output_attentions=True).attention_weights
+    if count == 16:
+        assert ((weights > 0).sum(-1) == 16).all()
+
+
 @torch.no_grad()
 def test_weighted_aggregation_weights_the_looks_by_their_scores():
     several = make_model(num_visual_tokens_per_frame=3, token_aggregation="weighted")

@@ -47,11 +47,22 @@ def test_compatible_data_are_accepted():
             56,
             "is 16.*at most 4",
         ),
+        (
+            {"hard_attention": "top_k", "attention_top_k": 17},
+            (),
+            56,
+            "frames of 56 px, model.attention_top_k=17 .* 17 positions, .*at most 16, or set hard_attention to 'none'",
+        ),
     ],
 )
 def test_incompatible_data_are_rejected_with_the_sample(options, rows, image_size, message):
     with pytest.raises(UserError, match=message):
         check_compatibility(make_model(**options).config, data(*rows, image_size=image_size), 4)
+
+
+@pytest.mark.parametrize("options", [{"hard_attention": "top_k", "attention_top_k": 16}, {"attention_top_k": 500}])
+def test_top_k_of_all_but_one_position_and_an_unused_one_are_accepted(options):
+    check_compatibility(make_model(**options).config, data(), 4)
 
 
 def test_replicated_stills_count_as_several_frames():
