@@ -29,7 +29,7 @@ from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.common.snakemake import LOG, cancel_leftover_jobs, snakemake_profile, stop
 from pipeline_steps.study import progress
 from pipeline_steps.study.collect import check_earlier, collect
-from pipeline_steps.study.design import read_study
+from pipeline_steps.study.design import read_study, seeds_of
 from pipeline_steps.study.job import VISIBLE, visible_devices
 from pipeline_steps.study.plan import COMMITTED, RESULTS, checked_out, make_plan, uncommitted
 from pipeline_steps.study.results import power_warning
@@ -61,7 +61,7 @@ def main():
         )
     cores = arguments.cores or len(os.sched_getaffinity(0))
     if arguments.dry_run:
-        show_plan(study, plan, only_arms(plan, study, arguments.arms), studies, cores, console)
+        show_plan(study, plan, chosen_part(plan, study, arguments), studies, cores, console)
         if problem:
             console.print(f"{problem} The study cannot run before these are {COMMITTED}.", markup=False)
         return 0
@@ -69,7 +69,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / "lock", f"the study {plan.study} is running already ({folder}): wait for it or stop it"):
         while True:
-            todo = only_arms(plan, study, arguments.arms)
+            todo = chosen_part(plan, study, arguments)
             write_json(folder / "plan.json", todo.as_dict())
             for job in todo.jobs.values():
                 (studies / job.folder / "failed.json").unlink(missing_ok=True)
@@ -115,6 +115,8 @@ def read_arguments():
     parser.add_argument("--cores", type=int, help="jobs at a time on this machine (default: its cores)")
     parser.add_argument("--gpus", type=int, default=0, help="jobs at a time that have a GPU, each its own (default: 0)")
     parser.add_argument("--arms", nargs="+", help="run only these arms now (default: all)")
+    parser.add_argument("--budgets", nargs="+", help="run only these budgets now (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run only these training seeds now (default: all)")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show the runs and their cost, run nothing")
     arguments = parser.parse_args()
     for option, least in (("cores", 1), ("gpus", 0)):
@@ -123,11 +125,27 @@ def read_arguments():
     return arguments
 
 
-def only_arms(plan, study, arms):
-    """The part of a `Plan` that the named arms need (None: all). UserError for an unknown arm."""
-    if unknown := [arm for arm in arms or () if arm not in study.arms]:
-        raise UserError(f"--arms: there is no arm {', '.join(unknown)} (there are: {', '.join(study.arms)})")
-    runs = [run for run in plan.runs if arms is None or run.arm in arms]
+def chosen_part(plan, study, arguments):
+    """The part of a `Plan` that the runs with the arms, budgets and seeds of the options need. UserError for an unknown
+    name, and if there is no such run."""
+    seeds = {entry.training for arm in study.arms for entry in seeds_of(study, arm)}
+    known = {"arms": study.arms, "budgets": study.budgets, "seeds": sorted(seeds)}
+    named = {option: names if (names := getattr(arguments, option)) is not None else known[option] for option in known}
+    for option, names in named.items():
+        if unknown := [str(name) for name in names if name not in known[option]]:
+            raise UserError(
+                f"--{option}: {plan.study} has no {', '.join(unknown)} (it has: {', '.join(map(str, known[option]))})"
+            )
+    runs = [
+        run
+        for run in plan.runs
+        if run.arm in named["arms"] and run.budget in named["budgets"] and run.seeds["training"] in named["seeds"]
+    ]
+    if not runs:
+        waiting = f". {len(plan.waiting)} run(s) of equal FLOPs wait for those that they follow" if plan.waiting else ""
+        raise UserError(
+            f"{plan.study} has no run with the named --arms, --budgets and --seeds: leave one option out{waiting}"
+        )
     names = {name for run in runs for name in run.jobs.items()}
     return replace(plan, runs=runs, jobs={name: job for name, job in plan.jobs.items() if name in names})
 

@@ -1,5 +1,6 @@
 """Studies: their design, the plan of shared jobs, running it through Snakemake, and what is collected."""
 
+import argparse
 import copy
 import io
 import json
@@ -705,15 +706,56 @@ def test_times_are_readable(seconds, text):
     assert progress.format_time(seconds) == text
 
 
+def named(arms=None, budgets=None, seeds=None):
+    return argparse.Namespace(arms=arms, budgets=budgets, seeds=seeds)
+
+
 def test_only_some_arms(clean):
     study = make()
     made = plan.make_plan("mine", study)
-    part = study_main.only_arms(made, study, ["A6"])
+    part = study_main.chosen_part(made, study, named(["A6"]))
     assert [run.arm for run in part.runs] == ["A6", "A6"]
     assert {job.stage for job in part.jobs.values()} == {job.stage for job in made.jobs.values()}
     assert len(part.jobs) == 18
-    with pytest.raises(UserError, match=r"--arms: there is no arm A7 \(there are: none, A6\)"):
-        study_main.only_arms(made, study, ["A7"])
+    assert study_main.chosen_part(made, study, named()) == made
+
+
+def test_only_some_budgets_and_seeds(clean):
+    arms = {"none": {}, "A6": {"overrides": ["ablation=A6"], "seeds": [7]}}
+    study = make(budgets={"half": 0.5, "x1": 1.0}, arms=arms)
+    made = plan.make_plan("mine", study)
+    half = study_main.chosen_part(made, study, named(budgets=["half"]))
+    assert {run.budget for run in half.runs} == {"half"}
+    assert {run.arm for run in half.runs} == {"none", "A6"}
+    seven = study_main.chosen_part(made, study, named(seeds=[7], budgets=["x1"]))
+    assert [run.name for run in seven.runs] == ["A6-x1-seed7.7.7"]
+    assert set(seven.jobs) < set(made.jobs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (named(arms=["A6", "A7"]), "--arms: mine has no A7 (it has: none, A6)"),
+        (named(budgets=["x2"]), "--budgets: mine has no x2 (it has: x1)"),
+        (named(seeds=[1, 4]), "--seeds: mine has no 4 (it has: 1, 2)"),
+    ],
+    ids=str,
+)
+def test_unknown_arms_budgets_and_seeds_are_refused(arguments, message, clean):
+    study = make()
+    with pytest.raises(UserError, match=re.escape(message)):
+        study_main.chosen_part(plan.make_plan("mine", study), study, arguments)
+
+
+def test_names_that_no_run_has_together_are_refused(clean):
+    budgets = {"x1": 1.0, "equal_flops": {"flops_of": "x1"}}
+    study = make(arms={"none": {"seeds": [1, 2]}, "A6": {"overrides": ["ablation=A6"], "seeds": [1]}}, budgets=budgets)
+    made = plan.make_plan("mine", study)
+    with pytest.raises(UserError, match=r"^mine has no run with .* leave one option out. 1 run.s. of equal FLOPs wait"):
+        study_main.chosen_part(made, study, named(["A6"], ["equal_flops"]))
+    made.waiting = []
+    with pytest.raises(UserError, match=r"^mine has no run with .* leave one option out$"):
+        study_main.chosen_part(made, study, named(["A6"], seeds=[2]))
 
 
 def test_make_passes_options_to_the_study():
