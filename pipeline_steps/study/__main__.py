@@ -231,6 +231,7 @@ def report_end(study, plan, todo, studies, results, code, console):
         console.print(table[columns].to_string(index=False, float_format="%.3f"))
         summary = write_summary(plan.study, study)
         console.print(f"{len(table)} of {len(plan.runs) + len(plan.waiting)} runs: {results / 'runs.csv'}, {summary}")
+        console.print("`dvc repro` adds them to reports/report.html")
     failed = progress.failures(todo, studies)
     for text in failed:
         console.print(text, markup=False)
