@@ -122,11 +122,14 @@ IDEAS = (
 
 def tables(found):
     """The two `Table`s of IDEAS from a list of `studies.Study`: those compared by answers, and by next-frame losses."""
+    by_answers, by_prediction = by_measure(found)
+    return answers_table(by_answers), prediction_table(by_prediction)
+
+
+def by_measure(found):
+    """Two lists of (idea, its `studies.Study` or None): ideas compared by answers, and by next-frame losses."""
     chosen = [(idea, study_of(idea, found)) for idea in IDEAS]
-    return (
-        answers_table([(idea, study) for idea, study in chosen if not idea.predicts]),
-        prediction_table([(idea, study) for idea, study in chosen if idea.predicts]),
-    )
+    return [pair for pair in chosen if not pair[0].predicts], [pair for pair in chosen if pair[0].predicts]
 
 
 def answers_table(chosen):
@@ -209,17 +212,18 @@ def prediction_facts(arm, study):
 
 def folded_title(found):
     """How many ideas there are and what the runs say of them, in a line. found: list of `studies.Study`."""
-    chosen = [(idea, study_of(idea, found)) for idea in IDEAS]
+    by_answers, by_prediction = by_measure(found)
     answers = [
         decisions.overall([decisions.verdict(entry, study.summary.margin) for entry in own.values()])
-        for _, study, own in answered(chosen)
+        for _, study, own in answered(by_answers)
         if own
     ]
-    gains = [prediction_overall(arm, study.summary.next_frame_margin) for _, study, arm in predicted(chosen)]
+    gains = [prediction_overall(arm, study.summary.next_frame_margin) for _, study, arm in predicted(by_prediction)]
+    not_run = sum(study is None for _, study in (*by_answers, *by_prediction))
     count = len({idea.choice.decision for idea in IDEAS})
     return (
         f"{count} ideas in {len(IDEAS)} variants. Answers: default {tally(answers)}. Next frame: planned queries "
-        f"{tally(gains)}. Not run: {sum(study is None for _, study in chosen)}"
+        f"{tally(gains)}. Not run: {not_run}"
     )
 
 

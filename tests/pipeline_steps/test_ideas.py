@@ -350,6 +350,19 @@ def test_a_head_that_learned_nothing_reproduces_nothing(table):
     assert text.endswith(f"not learned, no better than predicting no change, for {flow}.")
 
 
+def test_the_title_counts_every_row_once(table):
+    """Also of an arm that trains both answers and prediction, and so has a row in each table."""
+    text_only = table[table["arm"] == "beside_text"].assign(arm="text_only", run=["a", "b", "c"])
+    text_only = text_only.assign(**{name: None for name in table.columns if name.startswith("next_frame")})
+    both = pd.concat([table, text_only])
+    study = kept(results.summarise("next_frame", both, STUDY), both)
+    title = ideas.folded_title([study])
+    for start, found in zip(("default ", "planned queries "), ideas.tables([study]), strict=True):
+        counts = title.partition(start)[2].partition(".")[0].split(", ")
+        run = [cells for cells in found.rows if not any("not run" in text_of(cell) for cell in cells)]
+        assert sum(int(text.rpartition(" ")[2]) for text in counts) == len(run)
+
+
 def test_ideas_about_answers_are_decided_by_their_intervals(tmp_path):
     study = write_study(tmp_path, study_summary("ideas", ("none", "entropy"), (1, 2, 3)))
     row = cells_of([study])["5 entropy margin: weight 0.1"]
