@@ -19,11 +19,10 @@ from pipeline_steps.common.study_results import (
     WORSE,
 )
 from pipeline_steps.report import studies, study_tables
-from pipeline_steps.report.statistics import interval_verdict
+from pipeline_steps.report.statistics import FEWEST_PAIRS, interval_verdict
 from pipeline_steps.report.tables import MISSING, Table
 
 CHEAPER, OTHER = "cheaper", "other"
-FEWEST_PAIRS = 6  # with which a two-sided sign-flip test can have p < 0.05
 RULES = {CHEAPER: "unless default better", OTHER: "if default worse"}  # when an alternative is taken
 MIXED = "better and worse"  # the default, in different groups of tasks
 DECIDED = {BETTER: "keep the default", MIXED: "depends on the tasks", WORSE: "take the alternative"}
@@ -68,8 +67,8 @@ CHOICES = (
     Choice("mix", "D1", "55/30/15 % video, stills, text (D1)", OTHER, "phase1a"),
     Choice("mix", "reading", "more captions and stills", OTHER, "recipe"),
     Choice("mix", "T1", "no text-only samples (T1)", OTHER, "controls"),
-    Choice("size", "foveated_M", "language model M, not S", OTHER, "scaling", "foveated_S"),
-    Choice("size", "foveated_L", "language model L, not S", OTHER, "scaling", "foveated_S"),
+    Choice("size", "foveated_M", "language model of width 96, not 64", OTHER, "scaling", "foveated_S"),
+    Choice("size", "foveated_L", "language model of width 144, not 64", OTHER, "scaling", "foveated_S"),
 )
 
 

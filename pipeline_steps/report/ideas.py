@@ -27,6 +27,7 @@ from pipeline_steps.report.tables import MISSING, Table
 OBJECTIVE = "training.stageN.objective"
 PREDICTION = f"{OBJECTIVE}.next_frame"
 PARAMETER_NOTE = (
+    "First system: the research's, which predicts the next frame. "
     f"stageN: stages 2 and 3 (freeze: all three); next_frame, text, entropy and contrastive: in {OBJECTIVE}."
 )
 BESIDE = (  # columns after the verdict

@@ -6,7 +6,8 @@ from pipeline_steps.report import decisions, studies, study_tables
 TERMS = (
     "Planned token: from the second frame on, the language model plans the query with which the vision encoder looks "
     "at a frame (the gaze). Default recipe: params.yaml, with one planned token. Static token (A6): one learned query "
-    "for all frames. Sixteen tokens (B1): means of patches, without a query."
+    "for all frames. Sixteen tokens (B1): means of patches, without a query. The research: the earlier project whose "
+    "questions and ideas are tested here."
 )
 NOTHING = (
     "No study in reports/study compares one planned token per frame with a static one and with sixteen on this run's "

@@ -45,7 +45,7 @@ function player(clip) {
       context.fillText(number ? kind : `frame ${t}`, x, y + line - 9);
       context.drawImage(frames, number * step, t * step, side, side, x, y + line, side, side);
     });
-    label.textContent = `frame ${t} of 0–${slider.max}`;
+    label.textContent = `frame ${t} (0–${slider.max})`;
   };
   let timer = null;
   const play = (on) => {

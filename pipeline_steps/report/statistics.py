@@ -32,6 +32,7 @@ ALPHA = 0.05  # two-sided; one-sided tests take half of it, so that one 95 % int
 LEVEL = 1 - ALPHA  # of two-sided intervals
 SMALLEST = 1e-30  # p-values below it are 0
 MIN_VALUES = 3  # of an interval that decides
+FEWEST_PAIRS = 6  # with which a two-sided sign-flip test can have p < 0.05
 LOG_RATIO, DIFFERENCE = "log ratio", "difference"
 
 
@@ -199,7 +200,8 @@ def share_interval(count, total, level=LEVEL):
 
 def unseen_text(num_runs):
     """What `num_runs` runs that are alike cannot tell: others, such as those on a plateau, may have been missed."""
-    return f"Outcomes of fewer than {share_interval(0, num_runs)[1]:.0%} of all runs may be missing among {num_runs}."
+    share = share_interval(0, num_runs)[1]
+    return f"Outcomes that fewer than {share:.0%} of all runs have may not occur among {num_runs}."
 
 
 def equivalence_power(differences, margin, level=0.9):

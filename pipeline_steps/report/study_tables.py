@@ -5,7 +5,7 @@ import pandas as pd
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report import studies
-from pipeline_steps.report.statistics import ALPHA, equivalence_power, share_interval, unseen_text
+from pipeline_steps.report.statistics import ALPHA, FEWEST_PAIRS, equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.tables import MISSING, Table, count, number
 
 MODES_APART = 0.1  # in accuracy: from this gap on, runs on both sides of the plateau are two kinds of outcomes
@@ -36,7 +36,7 @@ def question(entry):
 def statement(study, entry, num_questions):
     """The effect with its interval and what it holds for."""
     count = len(entry.differences)
-    text = f"{effect_text(entry)} points of token accuracy, {count} pair{'s' * (count > 1)} of runs, "
+    text = f"{effect_text(entry)} points of token accuracy (95% t-interval), {count} pair{'s' * (count > 1)} of runs, "
     text += f"p = {entry.p_adjusted:.3f} (sign flips, Holm for {num_questions} questions), {budget_text(study, entry)}."
     margin = study.summary.margin
     if entry.verdict in (BETTER, WORSE) and (alike := sum(abs(value) <= margin for value in entry.differences)):
@@ -140,7 +140,9 @@ def arms(study, chosen):
                 )
                 if trained
                 else MISSING,
-                (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged) if trained else MISSING,
+                (f"{arm.num_converged} of {arm.num_measured}", arm.num_converged)
+                if trained and arm.num_measured
+                else MISSING,
                 count(round(arm.training_samples)),
                 number(arm.training_flops / 1e12, 1),
                 MISSING if arm.training_seconds is None else number(arm.training_seconds / 60, 1),
@@ -148,17 +150,29 @@ def arms(study, chosen):
         )
     columns = ["arm", "runs", "exact match, %", *(f"token accuracy, {group}, %" for group in groups)]
     columns += [f"runs above {100 * summary.plateau:.0f}%", "converged", "samples", "TFLOP", "min"]
-    note = (
-        f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, {summary.split} split, "
-        "autoregressive mode: "
-        "mean [lowest–highest run]. Every run has its own seed of training, backbones and data. Exact match: whole "
-        "generated answers. Brackets of the runs above the plateau: 95% interval of the share, in %. Converged: "
-        "the validation loss fell by less than 1% over the last quarter of stage 3, or rose. Samples, TFLOP and "
-        f"minutes: of training; minutes are medians.{studies.flops_note(study.runs)}"
-    )
+    note = f"{summary.question} {summary.num_runs} of {summary.num_planned} runs, {summary.split} split. Every run has "
+    note += "its own seed of training, backbones and data."
+    answering = studies.trained_arms(chosen)
+    if answering:
+        note += (
+            " Autoregressive mode: mean [lowest–highest run]. Exact match: whole generated answers. Brackets of the "
+            "runs above the plateau: 95% interval of the share, in %. Converged: the validation loss fell by less than "
+            "1% over the last quarter of stage 3, or rose"
+        )
+        note += "." if all(arm.num_measured for arm in answering) else "; –: not measured."
+    note += " Samples, TFLOP and minutes: of training; minutes are medians of runs without interruption."
+    note += studies.flops_note(study.runs)
     if untrained := [studies.label(summary, arm) for arm in chosen if not arm.answers_trained]:
         note += f" Answers not trained, so accuracies are no results: {', '.join(untrained)}; see Ideas."
-    return Table(f"study_{study.name}", f"Arms of study {study.name}", columns, rows, note, strong=[2, 3])
+    shown = [index for index in range(len(columns)) if any(row[index] != MISSING for row in rows)]
+    return Table(
+        f"study_{study.name}",
+        f"Arms of study {study.name}",
+        [columns[index] for index in shown],
+        [[row[index] for index in shown] for row in rows],
+        note,
+        strong=[2, 3] if answering else [],
+    )
 
 
 def by_task(study, chosen):
@@ -216,13 +230,19 @@ def effects(study):
         "Holm: corrected for the study's headline questions. Equal: the 90% t-interval lies within "
         f"{100 * study.summary.margin:.0f} points; power for equality: how often this many runs with this spread would "
         "say so of arms that are the same. The t-interval covers less than 95% where some runs stay on a plateau; the "
-        f"other interval holds for any distribution. {TIERS}"
+        "other interval holds for any distribution. "
     )
+    if any(len(entry.differences) < FEWEST_PAIRS for entry in study.summary.comparisons):
+        note += f"With fewer than {FEWEST_PAIRS} pairs the test cannot say better or worse; Decisions and Ideas then "
+        note += "go by the t-interval. "
+    note += TIERS
     return Table(f"study_{study.name}_effects", f"Comparisons of study {study.name}", columns, rows, note, strong=[4])
 
 
 def num_text(entry):
     """How many runs of a `ComparisonResult` had not converged, of those for which that was measured."""
+    if not entry.num_measured:
+        return "not measured"
     text = f"{entry.num_not_converged} of {entry.num_measured}"
     return f"{text}, {entry.num_unmeasured} not measured" if entry.num_unmeasured else text
 

@@ -120,8 +120,8 @@ def targets(result, settings):
         ),
         (
             "blind accuracy above chance, every task",
-            f"≤ {settings.blind_excess:.0%}",
-            f"{excess[blind]:+.1%} ({blind}, the highest)",
+            f"≤ {100 * settings.blind_excess:g} points",
+            f"{100 * excess[blind]:+.1f} points ({blind}, the highest)",
             excess[blind] <= settings.blind_excess,
         ),
         (
@@ -176,9 +176,12 @@ def accuracies(result):
         "Accuracy by task and mode",
         ["task", "items", *(MODE_NAMES[mode] for mode in MODES), "chance", "exact match"],
         rows,
-        "Teacher-forced token accuracy: share of scored answer tokens that are the most likely token. Brackets: 95% "
-        "bootstrap intervals over clips, in per cent. Chance: accuracy of the training split's most frequent token at "
-        "each answer position. Exact match: share of greedily generated answers equal to the expected one, on fewer "
+        "Teacher-forced token accuracy: share of scored answer tokens that are the most likely token. Autoregressive: "
+        "frame by frame, as at inference, with queries planned from the frames before. Fine: all frames in parallel, "
+        "as in training, with queries planned from the coarse tokens of the frames before. Coarse: the static query on "
+        "every frame. Blind: frames of the mean colour. Random query: random ones, as large as the planned. Brackets: "
+        "95% bootstrap intervals over clips, in per cent. Chance: accuracy of the training split's most frequent token "
+        "at each answer position. Exact match: share of greedily generated answers equal to the expected one, on fewer "
         "items.",
         strong=[MODES.index("autoregressive") + 2],
         summary=list(range(first_summary, len(rows))),

@@ -20,7 +20,8 @@ CAPTIONS = {  # figure -> (alternative text, caption)
     "tasks": (
         "Accuracy of every task in every mode",
         "Accuracy of every task by mode, with 95% intervals. Compare autoregressive, the inference mode, with the two "
-        "controls. If autoregressive and fine agree, parallel training transfers to frame-by-frame inference.",
+        "controls, blind and random query. If autoregressive and fine agree, parallel training transfers to "
+        "frame-by-frame inference.",
     ),
     "gaze": (
         "Share of frames whose attention peak is on the target, by task and by frame",

@@ -97,17 +97,17 @@ def arm_table(summary, table):
                 **{f"{group}, %": spread(values if trained else []) for group, values in arm.groups.items()},
                 "exact match, %": spread([value for value in arm.exact_match if trained and value is not None]),
                 f"runs above {100 * summary.plateau:.0f} %": above if trained else "–",
-                "converged": f"{arm.num_converged} of {arm.num_measured}" if trained else "–",
+                "converged": f"{arm.num_converged} of {arm.num_measured}" if trained and arm.num_measured else "–",
                 "samples": f"{arm.training_samples:,.0f}",
                 "training TFLOP": f"{arm.training_flops / 1e12:.1f}",
                 "minutes": "–" if minutes is None else f"{minutes / 60:.1f}",
             }
         )
     note = (
-        "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged: the validation "
-        "loss fell by less than 1 % over the last quarter of stage 3, or rose. Training FLOPs: forward and "
-        f"backward, by task at its mean lengths, of the trained weights.{flops_note(table)} Minutes: median of runs "
-        "without interruption."
+        "Token accuracy, autoregressive mode, held-out clips: mean (lowest to highest run). Converged (–: not "
+        "measured): the validation loss fell by less than 1 % over the last quarter of stage 3, or rose. Training "
+        f"FLOPs: forward and backward, by task at its mean lengths, of the trained weights.{flops_note(table)} "
+        "Minutes: median of runs without interruption."
     )
     if untrained := [arm.arm for arm in summary.arms if not arm.answers_trained]:
         names = ", ".join(dict.fromkeys(untrained))

@@ -420,7 +420,8 @@ def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, tabl
     assert "planned queries better 3, equal 0, worse 1" in page[folded : page.index("</summary>", folded)]
     assert page.index("<pre>make study name=") > page.index('id="table-data"')
     assert text.index("## Ideas of the research") < text.index(sentence) < text.index("| 1 previous latent: dropped |")
-    assert "| latent | 3 | – | – | – | – | – | – |" in text
+    assert "| arm | runs | samples | TFLOP | min |" in text  # no columns of answers, which no arm trains
+    assert "| latent | 3 | 18,000 | 10.0 | 3.3 |" in text
     assert "Every task in study next_frame" not in page + text
     assert not (tmp_path / "reports/figures/study_next_frame_points.svg").exists()
     assert "| 1 previous latent: dropped |" in (tmp_path / "reports/tables/ideas_next_frame.md").read_text()

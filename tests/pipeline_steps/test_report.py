@@ -624,8 +624,9 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     write_study(tmp_path, study_summary("early", ("none", "F1")))
     page = build(tmp_path, monkeypatch)
     title = "One planned token (default) against sixteen tokens (B1): tasks that need a gaze"
-    statement = "+41.5 [+30.0, +50.0] points of token accuracy, 2 pairs of runs, p = 1.000 (sign flips, Holm for 4 "
-    statement += "questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens (B1)."
+    statement = "+41.5 [+30.0, +50.0] points of token accuracy (95% t-interval), 2 pairs of runs, p = 1.000 (sign "
+    statement += "flips, Holm for 4 questions), equal training samples, 2.00 × the training FLOPs for sixteen tokens "
+    statement += "(B1)."
     assert page.index("<dt>Exact match</dt><dd>61.5%</dd>") < page.index("<dt>Token accuracy</dt><dd>91.5%</dd>")
     assert "<dd>2 of 2</dd><p>left the plateau: token accuracy of at least 75%; 95% interval" in page
     assert 0 < page.index("<dd>2 of 2</dd>") < page.index(title) < page.index(statement) < page.index('class="lead"')
@@ -663,7 +664,7 @@ def test_a_verdict_says_in_how_many_pairs_the_arms_are_alike(tmp_path):
 def test_an_equality_says_what_it_rests_on(tmp_path):
     study = write_study(tmp_path, study_summary(seeds=range(8)))
     entry = study.summary.comparisons[0].model_copy(update={"verdict": "equal"})
-    unseen = "Outcomes of fewer than 37% of all runs may be missing among 8."
+    unseen = "Outcomes that fewer than 37% of all runs have may not occur among 8."
     assert study_tables.statement(study, entry, 4).endswith(f"Equal: the 90% interval lies within 3 points. {unseen}")
     entry = entry.model_copy(update={"p_adjusted": 0.047})
     text = f"within 3 points, although the difference is significant. {unseen}"
@@ -923,6 +924,27 @@ def test_cards_and_comparisons_name_the_runs_that_were_not_measured(tmp_path):
     assert {row[table.columns.index("not converged")] for row in table.rows} == {("2 of 4, 4 not measured", 2)}
 
 
+def test_without_a_measurement_nothing_is_counted_as_converged(tmp_path):
+    summary = study_summary()
+    unmeasured = summary.arms[1].model_copy(update={"num_converged": 0, "num_measured": 0})
+    nothing = {"num_unmeasured": 2 * len(SEEDS), "num_not_converged": 0}
+    entries = [entry.model_copy(update=nothing) for entry in summary.comparisons]
+    changed = {"arms": [summary.arms[0], unmeasured], "comparisons": entries}
+    study = write_study(tmp_path, summary.model_copy(update=changed))
+    table, effects = study_tables.arms(study, study.summary.arms), study_tables.effects(study)
+    assert [text_of(row[table.columns.index("converged")]) for row in table.rows] == ["2 of 2", "–"]
+    assert "or rose; –: not measured." in table.note
+    assert {text_of(row[effects.columns.index("not converged")]) for row in effects.rows} == {"not measured"}
+    assert "not measured" not in study_tables.arms(study, study.summary.arms[:1]).note
+
+
+@pytest.mark.parametrize(("num_pairs", "is_told"), [(5, True), (6, False)])
+def test_comparisons_say_that_a_test_of_few_pairs_decides_nothing(tmp_path, num_pairs, is_told):
+    summary = study_summary(seeds=range(num_pairs), num_planned=2 * num_pairs)
+    note = study_tables.effects(write_study(tmp_path, summary)).note
+    assert ("With fewer than 6 pairs the test cannot say better or worse" in note) == is_told
+
+
 @pytest.mark.parametrize("content", ["", "run,arm\nnone-1,none\n"])
 def test_a_study_with_damaged_runs_names_the_file(tmp_path, content):
     study = write_study(tmp_path, study_summary())
@@ -1029,7 +1051,11 @@ def test_an_outdated_kept_run_is_not_compared():
 
 def test_targets_are_judged_on_the_embedded_world_only():
     result = result_of(item_table())
-    assert {row[1] for row in report.tables.targets(result, SETTINGS.targets).rows} == {"met"}
+    table = report.tables.targets(result, SETTINGS.targets)
+    assert {row[1] for row in table.rows} == {"met"}
+    required, reached = next(row[2:] for row in table.rows if row[0].startswith("blind"))
+    assert required == "≤ 10 points"
+    assert re.fullmatch(r"[+-]\d+\.\d points \(\w+, the highest\)", reached)
     bad = result.model_copy(deep=True)
     bad.tasks["card"]["autoregressive"].loss = 9.0
     judged = {row[0]: row[1] for row in report.tables.targets(bad, SETTINGS.targets).rows}

@@ -188,7 +188,7 @@ def test_the_slider_steps_through_the_frames(browser):
     slider = browser.find_element(By.CSS_SELECTOR, ".clip input")
     wait_for(slider.is_displayed)
     assert shown_frame(browser) == 100  # the first one with a planned query
-    assert browser.find_element(By.CSS_SELECTOR, ".clip output").text == "frame 1 of 0–2"
+    assert browser.find_element(By.CSS_SELECTOR, ".clip output").text == "frame 1 (0–2)"
     slider.send_keys(Keys.ARROW_RIGHT)
     assert shown_frame(browser) == 160
     slider.send_keys(Keys.HOME)
