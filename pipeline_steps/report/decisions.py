@@ -92,8 +92,8 @@ def table(found):
         "study's margin, not corrected. Exploratory: such intervals of the test split, as recipes are chosen on "
         "validation data. All on the test split unless said. x0.3: the default has three tenths of its samples, an "
         "alternative at equal FLOPs fewer. Alternatives have the default's learning rates, which need not suit them "
-        "(study rates); own rates: both have four times the default's, the best factor tried for each. "
-        f"{study_tables.TIERS} Brackets below it: the tier."
+        "(study rates); own rates: both have four times the default's, the best factor tried for each at equal "
+        f"samples. {study_tables.TIERS} Brackets below it: the tier."
         if groups
         else "No study in reports/study has runs of these alternatives."
     )
