@@ -84,7 +84,7 @@ def targets(result, settings):
         return Table(
             "targets",
             "Targets",
-            ["target", "", "required", "reached"],
+            ["target", "result", "required", "reached"],
             [],
             f"Not judged: the targets apply to the embedded world, and this split has no task {', '.join(absent)}.",
         )
@@ -134,7 +134,7 @@ def targets(result, settings):
         ),
     ]
     cells = [[name, "met" if met else "missed", required, reached] for name, required, reached, met in rows]
-    return Table("targets", "Targets", ["target", "", "required", "reached"], cells, note)
+    return Table("targets", "Targets", ["target", "result", "required", "reached"], cells, note)
 
 
 def accuracies(result):
@@ -283,7 +283,7 @@ def flops(result):
     return Table(
         "flops",
         "Compute per sample",
-        ["", *COMPONENT_NAMES.values(), "total", "training"],
+        ["mode or arm", *COMPONENT_NAMES.values(), "total", "training"],
         rows,
         f"MFLOP, 2 FLOPs per multiply-accumulate. Means over the {facts['num_samples']} samples with frames of the "
         f"{facts['split']} split ({facts['mean_num_frames']:.1f} frames, {facts['mean_num_text_tokens']:.1f} text "

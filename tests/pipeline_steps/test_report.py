@@ -633,6 +633,7 @@ def test_the_study_with_all_arms_leads_the_page_with_verdicts_and_every_run(tmp_
     assert '<span class="open">2 of 4 runs not converged</span>' in page
     assert "Which &lt;one&gt;?" in page
     assert "6 of 6 runs" in page
+    assert '<button type="button"></button>' not in page  # every column has a name
     assert page.index('alt="Differences between the baseline') < page.index(
         "<details><summary>Study early: Which &lt;one&gt;?<"
     )
