@@ -201,7 +201,7 @@ def share_interval(count, total, level=LEVEL):
 def unseen_text(num_runs):
     """What `num_runs` runs that are alike cannot tell: others, such as those on a plateau, may have been missed."""
     share = share_interval(0, num_runs)[1]
-    return f"Outcomes that fewer than {share:.0%} of all runs have may not occur among {num_runs}."
+    return f"An outcome that fewer than {share:.0%} of all runs have may have escaped these {num_runs}."
 
 
 def equivalence_power(differences, margin, level=0.9):

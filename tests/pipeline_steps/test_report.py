@@ -665,7 +665,7 @@ def test_a_verdict_says_in_how_many_pairs_the_arms_are_alike(tmp_path):
 def test_an_equality_says_what_it_rests_on(tmp_path):
     study = write_study(tmp_path, study_summary(seeds=range(8)))
     entry = study.summary.comparisons[0].model_copy(update={"verdict": "equal"})
-    unseen = "Outcomes that fewer than 37% of all runs have may not occur among 8."
+    unseen = "An outcome that fewer than 37% of all runs have may have escaped these 8."
     assert study_tables.statement(study, entry, 4).endswith(f"Equal: the 90% interval lies within 3 points. {unseen}")
     entry = entry.model_copy(update={"p_adjusted": 0.047})
     text = f"within 3 points, although the difference is significant. {unseen}"
