@@ -16,7 +16,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
 from pipeline_steps.common.params import ROOT, StrictModel
-from pipeline_steps.parameters.__main__ import check_ablation, check_network
+from pipeline_steps.parameters.__main__ import check_ablation, check_network, check_objectives
 from pipeline_steps.world.digits import KINDS
 from tests import pipeline
 
@@ -184,6 +184,84 @@ def test_the_frames_of_a_vision_encoder_that_is_not_known_yet_are_accepted(edite
     path = edited(*edits, "model.fovea_size", 4)
     with pytest.raises(UserError, match=r"model\.fovea_size=4 with frame_downsampling=1"):
         check_network(path, params.read(path, *params.RESULT_KEYS))
+
+
+OBJECTIVE = "training.stage2.objective"
+PREDICTS = (f"{OBJECTIVE}.next_frame.weight", 1.0)
+STEPS = ("backbones.embedded.autoencoder_steps", 10)
+CONTINUES = ("training.stage3.objective.initial_modules", "previous")
+CONTRADICTIONS = [
+    ((f"{OBJECTIVE}.text.weight", 0.0), r"training\.stage2\.objective\.text\.weight is 0, .* nothing to train"),
+    (
+        (f"{OBJECTIVE}.entropy.weight", 0.1, "model.coarse_only", True),
+        r"entropy\.weight is 0\.1, but model\.coarse_only",
+    ),
+    ((*PREDICTS, *STEPS, f"{OBJECTIVE}.next_frame.separate_heads", True, "model.coarse_only", True), "a single pass"),
+    (
+        (*PREDICTS, *STEPS, *CONTINUES),
+        r"stage3\.objective\.initial_modules is previous, .*: none, .* before: next_frame",
+    ),
+    (
+        (*PREDICTS, *STEPS, f"{OBJECTIVE}.initial_modules", "previous"),
+        "stage2 with a head are: next_frame, .*: none. Set",
+    ),
+    (
+        ("training.stage1.objective.initial_modules", "previous"),
+        "stage1 with a head are: none, those of the stage befo",
+    ),
+    (
+        ("training.init_from", "/a/checkpoint", "training.stage1.objective.initial_modules", "previous"),
+        "stage1 with a head are: none. Set it to new",
+    ),
+    (
+        PREDICTS,
+        r"autoencoder is data/backbones/autoencoder, but backbones\.embedded\.autoencoder_steps is 0, .* to 1000",
+    ),
+    (
+        (*PREDICTS, "backbones.kind", "hub"),
+        "autoencoder is data/backbones/autoencoder, but backbones.kind is hub, .* Name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edits", "expected"), CONTRADICTIONS, ids=str)
+def test_objectives_that_cannot_be_trained_are_refused_before_any_stage(edited, edits, expected):
+    path = edited(*edits)
+    with pytest.raises(UserError, match=f"^{path}: .*{expected}"):
+        check_objectives(path, params.read(path, *params.RESULT_KEYS))
+
+
+def test_the_stage_refuses_objectives(edited):
+    assert "nothing to train" in check_stage(edited(f"{OBJECTIVE}.text.weight", 0.0).parent)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (*PREDICTS, *STEPS, "training.stage3.objective.next_frame.weight", 1.0, *CONTINUES),
+        (*PREDICTS, f"{OBJECTIVE}.next_frame.autoencoder", "/an/autoencoder", "backbones.kind", "hub"),
+        (
+            *("training.init_from", "/a/checkpoint", "training.stage1.objective.next_frame.weight", 1.0, *STEPS),
+            *("training.stage1.objective.initial_modules", "previous"),
+        ),
+    ],
+    ids=str,
+)
+def test_objectives_that_may_be_trained_are_accepted(edited, edits):
+    path = edited(*edits)
+    check_objectives(path, params.read(path, *params.RESULT_KEYS))
+
+
+STUDIES = [path for path in sorted((ROOT / "conf/study").glob("*.yaml")) if "objective." in path.read_text()]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_objectives_of_every_study_can_be_trained(path):
+    study = yaml.safe_load(path.read_text())
+    choices = {(*study.get("base", []), *(arm or {}).get("overrides", [])) for arm in study["arms"].values()}
+    for overrides in (own for own in choices if any("objective" in word for word in own)):
+        text = params.compose(overrides)
+        check_objectives(path.stem, params.check(path.stem, params.parse(path.stem, text)))
 
 
 def test_an_ablation_holds_its_values_with_other_groups():

@@ -27,6 +27,7 @@ WITHOUT_EFFECT = {  # code that every stage may use and none depends on, because
 RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"].annotation.model_fields]
 ALSO = {
     "monitoring": {"training"},  # counts what a training step computes
+    "parameters": {"training"},  # checks the objectives before any stage starts
     "study": {"report", "flops"},  # collects and counts budgets
 }
 WITHOUT_NETWORK = {

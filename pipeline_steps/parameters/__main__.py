@@ -6,7 +6,8 @@ Every other stage depends on outputs/parameters.json, whose content never change
 this stage (a second) and then only the stages that list the parameter. Misspelt keys and impossible values fail here
 with exit code 1 and one message that lists all of them. So does an `ablation` without a file in conf/ablation/ or with
 other values than that file sets, and so do options of the network that contradict each other or, where the patches of
-the vision encoder are known, the size of the frames.
+the vision encoder are known, the size of the frames, and objectives that do not fit the network, each other, the stage
+before or the backbones.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError, listing, run_main
 from pipeline_steps.common.files import check_outputs, write_json
 from pipeline_steps.streaming.compatibility import check_frames
+from pipeline_steps.training import objectives
 
 PARAMS = params.RESULT_KEYS
 BACKBONES = Path("data/backbones")  # of the stage of that name; training may start from a checkpoint instead
+STAGES = ("stage1", "stage2", "stage3")  # of training
 MAX_LISTED = 10  # differences in a message
 
 
@@ -34,6 +37,7 @@ def main() -> None:
     parameters = params.read(arguments.params, *PARAMS)
     check_ablation(arguments.params, parameters.as_dict(), arguments.ablations)
     check_network(arguments.params, parameters)
+    check_objectives(arguments.params, parameters)
     check_outputs(files=[arguments.out])
     write_json(arguments.out, {"valid": True})
     print(f"{arguments.params}: all parameters are valid")
@@ -49,6 +53,45 @@ def check_network(path: str, parameters) -> None:
         raise UserError(f"{path}: model.{error}.") from None
     if parameters.backbones.kind == "embedded" and Path(parameters.training.init_from) == BACKBONES:
         check_frames(parameters.model, parameters.backbones.embedded.patch_size, parameters.shards.image_size, path)
+
+
+def check_objectives(path: str, parameters) -> None:
+    """UserError if the objectives of a training stage contradict each other or the network, continue heads that no
+    stage before trains, or need an autoencoder that the backbones do not have. path: parameter file, for the message.
+    """
+    starts_new = Path(parameters.training.init_from) == BACKBONES
+    before = set() if starts_new else None  # heads of the stage before; None: of a checkpoint, not known
+    for stage in STAGES:
+        settings = getattr(parameters.training, stage)
+        own, key = settings.objective, f"{path}: training.{stage}.objective"
+        try:
+            objectives.check(stage, settings, parameters.model)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        heads = objectives.with_modules(settings)
+        if own.initial_modules == "previous" and (not heads or before not in (None, heads)):
+            theirs = "" if before is None else f", those of the stage before: {', '.join(sorted(before)) or 'none'}"
+            raise UserError(
+                f"{key}.initial_modules is previous, but the objectives of {stage} with a head are: "
+                f"{', '.join(sorted(heads)) or 'none'}{theirs}. Set it to new, or give both stages the same ones."
+            )
+        if "next_frame" in heads and own.next_frame.autoencoder is not None:
+            check_autoencoder(f"{key}.next_frame.autoencoder", Path(own.next_frame.autoencoder), parameters.backbones)
+        before = heads
+
+
+def check_autoencoder(key: str, folder: Path, backbones) -> None:
+    """UserError if `folder` is that of the stage `backbones`, which makes none. key: what names it, for the message."""
+    if folder != BACKBONES / "autoencoder" or (backbones.kind == "embedded" and backbones.embedded.autoencoder_steps):
+        return
+    if backbones.kind == "embedded":
+        reason, step = "backbones.embedded.autoencoder_steps is 0", "Set it to 1000, or name"
+    else:
+        reason, step = f"backbones.kind is {backbones.kind}", "Name"
+    raise UserError(
+        f"{key} is {folder}, but {reason}, so the stage backbones makes no autoencoder. {step} the folder of another "
+        "(`python -m pipeline_steps.backbones.autoencoder --out FOLDER` trains one)."
+    )
 
 
 def check_ablation(path: str, content: dict, folder: Path) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "registry",
     "section",
     "term_names",
+    "with_modules",
 ]
 
 
@@ -70,6 +71,11 @@ def term_names() -> tuple[str, ...]:
 def active(settings) -> dict[str, type[Objective]]:
     """{name: class} of the objectives that a stage uses. settings: training.<stage>."""
     return {name: objective for name, objective in registry().items() if objective.is_active(settings)}
+
+
+def with_modules(settings) -> set[str]:
+    """Names of the objectives of a stage that have a module of their own, such as a head."""
+    return {name for name, own in active(settings).items() if own.make_module is not Objective.make_module}
 
 
 def check(stage: str, settings, network) -> None:
