@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from pipeline_steps.common import metrics, params
@@ -80,7 +81,13 @@ def load_predictor(checkpoint: Path, model, autoencoder: str | None = None) -> N
         return None
     if settings is None:
         raise UserError(f"{path}: has a next-frame head but not its settings. Train the stage again.")
-    settings = NextFrameSettings.model_validate_json(json.dumps(settings))
+    try:
+        settings = NextFrameSettings.model_validate_json(json.dumps(settings))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+        raise UserError(
+            f"{path}: settings of another version of the head ({problems}). Train the stage again."
+        ) from None
     return NextFramePredictor(settings, weights, model, path, autoencoder)
 
 
@@ -287,6 +294,10 @@ def main():
     parser.add_argument("--max-passes", type=int, default=MAX_PASSES)
     parser.add_argument("--out", type=Path, default=Path("outputs/metrics/next_frame.json"))
     arguments = parser.parse_args()
+    numbers = {"--num-frames": (2, arguments.num_frames), "--max-passes": (1, [arguments.max_passes])}
+    for name, (smallest, given) in numbers.items():
+        if given and min(given) < smallest:
+            parser.error(f"argument {name}: {min(given)} is below {smallest}")
     parameters = params.read(arguments.params, "evaluation", "streaming.image_replication")
     settings, replication = parameters.evaluation, parameters.streaming.image_replication
     check_outputs(files=[arguments.out])

@@ -72,6 +72,8 @@ def prepare(run: TrainContext) -> TrainState:
     model = run.training_model
     if run.settings.loss == "preference":
         check_preferences(run)
+    if model.needs.pairs:
+        check_pairs(run)
     if model.needs.reference:
         run.reference = copy.deepcopy(run.model).requires_grad_(False).eval()
     if run.common.activation_checkpointing:
@@ -122,6 +124,18 @@ def check_preferences(run: TrainContext) -> None:
             f"rejected answer, for example one of sample '{run.train.rows[int(lacking[0])]['key']}'. Select the "
             f"preference data in training.{run.stage}.mixture."
         )
+
+
+def check_pairs(run: TrainContext) -> None:
+    """UserError if an objective needs consecutive frames, and no item of the stage has two."""
+    if (run.train.index.shown_frames(run.streaming.image_replication)[run.stage_plan.plan.order] > 1).any():
+        return
+    name = next(own.name for own in run.training_model.objectives if own.needs.pairs)
+    raise UserError(
+        f"training.{run.stage}.objective.{name} needs consecutive frames, but no item of the stage's mixture has two. "
+        f"Select videos in training.{run.stage}.mixture, raise streaming.image_replication (now "
+        f"{run.streaming.image_replication}), or set the weight to 0."
+    )
 
 
 def check_lockstep(run: TrainContext) -> None:

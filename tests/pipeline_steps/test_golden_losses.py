@@ -20,7 +20,7 @@ from pipeline_steps.streaming.plan import Plan
 from pipeline_steps.training.context import TrainContext
 from pipeline_steps.training.distributed import DistributedContext
 from pipeline_steps.training.train_loop import check_lockstep, prepare, train_step
-from tests.model.tiny import VISUAL, as_batch, make_batch, make_model, preference_batch, rows_of
+from tests.model.tiny import NUM_FRAMES, VISUAL, as_batch, make_batch, make_model, preference_batch, rows_of
 from tests.objectives import section
 
 LAYOUTS = ("question_first", "vision_first")
@@ -61,7 +61,9 @@ def make_run(
     run.__dict__["loader"] = SimpleNamespace(num_steps=NUM_STEPS, samples_seen=lambda steps: 4 * steps)
     every = SimpleNamespace(order=np.arange(4), step_weight=lambda step: weights.get(step, 1.0))
     run.__dict__["stage_plan"] = SimpleNamespace(plan=every)
-    run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4)))
+    shown = {"shown_frames": lambda replication: np.array(NUM_FRAMES)}
+    run.train = SimpleNamespace(index=SimpleNamespace(num_rejected=np.ones(4), **shown))
+    run.streaming = SimpleNamespace(image_replication=1)
     run.logger = SimpleNamespace(peak=None, step=lambda row, is_logged, **counts: None)
     return run
 

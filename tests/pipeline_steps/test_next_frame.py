@@ -1,5 +1,6 @@
 """The next-frame objective: targets, heads, options, and kinds of batches, with a stand-in for the autoencoder."""
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -338,6 +339,21 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in run.training_model.state_dict().items())
 
 
+@pytest.mark.parametrize("text", [0.0, 1.0])
+def test_a_stage_without_two_frames_is_an_error(tmp_path, text):
+    changes = options() | {"text": {"weight": text}}
+    run = make_run("stage2", "question_first", tmp_path, objective=changes)
+    run.train.index.shown_frames = lambda replication: np.array([replication, 0, replication, 9])
+    run.stage_plan.plan.order = np.array([0, 1, 2, 1])  # three stills, a text
+    words = r"stage2\.objective\.next_frame needs consecutive frames, .* streaming\.image_replication \(now 1\)"
+    with pytest.raises(UserError, match=words):
+        train_loop.prepare(run)
+    run.streaming.image_replication = 2
+    train_loop.prepare(run)
+    run.streaming.image_replication, run.stage_plan.plan.order = 1, np.array([0, 1, 3])
+    train_loop.prepare(run)
+
+
 def test_the_curve_has_the_columns():
     assert {"loss_next_frame", "loss_next_frame_coarse"} <= set(training_stage.COLUMNS)
 
@@ -552,6 +568,25 @@ def test_the_command_measures_a_checkpoint_by_group_cut_and_pass(made, tmp_path,
     assert found.passes == {"all": direct(videos)} | {str(count): direct(videos, count=count) for count in cuts}
     means = list(found.passes["all"].values())[:3]  # more planned passes change nothing for the last pair's state
     assert np.abs(np.diff(means)).min() > 1e-4
+
+
+@pytest.mark.parametrize("words", [("--num-frames", "1"), ("--num-frames", "8", "0"), ("--max-passes", "0")])
+def test_the_command_refuses_numbers_without_a_pair_or_pass(monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.argv", ["next_frame", *words])
+    monkeypatch.setattr(params, "read", None)
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main()
+    assert f"argument {words[0]}: {words[-1]} is below" in capsys.readouterr().err
+
+
+def test_settings_of_another_version_are_an_error(tmp_path):
+    training = made_with()
+    weights = {f"next_frame.{name}": value for name, value in objective(training).module.state_dict().items()}
+    section = made.section(**options()).model_dump(mode="json")
+    del section["next_frame"]["skip_query"]
+    save_file(weights, training_stage.heads_of(tmp_path), {"objective": json.dumps(section)})
+    with pytest.raises(UserError, match=r"objective\.safetensors: .*skip_query: Field required.*Train the stage again"):
+        evaluation.load_predictor(tmp_path, training.network)
 
 
 def test_a_published_head_is_found_with_its_settings(tmp_path):

@@ -38,6 +38,7 @@ class Needs:
     planned: bool = False  # a coarse and a planned pass; an error for networks with a single pass
     attention_weights: bool = False  # of every pass
     reference: bool = False  # frozen copy of the stage's initial network
+    pairs: bool = False  # consecutive frames; an error for a stage without an item of two
 
 
 @dataclass

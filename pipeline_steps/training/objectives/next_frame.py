@@ -8,7 +8,7 @@ import hashlib
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.next_frame_schema import NextFrameSettings
-from pipeline_steps.training.objectives.base import Objective, Term
+from pipeline_steps.training.objectives.base import Needs, Objective, Term
 
 
 class NextFrame(Objective):
@@ -16,6 +16,7 @@ class NextFrame(Objective):
 
     name = "next_frame"
     term_names = ("loss_next_frame", "loss_next_frame_coarse")
+    needs = Needs(pairs=True)
     Parameters = NextFrameSettings
     mode = "joint"  # of the batch, see `Modes`
     targets = None
