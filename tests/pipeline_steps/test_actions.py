@@ -359,6 +359,11 @@ def replaced(name, old, new):
     return change
 
 
+def emptied(name, kept=""):
+    """A change of the file `name`, of which only `kept` is left, as if its download had stopped."""
+    return lambda root: (root / name).write_text(kept)
+
+
 def removed(name):
     return lambda root: (root / name).unlink()
 
@@ -377,6 +382,8 @@ WRONG = {
         (replaced(f"{UCF}/testlist01.txt", "v_Archery_g01_c01.avi", "archery.mp4"),
          "testlist01.txt line 2: found 'Archery/archery.mp4', expected `CLASS/v_CLASS_gNN_cNN.avi`"),
         (replaced(f"{UCF}/classInd.txt", "2 Archery", "Archery"), "classInd.txt line 2: found 'Archery', expected"),
+        (emptied(f"{UCF}/classInd.txt"), "classInd.txt: lists nothing. Download the file again"),
+        (emptied(f"{UCF}/trainlist01.txt", "\n"), "trainlist01.txt: lists nothing"),
     ],
     "something_something_v2": [
         (replaced(f"{SSV2}/train.json", "Putting [something] onto [something]", "Dropping [something]"),
@@ -389,6 +396,8 @@ WRONG = {
         (replaced(f"{SSV2}/validation.json", "[{", "{"), "validation.json line 1: not valid JSON"),
         (replaced(f"{SSV2}/validation.json", "[{", "[" + "9" * 5000 + ", {"), "validation.json: cannot be read .*4300"),
         (replaced(f"{SSV2}/validation.json", "[{", "[" * 100_000 + "{"), "validation.json: cannot be read .*recursion"),
+        (emptied(f"{SSV2}/train.json", "[]"), "train.json: lists nothing"),
+        (emptied(f"{SSV2}/test-answers.csv"), "test-answers.csv: lists nothing"),
         (removed(f"{SSV2}/labels.json"), "no labels.json or something-something-v2-labels.json in"),
     ],
     "kinetics": [
@@ -401,6 +410,8 @@ WRONG = {
         (replaced("annotations/train.csv", "10,20,train", "ten,20,train"), "line 2: time_start is 'ten', expected"),
         (replaced("annotations/train.csv", "air drumming,AAAAAAAAAA4", "abseiling,AAAAAAAAAA4"),
          r"train.csv line 5: the label is 'abseiling', but .*AAAAAAAAAA4_5_15.mp4 is in the folder of 'air drumming'"),
+        (emptied("annotations/train.csv", folders.KINETICS_HEAD), "train.csv: lists nothing"),
+        (replaced("annotations/train.csv", "is_cc", "label"), "train.csv line 1: the column 'label' occurs twice"),
         (replaced("annotations/train.csv", ",train,0", ",train"), "line 2: 5 cells, but the header has 6"),
         (lambda root: write_lines(root / "validate.csv", folders.KINETICS_HEAD),
          r"validate.csv and .*annotations/val.csv are both lists of validation clips"),
@@ -413,6 +424,7 @@ WRONG = {
          "EPIC_100_validation.csv line 2: participant_id is 'P01', but video_id is 'P02_03'"),
         (replaced(f"{EPIC}/EPIC_100_train.csv", "00:00:01.50", "1.5 s"),
          "line 2: stop_timestamp is '1.5 s', expected hours:minutes:seconds"),
+        (emptied(f"{EPIC}/EPIC_100_validation.csv", folders.EPIC_HEAD), "EPIC_100_validation.csv: lists nothing"),
         (removed(f"{EPIC}/EPIC_100_verb_classes.csv"), "no EPIC_100_verb_classes.csv in"),
         (replaced(f"{EPIC}/EPIC_100_verb_classes.csv", "1,turn-on", "0,turn-on"), "line 3: the id 0 occurs twice"),
     ],

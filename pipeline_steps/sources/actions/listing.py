@@ -93,14 +93,14 @@ def video_files(folder: Path) -> Iterator[Path]:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return [(line number, stripped text)] of all lines that are not blank. Raises UserError."""
+    """Return [(line number, stripped text)] of all lines that are not blank. Raises UserError, also if all are."""
     lines = _read(path).splitlines()
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return check_rows(path, [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()])
 
 
 def read_csv(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
-    """Return [("FILE line N", row)] of a csv with a header. Raises UserError if a column of `required` is missing, or
-    a cell of it is blank."""
+    """Return [("FILE line N", row)] of a csv with a header. Raises UserError if a column of `required` is missing or
+    occurs twice, a cell of it is blank, or there is no row."""
     reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     rows = []
     try:
@@ -118,7 +118,7 @@ def read_csv(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict[str,
             rows.append((where, {name: value.strip() for name, value in row.items()}))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: not valid CSV ({error}). Download the file again.") from None
-    return rows
+    return check_rows(path, rows)
 
 
 def csv_columns(path: Path) -> list[str]:
@@ -126,8 +126,18 @@ def csv_columns(path: Path) -> list[str]:
     return next(csv.reader(io.StringIO(_read(path), newline="")), [])
 
 
+def check_rows(path: Path, rows: list) -> list:
+    """The rows of a file. UserError if there are none: a download that was cut off would leave out a whole split."""
+    if not rows:
+        raise UserError(f"{path}: lists nothing. Download the file again.")
+    return rows
+
+
 def check_columns(path: Path, found, required: tuple[str, ...]) -> None:
-    """Raise UserError if columns are missing, with those that were found."""
+    """Raise UserError if columns are missing, with those that were found, or occur twice."""
+    repeated = [name for name in required if list(found).count(name) > 1]
+    if repeated:
+        raise UserError(f"{path} line 1: the column {repeated[0]!r} occurs twice. Rename or remove one.")
     missing = [name for name in required if name not in found]
     if missing:
         raise UserError(

@@ -14,6 +14,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.sources.actions.listing import (
     Clip,
     Listing,
+    check_rows,
     find_file,
     find_files,
     find_folder,
@@ -52,7 +53,7 @@ def _entries(path: Path, required: tuple[str, ...]):
     content = read_json(path)
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of objects, found {str(content)[:60]}. Download the file again.")
-    for number, row in enumerate(content, 1):
+    for number, row in enumerate(check_rows(path, content), 1):
         place = f"{path} entry {number}"
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object, found {str(row)[:60]!r}. Download the file again.")

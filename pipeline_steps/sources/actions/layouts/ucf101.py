@@ -37,8 +37,6 @@ def _class_numbers(path: Path) -> dict[str, int]:
         if match[2] in found:
             raise UserError(f"{path} line {number}: the class {match[2]} occurs twice. Remove one line.")
         found[match[2]] = int(match[1])
-    if not found:
-        raise UserError(f"{path}: no class. Download the file again.")
     return found
 
 
