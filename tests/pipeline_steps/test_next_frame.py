@@ -267,18 +267,20 @@ def modes(**weights):
 def test_kinds_of_batches(layout):
     arguments = make_batch(layout=layout)
     batch, found, shown = as_batch(arguments), {}, {}
-    for kind in ("joint", "video_only", "text_conditioned", "captions"):
+    conditioned = ("text_conditioned",) if layout == "question_first" else ()
+    for kind in ("joint", "video_only", *conditioned, "captions"):
         training = made_with(make_model(layout=layout), **modes(**{kind: 1.0}))
         shown[kind] = training.prepare(batch, np.random.default_rng(0))
         found[kind] = losses(training, shown[kind])
     assert shown["joint"] is shown["captions"] is batch
     assert "loss_next_frame" not in found["captions"]
     assert found["captions"]["loss"] == found["captions"]["loss_text"] == found["joint"]["loss_text"]
-    conditioned, alone = found["text_conditioned"], found["video_only"]
-    assert conditioned["loss_next_frame"] == pytest.approx(found["joint"]["loss_next_frame"], abs=1e-5)
-    assert conditioned["loss_text"] == alone["loss_text"] == 0
-    moved = abs(alone["loss_next_frame"] - conditioned["loss_next_frame"])
-    assert (moved > 1e-5) == (layout == "question_first")  # with the vision first no text is before the frames
+    joint, alone = found["joint"]["loss_next_frame"], found["video_only"]
+    assert alone["loss_text"] == 0
+    assert (abs(alone["loss_next_frame"] - joint) > 1e-5) == bool(conditioned)  # else no text is before the frames
+    for kind in conditioned:
+        assert found[kind]["loss_next_frame"] == pytest.approx(joint, abs=1e-5)
+        assert found[kind]["loss_text"] == 0
     video = shown["video_only"]
     assert (video.labels == IGNORE_INDEX).all()
     rows = [row[mask.bool()].tolist() for row, mask in zip(video.input_ids, video.attention_mask, strict=True)]
@@ -370,6 +372,11 @@ def test_the_curve_has_the_columns():
             "skip_query is true, but .* multi_token has no queries",
         ),
         ({"separate_heads": True}, {"coarse_only": True}, "separate_heads is true, but this network has a single pass"),
+        (
+            {"modes": {"joint": 0.5, "video_only": 0.0, "text_conditioned": 0.5, "captions": 0.0}},
+            {"layout": "vision_first"},
+            r"modes\.text_conditioned is 0\.5, but model\.layout vision_first has no text before the frames",
+        ),
     ],
 )
 def test_options_that_do_not_fit_the_network_are_named(changes, network, message):

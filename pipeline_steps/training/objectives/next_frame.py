@@ -31,6 +31,11 @@ class NextFrame(Objective):
             )
         if own.separate_heads and single:
             raise UserError(f"{key}.separate_heads is true, but this network has a single pass. Set it to false.")
+        if own.modes.text_conditioned and network.layout == "vision_first":
+            raise UserError(
+                f"{key}.modes.text_conditioned is {own.modes.text_conditioned:g}, but model.layout vision_first has no "
+                "text before the frames: such a batch would be one of video_only. Give that the weight instead."
+            )
         others = {name: value for name, value in own.modes.weights.items() if value and name != "joint"}
         if others and settings.loss == "preference":
             raise UserError(f"{key}.modes has {', '.join(others)}, but preference training has joint batches only.")
