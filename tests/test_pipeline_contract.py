@@ -28,7 +28,7 @@ RUNTIME = [f"runtime.{name}" for name in params.schema().model_fields["runtime"]
 ALSO = {
     "monitoring": {"training"},  # counts what a training step computes
     "parameters": {"training"},  # checks the objectives before any stage starts
-    "study": {"report", "flops"},  # collects and counts budgets
+    "study": {"report", "flops", "parameters"},  # collects; counts budgets; checks every arm
 }
 WITHOUT_NETWORK = {
     "model/__init__.py",

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT, StrictModel
+from pipeline_steps.parameters.__main__ import check_network, check_objectives
 
 STUDIES = ROOT / "conf" / "study"
 ALL = "all"  # the group of all scored tasks
@@ -389,7 +390,7 @@ def split_of(study):
 
 
 def parameters_of(cell):
-    """The cell's parameters as a nested dict, checked like params.yaml. UserError names the cell."""
+    """The cell's parameters as a nested dict, checked like params.yaml. UserError names the arm."""
     try:
         content = copy.deepcopy(composed(cell.overrides, cell.rate_factor))
         for kind, value in cell.seeds:
@@ -399,7 +400,10 @@ def parameters_of(cell):
         for stage in TRAINING_STAGES:
             settings = content["training"][stage]
             settings["num_samples"] = max(round(settings["num_samples"] * cell.factor), 1)
-        params.check(f"conf/ ({' '.join(cell.overrides)})", content)
+        source = f"conf/ ({' '.join(cell.overrides)})"
+        checked = params.check(source, content)
+        check_network(source, checked)
+        check_objectives(source, checked)
     except UserError as error:
         raise UserError(f"arm {cell.arm}: {error}") from None
     return content

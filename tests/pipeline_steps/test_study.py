@@ -248,9 +248,15 @@ def test_an_unknown_study_lists_those_that_exist(studies):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("ablation=A66", "A66"), ("model.query_dims=3", "query_dims"), ("model.query_dim=three", "model.query_dim")],
+    [
+        ("ablation=A66", "A66"),
+        ("model.query_dims=3", "query_dims"),
+        ("model.query_dim=three", "model.query_dim"),
+        ("model.fovea_size=4", "model.fovea_size=4 with frame_downsampling=1"),
+        ("training.stage2.objective.text.weight=0.0", "training.stage2"),
+    ],
 )
-def test_a_misspelt_arm_is_refused_by_name(override, message):
+def test_an_arm_that_cannot_be_trained_is_refused_by_name(override, message):
     study = make(arms={"none": {}, "mine": {"overrides": [override]}})
     with pytest.raises(UserError, match=f"(?s)arm mine: .*{message}"):
         design.parameters_of(design.cells_of(study)[-1])
