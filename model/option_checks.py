@@ -25,6 +25,14 @@ CHOICES = {
     "frame_time_embedding": FRAME_TIMES,
 }
 BOOLEANS = ("query_bias", "tie_first_query", "learnable_temperature", "coarse_only", "blind")
+WITHOUT_QUERIES = {  # values of multi_token, which averages patches: others would change nothing
+    "query_source": "planned",
+    "hard_attention": "none",
+    "token_aggregation": "none",
+    "learnable_temperature": False,
+    "num_passes": 1,
+    "coarse_only": False,
+}
 LARGE = 1e9
 RANGES = {
     "query_dim": (1, LARGE),
@@ -67,12 +75,28 @@ def check_options(options) -> None:
     if scale != "auto" and not (is_number and 0 < scale < math.inf):
         raise ValueError(f"visual_scale={scale!r} must be a number above 0, or auto")
     _check_fovea(options)
+    if options.architecture == "multi_token":
+        _check_multi_token(options)
+    elif options.coarse_only and options.num_passes > 1:
+        raise ValueError(
+            f"num_passes={options.num_passes} with coarse_only=True: there is only the coarse pass, so this changes "
+            "nothing. Set num_passes to 1, or coarse_only to False"
+        )
+
+
+def _check_multi_token(options) -> None:
     side = math.isqrt(options.num_visual_tokens_per_frame)
-    if options.architecture == "multi_token" and side**2 != options.num_visual_tokens_per_frame:
+    if side**2 != options.num_visual_tokens_per_frame:
         raise ValueError(
             f"num_visual_tokens_per_frame={options.num_visual_tokens_per_frame} must be a square number for "
             f"architecture='multi_token', for example {side**2} or {(side + 1) ** 2}"
         )
+    for name, value in WITHOUT_QUERIES.items():
+        if getattr(options, name) != value:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} with architecture='multi_token': it has no queries, so this would "
+                f"change nothing. Set {name} to {value!r}, or architecture to 'foveated'"
+            )
 
 
 def _check_fovea(options) -> None:

@@ -351,6 +351,21 @@ def test_coarse_only_has_no_planner_and_looks_the_same_in_every_mode():
             {"architecture": "multi_token", "num_visual_tokens_per_frame": 5},
             "must be a square number.*, for example 4 or 9",
         ),
+        *(
+            (
+                {"architecture": "multi_token", "num_visual_tokens_per_frame": 4, name: value},
+                f"{name}={value!r} with architecture='multi_token': it has no queries, so this would change nothing",
+            )
+            for name, value in (
+                ("query_source", "oracle"),
+                ("hard_attention", "gumbel"),
+                ("token_aggregation", "mean"),
+                ("learnable_temperature", True),
+                ("num_passes", 2),
+                ("coarse_only", True),
+            )
+        ),
+        ({"coarse_only": True, "num_passes": 2}, "num_passes=2 with coarse_only=True: there is only the coarse pass"),
         ({"hard_attention": "topk"}, "hard_attention='topk' is not one of none, top_k, gumbel"),
         ({"token_aggregation": "max"}, "is not one of none, mean, weighted"),
         ({"visual_scale": None}, "visual_scale=None must be a number above 0, or auto"),
