@@ -26,7 +26,7 @@ from pipeline_steps.common import params
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
 
-from .autoencoder import train_autoencoder
+from .autoencoder import rendered, train_autoencoder
 from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model
 from .local import copy_backbones
@@ -55,7 +55,8 @@ def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
     save_vision_encoder(vision_encoder, folder / "vision_encoder")
     autoencoder = {}
     if options.autoencoder_steps:
-        autoencoder["autoencoder"] = train_autoencoder(options, folder / "autoencoder", num_workers)
+        frames = rendered(options, num_workers)
+        autoencoder["autoencoder"] = train_autoencoder(options, folder / "autoencoder", frames)
     return autoencoder | {
         "kind": "embedded",
         "vision_encoder": {"num_parameters": count(vision_encoder), **vision_metrics},

@@ -1,9 +1,10 @@
 """A small autoencoder of frames in diffusers' `AutoencoderKL` format, for the next-frame objective (extra `latents`).
 
-    python -m pipeline_steps.backbones.autoencoder --out data/autoencoder      # beside any kind of backbones
+    python -m pipeline_steps.backbones.autoencoder --shards data/shards --out data/autoencoder
 
-The stage `backbones` trains it, too, where kind is embedded and `autoencoder_steps` is above 0. It sees training frames
-of the digit world only. 1,000 steps take about five minutes on one core.
+Trains it on the frames of packed shards, for any data. Without --shards it learns frames of the digit world, as in the
+stage `backbones`, which trains it where kind is embedded and `autoencoder_steps` is above 0. 1,000 steps of frames of
+56 px take about five minutes on one core.
 
 Shapes: B frames.
 """
@@ -11,6 +12,8 @@ Shapes: B frames.
 import argparse
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ CHANNELS = {True: (16, 32, 32), False: (16, 32, 32, 32)}  # frames below 224 px:
 LATENT_CHANNELS, GROUPS = 4, 4  # few groups: a group of one channel would normalise a frame's colour away
 BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 32, 3e-3, 1e-6
 NUM_HELD_OUT = 256  # frames
+SPLITS = ("train", "validation")
 
 
 def build_autoencoder(image_size: int):
@@ -51,19 +55,48 @@ def build_autoencoder(image_size: int):
     )
 
 
-def train_autoencoder(options: Embedded, folder: Path, num_workers: int) -> dict[str, float]:
+@dataclass
+class FrameSource:
+    """What an autoencoder learns from. Frames are uint8 [B, size, size, 3]."""
+
+    size: int  # px
+    batches: Iterator[Tensor]  # of BATCH_SIZE training frames
+    sample: dict[str, Tensor]  # {split: up to NUM_HELD_OUT frames}, of train to normalise, of validation to measure
+
+
+def rendered(options: Embedded, num_workers: int) -> FrameSource:
+    """Frames of the digit world, rendered ahead of time by `num_workers` processes."""
+    size, seed = options.image_size, options.seed
+    frames = Frames("train", options.autoencoder_steps, BATCH_SIZE, seed, size=size)
+
+    def batches():  # the loader's iterator draws a random number, so it must not be made before the seed is set
+        for batch in DataLoader(frames, batch_size=None, num_workers=num_workers, prefetch_factor=8):
+            yield batch["frames"]
+
+    sample = {split: Frames(split, 1, NUM_HELD_OUT, seed, size=size)[0]["frames"] for split in SPLITS}
+    return FrameSource(size, batches(), sample)
+
+
+def packed(shards: Path, seed: int) -> FrameSource:
+    """Frames of the stage `shards`. UserError as of `PackedFrames`."""
+    from .packed_frames import PackedFrames  # needs webdataset, which the stage does not
+
+    frames = {split: PackedFrames(shards, split) for split in SPLITS}
+    sample = {split: next(own.batches(NUM_HELD_OUT, seed)) for split, own in frames.items()}
+    return FrameSource(frames["train"].size, frames["train"].batches(BATCH_SIZE, seed), sample)
+
+
+def train_autoencoder(options: Embedded, folder: Path, source: FrameSource) -> dict[str, float]:
     """Trains `autoencoder_steps` steps and writes the folder. Returns {"num_parameters", "loss", "psnr" of held-out
     frames in dB}. UserError if diffusers is not installed."""
     require("diffusers", KEY)
     torch.manual_seed(options.seed)
-    network, steps = build_autoencoder(options.image_size), options.autoencoder_steps
+    network, steps = build_autoencoder(source.size), options.autoencoder_steps
     device = choose_device(options.device, "backbones.embedded.device")
-    frames = Frames("train", steps, BATCH_SIZE, options.seed, size=options.image_size)
-    stream = iter(DataLoader(frames, batch_size=None, num_workers=num_workers, prefetch_factor=8))
     network.to(device).train()
     loss = optimise(
         list(network.parameters()),
-        lambda step: batch_loss(network, signed(next(stream)["frames"].to(device))),
+        lambda step: batch_loss(network, signed(next(source.batches).to(device))),
         num_steps=steps,
         learning_rate=LEARNING_RATE,
         precision="fp32",
@@ -71,9 +104,9 @@ def train_autoencoder(options: Embedded, folder: Path, num_workers: int) -> dict
     )
     network.to("cpu").eval()
     metrics = {"num_parameters": sum(p.numel() for p in network.parameters()), "loss": loss}
-    normalise_latents(network, options)
+    normalise_latents(network, source.sample["train"])
     network.save_pretrained(folder)
-    return metrics | {"psnr": held_out_psnr(network, options)}
+    return metrics | {"psnr": held_out_psnr(network, source.sample["validation"])}
 
 
 def signed(frames: Tensor) -> Tensor:
@@ -88,17 +121,15 @@ def batch_loss(network, frames: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(network, options: Embedded) -> None:
-    """Sets the configuration's shift and scale so that latents of training frames have mean 0 and variance 1."""
-    frames = Frames("train", 1, NUM_HELD_OUT, options.seed, size=options.image_size)[0]["frames"]
+def normalise_latents(network, frames: Tensor) -> None:
+    """Sets the configuration's shift and scale so that the latents of these frames have mean 0 and variance 1."""
     latents = torch.cat([network.encode(signed(part)).latent_dist.mean for part in frames.split(BATCH_SIZE)])
     network.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 @torch.no_grad()
-def held_out_psnr(network, options: Embedded) -> float:
-    """Peak signal-to-noise ratio in dB of the reconstructed validation frames."""
-    frames = Frames("validation", 1, NUM_HELD_OUT, options.seed, size=options.image_size)[0]["frames"]
+def held_out_psnr(network, frames: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of the reconstructed frames."""
     errors = [F.mse_loss(network(signed(part)).sample, signed(part)).item() for part in frames.split(BATCH_SIZE)]
     return 10 * math.log10(4 / (sum(errors) / len(errors)))  # the colours span 2
 
@@ -106,16 +137,22 @@ def held_out_psnr(network, options: Embedded) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--shards", type=Path, help="folder of the stage shards (default: the digit world)")
+    parser.add_argument("--steps", type=int, help=f"of training (default: {KEY})")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     parameters = params.read(arguments.params, "backbones")
     options = parameters.backbones.embedded
-    if not options.autoencoder_steps:
-        raise UserError(f"{KEY} is 0: set the number of training steps, for example 1000.")
+    if arguments.steps is not None:
+        options = options.model_copy(update={"autoencoder_steps": arguments.steps})
+    if options.autoencoder_steps < 1:
+        raise UserError(f"--steps or {KEY} is {options.autoencoder_steps}: expected at least 1, for example 1000.")
     check_outputs(folders=[arguments.out])
     torch.set_num_threads(options.num_threads)
+    workers = parameters.runtime.backbone_workers
+    source = packed(arguments.shards, options.seed) if arguments.shards else rendered(options, workers)
     with replaced_folder(arguments.out) as folder:
-        metrics = train_autoencoder(options, folder, parameters.runtime.backbone_workers)
+        metrics = train_autoencoder(options, folder, source)
     print(f"{arguments.out}: {json.dumps(metrics)}")
 
 

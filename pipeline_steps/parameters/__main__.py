@@ -90,7 +90,7 @@ def check_autoencoder(key: str, folder: Path, backbones) -> None:
         reason, step = f"backbones.kind is {backbones.kind}", "Name"
     raise UserError(
         f"{key} is {folder}, but {reason}, so the stage backbones makes no autoencoder. {step} the folder of another "
-        "(`python -m pipeline_steps.backbones.autoencoder --out FOLDER` trains one)."
+        "(`python -m pipeline_steps.backbones.autoencoder --shards data/shards --steps 1000 --out FOLDER` trains one)."
     )
 
 

@@ -4,17 +4,23 @@ import importlib
 import json
 import re
 import shutil
+import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipeline_steps.backbones import packed_frames
 from pipeline_steps.common import autoencoder
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.params import ROOT
 from pipeline_steps.training import objectives
 from tests.model.tiny import as_batch, make_batch, make_model
 from tests.objectives import settings
+from tests.pipeline_steps import packed
 from tests.pipeline_steps.test_next_frame import losses, made_with, options
 
 
@@ -40,6 +46,82 @@ def test_a_missing_or_foreign_autoencoder_is_an_error(tmp_path, monkeypatch):
         objectives.build("stage2", flow, make_model().config)
 
 
+# ---------------------------------------------------------------- frames of packed shards
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of the stage shards: 11 clips and pictures and a chat to train on, 4 to validate, a chat to test."""
+    splits = {}
+    for split, samples in {"train": packed.clips(12, text_every=12), "validation": packed.clips(4)}.items():
+        packed.write(tmp_path, samples, 5, split)
+        splits |= json.loads((tmp_path / "shards/manifest.json").read_text())["splits"]
+    splits["test"] = splits["train"] | {"num_frames": 0}
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    number = sum(entry["num_samples"] for entry in splits.values())
+    manifest |= {"splits": splits, "seen": number, "packed": number}
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
+    return tmp_path / "shards"
+
+
+def test_an_epoch_of_packed_frames_has_every_frame_once(shards):
+    expected = []
+    for path in sorted((shards / "train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            pictures = [tar.extractfile(name) for name in tar.getnames() if name.endswith(".jpg")]
+            expected += [np.asarray(Image.open(picture)).tobytes() for picture in pictures]
+    expected.sort()
+    frames = packed_frames.PackedFrames(shards, "train")
+    assert frames.size == packed.SIZE
+    epochs = {}
+    for seed in (1, 1, 2):
+        batches, found = frames.batches(4, seed), []
+        while len(found) < 2 * len(expected):
+            batch = next(batches)
+            assert batch.dtype == torch.uint8
+            assert batch.shape[1:] == (packed.SIZE, packed.SIZE, 3)
+            found += [frame.numpy().tobytes() for frame in batch]
+        first, second = found[: len(expected)], found[len(expected) :]
+        assert sorted(first) == sorted(second) == expected
+        assert first != second
+        assert epochs.setdefault(seed, first) == first
+    assert epochs[1] != epochs[2]
+
+
+def test_packed_frames_that_are_not_there_are_an_error(shards):
+    with pytest.raises(UserError, match=r"shards: split 'test' has no frames\. Add clips"):
+        packed_frames.PackedFrames(shards, "test")
+    tar = shards / "train/000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=r"000001\.tar: its content has changed .*`dvc repro shards`"):
+        packed_frames.PackedFrames(shards, "train")
+    tar.unlink()
+    with pytest.raises(UserError, match=r"000001\.tar is missing, .*manifest\.json\. Run `dvc repro shards`"):
+        packed_frames.PackedFrames(shards, "train")
+
+
+def test_the_command_learns_the_frames_of_packed_shards(shards, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    module = importlib.import_module("pipeline_steps.backbones.autoencoder")
+    monkeypatch.chdir(ROOT)
+    seen = []
+    monkeypatch.setattr(
+        module, "batch_loss", lambda network, frames: seen.append(frames) or network(frames).sample.mean()
+    )
+    out = tmp_path / "autoencoder"
+    command = ["autoencoder", "--shards", str(shards), "--out", str(out), "--steps"]
+    monkeypatch.setattr("sys.argv", [*command, "0"])
+    with pytest.raises(UserError, match=r"--steps or backbones\.embedded\.autoencoder_steps is 0: expected at least 1"):
+        module.main()
+    monkeypatch.setattr("sys.argv", [*command, "3"])
+    module.main()
+    assert [frames.shape[1:] for frames in seen] == [(3, packed.SIZE, packed.SIZE)] * 3
+    assert json.loads((out / "config.json").read_text())["sample_size"] == packed.SIZE
+    assert autoencoder.FrameLatents(out, "key").channels == 4
+
+
 # ---------------------------------------------------------------- the real autoencoder
 
 
@@ -53,7 +135,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(module, "NUM_HELD_OUT", 32)
         patch.setattr(module, "BATCH_SIZE", 8)
-        return folder, module.train_autoencoder(given, folder, 1)
+        return folder, module.train_autoencoder(given, folder, module.rendered(given, 1))
 
 
 def test_the_small_autoencoder_is_a_diffusers_model_with_latents_of_unit_variance(trained):
