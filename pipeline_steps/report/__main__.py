@@ -54,7 +54,7 @@ from pipeline_steps.report.temporal import per_frame, temporal
 from pipeline_steps.report.verdicts import verdicts
 
 PARAMS = params.RESULT_KEYS
-STUDY_TABLES = ("arms", "tasks", "effects")
+STUDY_TABLES = ("arms", "tasks", "parts", "effects")
 CLIP_KEYS = ("key", "task", "question", "answer", "prediction", "num_frames")
 CLIP_KEYS += ("sheet", "animation", "frames", "frames_geometry")
 HERE = Path(__file__).resolve().parent
@@ -278,7 +278,8 @@ def show_study(folder, study, leads):
         "arms": study_tables.arms(study, study.summary.arms),
     }
     found["heatmap"] = attention_figures.kept(study)
-    found |= {"tasks": study_tables.by_task(study, study.summary.arms), "effects": study_tables.effects(study)}
+    found |= {"tasks": study_tables.by_task(study, study.summary.arms), "parts": study_tables.clip_parts(study)}
+    found["effects"] = study_tables.effects(study)
     found["first"] = None
     if leads:
         arms, first = studies.leading_arms(study), studies.leading(study)

@@ -5,9 +5,12 @@ import pandas as pd
 
 from pipeline_steps.common.study_results import BETTER, EQUAL, EXPLORATORY, TOO_FEW, UNDECIDED, UNMATCHED, WORSE
 from pipeline_steps.report import studies
+from pipeline_steps.report.captions import PART_NAMES
 from pipeline_steps.report.statistics import ALPHA, FEWEST_PAIRS, equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.tables import MISSING, Table, count, number
 
+CAPTION_PARTS = "caption_parts_"  # columns caption_parts_<part>/<part, reference or other_clip> of runs.csv
+COMPARED = PART_NAMES | {"reference": "reference", "other_clip": "another clip's answer"}
 MODES_APART = 0.1  # in accuracy: from this gap on, runs on both sides of the plateau are two kinds of outcomes
 PILLS = {name: name for name in (BETTER, EQUAL, WORSE, UNDECIDED, TOO_FEW)} | {UNMATCHED: "not comparable"}
 
@@ -197,6 +200,24 @@ def by_task(study, chosen):
         "Per cent: mean over the runs [lowest–highest run]. Exact match is measured on fewer items than token accuracy."
     )
     return Table(f"study_{study.name}_tasks", f"Every task in study {study.name}", ["arm", *tasks], rows, note)
+
+
+def clip_parts(study):
+    """Table of the words that answers to parts of the same clips have in common, of the arms that train answers."""
+    rows = []
+    for arm in studies.trained_arms(study.summary.arms):
+        runs = study.runs[(study.runs["arm"] == arm.arm) & (study.runs["budget"] == arm.budget)]
+        for column in (name for name in runs if name.startswith(CAPTION_PARTS)):
+            one, other = map(COMPARED.get, column.removeprefix(CAPTION_PARTS).split("/"))
+            if len(values := runs[column].dropna()):
+                rows.append([studies.label(study.summary, arm), one, other, spread(values)])
+    note = (
+        "Share of words that the answers have in common (autoregressive mode), clips of 16 frames or more: mean "
+        "[lowest–highest run]. Near 100%, the answer does not use the frames that differ; read it against another "
+        "clip's answer."
+    )
+    columns = ["arm", "answers for", "compared with", "word overlap, %"]
+    return Table(f"study_{study.name}_parts", f"Answers to parts of clips in study {study.name}", columns, rows, note)
 
 
 def effects(study):

@@ -2,14 +2,7 @@
 
 from statistics import fmean
 
-from pipeline_steps.report.captions import PART_NAMES
-
-CAPTION_PARTS = "caption_parts_"  # columns caption_parts_<part>/<part, reference or other_clip>
-OTHERS = {"reference": "reference", "other_clip": "another clip's answer"}
-NOTE = (
-    "Share of words that the answers have in common (autoregressive mode), clips of 16 frames or more: mean (lowest to "
-    "highest run). Near 100 %, the answer does not use the frames that differ; read it against another clip's answer."
-)
+from pipeline_steps.report.study_tables import CAPTION_PARTS
 
 
 def columns_of(found):
@@ -23,10 +16,3 @@ def columns_of(found):
             for name, value in own.items():
                 by_name.setdefault(f"{CAPTION_PARTS}{name}", []).append(value)
     return {name: fmean(values) for name, values in by_name.items()}
-
-
-def rows_of(runs):
-    """[(answers for, compared with, overlaps of the runs)] of the runs of an arm."""
-    names = PART_NAMES | OTHERS
-    found = {name.removeprefix(CAPTION_PARTS): runs[name].dropna() for name in runs if name.startswith(CAPTION_PARTS)}
-    return [(*map(names.get, name.split("/")), values.tolist()) for name, values in found.items() if len(values)]

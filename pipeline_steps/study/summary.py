@@ -26,10 +26,9 @@ from pipeline_steps.common.study_results import (
     UNDECIDED,
     VIDEOS,
 )
-from pipeline_steps.report import scaling
+from pipeline_steps.report import scaling, study_tables
 from pipeline_steps.report.statistics import equivalence_power, share_interval, unseen_text
 from pipeline_steps.report.studies import Study, flops_note, losses_of, read_runs
-from pipeline_steps.study import caption_parts
 from pipeline_steps.study.design import (
     label_of,
     read_study,
@@ -54,18 +53,19 @@ def write_summary(name, study, results=ROOT / RESULTS, command=None):
     folder = results / name
     table = read_runs(folder / "runs.csv", study)
     summary = summarise(name, table, study)
-    grid = scaling.tables(Study(summary, table, losses_of(folder / "items.parquet")))  # before anything is written
+    found = Study(summary, table, losses_of(folder / "items.parquet"))
+    tables = [*scaling.tables(found), study_tables.clip_parts(found)]  # before anything is written
     if any(arm.answers_trained for arm in summary.arms):
         write_bytes(folder / "runs.png", figure(table, study, summary.group_tasks["all"]))
     else:
         (folder / "runs.png").unlink(missing_ok=True)  # of an earlier version
     metrics.write_json(folder / "summary.json", summary)
-    write_text(folder / "README.md", page(summary, table, study, command, grid))
+    write_text(folder / "README.md", page(summary, table, study, command, tables))
     return folder / "README.md"
 
 
-def page(summary, table, study, command=None, grid=()):
-    """The summary as Markdown. grid: tables of a scaling grid."""
+def page(summary, table, study, command=None, tables=()):
+    """The summary as Markdown. tables: more of them, of which empty ones are left out."""
     parts = [f"# Study {summary.name}", summary.question]
     parts += [f"{summary.num_runs} of {summary.num_planned} runs. `{command or f'make study name={summary.name}'}`"]
     parts += ["## Arms", arm_table(summary, table)]
@@ -73,8 +73,7 @@ def page(summary, table, study, command=None, grid=()):
         parts += ["## Baseline against other arms", *comparison_lines(summary)]
     if any(arm.next_frame for arm in summary.arms):
         parts += ["## Next frame: planned against static queries", *next_frame_lines(summary)]
-    parts += [found.markdown(2).rstrip() for found in grid if found.rows]
-    parts += caption_lines(table)
+    parts += [found.markdown(2).rstrip() for found in tables if found.rows]
     if any(arm.answers_trained for arm in summary.arms):
         parts += ["![Token accuracy of every run by task](runs.png)"]
     parts += ["## Runs", run_table(table, study, summary.group_tasks["all"])]
@@ -185,16 +184,6 @@ DIAGNOSTICS = {
     "state_sensitivity": ("sensitivity to the state", 1, 3),
     "previous_sensitivity": ("to the previous latent", 1, 3),
 }
-
-
-def caption_lines(table):
-    """A table of the answers to parts of clips, with a title; [] without any."""
-    rows = [
-        {"arm": arm, "budget": budget, "answers for": one, "compared with": other, "word overlap, %": spread(values)}
-        for (arm, budget), runs in table.groupby(["arm", "budget"], sort=False)
-        for one, other, values in caption_parts.rows_of(runs)
-    ]
-    return ["## Answers to parts of clips", markdown(pd.DataFrame(rows)), caption_parts.NOTE] if rows else []
 
 
 def gain_text(value):

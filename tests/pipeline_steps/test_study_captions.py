@@ -1,9 +1,12 @@
 """Answers to parts of clips in a study's runs.csv and README."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 
 from pipeline_steps.common.caption_results import CaptionParts, PartOverlap
-from pipeline_steps.study import caption_parts, summary
+from pipeline_steps.report import study_tables
+from pipeline_steps.study import caption_parts
 
 
 def parts(overlap):
@@ -26,15 +29,23 @@ def test_overlaps_are_means_over_the_tasks_with_long_clips():
     assert caption_parts.columns_of({"caption": SHORT}) == caption_parts.columns_of(None) == {}
 
 
-def test_the_summary_shows_every_pair_of_parts_by_arm():
+def study(rows, **trained):
+    arms = [SimpleNamespace(arm=name, budget="x1", answers_trained=value) for name, value in trained.items()]
+    return SimpleNamespace(name="mine", runs=pd.DataFrame(rows), summary=SimpleNamespace(arms=arms))
+
+
+def test_a_study_shows_every_pair_of_parts_by_arm():
+    """Of arms that train answers; here all but `latent`."""
     own = [caption_parts.columns_of({"caption": parts(overlap)}) for overlap in (0.25, 0.75)]
     rows = [{"arm": "none", "budget": "x1"} | found for found in (*own, {})] + [{"arm": "A6", "budget": "x1"}]
-    title, text, note = summary.caption_lines(pd.DataFrame(rows))
-    assert title == "## Answers to parts of clips"
-    assert "| none | x1 | 4 frames | 16 frames | 50.0 (25.0 to 75.0) |" in text
-    assert "| none | x1 | first half | second half | 50.0 (25.0 to 75.0) |" in text
-    assert "| none | x1 | 8 frames | reference | 50.0 (50.0 to 50.0) |" in text
-    assert "| none | x1 | 16 frames | another clip's answer | 25.0 (25.0 to 25.0) |" in text
-    assert "A6" not in text
-    assert "another clip's answer" in note
-    assert summary.caption_lines(pd.DataFrame([{"arm": "A6", "budget": "x1"}])) == []
+    rows.append({"arm": "latent", "budget": "x1"} | own[0])
+    found = study_tables.clip_parts(study(rows, none=True, A6=True, latent=False))
+    arm = found.rows[0][0]
+    assert found.rows == [
+        [arm, "4 frames", "16 frames", ("50.0 [25–75]", 50.0)],
+        [arm, "first half", "second half", ("50.0 [25–75]", 50.0)],
+        [arm, "8 frames", "reference", ("50.0 [50–50]", 50.0)],
+        [arm, "16 frames", "another clip's answer", ("25.0 [25–25]", 25.0)],
+    ]
+    assert found.markdown(2).startswith("## Answers to parts of clips in study mine\n")
+    assert not study_tables.clip_parts(study([{"arm": "A6", "budget": "x1"}], A6=True)).rows
