@@ -28,6 +28,7 @@ from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs, replaced_folder
 
 from .frames import Frames
+from .packed_frames import PackedFrames
 from .schema import Embedded
 from .warm_up import optimise
 
@@ -79,8 +80,6 @@ def rendered(options: Embedded, num_workers: int) -> FrameSource:
 
 def packed(shards: Path, seed: int) -> FrameSource:
     """Frames of the stage `shards`. UserError as of `PackedFrames`."""
-    from .packed_frames import PackedFrames  # needs webdataset, which the stage does not
-
     frames = {split: PackedFrames(shards, split) for split in SPLITS}
     sample = {split: next(own.batches(NUM_HELD_OUT, seed)) for split, own in frames.items()}
     return FrameSource(frames["train"].size, frames["train"].batches(BATCH_SIZE, seed), sample)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
@@ -43,6 +42,8 @@ class PackedFrames:
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Batches [B, H, W, 3] without end, the last of an epoch smaller. `seed` decides the order of the shards and
         that of the frames within a buffer."""
+        import webdataset  # only here: a machine that trains on local shards may lack it
+
         shards = webdataset.WebDataset(self.urls, shardshuffle=len(self.urls), detshuffle=True, seed=seed)
         frames = shards.compose(frames_of, webdataset.detshuffle(SHUFFLE_FRAMES, SHUFFLE_FRAMES, seed))
         return map(torch.from_numpy, frames.batched(batch_size, collation_fn=np.stack).repeat())
