@@ -1214,11 +1214,7 @@ def test_a_study_end_to_end(tmp_path, monkeypatch, clean):
     monkeypatch.setattr(
         study_main, "write_summary", lambda name, study: summary.write_summary(name, study, tmp_path / "results")
     )
-    study = design.read_study("smoke")
-    monkeypatch.setattr(study_main, "read_study", lambda name: study.model_copy(update={"seeds": (1,)}))
-    monkeypatch.setattr(
-        study_main, "read_arguments", lambda: SimpleNamespace(name="smoke", cores=2, gpus=0, dry_run=False, arms=None)
-    )
+    monkeypatch.setattr(sys, "argv", ["study", "smoke", "--cores", "2", "--seeds", "1"])
     assert study_main.main() == 0
     table = pd.read_csv(tmp_path / "results/smoke/runs.csv")
     assert list(table["arm"]) == ["none", "A6"]
