@@ -44,10 +44,9 @@ from benchmarks.natural_results import check_kept_name, keep, write_results
 from pipeline_steps.backbones.pretrained import cache_folder, default_output
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import exclusive, write_json
-from pipeline_steps.common.params import MAX_SEED, ROOT
+from pipeline_steps.common.params import MAX_SEED, ROOT, TRAINING_STAGES
 from pipeline_steps.common.processes import ends_with_this_process
 from pipeline_steps.study import job as study_job
-from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import Plan, folder_of
 from pipeline_steps.world.cutouts import SPLITS, different, read_folder
 

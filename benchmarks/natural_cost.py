@@ -21,7 +21,7 @@ from benchmarks.natural_plan import FOLDERS, code_files, files_of
 from model import FoveatedVLMConfig, FoveatedVLMForConditionalGeneration
 from pipeline_steps.backbones import own_chats
 from pipeline_steps.common import params
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import ROOT, TRAINING_STAGES
 from pipeline_steps.common.schemas import PackedSample
 from pipeline_steps.flops.__main__ import measure
 from pipeline_steps.monitoring.mfu import PEAK_TFLOPS, peak_flops
@@ -29,7 +29,6 @@ from pipeline_steps.report.training_flops import sample_flops, trained_groups
 from pipeline_steps.sources import chat, object_clips
 from pipeline_steps.streaming.index import KINDS, Index
 from pipeline_steps.streaming.mixture import make_groups
-from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.tokens.chat import ChatRenderer, load_tokenizer
 from pipeline_steps.tokens.rows import tokenize_samples
 from pipeline_steps.training.parameters import trainable_parameters

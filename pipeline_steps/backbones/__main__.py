@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from pipeline_steps.common import params
+from pipeline_steps.common.autoencoder import require
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import check_outputs, replaced_folder, write_text
 
-from .autoencoder import rendered, train_autoencoder
+from .autoencoder import KEY, rendered, train_autoencoder
 from .hub import download_backbones
 from .language_model import build_language_model, save_language_model, warm_up_language_model
 from .local import copy_backbones
@@ -38,7 +39,10 @@ PARAMS = ("backbones",)
 
 
 def train_backbones(options: Embedded, folder: Path, num_workers: int) -> dict:
-    """Train both backbones and the tokenizer, and write them below `folder`. Returns the metrics."""
+    """Train both backbones and the tokenizer, and write them below `folder`. Returns the metrics. UserError before
+    anything is trained if an autoencoder is asked for and diffusers is not installed."""
+    if options.autoencoder_steps:
+        require("diffusers", KEY)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU by use_deterministic_algorithms
     torch.set_num_threads(options.num_threads)
     # Positions of reduced frames are resized bicubically, for whose gradient CUDA has no deterministic kernel.

@@ -87,8 +87,7 @@ def packed(shards: Path, seed: int) -> FrameSource:
 
 def train_autoencoder(options: Embedded, folder: Path, source: FrameSource) -> dict[str, float]:
     """Trains `autoencoder_steps` steps and writes the folder. Returns {"num_parameters", "loss", "psnr" of held-out
-    frames in dB}. UserError if diffusers is not installed."""
-    require("diffusers", KEY)
+    frames in dB}."""
     torch.manual_seed(options.seed)
     network, steps = build_autoencoder(source.size), options.autoencoder_steps
     device = choose_device(options.device, "backbones.embedded.device")
@@ -147,6 +146,7 @@ def main() -> None:
     if options.autoencoder_steps < 1:
         raise UserError(f"--steps or {KEY} is {options.autoencoder_steps}: expected at least 1, for example 1000.")
     check_outputs(folders=[arguments.out])
+    require("diffusers", KEY)
     torch.set_num_threads(options.num_threads)
     workers = parameters.runtime.backbone_workers
     source = packed(arguments.shards, options.seed) if arguments.shards else rendered(options, workers)

@@ -20,8 +20,8 @@ from pipeline_steps.common.errors import UserError
 # ---------------------------------------------------------------- reading
 
 
-def parse(model, text, where):
-    """`model` from JSON text; UserError that starts with `where` if it is invalid."""
+def parse(model, text, where, next_step=""):
+    """`model` from JSON text; UserError that starts with `where` and ends with `next_step` if it is invalid."""
     from pydantic import ValidationError  # here, so that writing files needs no pydantic: benchmarks.gpu
 
     try:
@@ -29,7 +29,8 @@ def parse(model, text, where):
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "row"
-        raise UserError(f"{where}: {place}: {first['msg']} ({error.error_count()} problem(s) in this record)") from None
+        problem = f"{where}: {place}: {first['msg']} ({error.error_count()} problem(s) in this record)"
+        raise UserError(f"{problem}. {next_step}" if next_step else problem) from None
 
 
 def read_record(model, path, made_by):

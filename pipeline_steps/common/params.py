@@ -35,6 +35,7 @@ OTHER_SECTIONS = {  # sections without a stage of their own
 }
 MAX_DEPTH, MAX_VALUES = 50, 100_000  # of a YAML file
 NESTED = re.compile(r"[\[{]|- ?|^ {80}", re.MULTILINE)  # what a level of nesting needs
+TRAINING_STAGES = ("stage1", "stage2", "stage3")
 RUNTIME = "runtime"  # available to every stage; results do not depend on it
 
 

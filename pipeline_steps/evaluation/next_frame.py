@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from pipeline_steps.common import metrics, params
@@ -29,7 +28,7 @@ from pipeline_steps.common.checkpoint import load_model
 from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import check_outputs
+from pipeline_steps.common.files import check_outputs, parse
 from pipeline_steps.common.next_frame import NextFrameHeads, TargetMaker, first_frames, pair_losses
 from pipeline_steps.common.next_frame_schema import NextFrameSettings
 from pipeline_steps.evaluation import statistics, temporal
@@ -81,13 +80,7 @@ def load_predictor(checkpoint: Path, model, autoencoder: str | None = None) -> N
         return None
     if settings is None:
         raise UserError(f"{path}: has a next-frame head but not its settings. Train the stage again.")
-    try:
-        settings = NextFrameSettings.model_validate_json(json.dumps(settings))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
-        raise UserError(
-            f"{path}: settings of another version of the head ({problems}). Train the stage again."
-        ) from None
+    settings = parse(NextFrameSettings, json.dumps(settings), f"{path}: objective.next_frame", "Train the stage again.")
     return NextFramePredictor(settings, weights, model, path, autoencoder)
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from pipeline_steps.common.diagnostic_results import TemperatureScore
+from pipeline_steps.common.params import TRAINING_STAGES
 from pipeline_steps.evaluation import attention_probes, controls, diagnostics, temperature_sweep, temporal
 from pipeline_steps.evaluation.scoring import batches, drawn, subset
 from pipeline_steps.streaming.index import KINDS
 
 VIDEO = KINDS.index("video")
-STAGES = ("stage1", "stage2", "stage3")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def measure(model, collate, dataset, chosen, settings, prefetch, progress):
 
 def diagnose(model, observed, table, metrics_dir):
     """`Diagnostics` or None; reads stage1.csv to stage3.csv in metrics_dir if they exist."""
-    paths = [metrics_dir / f"{stage}.csv" for stage in STAGES]
+    paths = [metrics_dir / f"{stage}.csv" for stage in TRAINING_STAGES]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
     return diagnostics.diagnose(model, observed, table, rows)

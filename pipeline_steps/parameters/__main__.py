@@ -24,7 +24,6 @@ from pipeline_steps.training import objectives
 
 PARAMS = params.RESULT_KEYS
 BACKBONES = Path("data/backbones")  # of the stage of that name; training may start from a checkpoint instead
-STAGES = ("stage1", "stage2", "stage3")  # of training
 MAX_LISTED = 10  # differences in a message
 
 
@@ -61,7 +60,7 @@ def check_objectives(path: str, parameters) -> None:
     """
     starts_new = Path(parameters.training.init_from) == BACKBONES
     before = set() if starts_new else None  # heads of the stage before; None: of a checkpoint, not known
-    for stage in STAGES:
+    for stage in params.TRAINING_STAGES:
         settings = getattr(parameters.training, stage)
         own, key = settings.objective, f"{path}: training.{stage}.objective"
         try:

@@ -6,7 +6,6 @@ them apart.
 
 from dataclasses import dataclass
 
-STAGES = ("stage1", "stage2", "stage3")
 TOLERANCE = 0.02  # relative difference up to which budgets count as equal
 ISO_SAMPLE, ISO_FLOP, UNMATCHED, UNKNOWN = "iso-sample", "iso-FLOP", "unmatched", "unknown"
 MATCHED = (ISO_SAMPLE, ISO_FLOP)  # only these decide anything

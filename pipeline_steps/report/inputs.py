@@ -16,11 +16,11 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import read_record
 from pipeline_steps.common.flop_results import FlopsResult
 from pipeline_steps.common.metrics import EvaluationResult, KeptRun, StreamingResult, read_json
+from pipeline_steps.common.params import TRAINING_STAGES
 from pipeline_steps.common.schemas import ShardsManifest, TokensManifest
 from pipeline_steps.report.budgets import Budget
 from pipeline_steps.report.training_flops import budget_of, read_config
 
-STAGES = ("stage1", "stage2", "stage3")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
 CURVE_COLUMNS = ("event", "step", "samples", "source", "task", "mode", "loss", "accuracy", *DIAGNOSTICS, "message")
 NUMBERS = ("step", "samples", "loss", "accuracy", *DIAGNOSTICS)  # columns of a curve
@@ -82,7 +82,7 @@ def read_inputs(root, parameters):
         heatmaps=read_optional(root / "reports/heatmaps/index.json", missing),
         missing=missing,
     )
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         if (metrics / f"{stage}.csv").exists():
             inputs.curves[stage] = read_curve(metrics / f"{stage}.csv", stage)
         else:

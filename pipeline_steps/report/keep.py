@@ -140,7 +140,7 @@ def kept_run(inputs, parameters):
     """`metrics.KeptRun` of the report's `Inputs`; parameters: nested dict. UserError for missing or inconsistent
     results."""
     current = inputs.current
-    missing = [f"outputs/metrics/{name}.json" for name in ("stage1", "stage2", "stage3") if name not in inputs.stages]
+    missing = [f"outputs/metrics/{name}.json" for name in params.TRAINING_STAGES if name not in inputs.stages]
     if current.items is None:
         missing.append("outputs/evaluation/items.parquet")
     if missing:

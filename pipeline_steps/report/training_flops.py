@@ -13,7 +13,8 @@ from pathlib import Path
 from model import FoveatedVLMConfig
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.flop_formulas import Sample, Trained, training_flops
-from pipeline_steps.report.budgets import STAGES, Budget
+from pipeline_steps.common.params import TRAINING_STAGES
+from pipeline_steps.report.budgets import Budget
 
 
 def read_config(path, image_size):
@@ -40,7 +41,7 @@ def budget_of(stages, counted, flops, config, training):
     stages: {stage: content of its json}; counted: `StreamingResult` or None; flops: `FlopsResult`; config: of the
     trained network, or None; training: section `training` of the parameters.
     """
-    if set(stages) != set(STAGES) or any("mixture" not in values for values in stages.values()):
+    if set(stages) != set(TRAINING_STAGES) or any("mixture" not in values for values in stages.values()):
         return None
     if config is None or counted is None:
         return None

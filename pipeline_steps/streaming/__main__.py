@@ -20,7 +20,6 @@ from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.streaming.loader import plan_stage
 from pipeline_steps.streaming.statistics import count, table
 
-STAGES = ("stage1", "stage2", "stage3")
 PARAMS = (
     "seed",
     "model.architecture",
@@ -51,7 +50,9 @@ def main() -> None:
         check_outputs(files=[arguments.metrics / "streaming.json"])
     dataset = TokenizedShards(arguments.shards, arguments.tokens, "train", with_frames=False)
     result = metrics.StreamingResult(
-        stages={stage: count_stage(dataset, parameters, stage, arguments.num_samples) for stage in STAGES}
+        stages={
+            stage: count_stage(dataset, parameters, stage, arguments.num_samples) for stage in params.TRAINING_STAGES
+        }
     )
     print(printable("\n\n".join(table(stage, counts) for stage, counts in result.stages.items())))
     if arguments.num_samples is None:

@@ -16,7 +16,7 @@ from pipeline_steps.common.files import read_record, write_bytes, write_text
 from pipeline_steps.common.flop_results import FlopsResult
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.metrics import EvaluationResult, StreamingResult, read_json
-from pipeline_steps.common.params import RUNTIME
+from pipeline_steps.common.params import RUNTIME, TRAINING_STAGES
 from pipeline_steps.common.schemas import ShardsManifest
 from pipeline_steps.report.inputs import CONFIG, read_study_items
 from pipeline_steps.report.studies import read_runs
@@ -25,7 +25,6 @@ from pipeline_steps.streaming.__main__ import PARAMS as STREAMING_PARAMS
 from pipeline_steps.streaming.__main__ import count_stage
 from pipeline_steps.streaming.dataset import TokenizedShards
 from pipeline_steps.study import caption_parts, next_frame
-from pipeline_steps.study.design import TRAINING_STAGES
 from pipeline_steps.study.plan import folder_of
 
 MODE = "autoregressive"

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
-from pipeline_steps.common.params import ROOT, StrictModel
+from pipeline_steps.common.params import ROOT, TRAINING_STAGES, StrictModel
 from pipeline_steps.parameters.__main__ import check_network, check_objectives
 
 STUDIES = ROOT / "conf" / "study"
@@ -27,7 +27,6 @@ SEED_KEYS = {  # which parameters each kind of seed sets
     "backbones": ("backbones.embedded.seed",),
     "data": ("sources.procedural.seed", "sources.chat.seed", "shards.seed"),
 }
-TRAINING_STAGES = ("stage1", "stage2", "stage3")
 
 
 Seed = Annotated[int, Field(ge=0)]

@@ -14,9 +14,8 @@ import yaml
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import ROOT, TRAINING_STAGES
 from pipeline_steps.study.design import (
-    TRAINING_STAGES,
     cells_of,
     check_tasks,
     parameters_of,

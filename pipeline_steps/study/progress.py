@@ -11,10 +11,10 @@ from statistics import median
 from rich.table import Table
 
 from pipeline_steps.common.hashing import fingerprint
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import ROOT, TRAINING_STAGES
 from pipeline_steps.common.study_results import SEEDS
 from pipeline_steps.report.studies import read_runs
-from pipeline_steps.study.design import STUDIES, TRAINING_STAGES, read_study, total_samples
+from pipeline_steps.study.design import STUDIES, read_study, total_samples
 from pipeline_steps.study.plan import RESULTS, folder_of
 
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"

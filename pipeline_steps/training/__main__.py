@@ -60,7 +60,6 @@ from pipeline_steps.training.objectives import input_files as objective_files
 from pipeline_steps.training.parameters import GROUPS, format_table, trainable_parameters
 from pipeline_steps.training.train_loop import train
 
-STAGES = ("stage1", "stage2", "stage3")
 BASE_MODELS = "base_models.json"  # in a checkpoint: from which models its training began
 PARAMS = ("seed", "model", "streaming", "training.init_from", "training.common", "training.{stage}")
 DIAGNOSTICS = ("attention_entropy", "attention_uniformity", "token_similarity", "coarse_similarity")
@@ -192,7 +191,7 @@ def shared_scratch(group: DistributedContext, stage: str, fingerprint: str) -> I
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train one stage.")
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=params.TRAINING_STAGES, required=True)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--shards", type=Path, default=Path("data/shards"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
@@ -206,11 +205,11 @@ def start_folder(arguments: argparse.Namespace, parameters) -> Path:
 
     UserError if `training.init_from` is a folder that this run writes.
     """
-    number = STAGES.index(arguments.stage)
+    number = params.TRAINING_STAGES.index(arguments.stage)
     if number:
-        return arguments.outputs / STAGES[number - 1]
+        return arguments.outputs / params.TRAINING_STAGES[number - 1]
     start = Path(parameters.training.init_from)
-    if start.resolve() in [(arguments.outputs / stage).resolve() for stage in STAGES]:
+    if start.resolve() in [(arguments.outputs / stage).resolve() for stage in params.TRAINING_STAGES]:
         raise UserError(
             f"training.init_from is {start}, a folder that this run itself writes. Copy the checkpoint to a folder "
             f"outside of {arguments.outputs} first, or write elsewhere with --outputs and --metrics."
@@ -238,7 +237,7 @@ def check_tokenizer(start: Path, arguments: argparse.Namespace) -> None:
 
 def input_files(arguments: argparse.Namespace, start: Path, settings) -> list[Path]:
     """The files whose content determines the result. The manifests contain the hashes of all shards."""
-    if is_checkpoint(start) or arguments.stage != STAGES[0]:
+    if is_checkpoint(start) or arguments.stage != params.TRAINING_STAGES[0]:
         models = [start / name for name in ("model.safetensors", "config.json", "tokenizer.json")]
     else:
         folders = [start / name for name in ("vision_encoder", "language_model")]
@@ -247,7 +246,7 @@ def input_files(arguments: argparse.Namespace, start: Path, settings) -> list[Pa
     files += objective_files(arguments.stage, settings)
     files += [heads_of(start)] if is_checkpoint(start) and settings.objective.initial_modules == "previous" else []
     for path in files:
-        if not path.exists() and start in path.parents and arguments.stage == STAGES[0]:
+        if not path.exists() and start in path.parents and arguments.stage == params.TRAINING_STAGES[0]:
             raise UserError(
                 f"{path}: missing, but stage1 starts from it (training.init_from is {start}). Expected are the "
                 "backbones (`dvc repro backbones`) or the folder of a finished checkpoint."
@@ -281,7 +280,7 @@ def load_model(arguments: argparse.Namespace, parameters) -> FoveatedVLMForCondi
     ]
     if wrong:
         next_step = "Rerun the previous stage."
-        if arguments.stage == STAGES[0]:
+        if arguments.stage == params.TRAINING_STAGES[0]:
             next_step = "Give section `model` the checkpoint's values, or set training.init_from to another folder."
         raise UserError(
             f"{start}: the checkpoint does not match the parameters of {arguments.stage} ({'; '.join(wrong)}). "

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline_steps.backbones import packed_frames
+from pipeline_steps.backbones.__main__ import train_backbones
 from pipeline_steps.common import autoencoder
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
@@ -44,6 +45,18 @@ def test_a_missing_or_foreign_autoencoder_is_an_error(tmp_path, monkeypatch):
     flow = settings(**options(target="flow", autoencoder=None, previous_latent="none"))
     with pytest.raises(UserError, match=r"target flow needs the package cv2"):
         objectives.build("stage2", flow, make_model().config)
+
+
+def test_training_one_without_diffusers_is_an_error_before_anything_is_read_or_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
+    says = r"backbones\.embedded\.autoencoder_steps needs the package diffusers, which is not installed"
+    with pytest.raises(UserError, match=says):
+        train_backbones(SimpleNamespace(autoencoder_steps=1), tmp_path, 1)
+    command = ["autoencoder", "--shards", str(tmp_path / "missing"), "--out", str(tmp_path / "out"), "--steps", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=says):
+        importlib.import_module("pipeline_steps.backbones.autoencoder").main()
 
 
 # ---------------------------------------------------------------- frames of packed shards

@@ -18,12 +18,12 @@ from pipeline_steps.common import metrics, params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import sha256_file
 from pipeline_steps.common.modes import SCORED_MODES
-from pipeline_steps.common.params import ROOT
+from pipeline_steps.common.params import ROOT, TRAINING_STAGES
 from pipeline_steps.common.study_results import Series, StudySummary
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report import attention_figures, decisions, keep, studies, study_tables, verdicts
 from pipeline_steps.report.budgets import Budget
-from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, STAGES, Run, read_inputs
+from pipeline_steps.report.inputs import CURVE_COLUMNS, DIAGNOSTICS, Run, read_inputs
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study.design import read_study
 from tests.pipeline_steps.counted import flops_config, flops_result, report_section
@@ -139,7 +139,7 @@ def write_root(root, *, curves=True, heatmaps=True):
             (root / f"outputs/metrics/{stage}.json").write_text(
                 json.dumps({"mixture": mixture, "num_steps": 59, "parameters": PARAMETERS})
             )
-        metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result(STAGES))
+        metrics.write_json(root / "outputs/metrics/streaming.json", streaming_result(TRAINING_STAGES))
     if heatmaps:
         write_heatmaps(root / "reports/heatmaps")
     (root / "params.yaml").write_text("seed: 1\n")

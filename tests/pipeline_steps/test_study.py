@@ -105,7 +105,7 @@ def test_a_budget_scales_the_samples_of_every_stage():
     found = [
         design.parameters_of(cell)["training"] for cell in design.cells_of(make(budgets={"x1": 1, "half": 0.5}))[::2]
     ]
-    for stage in design.TRAINING_STAGES:
+    for stage in params.TRAINING_STAGES:
         assert found[1][stage]["num_samples"] == found[0][stage]["num_samples"] / 2
 
 
@@ -129,7 +129,7 @@ def test_an_arm_with_a_rate_factor_has_that_multiple_of_every_learning_rate():
     study = make(arms=arms, seeds=[1])
     plain, double = (design.parameters_of(cell)["training"] for cell in design.cells_of(study))
     assert design.arm_parameters(study, "double")["training"]["stage2"] == double["stage2"]
-    for stage in design.TRAINING_STAGES:
+    for stage in params.TRAINING_STAGES:
         for name in ("learning_rate", "converged_learning_rate"):
             rates, doubled = plain[stage].pop(name), double[stage].pop(name)
             assert doubled == (rates and {group: 2 * rate for group, rate in rates.items()})
@@ -156,7 +156,7 @@ def test_training_flops_set_the_samples_of_pretrained_backbones():
     objective = params.check("conf", design.composed(cell.overrides)).training.stage3.objective
     expected = 1.6e16 / training_step(config, iso.BUDGET_SAMPLE, objective)
     found = design.parameters_of(cell)["training"]
-    samples = [found[stage]["num_samples"] for stage in design.TRAINING_STAGES]
+    samples = [found[stage]["num_samples"] for stage in params.TRAINING_STAGES]
     assert sum(samples) == pytest.approx(expected, abs=3)
     assert samples[0] == samples[1] == pytest.approx(12 * samples[2], rel=0.01)  # 1,000,000 to 83,000 as in conf/scale
 
@@ -537,7 +537,7 @@ def test_a_job_asks_for_its_threads_and_the_memory_of_the_study(tmp_path):
 def test_threads_follow_from_the_scale(clean):
     made = plan.make_plan("mine", make(arms={"large": {"overrides": ["scale=smollm2_135m"]}}, seeds=[1], memory_gb=9))
     found = {stage: made.jobs[stage, key].num_threads for stage, key in made.runs[0].jobs.items()}
-    assert {stage for stage, count in found.items() if count == 4} == {*design.TRAINING_STAGES, "evaluation"}
+    assert {stage for stage, count in found.items() if count == 4} == {*params.TRAINING_STAGES, "evaluation"}
     assert made.as_dict()["memory_mb"] == 9000
     assert {entry.num_threads for entry in plan.make_plan("mine", make()).jobs.values()} == {1}
 
@@ -642,7 +642,7 @@ def test_the_cost_of_a_pretrained_network_is_unknown_until_it_has_run(tmp_path, 
     assert costs.seconds(made.jobs["sources", made.runs[0].jobs["sources"]]) > 0
     seconds, num_unknown = progress.total_seconds(made, progress.states(made, tmp_path), costs)
     assert seconds > 0
-    assert num_unknown == 2 * (len(design.TRAINING_STAGES) + 1)  # and the evaluation
+    assert num_unknown == 2 * (len(params.TRAINING_STAGES) + 1)  # and the evaluation
     (tmp_path / small.folder).mkdir(parents=True)
     (tmp_path / small.folder / "done.json").write_text(json.dumps({"seconds": 1000.0}))
     costs = progress.measure_costs(made, tmp_path)
@@ -670,7 +670,7 @@ def test_a_running_study_shows_its_jobs_by_stage_and_state_and_the_time_left(tmp
         process = SimpleNamespace(poll=lambda: next(polled))
         study_main.show_until_end(process, made, made, tmp_path, "results", 2, console)
     assert collected == [(made, tmp_path, "results")]  # again only when another run ends
-    samples = {stage: TRAINING[stage]["num_samples"] for stage in design.TRAINING_STAGES}
+    samples = {stage: TRAINING[stage]["num_samples"] for stage in params.TRAINING_STAGES}
     left = 0.01 * (2 * samples["stage1"] + 2 * samples["stage2"] + 3 * samples["stage3"]) + 6 * 36  # not what failed
     left = f"about {progress.format_time(left / 2)} left"
     text = console.file.getvalue()
@@ -824,7 +824,7 @@ def run_with_results(tmp_path):
     """(run, folder of studies, training FLOPs) with the files of a finished run, every number of which is another."""
     data, parameters = tmp_path / "data", params.load(ROOT / "params.yaml")
     packed.write(data, packed.clips(60, text_every=4), 30)
-    for number, stage in enumerate(design.TRAINING_STAGES, start=1):
+    for number, stage in enumerate(params.TRAINING_STAGES, start=1):
         parameters["training"][stage] |= {
             "mixture": [{"source": "*", "task": "*", "weight": 1.0}],
             "text_share": 0.25,
@@ -832,7 +832,7 @@ def run_with_results(tmp_path):
             "num_samples": 40 * number,
         }
     seeds = {"training": 5, "backbones": 6, "data": 7}
-    stages = ("shards", "tokens", *design.TRAINING_STAGES, "evaluation", "flops")
+    stages = ("shards", "tokens", *params.TRAINING_STAGES, "evaluation", "flops")
     run = Run("none-x1-seed5.6.7", "none", "x1", seeds, parameters, {stage: f"key_of_{stage}" for stage in stages})
     folders = {stage: tmp_path / plan.folder_of(stage, key) for stage, key in run.jobs.items()}
     for number, folder in enumerate(folders.values()):
@@ -845,8 +845,8 @@ def run_with_results(tmp_path):
     dataset = TokenizedShards(data / "shards", data / "tokens", "train", with_frames=False)
     (folders["stage3"] / "params.yaml").write_text(yaml.safe_dump(parameters))
     read = params.read(folders["stage3"] / "params.yaml", *STREAMING_PARAMS)
-    contents, counts = {}, {stage: count_stage(dataset, read, stage, None) for stage in design.TRAINING_STAGES}
-    for number, stage in enumerate(design.TRAINING_STAGES):
+    contents, counts = {}, {stage: count_stage(dataset, read, stage, None) for stage in params.TRAINING_STAGES}
+    for number, stage in enumerate(params.TRAINING_STAGES):
         mixture = {}
         for tasks in counts[stage].sources.values():
             for task, found in tasks.items():

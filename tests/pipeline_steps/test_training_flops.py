@@ -9,10 +9,10 @@ import pytest
 from pipeline_steps.common import params
 from pipeline_steps.common.flop_results import FlopsResult
 from pipeline_steps.common.metrics import StreamingResult
+from pipeline_steps.common.params import TRAINING_STAGES
 from pipeline_steps.flops.__main__ import measure
 from pipeline_steps.monitoring.mfu import StepFlops
 from pipeline_steps.report import training_flops
-from pipeline_steps.report.budgets import STAGES
 from pipeline_steps.streaming.loader import Loader, plan_stage
 from pipeline_steps.streaming.statistics import count
 from pipeline_steps.training.parameters import GROUPS, group_of
@@ -23,7 +23,7 @@ from tests.pipeline_steps.packed import clips, open_split, streaming, write
 
 EVERYTHING = (MixtureEntry(source="*", task="*", weight=1.0),)
 BATCH, SAMPLES = 8, 200
-LOSSES = dict(zip(STAGES, ("all_text", "answer_only", "answer_only"), strict=True))
+LOSSES = dict(zip(TRAINING_STAGES, ("all_text", "answer_only", "answer_only"), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(dataset, model):
     stages, counted, steps = {}, {}, 0.0
     flops, section = StepFlops(model, packed.SIZE), streaming()
     trained = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         asked = packed.stage(mixture=EVERYTHING, text_share=0.25, num_samples=SAMPLES)
         sizes = {"batch_size": BATCH, "tokens_per_frame": model.config.tokens_per_frame}
         plan = plan_stage(dataset, asked, section, stage=stage, seed=1, **sizes)
@@ -76,7 +76,7 @@ def test_a_run_costs_what_its_steps_cost(dataset, groups, options):
     stages, counted, steps = run(dataset, model)
     config = model.config
     config.vision_config.image_size = packed.SIZE
-    training = SimpleNamespace(**{stage: settings_of(stage) for stage in STAGES})
+    training = SimpleNamespace(**{stage: settings_of(stage) for stage in TRAINING_STAGES})
     budget = training_flops.budget_of(stages, counted, result_of(dataset), config, training)
     assert budget.num_samples == 3 * SAMPLES
     assert budget.flops == pytest.approx(steps, rel=0.03)
@@ -88,7 +88,7 @@ def test_text_and_frozen_weights_cost_less_and_second_passes_more(dataset):
     flops = result_of(dataset)
 
     def total(changes=(), **objective):
-        training = SimpleNamespace(**{stage: settings_of(stage, **objective) for stage in STAGES})
+        training = SimpleNamespace(**{stage: settings_of(stage, **objective) for stage in TRAINING_STAGES})
         given = {stage: values | dict(changes) for stage, values in stages.items()}
         return training_flops.budget_of(given, counted, flops, model.config, training)
 
@@ -105,7 +105,7 @@ def test_text_and_frozen_weights_cost_less_and_second_passes_more(dataset):
 def test_a_budget_is_unknown_without_a_stage_its_lengths_or_its_configuration(dataset):
     model = make_model(max_positions=512)
     stages, counted, _ = run(dataset, model)
-    training = SimpleNamespace(**{stage: settings_of(stage) for stage in STAGES})
+    training = SimpleNamespace(**{stage: settings_of(stage) for stage in TRAINING_STAGES})
     rest = (result_of(dataset), model.config, training)
     assert training_flops.budget_of(stages, counted, *rest) is not None
     assert training_flops.budget_of(stages, None, *rest) is None
