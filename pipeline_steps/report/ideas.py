@@ -71,13 +71,14 @@ def static(arm, description, baseline="latent"):
     return next_frame("first system", arm, description, "model.coarse_only", baseline=baseline)
 
 
-def fovea(arm, description, *keys):
-    return answering("fovea", arm, description, *keys, rule=CHEAPER, study="fovea", baseline="full")
+def fovea(arm, description, *keys, equal_flops=False):
+    return Idea(Choice("fovea", arm, description, CHEAPER, "fovea", "full", equal_flops), keys)
 
 
 FROZEN = "training.stageN.freeze_vision", "training.stageN.freeze_language"
 QUERIES = "model.num_visual_tokens_per_frame"
 AGGREGATED = QUERIES, "model.token_aggregation"
+FOVEA = "model.frame_downsampling", "model.fovea_size"
 MOTION = "sources.procedural.motion"  # digits hop by default
 OBJECTS = {"study": "next_frame_objects", "baseline": "jump"}
 IDEAS = (
@@ -116,8 +117,9 @@ IDEAS = (
     predicting("11 optical flow", "flow", "as target", "target"),
     answering("12 hard attention", "top_k", "four largest", "model.hard_attention"),
     answering("12 hard attention", "gumbel", "Gumbel", "model.hard_attention"),
-    fovea("fovea", "low resolution with a window", "model.frame_downsampling", "model.fovea_size"),
-    fovea("low", "low resolution alone", "model.frame_downsampling"),
+    fovea("fovea", "low resolution with a window", *FOVEA),
+    fovea("fovea", "the same at equal FLOPs", *FOVEA, equal_flops=True),
+    fovea("low", "low resolution alone", FOVEA[0]),
 )
 
 

@@ -101,11 +101,13 @@ def text_of(network: FoveatedVLMForConditionalGeneration, batch: Text) -> Packed
 def sum_terms(
     terms: Mapping[str, Term], counts: Mapping[str, int], totals: Mapping[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, {name: value}) of one micro-batch: each term is scaled by the micro-batch's share of the step's count."""
+    """(loss, {name: value}) of one micro-batch: each term is scaled by the micro-batch's share of the step's count. A
+    term has no value in a step without anything it is a mean of, such as the text loss in a step of videos only."""
     loss, values = 0.0, {}
     for name, term in terms.items():
         share = counts[term.count] / max(totals[term.count], 1)
-        values[name] = term.value.detach() * share
+        if totals[term.count]:
+            values[name] = term.value.detach() * share
         if term.weight:
             loss = loss + term.weight * share * term.value
     return loss, values
