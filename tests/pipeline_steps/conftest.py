@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +64,34 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path / "package")])
     yield {"frame_time": {"weight": 0.5}}
     sys.modules.pop("pipeline_steps.training.objectives.frame_time")
+
+
+@pytest.fixture
+def study_files(tmp_path, monkeypatch):
+    """A folder for conf/study."""
+    from pipeline_steps.study import design
+
+    monkeypatch.setattr(design, "STUDIES", tmp_path)
+    monkeypatch.setattr(design, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clean_tree(monkeypatch):
+    """A study is planned as if every change was committed."""
+    from pipeline_steps.study import plan
+
+    monkeypatch.setattr(plan, "clean_commit", lambda: "c0ffee")
+
+
+@pytest.fixture
+def git_repository(tmp_path, monkeypatch):
+    """A repository with one commit, of which studies are planned."""
+    from pipeline_steps.study import plan
+
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    for words in (["init", "-q"], ["config", "user.email", "a@b.c"], ["config", "user.name", "n"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "code.py").write_text("1")
+    subprocess.run("git add -A && git commit -qm one", cwd=tmp_path, shell=True, check=True)
+    return tmp_path

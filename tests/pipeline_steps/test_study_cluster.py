@@ -11,7 +11,7 @@ from pipeline_steps.common.params import ROOT
 from pipeline_steps.study import __main__ as study_main
 from pipeline_steps.study import progress
 from pipeline_steps.study.plan import Job, Plan
-from tests.pipeline_steps.test_study import COPY, make, write_plan
+from tests.pipeline_steps.studies import COPY, make, write_plan
 
 # Commands of a cluster without accounting. sbatch runs the job at once and knows its state when it has ended.
 SLURM = {
