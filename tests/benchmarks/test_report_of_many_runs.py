@@ -9,7 +9,7 @@ import pytest
 from benchmarks import report as benchmark
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
-from tests.pipeline_steps.test_report import write_root
+from tests.pipeline_steps.reported import write_root
 
 
 @pytest.mark.slow  # a page of 31 runs, in a process of its own

@@ -16,7 +16,7 @@ from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study import next_frame, results, statistics, summary
 from pipeline_steps.study.design import EqualFlops, arm_parameters, composed, read_study
-from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
+from tests.pipeline_steps.reported import build, study_summary, write_root, write_study
 
 STUDY = read_study("next_frame")
 FINE = {  # loss after one planned query, seed by seed, on moving and on static clips; the static query has 1 and 0.5

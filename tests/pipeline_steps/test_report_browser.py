@@ -80,7 +80,7 @@ def browser(chromium, page):
 @pytest.fixture(scope="module")
 def full_page(tmp_path_factory):
     """The address of a page with a headline study of three arms and eight seeds, and another study."""
-    from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
+    from tests.pipeline_steps.reported import build, study_summary, write_root, write_study
 
     root = tmp_path_factory.mktemp("full")
     write_root(root)
@@ -94,7 +94,7 @@ def full_page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_page(tmp_path_factory):
     """The address of a page with the committed studies, and two clips of each task that needs a gaze."""
-    from tests.pipeline_steps.test_report import build, write_root
+    from tests.pipeline_steps.reported import build, write_root
 
     root = tmp_path_factory.mktemp("real")
     write_root(root)

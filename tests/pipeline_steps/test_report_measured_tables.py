@@ -22,7 +22,7 @@ from pipeline_steps.common.study_results import NextFrameGain
 from pipeline_steps.report import __main__ as report
 from pipeline_steps.report.studies import Study
 from pipeline_steps.report.tables import text_of
-from tests.pipeline_steps.test_report import build, item_table, result_of, study_summary, write_root
+from tests.pipeline_steps.reported import build, item_table, result_of, study_summary, write_root
 
 STYLE = CaptionStyle(
     num_words=8, empty=0, repetition=0.25, distinct_1=0.5, distinct_2=None, same_opening=1, same_text=0.1

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline_steps.report import opening, studies
-from tests.pipeline_steps.test_report import build, study_summary, write_root, write_study
+from tests.pipeline_steps.reported import build, study_summary, write_root, write_study
 
 
 def leading(root, verdicts, groups=("gaze", "reading"), **changes):

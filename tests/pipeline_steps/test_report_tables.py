@@ -10,7 +10,7 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.report import controls, curves, markdown, reading
 from pipeline_steps.report.inputs import CURVE_COLUMNS, read_inputs
 from pipeline_steps.report.tables import text_of
-from tests.pipeline_steps.test_report import (
+from tests.pipeline_steps.reported import (
     TASKS,
     build,
     curve_table,
