@@ -3,7 +3,10 @@ import stat
 
 import pytest
 import torch
+import yaml
 
+from pipeline_steps.common import params
+from pipeline_steps.common.params import ROOT
 from tests import checkpoints, pipeline
 
 SLOW_SECONDS = 900  # .ci/watched.py waits a little longer for a line of output
@@ -68,3 +71,25 @@ def finished_run(tmp_path_factory):
 def made(tmp_path_factory):
     """A checkpoint of an untrained network, raw media, shards and tokens (tests/checkpoints.py). Read-only."""
     return checkpoints.make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Writes params.yaml with some edits and returns its path: edited("model.layout", "left", ...), None deletes."""
+
+    def write(*edits):
+        content = params.load(ROOT / "params.yaml")
+        for key, value in zip(edits[::2], edits[1::2], strict=True):
+            *parents, name = key.split(".")
+            place = content
+            for parent in parents:
+                place = place[parent]
+            if value is None:
+                del place[name]
+            else:
+                place[name] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write

@@ -127,3 +127,8 @@ def as_batch(arguments: dict, visual_id: int = VISUAL) -> Batch:
         target_patches=arguments.get("target_patches"),
         rejected=Text(**rejected[0]) if rejected else None,
     )
+
+
+def fine(model, **changes):
+    """The output for `make_batch` in fine mode, with changed arguments or options."""
+    return model(**with_options(make_batch(model.config.tokens_per_frame) | {"mode": "fine"} | changes))

@@ -95,3 +95,13 @@ def git_repository(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("1")
     subprocess.run("git add -A && git commit -qm one", cwd=tmp_path, shell=True, check=True)
     return tmp_path
+
+
+@pytest.fixture
+def pooled(monkeypatch):
+    """Next-frame targets are of a stand-in for the autoencoder."""
+    from pipeline_steps.common import next_frame
+    from tests.pipeline_steps.predicted import CHANNELS, Pooled
+
+    monkeypatch.setattr(next_frame, "FrameLatents", Pooled)
+    monkeypatch.setattr(next_frame, "latent_channels", lambda folder, key: CHANNELS)

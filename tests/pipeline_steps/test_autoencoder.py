@@ -22,7 +22,7 @@ from pipeline_steps.training import objectives
 from tests.model.tiny import as_batch, make_batch, make_model
 from tests.objectives import settings
 from tests.pipeline_steps import packed
-from tests.pipeline_steps.test_next_frame import losses, made_with, options
+from tests.pipeline_steps.predicted import losses, made_with, options
 
 
 def test_a_missing_or_foreign_autoencoder_is_an_error(tmp_path, monkeypatch):
