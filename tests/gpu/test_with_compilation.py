@@ -1,4 +1,4 @@
-"""torch.compile on CUDA, for which compiled code on a CPU is no substitute (tests/model/test_options.py has that).
+"""torch.compile on CUDA, for which compiled code on a CPU is no substitute (tests/model/test_compiled.py has that).
 
 The file's name puts it last: compilation takes most of the time of these tests.
 """

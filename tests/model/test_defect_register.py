@@ -86,7 +86,7 @@ REGISTER = {
     "N10": Elsewhere("pipeline_steps/test_training_kills.py::test_twenty_kills_do_not_change_the_result"),
     "N11": Elsewhere("test_pipeline_contract.py::test_every_parameter_is_read"),
     "N12": Elsewhere(
-        "pipeline_steps/test_training_parts.py::"
+        "pipeline_steps/test_optimizers.py::"
         "test_every_parameter_is_in_exactly_one_group_and_only_backbones_are_not_connector"
     ),
     "N13": Elsewhere("test_end_to_end.py::test_a_missing_stage_is_named"),
@@ -95,7 +95,7 @@ REGISTER = {
     "N16": Elsewhere("pipeline_steps/test_multiple_choice.py::test_scores_are_those_of_each_option_alone"),
     "N17": HERE,
     "N18": Elsewhere("test_end_to_end.py::test_every_stage_changed_the_weights_and_served_its_text_share"),
-    "N19": Elsewhere("model/test_options.py::test_compiled_hot_paths_are_whole_graphs_with_the_same_results"),
+    "N19": Elsewhere("model/test_compiled.py::test_compiled_hot_paths_are_whole_graphs_with_the_same_results"),
     "N20": HERE,
     "N21": HERE,
 }
