@@ -3,8 +3,8 @@
 `outputs/metrics/evaluation.json` is an `EvaluationResult`, `outputs/metrics/flops.json` a `flop_results.FlopsResult`,
 `outputs/metrics/streaming.json` a `StreamingResult`, `reports/runs/<ablation>-seed<k>.json` a `KeptRun`.
 The stage that writes a file and the report that reads it both validate it here. The same
-inputs give the same bytes: floats are rounded to 6 decimals, keys are sorted, and nothing that changes between
-two runs (times, paths, commits) is stored.
+inputs give the same bytes: floats are rounded (`rounded`), keys are sorted, and nothing that changes between two runs
+(times, paths, commits) is stored.
 """
 
 from pathlib import Path
@@ -338,9 +338,11 @@ def read_json(path, schema, made_by):
 
 
 def rounded(value):
-    """A nested value of JSON with floats of six decimals and keys as text."""
+    """A nested value of JSON with keys as text and floats of six decimals, below .1 of six significant digits and at
+    most twelve decimals: quotients of small losses keep their precision, rounding errors of sums do not appear."""
     if isinstance(value, float):
-        return round(value, 6) + 0.0  # + 0.0: no negative zero
+        digits = round(float(f"{value:.6g}"), 12) if abs(value) < 0.1 else round(value, 6)
+        return digits + 0.0  # + 0.0: no negative zero
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,9 +2,11 @@
 
 from statistics import fmean
 
+from pipeline_steps.common.metrics import rounded
+
 
 def headline(result, inputs):
-    """{name: number}, floats rounded to six decimals, of an `EvaluationResult` and the report's `Inputs`."""
+    """{name: number}, rounded as in all result files, of an `EvaluationResult` and the report's `Inputs`."""
     mean, gaze = result.mean, gaze_means(result)
     found = {
         "mean_token_accuracy": mean["autoregressive"].accuracy,
@@ -18,7 +20,7 @@ def headline(result, inputs):
         "training_samples": inputs.current.budget.num_samples if inputs.current.budget else None,
         "training_flops": inputs.current.budget.flops if inputs.current.budget else None,
     }
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+    return rounded(found)
 
 
 def gaze_means(result):

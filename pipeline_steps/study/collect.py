@@ -57,10 +57,13 @@ def collect(plan, studies, results):
     content = io.BytesIO()
     items.to_parquet(content, index=False, compression="zstd")
     write_bytes(results / "items.parquet", content.getvalue())  # first: a kill must not leave rows without items
-    text = io.StringIO()
-    table.to_csv(text, index=False, float_format="%.6g", lineterminator="\n")
-    write_text(results / "runs.csv", text.getvalue())
+    write_text(results / "runs.csv", as_csv(table))
     return table
+
+
+def as_csv(table):
+    """The text of runs.csv: six significant digits."""
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def earlier_results(results):

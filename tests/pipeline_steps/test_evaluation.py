@@ -417,3 +417,10 @@ def test_prompt_ends_where_the_last_answer_starts():
     }
     assert answer_span(item) == (5, 8)
     assert up_to_answer(item)["input_ids"] == [0, 1, 2, 3, 4]
+
+
+def test_results_keep_six_decimals_and_six_digits_but_no_noise():
+    values = [123456.7891234, 0.1234567, 0.01234567, -1.2345678e-5, 3e-17, -1e-18, 0.0]
+    shown = "[123456.789123, 0.123457, 0.0123457, -1.23457e-05, 0.0, 0.0, 0.0]"
+    assert str(metrics.rounded(values)) == shown
+    assert metrics.rounded({1: [None, True, 7]}) == {"1": [None, True, 7]}

@@ -1,5 +1,6 @@
 """The results that a study collects from its runs."""
 
+import io
 import json
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from pipeline_steps.common import metrics, params
+from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.hashing import fingerprint
 from pipeline_steps.common.params import ROOT
@@ -132,6 +134,20 @@ def test_the_row_of_a_run_has_every_column_with_its_value(run_with_results):
     }
     assert list(row) == list(expected)
     assert row == expected
+
+
+def test_a_small_gain_of_small_losses_survives_the_files(run_with_results):
+    """Losses of 1e-5 had two digits, in which a gain of .2 % was 0."""
+    run, studies, _ = run_with_results
+    loss = {"coarse": 1.400271e-5, "fine_1": 1.397469e-5}
+    group = NextFrameScore(loss=loss, per_frame={}, num_clips=1, num_pairs=1)
+    found = NextFrameResult(settings={}, groups={"image": group}, passes={})
+    path = studies / plan.folder_of("evaluation", run.jobs["evaluation"]) / "outputs/metrics/evaluation.json"
+    metrics.write_json(path, evaluated().model_copy(update={"next_frame": found}))
+    row = collect.row_of(run, studies)
+    kept = pd.read_csv(io.StringIO(collect.as_csv(pd.DataFrame([row])))).iloc[0]
+    gain = 1 - kept["next_frame_image_fine_1"] / kept["next_frame_image_coarse"]
+    assert gain == pytest.approx(1 - loss["fine_1"] / loss["coarse"], rel=1e-3)
 
 
 def test_earlier_results_stay_and_foreign_ones_are_refused(tmp_path, monkeypatch):
