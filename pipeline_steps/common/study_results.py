@@ -143,6 +143,9 @@ class ComparisonResult(Result):
     """Runs of both arms whose validation loss was still falling."""
     num_unmeasured: int = 0
     """Runs of both arms for which that could not be measured."""
+    beats_blind: bool | None = None
+    """Whether one of the arms is better in these tasks than it is with grey frames, by more than the margin; null: not
+    measured. If not, being equal says nothing: the verdict is `undecided`."""
 
     @property
     def num_measured(self):

@@ -46,7 +46,10 @@ def statement(study, entry, num_questions):
         text += f" In {alike} of the pairs the difference is within {100 * margin:g} points."
     if entry.verdict == EQUAL:
         text += f" {equality_text(entry, margin)}"
-    if entry.verdict == UNDECIDED and (power := power_text(entry, margin)):
+    if entry.verdict == UNDECIDED and entry.beats_blind is False:
+        text += f" In these tasks neither arm beats itself with grey frames by more than {100 * margin:g} points, so it"
+        text += " says nothing whether they are alike."
+    elif entry.verdict == UNDECIDED and (power := power_text(entry, margin)):
         text += f" {power}"
     if split := split_arms(study, entry):
         low, high = map(points_text, entry.bounded_interval)

@@ -135,6 +135,7 @@ def row_of(run, studies):
         **next_frame.columns_of(result.next_frame),
         **caption_parts.columns_of(result.caption_parts),
         "blind_accuracy": result.mean["blind"].accuracy,
+        **{f"blind_{task}": scores["blind"].accuracy for task, scores in sorted(result.tasks.items())},
         "validation_loss_change": change,
         "converged": converged,
         "commit": done["stage3"]["commit"][:12],

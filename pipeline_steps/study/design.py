@@ -98,7 +98,8 @@ class Study(StrictModel):
     """Of a scaling grid: {way of training: its arms, smallest network first}. Scaling laws are fitted to each arm, and
     the first series' arms are compared with those in the same place of the others."""
     margin: float = Field(default=0.03, gt=0)
-    """Differences of token accuracy below it count as none."""
+    """Differences of token accuracy below it count as none. Arms are equal only if one of them beats itself with grey
+    frames by more, where that was measured (`blind_TASK` in runs.csv)."""
     next_frame_margin: float = Field(default=0.01, gt=0)
     """Relative gains of planned over static queries in next-frame loss below it count as none."""
     plateau: float = Field(default=0.75, gt=0, lt=1)

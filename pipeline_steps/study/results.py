@@ -20,7 +20,7 @@ from pipeline_steps.study.design import (
 )
 from pipeline_steps.study.next_frame import next_frame_of, optional, trained_on_answers, trains_answers
 
-ACCURACY = "accuracy_"
+ACCURACY, BLIND = "accuracy_", "blind_"
 
 
 def summarise(name, table, study):
@@ -89,7 +89,7 @@ def comparisons(table, study):
     groups = groups_of(table, study)
     groups = {name: tasks for name, tasks in groups.items() if name != ALL} or groups
     trained = trained_on_answers(table, study)
-    pairs, conditions = {}, {}
+    pairs, conditions, informed = {}, {}, {}
     for (arm, budget), rows in table.groupby(["arm", "budget"], sort=False):
         if (baseline := baseline_of(study, arm)) == arm or not {arm, baseline} <= trained:
             continue
@@ -109,11 +109,13 @@ def comparisons(table, study):
         }
         for group, tasks in groups.items():
             pairs[label, group] = (group_accuracy(base, tasks) - group_accuracy(own, tasks)).to_numpy()
+            informed[label, group] = beats_blind((base, own), tasks, study.margin)
     found = statistics.compare(
         pairs,
         study.margin,
         matched=lambda label: conditions[label]["matched"] is not None,
         headline=lambda label: study.headline is None or label in study.headline,
+        uninformed=lambda label, group: informed[label, group] is False,
     )
     return [
         ComparisonResult(
@@ -126,10 +128,21 @@ def comparisons(table, study):
             p_adjusted=entry.p_adjusted,
             verdict=entry.verdict,
             smallest_margin=entry.smallest_margin,
+            beats_blind=informed[entry.arm, entry.group],
             **conditions[entry.arm],
         )
         for entry in found
     ]
+
+
+def beats_blind(sides, tasks, margin):
+    """Whether the runs of one of the arms, in the mean, are better in these tasks than with grey frames, by more than
+    `margin`; None if that was not measured for every run."""
+    if any(f"{BLIND}{task}" not in side or side[f"{BLIND}{task}"].isna().any() for side in sides for task in tasks):
+        return None
+    blind = [side[[f"{BLIND}{task}" for task in tasks]].mean(axis=1) for side in sides]
+    gains = [group_accuracy(side, tasks) - column for side, column in zip(sides, blind, strict=True)]
+    return any(gain.mean() > margin for gain in gains)
 
 
 def matched_budget(base, own):

@@ -88,12 +88,15 @@ def smallest_p(num_pairs):
     return min(1.0, 2 / 2**num_pairs)
 
 
-def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
+def compare(
+    pairs, margin, matched=lambda arm: True, headline=lambda arm: True, uninformed=lambda arm, group: False
+):
     """`Comparison`s of {(arm, group): differences, baseline minus arm, one per pair}.
 
     margin: differences below it count as none, in units of accuracy. matched: whether an arm's budget equals the
     baseline's; without, no verdict is given. headline: whether an arm is a headline question; Holm's correction is for
-    these, and others get no verdict; nor do fewer than `MIN_VALUES` pairs. "Better" is the baseline.
+    these, and others get no verdict; nor do fewer than `MIN_VALUES` pairs. uninformed: whether neither side has learned
+    the group's tasks, so that being alike does not make them equal. "Better" is the baseline.
     """
     p_values = {name: sign_flip_p(values) for name, values in pairs.items()}
     asked = [name for name in pairs if headline(name[0])]
@@ -111,7 +114,7 @@ def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True):
         elif not is_enough:
             verdict = TOO_FEW
         elif smallest <= margin:
-            verdict = EQUAL
+            verdict = UNDECIDED if uninformed(arm, group) else EQUAL
         elif adjusted < 1 - LEVEL:
             verdict = BETTER if np.mean(values) > 0 else WORSE
         else:

@@ -225,7 +225,8 @@ def comparison_lines(summary):
         }
         for entry in found
     ]
-    open_ones = [entry for entry in found if entry.verdict == UNDECIDED and entry.smallest_margin is not None]
+    undecided = [entry for entry in found if entry.verdict == UNDECIDED]
+    open_ones = [entry for entry in undecided if entry.smallest_margin is not None and entry.beats_blind is not False]
     power = "".join(
         f" {entry.arm}, {entry.group}: these runs would show equality within {100 * entry.smallest_margin:.1f} points."
         for entry in open_ones
@@ -252,6 +253,8 @@ def verdict_text(entry):
     if entry.matched is None or entry.verdict == EXPLORATORY:
         return entry.verdict
     text = f"**{entry.verdict}** at {'' if entry.matched == 'convergence' else 'equal '}{entry.matched}"
+    if entry.verdict == UNDECIDED and entry.beats_blind is False:
+        text += "; neither arm beats itself with grey frames"
     return f"{text}; {entry.convergence}" if entry.convergence else text
 
 

@@ -67,6 +67,15 @@ def test_an_equality_says_what_it_rests_on(tmp_path):
     assert study_tables.statement(study, entry, 4).endswith(text)
 
 
+def test_arms_that_are_alike_because_they_learned_nothing_are_told(tmp_path):
+    study = write_study(tmp_path, study_summary(seeds=range(8)))
+    entry = study.summary.comparisons[0].model_copy(update={"verdict": "undecided", "beats_blind": False})
+    text = "neither arm beats itself with grey frames by more than 3 points, so it says nothing whether they are alike."
+    assert study_tables.statement(study, entry, 4).endswith(text)
+    known = entry.model_copy(update={"beats_blind": True})
+    assert "grey frames" not in study_tables.statement(study, known, 4)
+
+
 def test_a_comparison_with_runs_on_both_sides_of_the_plateau_shows_the_interval_for_any_distribution(tmp_path):
     study = write_study(tmp_path, study_summary(seeds=range(8)))
     entry = study.summary.comparisons[0]

@@ -127,6 +127,8 @@ def test_the_row_of_a_run_has_every_column_with_its_value(run_with_results):
         "exact_match_gist": 0.75,
         "exact_match_text": 0.125,
         "blind_accuracy": 0.73,
+        "blind_card": pytest.approx(0.55),
+        "blind_gist": pytest.approx(0.8),
         "validation_loss_change": pytest.approx(0.005),
         "converged": True,
         "commit": "4" * 12,

@@ -132,6 +132,28 @@ def test_unequal_budgets_are_matched_if_every_run_has_converged():
     assert found == {"A6": ("convergence", "better"), "B1": (None, "unmatched budgets")}  # B1 has not converged
 
 
+def test_arms_that_learned_nothing_are_not_equal(tmp_path):
+    """Reading of A6 equals the default's. With grey frames both are as good, one of them is not, or nobody knows."""
+
+    def found(blind):
+        table = runs_table()
+        for arm, level in blind.items():
+            table.loc[table["arm"] == arm, ["blind_caption", "blind_gist"]] = level
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        table.to_csv(tmp_path / "mine/runs.csv", index=False)
+        text = summary.write_summary("mine", STUDY, tmp_path).read_text()
+        entry = next(e for e in results.comparisons(table, STUDY) if (e.arm, e.group) == ("A6", "reading"))
+        remark = "**undecided** at equal samples and FLOPs; neither arm beats itself with grey frames |"
+        assert (remark in text) == (entry.beats_blind is False)
+        assert "A6, reading: these runs would show equality" not in text
+        return entry.verdict, entry.beats_blind
+
+    assert found({"none": 0.88, "A6": 0.89}) == ("undecided", False)
+    assert found({"none": 0.88, "A6": 0.5}) == ("equal", True)
+    assert found({"none": 0.88}) == ("equal", None)
+    assert found({}) == ("equal", None)
+
+
 @pytest.mark.parametrize("changes", [{"training_samples": np.nan}, {"training_flops": np.nan}, {"converged": None}])
 def test_an_unknown_budget_gets_no_verdict(changes):
     table = runs_table().astype({"converged": object})
