@@ -84,5 +84,15 @@ def write(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(rows))
 
 
+def write_meadows(folder, shades, size=(8, 8), suffix="png"):
+    """Writes a photograph of one colour for each of `shades` with its metadata.jsonl, whose rows are returned."""
+    rows = []
+    for number, shade in enumerate(shades):
+        Image.new("RGB", size, (40 * shade, 90, 30)).save(folder / f"{number}.{suffix}")
+        rows.append({"file_name": f"{number}.{suffix}", "name": f"meadow {shade}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]))

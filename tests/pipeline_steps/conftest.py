@@ -45,6 +45,24 @@ def built(tmp_path_factory):
         return root, build(root, monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A folder of ten cut-outs (tests/drawings.py). Read-only for the tests."""
+    from tests import drawings
+
+    place = tmp_path_factory.mktemp("cutouts")
+    drawings.write(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def cutouts(drawn):
+    """What the world of objects makes of them, a fifth of their names held out."""
+    from pipeline_steps.world.cutouts import Cutouts
+
+    return Cutouts(drawn, 0.2, seed=1)
+
+
 @pytest.fixture
 def separate_projections(monkeypatch):
     """The vision layers call their modules. Joined projections compute keys and values of the query rows too, which
