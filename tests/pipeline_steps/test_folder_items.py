@@ -13,7 +13,7 @@ from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import folder
 from pipeline_steps.sources.__main__ import collect
 from tests.pipeline_steps.folders import items, jsonl, media
-from tests.pipeline_steps.test_sources import section
+from tests.pipeline_steps.source_section import section
 
 CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
 MORE = [{"role": "system", "content": "Be brief."}, *CHAT, *CHAT]
