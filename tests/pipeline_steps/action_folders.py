@@ -8,7 +8,9 @@ import json
 import numpy as np
 
 from pipeline_steps.common.params import ROOT, parse
+from pipeline_steps.common.schemas import read_samples
 from pipeline_steps.sources import schema
+from pipeline_steps.sources.__main__ import collect
 from tests.pipeline_steps.clips import grey_frames, write_clip
 
 FPS = 4
@@ -36,6 +38,14 @@ def section(*entries):
 
 def entry(values, **changes):
     return ENTRY | values | changes
+
+
+def collected(values, output):
+    """(samples by key, [(file name, reason)] of the quarantined ones, summary) of one entry, through the stage."""
+    summary = collect(section(values), output)
+    rows = [json.loads(line) for line in (output / "quarantined.jsonl").read_text().splitlines()]
+    samples = {sample.key: sample for sample in read_samples(output / "index.jsonl")}
+    return samples, [(row["path"].rsplit("/", 1)[1], row["reason"]) for row in rows], summary["sources"][values["name"]]
 
 
 def ucf101(root, media=True):
