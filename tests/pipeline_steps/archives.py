@@ -6,9 +6,14 @@ import tarfile
 from collections import Counter
 from types import SimpleNamespace
 
+from pipeline_steps.common.schemas import FramePolicy
 from pipeline_steps.sources import tars
 
 ENTRY = {"name": "old", "picture_fps": 1.0, "tokenizer": None, "split": None, "max_quarantined": 1.0}
+QUESTION = {"user": "What?", "assistant": "A dog."}
+CHAT = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+MORE = [*CHAT, {"role": "user", "content": "C?"}, {"role": "assistant", "content": "D."}]
+POLICY = FramePolicy(image_size=16, resize_mode="crop", fps=2.0, max_frames=4, jpeg_quality=95)
 
 
 def entry(path, **changes):
@@ -29,6 +34,11 @@ def write_tar(path, members, format=tarfile.GNU_FORMAT):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def frames(pattern, count=3, first=0):
+    """Members that look like pictures."""
+    return [(pattern.format(i), b"frame %d" % i) for i in range(first, first + count)]
 
 
 def read_tars(path, num_processes=1, **changes):

@@ -18,9 +18,8 @@ from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.sources import tars
 from pipeline_steps.sources.tar_sample import MAX_JSON
-from tests.pipeline_steps.archives import read_tars, write_tar
+from tests.pipeline_steps.archives import QUESTION, read_tars, write_tar
 
-QUESTION = {"user": "What?", "assistant": "A dog."}
 GOOD = [("good.jpg", b"picture"), ("good.json", QUESTION)]
 MEMORY = 1_000  # MB of address space for all the mutations
 NUM_MUTATIONS = 600
