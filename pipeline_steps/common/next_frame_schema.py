@@ -65,6 +65,11 @@ class NextFrameSettings(StrictModel):
     def _options_fit(self):
         if not self.weight:
             return self
+        if not sum(self.modes.weights.values()) - self.modes.captions:
+            raise ValueError(
+                f"weight is {self.weight:g} but all modes except captions are 0: nothing would be predicted. Raise "
+                "modes.joint, video_only or text_conditioned, or set weight to 0"
+            )
         if self.separate_heads and not self.coarse_weight:
             raise ValueError(
                 "separate_heads is true but coarse_weight is 0: the coarse head would not be trained. Change one"

@@ -260,7 +260,9 @@ def _explain(path, model, error):
             lines.append(f"{_dotted(loc)}: missing (this section needs: {', '.join(_fields(model, loc[:-1]))})")
         elif problem["type"] not in ("missing", "extra_forbidden"):
             text = problem["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
-            lines.append(f"{_dotted(loc) or 'the whole file'}: {text}, found {json.dumps(problem['input'])[:200]}")
+            of_section = problem["type"] == "value_error" and isinstance(problem["input"], dict)  # names the values
+            found = "" if of_section else f", found {json.dumps(problem['input'])[:200]}"
+            lines.append(f"{_dotted(loc) or 'the whole file'}: {text}{found}")
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return "\n  ".join(
         [
@@ -379,7 +381,7 @@ def main():
         check(f"conf/ ({' '.join(arguments.overrides)})" if arguments.overrides else "conf/", parse("conf/", text))
         Path(arguments.params).write_text(text, encoding="utf-8")
     check(arguments.params, load(arguments.params))
-    print(f"{arguments.params}: all parameters are valid")
+    print(f"{arguments.params}: every value is allowed; `dvc repro parameters` checks whether they fit each other")
 
 
 if __name__ == "__main__":

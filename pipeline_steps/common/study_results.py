@@ -53,10 +53,14 @@ class NextFrameGain(Result):
         return self.loss.get(FINE, self.loss[COARSE])
 
     def relative(self, variant):
-        """Mean over runs of the loss of a variant / `reference`; None without such a run."""
-        pairs = zip(self.loss.get(variant, []), self.reference, strict=False)
-        ratios = [own / other for own, other in pairs if own is not None and other]
+        """Mean of `ratios`; None without any."""
+        ratios = self.ratios(variant)
         return fmean(ratios) if ratios else None
+
+    def ratios(self, variant):
+        """Loss of a variant / `reference`, of every run that has both."""
+        pairs = zip(self.loss.get(variant, []), self.reference, strict=False)
+        return [own / other for own, other in pairs if own is not None and other]
 
     @property
     def is_learned(self):

@@ -172,7 +172,8 @@ def verdict(entry, margin):
     """The verdict on the default of a `ComparisonResult`: the study's, or the interval's if its test says nothing."""
     if entry.matched is None or not by_interval(entry):
         return entry.verdict
-    return interval_verdict(entry.interval, len(entry.differences), margin)
+    found = interval_verdict(entry.interval, len(entry.differences), margin)
+    return UNDECIDED if found == EQUAL and entry.beats_blind is False else found
 
 
 def by_interval(entry):

@@ -5,7 +5,6 @@ prediction, the effect is the gain of planned over static queries, decided by it
 that most ideas have, all verdicts are exploratory: not corrected for the number of ideas.
 """
 
-import math
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -38,7 +37,12 @@ BESIDE = (  # columns after the verdict
     "token similarity",
     "reference − idea, points",
 )
-TARGETS = ("latent", "delta", "flow")  # arms that repeat the research's negative result
+TARGETS = {  # arms that repeat the research's negative result: what they predict
+    "latent": "latent",
+    "delta": "delta",
+    "flow": "flow",
+    "no_previous": "latent without the previous one",
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ def answers_table(chosen):
     note = (
         f"{PARAMETER_NOTE} Points: default minus idea (fovea: full resolution minus idea; beside the text loss: text "
         "loss alone minus idea), token accuracy [95% t-interval, not corrected for the number of ideas], pairs of runs "
-        f"with equal seeds. Verdicts by the rules under Decisions.{shared_note(said)}"
+        "with equal seeds. Verdicts by the rules of the report's decisions: of fewer than six pairs, with which no "
+        "exact test can decide, the intervals do, where the studies' own pages say undecided. What the fovea's window "
+        f"adds is the difference between its row and that of low resolution alone.{shared_note(said)}"
     )
     return Table("ideas", "Ideas compared by answers", columns, rows, note)
 
@@ -184,16 +190,19 @@ def prediction_table(chosen):
             rows.append([decisions.name_of(choice, budget), parameter, *prediction_cells(arm, study, said)])
     columns = ["idea", "parameter", *(f"{clips}, %" for clips in CLIPS.values()), "verdict", *BESIDE]
     note = (
-        f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss, mean over runs [95% t-interval, not corrected "
-        "for the number of ideas]; above 0, planned queries are better. In static clips the change and the flow are 0 "
-        "and the previous latent is the next one, so little is left to predict. Static queries "
-        "trained apart: against the planned queries of the model with the same objective. The verdict is on planned "
+        f"{PARAMETER_NOTE} Clips: (static − planned loss) / static loss, after the last planned pass, mean over runs "
+        "[95% t-interval, not corrected for the number of ideas]; above 0, planned queries are better. None where the "
+        "head predicts moving clips no better than that nothing changes (in static clips that is exact). In static "
+        "clips the change and the flow are 0 and the previous latent is the next one, so little is left to predict. "
+        "Static queries trained apart: against the planned queries of the model with the same objective. The verdict "
+        "is on planned "
         "against static queries. The columns after it are of moving clips. Clips won: share with lower planned loss. "
         "Loss without the state: with the language model's state shuffled between clips "
         "/ zeroed, divided by the planned loss; near 1, the head does not use it. Sensitivity: relative change of the "
         "prediction / of the input. Similarity: cosine of a frame's static and planned token. Reference − idea: "
         "difference of the gains on moving clips (latent minus idea; jumping minus gliding objects), pairs of runs "
-        f"with equal seeds and targets.{shared_note(said)}"
+        "with equal seeds and targets. Runs of an arm and of its reference may be of different commits (`commit` in "
+        f"runs.csv).{shared_note(said)}"
     )
     return Table("ideas_next_frame", "Ideas compared by next-frame prediction", columns, rows, note)
 
@@ -269,7 +278,8 @@ def prediction_cells(arm, study, said):
     """Cells of an `ArmResult`: gain by group of clips, verdict, and what stands beside it, of the moving clips. said:
     names of facts of `prediction_facts` to leave out."""
     found, moving, margin = arm.next_frame, arm.next_frame.get(VIDEOS), study.summary.next_frame_margin
-    cells = [gain_cell(found[name]) if name in found else MISSING for name in CLIPS]
+    words = {name: arm.prediction_verdict(name, margin) for name in CLIPS if name in found}
+    cells = [gain_cell(found[name]) if words.get(name, NOT_LEARNED) != NOT_LEARNED else MISSING for name in CLIPS]
     beside = [MISSING] * len(BESIDE)
     if moving is not None:
         beside = [
@@ -280,8 +290,7 @@ def prediction_cells(arm, study, said):
             measures_cell(moving, "token_similarity"),
             difference_cell(moving),
         ]
-    words = {clips: arm.prediction_verdict(name, margin) for name, clips in CLIPS.items() if name in found}
-    text = "; ".join(f"{clips}: {word}" for clips, word in words.items())
+    text = "; ".join(f"{CLIPS[name]}: {word}" for name, word in words.items())
     if len(words) == len(CLIPS) and len(set(words.values())) == 1:
         text = next(iter(words.values()))
     facts = {name: fact for name, fact in prediction_facts(arm, study).items() if name not in said}
@@ -289,49 +298,54 @@ def prediction_cells(arm, study, said):
 
 
 def gain_cell(found):
-    values = found.known("gain")
-    return study_tables.interval_cell(values, found.interval, digits(found.interval)) if values else MISSING
+    digits = study_tables.digits(found.interval)
+    return study_tables.interval_cell(values, found.interval, digits) if (values := found.known("gain")) else MISSING
 
 
 def spread_cell(found, name):
     values = found.known(name)
-    return study_tables.spread(values) if values else MISSING
+    if not values:
+        return MISSING
+    text, mean = study_tables.spread(values) if len(values) > 1 else (f"{100 * values[0]:.1f}", 100 * values[0])
+    return text + few_runs(found, len(values)), mean
 
 
 def measures_cell(found, *names):
     """Means over the runs of measures of a `NextFrameGain`."""
-    means = [fmean(values) if (values := found.known(name)) else None for name in names]
-    return MISSING if means[0] is None else (" / ".join(map(measure_text, means)), means[0])
+    known = [found.known(name) for name in names]
+    if not known[0]:
+        return MISSING
+    means = [measure_text(values, found) for values in known]
+    return " / ".join(means), fmean(known[0])
 
 
-def measure_text(value):
-    return "–" if value is None else f"{value:.2f}"
+def measure_text(values, found):
+    """Mean of the values of some runs of a `NextFrameGain`."""
+    return f"{fmean(values):.2f}{few_runs(found, len(values))}" if values else "–"
 
 
 def state_cell(found):
-    ratios = [found.relative(name) for name in ("shuffled_state", "no_state")]
-    return (" / ".join(map(measure_text, ratios)), ratios[0])
+    ratios = [found.ratios(name) for name in ("shuffled_state", "no_state")]
+    return " / ".join(measure_text(values, found) for values in ratios), fmean(ratios[0]) if ratios[0] else None
+
+
+def few_runs(found, count):
+    """How many runs a figure is of, if not of all."""
+    return "" if count == len(found.gain) else f" ({count} run{'s' * (count > 1)})"
 
 
 def difference_cell(found):
     if not found.differences:
         return MISSING
     interval = found.differences_interval
-    return study_tables.interval_cell(found.differences, interval, digits(interval))
-
-
-def digits(interval):
-    """Decimals in per cent with which the half width of an interval, or None, has two digits: two to four, as summaries
-    have six of the share."""
-    half = 50 * (interval[1] - interval[0]) if interval else 0
-    return min(max(1 - math.floor(math.log10(half)), 2), 4) if half else 2
+    return study_tables.interval_cell(found.differences, interval, study_tables.digits(interval))
 
 
 def finding(found):
     """What the runs say about the research's negative result, in one or two sentences."""
     parts, uses = {}, {}
-    for name in TARGETS:
-        idea = next(idea for idea in IDEAS if idea.choice.arm == name)
+    for arm_name, name in TARGETS.items():
+        idea = next(idea for idea in IDEAS if idea.choice.arm == arm_name)
         study = study_of(idea, found)
         arm = study and predictions(idea.choice, study)[0]
         if arm and VIDEOS in arm.next_frame:
@@ -343,18 +357,22 @@ def finding(found):
                 verdict = NOT_LEARNED
             text = f"{name} on {clips}"
             if entry is not None and entry.gain and (values := entry.known("gain")):
-                text += f" ({study_tables.interval_text(values, entry.interval, digits(entry.interval))}%)"
+                text += f" ({study_tables.interval_text(values, entry.interval, study_tables.digits(entry.interval))}%)"
             parts.setdefault(OUTCOMES[verdict], []).append(text)
     order = dict.fromkeys(OUTCOMES.values())
     outcomes = "; ".join(f"{outcome} for {', '.join(parts[outcome])}" for outcome in order if outcome in parts)
     text = f"The research found that planned queries predict the next frame no better than static ones: {outcomes}."
-    if unused := {name: ratio for name, ratio in uses.items() if ratio is not None and ratio < UNUSED}:
-        ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in unused.items())
-        text += (
-            f" With another clip's state, the loss on moving clips is only so many times as high: {ratios}. So these"
-        )
-        text += " heads hardly use the language model's state, through which planned queries act."
+    known = {name: ratio for name, ratio in uses.items() if ratio is not None}
+    if unused := ratios_text(known, lambda ratio: ratio < UNUSED):
+        text += f" With another clip's state, the loss on moving clips is only so many times as high: {unused}. So"
+        text += " these heads hardly use the language model's state, through which planned queries act."
+        if used := ratios_text(known, lambda ratio: ratio >= UNUSED):
+            text += f" More informative are heads that do use it: {used}."
     return text
+
+
+def ratios_text(ratios, chosen):
+    return ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items() if chosen(ratio))
 
 
 UNUSED = 1.01  # another clip's state changes the loss by less than this

@@ -1,5 +1,7 @@
 """Studies on the page: verdict cards, key figures, and tables of arms, tasks and comparisons."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -308,6 +310,13 @@ def interval_text(values, interval, digits=1):
 
 def interval_cell(values, interval, digits=1):
     return (interval_text(values, interval, digits), 100 * float(np.mean(values)))
+
+
+def digits(interval):
+    """Decimals in per cent with which the half width of an interval, or None, has two digits: two to four, as summaries
+    have six of the share."""
+    half = 50 * (interval[1] - interval[0]) if interval else 0
+    return min(max(1 - math.floor(math.log10(half)), 2), 4) if half else 2
 
 
 def points_text(value, digits=1):

@@ -42,11 +42,15 @@ def check_frames(options, patch: int, size: int, where) -> None:
             f"{patch} px. Set shards.image_size to {max(size // patch, 1) * patch}."
         )
     low_patch, side = patch * options.frame_downsampling, size // patch
-    if size % low_patch or options.fovea_size > side:
+    if size % low_patch:
         raise UserError(
-            f"{where}: the frames have {size} px, {side} patches a side. model.frame_downsampling "
-            f"{options.frame_downsampling} needs a multiple of {low_patch} px, and model.fovea_size "
-            f"{options.fovea_size} at least so many patches. Change shards.image_size or these options."
+            f"{where}: the frames have {size} px, model.frame_downsampling {options.frame_downsampling} needs a "
+            f"multiple of {low_patch} px. Change it or shards.image_size."
+        )
+    if options.fovea_size > side:
+        raise UserError(
+            f"{where}: the frames have {size} px, {side} patches a side, fewer than model.fovea_size "
+            f"{options.fovea_size}. Lower it or raise shards.image_size."
         )
     tokens, num_low = options.num_visual_tokens_per_frame, (size // low_patch) ** 2
     if options.architecture == "multi_token" and tokens > num_low:

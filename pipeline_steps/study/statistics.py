@@ -88,9 +88,7 @@ def smallest_p(num_pairs):
     return min(1.0, 2 / 2**num_pairs)
 
 
-def compare(
-    pairs, margin, matched=lambda arm: True, headline=lambda arm: True, uninformed=lambda arm, group: False
-):
+def compare(pairs, margin, matched=lambda arm: True, headline=lambda arm: True, uninformed=lambda arm, group: False):
     """`Comparison`s of {(arm, group): differences, baseline minus arm, one per pair}.
 
     margin: differences below it count as none, in units of accuracy. matched: whether an arm's budget equals the

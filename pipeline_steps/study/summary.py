@@ -122,20 +122,21 @@ def next_frame_lines(summary):
             "budget": arm.budget,
             "clips": CLIPS[group],
             "runs": len(found.known("gain")),
-            "gain, %": gain_text(np.mean(found.known("gain"))) if found.known("gain") else "–",
+            "gain, %": gain_mean(found.known("gain"), found.interval),
             "95 % interval (t)": gain_points(found.interval),
             "verdict on planned queries": arm.prediction_verdict(group, summary.next_frame_margin),
             "clips won, %": spread(found.known("wins")),
             "loss": f"{np.mean([value for value in found.reference if value is not None]):.4g}",
             **{name: times_text(found.relative(key)) for key, name in RELATIVE.items()},
-            "baseline − arm, points": gain_text(np.mean(found.differences)) if found.differences else "–",
+            "baseline − arm, points": gain_mean(found.differences, found.differences_interval),
             "its 95 % interval": gain_points(found.differences_interval),
         }
         for arm in summary.arms
         for group, found in arm.next_frame.items()
     ]
     note = (
-        "Gain: (loss of static − loss of planned queries) / loss of static queries (mean squared error of the head), "
+        "Gain: (loss of static − loss of planned queries) / loss of static queries (mean squared error of the head, "
+        "after the last planned pass), "
         "mean over the runs. In static clips the change and the flow are 0 and the previous latent is the next one, so "
         "little is left to predict and small losses are compared. In networks with a single pass: of the baseline's "
         "planned queries over these, which were trained apart, pairs of runs with equal seeds. "
@@ -186,13 +187,18 @@ DIAGNOSTICS = {
 }
 
 
-def gain_text(value):
+def gain_text(value, digits=2):
     """A relative gain in per cent; + 0.0: no negative zero."""
-    return "–" if pd.isna(value) else f"{round(100 * value, 2) + 0.0:+.2f}"
+    return "–" if pd.isna(value) else f"{round(100 * value, digits) + 0.0:+.{digits}f}"
+
+
+def gain_mean(values, interval):
+    return gain_text(np.mean(values), study_tables.digits(interval)) if values else "–"
 
 
 def gain_points(interval):
-    return "–" if interval is None else f"[{', '.join(map(gain_text, interval))}]"
+    digits = study_tables.digits(interval)
+    return "–" if interval is None else f"[{', '.join(gain_text(border, digits) for border in interval)}]"
 
 
 def times_text(value):

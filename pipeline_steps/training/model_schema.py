@@ -26,7 +26,7 @@ class Section(StrictModel):
     """The planner's output replaces the query, is added to it or, `gated`, to a learned part of it."""
     query_source: Literal["planned", "static", "random", "fixed", "oracle"]
     """`random`: per frame; `fixed`: random, per batch; `oracle`: planned, limited to the target's patches."""
-    attention_temperature: PositiveFloat
+    attention_temperature: float = Field(ge=1e-3)
     """Divides query-attention logits; below 1 is sharper."""
     learnable_temperature: bool
     """Each layer learns its temperature."""

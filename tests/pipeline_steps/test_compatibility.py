@@ -39,8 +39,8 @@ def test_compatible_data_are_accepted():
             56,
             "is 25.*at most 16",
         ),
-        ({"frame_downsampling": 3}, (), 56, "4 patches a side. model.frame_downsampling 3 needs a multiple of 42 px"),
-        ({"frame_downsampling": 2, "fovea_size": 5}, (), 56, "model.fovea_size 5 at least so many patches"),
+        ({"frame_downsampling": 3}, (), 56, "56 px, model.frame_downsampling 3 needs a multiple of 42 px. Change"),
+        ({"frame_downsampling": 2, "fovea_size": 5}, (), 56, "4 patches a side, fewer than model.fovea_size 5. Lower"),
         (
             {"architecture": "multi_token", "num_visual_tokens_per_frame": 16, "frame_downsampling": 2},
             (),

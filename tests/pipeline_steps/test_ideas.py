@@ -11,7 +11,7 @@ import pytest
 from pipeline_steps.common.diagnostic_results import NextFrameResult, NextFrameScore
 from pipeline_steps.common.params import ROOT
 from pipeline_steps.common.study_results import CLIPS, StudySummary
-from pipeline_steps.report import ideas, studies
+from pipeline_steps.report import ideas, studies, study_tables
 from pipeline_steps.report.statistics import interval_verdict
 from pipeline_steps.report.tables import text_of
 from pipeline_steps.study import next_frame, results, statistics, summary
@@ -236,8 +236,9 @@ def test_a_head_that_predicts_no_better_than_no_change_has_no_verdict(table):
     assert "| latent | x1 | moving clips | 3 | +3.00 | [+0.52, +5.48] | not learned: no" in summary.page(
         found, trivial, STUDY
     )
-    verdict = cells_of([kept(found, trivial)])["first system: the next frame's latent"]["verdict"]
-    assert verdict == "not learned: no better than predicting no change (3 runs)"
+    cells = cells_of([kept(found, trivial)])["first system: the next frame's latent"]
+    assert cells["verdict"] == "not learned: no better than predicting no change (3 runs)"
+    assert (cells["moving clips, %"], cells["static clips, %"]) == ("–", "–")
 
 
 @pytest.mark.parametrize("task", ["image", "still"])
@@ -258,6 +259,19 @@ def test_what_else_was_measured_is_shown(table):
     assert cells["sensitivity to state / previous latent"] == "0.50 / 0.75"
     assert cells["token similarity"] == "0.99"
     assert "sensitivity to the state" not in summary.page(results.summarise("next_frame", table, STUDY), table, STUDY)
+
+
+def test_figures_of_some_of_the_runs_say_of_how_many(table):
+    rows = table[table["arm"] == "latent"].assign(**next_frame.columns_of(result_of("videos")))
+    names = ("no_state", "wins_last_frames", "token_similarity")
+    for name, count in zip(names, (2, 1, 2), strict=True):
+        rows.loc[rows.index[count:], f"next_frame_videos_{name}"] = None
+    cells = cells_of([kept(results.summarise("next_frame", rows, STUDY), rows)])
+    cells = cells["first system: the next frame's latent"]
+    assert cells["won in the last four frames, %"] == "25.0 (1 run)"
+    assert cells["token similarity"] == "0.99 (2 runs)"
+    assert cells["loss without the state, ×"] == "1.22 / 1.33 (2 runs)"
+    assert cells["sensitivity to state / previous latent"] == "0.50 / 0.75"
 
 
 # ---------------------------------------------------------------- the table
@@ -299,7 +313,8 @@ def test_ideas_without_runs_name_the_study():
     assert rows["10 motion: objects glide, flow"]["verdict"] == "not run (study next_frame_objects)"
     assert ideas.finding([]).endswith(
         "not measured for latent on moving clips, latent on static clips, delta on moving clips, delta on static clips"
-        ", flow on moving clips, flow on static clips."
+        ", flow on moving clips, flow on static clips, latent without the previous one on moving clips, latent without "
+        "the previous one on static clips."
     )
 
 
@@ -331,7 +346,9 @@ def test_the_negative_result_is_reproduced_or_refuted_by_the_runs(found, table):
     assert "refuted, planned queries are better, for latent on moving clips (+3.00 [+0.52, +5.48]%);" in text
     assert "not refuted, planned queries are even worse, for delta on static clips (−10.00 [−14.97, −5.03]%);" in text
     assert "undecided for flow on moving clips (+3.33 [−25.35, +32.02]%);" in text
-    assert text.endswith("not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%).")
+    assert "not decided by fewer than three runs for flow on static clips (+0.00 [+0.00, +0.00]%);" in text
+    rest = " for latent without the previous one on moving clips, latent without the previous one on static clips."
+    assert text.endswith(f"; not measured{rest}")
 
 
 def test_the_finding_names_heads_that_do_not_use_the_state(table):
@@ -339,6 +356,9 @@ def test_the_finding_names_heads_that_do_not_use_the_state(table):
     same = table.assign(**{name: table[name].mask(table["arm"] == "latent", table["next_frame_videos_fine_1"] * 1.002)})
     text = ideas.finding([kept(results.summarise("next_frame", same, STUDY), same)])
     assert "the loss on moving clips is only so many times as high: latent 1.002. So these heads" in text
+    used = ideas.ratios_text({"latent": 1.002, "delta": 1.25, "flow": 1.01}, lambda ratio: ratio >= ideas.UNUSED)
+    assert used == "delta 1.250, flow 1.010"
+    assert " More informative are heads that do use it: delta " in text
 
 
 def test_a_head_that_learned_nothing_reproduces_nothing(table):
@@ -348,7 +368,7 @@ def test_a_head_that_learned_nothing_reproduces_nothing(table):
     text = ideas.finding([kept(results.summarise("next_frame", trivial, STUDY), trivial)])
     assert "static ones: reproduced for latent on static clips" in text
     flow = "flow on moving clips (+3.33 [−25.35, +32.02]%), flow on static clips (+0.00 [+0.00, +0.00]%)"
-    assert text.endswith(f"not learned, no better than predicting no change, for {flow}.")
+    assert f"not learned, no better than predicting no change, for {flow};" in text
 
 
 def test_the_title_counts_every_row_once(table):
@@ -400,8 +420,15 @@ def test_few_pairs_decide_nothing(tmp_path):
 
 
 def test_gains_have_as_many_digits_as_their_interval_needs():
-    assert [ideas.digits((-half, half)) for half in (0.2, 0.0012, 0.0002, 0.00004, 1e-6, 0.0)] == [2, 2, 3, 4, 4, 2]
-    assert ideas.digits(None) == 2
+    assert [study_tables.digits((-half, half)) for half in (0.2, 0.0012, 0.0002, 0.00004, 1e-6, 0.0)] == [
+        2,
+        2,
+        3,
+        4,
+        4,
+        2,
+    ]
+    assert study_tables.digits(None) == 2
 
 
 def test_the_page_has_the_ideas_and_no_accuracy_of_untrained_arms(tmp_path, table, monkeypatch):

@@ -211,7 +211,7 @@ def test_kinds_of_batches(layout):
     batch, found, shown = as_batch(arguments), {}, {}
     conditioned = ("text_conditioned",) if layout == "question_first" else ()
     for kind in ("joint", "video_only", *conditioned, "captions"):
-        training = made_with(make_model(layout=layout), **modes(**{kind: 1.0}))
+        training = made_with(make_model(layout=layout), **modes(**{"joint": 1e-9} | {kind: 1.0}))
         shown[kind] = training.prepare(batch, np.random.default_rng(0))
         found[kind] = losses(training, shown[kind])
     assert shown["joint"] is shown["captions"] is batch
@@ -326,7 +326,7 @@ def test_losses_that_would_be_none_are_errors():
     with pytest.raises(UserError, match=r"training\.stage2\.objective\.text\.weight is 0, .* nothing to train"):
         objectives.check("stage2", settings(text={"weight": 0.0}), config)
     with pytest.raises(UserError, match=r"modes\.captions is 1, but training\.stage2\.objective\.text\.weight is 0"):
-        objectives.check("stage2", settings(text={"weight": 0.0}, **options(**modes(captions=1.0))), config)
+        objectives.check("stage2", settings(text={"weight": 0.0}, **options(**modes(joint=1.0, captions=1.0))), config)
     with pytest.raises(UserError, match=r"modes has video_only, but preference training"):
         objectives.check("stage3", settings("preference", **options(**modes(video_only=1.0))), config)
 
@@ -335,6 +335,7 @@ def test_losses_that_would_be_none_are_errors():
     ("changes", "message"),
     [
         ({"separate_heads": True, "coarse_weight": 0.0}, "separate_heads is true but coarse_weight is 0"),
+        (modes(captions=1.0), "weight is 1 but all modes except captions are 0: nothing would be predicted"),
         ({"autoencoder": None}, "autoencoder is null, but target latent with previous_latent keep needs latents"),
         (modes(), "all weights are 0"),
     ],

@@ -90,6 +90,12 @@ def test_intervals_decide_where_the_test_says_nothing(num_pairs, tested, matched
     assert decisions.verdict(entry, margin=0.03) == expected
 
 
+@pytest.mark.parametrize(("beats_blind", "expected"), [(False, "undecided"), (True, "equal"), (None, "equal")])
+def test_intervals_do_not_call_arms_equal_that_learned_nothing(beats_blind, expected):
+    entry = {"differences": [0.0] * 3, "interval": (-0.01, 0.01), "verdict": "undecided", "matched": "samples"}
+    assert decisions.verdict(SimpleNamespace(**entry, beats_blind=beats_blind), margin=0.03) == expected
+
+
 @pytest.mark.parametrize(
     ("num_pairs", "verdict", "split", "words"),
     [
