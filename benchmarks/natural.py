@@ -232,8 +232,9 @@ def check_arguments(arguments) -> None:
 
 def find_inputs(arguments) -> None:
     """Fills in --cutouts and, where they were made before, --chats. UserError for what is missing or unusable."""
-    if not (arguments.pretrained / "language_model").is_dir():
-        raise UserError(f"{arguments.pretrained}: no pretrained backbones there. Run `make pretrained`.")
+    for role in ("language_model", "vision_encoder"):
+        if not (arguments.pretrained / role).is_dir():
+            raise UserError(f"{arguments.pretrained}: no {role} there. Run `make pretrained`.")
     if arguments.chats is not None:
         check_chats(arguments.chats)
     if arguments.backgrounds is not None:

@@ -9,11 +9,12 @@ from benchmarks.natural_plan import HEATMAPS
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import check_outputs, write_json, write_text
 from pipeline_steps.common.metrics import EvaluationResult, read_json
+from pipeline_steps.common.names import NEW
 from pipeline_steps.common.params import ROOT, TRAINING_STAGES
 from pipeline_steps.study.collect import MODE, collect, finished
 from pipeline_steps.study.design import NAME, STUDIES, Seeds, Study
 from pipeline_steps.study.plan import RESULTS, Plan, Run, folder_of
-from pipeline_steps.world.objects import GAZE_KINDS, KINDS, NEW
+from pipeline_steps.world.objects import GAZE_KINDS, KINDS
 
 SCORES = "scores.json"  # which studies of conf/study lack
 REPEAT = "python -m benchmarks.natural"

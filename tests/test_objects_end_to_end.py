@@ -37,4 +37,4 @@ def test_the_objects_are_trained_on_and_evaluated(tmp_path):
         gaze = result["gaze"][kind]["autoregressive"]
         assert 0 < gaze["chance"] < 0.7  # boxes of the target on the grid of 4 x 4 patches
         assert gaze["num_frames"] > 0
-    assert all(result["chance"][kind] is not None for kind in KINDS)
+    assert all(result["chance"][kind] is not None for kind in (*KINDS, *new))

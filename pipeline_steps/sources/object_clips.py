@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.files import write_json, write_jsonl
+from pipeline_steps.common.names import NEW
 from pipeline_steps.common.processes import map_in_processes
 from pipeline_steps.monitoring.progress import progress_bar
 from pipeline_steps.sources.procedural import FEWER, item_rows, largest_remainder, save_media
@@ -45,7 +46,10 @@ class Pictures:
         """Names and pictures by split, and the sha256 of every picture's file."""
         named = {split: self.cutouts.names[split] for split in SPLITS}
         shown = {split: sorted({each.name for each in self.backgrounds.by_split[split]}) for split in SPLITS}
-        files = {picture.path.name: picture.sha256 for picture in (*self.cutouts.pictures, *self.backgrounds.pictures)}
+        folders = {"cutouts": self.cutouts.pictures, "backgrounds": self.backgrounds.pictures}
+        files = {
+            kind: {picture.file_name: picture.sha256 for picture in pictures} for kind, pictures in folders.items()
+        }
         return {"names": named, "backgrounds": shown, "sha256": files}
 
 
@@ -99,7 +103,7 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int, bool]) -> list
     split, kind, number, is_new = clip
     scene, items = sample_clip(section, _used, *clip)
     frames, boxes = object_scene.render(scene, _used.cutouts, _used.backgrounds, section.objects.frame_size)
-    task = kind + world.NEW if is_new else kind
+    task = kind + NEW if is_new else kind
     file_name = f"{split}/{task}-{number:06d}.{'jpg' if kind == 'still' else 'mp4'}"
     save_media(folder / file_name, frames, section.fps)
     rows = item_rows(file_name, items)
@@ -114,6 +118,6 @@ def _write_clip(folder: Path, section, clip: tuple[str, str, int, bool]) -> list
             for index, own in enumerate(scene.tracks)
         ],
         "names": [[picture.name for picture in track] for track in shown],
-        "pictures": [sorted({picture.path.name for picture in track}) for track in shown],
+        "pictures": [sorted({picture.file_name for picture in track}) for track in shown],
     }
     return rows

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
+from pipeline_steps.common.names import NEW
 from pipeline_steps.common.params import ROOT, TRAINING_STAGES, StrictModel
 from pipeline_steps.parameters.__main__ import check_network, check_objectives
 
@@ -365,7 +366,7 @@ def check_tasks(study):
         return
     from pipeline_steps.world import digits, objects  # a drawing library that no job of a study needs
 
-    worlds = {"digits": digits.KINDS, "objects": (*objects.KINDS, *(f"{kind}{objects.NEW}" for kind in objects.KINDS))}
+    worlds = {"digits": digits.KINDS, "objects": (*objects.KINDS, *(f"{kind}{NEW}" for kind in objects.KINDS))}
     for arm in study.arms:
         sources = arm_parameters(study, arm)["sources"]
         known = worlds[sources["procedural"]["world"]]

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline_steps.common.errors import UserError, run_main
 from pipeline_steps.common.files import check_outputs
+from pipeline_steps.common.names import NEW
 from pipeline_steps.world import object_scene
 from pipeline_steps.world import objects as world
 from pipeline_steps.world.cutouts import Backgrounds, Cutouts, read_folder
@@ -58,7 +59,7 @@ def _strip(labels: list[tuple[str, str]]) -> Image.Image:
     placed, line = [], -1  # [(x, line, text, colour)]
     for task, text in labels:
         x, line = 2 + measure(f"{task}   ", font), line + 1
-        placed.append((2, line, task, NEW_COLOUR if task.endswith(world.NEW) else "black"))
+        placed.append((2, line, task, NEW_COLOUR if task.endswith(NEW) else "black"))
         start = x
         for word in text.split(" "):
             if x + measure(word, font) > width:
@@ -121,6 +122,7 @@ def main() -> None:
     if arguments.backgrounds is not None:
         read_folder(arguments.backgrounds, "--backgrounds")
     cutouts = Cutouts(arguments.cutouts, HELD_OUT_SHARE, arguments.seed)
+    cutouts.check()
     backgrounds = Backgrounds(arguments.backgrounds, HELD_OUT_SHARE, arguments.seed)
     check_outputs(files=[arguments.output])  # last, as it makes the folder
     sheet(cutouts, backgrounds, arguments.seed).save(arguments.output, quality=60)

@@ -40,6 +40,7 @@ class Picture:
     """One picture of a folder."""
 
     path: Path
+    file_name: str  # in the folder, as in metadata.jsonl
     name: str
     line: int  # of metadata.jsonl
     sha256: str
@@ -63,16 +64,15 @@ def read_folder(folder: str | Path | None, key: str) -> list[Picture]:
         )
     metadata = folder / "metadata.jsonl"
     try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(
-            f"{key}: {metadata} cannot be read ({reason}). Expected one row "
-            '{"file_name": ..., "name": ...} per picture.'
+            f"{key}: {metadata} cannot be read ({reason}). Write one row "
+            f'{{"file_name": ..., "name": ...}} per picture.{hint}'
         ) from None
-    pictures = [
-        _picture(folder, f"{metadata} line {number}", number, line) for number, line in enumerate(lines, 1) if line
-    ]
+    rows = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    pictures = [_picture(folder, f"{metadata} line {number}", number, line) for number, line in rows.items()]
     repeated = {picture.path: picture.line for picture in pictures}
     for picture in pictures:
         if repeated[picture.path] != picture.line:
@@ -112,7 +112,7 @@ def _picture(folder: Path, where: str, number: int, line: str) -> Picture:
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{where}: {path} cannot be read ({reason}). Add the file or remove the row.") from None
-    return Picture(path, name, number, digest)
+    return Picture(path, file_name, name, number, digest)
 
 
 def different(pictures: list[Picture]) -> list[Picture]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline_steps.common.names import NEW
 from pipeline_steps.world.cutouts import Background, Backgrounds, Cutouts, head_noun
 from pipeline_steps.world.object_scene import Scene, Track, visibility
 
@@ -19,7 +20,6 @@ from pipeline_steps.world.object_scene import Scene, Track, visibility
 # its size. The others are about the whole frame.
 GAZE_KINDS = ("become", "place", "meet", "small")
 KINDS = (*GAZE_KINDS, "caption", "background", "still")
-NEW = "_new"  # ending of the tasks whose answers are names that are held out of training
 NEW_KINDS = tuple(kind for kind in KINDS if kind != "background")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 CENTRES = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # of PLACES
@@ -185,7 +185,7 @@ def _place(rng: np.random.Generator, base: Scene, names: Names, num_frames: int)
 
 
 def _meet(rng: np.random.Generator, base: Scene, names: Names, num_frames: int) -> Scene:
-    """Two objects wait, two others visit one each for a third of the clip; their paths may cross."""
+    """Two objects wait, two others stay beside one each for half of the clip; their paths may cross."""
     pictures = names.draw(4, asked=4)  # two that wait, then their visitors
     waiting = np.array([[0.24, 0.26], [0.76, 0.26]]) + rng.uniform(-0.04, 0.04, (2, 2))
     homes = np.array([[0.2, 0.8], [0.8, 0.8]])[rng.permutation(2)] + rng.uniform(-0.05, 0.05, (2, 2))

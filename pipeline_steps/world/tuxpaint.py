@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline_steps.common.errors import UserError, run_main
-from pipeline_steps.common.files import replaced_folder
+from pipeline_steps.common.files import check_own_folder, replaced_folder
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -40,6 +40,7 @@ MAX_FLAT = 0.7  # share of the pixels in the eight most frequent colours (of 32,
 
 def build(output: Path, deb: Path | None) -> Counter:
     """Write the folder; returns how many pictures were taken and left out, by reason."""
+    check_own_folder(output, COPYRIGHT.name)
     with tempfile.TemporaryDirectory() as scratch, replaced_folder(output) as folder:
         scratch = Path(scratch)
         run(["dpkg", "-x", str(deb or download(scratch)), str(scratch / "package")])
@@ -56,7 +57,7 @@ def build(output: Path, deb: Path | None) -> Counter:
             cut_out(path).save(folder / file_name)
             rows.append({"file_name": file_name, "name": name, "source": str(STAMPS / path.relative_to(stamps))})
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        shutil.copyfile(scratch / "package" / COPYRIGHT, folder / "copyright")
+        shutil.copyfile(scratch / "package" / COPYRIGHT, folder / COPYRIGHT.name)
     return counts
 
 

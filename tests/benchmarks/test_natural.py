@@ -141,12 +141,13 @@ def test_a_machine_without_hydra_reads_the_plan_of_another(arguments, monkeypatc
         (("--set", "seed=5"), "--set seed=5: --seeds sets this"),
         (("--set", "ablation=A6"), "--set ablation=A6: --arms sets this"),
         (("--output", "one.jsonl"), r"one\.jsonl/plan\.json: cannot be written \(Not a directory\)"),
-        (("--pretrained", "missing"), "missing: no pretrained backbones there"),
+        (("--pretrained", "missing"), "missing: no language_model there"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_made(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pretrained/language_model").mkdir(parents=True)
+    (tmp_path / "pretrained/vision_encoder").mkdir(parents=True)
+    (tmp_path / "pretrained/language_model").mkdir()
     (tmp_path / "pretrained/language_model/config.json").write_text("{}")
     drawings.write(tmp_path / "cutouts")
     drawings.write(tmp_path / "one")

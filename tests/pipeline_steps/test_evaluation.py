@@ -282,6 +282,7 @@ def test_result_is_valid_and_deterministic(network, tmp_path):
     settings = types.SimpleNamespace(bootstrap_samples=50, seed=1)
     chance = evaluation.chance(Data(range(5)), data, chosen)
     assert chance == {"card": 1.0, "gist": 1.0, "text": None}
+    assert evaluation.chance(Data(range(5)), data, {"card_new": chosen["card"]}) == {"card_new": 1.0}
     answers = [
         {"task": "card", "generated": "a", "expected": "a"},
         {"task": "card", "generated": "b", "expected": "a"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline_steps.backbones import pretrained
 from pipeline_steps.common import params
 from pipeline_steps.common.errors import UserError
 from pipeline_steps.common.schemas import read_samples
@@ -48,6 +49,26 @@ def write_rows(folder, *rows):
 def test_a_folder_that_does_not_do_is_refused_with_file_and_row(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         Cutouts(write_rows(tmp_path / "cutouts", *rows), 0.0, seed=1)
+
+
+def test_rows_may_have_a_byte_order_mark_line_separators_and_blank_lines(tmp_path):
+    text = '\ufeff{"file_name": "a.png", "name": "x", "note": "one\u2028two"}\r\n  \n'
+    write_rows(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8", newline="")
+    (picture,) = read_folder(tmp_path, "key")
+    assert (picture.file_name, picture.name, picture.line) == ("a.png", "x", 1)
+
+
+def test_pictures_of_equal_names_in_several_folders_are_all_recorded(tmp_path):
+    drawings.write(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        (tmp_path / row["name"]).mkdir()
+        (tmp_path / row["file_name"]).rename(tmp_path / row["name"] / "1.png")
+    text = "".join(json.dumps({"file_name": f"{row['name']}/1.png", "name": row["name"]}) + "\n" for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    found = Pictures(section(tmp_path).procedural).to_dict()
+    assert set(found["sha256"]["cutouts"]) == {f"{row['name']}/1.png" for row in rows}
 
 
 def test_a_picture_that_cannot_be_used_is_named(tmp_path):
@@ -155,6 +176,7 @@ def test_a_package_with_photographs_and_drawings(tmp_path, monkeypatch):
         (Path(command[3]) / tuxpaint.COPYRIGHT).write_text("GPL-2")
 
     monkeypatch.setattr(tuxpaint, "run", unpack)
+    tuxpaint.build(tmp_path / "out", tmp_path / "package.deb")  # its own folder is written again
     counts = tuxpaint.build(tmp_path / "out", tmp_path / "package.deb")
     assert counts == {
         "taken": 1,
@@ -167,6 +189,14 @@ def test_a_package_with_photographs_and_drawings(tmp_path, monkeypatch):
     assert (picture.path.name, picture.name) == ("animals-fox.png", "red fox")
     assert Image.open(picture.path).size == (70, 80)  # cropped to what is visible
     assert (tmp_path / "out/copyright").read_text() == "GPL-2"
+
+
+def test_another_folder_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    for build, mark in ((tuxpaint.build, "copyright"), (pretrained.build, r"origin\.json")):
+        with pytest.raises(UserError, match=rf"{tmp_path} has files, but no {mark}.* Name another folder"):
+            build(tmp_path, tmp_path / "none")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_a_machine_without_the_packages_tools(monkeypatch, tmp_path):
@@ -249,7 +279,7 @@ def test_the_source_writes_what_the_digits_write(raw):
     assert all(shown.values())
     assert sum(map(len, shown.values())) == len(set.union(*shown.values())), "a held-out background was trained on"
     pictures = json.loads((raw / "procedural/pictures.json").read_text())
-    assert len(pictures["sha256"]) == 10
+    assert {kind: len(own) for kind, own in pictures["sha256"].items()} == {"cutouts": 10, "backgrounds": 0}
     assert {split: len(own) for split, own in pictures["names"].items()} == {"train": 6, "validation": 2, "test": 2}
 
 

@@ -92,6 +92,10 @@ def test_what_the_named_object_meets(cutouts, backgrounds):
             distances = np.linalg.norm(paths - paths[me], axis=-1)[:, T // 2]
             waiting = [index for index, visited in enumerate(scene.others) if visited < 0]
             assert min(waiting, key=lambda index: distances[index]) == other == scene.others[me]
+            sizes = np.array([track.size for track in scene.tracks])
+            reach = (sizes + sizes[me])[:, None] / 2
+            near = (np.linalg.norm(paths - paths[me], axis=-1) <= reach).sum(1)  # frames
+            assert near[other] >= 2 * max(near[index] for index in range(4) if index not in (me, other))
 
 
 def test_the_small_object_is_the_smallest_and_on_top(cutouts, backgrounds):
