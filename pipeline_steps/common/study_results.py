@@ -33,7 +33,8 @@ class NextFrameGain(Result):
     interval: Interval | None
     """95 % t-interval of the mean gain; null: fewer than two runs."""
     verdict: Literal["better", "equal", "worse", "undecided", "too few runs", "single pass"]
-    """Of planned queries, by the interval. Equal: it lies within the study's `next_frame_margin`."""
+    """Of planned queries, by the interval. Equal: it lies within the study's `next_frame_margin`. Undecided, too, if
+    the study's `confirmation_seeds` alone give another one."""
     differences: list[float]
     """Gain of the baseline minus the arm's, per pair; empty: the baseline, another target, or no pair."""
     differences_interval: Interval | None
@@ -193,6 +194,8 @@ class StudySummary(Result):
     """Differences below it count as none."""
     next_frame_margin: float = 0.01
     """Gains of planned queries in next-frame prediction below it count as none."""
+    confirmation_seeds: list[int] = []
+    """Seeds that alone have to give the verdict on such gains, too."""
     plateau: float
     """Mean token accuracy from which a run has left the plateau."""
     split: str = "test"

@@ -103,6 +103,9 @@ class Study(StrictModel):
     frames by more, where that was measured (`blind_TASK` in runs.csv)."""
     next_frame_margin: float = Field(default=0.01, gt=0)
     """Relative gains of planned over static queries in next-frame loss below it count as none."""
+    confirmation_seeds: tuple[Seed, ...] = ()
+    """Preregistered seeds of training: of arms that have them, a verdict on next-frame gains counts only if these runs
+    alone give it, too."""
     plateau: float = Field(default=0.75, gt=0, lt=1)
     """Mean token accuracy from which a run counts as having left the plateau."""
     memory_gb: float = Field(default=4.0, gt=0)

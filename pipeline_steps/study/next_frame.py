@@ -5,7 +5,16 @@ from itertools import count, takewhile
 import numpy as np
 import pandas as pd
 
-from pipeline_steps.common.study_results import CLIPS, COARSE, FINE, SEEDS, SINGLE_PASS, VIDEOS, NextFrameGain
+from pipeline_steps.common.study_results import (
+    CLIPS,
+    COARSE,
+    FINE,
+    SEEDS,
+    SINGLE_PASS,
+    UNDECIDED,
+    VIDEOS,
+    NextFrameGain,
+)
 from pipeline_steps.study import statistics
 from pipeline_steps.study.design import arm_parameters, baseline_of, reference_budget
 
@@ -68,6 +77,9 @@ def gain_of(runs, table, study, arm, budget, group):
         gain = gain_over_static(runs, table, study, arm, budget, group)
     values = gain.dropna().to_numpy()
     verdict, interval = statistics.gain_verdict(values, study.next_frame_margin)
+    confirming = gain[runs["training_seed"].isin(study.confirmation_seeds)].dropna().to_numpy()
+    if len(confirming) and statistics.gain_verdict(confirming, study.next_frame_margin)[0] != verdict:
+        verdict = UNDECIDED
     differences = paired_gains(runs, table, study, arm, budget, group)
     measures = {name: number_column(runs, f"{NEXT_FRAME}{group}_{name}") for name in MEASURES}
     return NextFrameGain(

@@ -55,6 +55,7 @@ def summarise(name, table, study):
         num_planned=len(cells_of(study)),
         margin=study.margin,
         next_frame_margin=study.next_frame_margin,
+        confirmation_seeds=list(study.confirmation_seeds),
         plateau=study.plateau,
         split=split_of(study),
         group_tasks={group: list(tasks) for group, tasks in groups.items()},

@@ -134,6 +134,8 @@ def next_frame_lines(summary):
         for arm in summary.arms
         for group, found in arm.next_frame.items()
     ]
+    seeds = ", ".join(map(str, summary.confirmation_seeds))
+    confirmation = f" Undecided if the preregistered seeds {seeds} alone do not give the same verdict." if seeds else ""
     note = (
         "Gain: (loss of static − loss of planned queries) / loss of static queries (mean squared error of the head, "
         "after the last planned pass), "
@@ -141,7 +143,8 @@ def next_frame_lines(summary):
         "little is left to predict and small losses are compared. In networks with a single pass: of the baseline's "
         "planned queries over these, which were trained apart, pairs of runs with equal seeds. "
         f"By its interval, not corrected for their number: equal within ±{100 * summary.next_frame_margin:g} %, else "
-        "better or worse if it excludes 0. Loss: planned queries (static ones in networks with a single pass); divided "
+        f"better or worse if it excludes 0.{confirmation} "
+        "Loss: planned queries (static ones in networks with a single pass); divided "
         "by it: the loss with another clip's state, with the state zeroed, with the previous latent zeroed, and of the "
         "prediction that nothing changes, which is exact in static clips. "
         "Baseline − arm: difference of the gains, pairs of runs with equal seeds and targets."

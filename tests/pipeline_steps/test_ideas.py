@@ -230,6 +230,19 @@ def test_arms_with_shorter_clips_keep_their_gains_by_frame(table):
     assert gains == {"latent": pytest.approx([0.1, 0.5]), "frames_16": pytest.approx([0.1, 0.5, 0.0])}
 
 
+@pytest.mark.parametrize(
+    ("seeds", "verdict"), [((), "better"), ((0, 1, 2), "better"), ((1, 2), "undecided"), ((9,), "better")]
+)
+def test_a_verdict_needs_the_preregistered_seeds_alone_too(table, seeds, verdict):
+    """Two runs alone give none; an arm without these seeds is judged by its own."""
+    rows = table[table["arm"] == "latent"]
+    study = STUDY.model_copy(update={"confirmation_seeds": seeds})
+    found = results.summarise("next_frame", rows.assign(training_seed=range(len(rows))), study)
+    assert arm_of(found, "latent").next_frame["videos"].verdict == verdict
+    told = "Undecided if the preregistered seeds" in summary.page(found, rows, study)
+    assert told == bool(seeds)
+
+
 def test_a_head_that_predicts_no_better_than_no_change_has_no_verdict(table):
     trivial = table.assign(next_frame_videos_unchanged=0.5)
     found = results.summarise("next_frame", trivial, STUDY)
