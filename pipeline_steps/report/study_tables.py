@@ -313,8 +313,7 @@ def interval_cell(values, interval, digits=1):
 
 
 def digits(interval):
-    """Decimals in per cent with which the half width of an interval, or None, has two digits: two to four, as summaries
-    have six of the share."""
+    """Decimals in per cent with which the half width of an interval, or None, has two digits: two to four."""
     half = 50 * (interval[1] - interval[0]) if interval else 0
     return min(max(1 - math.floor(math.log10(half)), 2), 4) if half else 2
 

@@ -139,10 +139,10 @@ def comparisons(table, study):
 def beats_blind(sides, tasks, margin):
     """Whether the runs of one of the arms, in the mean, are better in these tasks than with grey frames, by more than
     `margin`; None if that was not measured for every run."""
-    if any(f"{BLIND}{task}" not in side or side[f"{BLIND}{task}"].isna().any() for side in sides for task in tasks):
+    blind = [side.reindex(columns=[f"{BLIND}{task}" for task in tasks]) for side in sides]
+    if any(columns.isna().any(axis=None) for columns in blind):
         return None
-    blind = [side[[f"{BLIND}{task}" for task in tasks]].mean(axis=1) for side in sides]
-    gains = [group_accuracy(side, tasks) - column for side, column in zip(sides, blind, strict=True)]
+    gains = [group_accuracy(side, tasks) - columns.mean(axis=1) for side, columns in zip(sides, blind, strict=True)]
     return any(gain.mean() > margin for gain in gains)
 
 
